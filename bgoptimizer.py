@@ -42,14 +42,17 @@ import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from datetime import datetime, timezone
 from typing import Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 from xml.etree import ElementTree
 from xml.parsers import expat
-from xml.sax import saxutils
 
-import numpy as np
+# Full-size work has threads of its own, and the equations solved here are small: threads of BLAS beside them only
+# get in each other's way (the choices of --auto take 2.7 s with them, 0.8 s without). OpenBLAS looks once, when loaded.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+import numpy as np  # noqa: E402
 
 VERSION = "1.0.0"
 
@@ -64,9 +67,10 @@ LOSS_FLOOR = 0.001
 """Added inside the logarithm of the loss. It decides from which residual on (in stretched units) a pixel is
 good enough, and keeps the logarithm finite where the surface meets the pixel exactly."""
 
-SAMPLE_PIXELS = 4096
+SAMPLE_PIXELS = 2048
 """Reduced pixels in one independent sample (`-B` of them in a step). The surface has some hundred degrees of
-freedom: at a block noise of 1 % of the gradient, 4096 pixels pin 36 control points to 0.1 %."""
+freedom: at a block noise of 1 % of the gradient, 2048 pixels pin 36 control points to 0.13 %, a quarter of what the
+rest of the method leaves."""
 
 STOP_PATIENCE, STOP_DELTA = 100, 5e-5
 """Epochs without so much improvement of the loss after which the fit stops."""
@@ -157,37 +161,42 @@ def _quiet(*_):
 #
 # The specification: https://pixinsight.com/doc/docs/XISF-1.0-spec/XISF-1.0-spec.html; where it is silent or PixInsight
 # reads more, PixInsight's reader decides. lz4 and zstandard come with the `xisf` package but are called directly: the
-# package expands blocks whole and unbounded, copies them to unshuffle, and knows no sub-blocks, bounds, byte order,
-# pixel storage or checksums. Error sentences inside begin with their verb; read_xisf puts the file's name before them.
-# ---------------------------------------------------------------------------------------------------------------------
+# package expands blocks unbounded, and knows no sub-blocks, bounds, byte order, pixel storage or checksums. Error
+# sentences inside begin with their verb; read_xisf puts the file's name before and, where none is given, advice behind.
+# ---------------------------------------------------------------------------------------------------------
+
 XISF_ROOT = {"version": "1.0", "xmlns": "http://www.pixinsight.com/xisf",
              "xmlns:xsi": "http://www.w3.org/2001/XMLSchema-instance",
              "xsi:schemaLocation": "http://www.pixinsight.com/xisf http://pixinsight.com/xisf/xisf-1.0.xsd"}
 XISF_TYPES = {"uint8": "u1", "uint16": "u2", "uint32": "u4", "uint64": "u8", "float32": "f4", "float64": "f8"}
+CHECKSUMS = {"sha-1": "sha1", "sha1": "sha1", "sha-256": "sha256", "sha256": "sha256", "sha-512": "sha512",
+             "sha512": "sha512", "sha3-256": "sha3_256", "sha3-512": "sha3_512"}  # XISF's names and hashlib's
 CODEC_RATIOS = {"zlib": 1032, "lz4": 255, "lz4hc": 255, "zstd": 1 << 16}  # no stream of that codec expands further
 LZ4_LIMIT = 0x7E000000  # bytes; the largest LZ4 block. PixInsight fails on sub-blocks of more than 2 GiB together
-HEADER_LIMITS = {"bytes": 1 << 23, "elements and attributes": 500_000, "depth": 64}  # real headers are far below
+HEADER_BYTES, HEADER_PARTS, HEADER_DEPTH = 1 << 23, 500_000, 64  # parts: elements, attributes. Real ones are far below
 SAMPLES_AT_ONCE = 1 << 18  # converted together: few enough for the processor's cache
 ALIGNMENT = 4096  # bytes; blocks start at multiples of it, as in PixInsight's own files
-# What new pixels make untrue, and what describes the file instead of the picture
-STALE_ATTRIBUTES = ("location", "compression", "subblocks", "checksum", "byteOrder", "pixelStorage", "offset")
-STALE_KEYWORD = re.compile(r"BITPIX|NAXIS\d*|BSCALE|BZERO|DATAMIN|DATAMAX|CHECKSUM|DATASUM|PEDESTAL|NOISE[A-Z]?\d*")
-STALE_PROPERTY = re.compile(r"(.*:)?(Statistics|Noise)(:.*)?")
-STALE_METADATA = re.compile("XISF:(Creat|Compress|BlockAlign|MaxInline|Checksum|OutputHint|InputHint|ResourceURL|Load)")
+COMPRESSION = re.compile(r"(zlib|lz4|lz4hc|zstd)(\+sh)?:([1-9][0-9]{0,17})(?::([1-9]|1[0-6]))?")
+INTEGER = re.compile(r"\+?(0|[1-9][0-9]{0,17}|0x[0-9a-fA-F]{1,15})")  # no leading zeros: 010 is 8 to PixInsight
+ENCODING = re.compile(r"<\?xml[^>]*\sencoding\s*=\s*[\"'](?!(utf-?8|utf-16|iso-8859-1)[\"'])", re.I)  # but UTF-8 is meant
 # Characters XML 1.0 forbids, bare and as references: PixInsight lets them pass, XML parsers refuse the file
 NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 NOT_XML_REFERENCE = re.compile("&#(0*([0-8]|1[124-9]|2[0-9]|3[01])|x0*([0-8bcef]|1[0-9a-f]));", re.I)
-INTEGER = re.compile(r"\+?(0|[1-9][0-9]{0,17}|0x[0-9a-fA-F]{1,15}|0o[0-7]{1,20}|0b[01]{1,60})")
+# Of "element name": what describes the old file, what the new pixels make untrue, and where in the sky the picture is
+OF_THE_FILE = re.compile(r"(Data|Thumbnail) |Property XISF:(Creat|Compress|BlockAlign|MaxInline|Checksum|OutputHint"
+                         r"|InputHint|ResourceURL|Load)")
+OF_THE_PIXELS = re.compile(r"FITSKeyword (BITPIX|NAXIS\d*|BSCALE|BZERO|DATAMIN|DATAMAX|CHECKSUM|DATASUM|PEDESTAL"
+                           r"|NOISE[A-Z]?\d*)$|Property (.*:)?(Statistics|Noise)(:|$)")
+OF_THE_SKY = re.compile(r"Property (PCL:AstrometricSolution|Observation:(Center|CelestialReferenceSystem|Equinox)|Instrument"
+                        r":(Telescope:FocalLength|Sensor:[XY]PixelSize))(:|$)|FITSKeyword (RA|DEC|OBJCTRA|OBJCTDEC|RADESYS"
+                        r"|EQUINOX|LONPOLE|LATPOLE|(CTYPE|CRPIX|CRVAL|CDELT|CROTA|CUNIT|CD|PC|PV|AP?|BP?)_?(\d.*|ORDER))$")
 
 
 @dataclass
 class Source:
     """What the outputs carry over from a file besides its pixels."""
-    image: ElementTree.Element  # as it was, but for what new pixels make untrue
-    loose: list = field(default_factory=list)  # other elements under the root
-    metadata: list = field(default_factory=list)  # Property elements
-    namespaces: dict = field(default_factory=dict)  # the root's xmlns attributes
-    blocks: dict = field(default_factory=dict)  # attached bytes, by the `location` written in their elements
+    root: ElementTree.Element  # the header, but for what describes the old pixels and the old file
+    blocks: dict  # attached bytes, by the `location` written in their elements
 
 
 @dataclass
@@ -196,6 +205,15 @@ class Picture:
     planes: np.ndarray  # (c, h, w), c = 1 or 3; float32, or float64 if the file holds Float64
     source: Source
     warnings: list  # of str, one line each
+
+
+@dataclass
+class _Opened:
+    """A file whose header has been read."""
+    file: object
+    start: int  # where blocks may begin
+    size: int
+    room: int  # bytes of blocks that may still be read: overlapping ones could fill any memory
 
 
 def read_xisf(path):
@@ -207,416 +225,341 @@ def read_xisf(path):
     past what an honest file of the same geometry and size needs.
     """
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):  # opening a FIFO would wait forever
-            raise BgError("is not a file; name an XISF file, or save the data to one first")
+        regular = stat.S_ISREG(os.stat(path).st_mode)  # opening a FIFO would wait forever
+        _require(regular, "is not a file; name an XISF file, or save the data to one first")
         with open(path, "rb") as file:
-            root, end = _read_header(file)
+            root, opened = _read_header(file)
             warnings = []
-            planes = _read_pixels(root, file, end, warnings)
-            return Picture(planes, _read_source(root, file, end, warnings), warnings)
+            planes = _read_pixels(root, opened, warnings)
+            return Picture(planes, _read_source(root, opened, warnings), warnings)
     except BgError as error:
-        raise BgError(f"{path} {error}") from None
+        raise BgError(f"{path} {error}" + ("" if ";" in str(error) else "; copy or save it again")) from None
     except OSError as error:
         raise BgError(f"{path} cannot be read: {error.strerror or error}; check the path and the disk") from None
     except MemoryError:
         raise BgError(f"{path} needs more memory than there is; close other programs or crop the picture") from None
 
 
+def _require(fact, otherwise):
+    """Refuse what is being read unless `fact` holds."""
+    if not fact:
+        raise BgError(otherwise)
+
+
 def _read_header(file):
-    """Returns the root element and the offset where the header ends."""
+    """Returns the root element, and the file as one whose header has been read."""
     start, size = file.read(16), os.fstat(file.fileno()).st_size
-    if start[:8] != b"XISF0100":
-        raise BgError("is not a monolithic XISF file; save the picture as .xisf")
-    end = 16 + int.from_bytes(start[8:12], "little")
-    if end > size:
-        raise BgError(f"is cut short: its header ends at byte {end} of {size}; copy or save it again")
-    header = file.read(min(end - 16, HEADER_LIMITS["bytes"])).split(b"\0", 1)[0]  # some writers count padding in
-    parts = header.count(b"<") + header.count(b"=")
-    if end - 16 > HEADER_LIMITS["bytes"] or parts > HEADER_LIMITS["elements and attributes"]:
-        raise BgError("has a header too large to be true; save it again")
+    length = int.from_bytes(start[8:12], "little")
+    _require(start[:8] == b"XISF0100", "is not a monolithic XISF file; save the picture as .xisf")
+    _require(16 + length <= size, f"is cut short: its header ends at byte {16 + length} of {size}")
+    _require(length <= HEADER_BYTES, "has a header too large to be true")
+    header = file.read(length).split(b"\0", 1)[0]  # some writers count padding in
+    _require(header.count(b"<") + header.count(b"=") <= HEADER_PARTS, "has a header too large to be true")
     text = header.decode("utf-8-sig", "replace").lstrip()
-    if re.match(r"<\?xml[^>]*\sencoding\s*=\s*[\"'](?!(utf-?8|utf-16|iso-8859-1)[\"'])", text, re.I):  # all mean UTF-8
-        raise BgError("has a header that is not UTF-8; save it again")
+    _require(not ENCODING.match(text), "has a header that is not UTF-8")
+    _require(not re.search("<!(ENTITY|ATTLIST)", text), "declares XML entities or defaults, which can hide a memory bomb")
     text = NOT_XML_REFERENCE.sub("", NOT_XML.sub("", text))
-    text = text[:text.rfind("</xisf>") + 7] if "</xisf>" in text else text  # a signature may follow
-    builder = ElementTree.TreeBuilder()
-    parser = expat.ParserCreate()  # no namespaces: as in PixInsight, the bare names count
-    parser.buffer_text = True
+    text = "".join(text.rpartition("</xisf>")[:2]) or text  # a signature may follow
+    builder, parser = ElementTree.TreeBuilder(), expat.ParserCreate()  # no namespaces: as in PixInsight, bare names count
     parser.StartElementHandler, parser.EndElementHandler = builder.start, builder.end
-    parser.CharacterDataHandler = builder.data
-    parser.EntityDeclHandler = parser.AttlistDeclHandler = _refuse_declarations
+    parser.CharacterDataHandler, parser.buffer_text = builder.data, True
     try:
         parser.Parse(text, True)
     except expat.ExpatError as error:
-        raise BgError(f"has a header that is not well-formed XML ({error}); save it again") from None
+        raise BgError(f"has a header that is not well-formed XML ({error})") from None
     root = builder.close()
-    level, depth = [root], 0
-    while level:
-        level, depth = [child for element in level for child in element], depth + 1
-    if root.tag != "xisf" or _attribute(root, "version") != "1.0" or depth > HEADER_LIMITS["depth"]:
-        raise BgError("is not XISF version 1.0; save it again")
-    return root, end
+    _require(root.tag == "xisf" and _value(root.attrib, "version") == "1.0", "is not XISF version 1.0")
+    _require(root.find("*/" * HEADER_DEPTH + "*") is None, "has a header nested too deeply to be true")
+    return root, _Opened(file, 16 + length, size, 2 * size)
 
 
-def _refuse_declarations(*_):
-    raise BgError("declares XML entities or defaults, which can hide a memory bomb; save it again")
-
-
-def _attribute(element, name, default=""):
-    """White space around values means nothing, within them one blank."""
-    return " ".join(element.get(name, default).split())
+def _value(attributes, name, default=""):
+    """White space around a value and its colons and commas means nothing."""
+    return re.sub(r"\s*([:,])\s*", r"\1", attributes.get(name, default).strip())
 
 
 def _integers(text, what):
-    """Numbers between colons. Leading zeros are refused: to PixInsight 010 is 8, to others 10."""
-    fields = [part.strip() for part in text.split(":")]
-    if not all(INTEGER.fullmatch(part) for part in fields):
-        raise BgError(f"has a malformed {what} {text[:40]!r}; save it again")
-    return [int(part, 0) for part in fields]
+    """The numbers between colons."""
+    _require(all(INTEGER.fullmatch(part) for part in text.split(":")), f"has a malformed {what} {text[:40]!r}")
+    return [int(part, 0) for part in text.split(":")]
 
 
-class _Block(NamedTuple):
-    """The stored bytes of an element."""
-    stream: object  # the file, or what stood as text in the header
-    position: int
-    size: int
-    attributes: dict  # those that tell how the bytes are packed
+def _one_of(choices, text, what):
+    """What `text` stands for."""
+    _require(text in choices, f"has {what} {text[:40]!r}, which is not read; save it as 32-bit float, grayscale or RGB")
+    return choices[text]
 
 
-def _find_block(element, file, end):
-    """Returns the _Block that `location` names; `end` is where the header ends."""
-    method, _, rest = (part.strip() for part in _attribute(element, "location").partition(":"))
-    attributes = element.attrib
-    if method == "attachment":
-        where, file_size = _integers(rest, "location"), os.fstat(file.fileno()).st_size
-        if len(where) != 2 or where[0] < end:
-            raise BgError(f"has an impossible location {rest[:40]!r}; save it again")
-        if sum(where) > file_size:
-            raise BgError(f"is cut short: its data end at byte {sum(where)} of {file_size}; copy or save it again")
-        return _Block(file, *where, attributes)
-    if method in ("inline", "embedded"):
-        text = "".join([element.text or ""] + [child.tail or "" for child in element])
-        if method == "embedded":
-            data = element.find("Data")
-            if data is None:
-                raise BgError("has an embedded data block without data; save it again")
-            text, rest = data.text or "", _attribute(data, "encoding", "base64")
-            attributes = {**attributes, **data.attrib}
-        decoders = {"base64": lambda text: base64.b64decode(text, validate=True), "hex": bytes.fromhex}
-        try:
-            stored = decoders[rest.lower()]("".join(text.split()))
-        except (KeyError, ValueError):
-            raise BgError(f"has damaged {rest[:40]!r} data; save it again") from None
-        return _Block(io.BytesIO(stored), 0, len(stored), attributes)
+def _read_block(element, opened):
+    """Returns an element's bytes as they are stored, (n,) uint8, and the attributes that tell how they are packed."""
+    location, attributes = _value(element.attrib, "location"), element.attrib
+    method, _, rest = location.partition(":")
     # url() and path() belong to distributed files: nothing but this file is ever opened
-    raise BgError(f"has its data elsewhere ({method[:40]!r}); save it as one monolithic .xisf file")
+    _require(method in ("attachment", "inline", "embedded"),
+             f"has its data elsewhere, at {location[:40]!r}; save it as one monolithic .xisf file")
+    if method == "attachment":
+        where = _integers(rest, "location")  # position and size
+        _require(len(where) == 2 and where[0] >= opened.start, f"has an impossible location {rest[:40]!r}")
+        _require(sum(where) <= opened.size, f"is cut short: its data end at byte {sum(where)} of {opened.size}")
+        opened.room -= where[1]
+        _require(opened.room >= 0, "has data that overlap with others")
+        opened.file.seek(where[0])
+        stored = np.fromfile(opened.file, np.uint8, where[1])
+    else:
+        data = element if method == "inline" else element.find("Data")
+        _require(data is not None, "has an embedded data block without data")
+        if method == "embedded":
+            attributes, rest = {**attributes, **data.attrib}, _value(data.attrib, "encoding", "base64")
+        decoders = {"base64": lambda text: base64.b64decode(text, validate=True), "hex": bytes.fromhex}
+        decode = _one_of(decoders, rest.lower(), "data in the encoding")
+        try:
+            stored = np.frombuffer(bytearray(decode("".join((data.text or "").split()))), np.uint8)
+        except ValueError:
+            raise BgError(f"has damaged {rest} data") from None
+    if "checksum" in attributes:
+        name, _, digest = _value(attributes, "checksum").lower().partition(":")
+        actual = hashlib.new(_one_of(CHECKSUMS, name, "a checksum of the kind"), stored).hexdigest()
+        _require(actual == digest, "is damaged: its data do not match their checksum")
+    return stored, attributes
 
 
-def _verify(block):
-    """Raises BgError if the block has a checksum that its bytes do not match."""
-    if "checksum" not in block.attributes:
-        return
-    name, _, digest = (part.strip() for part in block.attributes["checksum"].lower().partition(":"))
-    name = name.replace("sha-", "sha").replace("sha3-", "sha3_")
-    if name not in ("sha1", "sha256", "sha512", "sha3_256", "sha3_512"):
-        raise BgError(f"has a checksum of the unknown kind {name[:40]!r}; save it again")
-    actual = hashlib.new(name)
-    for offset in range(0, block.size, 1 << 20):
-        actual.update(_read_stored(block, offset, min(1 << 20, block.size - offset)))
-    if actual.hexdigest() != digest:
-        raise BgError("is damaged: its data do not match their checksum; copy or save it again")
-
-
-def _read_stored(block, offset, size, target=None):
-    """Returns stored bytes, in `target`, a contiguous array of that size, if given."""
-    target = np.empty(size, np.uint8) if target is None else target
-    block.stream.seek(block.position + offset)
-    if block.stream.readinto(target) != size:
-        raise BgError("was cut short while it was read; copy it again")
-    return target
-
-
-def _packing(block):
-    """Returns (codec, item size of the byte shuffling, unpacked size, [(stored, unpacked) size of each piece])."""
-    if "compression" not in block.attributes:
-        return "", 1, block.size, []
-    text = block.attributes["compression"].lower()
-    codec, _, shuffle = text.partition(":")[0].strip().partition("+")
-    if codec not in CODEC_RATIOS or shuffle not in ("", "sh"):
-        raise BgError(f"is compressed in the unknown way {text[:40]!r}; save it again")
-    numbers = _integers(text.partition(":")[2], "compression")
-    size, item = (numbers + [0 if shuffle else 1])[:2]
-    sizes = [block.size, size]
-    if "subblocks" in block.attributes:
-        sizes = _integers(block.attributes["subblocks"].replace(",", ":"), "list of sub-blocks")
-    pieces = list(zip(sizes[::2], sizes[1::2]))
-    if (not 1 <= item <= 16 or len(numbers) > 2 or len(sizes) % 2 or 0 in sizes
-            or sum(sizes[::2]) != block.size or sum(sizes[1::2]) != size):
-        raise BgError(f"has a compressed block that contradicts itself ({text[:40]!r}); save it again")
-    if any(full > CODEC_RATIOS[codec] * stored for stored, full in pieces):
-        raise BgError("claims more data than its compressed block can hold; copy or save it again")
-    return codec, item if shuffle else 1, size, pieces
-
-
-def _unpack(block, target):
-    """Read, decompress and unshuffle a block into `target`, (n,) uint8 of the unpacked size."""
-    codec, item, size, pieces = _packing(block)
+def _read_samples(image, opened, kind, count):
+    """Returns the image's `count` samples as they are stored, (count,) of the type `kind` in the file's byte order."""
+    stored, attributes = _read_block(image, opened)
+    order = _one_of({"little": "<", "big": ">"}, _value(attributes, "byteOrder", "little"), "the byte order")
+    dtype = np.dtype(order + kind)
+    codec, size, item = None, len(stored), 1
+    if "compression" in attributes:
+        packing = _value(attributes, "compression").lower()
+        match = COMPRESSION.fullmatch(packing)
+        _require(match and (match[4] or not match[2]), f"is compressed in the unknown way {packing[:40]!r}")
+        codec, size, item = match[1], int(match[3]), int(match[4]) if match[2] else 1
+    # Checked before memory is taken that the stored bytes do not vouch for
+    _require(size == count * dtype.itemsize, f"is damaged: its data hold {size} bytes, not {count} samples")
     if not codec:
-        _read_stored(block, 0, size, target)
-        return
-    parts, position = [], 0
-    for stored_size, piece_size in pieces:
-        parts.append(_decompress(codec, memoryview(_read_stored(block, position, stored_size)), piece_size))
-        position += stored_size
-    data = np.frombuffer(b"".join(parts), np.uint8)  # of one part: that part itself, not a copy
-    del parts
-    count = size // item
+        return stored.view(dtype)
+    sizes = [len(stored), size]  # of each piece, as stored and in full
+    if "subblocks" in attributes:
+        sizes = _integers(_value(attributes, "subblocks").replace(",", ":"), "list of sub-blocks")
+    fit = len(sizes) % 2 == 0 and 0 not in sizes and sum(sizes[::2]) == len(stored) and sum(sizes[1::2]) == size
+    _require(fit, "has a compressed block that contradicts itself")
+    pieces = np.split(stored, np.cumsum(sizes[:-2:2]))
+    pieces = [_decompress(codec, memoryview(piece), full) for piece, full in zip(pieces, sizes[1::2])]
+    data = np.frombuffer(b"".join(pieces), np.uint8)  # of one piece: that piece itself, not a copy
+    del stored, pieces
+    samples, items = np.empty(size, np.uint8), size // item
     for byte in range(item):  # shuffled data are byte 0 of every item, then byte 1, ...; then the rest as it was
-        target[byte:count * item:item] = data[byte * count:(byte + 1) * count]
-    target[count * item:] = data[count * item:]
+        samples[byte:items * item:item] = data[byte * items:(byte + 1) * items]
+    samples[items * item:] = data[items * item:]
+    return samples.view(dtype)
 
 
 def _decompress(codec, stored, size):
     """Returns the `size` bytes that `stored` holds; never expands further."""
     import lz4.block
     import zstandard
-
+    if len(stored) == size:  # what does not shrink is stored as it was
+        return stored
+    _require(size <= CODEC_RATIOS[codec] * len(stored), "claims more data than its compressed block can hold")
     data = b""
-    try:
+    with suppress(zlib.error, lz4.block.LZ4BlockError, zstandard.ZstdError, ValueError, OverflowError):
         if codec == "zlib":
             decoder = zlib.decompressobj()
             data = decoder.decompress(stored, size + 1)
-            data = data if decoder.eof else b""
+            data = data if decoder.eof else b""  # the stream's own checksum stands at its end
         elif codec == "zstd":
-            if zstandard.frame_content_size(stored) == size:
-                data = zstandard.ZstdDecompressor().decompress(stored, max_output_size=size)
-        elif len(stored) != size:  # LZ4 would make something of uncompressed data, too
+            data = zstandard.decompress(stored) if zstandard.frame_content_size(stored) == size else b""
+        else:
             data = lz4.block.decompress(stored, uncompressed_size=size)
-    except (zlib.error, lz4.block.LZ4BlockError, zstandard.ZstdError, ValueError, OverflowError):
-        pass
-    if len(data) != size:
-        if len(stored) < size:
-            raise BgError("is damaged: its data cannot be decompressed; copy or save it again")
-        return stored[:size]  # PixInsight stores what does not shrink as it was; others may store it compressed
+    if len(data) != size:  # PixInsight takes the first bytes as they are; other programs keep a longer stream
+        _require(len(stored) > size, "is damaged: its data cannot be decompressed")
+        return stored[:size]
     return data
 
 
-def _read_pixels(root, file, end, warnings):
+def _read_pixels(root, opened, warnings):
     """Returns the first image's samples, (c, h, w) in [0, 1]; adds to `warnings`."""
     images = root.findall("Image")
-    if not images:
-        raise BgError("holds no image; open it in the program that wrote it and save the image again")
+    _require(images, "holds no image; open it in the program that wrote it and save the image again")
     if len(images) > 1:
         warnings.append(f"holds {len(images)} images: only the first is used and kept")
-    image = images[0]
-    kind, color = _attribute(image, "sampleFormat").lower(), _attribute(image, "colorSpace", "Gray").lower()
-    if kind not in XISF_TYPES:
-        raise BgError(f"has samples of the kind {kind[:40]!r}, which are not read; save it as 32-bit floating point")
-    if color not in ("gray", "rgb"):
-        raise BgError(f"has the color space {color[:40]!r}, which is not read; save it as grayscale or RGB")
-    geometry = _integers(_attribute(image, "geometry"), "geometry")
-    if len(geometry) != 3 or not all(0 < number < 1 << 31 for number in geometry):
-        raise BgError("does not hold a two-dimensional picture; save it as width:height:channels")
-    (w, h, c), colors = geometry, 3 if color == "rgb" else 1
-    if c < colors:
-        raise BgError(f"is called RGB but has {c} channel(s); save it again")
+    attributes = images[0].attrib
+    kind = _one_of(XISF_TYPES, _value(attributes, "sampleFormat").lower(), "samples of the kind")
+    colors = _one_of({"gray": 1, "rgb": 3}, _value(attributes, "colorSpace", "Gray").lower(), "the color space")
+    storage = _value(attributes, "pixelStorage", "Planar").lower()
+    normal = _one_of({"planar": False, "normal": True}, storage, "its samples in the order")
+    geometry = _integers(_value(attributes, "geometry"), "geometry")
+    _require(len(geometry) == 3 and 0 not in geometry, "is no two-dimensional picture; save it as width:height:channels")
+    w, h, c = geometry
+    _require(c >= colors, f"is called RGB but has {c} channel(s)")
     if c > colors:
         warnings.append(f"has {c - colors} alpha channel(s): dropped")
-    block = _find_block(image, file, end)
-    storage = _attribute(image, "pixelStorage", "Planar").lower()
-    order = block.attributes.get("byteOrder", "little").strip()
-    if storage not in ("planar", "normal") or order not in ("little", "big"):
-        raise BgError(f"has its samples in an unknown order ({storage[:40]!r}, {order[:40]!r}); save it again")
-    dtype = np.dtype({"little": "<", "big": ">"}[order] + XISF_TYPES[kind])
-    lower, upper = _bounds(image.get("bounds"), dtype)
-    size = w * h * c * dtype.itemsize
-    if _packing(block)[2] != size:  # so no memory is taken that the stored bytes do not vouch for
-        raise BgError(f"is damaged: its data are not those of {w} x {h} x {c} samples; copy or save it again")
-    _verify(block)
-
-    planes = np.empty((c, h, w), np.float64 if kind == "float64" else np.float32)
-    in_place = storage == "planar" and dtype.kind == "f"  # large pictures are mostly this
-    raw = planes.reshape(-1).view(np.uint8) if in_place else np.empty(size, np.uint8)
-    _unpack(block, raw)
-    samples = raw.view(dtype).reshape((c, h, w) if storage == "planar" else (h, w, c))
-    samples = samples if storage == "planar" else np.moveaxis(samples, 2, 0)
-    planes, below, above = planes[:colors], 0, 0
+    samples = _read_samples(images[0], opened, kind, w * h * c)
+    lower, upper = _bounds(attributes, samples.dtype)
+    samples = (np.moveaxis(samples.reshape(h, w, c), 2, 0) if normal else samples.reshape(c, h, w))[:colors]
+    dtype, below, above = np.dtype(np.float64 if kind == "f8" else np.float32), 0, 0
+    # Large pictures are mostly planar floats: they stay where they were read
+    planes = samples if samples.dtype == dtype and not normal else np.empty((colors, h, w), dtype)
     rows = max(1, SAMPLES_AT_ONCE // w)
-    tiny = np.finfo(planes.dtype).tiny
     for i, y in itertools.product(range(colors), range(0, h, rows)):
-        strip, target = samples[i, y:y + rows], planes[i, y:y + rows]
-        values = target
+        values, target = samples[i, y:y + rows], planes[i, y:y + rows]
         with np.errstate(all="ignore"):  # NaNs and infinities stay what they are
-            if not (in_place and dtype.isnative and (lower, upper) == (0, 1)):
-                values = (strip.astype(np.float64) - lower) / (upper - lower)
+            if (lower, upper) != (0, 1):
+                values = (values.astype(np.float64) - lower) / (upper - lower)
             if not (values.min() >= 0 and values.max() <= 1):
                 dark, bright = (values < 0) & (values > -np.inf), (values > 1) & (values < np.inf)
-                values[dark], values[bright] = tiny, 1
+                values = np.where(dark, np.finfo(dtype).tiny, np.where(bright, 1, values))
                 below, above = below + np.count_nonzero(dark), above + np.count_nonzero(bright)
-            if values is not target:
-                target[...] = values
+            target[...] = values
     if below or above:
         warnings.append(f"has {below} samples below and {above} above its bounds {lower:g}:{upper:g}: clipped")
     return planes
 
 
-def _bounds(text, dtype):
-    """The values that mean black and white."""
-    full = 2.0 ** (8 * dtype.itemsize) - 1
-    if text is None and dtype.kind == "u":
-        return 0.0, full
+def _bounds(attributes, dtype):
+    """The values that mean black and white. Integers may leave them out, floats may not."""
+    full = 2.0 ** (8 * dtype.itemsize) - 1 if dtype.kind == "u" else math.inf
     try:
-        lower, upper = sorted(float(part) for part in (text or "").split(":")[:2])
+        lower, upper = sorted(float(part) for part in _value(attributes, "bounds", f"0:{full}").split(":")[:2])
     except ValueError:
-        raise BgError(f"has no valid bounds, its black and white ({(text or '')[:40]!r}); save it again") from None
-    if not (math.isfinite(upper - lower) and upper > lower) or (dtype.kind == "u" and not 0 <= lower < upper <= full):
-        raise BgError(f"has impossible bounds {text[:40]!r}; save it again")
+        lower = upper = math.nan
+    possible = 0 < upper - lower < math.inf and (dtype.kind == "f" or 0 <= lower and upper <= full)
+    _require(possible, f"has no or impossible bounds, its black and white: {attributes.get('bounds', '')[:40]!r}")
     return lower, upper
 
 
-def _read_source(root, file, end, warnings):
+def _read_source(root, opened, warnings):
     """Returns the Source; what cannot be carried over is left out and named in `warnings`."""
-    image = root.find("Image")
-    loose = [element for element in root if element.tag not in ("Image", "Metadata", "Signature")]
-    targets = {element.get("uid"): element for element in loose if "uid" in element.attrib}
-    for index, child in enumerate(list(image)):  # PixInsight does not follow references: put the element in its place
-        if child.tag == "Reference" and child.get("ref") in targets:
-            image[index] = targets.pop(child.get("ref"))
-            loose.remove(image[index])
-    metadata = [child for child in root.iterfind("Metadata/Property") if not STALE_METADATA.match(child.get("id", ""))]
-    room, blocks, stale, lost = os.fstat(file.fileno()).st_size, {}, [], []
-
-    def carry(element):
-        """Read its blocks into `blocks`, and mend what is sure to be meant."""
-        nonlocal room
-        if element.tag == "FITSKeyword":
-            element.attrib.update({"value": "", "comment": "", **element.attrib})
-        if element.tag == "Property" and _attribute(element, "type").lower() == "boolean":
-            value = _attribute(element, "value").lower()
-            element.set("value", {"1": "true", "t": "true", "0": "false", "f": "false"}.get(value, value))
-        for part in element.iter():
-            block = _find_block(part, file, end) if "location" in part.attrib else None
-            if block and block.stream is file:
-                key = f"attachment:{block.position}:{block.size}"
-                part.set("location", key)
-                if key not in blocks:  # several elements may share one block, but none can overlap without end
-                    room -= block.size
-                    if room < 0:
-                        raise BgError("has data that overlap with others; save it again")
-                    _verify(block)
-                    blocks[key] = _read_stored(block, 0, block.size)
-            elif block:
-                _verify(block)
-
-    for parent in (image, loose, metadata):
-        for element in list(parent):
-            element.tail = None
+    image, metadata = root.find("Image"), ElementTree.Element("Metadata")
+    loose = {element.get("uid", number): element for number, element in enumerate(root)
+             if element.tag not in ("Image", "Metadata", "Signature")}
+    for number, child in enumerate(image):  # PixInsight does not follow references: put the element in its place
+        if child.tag == "Reference" and child.get("ref") in loose:
+            image[number] = loose.pop(child.get("ref"))
+    metadata[:] = root.findall("Metadata/Property")
+    root = ElementTree.Element("xisf", {name: value for name, value in root.attrib.items() if name.startswith("xmlns:")})
+    root[:] = loose.values()
+    blocks, untrue, lost = {}, [], []
+    for parent in (image, root, metadata):
+        kept = []
+        for element in parent:
             name = element.get("id") or element.get("name") or ""
-            pattern = {"FITSKeyword": STALE_KEYWORD, "Property": STALE_PROPERTY}.get(element.tag)
-            try:
-                if pattern and pattern.fullmatch(name):
-                    stale.append(name)
-                elif element.tag not in ("Data", "Thumbnail"):
-                    carry(element)
-                    continue
-            except BgError as error:
-                lost.append(f"{element.tag} {name[:80]!r}, which {error}")
-            parent.remove(element)
+            if OF_THE_PIXELS.match(f"{element.tag} {name}"):
+                untrue.append(name)
+            elif not OF_THE_FILE.match(f"{element.tag} {name}"):
+                try:
+                    blocks.update(_carry(element, opened, blocks))
+                    kept.append(element)
+                except BgError as error:
+                    lost.append(f"{element.tag} {name[:80]!r}, which {error}")
+        parent[:] = kept
     if lost:
         warnings.append(f"loses {len(lost)} element(s): {', '.join(lost)[:300]}")
-    if stale:
-        warnings.append(f"had {', '.join(stale)[:200]}: not kept, the new pixels make them untrue")
+    if untrue:
+        warnings.append(f"had {', '.join(untrue)[:200]}: not kept, the new pixels make them untrue")
     if image.find("ColorFilterArray") is not None:
         warnings.append("is a color filter mosaic: debayer it first, or its colors are fitted as one")
-    for name in STALE_ATTRIBUTES:
+    for name in ("location", "compression", "subblocks", "checksum", "byteOrder", "pixelStorage", "offset"):
         image.attrib.pop(name, None)
-    image.text = None  # pixels, if they stood there
-    used = {part.get("location") for parent in (image, *loose, *metadata) for part in parent.iter()}
-    return Source(image, loose, metadata, {name: value for name, value in root.attrib.items() if "xmlns:" in name},
-                  {key: block for key, block in blocks.items() if key in used})
+    if not re.fullmatch("[_a-zA-Z][_a-zA-Z0-9]*", image.get("id", "_")):
+        del image.attrib["id"]
+    image.text = image.tail = None  # pixels, if they stood there
+    root[:] = [image, *root, metadata]
+    return Source(root, blocks)
+
+
+def _carry(element, opened, blocks):
+    """Mend what is sure to be meant in an element; returns its attached bytes that are not in `blocks` yet."""
+    if element.tag == "FITSKeyword":
+        element.attrib.update({"value": "", "comment": "", **element.attrib})
+    if element.tag == "Property" and _value(element.attrib, "type").lower() == "boolean":
+        value = _value(element.attrib, "value").lower()
+        element.set("value", {"1": "true", "t": "true", "0": "false", "f": "false"}.get(value, value))
+    element.tail, attached = None, {}
+    for part in element.iter():
+        location = part.get("location")
+        if location is not None and location not in blocks:  # several elements may share one block
+            stored, _ = _read_block(part, opened)
+            if "attachment" in location:  # others stand in the element itself
+                attached[location] = stored
+    return attached
+
+
+def plate_solution(source):
+    """Returns what of a Source is true of any picture of the same frame, a mask for one: where in the sky it is."""
+    root = ElementTree.XML("<xisf><Image/><Metadata/></xisf>")
+    root.find("Image")[:] = [element for element in source.root.find("Image")
+                             if OF_THE_SKY.match(f"{element.tag} {element.get('id') or element.get('name')}")]
+    return Source(root, source.blocks)
 
 
 def write_xisf(file, planes, source=None, history=(), compress=False, image_id=None):
     """Write a picture as a monolithic XISF file.
 
-    file: binary, writable, seekable, empty. planes: (c, h, w), c = 1 or 3, float32 or float64 in [0, 1]. source: a
-    Source, whose metadata are kept; it is not changed. history: lines, added as HISTORY keywords. compress: lz4hc with
-    byte shuffling, or zstd where PixInsight would not read that. image_id: the image's name, if not the source's.
+    file: binary, writable, seekable, empty. planes: (c, h, w), c = 1 or 3, float32 or float64 in [0, 1]; an array, or
+    anything with `shape` and `dtype` that yields one (h, w) plane after the other. source: a Source, whose metadata are
+    kept; it is not changed. history: lines, added as HISTORY keywords. compress: lz4hc with byte shuffling, or zstd
+    where PixInsight would not read that. image_id: the image's name, if not the source's.
     """
-    source = source or Source(ElementTree.Element("Image"))
-    image, loose, described = copy.deepcopy((source.image, source.loose, source.metadata))
-    c, h, w = planes.shape
-    image.attrib.update(geometry=f"{w}:{h}:{c}", sampleFormat=f"Float{8 * planes.itemsize}",
-                        bounds="0:1", colorSpace="RGB" if c == 3 else "Gray", **({"id": image_id} if image_id else {}))
+    root = copy.deepcopy(source.root) if source else ElementTree.XML("<xisf><Image/><Metadata/></xisf>")
+    image, metadata = root.find("Image"), root.find("Metadata")
+    (c, h, w), item = planes.shape, planes.dtype.itemsize
+    root.attrib.update(XISF_ROOT)
+    image.attrib.update(geometry=f"{w}:{h}:{c}", sampleFormat=f"Float{8 * item}", bounds="0:1", location="pixels",
+                        colorSpace="RGB" if c == 3 else "Gray", **({"id": image_id} if image_id else {}))
     lines = [part for line in history for part in textwrap.wrap(line, 72)]
-    place = max([i for i, element in enumerate(image, 1) if element.tag == "FITSKeyword"], default=0)
-    image[place:place] = [ElementTree.Element("FITSKeyword", {"name": "HISTORY", "value": "", "comment": line})
-                          for line in lines]
+    for line in lines:
+        ElementTree.SubElement(image, "FITSKeyword", name="HISTORY", value="", comment=line)
     for element in image.findall("Property[@id='Processing:History']"):  # to be kept and appended to, says the text
         if "location" not in element.attrib:
             element.text = "\n".join([element.text or ""] + lines)
-    metadata = ElementTree.Element("Metadata")
     now = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
-    ElementTree.SubElement(metadata, "Property", {"id": "XISF:CreationTime", "type": "TimePoint", "value": now})
-    creator = ElementTree.SubElement(metadata, "Property", {"id": "XISF:CreatorApplication", "type": "String"})
+    ElementTree.SubElement(metadata, "Property", id="XISF:CreationTime", type="TimePoint", value=now)
+    creator = ElementTree.SubElement(metadata, "Property", id="XISF:CreatorApplication", type="String")
     creator.text = f"bgoptimizer {VERSION}"
-    metadata.extend(described)
-    root = ElementTree.Element("xisf", {**source.namespaces, **XISF_ROOT})
-    root.extend([image, *loose, metadata])
 
-    # The header stands first but is known last: leave room for the positions, at most 128 characters each
-    places = [element for element in root.iter() if element.get("location") in source.blocks]
-    moved, position = {}, 16 + len(_markup(root).encode()) + 128 * (len(places) + 2)
-    for key, block in source.blocks.items():
-        position += -position % ALIGNMENT
-        moved[key] = f"attachment:{position}:{len(block)}"
-        file.seek(position)
-        file.write(block)
-        position += len(block)
+    size, pieces = c * h * w * item, (np.ascontiguousarray(plane, f"<f{item}") for plane in planes)
+    if compress:
+        codec, packed = _compress(planes, size)
+        if len(packed) < size:
+            image.set("compression", f"{codec}+sh:{size}:{item}")
+            size, pieces = len(packed), [packed]
+    blocks = {location: (len(block), [block]) for location, block in source.blocks.items()} if source else {}
+    blocks["pixels"] = size, pieces
+    # The header stands first and names where the blocks behind it are: leave room for that, 64 bytes each are plenty
+    places, positions = [element for element in root.iter() if element.get("location") in blocks], {}
+    position = 16 + len(_markup(root)) + 64 * len(places)
     for element in places:
-        element.set("location", moved[element.get("location")])
-    file.seek(position + -position % ALIGNMENT)
-    image.attrib.update(_write_pixels(file, planes, compress))
-    header = b'<?xml version="1.0" encoding="UTF-8"?>' + _markup(root).encode()
-    file.seek(0)
+        location = element.get("location")
+        if location not in positions:
+            positions[location] = position + -position % ALIGNMENT
+            position = positions[location] + blocks[location][0]
+        element.set("location", f"attachment:{positions[location]}:{blocks[location][0]}")
+    header = _markup(root)
     file.write(b"XISF0100" + len(header).to_bytes(4, "little") + bytes(4) + header)
+    for location, position in positions.items():
+        file.seek(position)
+        for piece in blocks[location][1]:
+            file.write(piece)
 
 
-def _write_pixels(file, planes, compress):
-    """Write the block where `file` stands; returns the attributes that describe it."""
-    start, size, item = file.tell(), planes.nbytes, planes.itemsize
-    planes = np.ascontiguousarray(planes, planes.dtype.newbyteorder("<"))
-    columns = planes.reshape(-1).view(np.uint8).reshape(-1, item).T  # byte 0 of every sample, byte 1, ...
-    codec, stored = "lz4hc+sh", size
-    if compress and size <= LZ4_LIMIT:
-        import lz4.block
-        packed = lz4.block.compress(np.ascontiguousarray(columns), mode="high_compression", store_size=False)
-        stored = file.write(packed) if len(packed) < size else size
-    elif compress:
-        import zstandard
-        codec = "zstd+sh"
-        with zstandard.ZstdCompressor(threads=-1).stream_writer(file, size=size, closefd=False) as writer:
-            for column in columns:
-                writer.write(np.ascontiguousarray(column))
-        stored = file.tell() - start
-    if stored < size:
-        return {"location": f"attachment:{start}:{stored}", "compression": f"{codec}:{size}:{item}"}
-    file.seek(start)
-    file.truncate()
-    file.write(planes.reshape(-1).view(np.uint8))
-    return {"location": f"attachment:{start}:{size}"}
+def _compress(planes, size):
+    """Returns the codec, and the compressed planes: byte 0 of every sample, then byte 1, ..."""
+    import lz4.block
+    import zstandard
+    (c, h, w), item = planes.shape, planes.dtype.itemsize
+    shuffled = np.empty((item, c, h * w), np.uint8)
+    for channel, plane in enumerate(planes):
+        shuffled[:, channel] = np.ascontiguousarray(plane, f"<f{item}").reshape(-1).view(np.uint8).reshape(-1, item).T
+    if size > LZ4_LIMIT:
+        return "zstd", zstandard.ZstdCompressor(threads=-1).compress(shuffled)
+    return "lz4hc", lz4.block.compress(shuffled, mode="high_compression", store_size=False)
 
 
-def _markup(element):
-    """Returns the element as XML. ElementTree's own lets control characters out and loses carriage returns."""
-    def escaped(text, inside=False):
-        if text is None or (inside and len(element) and text.isspace()):  # between elements blanks mean nothing
-            return ""
-        return saxutils.escape(NOT_XML.sub("", text), {'"': "&quot;", "\t": "&#9;", "\n": "&#10;", "\r": "&#13;"})
-
-    inner = escaped(element.text, True) + "".join(_markup(child) + escaped(child.tail, True) for child in element)
-    attributes = "".join(f' {name}="{escaped(value)}"' for name, value in element.attrib.items())
-    return f"<{element.tag}{attributes}>{inner}</{element.tag}>" if inner else f"<{element.tag}{attributes}/>"
+def _markup(root):
+    """Returns the header. Parsers would turn a bare carriage return or tab into something else."""
+    text = '<?xml version="1.0" encoding="UTF-8"?>' + ElementTree.tostring(root, encoding="unicode")
+    return NOT_XML.sub("", text).replace("\r", "&#13;").replace("\t", "&#9;").encode()
 
 
 @contextmanager
@@ -633,8 +576,7 @@ def atomic_outputs(*paths):
         for temp, path in zip(temps, paths):
             os.replace(temp, path)
     except OSError as error:
-        folder = os.path.dirname(paths[0]) or "."
-        reason = error.strerror or error
+        folder, reason = os.path.dirname(paths[0]) or ".", error.strerror or error
         raise BgError(f"cannot write to {folder}: {reason}; free space or choose another folder") from None
     finally:
         for temp in temps:
@@ -1034,6 +976,7 @@ def interpolate_spline(train_points, train_values, query_points, order, regulari
 def import_tensorflow():
     """TensorFlow, imported where it is first needed: it takes seconds, and help, errors and preview need none of it."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")  # else it takes all of a GPU's memory at once
     try:
         return importlib.import_module("tensorflow")
     except Exception as error:  # missing, or broken in one of many ways: it fails with almost any error
@@ -1108,8 +1051,8 @@ def start_positions(settings: Settings, shape: Tuple[int, int]) -> np.ndarray:
 # as these lie above the sky's own surface, and under them the sky is bridged: held by what is around it, and
 # never above the picture, for an object only adds light. How stiff that surface must be, cross-validation tells.
 
-CELLS = 120
-"""Cells along the longer side of the copy that the choices are made on. A cell's noise is some 1/20 of a pixel's."""
+CELLS = 130
+"""About so many cells stand along the longer side of the copy that the choices are made on. A cell's noise is some 1/20 of a pixel's."""
 
 SKY_POINTS = 96
 """Control points of the surface on the cells. Its stiffness, not their number, decides how it bends."""
@@ -1126,22 +1069,27 @@ TOLERANCE = 0.012
 FOLD_TILES, FOLDS = 96, 4
 """Cross-validation holds out tiles, 8 x 12 of them, and not pixels: a neighbor knows too much about a pixel."""
 
-ROUGH_SIGMA, ROUGH_DENSITY, ROUGH_WINDOW = 3.5, 0.2, 0.05
-"""A cell is rough if its detail is so many sigma, a region is an object if so many of its cells are rough, within a window
+ROUGH_SIGMA, ROUGH_SCALE, ROUGH_DENSITY, ROUGH_WINDOW = 3.5, 1.4, 0.2, 0.05
+"""A cell is rough if it stands so many sigma off the Gaussian mean of so many cells about it; a region is an object if so many of its cells are rough, within a window
 of this part of the longer side: lone stars stay single cells, nebulae and galaxies close up."""
 
-HALO_SIGMA = 3.0
-"""Light this far above the sky's surface belongs to the object that it touches."""
+HALO_SIGMA, HALO_SMOOTHING = 3.0, 0.003
+"""Light so many sigma above the sky's surface, fitted with this smoothing, belongs to the object that it touches."""
 
 STIFFEST_FIT = 10.0
 """Largest smoothing of the interpolation during a fit with --auto, which starts from the stiff surface anyway: beyond, the
 equations lose their digits in Float32."""
 
 PLAIN_SMOOTHING = (0.03, 1.0)
-"""Range of the smoothing chosen for a plain run. Its control points start on the picture itself and have `-e` epochs to
-settle: above 1 they do not get there, below 0.03 they dig into objects (truth bench, `tests/truth.py`)."""
+"""Range of the smoothing chosen for a plain run, whose control points start on the picture itself and have `-e` epochs to
+settle: above 1 they do not get there, below 0.03 they dig into objects. Within it the best one goes with the square root
+of the smoothing that the sky alone would have (measured on the truth bench, `tests/truth.py`)."""
 
-LITTLE_SKY = 0.25
+HELD_BACK = 0.25
+"""A surface may leave the range that it has over the sky it was fitted to by this part of the range, and no further: a
+corner without sky, or hills, cannot make it run away."""
+
+LITTLE_SKY = 0.1
 """Below this share of sky the surface is kept nearly flat: there is too little to tell glow from object."""
 
 BRIDGE_WEIGHT = 0.5
@@ -1165,10 +1113,13 @@ class _Cells:
         return total / np.maximum(ndimage.gaussian_filter(self.usable.astype(float), sigma), 1e-6)[..., None]
 
 
-def _make_cells(prepared: Prepared) -> _Cells:
+def _make_cells(prepared: Prepared, threshold_max: float) -> _Cells:
     from scipy import ndimage
-    usable = prepared.used & prepared.present.all(-1)
-    size = -(-max(usable.shape) // CELLS)
+    # What is too dark for the fit stays in: a dark foreground is told by its step from the sky.
+    usable = (prepared.present & (prepared.image <= threshold_max)).all(-1)
+    if prepared.given is not None:
+        usable &= (prepared.given > 0).any(-1)
+    size = max(1, round(max(usable.shape) / CELLS))
     samples = np.where(usable[..., None], prepared.image, np.nan)
     values = np.stack([reduce_plane(np.ascontiguousarray(plane), size) for plane in np.moveaxis(samples, -1, 0)], -1).astype(float)
     share = _reduce_mask(usable.astype(np.float32), size)
@@ -1234,19 +1185,34 @@ class _Bending:
         """(..., n): values at the control points -> surface at query (..., 2)."""
         return spline_matrix(query, self.positions, 2, 0.0)
 
-    def normal(self, weight: np.ndarray) -> List[Tuple[np.ndarray, np.ndarray, float]]:
-        """Normal equations of each channel, for weights (h, w, c) of squared residuals over noise."""
-        parts = []
-        for k in range(weight.shape[-1]):
-            w = (weight[..., k] / self.cells.noise[..., k]**2).ravel()
-            weighted = self.matrix * w[:, None]
-            parts.append((weighted.T @ self.matrix, weighted.T @ self.cells.values[..., k].ravel(), w.sum()))
-        return parts
+    def normal(self, weight: np.ndarray, bound: Optional[np.ndarray] = None) -> Tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Normal equations: grams (c, n, n), right sides (c, n), sums of weights (c,).
 
-    def solve(self, parts, smoothing: float) -> np.ndarray:
+        Args:
+            weight: (h, w) of squared residuals over noise; alike for all channels, so that they share one product.
+            bound: (h, w, c) further weights, 0 nearly everywhere.
+        """
+        count = self.cells.values.shape[-1]
+        values = self.cells.values.reshape(-1, count)
+        inverse = 1 / (self.cells.noise**2).mean(-1).ravel()
+        w = weight.ravel() * inverse
+        weighted = self.matrix * w[:, None]
+        grams, right = np.repeat((weighted.T @ self.matrix)[None], count, 0), (weighted.T @ values).T
+        total = np.full(count, w.sum())
+        for k in range(count if bound is not None else 0):
+            rows = np.flatnonzero(bound[..., k])
+            w = bound[..., k].ravel()[rows] * inverse[rows]
+            weighted = self.matrix[rows] * w[:, None]
+            grams[k] += weighted.T @ self.matrix[rows]
+            right[k] += weighted.T @ values[rows, k]
+            total[k] += w.sum()
+        return grams, right, total
+
+    def solve(self, normal: Tuple[np.ndarray, np.ndarray, np.ndarray], smoothing: float) -> np.ndarray:
         """(n, c) values at the control points."""
+        grams, right, total = normal
         energy = smoothing * STIFFNESS_UNIT * self.energy + 1e-10 * np.eye(len(self.energy))
-        return np.stack([np.linalg.solve(gram / total + energy, right / total) for gram, right, total in parts], -1)
+        return np.linalg.solve(grams / total[:, None, None] + energy, right[..., None] / total[:, None, None])[..., 0].T
 
     def residual(self, values: np.ndarray) -> np.ndarray:
         """(h, w, c) picture less surface, in units of the noise."""
@@ -1256,13 +1222,13 @@ class _Bending:
         """Robust fit that lets go of what it cannot meet: (h, w, c) residual. weight: (h, w)."""
         now = weight
         for k in range(rounds):
-            residual = self.residual(self.solve(self.normal(np.broadcast_to(now[..., None], self.cells.values.shape)), smoothing))
+            residual = self.residual(self.solve(self.normal(now), smoothing))
             spread = np.median(np.abs(residual.mean(-1))[weight > 0])
             scale = max(1.5, spread * (1 + 3 * 0.7**k))  # narrowed step by step, or the start decides
             now = weight / (scale**2 + (residual**2).mean(-1))
         return residual
 
-    def bridge(self, sky: np.ndarray, bound: np.ndarray, smoothing: float, rounds: int = 6) -> Tuple[np.ndarray, np.ndarray]:
+    def bridge(self, sky: np.ndarray, bound: np.ndarray, smoothing: float, rounds: int = 6) -> Tuple[np.ndarray, Tuple]:
         """Fit to the sky's cells, held below the picture elsewhere.
 
         Args:
@@ -1270,23 +1236,23 @@ class _Bending:
             smoothing: see `SMOOTHINGS`.
 
         Returns:
-            (n, c) values at the control points, and the (h, w, c) weights that they are the solution for.
+            (n, c) values at the control points, and the weights for `normal` that they are the solution for.
         """
-        weight = np.broadcast_to(sky[..., None], self.cells.values.shape)
+        kept, below = sky, None
         for _ in range(rounds):
-            values = self.solve(self.normal(weight), smoothing)
+            values = self.solve(self.normal(kept, below), smoothing)
             residual = self.residual(values)
             size = np.sqrt((residual**2).mean(-1))
             spread = max(1.0, 1.2 * np.median(size[sky > 0]))
             kept = sky * np.minimum(1, 2.5 * spread / np.maximum(size, 1e-9))  # Huber: far cells pull, but no harder
-            weight = kept[..., None] + bound[..., None] * (residual < 0)
-        return values, weight
+            below = bound[..., None] * (residual < 0)
+        return values, (kept, below)
 
 
 def _rough_cells(cells: _Cells, residual: np.ndarray) -> Tuple[np.ndarray, np.ndarray]:
     """(h, w) bool each: cells with detail that the noise does not explain, and regions dense with them."""
     from scipy import ndimage
-    detail = residual - cells.smooth(residual, 2.0)
+    detail = residual - cells.smooth(residual, ROUGH_SCALE)
     rough = (np.abs(detail).max(-1) > ROUGH_SIGMA) & cells.usable
     window = _odd(ROUGH_WINDOW * max(rough.shape))
     density = ndimage.uniform_filter(rough.astype(float), window) / np.maximum(
@@ -1301,8 +1267,8 @@ def _odd(length: float) -> int:
 def _dark_foreground(cells: _Cells, objects: np.ndarray) -> np.ndarray:
     """(h, w) bool: hills, trees, a dome. The one thing that takes light away, and so lies below the sky by a step.
 
-    The largest region without structure is taken for sky; a region beside it that is darker than the nearest of that
-    sky by a quarter of the sky's own range, right from its edge on, is foreground: no sky falls so much so fast.
+    The largest region without structure is taken for sky. A region near it whose edge is already darker than the nearest
+    of that sky, by half of the sky's own range, is foreground: no sky falls so much so fast.
     """
     from scipy import ndimage
     regions, _ = ndimage.label(cells.usable & ~ndimage.binary_dilation(objects, iterations=2))
@@ -1315,12 +1281,11 @@ def _dark_foreground(cells: _Cells, objects: np.ndarray) -> np.ndarray:
     span = np.percentile(cells.values[sky], 95, axis=0) - np.percentile(cells.values[sky], 5, axis=0)
     dark = cells.usable & ~sky & (drop > np.maximum(10 * cells.noise, 0.15 * span)).all(-1)
     parts, count = ndimage.label(ndimage.binary_opening(dark))
-    beside = distance < _odd(ROUGH_WINDOW * max(sky.shape)) + 6
     for part in range(1, count + 1):
         inside = parts == part
-        edge = inside & beside
+        edge = inside & (distance < distance[inside].min() + 5)
         if (inside.sum() > 0.003 * cells.usable.sum() and edge.sum() > 0.02 * max(sky.shape)
-                and (np.median(drop[edge], axis=0) > 0.25 * span).all()):
+                and distance[inside].min() < 0.25 * max(sky.shape) and (np.median(drop[edge], axis=0) > 0.5 * span).all()):
             foreground |= inside
     return ndimage.binary_dilation(foreground, iterations=2) & cells.usable
 
@@ -1339,6 +1304,9 @@ def _find_objects(cells: _Cells, surface: _Bending) -> Tuple[np.ndarray, np.ndar
     from scipy import ndimage
     rough, objects = _rough_cells(cells, surface.follow(cells.usable.astype(float), SMOOTHINGS[-1]))
     foreground = _dark_foreground(cells, objects)
+    if foreground.any():  # it has bent the surface, and made the sky along its edge look rough
+        rest = replace(cells, usable=cells.usable & ~foreground)
+        rough, objects = _rough_cells(rest, surface.follow(rest.usable.astype(float), SMOOTHINGS[-1]))
     near_foreground = ndimage.binary_dilation(foreground, iterations=_odd(ROUGH_WINDOW * max(rough.shape)) + 1)
     # The smooth cells between an object's rough ones may be gaps that show the sky; they are judged with its surroundings.
     # Along a ridge they are sky, and its brightest strip: there the rough cells alone are the object.
@@ -1349,7 +1317,7 @@ def _find_objects(cells: _Cells, surface: _Bending) -> Tuple[np.ndarray, np.ndar
     sky, bound = (cells.usable & ~objects).astype(float), BRIDGE_WEIGHT * lighter
     weight = sky
     for k in range(10):
-        values, _ = surface.bridge(weight, bound, 0.1, rounds=3)
+        values, _ = surface.bridge(weight, bound, HALO_SMOOTHING, rounds=3)
         above = (cells.smooth(surface.residual(values), 1.0) * math.sqrt(4 * math.pi)).max(-1)  # in sigma of the mean
         limit = HALO_SIGMA * (1 + 6 * 0.6**k)
         # All of the surroundings take part at first, and leave as they prove to stand above the rest.
@@ -1358,51 +1326,53 @@ def _find_objects(cells: _Cells, surface: _Bending) -> Tuple[np.ndarray, np.ndar
     return objects, objects & ~near_foreground
 
 
-def _cross_validate(surface: _Bending, sky: np.ndarray, weight: np.ndarray) -> Tuple[float, np.ndarray]:
+def _cross_validate(surface: _Bending, sky: np.ndarray, weights: Tuple[np.ndarray, np.ndarray]) -> Tuple[float, np.ndarray]:
     """The largest smoothing that predicts held-out tiles of sky nearly as well as the best does, and all losses."""
     height, width = sky.shape
     down, across = (8, 12) if height <= width else (12, 8)
     row, column = np.indices(sky.shape)
     tile = (row * down // height) * across + column * across // width
     fold = (np.random.default_rng(0).permutation(FOLD_TILES) % FOLDS)[tile]
-    shares = [surface.normal(weight * (fold == k)[..., None]) for k in range(FOLDS)]
+    kept, below = weights
+    shares = [surface.normal(kept * (fold == k), below * (fold == k)[..., None]) for k in range(FOLDS)]
     losses = np.zeros(len(SMOOTHINGS))
     for held in range(FOLDS):
-        parts = [tuple(sum(x) for x in zip(*(shares[k][c] for k in range(FOLDS) if k != held))) for c in range(weight.shape[-1])]
+        normal = tuple(sum(part) for part in zip(*(shares[k] for k in range(FOLDS) if k != held)))
         test = (sky > 0) & (fold == held)
-        if min(total for _, _, total in parts) <= 0:
+        if normal[2].min() <= 0:
             continue
         for k, smoothing in enumerate(SMOOTHINGS):
-            size = np.sqrt((surface.residual(surface.solve(parts, smoothing))[test]**2).mean(-1))
+            size = np.sqrt((surface.residual(surface.solve(normal, smoothing))[test]**2).mean(-1))
             losses[k] += np.log1p(size).sum()
     losses /= max(1, np.count_nonzero(sky))
     return SMOOTHINGS[int(np.flatnonzero(losses <= losses.min() + TOLERANCE)[0])], losses
 
 
-def choose_sky(prepared: Prepared, smoothing: Optional[float], say: Callable[[str], None] = _quiet) -> Tuple[Prepared, float]:
+def choose_sky(prepared: Prepared, settings: Settings, say: Callable[[str], None] = _quiet) -> Tuple[Prepared, float]:
     """The choices of --auto: mask what is not sky, bridge it, and find how stiff the sky is.
 
     Args:
         prepared: picture and mask by thresholds and mask file; what they leave out is bridged like an object.
-        smoothing: given by hand, or None to choose it.
+        settings: `threshold_max` counts, and `smoothing` if given by hand.
         say: called with a line on each choice.
 
     Returns:
         `prepared` with objects out of `weight` and with `bridge` set, and the smoothing.
     """
-    cells = _make_cells(prepared)
+    smoothing, cells = settings.smoothing, _make_cells(prepared, settings.threshold_max)
     if min(cells.usable.shape) < 12 or cells.usable.sum() < 150:
         say("auto: the picture is too small to tell objects from sky; fitted as it is (a smaller -dx may help)")
         return prepared, 1.0 if smoothing is None else smoothing
     surface = _Bending(cells, prepared.full_shape)
     objects, lighter = _find_objects(cells, surface)
-    sky = (cells.usable & ~objects).astype(float)
+    used = _reduce_mask(prepared.used.astype(np.float32), cells.size) > 0.5
+    sky = (cells.usable & used & ~objects).astype(float)
     share = sky.sum() / cells.usable.sum()
     if sky.sum() < 30:
         sky, lighter = cells.usable.astype(float), np.zeros_like(objects)
     bound = BRIDGE_WEIGHT * lighter
-    _, weight = surface.bridge(sky, bound, 0.01)
-    chosen, losses = _cross_validate(surface, sky, weight)
+    _, weights = surface.bridge(sky, bound, 0.01)
+    chosen, losses = _cross_validate(surface, sky, weights)
     why = f"held-out loss {losses[SMOOTHINGS.index(chosen)]:.3f}, best {losses.min():.3f}"
     if share < LITTLE_SKY:
         chosen, why = max(chosen, 1e2), "too little sky to tell glow from object, so the surface is kept nearly flat"
@@ -1417,10 +1387,10 @@ def choose_sky(prepared: Prepared, smoothing: Optional[float], say: Callable[[st
                    bridge=lambda query: surface.at(query) @ values), chosen
 
 
-def choose_smoothing(prepared: Prepared, say: Callable[[str], None] = _quiet) -> float:
+def choose_smoothing(prepared: Prepared, settings: Settings, say: Callable[[str], None] = _quiet) -> float:
     """The smoothing of a plain run: found as for --auto, on the sky that --auto would see, but nothing is masked."""
     low, high = PLAIN_SMOOTHING
-    chosen = float(np.clip(choose_sky(prepared, None)[1], low, high))
+    chosen = float(f"{np.clip(math.sqrt(choose_sky(prepared, settings)[1]), low, high):.2g}")
     say(f"smoothing {chosen:g}, by cross-validation")
     return chosen
 
@@ -1550,7 +1520,7 @@ def fit_surface(prepared: Prepared, settings: Settings, start: Tuple[np.ndarray,
     adam = tf.keras.optimizers.Adam(settings.learning_rate)
     adam.build(layer.trainable_weights)
 
-    @tf.function
+    @tf.function(autograph=False)  # nothing in it needs rewriting, which costs time and would reach into the drop-in
     def step():
         with tf.GradientTape() as tape:
             surface = layer(query)
@@ -1652,16 +1622,12 @@ class _SkyPlanes:
 
     def __init__(self, sky: SkySurface):
         self.sky, self.shape, self.dtype = sky, (len(sky.nodes), sky.height, sky.width), sky.nodes.dtype
-        self.itemsize, self.nbytes = self.dtype.itemsize, math.prod(self.shape) * self.dtype.itemsize
 
     def __iter__(self):
         return (self.sky.plane(k) for k in range(len(self)))
 
     def __len__(self):
         return self.shape[0]
-
-    def __array__(self, dtype=None, copy=None):
-        return np.stack(list(self)).astype(dtype or self.dtype, copy=False)
 
 
 @dataclass(frozen=True)
@@ -1725,9 +1691,9 @@ def examine(planes: np.ndarray, settings: Settings, mask: Optional[np.ndarray] =
 def _choose(prepared: Prepared, settings: Settings, say: Callable[[str], None]) -> Tuple[Prepared, Settings]:
     """Put a value where the settings have None, and an object mask and its bridge into `prepared` if asked to."""
     if settings.auto:
-        prepared, smoothing = choose_sky(prepared, settings.smoothing, say)
+        prepared, smoothing = choose_sky(prepared, settings, say)
     elif settings.smoothing is None:
-        smoothing = choose_smoothing(prepared, say)
+        smoothing = choose_smoothing(prepared, settings, say)
     else:
         smoothing = settings.smoothing
     return prepared, replace(
@@ -1739,23 +1705,56 @@ def fit_sky(prepared: Prepared, settings: Settings, say: Callable[[str], None] =
             on_epoch: Callable[[int, float], None] = _quiet) -> Fit:
     """Fit the surface to what `examine` gave. `on_epoch` is called with each epoch's number and loss."""
     positions = start_positions(settings, prepared.full_shape)
-    say(f"fitting {len(positions)} control points on {_device()}")
     smoothing = min(settings.smoothing, STIFFEST_FIT) if settings.auto else settings.smoothing
     values = start_values(prepared, positions, settings.order, smoothing)
-    return fit_surface(prepared, settings, (positions, values), smoothing, on_epoch, say)
+    devices = compute_devices(say)
+    say(f"fitting {len(positions)} control points on {devices[0].name}")
+    return on_first_that_works(
+        devices, lambda: fit_surface(prepared, settings, (positions, values), smoothing, on_epoch, say), say)
 
 
-def _device() -> str:
-    """The name of what TensorFlow computes on."""
+class Device(NamedTuple):
+    """Something TensorFlow computes on."""
+
+    place: str  # as in `tf.device`
+    name: str  # for people
+
+
+def compute_devices(say: Callable[[str], None] = _quiet) -> List[Device]:
+    """What there is to compute on, best first: a GPU if TensorFlow sees one that works, and always the CPU."""
+    tf, gpus = import_tensorflow(), []
+    try:
+        if tf.config.list_logical_devices("GPU"):  # starts it: fails where another program holds it
+            details = tf.config.experimental.get_device_details(tf.config.list_physical_devices("GPU")[0])
+            gpus = [Device("/GPU:0", details.get("device_name", "the GPU"))]
+    except (tf.errors.OpError, RuntimeError) as error:
+        say(f"the GPU cannot be started ({type(error).__name__}); going on with the CPU")
+        tf.config.set_visible_devices([], "GPU")
+    return gpus + [Device("/CPU:0", "the CPU")]
+
+
+def on_first_that_works(devices: List[Device], work: Callable, say: Callable[[str], None] = _quiet):
+    """What work() gives on the first device that does not fail in it; `say` is told of each that does."""
     tf = import_tensorflow()
-    names = [tf.config.experimental.get_device_details(gpu).get("device_name", "GPU")
-             for gpu in tf.config.list_physical_devices("GPU")]
-    return names[0] if names else "CPU"
+    for device, following in zip(devices, devices[1:] + [None]):
+        try:
+            with tf.device(device.place):
+                return work()
+        except tf.errors.OpError as error:
+            short = isinstance(error, tf.errors.ResourceExhaustedError)
+            reason = f"{device.name} " + ("has too little memory" if short else f"failed ({type(error).__name__})")
+            if following is None:
+                raise BgError(f"{reason}; try a larger -dx, or a smaller -B") if short else error
+            say(f"{reason}; going on with {following.name}" + short * " (a larger -dx or a smaller -B may fit)")
 
 
 def sky_surface(prepared: Prepared, fit: Fit, dtype=np.float32) -> SkySurface:
-    """The fitted surface at full size, in the picture's own units."""
-    return SkySurface(lambda query: prepared.stretch.invert(fit.surface(query)), prepared.full_shape, dtype)
+    """The fitted surface at full size, in the picture's own units, held back where there was no sky to fit."""
+    seen = fit.surface(prepared.query.reshape(-1, 2)[sample_pixels(prepared.used, SAMPLE_PIXELS, 0)])
+    low, high = seen.min(0), seen.max(0)
+    margin = HELD_BACK * (high - low)
+    return SkySurface(lambda query: prepared.stretch.invert(np.clip(fit.surface(query), low - margin, high + margin)),
+                      prepared.full_shape, dtype)
 
 
 @dataclass(frozen=True)
@@ -1796,7 +1795,7 @@ def optimize(image: np.ndarray, settings: Settings = Settings(), mask: Optional[
     fit = fit_sky(prepared, settings, say, on_epoch)
     sky = sky_surface(prepared, fit, planes.dtype)
     done = subtract(planes, sky, prepared.median)
-    return Result(np.moveaxis(np.asarray(_SkyPlanes(sky)), 0, -1), np.moveaxis(planes, 0, -1), done.offsets,
+    return Result(np.moveaxis(np.stack(list(_SkyPlanes(sky))), 0, -1), np.moveaxis(planes, 0, -1), done.offsets,
                   dict(zip(("loss",) + LOSS_TERMS, fit.history.T)), settings, prepared, fit)
 
 
@@ -1944,9 +1943,9 @@ STYLE = {"figure.facecolor": PAPER, "savefig.facecolor": PAPER, "axes.facecolor"
 CHANNEL_INKS = {1: (INK,), 3: ("#e8703a", "#2fb58a", "#5ab0ee")}
 """Red, green, blue as the color-blind tell them apart (after Okabe and Ito)."""
 
-OVERLAYS = {"threshold": ("#e69f00", 1, "left out by -tm, -tM"), "mask file": ("#56b4e9", -1, "left out by -m"),
-            "auto": ("#cc79a7", 2, "left out by --auto"), "missing": ("#6b7077", 0, "missing"),
-            "clipped": ("#f0e442", -2, "clipped at 1 by -dq")}
+OVERLAYS = {"missing": ("#6b7077", 0, "missing"), "threshold": ("#e69f00", 1, "left out by -tm, -tM"),
+            "mask file": ("#56b4e9", -1, "left out by -m"), "auto": ("#cc79a7", 2, "left out by --auto"),
+            "clipped": ("#f0e442", -2, "clipped by -dq")}
 """Reason -> its color, the slope of its hatching (0: solid), its name. Slopes tell them apart without color."""
 
 
@@ -1963,9 +1962,9 @@ def draw_preview(figure, prepared: Prepared, settings: Settings, title: str) -> 
     """The cockpit for tuning: the picture, what the fit would see of it, what stands out; histograms and numbers."""
     prepared = _thin(prepared)
     figure.suptitle(title, x=0.015, ha="left", fontsize=11)
-    top, bottom = figure.add_gridspec(2, 1, height_ratios=(1.45, 1), left=0.015, right=0.985, top=0.915, bottom=0.065, hspace=0.16)
+    top, bottom = figure.add_gridspec(2, 1, height_ratios=(1.6, 1), left=0.02, right=0.985, top=0.915, bottom=0.085, hspace=0.3)
     panels = [figure.add_subplot(cell) for cell in top.subgridspec(1, 3, wspace=0.03)]
-    _show(panels[0], display_stretch(prepared.linear).apply(prepared.linear), "original, plain stretch")
+    _show(panels[0], display_stretch(prepared.linear).apply(prepared.linear), "the picture, plain stretch")
     _show(panels[1], prepared.image, "stretched as for the fit, and what is left out")
     reasons = {**mask_reasons(prepared, settings), "clipped": clipped_by_stretch(prepared).any(-1) & prepared.used}
     _overlay(panels[1], reasons)
@@ -1976,6 +1975,7 @@ def draw_preview(figure, prepared: Prepared, settings: Settings, title: str) -> 
     for k in range(channels):
         span = cells[0, k] if channels == 3 else cells[0, :3]
         _draw_histogram(figure.add_subplot(span), prepared, settings, k)
+    figure.text(0.02, 0.012, "below the histograms: stretched value, and the picture's own value there; heights are logarithmic", fontsize=8)
     words = figure.add_subplot(cells[0, 3])
     words.axis("off")
     words.text(0.06, 1.0, "\n".join(_numbers(prepared, settings)), va="top", family="monospace", fontsize=8, linespacing=1.35)
@@ -1991,22 +1991,22 @@ def _numbers(prepared: Prepared, settings: Settings) -> List[str]:
         lines.append(f"{name:<11}" + "".join(f"{value:9.5f}" for value in values))
     clipped = clipped_by_stretch(prepared)
     lines.append("clipped %  " + "".join(f"{100 * clipped[..., k].mean():9.2f}" for k in range(len(inks))))
-    lines += ["", f"used        {part['used']:7.1%}  of the samples", f"masked      {part['masked']:7.1%}"]
-    lines += [f"  {OVERLAYS[name][2].replace('left out ', ''):<13}{reasons[name].mean():6.1%}  of the frame"
-              for name in ("threshold", "mask file", "auto") if reasons[name].any()]
-    lines += [f"missing     {part['missing']:7.1%}", f"gradient    {gradient(prepared.linear, prepared.used):7.1%}  of the sky's level"]
     blown = blown_out(prepared).mean()
-    if blown:
-        lines.append(f"blown out   {blown:7.1%}  sky: raise -dq")
-    return lines
+    rows = [("used", part["used"], "of the samples"), ("masked", part["masked"], "of the samples")]
+    rows += [("  " + OVERLAYS[name][2].replace("left out ", ""), reasons[name].mean(), "of the frame")
+             for name in ("threshold", "mask file", "auto") if reasons[name].any()]
+    rows += [("missing", part["missing"], ""), ("gradient", gradient(prepared.linear, prepared.used), "of the sky's level")]
+    rows += [("blown out", blown, "sky: raise -dq")] if blown else []
+    return lines + [""] + [f"{name:<13}{value:7.1%}  {what}" for name, value, what in rows]
 
 
 def _draw_histogram(axes, prepared: Prepared, settings: Settings, k: int) -> None:
     """Stretched values of one channel, with the thresholds and the points that the stretch is made from."""
-    values = prepared.image[..., k][prepared.present[..., k]]
-    counts, edges = np.histogram(values, 128, (0, 1))
+    values = prepared.image[..., k]
     ink = CHANNEL_INKS[prepared.image.shape[-1]][k]
-    axes.fill_between(edges[:-1], counts, step="post", color=ink, alpha=0.35)
+    used, _ = np.histogram(values[prepared.weight[..., k] > 0], 128, (0, 1))
+    counts, edges = np.histogram(values[prepared.present[..., k]], 128, (0, 1))
+    axes.fill_between(edges[:-1], used, step="post", color=ink, alpha=0.45, linewidth=0)
     axes.step(edges[:-1], counts, where="post", color=ink, linewidth=1)
     axes.set_yscale("symlog", linthresh=1)
     axes.set_ylim(0, 4 * counts.max())
@@ -2022,7 +2022,7 @@ def _draw_histogram(axes, prepared: Prepared, settings: Settings, k: int) -> Non
     ticks = (0, 0.25, 0.5, 0.75, 1)
     linear = prepared.stretch.channel(k).invert(np.array(ticks)[:, None])[:, 0]
     axes.set_xticks(ticks, [f"{tick:g}\n{value:.4f}" for tick, value in zip(ticks, linear)], fontsize=7)
-    axes.set_title(f"{_channel_letters(prepared)[k]}: stretched value, and the picture's own below", fontsize=8)
+    axes.set_title(f"{_channel_letters(prepared)[k]}: how often a value occurs (filled: used)", fontsize=8)
 
 
 def _draw_hints(axes, prepared: Prepared) -> None:
@@ -2037,19 +2037,16 @@ def _draw_hints(axes, prepared: Prepared) -> None:
     residual = ndimage.gaussian_filter(np.where(known, residual, 0), max(values.shape) / 300)
     spread = 6 * np.median(np.abs(residual[known] - np.median(residual[known]))) if known.any() else 1.0
     image = axes.imshow(np.where(known, residual, np.nan), cmap="PuOr_r", vmin=-spread or -1, vmax=spread or 1, interpolation="nearest")
+    axes.set_title("orange above, purple below surroundings")
+    axes.set(xticks=[], yticks=[])
+    bar = axes.inset_axes([0.02, -0.06, 0.96, 0.025])
+    axes.figure.colorbar(image, cax=bar, orientation="horizontal", ticks=[-spread, 0, spread])
+    bar.set_xticklabels([f"{v / center:+.0%}" if center else "" for v in (-spread, 0, spread)], fontsize=7)
+    bar.tick_params(length=0, pad=2)
     blown = blown_out(prepared)
     if blown.any() and min(blown.shape) > 1:
         axes.contour(blown, [0.5], colors="#d7191c", linewidths=2)
-        row, column = np.clip(np.argwhere(blown).mean(0), 0.1 * np.array(blown.shape), 0.84 * np.array(blown.shape))
-        axes.text(column, row, "sky blown out:\nraise -dq", ha="center", va="center", fontsize=9, weight="bold", color="#b2182b",
-                  bbox=dict(facecolor="white", alpha=0.85, linewidth=0))
-    axes.set_title("what stands above (orange) or below (purple) its surroundings")
-    axes.set(xticks=[], yticks=[])
-    bar = axes.inset_axes([0.6, 0.035, 0.35, 0.028])
-    axes.figure.colorbar(image, cax=bar, orientation="horizontal", ticks=[-spread, 0, spread])
-    bar.set_xticklabels([f"{v / center:+.0%}" if center else "" for v in (-spread, 0, spread)], fontsize=7, color="black")
-    bar.xaxis.set_ticks_position("top")
-    bar.tick_params(length=0, pad=1)
+        axes.text(0.5, -0.14, "outlined: sky blown out, raise -dq", ha="center", va="top", color="#ff8a80", weight="bold", transform=axes.transAxes)
 
 
 def draw_figures(figure, prepared: Prepared, settings: Settings, fit: Fit, title: str) -> None:
@@ -2059,16 +2056,16 @@ def draw_figures(figure, prepared: Prepared, settings: Settings, fit: Fit, title
     stretch = display_stretch(prepared.linear)
     figure.suptitle(title, x=0.015, ha="left", fontsize=11)
     figure.text(0.015, 0.012, facts(prepared, settings, fit), fontsize=8)
-    top, bottom = figure.add_gridspec(2, 1, height_ratios=(1.2, 1), left=0.015, right=0.985, top=0.915, bottom=0.085, hspace=0.14)
+    top, bottom = figure.add_gridspec(2, 1, height_ratios=(1.25, 1), left=0.02, right=0.985, top=0.915, bottom=0.085, hspace=0.3)
     panels = [figure.add_subplot(cell) for cell in top.subgridspec(1, 3, wspace=0.03)]
     _show(panels[0], stretch.apply(prepared.linear), "before")
-    _show(panels[1], stretch.apply(sky), "model, with lines of equal brightness")
+    _show(panels[1], stretch.apply(sky), "model, same stretch, lines of equal brightness")
     _draw_contours(panels[1], sky.mean(-1))
     _show(panels[2], stretch.apply(after), "after, same stretch")
 
-    cells = bottom.subgridspec(1, 2, width_ratios=(1, 1.5), wspace=0.06)
+    cells = bottom.subgridspec(1, 2, width_ratios=(1, 2.1), wspace=0.1)
     points = figure.add_subplot(cells[0])
-    _show(points, np.where(prepared.used[..., None], 0.75 * prepared.image, np.nan), "control points: start, way, end", blank=(0.30, 0.24, 0.12))
+    _show(points, np.where(prepared.used[..., None], 0.75 * prepared.image, np.nan), "control points, from ring to dot; brown: left out", blank=(0.30, 0.24, 0.12))
     path = np.array([_pixel_positions(prepared, positions) for _, positions, _ in fit.path] + [_pixel_positions(prepared, fit.positions)])
     points.plot(path[..., 1], path[..., 0], color="#56b4e9", linewidth=0.9, alpha=0.8)
     points.plot(path[0, :, 1], path[0, :, 0], "o", color="none", markeredgecolor="#56b4e9", markersize=3.5)
@@ -2076,11 +2073,11 @@ def draw_figures(figure, prepared: Prepared, settings: Settings, fit: Fit, title
     height, width = prepared.image.shape[:2]
     points.set(xlim=(-0.5 - 0.04 * width, width * 1.04 - 0.5), ylim=(height * 1.04 - 0.5, -0.5 - 0.04 * height))
 
-    charts = cells[1].subgridspec(1, 2, wspace=0.16)
+    charts = cells[1].subgridspec(1, 3, width_ratios=(1, 1, 0.2), wspace=0.2)
     loss, terms = figure.add_subplot(charts[0]), figure.add_subplot(charts[1])
     epochs = np.arange(1, len(fit.history) + 1)
     loss.plot(epochs, fit.history[:, 0], color=INK, linewidth=1.2)
-    loss.set_title("loss", fontsize=9)
+    loss.set_title("loss")
     for name, values, ink in zip(LOSS_TERMS, fit.history[:, 1:].T, ("#56b4e9", "#2fb58a", "#e69f00", "#cc79a7")):
         values = np.where(values > 0, values, np.nan)
         if np.isfinite(values).any():
@@ -2088,8 +2085,7 @@ def draw_figures(figure, prepared: Prepared, settings: Settings, fit: Fit, title
         else:
             terms.plot([], [], color=ink, label=f"{name} (0)")
     terms.set_yscale("log")
-    terms.set_title("its terms, mean over the pixels", fontsize=9)
-    terms.legend(loc="best", ncols=2)
+    terms.legend(title="its terms:", alignment="left", loc="upper left", bbox_to_anchor=(1, 1), borderpad=0)
     for axes in (loss, terms):
         axes.set_xlabel("epoch", labelpad=1)
         axes.grid(color=FAINT, linewidth=0.4)
@@ -2106,64 +2102,53 @@ def facts(prepared: Prepared, settings: Settings, fit: Fit) -> str:
             f"{gradient(prepared.linear, prepared.used):.1%} -> {gradient(after, prepared.used):.1%} of the sky's level")
 
 
-def animation_frames(prepared: Prepared, fit: Fit, width: int = 880) -> List:
-    """How the surface settles, and the picture that it leaves, as frames.
+def animation_frames(prepared: Prepared, fit: Fit, width: int = 800) -> np.ndarray:
+    """How the surface and its control points settle, and the picture that it leaves.
 
     Args:
         prepared: what was fitted. fit: with its path.
-        width: of a frame, pixels.
+        width: of a frame, pixels; a portrait's frames are narrower.
 
     Returns:
-        Up to 30 `PIL.Image` in mode RGB, the first at the start, the last the final surface.
+        (n, h, w, 3) bytes, n up to 24: the first frame at the start, the last with the final surface.
     """
-    matplotlib = _import_matplotlib()
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from PIL import Image
-    prepared = _thin(prepared, (width - 30) // 2)
-    height_px, width_px, channels = prepared.image.shape
+    from PIL import Image, ImageDraw
+    gap, head = 8, 22  # pixels around the two halves, and above them for the words
+    rows, columns = prepared.image.shape[:2]
+    wide = max(1, min((width - 3 * gap) // 2, int(math.sqrt(110_000 * columns / rows))))
+    tall = max(1, wide * rows // columns)
+    prepared = _thin(prepared, max(wide, tall))
+    rows, columns, channels = prepared.image.shape
     stretch = display_stretch(prepared.linear)
     # Each surface on a coarse grid of nodes, then straight lines between them: quick, and enough for the eye.
-    tall, wide = (_straight_lines(n) for n in (height_px, width_px))
-    nodes = np.tensordot(np.linalg.pinv(tall), prepared.query, 1)
-    query = np.moveaxis(np.tensordot(np.linalg.pinv(wide), nodes, (1, 1)), 0, 1)
+    down, along = (_straight_lines(n) for n in (rows, columns))
+    first, last = prepared.query[0, 0], prepared.query[-1, -1]
+    places = (np.linspace(first[k], last[k], lines.shape[1]) for k, lines in enumerate((down, along)))
+    query = np.stack(np.meshgrid(*places, indexing="ij"), -1)
 
-    def sky_of(positions, values):
-        surface = spline_matrix(query, positions.astype(float), fit.order, fit.smoothing) @ values
-        linear = np.clip(prepared.stretch.invert(surface), 0, 1).astype(np.float32)
-        return np.stack([tall @ linear[..., k] @ wide.T for k in range(channels)], -1)
+    def half(linear):
+        return Image.fromarray(_drawable(stretch.apply(linear))).resize((wide, tall), Image.BICUBIC)
 
     steps = fit.path + [(len(fit.history), fit.positions, fit.values)]
     # Most happens early: steps at equal distances of the square root of the epoch.
-    chosen = sorted({int(k) for k in np.round(np.linspace(0, 1, 30)**2 * (len(steps) - 1))})
-    frame_height = int((width - 30) / 2 / width_px * height_px) + 30
-    with matplotlib.rc_context(STYLE):
-        figure = Figure((width / 100, frame_height / 100), dpi=100)
-        canvas = FigureCanvasAgg(figure)
-        left, right = (figure.add_axes([(10 + k * (width + 10) / 2) / width, 10 / frame_height, (width - 30) / 2 / width, 1 - 40 / frame_height]) for k in range(2))
-        model = _show(left, np.zeros_like(prepared.image), "")
-        dots, = left.plot([], [], "o", color="#f0e442", markeredgecolor="black", markersize=5, animated=True)
-        title = left.text(0, 1.02, "", transform=left.transAxes, animated=True)
-        rest = _show(right, np.zeros_like(prepared.image), "")
-        right.text(0, 1.02, "the picture without it", transform=right.transAxes)
-        left.set_autoscale_on(False)
-        for artist in (model, rest):
-            artist.set_animated(True)
-            artist.set_interpolation("nearest")
-        canvas.draw()
-        blank = canvas.copy_from_bbox(figure.bbox)
-        frames = []
-        for k in chosen:
-            epoch, positions, values = steps[k]
-            sky = sky_of(positions, values)
-            model.set_data(_drawable(stretch.apply(sky)))
-            rest.set_data(_drawable(stretch.apply(_keep_median(prepared.linear, prepared.linear - sky))))
-            dots.set_data(*_pixel_positions(prepared, positions).T[::-1])
-            title.set_text(f"sky model, epoch {epoch}" if k < len(steps) - 1 else f"sky model, best of {epoch} epochs")
-            canvas.restore_region(blank)
-            for axes, artist in ((left, model), (left, dots), (left, title), (right, rest)):
-                axes.draw_artist(artist)
-            frames.append(Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy()))
+    chosen = sorted({int(k) for k in np.round(np.linspace(0, 1, 24)**2 * (len(steps) - 1))})
+    frames = np.empty((len(chosen), head + tall + gap, 3 * gap + 2 * wide, 3), np.uint8)
+    for frame, k in zip(frames, chosen):
+        epoch, positions, values = steps[k]
+        surface = spline_matrix(query, positions.astype(float), fit.order, fit.smoothing) @ values
+        nodes = np.clip(prepared.stretch.invert(surface), 0, 1).astype(np.float32)
+        sky = np.stack([down @ nodes[..., c] @ along.T for c in range(channels)], -1)
+        model = half(sky)
+        pen = ImageDraw.Draw(model)
+        for y, x in _pixel_positions(prepared, positions) / (max(1, rows - 1), max(1, columns - 1)) * (tall - 1, wide - 1):
+            pen.ellipse((x - 3, y - 3, x + 3, y + 3), fill="#f0e442", outline="black")
+        canvas = Image.new("RGB", frame.shape[1::-1], PAPER)
+        canvas.paste(model, (gap, head))
+        canvas.paste(half(_keep_median(prepared.linear, prepared.linear - sky)), (2 * gap + wide, head))
+        pen = ImageDraw.Draw(canvas)
+        pen.text((gap, 5), f"sky model, best of {epoch} epochs" if k == len(steps) - 1 else f"sky model, epoch {epoch}", INK)
+        pen.text((2 * gap + wide, 5), "the picture without it", INK)
+        frame[:] = canvas
     return frames
 
 
@@ -2174,20 +2159,20 @@ def _straight_lines(count: int) -> np.ndarray:
     return np.maximum(0, 1 - np.abs(at - np.arange(n))).astype(np.float32)
 
 
-def write_animation(file, frames: List, most_bytes: int = 2_900_000) -> None:
-    """Write frames as a GIF that repeats: some 4 seconds, the last frame longer; fewer colors until it is small enough."""
+def write_animation(file, frames: np.ndarray, most_bytes: int = 2_900_000) -> None:
+    """Write frames, (n, h, w, 3) bytes, as a GIF that repeats: 4 seconds, the last frame longer; fewer colors if it gets too large."""
     from PIL import Image
-    times = [90] * (len(frames) - 1) + [1500]  # milliseconds
+    pause = [130] * (len(frames) - 1) + [1500]  # milliseconds
+    # One palette for all frames, from the first, a middle, and the last: what does not change stays the same. Most
+    # colors where most pixels are (no bands in the sky), the rest where few are (the bright stay colored).
+    sample = Image.fromarray(np.concatenate(frames[[0, len(frames) // 3, -1], ::3, ::3]))
     for colors in (255, 128, 64, 32, 16):
-        # One palette for all frames, from the first, a middle, and the last: what does not change stays the same. Most
-        # colors where most pixels are (no bands in the sky), the rest where few are (the bright stay colored).
-        strip = Image.fromarray(np.concatenate([np.asarray(frames[k]) for k in (0, len(frames) // 3, -1)]))
         palette = Image.new("P", (1, 1))
-        palette.putpalette(sum((strip.quantize(count, method).getpalette()[:3 * count]
+        palette.putpalette(sum((sample.quantize(count, method).getpalette()[:3 * count]
                                 for count, method in ((3 * colors // 4, 0), (colors // 4, 1))), []))
-        small = [frame.quantize(palette=palette, dither=0) for frame in frames]
+        first, *others = (Image.fromarray(frame).quantize(palette=palette, dither=0) for frame in frames)
         packed = io.BytesIO()
-        small[0].save(packed, "GIF", save_all=True, append_images=small[1:], duration=times, loop=0, optimize=False)
+        first.save(packed, "GIF", save_all=True, append_images=others, duration=pause, loop=0, optimize=False)
         if packed.tell() <= most_bytes:
             break
     file.write(packed.getvalue())
@@ -2217,13 +2202,12 @@ def _drawable(image: np.ndarray) -> np.ndarray:
     return np.broadcast_to(image, image.shape[:2] + (3,))
 
 
-def _show(axes, image: np.ndarray, title: str, blank=(0, 0, 0)):
+def _show(axes, image: np.ndarray, title: str, blank=(0, 0, 0)) -> None:
     """Draw a stretched picture; NaN in the color `blank`."""
     colors = np.where(np.isfinite(image).all(-1, keepdims=True), _drawable(image), np.round(255 * np.array(blank)).astype(np.uint8))
-    artist = axes.imshow(colors, interpolation="nearest" if max(colors.shape) < 100 else "antialiased")
+    axes.imshow(colors, interpolation="bicubic" if max(colors.shape) < 300 else "antialiased")
     axes.set_title(title)
     axes.set(xticks=[], yticks=[])
-    return artist
 
 
 def _overlay(axes, reasons: Dict[str, np.ndarray]) -> None:
@@ -2234,20 +2218,18 @@ def _overlay(axes, reasons: Dict[str, np.ndarray]) -> None:
     height, width = reasons["missing"].shape
     scale = max(1, 900 // max(height, width))  # draw the hatching finer than a coarse picture's pixels
     row, column = np.ogrid[:height * scale, :width * scale]
-    period = max(5, max(height, width) * scale // 75)
+    period = max(5, max(height, width) * scale // 40)
     paint = np.zeros((height * scale, width * scale, 4), np.float32)
-    for reason, where in reasons.items():
-        if where.any():
-            color, slope, label = OVERLAYS[reason]
-            where = where.repeat(scale, 0).repeat(scale, 1)
+    for reason, (color, slope, label) in OVERLAYS.items():
+        if reasons[reason].any():
+            where = reasons[reason].repeat(scale, 0).repeat(scale, 1)
             stripe = np.ones_like(where) if slope == 0 else (column * max(1, abs(slope)) + np.sign(slope) * row) % period < period * 0.45
-            paint[where, :3] = to_rgb(color)
-            paint[where, 3] = np.where(stripe, 0.85, 0.25)[where]
-            legend.append(Patch(facecolor=color, label=f"{label}: {reasons[reason].mean():.1%}", edgecolor=PAPER,
+            paint[where, :3] = np.where(stripe[..., None], to_rgb(color), 0)[where]  # dark between the stripes: seen on any color
+            paint[where, 3] = np.where(stripe, 0.85, 0.35)[where]
+            legend.append(Patch(facecolor=color, label=label, edgecolor=PAPER,
                                 hatch={1: "//", -1: "\\\\", 2: "///", -2: "\\\\\\", 0: None}[slope]))
     axes.imshow(paint, extent=(-0.5, width - 0.5, height - 0.5, -0.5), interpolation="nearest")
-    if legend:
-        axes.legend(handles=legend, loc="lower left", frameon=True, facecolor=PAPER, framealpha=0.85, edgecolor="none", fontsize=7.5)
+    axes.legend(handles=legend, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=3)
 
 
 def _draw_contours(axes, values: np.ndarray) -> None:
@@ -2259,8 +2241,8 @@ def _draw_contours(axes, values: np.ndarray) -> None:
     from matplotlib.ticker import MaxNLocator
     levels = MaxNLocator(8).tick_values(low, high)
     lines = axes.contour(values, levels, colors=colormaps["plasma"](np.linspace(0.4, 1, len(levels))), linewidths=1.3)
-    bar = axes.inset_axes([0.03, 0.05, 0.025, 0.55])
-    axes.figure.colorbar(lines, cax=bar)
+    bar = axes.inset_axes([0.02, -0.06, 0.96, 0.025])
+    axes.figure.colorbar(lines, cax=bar, orientation="horizontal", ticks=levels[::2])
     bar.tick_params(labelsize=7, length=0, pad=2)
     for line in bar.collections:
         line.set_linewidth(5)
@@ -2490,7 +2472,7 @@ def _run(options: argparse.Namespace, settings: Settings) -> None:
         del planes  # of three large arrays never more than one is held
         write_xisf(files[0], _SkyPlanes(sky), source, history + ["bgoptimizer: this is the sky"], options.compress)
         if options.save_mask:
-            write_xisf(files[2], full_mask(prepared, settings), None, history + ["bgoptimizer: this is the mask, 1 = sky"], options.compress)
+            write_xisf(files[2], full_mask(prepared, settings), plate_solution(source), history + ["bgoptimizer: this is the mask, 1 = sky"], options.compress)
         if options.animate:
             write_animation(files[-1], animation_frames(prepared, fit))
     if where:
@@ -2557,7 +2539,7 @@ def _start_importing() -> None:
 
 def _import_silently() -> None:
     """TensorFlow's C++ greets with a page of log lines, and again at the first operation; no setting silences all."""
-    with suppress(OSError, BgError):  # the first: there is no stderr
+    with suppress(Exception):  # there is no stderr, no TensorFlow, or a GPU that does not start
         kept = os.dup(2)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
         try:

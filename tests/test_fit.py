@@ -177,7 +177,7 @@ def test_the_fit_sees_pixels_from_everywhere_but_none_that_is_masked(batch):
     settings = Settings(downscaling_factor=2, batch=batch)
     prepared = prepare(to_planes(image), settings)
     query, seen, weight = sky_sample(prepared, settings)
-    assert len(query) == len(seen) == 4096 * batch and weight.min() > 0 and len(set(map(tuple, query))) == len(query)
+    assert len(query) == len(seen) == bgoptimizer.SAMPLE_PIXELS * batch and weight.min() > 0 and len(set(map(tuple, query))) == len(query)
     counts = np.histogram2d(*query.T, (6, 8), ((100 / 600, 400 / 600), (0, 1)))[0]
     assert counts.min() > 0.7 * counts.mean()
 

@@ -706,3 +706,30 @@ def test_a_list_of_sub_blocks_with_an_odd_number_of_sizes_is_refused(tmp_path):
     block = zlib.compress(bytes(182))
     with pytest.raises(bg.BgError, match="contradicts"):
         read(one_image(block=block + b"xx", compression="zlib:182", subblocks="%d,182:2" % len(block)), tmp_path)
+
+def test_planes_that_are_made_one_by_one_are_written_one_by_one(tmp_path):
+    class Planes:
+        shape, dtype, made = (3, 40, 50), np.dtype(np.float32), 0
+
+        def __iter__(self):
+            for k in range(3):
+                self.made += 1
+                yield np.full((40, 50), k / 4, np.float32)
+
+    for compress in (False, True):
+        planes = Planes()
+        after = walk(written(planes, compress=compress)).planes()
+        assert planes.made == 3 and (after == np.float32([0, 0.25, 0.5])[:, None, None]).all()
+
+
+@needs_real_files
+def test_a_mask_keeps_the_plate_solution_and_nothing_said_of_the_picture():
+    source = bg.plate_solution(bg.read_xisf(str(REAL / "m27.xisf")).source)
+    after = walk(written(np.ones((1, 976, 1304), np.float32), source, ["a mask"]))
+    assert all(re.match("PCL:AstrometricSolution:|Instrument:Telescope:FocalLength", name) for name, *_ in after.properties())
+    assert len(after.properties()) == 7 and after.keywords() == [("HISTORY", "", "a mask")] and "id" not in after.image.attrib
+
+
+def test_an_illegal_name_of_the_image_is_not_kept(tmp_path):
+    assert "id" not in rewritten(one_image(id="1 bad-id"), tmp_path).image.attrib
+    assert rewritten(one_image(id="M_31"), tmp_path).image.get("id") == "M_31"
