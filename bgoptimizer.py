@@ -32,6 +32,7 @@ import os
 import re
 import secrets
 import shutil
+import signal
 import stat
 import sys
 import tempfile
@@ -786,6 +787,16 @@ def _reduce_blocks(blocks: np.ndarray, func: str, transform: Optional[Callable])
 
 
 @dataclass(frozen=True)
+class Bridge:
+    """The sky that --auto expects, and the further reduced picture, (h, w) cells, that it was found on."""
+
+    surface: Callable[[np.ndarray], np.ndarray]  # query (..., 2) in frame coordinates -> stretched sky (..., c)
+    image: np.ndarray  # (h, w, c) stretched
+    weight: np.ndarray  # (h, w, c) in [0, 1]; 0 where a cell is not sky
+    query: np.ndarray  # (h, w, 2)
+
+
+@dataclass(frozen=True)
 class Prepared:
     """What the fit sees of a picture: reduced, stretched, masked. Shapes: (h, w) the reduced frame, c channels."""
 
@@ -798,7 +809,7 @@ class Prepared:
     linear: np.ndarray  # (h, w, c) block medians in the picture's own units; NaN where missing
     full_shape: Tuple[int, int]  # (h, w) of the full-size picture
     given: Optional[np.ndarray] = None  # (h, w, 1 or c) the mask file, reduced
-    bridge: Optional[Callable[[np.ndarray], np.ndarray]] = None  # with auto: query (..., 2) -> the sky expected there (..., c)
+    bridge: Optional[Bridge] = None  # with auto
 
     @property
     def used(self) -> np.ndarray:
@@ -1381,10 +1392,11 @@ def choose_sky(prepared: Prepared, settings: Settings, say: Callable[[str], None
     say(f"auto: {100 * share:.0f} % of the picture is sky; stretch quantile {AUTO_QUANTILE:g}; smoothing {chosen:g} ({why})")
     values, _ = surface.bridge(sky, bound, chosen)
     height, width = prepared.used.shape
-    row, column = np.minimum(np.arange(height) // cells.size, len(sky) - 1), np.arange(width) // cells.size
-    kept = (sky > 0)[row][:, column]
-    return replace(prepared, weight=prepared.weight * kept[..., None],
-                   bridge=lambda query: surface.at(query) @ values), chosen
+    kept = (sky > 0)[np.arange(height) // cells.size][:, np.arange(width) // cells.size]
+    masked = prepared.weight * kept[..., None]
+    mean_weight = np.stack([_reduce_mask(plane, cells.size) for plane in np.moveaxis(masked, -1, 0)], -1)
+    bridge = Bridge(lambda query: surface.at(query) @ values, cells.values, mean_weight * (sky > 0)[..., None], cells.query)
+    return replace(prepared, weight=masked, bridge=bridge), chosen
 
 
 def choose_smoothing(prepared: Prepared, settings: Settings, say: Callable[[str], None] = _quiet) -> float:
@@ -1402,9 +1414,9 @@ def start_values(prepared: Prepared, positions: np.ndarray, order: int, smoothin
     bring the surface closest to it: the fit then starts from the sky, wherever its control points stand.
     """
     if prepared.bridge is not None:
-        query = prepared.query.reshape(-1, 2)[sample_pixels(np.ones_like(prepared.used), SAMPLE_PIXELS, 0)]
+        query = prepared.bridge.query.reshape(-1, 2)
         matrix = spline_matrix(query, positions.astype(float), order, smoothing)
-        return np.linalg.lstsq(matrix, prepared.bridge(query), rcond=1e-9)[0].astype(np.float32)
+        return np.linalg.lstsq(matrix, prepared.bridge.surface(query), rcond=1e-9)[0].astype(np.float32)
     height, width = prepared.image.shape[:2]
     block = np.array(prepared.full_shape) / max(prepared.full_shape) / (height, width)
     row, column = np.clip((positions / block).astype(int), 0, (height - 1, width - 1)).T
@@ -1483,16 +1495,16 @@ def sample_pixels(usable: np.ndarray, wanted: int, seed: int) -> np.ndarray:
 def sky_sample(prepared: Prepared, settings: Settings) -> Tuple[np.ndarray, np.ndarray, np.ndarray]:
     """What the fit sees: query (m, 2), image (m, c) and weight (m, c), drawn once, so that losses compare over epochs.
 
-    With a bridge (--auto) the sample covers the whole frame, and what is masked or missing is replaced by the sky
-    expected there, with noise like the rest: the logarithm of the loss would cling to a bridge without noise.
+    With a bridge (--auto) the sample is of its cells, over the whole frame, and what is masked or missing is replaced by
+    the sky expected there, with noise like the rest: the logarithm of the loss would cling to a bridge without noise.
     """
-    usable = prepared.used if prepared.bridge is None else np.ones_like(prepared.used)
+    bridge, seen = prepared.bridge, prepared.bridge or prepared
+    usable = prepared.used if bridge is None else np.ones(bridge.query.shape[:2], bool)
     pick = sample_pixels(usable, SAMPLE_PIXELS * settings.batch, settings.seed)
-    query, image, weight = (a.reshape(-1, a.shape[-1])[pick] for a in (prepared.query, prepared.image, prepared.weight))
-    if prepared.bridge is not None:
-        expected = prepared.bridge(query)
-        spread = [1.4826 * np.median(np.abs(image - expected)[seen, k]) if seen.any() else 0.0
-                  for k, seen in enumerate(weight.T > 0)]
+    query, image, weight = (a.reshape(-1, a.shape[-1])[pick] for a in (seen.query, seen.image, seen.weight))
+    if bridge is not None:
+        expected = bridge.surface(query)
+        spread = [1.4826 * np.median(np.abs(image - expected)[sky, k]) if sky.any() else 0.0 for k, sky in enumerate(weight.T > 0)]
         noise = np.random.default_rng(settings.seed).normal(size=image.shape) * spread
         image = np.where(weight > 0, image, expected + noise)
         weight = np.where(weight > 0, weight, 1)
@@ -2459,7 +2471,7 @@ def _run(options: argparse.Namespace, settings: Settings) -> None:
         _say_end(written, started, say)
         return _hold_windows(where)
 
-    with _progress(settings.epochs, options.quiet, say) as on_epoch:
+    with _progress(settings.epochs, options.quiet, say) as on_epoch, _interrupt_between_epochs(on_epoch) as on_epoch:
         fit = fit_sky(prepared, settings, say, on_epoch)
     say(f"{fit.stopped}; best loss {fit.history[:, 0].min():.4f}")
     sky = sky_surface(prepared, fit, planes.dtype)
@@ -2479,6 +2491,28 @@ def _run(options: argparse.Namespace, settings: Settings) -> None:
         put_picture(lambda figure: draw_figures(figure, prepared, settings, fit, title), where, names["figures"])
     _say_end(outputs + [names["figures"]] * (where == "file"), started, say)
     _hold_windows(where)
+
+
+@contextmanager
+def _interrupt_between_epochs(on_epoch: Callable[[int, float], None]) -> Iterator[Callable[[int, float], None]]:
+    """Keep Ctrl-C for the end of an epoch: raised inside TensorFlow it can be swallowed there, or crash it."""
+    asked = []
+
+    def listen(epoch, loss):
+        if asked:
+            raise KeyboardInterrupt
+        on_epoch(epoch, loss)
+
+    if threading.current_thread() is not threading.main_thread():  # signals reach the main thread alone
+        yield on_epoch
+        return
+    before = signal.signal(signal.SIGINT, lambda *_: asked.append(True))
+    try:
+        yield listen
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if asked:
+        raise KeyboardInterrupt
 
 
 def _check_paths(options: argparse.Namespace) -> Dict[str, str]:
