@@ -2414,7 +2414,8 @@ def _parse(argv: Optional[Sequence[str]]) -> Tuple[argparse.Namespace, Settings]
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run the command line; returns the exit code. Whatever goes wrong is said in one line on stderr."""
     try:
-        _run(*_parse(argv))
+        with _Interrupts() as interrupts:
+            _run(*_parse(argv), interrupts)
         return 0
     except SystemExit as stop:  # argparse has said why
         return stop.code or 0
@@ -2445,7 +2446,7 @@ def _warn(message: str) -> None:
     print(f"bgoptimizer: warning: {message}", file=sys.stderr)
 
 
-def _run(options: argparse.Namespace, settings: Settings) -> None:
+def _run(options: argparse.Namespace, settings: Settings, interrupts: _Interrupts) -> None:
     """The command, from file to files."""
     started = time.perf_counter()
     say = _quiet if options.quiet else lambda text: print(text, flush=True)
@@ -2471,8 +2472,12 @@ def _run(options: argparse.Namespace, settings: Settings) -> None:
         _say_end(written, started, say)
         return _hold_windows(where)
 
-    with _progress(settings.epochs, options.quiet, say) as on_epoch, _interrupt_between_epochs(on_epoch) as on_epoch:
-        fit = fit_sky(prepared, settings, say, on_epoch)
+    interrupts.check()
+    interrupts.patient = True
+    with _progress(settings.epochs, options.quiet, say) as show:
+        fit = fit_sky(prepared, settings, say, lambda epoch, loss: (interrupts.check(), show(epoch, loss)))
+    interrupts.patient = False
+    interrupts.check()
     say(f"{fit.stopped}; best loss {fit.history[:, 0].min():.4f}")
     sky = sky_surface(prepared, fit, planes.dtype)
     done = subtract(planes, sky, prepared.median)
@@ -2493,26 +2498,30 @@ def _run(options: argparse.Namespace, settings: Settings) -> None:
     _hold_windows(where)
 
 
-@contextmanager
-def _interrupt_between_epochs(on_epoch: Callable[[int, float], None]) -> Iterator[Callable[[int, float], None]]:
-    """Keep Ctrl-C for the end of an epoch: raised inside TensorFlow it can be swallowed there, or crash it."""
-    asked = []
+class _Interrupts:
+    """Ctrl-C that cannot get lost: what is being imported may swallow a KeyboardInterrupt, TensorFlow may crash by it."""
 
-    def listen(epoch, loss):
-        if asked:
+    def __init__(self):
+        self.asked, self.patient, self.before = False, False, None
+
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread():  # signals reach no other
+            self.before = signal.signal(signal.SIGINT, self._listen)
+        return self
+
+    def _listen(self, *_):
+        self.asked = True
+        if not self.patient:
             raise KeyboardInterrupt
-        on_epoch(epoch, loss)
 
-    if threading.current_thread() is not threading.main_thread():  # signals reach the main thread alone
-        yield on_epoch
-        return
-    before = signal.signal(signal.SIGINT, lambda *_: asked.append(True))
-    try:
-        yield listen
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if asked:
-        raise KeyboardInterrupt
+    def check(self) -> None:
+        """Raise what was swallowed, or held back while `patient`."""
+        if self.asked:
+            raise KeyboardInterrupt
+
+    def __exit__(self, *_):
+        if self.before is not None:
+            signal.signal(signal.SIGINT, self.before)
 
 
 def _check_paths(options: argparse.Namespace) -> Dict[str, str]:
