@@ -133,7 +133,7 @@ class Settings:
 
     def __post_init__(self):
         checks = (
-            ("-dx", self.downscaling_factor >= 1, "1 or more"),
+            ("-dx", 1 <= self.downscaling_factor <= 1_000_000, "1 to 1000000"),
             ("-df", self.downscaling_func in ("median", "mean"), "median or mean"),
             ("-dq", self.delinearization_quantile is None or 0 < self.delinearization_quantile <= 1, "above 0, at most 1"),
             ("-N", self.points is None or 3 <= self.points <= 4096, "3 to 4096"),
@@ -142,10 +142,10 @@ class Settings:
             ("-tM", self.threshold_min < self.threshold_max < math.inf, "a finite number above -tm"),
             ("-i", self.initializer in ("random", "grid"), "random or grid"),
             ("-e", self.epochs >= 1, "1 or more"),
-            ("-a", 0 <= self.alpha < math.inf, "0 or more"),
+            ("-a", 0 <= self.alpha <= 1e9, "0 to 1e9"),
             ("-B", self.batch >= 1, "1 or more"),
-            ("-lr", 0 < self.learning_rate < math.inf, "above 0"),
-            ("--smoothing", self.smoothing is None or 0 <= self.smoothing < math.inf, "auto, or 0 or more"),
+            ("-lr", 0 < self.learning_rate <= 1e9, "above 0, at most 1e9"),
+            ("--smoothing", self.smoothing is None or 0 <= self.smoothing <= 1e9, "auto, or 0 to 1e9"),
             ("--seed", 0 <= self.seed < 2**32, "0 to 4294967295"),
         )
         for flag, good, wanted in checks:
@@ -708,7 +708,7 @@ def measure_stretch(planes: np.ndarray, quantile: float) -> Tuple[Stretch, np.nd
             raise BgError(f"{_channel_name(k, len(planes))} holds no data (every sample is 0 or not finite); "
                           "remove that channel, or save the picture again")
         low, median, high = _exact_quantiles(strips, sample, (0.0, 0.5, quantile))
-        if high <= low:
+        if high - low < np.finfo(np.float32).tiny:  # less than the fit, in Float32, could tell apart
             raise BgError(f"{_channel_name(k, len(planes))} has the same value everywhere ({low:.6g}), so it shows no sky; "
                           "raise -dq if a bright object fills the frame, else give a picture with content")
         return low, high - low, median
@@ -1500,7 +1500,8 @@ def sky_sample(prepared: Prepared, settings: Settings) -> Tuple[np.ndarray, np.n
     """
     bridge, seen = prepared.bridge, prepared.bridge or prepared
     usable = prepared.used if bridge is None else np.ones(bridge.query.shape[:2], bool)
-    pick = sample_pixels(usable, SAMPLE_PIXELS * settings.batch, settings.seed)
+    wanted = SAMPLE_PIXELS * settings.batch * (1 if bridge is None else 2)  # twice, for two starts to agree to 0.5 % of the range
+    pick = sample_pixels(usable, wanted, settings.seed)
     query, image, weight = (a.reshape(-1, a.shape[-1])[pick] for a in (seen.query, seen.image, seen.weight))
     if bridge is not None:
         expected = bridge.surface(query)
@@ -1929,8 +1930,8 @@ def reduced_sky(prepared: Prepared, fit: Fit) -> Tuple[np.ndarray, np.ndarray]:
 
 def _keep_median(before: np.ndarray, after: np.ndarray) -> np.ndarray:
     """`after`, each channel shifted to the median of `before`; (h, w, c), NaN where missing."""
-    some = slice(None, None, 2)
-    return after + (np.nanmedian(before[some, some], (0, 1)) - np.nanmedian(after[some, some], (0, 1)))
+    lost = [np.median(values[np.isfinite(values)][::4]) for image in (before, after) for values in np.moveaxis(image, -1, 0)]
+    return after + np.subtract(*np.split(np.array(lost), 2)).astype(after.dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -2567,8 +2568,10 @@ def _place_for_pictures(options: argparse.Namespace) -> Optional[str]:
 def _has_good_header(path: str) -> bool:
     """Whether the file seems worth importing TensorFlow for; what is wrong with it is said when it is read."""
     try:
+        if not os.path.isfile(path):  # opening a FIFO would wait forever
+            return False
         with open(path, "rb") as file:
-            return os.path.isfile(path) and bool(_read_header(file))
+            return bool(_read_header(file))
     except (BgError, OSError):
         return False
 
@@ -2657,8 +2660,8 @@ def full_mask(prepared: Prepared, settings: Settings) -> np.ndarray:
     height, width = prepared.full_shape
     weight = np.moveaxis(prepared.weight, -1, 0)
     weight = weight[:1] if (weight == weight[:1]).all() else weight
-    factor = settings.downscaling_factor
-    return np.ascontiguousarray(weight.repeat(factor, 1)[:, :height].repeat(factor, 2)[..., :width], np.float32)
+    row, column = (np.arange(n) // settings.downscaling_factor for n in (height, width))
+    return np.ascontiguousarray(weight[:, row[:, None], column], np.float32)
 
 
 def _say_end(written: List[str], started: float, say: Callable[[str], None]) -> None:
