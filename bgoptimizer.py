@@ -912,7 +912,12 @@ def spline_matrix(query: np.ndarray, positions: np.ndarray, order: int, smoothin
     Returns:
         (..., n) float64.
     """
-    weights, slopes, level = np.split(_spline_coefficients(positions, order, smoothing), (len(positions), len(positions) + 2))
+    return _evaluate(query, positions, order, _spline_coefficients(positions, order, smoothing))
+
+
+def _evaluate(query: np.ndarray, positions: np.ndarray, order: int, coefficients: np.ndarray) -> np.ndarray:
+    """f at query (..., 2) for each column of coefficients (n + 3, k): (..., k)."""
+    weights, slopes, level = np.split(coefficients, (len(positions), len(positions) + 2))
     return _kernel(query, positions, order) @ weights + query @ slopes + level[0]
 
 
@@ -1471,7 +1476,11 @@ class Fit:
 
     def surface(self, query: np.ndarray) -> np.ndarray:
         """Stretched surface (..., c) at query (..., 2), float64."""
-        return spline_matrix(query, self.positions.astype(float), self.order, self.smoothing) @ self.values
+        positions, points = self.positions.astype(float), query.reshape(-1, 2)
+        coefficients = _spline_coefficients(positions, self.order, self.smoothing) @ self.values
+        # In parts: the kernels of all points at once would be the largest array of a run.
+        parts = np.array_split(points, 1 + len(points) * len(positions) // STRIP_PIXELS)
+        return np.concatenate([_evaluate(part, positions, self.order, coefficients) for part in parts]).reshape(*query.shape[:-1], -1)
 
 
 def sample_pixels(usable: np.ndarray, wanted: int, seed: int) -> np.ndarray:
@@ -1670,7 +1679,7 @@ def subtract(planes: np.ndarray, sky: SkySurface, median: np.ndarray) -> Subtrac
             return values[_present(plane[rows])]
 
         strips = sky.strips()
-        some = np.concatenate([residual(rows)[::len(strips)] for rows in strips])
+        some = np.concatenate([residual(rows)[::len(strips)].copy() for rows in strips])
         offset = median[k] - _exact_quantiles(lambda: map(residual, strips), some, (0.5,))[0]
         below = above = 0
         for rows in strips:
@@ -1898,7 +1907,7 @@ def gradient(linear: np.ndarray, used: np.ndarray) -> float:
         linear: (h, w, c) reduced picture, NaN where missing. used: (h, w) bool, where it shows sky.
 
     Returns:
-        The mean over the channels; NaN if fewer than 12 tiles show enough sky.
+        The mean over the channels; NaN if fewer than 12 tiles show enough sky (`_percent` says so).
     """
     rows, columns = (8, 12) if linear.shape[0] <= linear.shape[1] else (12, 8)
     medians, places = [], []
@@ -1920,6 +1929,10 @@ def gradient(linear: np.ndarray, used: np.ndarray) -> float:
             weight = 1 / np.sqrt(np.maximum(np.abs(values - course), 1e-6 * values.max()))
         ranges.append((course.max() - course.min()) / np.median(values))
     return float(np.mean(ranges))
+
+
+def _percent(share: float) -> str:
+    return "unknown" if math.isnan(share) else f"{share:.1%}"
 
 
 def reduced_sky(prepared: Prepared, fit: Fit) -> Tuple[np.ndarray, np.ndarray]:
@@ -2010,7 +2023,7 @@ def _numbers(prepared: Prepared, settings: Settings) -> List[str]:
              for name in ("threshold", "mask file", "auto") if reasons[name].any()]
     rows += [("missing", part["missing"], ""), ("gradient", gradient(prepared.linear, prepared.used), "of the sky's level")]
     rows += [("blown out", blown, "sky: raise -dq")] if blown else []
-    return lines + [""] + [f"{name:<13}{value:7.1%}  {what}" for name, value, what in rows]
+    return lines + [""] + [f"{name:<13}{_percent(value):>7}  {what}" for name, value, what in rows]
 
 
 def _draw_histogram(axes, prepared: Prepared, settings: Settings, k: int) -> None:
@@ -2112,7 +2125,7 @@ def facts(prepared: Prepared, settings: Settings, fit: Fit) -> str:
     return (f"-dq {stretch_quantile(settings):g}, {len(fit.positions)} points ({settings.initializer}), order {settings.order}, "
             f"smoothing {fit.smoothing:g}, alpha {settings.alpha:g}, seed {settings.seed}   |   {len(fit.history)} epochs, "
             f"loss {best[0]:.4f}   |   {shares(prepared)['used']:.1%} used as sky   |   gradient "
-            f"{gradient(prepared.linear, prepared.used):.1%} -> {gradient(after, prepared.used):.1%} of the sky's level")
+            f"{_percent(gradient(prepared.linear, prepared.used))} -> {_percent(gradient(after, prepared.used))} of the sky's level")
 
 
 def animation_frames(prepared: Prepared, fit: Fit, width: int = 800) -> np.ndarray:
@@ -2450,6 +2463,8 @@ def _warn(message: str) -> None:
 def _run(options: argparse.Namespace, settings: Settings, interrupts: _Interrupts) -> None:
     """The command, from file to files."""
     started = time.perf_counter()
+    with suppress(AttributeError):  # a notebook's, or none; names may hold what the terminal's encoding does not
+        sys.stdout.reconfigure(errors="backslashreplace")
     say = _quiet if options.quiet else lambda text: print(text, flush=True)
     names = _check_paths(options)
     where = _place_for_pictures(options)
@@ -2458,6 +2473,8 @@ def _run(options: argparse.Namespace, settings: Settings, interrupts: _Interrupt
 
     planes, source = _read(options.input_file, say)
     mask = None if options.mask is None else _read(options.mask, _quiet)[0]
+    if not options.preview:
+        _check_memory(planes)
     if not (options.preview or options.compress):
         _check_space(options.output_path, (2 + options.save_mask) * planes.nbytes)
     if options.preview and not settings.auto:
@@ -2465,7 +2482,7 @@ def _run(options: argparse.Namespace, settings: Settings, interrupts: _Interrupt
     prepared, settings = examine(planes, settings, mask, say)
     del mask
     _report(prepared, settings, say)
-    title = os.path.basename(options.input_file)
+    title = os.path.basename(options.input_file).encode("utf-8", "replace").decode().replace("$", r"\$")  # no formula
     if options.preview:
         if where:
             put_picture(lambda figure: draw_preview(figure, prepared, settings, title), where, names["preview"])
@@ -2603,10 +2620,23 @@ def _read(path: str, say: Callable[[str], None]) -> Tuple[np.ndarray, Source]:
     return picture.planes, picture.source
 
 
+def _check_memory(planes: np.ndarray) -> None:
+    """Warn where the system may end the run for want of memory, which it does without a word. Linux tells how much is free."""
+    needed, free = 0.6e9 + 2 * planes[0].nbytes, math.inf  # TensorFlow, and two planes while writing
+    with suppress(OSError, ValueError, IndexError):
+        with open("/proc/meminfo") as file:
+            free = 1024 * [int(line.split()[1]) for line in file if line.startswith("MemAvailable")][0]
+        with open("/sys/fs/cgroup/memory.max") as limit, open("/sys/fs/cgroup/memory.current") as used:
+            free = min(free, int(limit.read()) - int(used.read()))
+    if free < needed:
+        _warn(f"about {needed / 1e9:.1f} GB more memory is needed and {free / 1e9:.1f} GB are free; "
+              "if the run dies, close other programs, or crop the picture or split its channels")
+
+
 def _check_space(folder: str, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise BgError(f"{folder} has {free / 1e9:.1f} GB free and the outputs need {needed / 1e9:.1f} GB; "
+        raise BgError(f"{folder} has {free / 1e6:.0f} MB free and the outputs need {needed / 1e6:.0f} MB; "
                       "free space, choose another folder, or try --compress")
 
 
@@ -2627,7 +2657,7 @@ def _report(prepared: Prepared, settings: Settings, say: Callable[[str], None]) 
 @contextmanager
 def _progress(epochs: int, quiet: bool, say: Callable[[str], None]) -> Iterator[Callable[[int, float], None]]:
     """Gives a listener for the fit's epochs: a bar on a terminal, a line every 100 epochs elsewhere."""
-    if quiet or not sys.stderr.isatty():
+    if quiet or not (sys.stderr and sys.stderr.isatty()):  # None: closed by the caller
         yield lambda epoch, loss: say(f"epoch {epoch:4d}  loss {loss:.4f}") if epoch % 100 == 0 else None
         return
     from tqdm import tqdm
@@ -2640,7 +2670,7 @@ def _progress(epochs: int, quiet: bool, say: Callable[[str], None]) -> Iterator[
 
 def _report_subtraction(done: Subtraction, prepared: Prepared, fit: Fit, samples: int, say: Callable[[str], None]) -> None:
     after = reduced_sky(prepared, fit)[1]
-    say(f"gradient {gradient(prepared.linear, prepared.used):.1%} of the sky's level before, {gradient(after, prepared.used):.1%} after")
+    say(f"gradient {_percent(gradient(prepared.linear, prepared.used))} of the sky's level before, {_percent(gradient(after, prepared.used))} after")
     say("offsets: " + ", ".join(f"{letter} {offset:.6f}" for letter, offset in zip(_channel_letters(prepared), done.offsets)))
     say(f"clipped: {done.below.sum()} samples at 0, {done.above.sum()} at 1, of {samples}")
 
