@@ -1099,7 +1099,8 @@ equations lose their digits in Float32."""
 PLAIN_SMOOTHING = (0.03, 1.0)
 """Range of the smoothing chosen for a plain run, whose control points start on the picture itself and have `-e` epochs to
 settle: above 1 they do not get there, below 0.03 they dig into objects. Within it the best one goes with the square root
-of the smoothing that the sky alone would have (measured on the truth bench, `tests/truth.py`)."""
+of the smoothing that the sky alone would have, but is not below the share of the picture that is not sky: nothing else keeps
+a plain surface out of a nebula (measured on the truth bench, `tests/truth.py`)."""
 
 HELD_BACK = 0.25
 """A surface may leave the range that it has over the sky it was fitted to by this part of the range, and no further: a
@@ -1407,7 +1408,9 @@ def choose_sky(prepared: Prepared, settings: Settings, say: Callable[[str], None
 def choose_smoothing(prepared: Prepared, settings: Settings, say: Callable[[str], None] = _quiet) -> float:
     """The smoothing of a plain run: found as for --auto, on the sky that --auto would see, but nothing is masked."""
     low, high = PLAIN_SMOOTHING
-    chosen = float(f"{np.clip(math.sqrt(choose_sky(prepared, settings)[1]), low, high):.2g}")
+    masked, smoothing = choose_sky(prepared, settings)
+    objects = 1 - masked.used.sum() / prepared.used.sum()
+    chosen = float(f"{np.clip(max(math.sqrt(smoothing), objects), low, high):.2g}")
     say(f"smoothing {chosen:g}, by cross-validation")
     return chosen
 
