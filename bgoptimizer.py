@@ -1067,8 +1067,9 @@ def start_positions(settings: Settings, shape: Tuple[int, int]) -> np.ndarray:
 # as these lie above the sky's own surface, and under them the sky is bridged: held by what is around it, and
 # never above the picture, for an object only adds light. How stiff that surface must be, cross-validation tells.
 
-CELLS = 130
-"""About so many cells stand along the longer side of the copy that the choices are made on. A cell's noise is some 1/20 of a pixel's."""
+CELLS, FEWEST_CELLS = 130, 64
+"""About so many cells stand along the longer side of the copy that the choices are made on, in small pictures fewer, so that a
+cell still is the median of several pixels: in the noise of single ones a faint nebula (M27 in half a minute of light) looks smooth."""
 
 SKY_POINTS = 96
 """Control points of the surface on the cells. Its stiffness, not their number, decides how it bends."""
@@ -1136,7 +1137,7 @@ def _make_cells(prepared: Prepared, threshold_max: float) -> _Cells:
     usable = (prepared.present & (prepared.image <= threshold_max)).all(-1)
     if prepared.given is not None:
         usable &= (prepared.given > 0).any(-1)
-    size = max(1, round(max(usable.shape) / CELLS))
+    size = max(1, min(2, max(usable.shape) // FEWEST_CELLS), round(max(usable.shape) / CELLS))
     samples = np.where(usable[..., None], prepared.image, np.nan)
     values = np.stack([reduce_plane(np.ascontiguousarray(plane), size) for plane in np.moveaxis(samples, -1, 0)], -1).astype(float)
     share = _reduce_mask(usable.astype(np.float32), size)
