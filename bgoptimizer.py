@@ -876,13 +876,14 @@ def prepare(planes: np.ndarray, settings: Settings, mask: Optional[np.ndarray] =
     return prepared
 
 
-def _reduce_mask(plane: np.ndarray, factor: int) -> np.ndarray:
-    """(h, w) weights -> block means; 0 counts as a weight here, and what is not finite counts as 0."""
-    rows, columns = (np.arange(0, n, factor) for n in plane.shape)
-    plane = np.clip(np.nan_to_num(plane), 0, 1)
-    total = np.add.reduceat(np.add.reduceat(plane, rows, 0), columns, 1)
-    size = np.diff(np.append(rows, plane.shape[0]))[:, None] * np.diff(np.append(columns, plane.shape[1]))
-    return (total / size).astype(np.float32)
+def _reduce_mask(weights: np.ndarray, factor: int) -> np.ndarray:
+    """(h, w) or (h, w, k) weights -> block means; 0 counts as a weight here, and what is not finite counts as 0."""
+    weights = np.clip(np.nan_to_num(weights), 0, 1)
+    for axis in (0, 1):
+        starts = np.arange(0, weights.shape[axis], factor)
+        sizes = np.diff(np.append(starts, weights.shape[axis]))
+        weights = np.add.reduceat(weights, starts, axis) / np.expand_dims(sizes, tuple(k for k in range(weights.ndim) if k != axis))
+    return weights.astype(np.float32)
 
 
 def _size(planes: np.ndarray) -> str:
@@ -1144,7 +1145,7 @@ def _make_cells(prepared: Prepared, threshold_max: float) -> _Cells:
     # Cells beside a border mix with it and are left out as well.
     usable = ndimage.minimum_filter((share > 0.5) & np.isfinite(values).all(-1), 3, mode="nearest")
     values = np.where(usable[..., None], values, 0)
-    query = np.stack([_reduce_mask(plane, size) for plane in np.moveaxis(prepared.query, -1, 0)], -1).astype(float)
+    query = _reduce_mask(prepared.query, size).astype(float)
     return _Cells(values, usable, _cell_noise(values, usable, prepared.stretch), query, size)
 
 
@@ -1396,13 +1397,13 @@ def choose_sky(prepared: Prepared, settings: Settings, say: Callable[[str], None
         chosen, why = max(chosen, 1e2), "too little sky to tell glow from object, so the surface is kept nearly flat"
     if smoothing is not None:
         chosen, why = smoothing, "given by hand"
-    say(f"auto: {100 * share:.0f} % of the picture is sky; stretch quantile {AUTO_QUANTILE:g}; smoothing {chosen:g} ({why})")
+    say(f"auto: {100 * share:.0f} % of the picture is sky; stretch quantile {stretch_quantile(settings):g}; smoothing {chosen:g} ({why})")
     values, _ = surface.bridge(sky, bound, chosen)
     height, width = prepared.used.shape
     kept = (sky > 0)[np.arange(height) // cells.size][:, np.arange(width) // cells.size]
     masked = prepared.weight * kept[..., None]
-    mean_weight = np.stack([_reduce_mask(plane, cells.size) for plane in np.moveaxis(masked, -1, 0)], -1)
-    bridge = Bridge(lambda query: surface.at(query) @ values, cells.values, mean_weight * (sky > 0)[..., None], cells.query)
+    weight = _reduce_mask(masked, cells.size) * (sky > 0)[..., None]
+    bridge = Bridge(lambda query: surface.at(query) @ values, cells.values, weight, cells.query)
     return replace(prepared, weight=masked, bridge=bridge), chosen
 
 
