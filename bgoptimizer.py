@@ -1,33 +1,42 @@
 #!/usr/bin/env python3
 """Take the uneven sky out of a linear astrophoto.
 
-Light pollution, moonlight and airglow lay a smooth, uneven veil over every deep-sky picture. Where it
-ends and a nebula begins no single pixel can tell, but the veil is smooth and most of the frame shows
-nothing else. bgoptimizer uses all of it: it reduces, stretches and masks a copy of the picture, fits one
-polyharmonic spline surface to the sky in that copy by gradient descent, and takes the surface, brought
-back to linear full size, out of the picture. Nobody places samples.
+Light pollution, moonlight, and airglow lay a smooth, uneven veil over every
+deep-sky picture. No single pixel can tell where the veil ends and a nebula
+begins, but the veil is smooth, and most of the frame shows nothing else. All of
+that is used: a reduced, stretched, and masked copy of the picture is made, one
+polyharmonic spline surface is fitted to the sky in it by gradient descent, and
+the surface, brought back to linear full size, is taken out of the picture.
+Nobody places samples. Run it after stacking and cropping, before color
+calibration and stretching.
 
-    bgoptimizer.py m31.xisf                      model and subtracted picture, beside where you stand
-    bgoptimizer.py m31.xisf out --auto           let the tool choose mask, stretch and smoothing
-    bgoptimizer.py m31.xisf --preview -dq 0.99   look at stretch and mask first; nothing is fitted
-    bgoptimizer.py m31.xisf out -m stars.xisf    with a mask of your own (1 = sky, 0 = leave out)
+examples:
+  bgoptimizer.py m31.xisf                   m31_bgModel and m31_bgSubtracted.xisf
+  bgoptimizer.py m31.xisf out --auto        leave out objects, found by the tool
+  bgoptimizer.py m31.xisf -p                look first; nothing is fitted
+  bgoptimizer.py m31.xisf -p -dq 0.99       ... with a weaker stretch
+  bgoptimizer.py m31.xisf out -m mask.xisf  your own mask: 1 = sky, 0 = leave out
+  bgoptimizer.py m31.xisf out --auto --save-mask --animate
+                                            also the mask, to edit, and a GIF
 
-From Python:
+from Python, with image of shape (h, w, c), linear, in 0..1:
+  result = bgoptimizer.optimize(image, bgoptimizer.Settings(auto=True))
+  result.subtracted, result.model
 
-    import bgoptimizer
-    result = bgoptimizer.optimize(image, bgoptimizer.Settings(auto=True))   # image: (h, w, c), linear, 0..1
-    result.subtracted, result.model                                         # (h, w, c) each
+exit codes: 0 done, 1 could not be done, 2 wrong usage, 130 interrupted
 """
 from __future__ import annotations
 
 import argparse
 import base64
 import copy
+import functools
 import hashlib
 import importlib.util
 import io
 import itertools
 import math
+import numbers
 import os
 import re
 import secrets
@@ -45,15 +54,19 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, fields, replace
 from datetime import datetime, timezone
-from typing import Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Callable, Iterator, NamedTuple, Sequence
 from xml.etree import ElementTree
 from xml.parsers import expat
+
+if __name__ == "__main__":  # until `main` listens, Ctrl-C ends the command at once, not with a traceback of what follows
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 # Full-size work has threads of its own, and the equations solved here are small: threads of BLAS beside them only
 # get in each other's way (the choices of --auto take 2.7 s with them, 0.8 s without). OpenBLAS looks once, when loaded.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import numpy as np  # noqa: E402
+import scipy  # noqa: E402  (its parts are imported when first used)
 
 VERSION = "1.0.0"
 
@@ -79,15 +92,23 @@ STOP_PATIENCE, STOP_DELTA = 100, 5e-5
 RATE_PATIENCE, RATE_FLOOR = 50, 1e-4
 """Epochs without improvement after which the learning rate is halved, and the rate it never falls below."""
 
-SURFACE_CELLS = 500
+SURFACE_NODES = 500
 """The full-size surface is the spline itself on about this many nodes along the longer side, and cubic
 interpolation between them; far finer than the surface bends (see `SkySurface`)."""
 
 STRIP_PIXELS = 1 << 18
 """Pixels of one channel handled at a time in full-size work: 1 MB of Float32, which stays in cache."""
 
-PATH_EVERY = 10
+TRACK_EVERY = 10
 """Epochs between two recordings of the control points."""
+
+STIFFEST_FIT = 10.0
+"""Largest smoothing of the interpolation with --auto, whose fit starts from a surface that is stiff already: beyond, the
+equations lose their digits in Float32."""
+
+HELD_BACK = 0.25
+"""The surface may exceed the range of values that it has over the sky by this fraction, and no further: a corner without
+sky, or hills, cannot make it run away."""
 
 DEFAULT_QUANTILE, DEFAULT_POINTS = 0.95, 32
 AUTO_QUANTILE, AUTO_POINTS = 0.999, 64
@@ -115,38 +136,41 @@ class Settings:
         ValueError: a value is out of its range; the text names the flag and the range.
     """
 
-    downscaling_factor: int = 8
-    downscaling_func: str = "median"
-    delinearization_quantile: Optional[float] = None  # 0.95; with auto 0.999
-    points: Optional[int] = None  # 32; with auto more
-    order: int = 2
+    downscaling_factor: int = 8  # less noise, fewer stars, 64 times less to do
+    downscaling_func: str = "median"  # drops small stars
+    delinearization_quantile: float | None = None  # 0.95; with auto 0.999, which blows out no bright corner of the sky
+    points: int | None = None  # 32; with auto 64: more cannot dig into objects that are left out
+    order: int = 2  # a thin plate, the surface that bends least
     threshold_min: float = 0.001
     threshold_max: float = 1.0
     initializer: str = "random"
     epochs: int = 1000
-    alpha: float = 5.0
-    batch: int = 1
+    alpha: float = 5.0  # a pixel above the sky costs 1, a sky above the pixel 11: it sits at the low side of the noise
+    batch: int = 1  # samples of SAMPLE_PIXELS; one is enough
     learning_rate: float = 0.001
-    smoothing: Optional[float] = None  # chosen by cross-validation
+    smoothing: float | None = None  # chosen by cross-validation
     auto: bool = False
     seed: int = 0
 
     def __post_init__(self):
+        def whole(value, low, high=math.inf):
+            return isinstance(value, numbers.Integral) and low <= value <= high
+
         checks = (
-            ("-dx", 1 <= self.downscaling_factor <= 1_000_000, "1 to 1000000"),
+            ("-dx", whole(self.downscaling_factor, 1, 1_000_000), "1 to 1000000"),
             ("-df", self.downscaling_func in ("median", "mean"), "median or mean"),
             ("-dq", self.delinearization_quantile is None or 0 < self.delinearization_quantile <= 1, "above 0, at most 1"),
-            ("-N", self.points is None or 3 <= self.points <= 4096, "3 to 4096"),
+            ("-N", self.points is None or whole(self.points, 3, 4096), "3 to 4096"),
             ("-O", self.order in (1, 2, 3, 4), "1, 2, 3 or 4"),
             ("-tm", math.isfinite(self.threshold_min), "a finite number"),
             ("-tM", self.threshold_min < self.threshold_max < math.inf, "a finite number above -tm"),
             ("-i", self.initializer in ("random", "grid"), "random or grid"),
-            ("-e", self.epochs >= 1, "1 or more"),
+            ("-e", whole(self.epochs, 1), "1 or more"),
             ("-a", 0 <= self.alpha <= 1e9, "0 to 1e9"),
-            ("-B", self.batch >= 1, "1 or more"),
+            ("-B", whole(self.batch, 1), "1 or more"),
             ("-lr", 0 < self.learning_rate <= 1e9, "above 0, at most 1e9"),
             ("--smoothing", self.smoothing is None or 0 <= self.smoothing <= 1e9, "auto, or 0 to 1e9"),
-            ("--seed", 0 <= self.seed < 2**32, "0 to 4294967295"),
+            ("--seed", whole(self.seed, 0, 2**32 - 1), "0 to 4294967295"),
         )
         for flag, good, wanted in checks:
             if not good:
@@ -183,14 +207,11 @@ ENCODING = re.compile(r"<\?xml[^>]*\sencoding\s*=\s*[\"'](?!(utf-?8|utf-16|iso-8
 # Characters XML 1.0 forbids, bare and as references: PixInsight lets them pass, XML parsers refuse the file
 NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 NOT_XML_REFERENCE = re.compile("&#(0*([0-8]|1[124-9]|2[0-9]|3[01])|x0*([0-8bcef]|1[0-9a-f]));", re.I)
-# Of "element name": what describes the old file, what the new pixels make untrue, and where in the sky the picture is
+# Of "element name": what describes the old file, and what the new pixels make untrue
 OF_THE_FILE = re.compile(r"(Data|Thumbnail) |Property XISF:(Creat|Compress|BlockAlign|MaxInline|Checksum|OutputHint"
                          r"|InputHint|ResourceURL|Load)")
 OF_THE_PIXELS = re.compile(r"FITSKeyword (BITPIX|NAXIS\d*|BSCALE|BZERO|DATAMIN|DATAMAX|CHECKSUM|DATASUM|PEDESTAL"
                            r"|NOISE[A-Z]?\d*)$|Property (.*:)?(Statistics|Noise)(:|$)")
-OF_THE_SKY = re.compile(r"Property (PCL:AstrometricSolution|Observation:(Center|CelestialReferenceSystem|Equinox)|Instrument"
-                        r":(Telescope:FocalLength|Sensor:[XY]PixelSize))(:|$)|FITSKeyword (RA|DEC|OBJCTRA|OBJCTDEC|RADESYS"
-                        r"|EQUINOX|LONPOLE|LATPOLE|(CTYPE|CRPIX|CRVAL|CDELT|CROTA|CUNIT|CD|PC|PV|AP?|BP?)_?(\d.*|ORDER))$")
 
 
 @dataclass
@@ -486,28 +507,20 @@ def _carry(element, opened, blocks):
     return attached
 
 
-def plate_solution(source):
-    """Returns what of a Source is true of any picture of the same frame, a mask for one: where in the sky it is."""
-    root = ElementTree.XML("<xisf><Image/><Metadata/></xisf>")
-    root.find("Image")[:] = [element for element in source.root.find("Image")
-                             if OF_THE_SKY.match(f"{element.tag} {element.get('id') or element.get('name')}")]
-    return Source(root, source.blocks)
-
-
-def write_xisf(file, planes, source=None, history=(), compress=False, image_id=None):
+def write_xisf(file, planes, source=None, history=(), compress=False):
     """Write a picture as a monolithic XISF file.
 
     file: binary, writable, seekable, empty. planes: (c, h, w), c = 1 or 3, float32 or float64 in [0, 1]; an array, or
     anything with `shape` and `dtype` that yields one (h, w) plane after the other. source: a Source, whose metadata are
     kept; it is not changed. history: lines, added as HISTORY keywords. compress: lz4hc with byte shuffling, or zstd
-    where PixInsight would not read that. image_id: the image's name, if not the source's.
+    where PixInsight would not read that.
     """
     root = copy.deepcopy(source.root) if source else ElementTree.XML("<xisf><Image/><Metadata/></xisf>")
     image, metadata = root.find("Image"), root.find("Metadata")
     (c, h, w), item = planes.shape, planes.dtype.itemsize
     root.attrib.update(XISF_ROOT)
     image.attrib.update(geometry=f"{w}:{h}:{c}", sampleFormat=f"Float{8 * item}", bounds="0:1", location="pixels",
-                        colorSpace="RGB" if c == 3 else "Gray", **({"id": image_id} if image_id else {}))
+                        colorSpace="RGB" if c == 3 else "Gray")
     lines = [part for line in history for part in textwrap.wrap(line, 72)]
     for line in lines:
         ElementTree.SubElement(image, "FITSKeyword", name="HISTORY", value="", comment=line)
@@ -586,6 +599,38 @@ def atomic_outputs(*paths):
 
 
 # ---------------------------------------------------------------------------------------------------------
+# What the stages share
+# ---------------------------------------------------------------------------------------------------------
+
+def _present(samples: np.ndarray) -> np.ndarray:
+    """True where a sample is data: finite and not exactly 0 (what is black but real was read as > 0)."""
+    return (samples > 0) & (samples < np.inf)
+
+
+def _strips(height: int, width: int, multiple: int = 1) -> list[slice]:
+    """Slices of rows that cover a plane in strips of about STRIP_PIXELS, each a `multiple` of rows high."""
+    rows = max(multiple, STRIP_PIXELS // max(1, width) // multiple * multiple)
+    return [slice(top, min(top + rows, height)) for top in range(0, height, rows)]
+
+
+def _each(work: Callable, items: Sequence) -> Iterator:
+    """Results of work(item), in order, computed by WORKERS threads."""
+    with ThreadPoolExecutor(WORKERS) as pool:
+        yield from pool.map(work, items)
+
+
+def _quantiles(values: np.ndarray, quantiles: Sequence[float]) -> np.ndarray:
+    """Exact quantiles, each one of the values (the lower of the two middle ones); `values` is reordered."""
+    ranks = [int(q * (values.size - 1)) for q in quantiles]
+    values.partition(ranks)
+    return values[ranks].astype(float)
+
+
+def _channel_name(k: int, count: int) -> str:
+    return "the picture" if count == 1 else f"channel {'RGB'[k]}"
+
+
+# ---------------------------------------------------------------------------------------------------------
 # Stretch: linear to 'stretched' (delinearized) and exactly back
 # ---------------------------------------------------------------------------------------------------------
 
@@ -628,56 +673,7 @@ class Stretch:
         return Stretch(*(np.asarray(v)[k:k + 1] for v in (self.pedestal, self.scale, self.midtones)))
 
 
-def _present(samples: np.ndarray) -> np.ndarray:
-    """True where a sample is data: finite and not exactly 0 (what is black but real was read as > 0)."""
-    return (samples > 0) & (samples < np.inf)
-
-
-def _strips(height: int, width: int, multiple: int = 1) -> List[slice]:
-    """Slices of rows that cover a plane in strips of about STRIP_PIXELS, each a `multiple` of rows high."""
-    rows = max(multiple, STRIP_PIXELS // max(1, width) // multiple * multiple)
-    return [slice(top, min(top + rows, height)) for top in range(0, height, rows)]
-
-
-def _exact_quantiles(strips: Callable[[], Iterator[np.ndarray]], sample: np.ndarray, quantiles: Sequence[float]) -> List[float]:
-    """Exact quantiles (the lower of the two middle ones) of more values than one would like to sort.
-
-    A sample brackets each quantile; one pass over the strips counts what lies below the bracket and keeps
-    what lies in it. Where a bracket misses, its side is opened and the pass repeated: never an estimate.
-
-    Args:
-        strips: called once a pass, yields 1-D arrays that hold all values.
-        sample: 1-D subset of the values, at least one.
-        quantiles: each in [0, 1].
-    """
-    sample = np.sort(sample)
-    margin = 4 / math.sqrt(sample.size)  # a rank of the sample is off by at most sqrt(1/4 / n), 8 times over
-    found = []
-    brackets = []
-    for q in quantiles:
-        low, high = q - margin, q + margin
-        brackets.append((sample[int(low * (sample.size - 1))] if low > 0 else -np.inf,
-                         sample[int(math.ceil(high * (sample.size - 1)))] if high < 1 else np.inf))
-    while True:
-        total, below, kept = 0, [0] * len(brackets), [[] for _ in brackets]
-        for values in strips():
-            total += values.size
-            for k, (low, high) in enumerate(brackets):
-                inside = values[values >= low]
-                below[k] += values.size - inside.size
-                kept[k].append(inside[inside <= high])
-        found = []
-        for k, q in enumerate(quantiles):
-            rank, inside = int(q * (total - 1)) - below[k], np.concatenate(kept[k])
-            if 0 <= rank < inside.size:
-                found.append(float(np.partition(inside, rank)[rank]))
-            else:
-                brackets[k] = (-np.inf, np.inf)
-        if len(found) == len(quantiles):
-            return found
-
-
-def measure_stretch(planes: np.ndarray, quantile: float) -> Tuple[Stretch, np.ndarray]:
+def measure_stretch(planes: np.ndarray, quantile: float) -> tuple[Stretch, np.ndarray]:
     """The stretch of a picture, from its present samples.
 
     Args:
@@ -691,23 +687,11 @@ def measure_stretch(planes: np.ndarray, quantile: float) -> Tuple[Stretch, np.nd
         BgError: a channel has no present sample, or only one value.
     """
     def measure(k):
-        plane = planes[k]
-
-        def strips():
-            for rows in _strips(*plane.shape):
-                values = plane[rows].ravel()
-                # NaN fails both comparisons, so this also sends strips with NaN to the slower branch.
-                yield values if values.min() > 0 and values.max() < np.inf else values[_present(values)]
-
-        step = max(1, int(math.sqrt(plane.size / STRIP_PIXELS)))
-        sample = plane[::step, ::step]
-        sample = sample[_present(sample)]
-        if sample.size < 100:
-            sample = plane[_present(plane)]
-        if not sample.size:
+        values = planes[k][_present(planes[k])]
+        if not values.size:
             raise BgError(f"{_channel_name(k, len(planes))} holds no data (every sample is 0 or not finite); "
                           "remove that channel, or save the picture again")
-        low, median, high = _exact_quantiles(strips, sample, (0.0, 0.5, quantile))
+        low, median, high = _quantiles(values, (0.0, 0.5, quantile))
         if high - low < np.finfo(np.float32).tiny:  # less than the fit, in Float32, could tell apart
             raise BgError(f"{_channel_name(k, len(planes))} has the same value everywhere ({low:.6g}), so it shows no sky; "
                           "raise -dq if a bright object fills the frame, else give a picture with content")
@@ -719,21 +703,11 @@ def measure_stretch(planes: np.ndarray, quantile: float) -> Tuple[Stretch, np.nd
     return Stretch(low, scale, midtones), median
 
 
-def _each(work: Callable, items: Sequence) -> Iterator:
-    """Results of work(item), in order, computed by WORKERS threads."""
-    with ThreadPoolExecutor(WORKERS) as pool:
-        yield from pool.map(work, items)
-
-
-def _channel_name(k: int, count: int) -> str:
-    return "the picture" if count == 1 else f"channel {'RGB'[k]}"
-
-
 # ---------------------------------------------------------------------------------------------------------
 # Reduce and mask
 # ---------------------------------------------------------------------------------------------------------
 
-def reduce_plane(plane: np.ndarray, factor: int, func: str = "median", transform: Optional[Callable] = None) -> np.ndarray:
+def reduce_plane(plane: np.ndarray, factor: int, func: str = "median", transform: Callable | None = None) -> np.ndarray:
     """Blocks of factor x factor samples -> their median or mean over the samples present.
 
     Args:
@@ -746,54 +720,33 @@ def reduce_plane(plane: np.ndarray, factor: int, func: str = "median", transform
         (ceil(h / factor), ceil(w / factor)) float32; NaN where a block has nothing present.
     """
     height, width = plane.shape
-    full_height, full_width = height // factor * factor, width // factor * factor
-    reduced = np.empty((-(-height // factor), -(-width // factor)), np.float32)
+    down, across = min(factor, height), min(factor, width)  # a block larger than the picture takes no more memory than it
+    columns = -(-width // across)
 
-    def reduce_band(band):  # whole rows of blocks, or the one ragged row at the lower edge
-        for columns in (slice(0, full_width), slice(full_width, width)):
-            tile = plane[band, columns]
-            if tile.size:
-                block = min(factor, tile.shape[0]), min(factor, tile.shape[1])
-                blocks = tile.reshape(tile.shape[0] // block[0], block[0], tile.shape[1] // block[1], block[1])
-                blocks = blocks.transpose(0, 2, 1, 3).reshape(blocks.shape[0], blocks.shape[2], -1)
-                reduced[band.start // factor:-(-band.stop // factor),
-                        columns.start // factor:-(-columns.stop // factor)] = _reduce_blocks(blocks, func, transform)
-
-    for _ in _each(reduce_band, _strips(full_height, width, factor) + [slice(full_height, height)]):
-        pass
-    return reduced
-
-
-def _reduce_blocks(blocks: np.ndarray, func: str, transform: Optional[Callable]) -> np.ndarray:
-    """(rows, columns, samples of a block) -> (rows, columns); NaN for a block with nothing present."""
-    present = None
-    if not (blocks.min() > 0 and blocks.max() < np.inf):  # NaN fails too
+    def reduce_strip(rows):
+        strip = plane[rows]
+        strip = np.pad(strip, ((0, -len(strip) % down), (0, -width % across)))  # with 0: missing
+        blocks = strip.reshape(-1, down, columns, across).swapaxes(1, 2).reshape(-1, columns, down * across)
         present = _present(blocks)
-        blocks = np.where(present, blocks, np.nan)
-    if func == "mean":
-        if transform is not None:
-            blocks = transform(blocks)
-        if present is None:
-            return blocks.mean(-1)
         count = present.sum(-1)
-        return np.where(present, blocks, 0).sum(-1) / np.where(count, count, np.nan)
-    blocks = np.sort(blocks, axis=-1)  # quicker than a partition at this size; NaN goes last
-    if present is None:
-        middle = (blocks.shape[-1] - 1) // 2
-        return (blocks[..., middle] + blocks[..., blocks.shape[-1] // 2]) / 2
-    count = present.sum(-1)[..., None]
-    low, high = (np.take_along_axis(blocks, np.maximum(at, 0), -1)[..., 0] for at in ((count - 1) // 2, count // 2))
-    return (low + high) / 2  # with nothing present both are NaN
+        if func == "mean":
+            blocks = blocks if transform is None else transform(blocks)
+            return np.where(present, blocks, 0).sum(-1) / np.where(count, count, np.nan)
+        blocks = np.sort(np.where(present, blocks, np.nan), axis=-1)  # quicker than a partition at this size; NaN goes last
+        middle = np.stack([np.maximum(count - 1, 0) // 2, count // 2], -1)
+        return np.take_along_axis(blocks, middle, -1).mean(-1)
+
+    return np.concatenate(list(_each(reduce_strip, _strips(height, width, down)))).astype(np.float32)
 
 
 @dataclass(frozen=True)
-class Bridge:
+class ExpectedSky:
     """The sky that --auto expects, and the further reduced picture, (h, w) cells, that it was found on."""
 
-    surface: Callable[[np.ndarray], np.ndarray]  # query (..., 2) in frame coordinates -> stretched sky (..., c)
+    surface: Callable[[np.ndarray], np.ndarray]  # frame coordinates (..., 2) -> stretched sky (..., c)
     image: np.ndarray  # (h, w, c) stretched
     weight: np.ndarray  # (h, w, c) in [0, 1]; 0 where a cell is not sky
-    query: np.ndarray  # (h, w, 2)
+    centers: np.ndarray  # (h, w, 2), as in `Prepared`
 
 
 @dataclass(frozen=True)
@@ -803,13 +756,13 @@ class Prepared:
     image: np.ndarray  # (h, w, c) stretched, in [0, 1]; 0 where missing
     weight: np.ndarray  # (h, w, c) in [0, 1]; 0 where masked or missing
     present: np.ndarray  # (h, w, c) bool
-    query: np.ndarray  # (h, w, 2) block centers, in units of the full frame's longer side (row, column)
+    centers: np.ndarray  # (h, w, 2) of the blocks: frame coordinates
     stretch: Stretch
     median: np.ndarray  # (c,) medians of the linear picture over present samples
     linear: np.ndarray  # (h, w, c) block medians in the picture's own units; NaN where missing
-    full_shape: Tuple[int, int]  # (h, w) of the full-size picture
-    given: Optional[np.ndarray] = None  # (h, w, 1 or c) the mask file, reduced
-    bridge: Optional[Bridge] = None  # with auto
+    full_shape: tuple[int, int]  # (h, w) of the full-size picture
+    user_mask: np.ndarray | None = None  # (h, w, 1 or c) the mask file, reduced
+    expected: ExpectedSky | None = None  # with auto
 
     @property
     def used(self) -> np.ndarray:
@@ -840,7 +793,7 @@ def stretch_quantile(settings: Settings) -> float:
     return AUTO_QUANTILE if settings.auto else DEFAULT_QUANTILE
 
 
-def prepare(planes: np.ndarray, settings: Settings, mask: Optional[np.ndarray] = None) -> Prepared:
+def prepare(planes: np.ndarray, settings: Settings, mask: np.ndarray | None = None) -> Prepared:
     """Stretch, reduce and mask a picture.
 
     Args:
@@ -866,18 +819,18 @@ def prepare(planes: np.ndarray, settings: Settings, mask: Optional[np.ndarray] =
     present = np.isfinite(image)
     image = np.where(present, image, 0).astype(np.float32)
     weight = (present & (settings.threshold_min <= image) & (image <= settings.threshold_max)).astype(np.float32)
-    given = None if mask is None else np.stack([_reduce_mask(plane, factor) for plane in mask], -1)
-    if given is not None:
-        weight *= given
+    user_mask = None if mask is None else np.stack([_block_means(plane, factor) for plane in mask], -1)
+    if user_mask is not None:
+        weight *= user_mask
     prepared = Prepared(image, weight, present, frame_coordinates(height, width, factor), stretch, median, linear,
-                        (height, width), given)
+                        (height, width), user_mask)
     if not prepared.used.any():
         raise BgError("every pixel is masked, so there is no sky to fit; lower -tm, raise -tM, or check the mask (1 = use)")
     return prepared
 
 
-def _reduce_mask(weights: np.ndarray, factor: int) -> np.ndarray:
-    """(h, w) or (h, w, k) weights -> block means; 0 counts as a weight here, and what is not finite counts as 0."""
+def _block_means(weights: np.ndarray, factor: int) -> np.ndarray:
+    """(h, w) or (h, w, k) values in [0, 1] -> means of blocks; what is not finite counts as 0."""
     weights = np.clip(np.nan_to_num(weights), 0, 1)
     for axis in (0, 1):
         starts = np.arange(0, weights.shape[axis], factor)
@@ -890,6 +843,40 @@ def _size(planes: np.ndarray) -> str:
     return f"{planes.shape[2]} x {planes.shape[1]} with {planes.shape[0]} channel{'s' if len(planes) > 1 else ''}"
 
 
+def full_mask(prepared: Prepared, settings: Settings) -> np.ndarray:
+    """The mask in force at full size, (1 or c, h, w) float32, 1 = sky: one channel if all have the same."""
+    height, width = prepared.full_shape
+    weight = np.moveaxis(prepared.weight, -1, 0)
+    weight = weight[:1] if (weight == weight[:1]).all() else weight
+    row, column = (np.arange(n) // settings.downscaling_factor for n in (height, width))
+    return np.ascontiguousarray(weight[:, row[:, None], column], np.float32)
+
+
+def mask_reasons(prepared: Prepared, settings: Settings) -> dict[str, np.ndarray]:
+    """Why pixels of the reduced frame are left out: reason -> (h, w) bool. A pixel has one reason at most."""
+    missing = ~prepared.present.any(-1)
+    left_out = ~prepared.used & ~missing
+    inside = (settings.threshold_min <= prepared.image) & (prepared.image <= settings.threshold_max)
+    reasons = {"missing": missing, "threshold": left_out & ~(inside & prepared.present).any(-1)}
+    left_out &= ~reasons["threshold"]
+    by_file = np.zeros_like(left_out) if prepared.user_mask is None else left_out & (prepared.user_mask == 0).any(-1)
+    return {**reasons, "mask file": by_file, "auto": left_out & ~by_file}
+
+
+def clipped_by_stretch(prepared: Prepared) -> np.ndarray:
+    """(h, w, c) bool: where the stretch ends at 1 and the fit cannot see how bright the picture is."""
+    with np.errstate(invalid="ignore"):  # NaN where missing
+        return prepared.linear >= prepared.stretch.pedestal + prepared.stretch.scale
+
+
+def shares(prepared: Prepared) -> dict[str, float]:
+    """Shares of the reduced samples, all channels together; missing, masked and used add up to 1."""
+    used = np.count_nonzero(prepared.weight) / prepared.weight.size
+    missing = 1 - np.count_nonzero(prepared.present) / prepared.present.size
+    return {"missing": missing, "masked": max(0.0, 1 - missing - used), "used": used,
+            "clipped": np.count_nonzero(clipped_by_stretch(prepared)) / prepared.present.size}
+
+
 # ---------------------------------------------------------------------------------------------------------
 # Spline: f(q) = sum_i w_i phi_k(|q - c_i|) + v.q + b
 # ---------------------------------------------------------------------------------------------------------
@@ -898,28 +885,26 @@ _TINY_SQUARED_DISTANCE = 1e-10
 """Guards log(0), and the square root at 0, whose gradient is infinite. The value that tensorflow-addons has."""
 
 
-def spline_matrix(query: np.ndarray, positions: np.ndarray, order: int, smoothing: float) -> np.ndarray:
-    """The matrix that takes values at the control points to the surface: f(query) = matrix @ values.
+def spline_surface(query: np.ndarray, positions: np.ndarray, values: np.ndarray, order: int, smoothing: float) -> np.ndarray:
+    """The surface through values at control points, in Float64: what `interpolate_spline` gives, where no gradient is needed.
 
-    The surface is linear in the values, so one small solve serves every channel, and anything that searches
-    over values (cross-validation, the first surface of --auto) is a matrix product.
+    It is linear in the values: with np.eye(n) for them it is the matrix that takes values to the surface.
 
     Args:
         query: (..., 2) where to evaluate.
-        positions: (n, 2) control points.
-        order: k of the kernel: r^k for odd k, r^k log r for even k.
+        positions: (n, 2) control points. values: (n, k) there.
+        order: of the kernel phi: r^order if odd, r^order log r if even.
         smoothing: weight on the diagonal of the interpolation system, 0 = through the values exactly.
 
     Returns:
-        (..., n) float64.
+        (..., k).
     """
-    return _evaluate(query, positions, order, _spline_coefficients(positions, order, smoothing))
-
-
-def _evaluate(query: np.ndarray, positions: np.ndarray, order: int, coefficients: np.ndarray) -> np.ndarray:
-    """f at query (..., 2) for each column of coefficients (n + 3, k): (..., k)."""
-    weights, slopes, level = np.split(coefficients, (len(positions), len(positions) + 2))
-    return _kernel(query, positions, order) @ weights + query @ slopes + level[0]
+    weights, slopes, level = np.split(_spline_coefficients(positions, order, smoothing) @ values, (-3, -1))
+    points = query.reshape(-1, 2)
+    # In parts: the kernels of all points at once would be the largest array of a run.
+    parts = np.array_split(points, 1 + len(points) * len(positions) // STRIP_PIXELS)
+    surface = [_kernel(part, positions, order) @ weights + part @ slopes + level for part in parts]
+    return np.concatenate(surface).reshape(*query.shape[:-1], -1)
 
 
 def _spline_coefficients(positions: np.ndarray, order: int, smoothing: float) -> np.ndarray:
@@ -1037,405 +1022,6 @@ def spline_layer(positions: np.ndarray, values: np.ndarray, order: int, smoothin
     return SplineSurface()
 
 
-def start_positions(settings: Settings, shape: Tuple[int, int]) -> np.ndarray:
-    """Where the control points start.
-
-    Args:
-        settings: `initializer`, `points` and `seed` count.
-        shape: (h, w) of the full-size frame.
-
-    Returns:
-        (n, 2) float32 (row, column) in frame coordinates. "random": n uniform points. "grid": cell centers of the
-        rows x columns nearest to n in the frame's aspect ratio; n may then differ from what was asked for.
-    """
-    sides = np.array(shape) / max(shape)
-    wanted = settings.points or DEFAULT_POINTS
-    if settings.initializer == "random":
-        return (np.random.default_rng(settings.seed).random((wanted, 2)) * sides).astype(np.float32)
-    shapes = [(rows, max(2, round(wanted / rows))) for rows in range(2, max(2, wanted // 2) + 1)]  # one row leaves a slope open
-    rows, columns = min(shapes, key=lambda s: abs(s[0] * s[1] - wanted) / wanted + abs(math.log(s[1] / s[0] * sides[0] / sides[1])))
-    row, column = (np.arange(rows) + 0.5) / rows, (np.arange(columns) + 0.5) / columns
-    return (np.stack(np.meshgrid(row, column, indexing="ij"), -1).reshape(-1, 2) * sides).astype(np.float32)
-
-
-# ---------------------------------------------------------------------------------------------------------
-# Choose: object mask, first sky and smoothing, from the picture itself
-# ---------------------------------------------------------------------------------------------------------
-#
-# Sky and object differ in one thing that needs no threshold on brightness: the sky is smooth. A flexible surface follows
-# whatever is smooth, glows and wide halos too, and leaves what has structure: arms, filaments, dust lanes, star halos,
-# tree tops. Where such structure is dense there is an object. Objects are grown into their own faint surroundings as far
-# as these lie above the sky's own surface, and under them the sky is bridged: held by what is around it, and
-# never above the picture, for an object only adds light. How stiff that surface must be, cross-validation tells.
-
-CELLS, FEWEST_CELLS = 130, 64
-"""About so many cells stand along the longer side of the copy that the choices are made on, in small pictures fewer, so that a
-cell still is the median of several pixels: in the noise of single ones a faint nebula (M27 in half a minute of light) looks smooth."""
-
-SKY_POINTS = 96
-"""Control points of the surface on the cells. Its stiffness, not their number, decides how it bends."""
-
-STIFFNESS_UNIT = 1e-4
-"""Weight of the bending energy beside the mean squared residual, in units of the noise, at a smoothing of 1."""
-
-SMOOTHINGS = (1e4, 1e2, 1e1, 1.0, 1e-1, 1e-2, 1e-3)
-"""Tried by cross-validation, the stiffest (a plane) first."""
-
-TOLERANCE = 0.012
-"""The largest smoothing wins whose held-out loss is this close to the best: about the loss's own scatter."""
-
-FOLD_TILES, FOLDS = 96, 4
-"""Cross-validation holds out tiles, 8 x 12 of them, and not pixels: a neighbor knows too much about a pixel."""
-
-ROUGH_SIGMA, ROUGH_SCALE, ROUGH_DENSITY, ROUGH_WINDOW = 3.5, 1.4, 0.2, 0.05
-"""A cell is rough if it stands so many sigma off the Gaussian mean of so many cells about it; a region is an object if so many of its cells are rough, within a window
-of this part of the longer side: lone stars stay single cells, nebulae and galaxies close up."""
-
-HALO_SIGMA, HALO_SMOOTHING = 3.0, 0.003
-"""Light so many sigma above the sky's surface, fitted with this smoothing, belongs to the object that it touches."""
-
-STIFFEST_FIT = 10.0
-"""Largest smoothing of the interpolation during a fit with --auto, which starts from the stiff surface anyway: beyond, the
-equations lose their digits in Float32."""
-
-PLAIN_SMOOTHING = (0.03, 1.0)
-"""Range of the smoothing chosen for a plain run, whose control points start on the picture itself and have `-e` epochs to
-settle: above 1 they do not get there, below 0.03 they dig into objects. Within it the best one goes with the square root
-of the smoothing that the sky alone would have, but is not below the share of the picture that is not sky: nothing else keeps
-a plain surface out of a nebula (measured on the truth bench, `tests/truth.py`)."""
-
-HELD_BACK = 0.25
-"""A surface may leave the range that it has over the sky it was fitted to by this part of the range, and no further: a
-corner without sky, or hills, cannot make it run away."""
-
-LITTLE_SKY = 0.1
-"""Below this share of sky the surface is kept nearly flat: there is too little to tell glow from object."""
-
-BRIDGE_WEIGHT = 0.5
-"""Weight of 'the sky is not above the picture' under an object, beside 1 for a cell of sky."""
-
-
-@dataclass(frozen=True)
-class _Cells:
-    """A further reduced copy of the picture. (h, w) cells, c channels; a cell is size x size reduced pixels."""
-
-    values: np.ndarray  # (h, w, c) stretched
-    usable: np.ndarray  # (h, w) bool: not missing, not masked by the user
-    noise: np.ndarray  # (h, w, c) standard deviation of `values`
-    query: np.ndarray  # (h, w, 2) frame coordinates
-    size: int
-
-    def smooth(self, image: np.ndarray, sigma: float) -> np.ndarray:
-        """Gaussian mean of (h, w, c) over usable cells."""
-        from scipy import ndimage
-        total = ndimage.gaussian_filter(image * self.usable[..., None], (sigma, sigma, 0))
-        return total / np.maximum(ndimage.gaussian_filter(self.usable.astype(float), sigma), 1e-6)[..., None]
-
-
-def _make_cells(prepared: Prepared, threshold_max: float) -> _Cells:
-    from scipy import ndimage
-    # What is too dark for the fit stays in: a dark foreground is told by its step from the sky.
-    usable = (prepared.present & (prepared.image <= threshold_max)).all(-1)
-    if prepared.given is not None:
-        usable &= (prepared.given > 0).any(-1)
-    size = max(1, min(2, max(usable.shape) // FEWEST_CELLS), round(max(usable.shape) / CELLS))
-    samples = np.where(usable[..., None], prepared.image, np.nan)
-    values = np.stack([reduce_plane(np.ascontiguousarray(plane), size) for plane in np.moveaxis(samples, -1, 0)], -1).astype(float)
-    share = _reduce_mask(usable.astype(np.float32), size)
-    # Cells beside a border mix with it and are left out as well.
-    usable = ndimage.minimum_filter((share > 0.5) & np.isfinite(values).all(-1), 3, mode="nearest")
-    values = np.where(usable[..., None], values, 0)
-    query = _reduce_mask(prepared.query, size).astype(float)
-    return _Cells(values, usable, _cell_noise(values, usable, prepared.stretch), query, size)
-
-
-def _cell_noise(values: np.ndarray, usable: np.ndarray, stretch: Stretch) -> np.ndarray:
-    """Noise of the cells, (h, w, c), from the differences between neighbors where the picture is smoothest.
-
-    Photon noise grows with the light, so in linear units variance = a + b x light; a and b follow the quietest quarter
-    of small tiles at each level of brightness, and levels that only objects have, which are never quiet, are dropped.
-    """
-    from scipy.optimize import nnls
-    linear = stretch.invert(values)
-    noise = np.empty_like(values)
-    for k in range(values.shape[-1]):
-        light = np.where(usable & (values[..., k] < 1), linear[..., k], np.nan)  # what is clipped has no noise
-        inner = light[1:-1, 1:-1]
-        detail = np.abs(inner - (light[:-2, 1:-1] + light[2:, 1:-1] + light[1:-1, :-2] + light[1:-1, 2:]) / 4)
-        side = min(7, *detail.shape)
-        if side < 1:  # a strip: no cell has neighbors on all sides
-            return np.full_like(values, 1e-3)
-        rows, columns = (n // side for n in detail.shape)
-        tiles = [image[:rows * side, :columns * side].reshape(rows, side, columns, side).swapaxes(1, 2).reshape(-1, side * side)
-                 for image in (detail, inner)]
-        whole = np.isfinite(tiles[0]).mean(1) > 0.5
-        if not whole.any():
-            return np.full_like(values, 1e-3)
-        sigma, level = (np.nanmedian(tile[whole], 1) for tile in tiles)
-        sigma = 1.4826 * sigma / math.sqrt(1.25)  # median absolute value -> deviation; four neighbors add a quarter
-        bins = np.array_split(np.argsort(level), min(8, max(1, level.size // 6)))
-        light_of_bin = np.array([np.median(level[b]) for b in bins])
-        variance = np.array([(1.07 * np.percentile(sigma[b], 25))**2 for b in bins]) + 1e-18
-        base, kept = light_of_bin.min(), np.full(len(bins), True)
-        for _ in range(4):
-            terms = np.stack([np.ones(len(bins)), light_of_bin - base], 1)
-            floor, slope = nnls((terms / variance[:, None])[kept], np.ones(kept.sum()))[0]
-            expected = floor + slope * (light_of_bin - base)
-            kept = variance <= max(2.0, np.sort(variance / np.maximum(expected, 1e-30))[min(1, len(bins) - 1)]) * expected
-        linear_noise = np.sqrt(floor + slope * np.maximum(linear[..., k] - base, 0))
-        noise[..., k] = np.maximum(linear_noise * stretch.channel(k).slope(linear[..., k:k + 1])[..., 0], 2e-5)
-    return noise
-
-
-class _Bending:
-    """A thin-plate surface on the cells that pays for bending: `values` at its own control points describe it."""
-
-    def __init__(self, cells: _Cells, shape: Tuple[int, int]):
-        sides = np.array(shape) / max(shape)
-        rows = int(np.clip(round(math.sqrt(SKY_POINTS * sides[0] / sides[1])), 3, SKY_POINTS // 3))
-        points = (np.linspace(0, side, n) for side, n in zip(sides, (rows, round(SKY_POINTS / rows))))
-        self.positions = np.stack(np.meshgrid(*points, indexing="ij"), -1).reshape(-1, 2)
-        weights = _spline_coefficients(self.positions, 2, 0.0)[:-3]
-        self.energy = weights.T @ _kernel(self.positions, self.positions, 2) @ weights + 1e-6 * np.eye(len(weights))
-        self.cells = cells
-        self.matrix = self.at(cells.query.reshape(-1, 2))  # (cells, n)
-
-    def at(self, query: np.ndarray) -> np.ndarray:
-        """(..., n): values at the control points -> surface at query (..., 2)."""
-        return spline_matrix(query, self.positions, 2, 0.0)
-
-    def normal(self, weight: np.ndarray, bound: Optional[np.ndarray] = None) -> Tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Normal equations: grams (c, n, n), right sides (c, n), sums of weights (c,).
-
-        Args:
-            weight: (h, w) of squared residuals over noise; alike for all channels, so that they share one product.
-            bound: (h, w, c) further weights, 0 nearly everywhere.
-        """
-        count = self.cells.values.shape[-1]
-        values = self.cells.values.reshape(-1, count)
-        inverse = 1 / (self.cells.noise**2).mean(-1).ravel()
-        w = weight.ravel() * inverse
-        weighted = self.matrix * w[:, None]
-        grams, right = np.repeat((weighted.T @ self.matrix)[None], count, 0), (weighted.T @ values).T
-        total = np.full(count, w.sum())
-        for k in range(count if bound is not None else 0):
-            rows = np.flatnonzero(bound[..., k])
-            w = bound[..., k].ravel()[rows] * inverse[rows]
-            weighted = self.matrix[rows] * w[:, None]
-            grams[k] += weighted.T @ self.matrix[rows]
-            right[k] += weighted.T @ values[rows, k]
-            total[k] += w.sum()
-        return grams, right, total
-
-    def solve(self, normal: Tuple[np.ndarray, np.ndarray, np.ndarray], smoothing: float) -> np.ndarray:
-        """(n, c) values at the control points."""
-        grams, right, total = normal
-        energy = smoothing * STIFFNESS_UNIT * self.energy + 1e-10 * np.eye(len(self.energy))
-        return np.linalg.solve(grams / total[:, None, None] + energy, right[..., None] / total[:, None, None])[..., 0].T
-
-    def residual(self, values: np.ndarray) -> np.ndarray:
-        """(h, w, c) picture less surface, in units of the noise."""
-        return (self.cells.values - (self.matrix @ values).reshape(self.cells.values.shape)) / self.cells.noise
-
-    def follow(self, weight: np.ndarray, smoothing: float, rounds: int = 15) -> np.ndarray:
-        """Robust fit that lets go of what it cannot meet: (h, w, c) residual. weight: (h, w)."""
-        now = weight
-        for k in range(rounds):
-            residual = self.residual(self.solve(self.normal(now), smoothing))
-            spread = np.median(np.abs(residual.mean(-1))[weight > 0])
-            scale = max(1.5, spread * (1 + 3 * 0.7**k))  # narrowed step by step, or the start decides
-            now = weight / (scale**2 + (residual**2).mean(-1))
-        return residual
-
-    def bridge(self, sky: np.ndarray, bound: np.ndarray, smoothing: float, rounds: int = 6) -> Tuple[np.ndarray, Tuple]:
-        """Fit to the sky's cells, held below the picture elsewhere.
-
-        Args:
-            sky: (h, w) weights of cells of sky. bound: (h, w) weights of cells that only bound the surface from above.
-            smoothing: see `SMOOTHINGS`.
-
-        Returns:
-            (n, c) values at the control points, and the weights for `normal` that they are the solution for.
-        """
-        kept, below = sky, None
-        for _ in range(rounds):
-            values = self.solve(self.normal(kept, below), smoothing)
-            residual = self.residual(values)
-            size = np.sqrt((residual**2).mean(-1))
-            spread = max(1.0, 1.2 * np.median(size[sky > 0]))
-            kept = sky * np.minimum(1, 2.5 * spread / np.maximum(size, 1e-9))  # Huber: far cells pull, but no harder
-            below = bound[..., None] * (residual < 0)
-        return values, (kept, below)
-
-
-def _rough_cells(cells: _Cells, residual: np.ndarray) -> Tuple[np.ndarray, np.ndarray]:
-    """(h, w) bool each: cells with detail that the noise does not explain, and regions dense with them."""
-    from scipy import ndimage
-    detail = residual - cells.smooth(residual, ROUGH_SCALE)
-    rough = (np.abs(detail).max(-1) > ROUGH_SIGMA) & cells.usable
-    window = _odd(ROUGH_WINDOW * max(rough.shape))
-    density = ndimage.uniform_filter(rough.astype(float), window) / np.maximum(
-        ndimage.uniform_filter(cells.usable.astype(float), window), 0.2)
-    return rough, (density > ROUGH_DENSITY) & cells.usable
-
-
-def _odd(length: float) -> int:
-    return max(3, int(length) | 1)
-
-
-def _dark_foreground(cells: _Cells, objects: np.ndarray) -> np.ndarray:
-    """(h, w) bool: hills, trees, a dome. The one thing that takes light away, and so lies below the sky by a step.
-
-    The largest region without structure is taken for sky. A region near it whose edge is already darker than the nearest
-    of that sky, by half of the sky's own range, is foreground: no sky falls so much so fast.
-    """
-    from scipy import ndimage
-    regions, _ = ndimage.label(cells.usable & ~ndimage.binary_dilation(objects, iterations=2))
-    foreground = np.zeros_like(objects)
-    if not regions.any():
-        return foreground
-    sky = regions == np.bincount(regions.ravel())[1:].argmax() + 1
-    distance, nearest = ndimage.distance_transform_edt(~sky, return_indices=True)
-    drop = cells.values[tuple(nearest)] - cells.values
-    span = np.percentile(cells.values[sky], 95, axis=0) - np.percentile(cells.values[sky], 5, axis=0)
-    dark = cells.usable & ~sky & (drop > np.maximum(10 * cells.noise, 0.15 * span)).all(-1)
-    parts, count = ndimage.label(ndimage.binary_opening(dark))
-    for part in range(1, count + 1):
-        inside = parts == part
-        edge = inside & (distance < distance[inside].min() + 5)
-        if (inside.sum() > 0.003 * cells.usable.sum() and edge.sum() > 0.02 * max(sky.shape)
-                and distance[inside].min() < 0.25 * max(sky.shape) and (np.median(drop[edge], axis=0) > 0.5 * span).all()):
-            foreground |= inside
-    return ndimage.binary_dilation(foreground, iterations=2) & cells.usable
-
-
-def _surroundings(objects: np.ndarray) -> np.ndarray:
-    """(h, w) bool: cells about each object within half of its size, where its faint outskirts may be."""
-    from scipy import ndimage
-    labels, _ = ndimage.label(objects)
-    reach = np.clip(0.5 * np.sqrt(np.bincount(labels.ravel())), 1, 0.1 * max(objects.shape))
-    distance, nearest = ndimage.distance_transform_edt(~objects, return_indices=True)
-    return (distance <= reach[labels[tuple(nearest)]]) & ~objects & objects.any()
-
-
-def _find_objects(cells: _Cells, surface: _Bending) -> Tuple[np.ndarray, np.ndarray]:
-    """(h, w) bool each: what is not sky (foreground included), and which of it bounds the sky from above."""
-    from scipy import ndimage
-    rough, objects = _rough_cells(cells, surface.follow(cells.usable.astype(float), SMOOTHINGS[-1]))
-    foreground = _dark_foreground(cells, objects)
-    if foreground.any():  # it has bent the surface, and made the sky along its edge look rough
-        rest = replace(cells, usable=cells.usable & ~foreground)
-        rough, objects = _rough_cells(rest, surface.follow(rest.usable.astype(float), SMOOTHINGS[-1]))
-    near_foreground = ndimage.binary_dilation(foreground, iterations=_odd(ROUGH_WINDOW * max(rough.shape)) + 1)
-    # The smooth cells between an object's rough ones may be gaps that show the sky; they are judged with its surroundings.
-    # Along a ridge they are sky, and its brightest strip: there the rough cells alone are the object.
-    around = _surroundings(ndimage.binary_opening(objects & ~near_foreground)) | objects
-    objects = rough | foreground
-    lighter = objects & ~near_foreground
-    halo = (around | ndimage.binary_dilation(objects)) & cells.usable & ~objects & ~near_foreground
-    sky, bound = (cells.usable & ~objects).astype(float), BRIDGE_WEIGHT * lighter
-    weight = sky
-    for k in range(10):
-        values, _ = surface.bridge(weight, bound, HALO_SMOOTHING, rounds=3)
-        above = (cells.smooth(surface.residual(values), 1.0) * math.sqrt(4 * math.pi)).max(-1)  # in sigma of the mean
-        limit = HALO_SIGMA * (1 + 6 * 0.6**k)
-        # All of the surroundings take part at first, and leave as they prove to stand above the rest.
-        weight = sky * np.where(halo, np.minimum(1, limit / np.maximum(above, limit))**4, 1)
-    objects = ndimage.binary_dilation(objects | (halo & (above > HALO_SIGMA))) & cells.usable
-    return objects, objects & ~near_foreground
-
-
-def _cross_validate(surface: _Bending, sky: np.ndarray, weights: Tuple[np.ndarray, np.ndarray]) -> Tuple[float, np.ndarray]:
-    """The largest smoothing that predicts held-out tiles of sky nearly as well as the best does, and all losses."""
-    height, width = sky.shape
-    down, across = (8, 12) if height <= width else (12, 8)
-    row, column = np.indices(sky.shape)
-    tile = (row * down // height) * across + column * across // width
-    fold = (np.random.default_rng(0).permutation(FOLD_TILES) % FOLDS)[tile]
-    kept, below = weights
-    shares = [surface.normal(kept * (fold == k), below * (fold == k)[..., None]) for k in range(FOLDS)]
-    losses = np.zeros(len(SMOOTHINGS))
-    for held in range(FOLDS):
-        normal = tuple(sum(part) for part in zip(*(shares[k] for k in range(FOLDS) if k != held)))
-        test = (sky > 0) & (fold == held)
-        if normal[2].min() <= 0:
-            continue
-        for k, smoothing in enumerate(SMOOTHINGS):
-            size = np.sqrt((surface.residual(surface.solve(normal, smoothing))[test]**2).mean(-1))
-            losses[k] += np.log1p(size).sum()
-    losses /= max(1, np.count_nonzero(sky))
-    return SMOOTHINGS[int(np.flatnonzero(losses <= losses.min() + TOLERANCE)[0])], losses
-
-
-def choose_sky(prepared: Prepared, settings: Settings, say: Callable[[str], None] = _quiet) -> Tuple[Prepared, float]:
-    """The choices of --auto: mask what is not sky, bridge it, and find how stiff the sky is.
-
-    Args:
-        prepared: picture and mask by thresholds and mask file; what they leave out is bridged like an object.
-        settings: `threshold_max` counts, and `smoothing` if given by hand.
-        say: called with a line on each choice.
-
-    Returns:
-        `prepared` with objects out of `weight` and with `bridge` set, and the smoothing.
-    """
-    smoothing, cells = settings.smoothing, _make_cells(prepared, settings.threshold_max)
-    if min(cells.usable.shape) < 12 or cells.usable.sum() < 150:
-        say("auto: the picture is too small to tell objects from sky; fitted as it is (a smaller -dx may help)")
-        return prepared, 1.0 if smoothing is None else smoothing
-    surface = _Bending(cells, prepared.full_shape)
-    objects, lighter = _find_objects(cells, surface)
-    used = _reduce_mask(prepared.used.astype(np.float32), cells.size) > 0.5
-    sky = (cells.usable & used & ~objects).astype(float)
-    share = sky.sum() / cells.usable.sum()
-    if sky.sum() < 30:
-        sky, lighter = cells.usable.astype(float), np.zeros_like(objects)
-    bound = BRIDGE_WEIGHT * lighter
-    _, weights = surface.bridge(sky, bound, 0.01)
-    chosen, losses = _cross_validate(surface, sky, weights)
-    why = f"held-out loss {losses[SMOOTHINGS.index(chosen)]:.3f}, best {losses.min():.3f}"
-    if share < LITTLE_SKY:
-        chosen, why = max(chosen, 1e2), "too little sky to tell glow from object, so the surface is kept nearly flat"
-    if smoothing is not None:
-        chosen, why = smoothing, "given by hand"
-    say(f"auto: {100 * share:.0f} % of the picture is sky; stretch quantile {stretch_quantile(settings):g}; smoothing {chosen:g} ({why})")
-    values, _ = surface.bridge(sky, bound, chosen)
-    height, width = prepared.used.shape
-    kept = (sky > 0)[np.arange(height) // cells.size][:, np.arange(width) // cells.size]
-    masked = prepared.weight * kept[..., None]
-    weight = _reduce_mask(masked, cells.size) * (sky > 0)[..., None]
-    bridge = Bridge(lambda query: surface.at(query) @ values, cells.values, weight, cells.query)
-    return replace(prepared, weight=masked, bridge=bridge), chosen
-
-
-def choose_smoothing(prepared: Prepared, settings: Settings, say: Callable[[str], None] = _quiet) -> float:
-    """The smoothing of a plain run: found as for --auto, on the sky that --auto would see, but nothing is masked."""
-    low, high = PLAIN_SMOOTHING
-    masked, smoothing = choose_sky(prepared, settings)
-    objects = 1 - masked.used.sum() / prepared.used.sum()
-    chosen = float(f"{np.clip(max(math.sqrt(smoothing), objects), low, high):.2g}")
-    say(f"smoothing {chosen:g}, by cross-validation")
-    return chosen
-
-
-def start_values(prepared: Prepared, positions: np.ndarray, order: int, smoothing: float) -> np.ndarray:
-    """First values at the control points (n, 2): (n, c).
-
-    The reduced image there, blended by mask weight with the channel's median. With a bridge (--auto) the values that
-    bring the surface closest to it: the fit then starts from the sky, wherever its control points stand.
-    """
-    if prepared.bridge is not None:
-        query = prepared.bridge.query.reshape(-1, 2)
-        matrix = spline_matrix(query, positions.astype(float), order, smoothing)
-        return np.linalg.lstsq(matrix, prepared.bridge.surface(query), rcond=1e-9)[0].astype(np.float32)
-    height, width = prepared.image.shape[:2]
-    block = np.array(prepared.full_shape) / max(prepared.full_shape) / (height, width)
-    row, column = np.clip((positions / block).astype(int), 0, (height - 1, width - 1)).T
-    weight = prepared.weight[row, column]
-    typical = [np.median(channel[used > 0]) if (used > 0).any() else MIDTONES_TARGET
-               for channel, used in zip(np.moveaxis(prepared.image, -1, 0), np.moveaxis(prepared.weight, -1, 0))]
-    return (weight * prepared.image[row, column] + (1 - weight) * typical).astype(np.float32)
-
-
 # ---------------------------------------------------------------------------------------------------------
 # Loss: four terms per pixel, each [m] from the weighted residual r or the surface b, [m, c]
 # ---------------------------------------------------------------------------------------------------------
@@ -1477,15 +1063,50 @@ class Fit:
     smoothing: float
     history: np.ndarray  # (epochs, 5): loss, then the terms in the order of LOSS_TERMS, each a mean over pixels
     stopped: str  # why the fit ended, in words
-    path: List[Tuple[int, np.ndarray, np.ndarray]]  # (epoch, positions, values) now and then, the start first
+    track: list[tuple[int, np.ndarray, np.ndarray]]  # (epoch, positions, values) now and then, the start first
 
     def surface(self, query: np.ndarray) -> np.ndarray:
         """Stretched surface (..., c) at query (..., 2), float64."""
-        positions, points = self.positions.astype(float), query.reshape(-1, 2)
-        coefficients = _spline_coefficients(positions, self.order, self.smoothing) @ self.values
-        # In parts: the kernels of all points at once would be the largest array of a run.
-        parts = np.array_split(points, 1 + len(points) * len(positions) // STRIP_PIXELS)
-        return np.concatenate([_evaluate(part, positions, self.order, coefficients) for part in parts]).reshape(*query.shape[:-1], -1)
+        return spline_surface(query, self.positions.astype(float), self.values, self.order, self.smoothing)
+
+
+def start_positions(settings: Settings, shape: tuple[int, int]) -> np.ndarray:
+    """Where the control points start.
+
+    Args:
+        settings: `initializer`, `points` and `seed` count.
+        shape: (h, w) of the full-size frame.
+
+    Returns:
+        (n, 2) float32 (row, column) in frame coordinates. "random": n uniform points. "grid": cell centers of the
+        rows x columns nearest to n in the frame's aspect ratio; n may then differ from what was asked for.
+    """
+    sides = np.array(shape) / max(shape)
+    wanted = settings.points or DEFAULT_POINTS
+    if settings.initializer == "random":
+        return (np.random.default_rng(settings.seed).random((wanted, 2)) * sides).astype(np.float32)
+    shapes = [(rows, max(2, round(wanted / rows))) for rows in range(2, max(2, wanted // 2) + 1)]  # one row leaves a slope open
+    rows, columns = min(shapes, key=lambda s: abs(s[0] * s[1] - wanted) / wanted + abs(math.log(s[1] / s[0] * sides[0] / sides[1])))
+    row, column = (np.arange(rows) + 0.5) / rows, (np.arange(columns) + 0.5) / columns
+    return (np.stack(np.meshgrid(row, column, indexing="ij"), -1).reshape(-1, 2) * sides).astype(np.float32)
+
+
+def start_values(prepared: Prepared, positions: np.ndarray, order: int, smoothing: float) -> np.ndarray:
+    """First values at the control points (n, 2): (n, c) float32.
+
+    The reduced image there, blended by mask weight with the channel's median. With an expected sky (--auto) the values
+    that bring the surface closest to it: the fit then starts from the sky, wherever its control points stand.
+    """
+    if prepared.expected is not None:
+        centers = prepared.expected.centers.reshape(-1, 2)
+        matrix = spline_surface(centers, positions.astype(float), np.eye(len(positions)), order, smoothing)
+        return np.linalg.lstsq(matrix, prepared.expected.surface(centers), rcond=1e-9)[0].astype(np.float32)
+    block = 2 * prepared.centers[0, 0]  # its two sides
+    row, column = np.minimum((positions / block).astype(int), np.array(prepared.used.shape) - 1).T
+    weight = prepared.weight[row, column]
+    typical = [np.median(channel[used > 0]) if (used > 0).any() else MIDTONES_TARGET
+               for channel, used in zip(np.moveaxis(prepared.image, -1, 0), np.moveaxis(prepared.weight, -1, 0))]
+    return (weight * prepared.image[row, column] + (1 - weight) * typical).astype(np.float32)
 
 
 def sample_pixels(usable: np.ndarray, wanted: int, seed: int) -> np.ndarray:
@@ -1506,63 +1127,43 @@ def sample_pixels(usable: np.ndarray, wanted: int, seed: int) -> np.ndarray:
     return row * width + column
 
 
-def sky_sample(prepared: Prepared, settings: Settings) -> Tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """What the fit sees: query (m, 2), image (m, c) and weight (m, c), drawn once, so that losses compare over epochs.
+def sky_sample(prepared: Prepared, settings: Settings) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What the fit sees: places (m, 2), image (m, c) and weight (m, c), drawn once, so that losses compare over epochs.
 
-    With a bridge (--auto) the sample is of its cells, over the whole frame, and what is masked or missing is replaced by
-    the sky expected there, with noise like the rest: the logarithm of the loss would cling to a bridge without noise.
+    With an expected sky (--auto) the sample is of its cells, over the whole frame, and what is masked or missing is
+    replaced by the sky expected there, with noise like the rest: the logarithm of the loss would cling to pixels without.
     """
-    bridge, seen = prepared.bridge, prepared.bridge or prepared
-    usable = prepared.used if bridge is None else np.ones(bridge.query.shape[:2], bool)
-    wanted = SAMPLE_PIXELS * settings.batch * (1 if bridge is None else 2)  # twice, for two starts to agree to 0.5 % of the range
-    pick = sample_pixels(usable, wanted, settings.seed)
-    query, image, weight = (a.reshape(-1, a.shape[-1])[pick] for a in (seen.query, seen.image, seen.weight))
-    if bridge is not None:
-        expected = bridge.surface(query)
-        spread = [1.4826 * np.median(np.abs(image - expected)[sky, k]) if sky.any() else 0.0 for k, sky in enumerate(weight.T > 0)]
+    expected, seen = prepared.expected, prepared.expected or prepared
+    usable = prepared.used if expected is None else np.ones(expected.centers.shape[:2], bool)
+    count = SAMPLE_PIXELS * settings.batch * (1 if expected is None else 2)  # twice: two starts then agree to 0.5 % of the range
+    pick = sample_pixels(usable, count, settings.seed)
+    places, image, weight = (a.reshape(-1, a.shape[-1])[pick] for a in (seen.centers, seen.image, seen.weight))
+    if expected is not None:
+        sky = expected.surface(places)
+        spread = [1.4826 * np.median(np.abs(image - sky)[used, k]) if used.any() else 0.0 for k, used in enumerate(weight.T > 0)]
         noise = np.random.default_rng(settings.seed).normal(size=image.shape) * spread
-        image = np.where(weight > 0, image, expected + noise)
+        image = np.where(weight > 0, image, sky + noise)
         weight = np.where(weight > 0, weight, 1)
-    return query, image, weight
+    return places, image, weight
 
 
-def fit_surface(prepared: Prepared, settings: Settings, start: Tuple[np.ndarray, np.ndarray], smoothing: float,
-                on_epoch: Callable[[int, float], None] = _quiet, say: Callable[[str], None] = _quiet) -> Fit:
+def fit_surface(prepared: Prepared, settings: Settings, start: tuple[np.ndarray, np.ndarray],
+                on_epoch: Callable[[int, float], None] = _quiet) -> Fit:
     """Fit the spline to the sky: Adam on positions and values, the learning rate halved on a plateau, early stopping.
 
     A loop of our own, not Keras' `fit`: an epoch here is one step of some 2 ms, and `fit` adds more than that to each.
 
     Args:
-        prepared: what to fit. settings: see `Settings`.
+        prepared, settings: what `examine` gave.
         start: positions (n, 2) and values (n, c).
-        smoothing: regularization weight of the interpolation.
         on_epoch: called after each epoch with its number, from 1, and its loss.
-        say: called with one line about what a person should know.
+
+    Raises:
+        BgError: the spline cannot be computed at all from this start.
     """
     tf = import_tensorflow()
-    query, image, weight = (tf.constant(a, tf.float32) for a in sky_sample(prepared, settings))  # [m, 2], [m, c], [m, c]
-    layer = spline_layer(*start, settings.order, smoothing)
-    best = [tf.Variable(w) for w in layer.trainable_weights]
-    best_loss = tf.Variable(np.float32(np.inf))
-    adam = tf.keras.optimizers.Adam(settings.learning_rate)
-    adam.build(layer.trainable_weights)
-
-    @tf.function(autograph=False)  # nothing in it needs rewriting, which costs time and would reach into the drop-in
-    def step():
-        with tf.GradientTape() as tape:
-            surface = layer(query)
-            residual = weight * (image - surface)
-            terms = [loss_error(tf, residual), loss_color(tf, residual),
-                     loss_overshoot(tf, residual), loss_negative(tf, surface)]
-            loss = tf.reduce_mean(tf.math.log(LOSS_FLOOR + terms[0] + terms[1] + settings.alpha * (terms[2] + terms[3])))
-        better = loss < best_loss
-        for variable, now in zip(best + [best_loss], layer.trainable_weights + [loss]):
-            variable.assign(tf.where(better, now, variable))
-        gradients = tape.gradient(loss, layer.trainable_weights)
-        adam.apply_gradients(zip(gradients, layer.trainable_weights))
-        return tf.stack([loss] + [tf.reduce_mean(term) for term in terms])
-
-    history, path, rate = [], [(0, *start)], settings.learning_rate
+    step, adam, layer, best = _training(tf, prepared, settings, start)
+    history, track, rate = [], [(0, *start)], settings.learning_rate
     mark, waited, waited_rate = math.inf, 0, 0
     stopped = f"all {settings.epochs} epochs done"
     for epoch in range(1, settings.epochs + 1):
@@ -1571,12 +1172,13 @@ def fit_surface(prepared: Prepared, settings: Settings, start: Tuple[np.ndarray,
         except tf.errors.InvalidArgumentError:  # "Input matrix is not invertible": control points have met
             now = np.full(5, np.nan)
         if not np.isfinite(now).all():
-            stopped = f"stopped at epoch {epoch}: the spline's equations became singular; best surface so far taken (try a larger --smoothing)"
+            stopped = (f"stopped at epoch {epoch}: the spline's equations became singular; "
+                       "best surface so far taken (try a larger --smoothing)")
             break
         history.append(now)
         on_epoch(epoch, float(now[0]))
-        if epoch % PATH_EVERY == 0:
-            path.append((epoch, *(w.numpy() for w in layer.trainable_weights)))
+        if epoch % TRACK_EVERY == 0:
+            track.append((epoch, *(w.numpy() for w in layer.trainable_weights)))
         improved = now[0] < mark - STOP_DELTA
         mark = now[0] if improved else mark
         waited, waited_rate = (0, 0) if improved else (waited + 1, waited_rate + 1)
@@ -1590,164 +1192,44 @@ def fit_surface(prepared: Prepared, settings: Settings, start: Tuple[np.ndarray,
         raise BgError("the spline's equations cannot be solved from these control points; "
                       "raise --smoothing, lower -N, or choose another --seed")
     positions, values = (v.numpy() for v in best)
-    return Fit(positions, values, settings.order, smoothing, np.array(history), stopped, path)
+    return Fit(positions, values, settings.order, settings.smoothing, np.array(history), stopped, track)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# Apply: the surface at full size, and the picture without it
-# ---------------------------------------------------------------------------------------------------------
+def _training(tf, prepared: Prepared, settings: Settings, start: tuple[np.ndarray, np.ndarray]):
+    """What a fit needs: the function that does one step, its optimizer, its layer, and the best weights so far."""
+    places, image, weight = (tf.constant(a, tf.float32) for a in sky_sample(prepared, settings))  # [m, 2], [m, c], [m, c]
+    layer = spline_layer(*start, settings.order, settings.smoothing)
+    best = [tf.Variable(w) for w in layer.trainable_weights]
+    best_loss = tf.Variable(np.float32(np.inf))
+    adam = tf.keras.optimizers.Adam(settings.learning_rate)
+    adam.build(layer.trainable_weights)
 
-class SkySurface:
-    """The sky at full size in linear units, made strip by strip: it never stands in memory unless asked for.
+    @tf.function(autograph=False)  # nothing in it needs rewriting, which costs time and would reach into the drop-in
+    def step():
+        with tf.GradientTape() as tape:
+            surface = layer(places)
+            residual = weight * (image - surface)
+            terms = [loss_error(tf, residual), loss_color(tf, residual),
+                     loss_overshoot(tf, residual), loss_negative(tf, surface)]
+            loss = tf.reduce_mean(tf.math.log(LOSS_FLOOR + terms[0] + terms[1] + settings.alpha * (terms[2] + terms[3])))
+        better = loss < best_loss
+        for variable, now in zip(best + [best_loss], layer.trainable_weights + [loss]):
+            variable.assign(tf.where(better, now, variable))
+        gradients = tape.gradient(loss, layer.trainable_weights)
+        adam.apply_gradients(zip(gradients, layer.trainable_weights))
+        return tf.stack([loss] + [tf.reduce_mean(term) for term in terms])  # in the order of Fit.history
 
-    The spline is evaluated on nodes a few pixels apart, brought back to linear there, and interpolated between
-    them by the cubic through four nodes along each axis. That is exact for planes, and the spline bends over
-    hundreds of pixels, so between nodes nothing is lost (tests hold it to 1e-5); but the cost of a pixel is a
-    few multiplications, however many control points there are.
-    """
-
-    def __init__(self, surface: Callable[[np.ndarray], np.ndarray], shape: Tuple[int, int], dtype=np.float32):
-        """surface: (..., 2) frame coordinates -> (..., c) linear sky; shape: (h, w) of the full-size picture."""
-        self.height, self.width = shape
-        self.step = step = max(1, max(shape) // SURFACE_CELLS)
-        # Node k stands on pixel (k - 1) * step: one node before the frame, and two behind its last cell.
-        rows, columns = ((np.arange(-(-n // step) + 3) - 1) * step for n in shape)
-        row, column = ((pixel + 0.5) / max(shape) for pixel in (rows, columns))
-        parts = [surface(np.stack(np.meshgrid(part, column, indexing="ij"), -1))
-                 for part in np.array_split(row, max(1, row.size // 32))]
-        self.nodes = np.moveaxis(np.concatenate(parts), -1, 0).astype(dtype)  # (c, rows, columns)
-        u = np.arange(step)[:, None] / step
-        self.taps = np.hstack([-u * (u - 1) * (u - 2) / 6, (u + 1) * (u - 1) * (u - 2) / 2,
-                               -(u + 1) * u * (u - 2) / 2, (u + 1) * u * (u - 1) / 6]).astype(dtype)  # (step, 4)
-
-    def strip(self, channel: int, rows: slice) -> np.ndarray:
-        """Linear sky of one channel in these rows, (rows, w). rows.start must be a multiple of `step`."""
-        first, cells = rows.start // self.step, -(-(rows.stop - rows.start) // self.step)
-        nodes = self.nodes[channel, first:first + cells + 3]
-        tall = np.einsum("st,ktc->ksc", self.taps, np.lib.stride_tricks.sliding_window_view(nodes, 4, 0).swapaxes(1, 2))
-        tall = tall.reshape(cells * self.step, -1)[:rows.stop - rows.start]  # (rows, node columns)
-        windows = np.lib.stride_tricks.sliding_window_view(tall, 4, 1)  # (rows, cells, 4)
-        return np.clip((windows @ self.taps.T).reshape(len(tall), -1)[:, :self.width], 0, 1)
-
-    def strips(self) -> List[slice]:
-        return _strips(self.height, self.width, self.step)
-
-    def plane(self, channel: int) -> np.ndarray:
-        """Linear sky of one channel, (h, w), clipped to [0, 1]."""
-        plane = np.empty((self.height, self.width), self.nodes.dtype)
-
-        def fill(rows):
-            plane[rows] = self.strip(channel, rows)
-
-        for _ in _each(fill, self.strips()):
-            pass
-        return plane
-
-
-class _SkyPlanes:
-    """The model's channels as a sequence that makes each (h, w) plane when it is asked for."""
-
-    def __init__(self, sky: SkySurface):
-        self.sky, self.shape, self.dtype = sky, (len(sky.nodes), sky.height, sky.width), sky.nodes.dtype
-
-    def __iter__(self):
-        return (self.sky.plane(k) for k in range(len(self)))
-
-    def __len__(self):
-        return self.shape[0]
-
-
-@dataclass(frozen=True)
-class Subtraction:
-    """What taking the sky out did, per channel (c,)."""
-
-    offsets: np.ndarray  # added so that the channel's median stays
-    below: np.ndarray  # samples clipped at 0
-    above: np.ndarray  # samples clipped at 1
-
-
-def subtract(planes: np.ndarray, sky: SkySurface, median: np.ndarray) -> Subtraction:
-    """Take the sky out of a picture, in place: image - model + offset, clipped to [0, 1].
-
-    The offset of a channel is what its median over present samples would lose, so the background stays neutral, and
-    a black border or one bad pixel cannot decide a color. Missing samples stay as they are.
-
-    Args:
-        planes: (c, h, w) linear samples; changed.
-        sky: the model. median: (c,) of the present samples of planes.
-    """
-    def work(k):
-        plane = planes[k]
-
-        def residual(rows):
-            values = plane[rows] - sky.strip(k, rows)
-            return values[_present(plane[rows])]
-
-        strips = sky.strips()
-        some = np.concatenate([residual(rows)[::len(strips)].copy() for rows in strips])
-        offset = median[k] - _exact_quantiles(lambda: map(residual, strips), some, (0.5,))[0]
-        below = above = 0
-        for rows in strips:
-            values = plane[rows] - sky.strip(k, rows) + plane.dtype.type(offset)
-            kept = _present(plane[rows])
-            below += np.count_nonzero((values < 0) & kept)
-            above += np.count_nonzero((values > 1) & kept)
-            np.copyto(plane[rows], np.clip(values, 0, 1), where=kept)
-        return offset, below, above
-
-    offsets, below, above = zip(*_each(work, range(len(planes))))
-    return Subtraction(np.array(offsets), np.array(below), np.array(above))
-
-
-# ---------------------------------------------------------------------------------------------------------
-# The whole job on arrays
-# ---------------------------------------------------------------------------------------------------------
-
-def examine(planes: np.ndarray, settings: Settings, mask: Optional[np.ndarray] = None,
-            say: Callable[[str], None] = _quiet) -> Tuple[Prepared, Settings]:
-    """Everything before the fit: stretch, reduce, mask, and choose what was left to choose. Needs no TensorFlow.
-
-    Args and errors: as for `prepare`; `say` is called with one line on each choice.
-
-    Returns:
-        What the fit sees, and the settings with the values really used in place of every None.
-    """
-    return _choose(prepare(planes, settings, mask), settings, say)
-
-
-def _choose(prepared: Prepared, settings: Settings, say: Callable[[str], None]) -> Tuple[Prepared, Settings]:
-    """Put a value where the settings have None, and an object mask and its bridge into `prepared` if asked to."""
-    if settings.auto:
-        prepared, smoothing = choose_sky(prepared, settings, say)
-    elif settings.smoothing is None:
-        smoothing = choose_smoothing(prepared, settings, say)
-    else:
-        smoothing = settings.smoothing
-    return prepared, replace(
-        settings, delinearization_quantile=stretch_quantile(settings), smoothing=smoothing,
-        points=settings.points or (AUTO_POINTS if settings.auto else DEFAULT_POINTS))
-
-
-def fit_sky(prepared: Prepared, settings: Settings, say: Callable[[str], None] = _quiet,
-            on_epoch: Callable[[int, float], None] = _quiet) -> Fit:
-    """Fit the surface to what `examine` gave. `on_epoch` is called with each epoch's number and loss."""
-    positions = start_positions(settings, prepared.full_shape)
-    smoothing = min(settings.smoothing, STIFFEST_FIT) if settings.auto else settings.smoothing
-    values = start_values(prepared, positions, settings.order, smoothing)
-    devices = compute_devices(say)
-    say(f"fitting {len(positions)} control points on {devices[0].name}")
-    return on_first_that_works(
-        devices, lambda: fit_surface(prepared, settings, (positions, values), smoothing, on_epoch, say), say)
+    return step, adam, layer, best
 
 
 class Device(NamedTuple):
-    """Something TensorFlow computes on."""
+    """A device of TensorFlow's."""
 
     place: str  # as in `tf.device`
     name: str  # for people
 
 
-def compute_devices(say: Callable[[str], None] = _quiet) -> List[Device]:
+def compute_devices(say: Callable[[str], None] = _quiet) -> list[Device]:
     """What there is to compute on, best first: a GPU if TensorFlow sees one that works, and always the CPU."""
     tf, gpus = import_tensorflow(), []
     try:
@@ -1760,7 +1242,7 @@ def compute_devices(say: Callable[[str], None] = _quiet) -> List[Device]:
     return gpus + [Device("/CPU:0", "the CPU")]
 
 
-def on_first_that_works(devices: List[Device], work: Callable, say: Callable[[str], None] = _quiet):
+def on_first_that_works(devices: list[Device], work: Callable, say: Callable[[str], None] = _quiet):
     """What work() gives on the first device that does not fail in it; `say` is told of each that does."""
     tf = import_tensorflow()
     for device, following in zip(devices, devices[1:] + [None]):
@@ -1775,13 +1257,503 @@ def on_first_that_works(devices: List[Device], work: Callable, say: Callable[[st
             say(f"{reason}; going on with {following.name}" + short * " (a larger -dx or a smaller -B may fit)")
 
 
-def sky_surface(prepared: Prepared, fit: Fit, dtype=np.float32) -> SkySurface:
-    """The fitted surface at full size, in the picture's own units, held back where there was no sky to fit."""
-    seen = fit.surface(prepared.query.reshape(-1, 2)[sample_pixels(prepared.used, SAMPLE_PIXELS, 0)])
+def fit_sky(prepared: Prepared, settings: Settings, say: Callable[[str], None] = _quiet,
+            on_epoch: Callable[[int, float], None] = _quiet) -> Fit:
+    """Fit the surface to what `examine` gave. `on_epoch` is called with each epoch's number and loss."""
+    positions = start_positions(settings, prepared.full_shape)
+    values = start_values(prepared, positions, settings.order, settings.smoothing)
+    devices = compute_devices(say)
+    say(f"fitting {len(positions)} control points, smoothing {settings.smoothing:g}, on {devices[0].name}")
+    return on_first_that_works(devices, lambda: fit_surface(prepared, settings, (positions, values), on_epoch), say)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Apply: the surface at full size, and the picture without it
+# ---------------------------------------------------------------------------------------------------------
+
+class SkySurface:
+    """The sky at full size, (c, h, w) in linear units, made strip by strip: it never stands in memory unless asked for.
+
+    The spline is evaluated on nodes a few pixels apart, brought back to linear there, and interpolated between
+    them by the cubic through four nodes along each axis. That is exact for planes, and the spline bends over
+    hundreds of pixels, so between nodes nothing is lost (tests hold it to 1e-5); but the cost of a pixel is a
+    few multiplications, however many control points there are.
+    """
+
+    def __init__(self, surface: Callable[[np.ndarray], np.ndarray], shape: tuple[int, int], dtype=np.float32):
+        """surface: (..., 2) frame coordinates -> (..., c) linear sky; shape: (h, w) of the full-size picture."""
+        self.step = step = max(1, max(shape) // SURFACE_NODES)
+        # Node k stands on pixel (k - 1) * step: one node before the frame, and two behind its last cell.
+        rows, columns = ((np.arange(-(-n // step) + 3) - 1) * step for n in shape)
+        row, column = ((pixel + 0.5) / max(shape) for pixel in (rows, columns))
+        nodes = surface(np.stack(np.meshgrid(row, column, indexing="ij"), -1))
+        self.nodes = np.moveaxis(nodes, -1, 0).astype(dtype)  # (c, rows, columns)
+        self.shape, self.dtype = (len(self.nodes), *shape), self.nodes.dtype
+        u = np.arange(step)[:, None] / step
+        self.taps = np.hstack([-u * (u - 1) * (u - 2) / 6, (u + 1) * (u - 1) * (u - 2) / 2,
+                               -(u + 1) * u * (u - 2) / 2, (u + 1) * u * (u - 1) / 6]).astype(dtype)  # (step, 4)
+
+    def strip(self, channel: int, rows: slice) -> np.ndarray:
+        """Linear sky of one channel in these rows, (rows, w). rows.start must be a multiple of `step`."""
+        first, cells = rows.start // self.step, -(-(rows.stop - rows.start) // self.step)
+        nodes = self.nodes[channel, first:first + cells + 3]
+        tall = np.einsum("st,ktc->ksc", self.taps, np.lib.stride_tricks.sliding_window_view(nodes, 4, 0).swapaxes(1, 2))
+        tall = tall.reshape(cells * self.step, -1)[:rows.stop - rows.start]  # (rows, node columns)
+        windows = np.lib.stride_tricks.sliding_window_view(tall, 4, 1)  # (rows, cells, 4)
+        return np.clip((windows @ self.taps.T).reshape(len(tall), -1)[:, :self.shape[2]], 0, 1)
+
+    def strips(self) -> list[slice]:
+        return _strips(*self.shape[1:], self.step)
+
+    def plane(self, channel: int) -> np.ndarray:
+        """Linear sky of one channel, (h, w)."""
+        return np.concatenate(list(_each(lambda rows: self.strip(channel, rows), self.strips())))
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        """The channels' planes, each made when it is asked for: what `write_xisf` takes."""
+        return (self.plane(k) for k in range(len(self.nodes)))
+
+
+def linear_sky(prepared: Prepared, fit: Fit) -> Callable[[np.ndarray], np.ndarray]:
+    """The fitted sky in the picture's own units, (..., 2) frame coordinates -> (..., c), held back where there was no sky to fit."""
+    seen = fit.surface(prepared.centers.reshape(-1, 2)[sample_pixels(prepared.used, SAMPLE_PIXELS, 0)])
     low, high = seen.min(0), seen.max(0)
     margin = HELD_BACK * (high - low)
-    return SkySurface(lambda query: prepared.stretch.invert(np.clip(fit.surface(query), low - margin, high + margin)),
-                      prepared.full_shape, dtype)
+    return lambda places: np.clip(prepared.stretch.invert(np.clip(fit.surface(places), low - margin, high + margin)), 0, 1)
+
+
+def full_size_sky(prepared: Prepared, fit: Fit, dtype=np.float32) -> SkySurface:
+    """The fitted sky at full size."""
+    return SkySurface(linear_sky(prepared, fit), prepared.full_shape, dtype)
+
+
+def subtract(planes: np.ndarray, sky: SkySurface, median: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Take the sky out of a picture, in place: image - model + offset, clipped to [0, 1].
+
+    The offset of a channel is what its median over present samples would lose, so the background stays neutral, and
+    a black border or one bad pixel cannot decide a color. Missing samples stay as they are.
+
+    Args:
+        planes: (c, h, w) linear samples; changed.
+        sky: the model. median: (c,) of the present samples of planes.
+
+    Returns:
+        The offsets, and the counts of samples clipped at 0 and at 1; (c,) each.
+    """
+    def work(k):
+        plane, strips, below, above = planes[k], sky.strips(), 0, 0
+        present = _present(plane)
+        for rows in strips:
+            np.subtract(plane[rows], sky.strip(k, rows), out=plane[rows], where=present[rows])
+        offset = median[k] - _quantiles(plane[present], (0.5,))[0]
+        for rows in strips:
+            values = plane[rows] + plane.dtype.type(offset)
+            below += np.count_nonzero((values < 0) & present[rows])
+            above += np.count_nonzero((values > 1) & present[rows])
+            np.copyto(plane[rows], np.clip(values, 0, 1), where=present[rows])
+        return offset, below, above
+
+    return tuple(map(np.array, zip(*_each(work, range(len(planes))))))
+
+
+def reduced_sky(prepared: Prepared, fit: Fit) -> tuple[np.ndarray, np.ndarray]:
+    """The sky and the picture without it on the reduced frame, linear, (h, w, c) each; medians stay."""
+    sky = linear_sky(prepared, fit)(prepared.centers).astype(np.float32)
+    return sky, _keep_median(prepared.linear, prepared.linear - sky)
+
+
+def _keep_median(before: np.ndarray, after: np.ndarray) -> np.ndarray:
+    """`after`, each channel shifted to the median of `before`; (h, w, c), NaN where missing."""
+    lost = [np.median(values[np.isfinite(values)][::4]) for image in (before, after) for values in np.moveaxis(image, -1, 0)]
+    return after + np.subtract(*np.split(np.array(lost), 2)).astype(after.dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Choose: object mask, first sky and smoothing, from the picture itself
+# ---------------------------------------------------------------------------------------------------------
+#
+# Sky and object differ in one thing that needs no threshold on brightness: the sky is smooth. A flexible surface follows
+# whatever is smooth, glows and wide halos too, and leaves what has structure: arms, filaments, dust lanes, star halos,
+# tree tops. Where such structure is dense there is an object. Objects are grown into their own faint surroundings as far
+# as these lie above the sky's own surface, and under them the sky is bridged: held by what is around it, and
+# never above the picture, for an object only adds light. How stiff that surface must be, cross-validation tells.
+
+CELLS, FEWEST_CELLS = 130, 64
+"""About so many cells stand along the longer side of the copy that the choices are made on, in small pictures fewer, so that a
+cell still is the median of several pixels: in the noise of single ones a faint nebula (M27 in half a minute of light) looks smooth."""
+
+SKY_POINTS = 96
+"""Control points of the surface on the cells. Its stiffness, not their number, decides how it bends."""
+
+STIFFNESS_UNIT = 1e-4
+"""Weight of the bending energy beside the mean squared residual, in units of the noise, at a smoothing of 1."""
+
+SMOOTHINGS = (1e4, 1e2, 1e1, 1.0, 1e-1, 1e-2, 1e-3)
+"""Tried by cross-validation, the stiffest (a plane) first."""
+
+TOLERANCE = 0.012
+"""The largest smoothing wins whose held-out loss is this close to the best: about the loss's own scatter."""
+
+FOLD_TILES, FOLDS = 96, 4
+"""Cross-validation holds out tiles, 8 x 12 of them, and not pixels: a neighbor knows too much about a pixel."""
+
+ROUGH_SIGMA, ROUGH_SCALE, ROUGH_DENSITY, ROUGH_WINDOW = 3.5, 1.4, 0.2, 0.05
+"""A cell is rough if it stands so many sigma off the Gaussian mean of so many cells about it; a region is an object if so many of its cells are rough, within a window
+of this part of the longer side: lone stars stay single cells, nebulae and galaxies close up."""
+
+HALO_SIGMA, HALO_SMOOTHING = 3.0, 0.003
+"""Light so many sigma above the sky's surface, fitted with this smoothing, belongs to the object that it touches."""
+
+PLAIN_SMOOTHING = (0.03, 1.0)
+"""Range of the smoothing chosen for a plain run, whose control points start on the picture itself and have `-e` epochs to
+settle: above 1 they do not get there, below 0.03 they dig into objects. Within it the best one goes with the square root
+of the smoothing that the sky alone would have, but is not below the share of the picture that is not sky: nothing else keeps
+a plain surface out of a nebula (measured on the truth bench, `tests/truth.py`)."""
+
+LITTLE_SKY = 0.1
+"""Below this share of sky the surface is kept nearly flat: there is too little to tell glow from object."""
+
+BRIDGE_WEIGHT = 0.5
+"""Weight of 'the sky is not above the picture' under an object, beside 1 for a cell of sky."""
+
+
+@dataclass(frozen=True)
+class _Cells:
+    """A further reduced copy of the picture. (h, w) cells, c channels; a cell is size x size reduced pixels."""
+
+    values: np.ndarray  # (h, w, c) stretched
+    usable: np.ndarray  # (h, w) bool: not missing, not masked by the user
+    noise: np.ndarray  # (h, w, c) standard deviation of `values`
+    centers: np.ndarray  # (h, w, 2) frame coordinates
+    size: int
+
+    def smooth(self, image: np.ndarray, sigma: float) -> np.ndarray:
+        """Gaussian mean of (h, w, c) over usable cells."""
+        total = scipy.ndimage.gaussian_filter(image * self.usable[..., None], (sigma, sigma, 0))
+        return total / np.maximum(scipy.ndimage.gaussian_filter(self.usable.astype(float), sigma), 1e-6)[..., None]
+
+
+def _make_cells(prepared: Prepared, threshold_max: float) -> _Cells:
+    # What is too dark for the fit stays in: a dark foreground is told by its step from the sky.
+    usable = (prepared.present & (prepared.image <= threshold_max)).all(-1)
+    if prepared.user_mask is not None:
+        usable &= (prepared.user_mask > 0).any(-1)
+    size = max(1, min(2, max(usable.shape) // FEWEST_CELLS), round(max(usable.shape) / CELLS))
+    samples = np.where(usable[..., None], prepared.image, np.nan)
+    values = np.stack([reduce_plane(np.ascontiguousarray(plane), size) for plane in np.moveaxis(samples, -1, 0)], -1).astype(float)
+    share = _block_means(usable.astype(np.float32), size)
+    # Cells beside a border mix with it and are left out as well.
+    usable = scipy.ndimage.minimum_filter((share > 0.5) & np.isfinite(values).all(-1), 3, mode="nearest")
+    values = np.where(usable[..., None], values, 0)
+    centers = _block_means(prepared.centers, size).astype(float)
+    return _Cells(values, usable, _cell_noise(values, usable, prepared.stretch), centers, size)
+
+
+def _cell_noise(values: np.ndarray, usable: np.ndarray, stretch: Stretch) -> np.ndarray:
+    """Noise of the cells, (h, w, c), from the differences between neighbors where the picture is smoothest.
+
+    Photon noise grows with the light, so in linear units variance = a + b x light; a and b follow the quietest quarter
+    of small tiles at each level of brightness, and levels that only objects have, which are never quiet, are dropped.
+    """
+    linear = stretch.invert(values)
+    noise = np.empty_like(values)
+    for k in range(values.shape[-1]):
+        light = np.where(usable & (values[..., k] < 1), linear[..., k], np.nan)  # what is clipped has no noise
+        inner = light[1:-1, 1:-1]
+        detail = np.abs(inner - (light[:-2, 1:-1] + light[2:, 1:-1] + light[1:-1, :-2] + light[1:-1, 2:]) / 4)
+        side = min(7, *detail.shape)
+        if side < 1:  # a strip: no cell has neighbors on all sides
+            return np.full_like(values, 1e-3)
+        rows, columns = (n // side for n in detail.shape)
+        tiles = [image[:rows * side, :columns * side].reshape(rows, side, columns, side).swapaxes(1, 2).reshape(-1, side * side)
+                 for image in (detail, inner)]
+        whole = np.isfinite(tiles[0]).mean(1) > 0.5
+        if not whole.any():
+            return np.full_like(values, 1e-3)
+        sigma, level = (np.nanmedian(tile[whole], 1) for tile in tiles)
+        sigma = 1.4826 * sigma / math.sqrt(1.25)  # median absolute value -> deviation; four neighbors add a quarter
+        bins = np.array_split(np.argsort(level), min(8, max(1, level.size // 6)))
+        light_of_bin = np.array([np.median(level[b]) for b in bins])
+        variance = np.array([(1.07 * np.percentile(sigma[b], 25))**2 for b in bins]) + 1e-18
+        base, kept = light_of_bin.min(), np.full(len(bins), True)
+        for _ in range(4):
+            terms = np.stack([np.ones(len(bins)), light_of_bin - base], 1)
+            floor, slope = scipy.optimize.nnls((terms / variance[:, None])[kept], np.ones(kept.sum()))[0]
+            expected = floor + slope * (light_of_bin - base)
+            kept = variance <= max(2.0, np.sort(variance / np.maximum(expected, 1e-30))[min(1, len(bins) - 1)]) * expected
+        linear_noise = np.sqrt(floor + slope * np.maximum(linear[..., k] - base, 0))
+        noise[..., k] = np.maximum(linear_noise * stretch.channel(k).slope(linear[..., k:k + 1])[..., 0], 2e-5)
+    return noise
+
+
+class _ThinPlate:
+    """A thin-plate surface on the cells that pays for bending: `values` at its own control points describe it."""
+
+    def __init__(self, cells: _Cells, shape: tuple[int, int]):
+        sides = np.array(shape) / max(shape)
+        rows = int(np.clip(round(math.sqrt(SKY_POINTS * sides[0] / sides[1])), 3, SKY_POINTS // 3))
+        points = (np.linspace(0, side, n) for side, n in zip(sides, (rows, round(SKY_POINTS / rows))))
+        self.positions = np.stack(np.meshgrid(*points, indexing="ij"), -1).reshape(-1, 2)
+        weights = _spline_coefficients(self.positions, 2, 0.0)[:-3]
+        self.energy = weights.T @ _kernel(self.positions, self.positions, 2) @ weights + 1e-6 * np.eye(len(weights))
+        self.cells = cells
+        self.matrix = self.at(cells.centers.reshape(-1, 2))  # (cells, n)
+
+    def at(self, query: np.ndarray) -> np.ndarray:
+        """(..., n): values at the control points -> surface at query (..., 2)."""
+        return spline_surface(query, self.positions, np.eye(len(self.positions)), 2, 0.0)
+
+    def normal(self, weight: np.ndarray, bound: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Normal equations: grams (c, n, n), right sides (c, n), sums of weights (c,).
+
+        Args:
+            weight: (h, w) of squared residuals over noise; alike for all channels, so that they share one product.
+            bound: (h, w, c) further weights, 0 nearly everywhere.
+        """
+        count = self.cells.values.shape[-1]
+        values = self.cells.values.reshape(-1, count)
+        inverse = 1 / (self.cells.noise**2).mean(-1).ravel()
+        w = weight.ravel() * inverse
+        weighted = self.matrix * w[:, None]
+        grams, right = np.repeat((weighted.T @ self.matrix)[None], count, 0), (weighted.T @ values).T
+        total = np.full(count, w.sum())
+        for k in range(count if bound is not None else 0):
+            rows = np.flatnonzero(bound[..., k])
+            w = bound[..., k].ravel()[rows] * inverse[rows]
+            weighted = self.matrix[rows] * w[:, None]
+            grams[k] += weighted.T @ self.matrix[rows]
+            right[k] += weighted.T @ values[rows, k]
+            total[k] += w.sum()
+        return grams, right, total
+
+    def solve(self, normal: tuple[np.ndarray, np.ndarray, np.ndarray], smoothing: float) -> np.ndarray:
+        """(n, c) values at the control points."""
+        grams, right, total = normal
+        energy = smoothing * STIFFNESS_UNIT * self.energy + 1e-10 * np.eye(len(self.energy))
+        return np.linalg.solve(grams / total[:, None, None] + energy, right[..., None] / total[:, None, None])[..., 0].T
+
+    def residual(self, values: np.ndarray) -> np.ndarray:
+        """(h, w, c) picture less surface, in units of the noise."""
+        return (self.cells.values - (self.matrix @ values).reshape(self.cells.values.shape)) / self.cells.noise
+
+    def follow(self, weight: np.ndarray, smoothing: float, rounds: int = 15) -> np.ndarray:
+        """Robust fit that lets go of what it cannot meet: (h, w, c) residual. weight: (h, w)."""
+        now = weight
+        for k in range(rounds):
+            residual = self.residual(self.solve(self.normal(now), smoothing))
+            spread = np.median(np.abs(residual.mean(-1))[weight > 0])
+            scale = max(1.5, spread * (1 + 3 * 0.7**k))  # narrowed step by step, or the start decides
+            now = weight / (scale**2 + (residual**2).mean(-1))
+        return residual
+
+    def fit_below(self, sky: np.ndarray, bound: np.ndarray, smoothing: float, rounds: int = 6) -> tuple[np.ndarray, tuple]:
+        """Fit to the sky's cells, held below the picture elsewhere.
+
+        Args:
+            sky: (h, w) weights of cells of sky. bound: (h, w) weights of cells that only bound the surface from above.
+            smoothing: see `SMOOTHINGS`.
+
+        Returns:
+            (n, c) values at the control points, and the weights for `normal` that they are the solution for.
+        """
+        kept, below = sky, None
+        for _ in range(rounds):
+            values = self.solve(self.normal(kept, below), smoothing)
+            residual = self.residual(values)
+            size = np.sqrt((residual**2).mean(-1))
+            spread = max(1.0, 1.2 * np.median(size[sky > 0]))
+            kept = sky * np.minimum(1, 2.5 * spread / np.maximum(size, 1e-9))  # Huber: far cells pull, but no harder
+            below = bound[..., None] * (residual < 0)
+        return values, (kept, below)
+
+
+def _rough_cells(cells: _Cells, residual: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(h, w) bool each: cells with detail that the noise does not explain, and regions dense with them."""
+    detail = residual - cells.smooth(residual, ROUGH_SCALE)
+    rough = (np.abs(detail).max(-1) > ROUGH_SIGMA) & cells.usable
+    window = _odd(ROUGH_WINDOW * max(rough.shape))
+    density = scipy.ndimage.uniform_filter(rough.astype(float), window) / np.maximum(
+        scipy.ndimage.uniform_filter(cells.usable.astype(float), window), 0.2)
+    return rough, (density > ROUGH_DENSITY) & cells.usable
+
+
+def _odd(length: float) -> int:
+    return max(3, int(length) | 1)
+
+
+def _dark_foreground(cells: _Cells, objects: np.ndarray) -> np.ndarray:
+    """(h, w) bool: hills, trees, a dome. The one thing that takes light away, and so lies below the sky by a step.
+
+    The largest region without structure is taken for sky. A region near it whose edge is already darker than the nearest
+    of that sky, by half of the sky's own range, is foreground: no sky falls so much so fast.
+    """
+    regions, _ = scipy.ndimage.label(cells.usable & ~scipy.ndimage.binary_dilation(objects, iterations=2))
+    foreground = np.zeros_like(objects)
+    if not regions.any():
+        return foreground
+    sky = regions == np.bincount(regions.ravel())[1:].argmax() + 1
+    distance, nearest = scipy.ndimage.distance_transform_edt(~sky, return_indices=True)
+    drop = cells.values[tuple(nearest)] - cells.values
+    span = np.percentile(cells.values[sky], 95, axis=0) - np.percentile(cells.values[sky], 5, axis=0)
+    dark = cells.usable & ~sky & (drop > np.maximum(10 * cells.noise, 0.15 * span)).all(-1)
+    parts, count = scipy.ndimage.label(scipy.ndimage.binary_opening(dark))
+    for part in range(1, count + 1):
+        inside = parts == part
+        edge = inside & (distance < distance[inside].min() + 5)
+        if (inside.sum() > 0.003 * cells.usable.sum() and edge.sum() > 0.02 * max(sky.shape)
+                and distance[inside].min() < 0.25 * max(sky.shape) and (np.median(drop[edge], axis=0) > 0.5 * span).all()):
+            foreground |= inside
+    return scipy.ndimage.binary_dilation(foreground, iterations=2) & cells.usable
+
+
+def _surroundings(objects: np.ndarray) -> np.ndarray:
+    """(h, w) bool: cells about each object within half of its size, where its faint outskirts may be."""
+    labels, _ = scipy.ndimage.label(objects)
+    reach = np.clip(0.5 * np.sqrt(np.bincount(labels.ravel())), 1, 0.1 * max(objects.shape))
+    distance, nearest = scipy.ndimage.distance_transform_edt(~objects, return_indices=True)
+    return (distance <= reach[labels[tuple(nearest)]]) & ~objects & objects.any()
+
+
+def _find_objects(cells: _Cells, surface: _ThinPlate) -> tuple[np.ndarray, np.ndarray]:
+    """(h, w) bool each: what is not sky (foreground included), and which of it bounds the sky from above."""
+    rough, objects = _rough_cells(cells, surface.follow(cells.usable.astype(float), SMOOTHINGS[-1]))
+    foreground = _dark_foreground(cells, objects)
+    if foreground.any():  # it has bent the surface, and made the sky along its edge look rough
+        rest = replace(cells, usable=cells.usable & ~foreground)
+        rough, objects = _rough_cells(rest, surface.follow(rest.usable.astype(float), SMOOTHINGS[-1]))
+    near_foreground = scipy.ndimage.binary_dilation(foreground, iterations=_odd(ROUGH_WINDOW * max(rough.shape)) + 1)
+    # The smooth cells between an object's rough ones may be gaps that show the sky; they are judged with its surroundings.
+    # Along a ridge they are sky, and its brightest strip: there the rough cells alone are the object.
+    around = _surroundings(scipy.ndimage.binary_opening(objects & ~near_foreground)) | objects
+    objects = rough | foreground
+    lighter = objects & ~near_foreground
+    halo = (around | scipy.ndimage.binary_dilation(objects)) & cells.usable & ~objects & ~near_foreground
+    sky, bound = (cells.usable & ~objects).astype(float), BRIDGE_WEIGHT * lighter
+    weight = sky
+    for k in range(10):
+        values, _ = surface.fit_below(weight, bound, HALO_SMOOTHING, rounds=3)
+        above = (cells.smooth(surface.residual(values), 1.0) * math.sqrt(4 * math.pi)).max(-1)  # in sigma of the mean
+        limit = HALO_SIGMA * (1 + 6 * 0.6**k)
+        # All of the surroundings take part at first, and leave as they prove to stand above the rest.
+        weight = sky * np.where(halo, np.minimum(1, limit / np.maximum(above, limit))**4, 1)
+    objects = scipy.ndimage.binary_dilation(objects | (halo & (above > HALO_SIGMA))) & cells.usable
+    return objects, objects & ~near_foreground
+
+
+def _cross_validate(surface: _ThinPlate, sky: np.ndarray, weights: tuple[np.ndarray, np.ndarray]) -> tuple[float, np.ndarray]:
+    """The largest smoothing that predicts held-out tiles of sky nearly as well as the best does, and all losses."""
+    height, width = sky.shape
+    down, across = (8, 12) if height <= width else (12, 8)
+    row, column = np.indices(sky.shape)
+    tile = (row * down // height) * across + column * across // width
+    fold = (np.random.default_rng(0).permutation(FOLD_TILES) % FOLDS)[tile]
+    kept, below = weights
+    shares = [surface.normal(kept * (fold == k), below * (fold == k)[..., None]) for k in range(FOLDS)]
+    losses = np.zeros(len(SMOOTHINGS))
+    for held in range(FOLDS):
+        normal = tuple(sum(part) for part in zip(*(shares[k] for k in range(FOLDS) if k != held)))
+        test = (sky > 0) & (fold == held)
+        if normal[2].min() <= 0:
+            continue
+        for k, smoothing in enumerate(SMOOTHINGS):
+            size = np.sqrt((surface.residual(surface.solve(normal, smoothing))[test]**2).mean(-1))
+            losses[k] += np.log1p(size).sum()
+    losses /= max(1, np.count_nonzero(sky))
+    return SMOOTHINGS[int(np.flatnonzero(losses <= losses.min() + TOLERANCE)[0])], losses
+
+
+class _SkyOnCells(NamedTuple):
+    """What is sky, found on the cells, and how stiff it is."""
+
+    surface: _ThinPlate
+    sky: np.ndarray  # (h, w) weights: 1 where a cell is sky
+    bound: np.ndarray  # (h, w) weights of the cells that bound the sky from above
+    share: float  # of the usable cells, that are sky
+    smoothing: float
+    why: str  # this smoothing
+
+
+def _find_sky(prepared: Prepared, settings: Settings) -> _SkyOnCells | None:
+    """Tell objects from sky and choose the smoothing; None if the picture is too small for that."""
+    cells = _make_cells(prepared, settings.threshold_max)
+    if min(cells.usable.shape) < 12 or cells.usable.sum() < 150:
+        return None
+    surface = _ThinPlate(cells, prepared.full_shape)
+    objects, lighter = _find_objects(cells, surface)
+    used = _block_means(prepared.used.astype(np.float32), cells.size) > 0.5
+    sky = (cells.usable & used & ~objects).astype(float)
+    share = sky.sum() / cells.usable.sum()
+    if sky.sum() < 30:
+        sky, lighter = (cells.usable & used).astype(float), np.zeros_like(objects)
+    if not sky.any():
+        return None
+    bound = BRIDGE_WEIGHT * lighter
+    if settings.smoothing is not None:
+        return _SkyOnCells(surface, sky, bound, share, settings.smoothing, "given by hand")
+    chosen, losses = _cross_validate(surface, sky, surface.fit_below(sky, bound, 0.01)[1])
+    why = f"held-out loss {losses[SMOOTHINGS.index(chosen)]:.3f}, best {losses.min():.3f}"
+    if share < LITTLE_SKY:
+        chosen, why = max(chosen, 1e2), "too little sky to tell glow from object, so the surface is kept nearly flat"
+    return _SkyOnCells(surface, sky, bound, share, chosen, why)
+
+
+def choose_sky(prepared: Prepared, settings: Settings, say: Callable[[str], None] = _quiet) -> tuple[Prepared, float]:
+    """The choices of --auto: mask what is not sky, bridge it, and find how stiff the sky is.
+
+    Args:
+        prepared: picture and mask by thresholds and mask file; what they leave out is bridged like an object.
+        settings: `threshold_max` counts, and `smoothing` if given by hand.
+        say: called with a line on each choice.
+
+    Returns:
+        `prepared` with objects out of `weight` and with `expected` set, and the smoothing of the fit.
+    """
+    found = _find_sky(prepared, settings)
+    if found is None:
+        say("auto: too small, or too little left in, to tell objects from sky; fitted as it is (a smaller -dx may help)")
+        return prepared, 1.0 if settings.smoothing is None else settings.smoothing
+    say(f"auto: {100 * found.share:.0f} % of the picture is sky; stretch quantile {stretch_quantile(settings):g}; "
+        f"smoothing {found.smoothing:g} ({found.why})")
+    surface, cells = found.surface, found.surface.cells
+    values, _ = surface.fit_below(found.sky, found.bound, found.smoothing)
+    height, width = prepared.used.shape
+    kept = (found.sky > 0)[np.arange(height) // cells.size][:, np.arange(width) // cells.size]
+    masked = prepared.weight * kept[..., None]
+    weight = _block_means(masked, cells.size) * (found.sky > 0)[..., None]
+    expected = ExpectedSky(lambda query: surface.at(query) @ values, cells.values, weight, cells.centers)
+    return replace(prepared, weight=masked, expected=expected), min(found.smoothing, STIFFEST_FIT)
+
+
+def choose_smoothing(prepared: Prepared, settings: Settings, say: Callable[[str], None] = _quiet) -> float:
+    """The smoothing of a plain run: found as for --auto, on the sky that --auto would see, but nothing is masked."""
+    found = _find_sky(prepared, settings)
+    best = 1.0 if found is None else max(math.sqrt(found.smoothing), 1 - found.share)
+    chosen = float(f"{np.clip(best, *PLAIN_SMOOTHING):.2g}")
+    say(f"smoothing {chosen:g}, by cross-validation")
+    return chosen
+
+
+# ---------------------------------------------------------------------------------------------------------
+# The whole job on arrays
+# ---------------------------------------------------------------------------------------------------------
+
+def examine(planes: np.ndarray, settings: Settings, mask: np.ndarray | None = None,
+            say: Callable[[str], None] = _quiet) -> tuple[Prepared, Settings]:
+    """Everything before the fit: stretch, reduce, mask, and choose what was left to choose. Needs no TensorFlow.
+
+    Args and errors: as for `prepare`; `say` is called with one line on each choice.
+
+    Returns:
+        What the fit sees, and the settings with the values really used in place of every None.
+    """
+    prepared, smoothing = prepare(planes, settings, mask), settings.smoothing
+    if settings.auto:
+        prepared, smoothing = choose_sky(prepared, settings, say)
+    elif smoothing is None:
+        smoothing = choose_smoothing(prepared, settings, say)
+    return prepared, replace(
+        settings, delinearization_quantile=stretch_quantile(settings), smoothing=smoothing,
+        points=settings.points or (AUTO_POINTS if settings.auto else DEFAULT_POINTS))
 
 
 @dataclass(frozen=True)
@@ -1791,13 +1763,13 @@ class Result:
     model: np.ndarray  # (h, w, c) linear sky
     subtracted: np.ndarray  # (h, w, c) the picture without it
     offsets: np.ndarray  # (c,) what was added so that the medians stay
-    history: Dict[str, np.ndarray]  # "loss" and its terms, each (epochs,)
+    history: dict[str, np.ndarray]  # "loss" and its terms, each (epochs,)
     settings: Settings  # as used
     prepared: Prepared
     fit: Fit
 
 
-def optimize(image: np.ndarray, settings: Settings = Settings(), mask: Optional[np.ndarray] = None,
+def optimize(image: np.ndarray, settings: Settings = Settings(), mask: np.ndarray | None = None,
              say: Callable[[str], None] = _quiet, on_epoch: Callable[[int, float], None] = _quiet) -> Result:
     """Model the sky of a linear picture and take it out.
 
@@ -1820,9 +1792,9 @@ def optimize(image: np.ndarray, settings: Settings = Settings(), mask: Optional[
         raise BgError(f"the image has shape {np.shape(image)}; give (h, w), (h, w, 1) or (h, w, 3)")
     prepared, settings = examine(planes, settings, None if mask is None else _to_planes(mask, "the mask"), say)
     fit = fit_sky(prepared, settings, say, on_epoch)
-    sky = sky_surface(prepared, fit, planes.dtype)
-    done = subtract(planes, sky, prepared.median)
-    return Result(np.moveaxis(np.stack(list(_SkyPlanes(sky))), 0, -1), np.moveaxis(planes, 0, -1), done.offsets,
+    sky = full_size_sky(prepared, fit, planes.dtype)
+    offsets, _, _ = subtract(planes, sky, prepared.median)
+    return Result(np.moveaxis(np.stack(list(sky)), 0, -1), np.moveaxis(planes, 0, -1), offsets,
                   dict(zip(("loss",) + LOSS_TERMS, fit.history.T)), settings, prepared, fit)
 
 
@@ -1841,44 +1813,29 @@ def _to_planes(image: np.ndarray, name: str) -> np.ndarray:
 # What can be said about a picture
 # ---------------------------------------------------------------------------------------------------------
 
-def mask_reasons(prepared: Prepared, settings: Settings) -> Dict[str, np.ndarray]:
-    """Why pixels of the reduced frame are left out: reason -> (h, w) bool. A pixel has one reason at most."""
-    missing = ~prepared.present.any(-1)
-    left_out = ~prepared.used & ~missing
-    inside = (settings.threshold_min <= prepared.image) & (prepared.image <= settings.threshold_max)
-    reasons = {"missing": missing, "threshold": left_out & ~(inside & prepared.present).any(-1)}
-    left_out &= ~reasons["threshold"]
-    by_file = np.zeros_like(left_out) if prepared.given is None else left_out & (prepared.given == 0).any(-1)
-    return {**reasons, "mask file": by_file, "auto": left_out & ~by_file}
-
-
-def clipped_by_stretch(prepared: Prepared) -> np.ndarray:
-    """(h, w, c) bool: where the stretch ends at 1 and the fit cannot see how bright the picture is."""
-    with np.errstate(invalid="ignore"):  # NaN where missing
-        return prepared.linear >= prepared.stretch.pedestal + prepared.stretch.scale
-
-
-def shares(prepared: Prepared) -> Dict[str, float]:
-    """Shares of the reduced samples, all channels together; missing, masked and used add up to 1."""
-    used = np.count_nonzero(prepared.weight) / prepared.weight.size
-    missing = 1 - np.count_nonzero(prepared.present) / prepared.present.size
-    return {"missing": missing, "masked": max(0.0, 1 - missing - used), "used": used,
-            "clipped": np.count_nonzero(clipped_by_stretch(prepared)) / prepared.present.size}
-
+VIEW_PIXELS = 600
+"""Reduced pixels along the longer side that are looked at for numbers and pictures; more could not be seen."""
 
 BLOWN_SHARE, BLOWN_TEXTURE, BLOWN_PEAK = 0.01, 0.08, 1.0
-"""Where clipping is taken for sky: one connected area of more than 1 % of the frame, which a quadratic surface
-explains but for 8 % of its range (or of its height above the median), and which is brightest at the frame's edge (the light stands outside) or rises
-above the clipping point by less than that lies above the median. A galaxy's core peaks inside, and steeply."""
+"""Clipped sky is one connected area of more than 1 % of the frame that a quadratic surface fits to within 8 % of its
+range (or of its height above the median), and that is brightest at the frame's edge, for the light stands outside, or
+does not rise above the clipping point by more than that lies above the median. A galaxy's core peaks inside, and steeply."""
+
+
+def thinned(prepared: Prepared, most: int = VIEW_PIXELS) -> Prepared:
+    """Every k-th pixel of the reduced frame, so that its longer side has about `most`."""
+    step = max(1, round(max(prepared.image.shape[:2]) / most))
+    names = ("image", "weight", "present", "centers", "linear", "user_mask")
+    parts = {name: getattr(prepared, name) for name in names}
+    return replace(prepared, **{name: None if part is None else part[::step, ::step] for name, part in parts.items()})
 
 
 def blown_out(prepared: Prepared) -> np.ndarray:
     """Where the stretch clips what looks like sky: (h, w) bool. The fit loses the sky there."""
-    from scipy import ndimage
     blown = np.zeros(prepared.image.shape[:2], bool)
     clipped = clipped_by_stretch(prepared)
     for k in range(clipped.shape[-1]):
-        labels, _ = ndimage.label(clipped[..., k])
+        labels, _ = scipy.ndimage.label(clipped[..., k])
         sizes = np.bincount(labels.ravel())
         for label in 1 + np.flatnonzero(sizes[1:] > BLOWN_SHARE * labels.size):
             area = labels == label
@@ -1889,22 +1846,26 @@ def blown_out(prepared: Prepared) -> np.ndarray:
 
 def _looks_like_sky(prepared: Prepared, k: int, area: np.ndarray) -> bool:
     """Whether channel k is as smooth in this area (h, w) as sky is, and peaks where sky peaks."""
-    values, place = prepared.linear[area, k].astype(float), prepared.query[area] - prepared.query[area].mean(0)
-    row, column = place.T
-    terms = np.stack([np.ones_like(row), row, column, row * row, row * column, column * column], -1)
+    values, terms = prepared.linear[area, k].astype(float), _quadratic(prepared.centers[area])
     smooth = terms @ np.linalg.lstsq(terms, values, rcond=None)[0]
     low, high = np.quantile(smooth, (0.01, 0.99))
     top = prepared.stretch.pedestal[k] + prepared.stretch.scale[k]
     texture = np.median(np.abs(values - smooth)) / max(high - low, top - prepared.median[k], 1e-12)
-    brightest = prepared.query[area][smooth >= np.quantile(smooth, 0.95)]
-    there = prepared.query[prepared.present.any(-1)]
+    brightest = prepared.centers[area][smooth >= np.quantile(smooth, 0.95)]
+    there = prepared.centers[prepared.present.any(-1)]
     to_edge = np.minimum(brightest - there.min(0), there.max(0) - brightest).min(-1)
     blunt = np.quantile(values, 0.95) - top < BLOWN_PEAK * (top - prepared.median[k])
     return texture < BLOWN_TEXTURE and (np.median(to_edge) < 0.05 or blunt)
 
 
+def _quadratic(places: np.ndarray) -> np.ndarray:
+    """(n, 2) -> (n, 6): the terms of a quadratic surface, about its middle."""
+    y, x = (places - places.mean(0)).T
+    return np.stack([np.ones_like(y), y, x, y * y, y * x, x * x], -1)
+
+
 def gradient(linear: np.ndarray, used: np.ndarray) -> float:
-    """How uneven a sky is: the range of its quadratic course over 8 x 12 tiles (8 along the shorter side), over its level.
+    """How uneven a sky is: the range of its quadratic course over some 8 x 12 tiles, over its level.
 
     The course is the one with the least absolute deviations from the tiles' medians, so that objects hardly count.
 
@@ -1914,20 +1875,14 @@ def gradient(linear: np.ndarray, used: np.ndarray) -> float:
     Returns:
         The mean over the channels; NaN if fewer than 12 tiles show enough sky (`_percent` says so).
     """
-    rows, columns = (8, 12) if linear.shape[0] <= linear.shape[1] else (12, 8)
-    medians, places = [], []
-    for y, (values, mask) in enumerate(zip(np.array_split(linear, rows), np.array_split(used, rows))):
-        for x, (tile, sky) in enumerate(zip(np.array_split(values, columns, 1), np.array_split(mask, columns, 1))):
-            tile = tile[sky & np.isfinite(tile).all(-1)]
-            if 4 * len(tile) >= sky.size > 0:
-                medians.append(np.median(tile, 0))
-                places.append((y / rows - 0.5, x / columns - 0.5))
-    if len(medians) < 12:
+    side = -(-max(used.shape) // 12)
+    sky = [np.where(used, plane, 0) for plane in np.moveaxis(linear, -1, 0)]  # 0: missing
+    tiles = np.stack([reduce_plane(plane, side) for plane in sky], -1).astype(float)
+    enough = (_block_means(used, side) >= 0.25) & np.isfinite(tiles).all(-1)
+    if enough.sum() < 12:
         return math.nan
-    medians, (y, x) = np.array(medians, float), np.array(places).T
-    terms = np.stack([np.ones_like(y), y, x, y * y, y * x, x * x], -1)  # (tiles, 6)
-    ranges = []
-    for values in medians.T:
+    terms, ranges = _quadratic(np.argwhere(enough) / max(enough.shape)), []
+    for values in tiles[enough].T:
         weight = np.ones_like(values)
         for _ in range(20):  # least squares, reweighted until it is least absolute deviations
             course = terms @ np.linalg.lstsq(terms * weight[:, None], values * weight, rcond=None)[0]
@@ -1936,20 +1891,15 @@ def gradient(linear: np.ndarray, used: np.ndarray) -> float:
     return float(np.mean(ranges))
 
 
+def gradients(prepared: Prepared, fit: Fit) -> str:
+    """The gradient before and after, in words."""
+    prepared = thinned(prepared)
+    before, after = (_percent(gradient(linear, prepared.used)) for linear in (prepared.linear, reduced_sky(prepared, fit)[1]))
+    return f"gradient {before} of the sky's level before, {after} after"
+
+
 def _percent(share: float) -> str:
     return "unknown" if math.isnan(share) else f"{share:.1%}"
-
-
-def reduced_sky(prepared: Prepared, fit: Fit) -> Tuple[np.ndarray, np.ndarray]:
-    """The sky and the picture without it on the reduced frame, linear, (h, w, c) each; medians stay."""
-    sky = np.clip(prepared.stretch.invert(fit.surface(prepared.query)), 0, 1)
-    return sky, _keep_median(prepared.linear, prepared.linear - sky)
-
-
-def _keep_median(before: np.ndarray, after: np.ndarray) -> np.ndarray:
-    """`after`, each channel shifted to the median of `before`; (h, w, c), NaN where missing."""
-    lost = [np.median(values[np.isfinite(values)][::4]) for image in (before, after) for values in np.moveaxis(image, -1, 0)]
-    return after + np.subtract(*np.split(np.array(lost), 2)).astype(after.dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -1957,9 +1907,6 @@ def _keep_median(before: np.ndarray, after: np.ndarray) -> np.ndarray:
 #
 # All are drawn from the reduced picture, so a large frame costs no more than a small one.
 # ---------------------------------------------------------------------------------------------------------
-
-PANEL_PIXELS = 600
-"""Reduced pixels along the longer side of a picture in a figure; more could not be seen."""
 
 FIGURE_SIZE = (13.6, 7.6)
 """Inches, at 100 pixels each: fits a laptop's screen."""
@@ -1974,10 +1921,10 @@ STYLE = {"figure.facecolor": PAPER, "savefig.facecolor": PAPER, "axes.facecolor"
 CHANNEL_INKS = {1: (INK,), 3: ("#e8703a", "#2fb58a", "#5ab0ee")}
 """Red, green, blue as the color-blind tell them apart (after Okabe and Ito)."""
 
-OVERLAYS = {"missing": ("#6b7077", 0, "missing"), "threshold": ("#e69f00", 1, "left out by -tm, -tM"),
-            "mask file": ("#56b4e9", -1, "left out by -m"), "auto": ("#cc79a7", 2, "left out by --auto"),
-            "clipped": ("#f0e442", -2, "clipped by -dq")}
-"""Reason -> its color, the slope of its hatching (0: solid), its name. Slopes tell them apart without color."""
+OVERLAYS = {"missing": ("#6b7077", "", "missing"), "threshold": ("#e69f00", "/////", "left out by -tm, -tM"),
+            "mask file": ("#56b4e9", "\\\\\\\\\\", "left out by -m"), "auto": ("#cc79a7", "///", "left out by --auto"),
+            "clipped": ("#f0e442", "\\\\\\", "clipped by -dq")}
+"""Reason -> its color, its hatching (none: solid), its name. The hatching tells them apart without color."""
 
 
 def display_stretch(linear: np.ndarray) -> Stretch:
@@ -1991,15 +1938,15 @@ def display_stretch(linear: np.ndarray) -> Stretch:
 
 def draw_preview(figure, prepared: Prepared, settings: Settings, title: str) -> None:
     """The cockpit for tuning: the picture, what the fit would see of it, what stands out; histograms and numbers."""
-    prepared = _thin(prepared)
+    prepared = thinned(prepared)
+    reasons, blown = mask_reasons(prepared, settings), blown_out(prepared)
     figure.suptitle(title, x=0.015, ha="left", fontsize=11)
     top, bottom = figure.add_gridspec(2, 1, height_ratios=(1.6, 1), left=0.02, right=0.985, top=0.915, bottom=0.085, hspace=0.3)
     panels = [figure.add_subplot(cell) for cell in top.subgridspec(1, 3, wspace=0.03)]
     _show(panels[0], display_stretch(prepared.linear).apply(prepared.linear), "the picture, plain stretch")
     _show(panels[1], prepared.image, "stretched as for the fit, and what is left out")
-    reasons = {**mask_reasons(prepared, settings), "clipped": clipped_by_stretch(prepared).any(-1) & prepared.used}
-    _overlay(panels[1], reasons)
-    _draw_hints(panels[2], prepared)
+    _overlay(panels[1], {**reasons, "clipped": clipped_by_stretch(prepared).any(-1) & prepared.used})
+    _draw_hints(panels[2], prepared, blown)
 
     channels = prepared.image.shape[-1]
     cells = bottom.subgridspec(1, 4, wspace=0.12)
@@ -2009,12 +1956,12 @@ def draw_preview(figure, prepared: Prepared, settings: Settings, title: str) -> 
     figure.text(0.02, 0.012, "below the histograms: stretched value, and the picture's own value there; heights are logarithmic", fontsize=8)
     words = figure.add_subplot(cells[0, 3])
     words.axis("off")
-    words.text(0.06, 1.0, "\n".join(_numbers(prepared, settings)), va="top", family="monospace", fontsize=8, linespacing=1.35)
+    words.text(0.06, 1.0, "\n".join(_numbers(prepared, reasons, blown)), va="top", family="monospace", fontsize=8, linespacing=1.35)
 
 
-def _numbers(prepared: Prepared, settings: Settings) -> List[str]:
+def _numbers(prepared: Prepared, reasons: dict[str, np.ndarray], blown: np.ndarray) -> list[str]:
     """The preview's numbers, one line each."""
-    part, reasons = shares(prepared), mask_reasons(prepared, settings)
+    part = shares(prepared)
     inks = _channel_letters(prepared)
     stretch = prepared.stretch
     lines = ["           " + "".join(f"{ink:>9}" for ink in inks)]
@@ -2022,12 +1969,11 @@ def _numbers(prepared: Prepared, settings: Settings) -> List[str]:
         lines.append(f"{name:<11}" + "".join(f"{value:9.5f}" for value in values))
     clipped = clipped_by_stretch(prepared)
     lines.append("clipped %  " + "".join(f"{100 * clipped[..., k].mean():9.2f}" for k in range(len(inks))))
-    blown = blown_out(prepared).mean()
     rows = [("used", part["used"], "of the samples"), ("masked", part["masked"], "of the samples")]
     rows += [("  " + OVERLAYS[name][2].replace("left out ", ""), reasons[name].mean(), "of the frame")
              for name in ("threshold", "mask file", "auto") if reasons[name].any()]
     rows += [("missing", part["missing"], ""), ("gradient", gradient(prepared.linear, prepared.used), "of the sky's level")]
-    rows += [("blown out", blown, "sky: raise -dq")] if blown else []
+    rows += [("blown out", blown.mean(), "sky: raise -dq")] if blown.any() else []
     return lines + [""] + [f"{name:<13}{_percent(value):>7}  {what}" for name, value, what in rows]
 
 
@@ -2056,16 +2002,15 @@ def _draw_histogram(axes, prepared: Prepared, settings: Settings, k: int) -> Non
     axes.set_title(f"{_channel_letters(prepared)[k]}: how often a value occurs (filled: used)", fontsize=8)
 
 
-def _draw_hints(axes, prepared: Prepared) -> None:
+def _draw_hints(axes, prepared: Prepared, blown: np.ndarray) -> None:
     """The picture less its own large-scale course: what is not sky, and may be mistaken for it unless it is masked."""
-    from scipy import ndimage
     values, known = prepared.linear.mean(-1), prepared.present.all(-1)
     center = np.median(values[known]) if known.any() else 0.0
     capped = np.where(known, np.minimum(values, np.nanquantile(values, 0.9)), 0)  # bright things hardly count as course
     width = max(values.shape) / 8
-    weight = np.maximum(ndimage.gaussian_filter(known.astype(float), width), 1e-9)
-    residual = values - ndimage.gaussian_filter(capped, width) / weight
-    residual = ndimage.gaussian_filter(np.where(known, residual, 0), max(values.shape) / 300)
+    weight = np.maximum(scipy.ndimage.gaussian_filter(known.astype(float), width), 1e-9)
+    residual = values - scipy.ndimage.gaussian_filter(capped, width) / weight
+    residual = scipy.ndimage.gaussian_filter(np.where(known, residual, 0), max(values.shape) / 300)
     spread = 6 * np.median(np.abs(residual[known] - np.median(residual[known]))) if known.any() else 1.0
     image = axes.imshow(np.where(known, residual, np.nan), cmap="PuOr_r", vmin=-spread or -1, vmax=spread or 1, interpolation="nearest")
     axes.set_title("orange above, purple below surroundings")
@@ -2074,7 +2019,6 @@ def _draw_hints(axes, prepared: Prepared) -> None:
     axes.figure.colorbar(image, cax=bar, orientation="horizontal", ticks=[-spread, 0, spread])
     bar.set_xticklabels([f"{v / center:+.0%}" if center else "" for v in (-spread, 0, spread)], fontsize=7)
     bar.tick_params(length=0, pad=2)
-    blown = blown_out(prepared)
     if blown.any() and min(blown.shape) > 1:
         axes.contour(blown, [0.5], colors="#d7191c", linewidths=2)
         axes.text(0.5, -0.14, "outlined: sky blown out, raise -dq", ha="center", va="top", color="#ff8a80", weight="bold", transform=axes.transAxes)
@@ -2082,7 +2026,7 @@ def _draw_hints(axes, prepared: Prepared) -> None:
 
 def draw_figures(figure, prepared: Prepared, settings: Settings, fit: Fit, title: str) -> None:
     """The result: before, model, after in one stretch; where the control points went; how the loss fell."""
-    prepared = _thin(prepared)
+    prepared = thinned(prepared)
     sky, after = reduced_sky(prepared, fit)
     stretch = display_stretch(prepared.linear)
     figure.suptitle(title, x=0.015, ha="left", fontsize=11)
@@ -2097,7 +2041,7 @@ def draw_figures(figure, prepared: Prepared, settings: Settings, fit: Fit, title
     cells = bottom.subgridspec(1, 2, width_ratios=(1, 2.1), wspace=0.1)
     points = figure.add_subplot(cells[0])
     _show(points, np.where(prepared.used[..., None], 0.75 * prepared.image, np.nan), "control points, from ring to dot; brown: left out", blank=(0.30, 0.24, 0.12))
-    path = np.array([_pixel_positions(prepared, positions) for _, positions, _ in fit.path] + [_pixel_positions(prepared, fit.positions)])
+    path = np.array([_pixel_positions(prepared, positions) for _, positions, _ in fit.track] + [_pixel_positions(prepared, fit.positions)])
     points.plot(path[..., 1], path[..., 0], color="#56b4e9", linewidth=0.9, alpha=0.8)
     points.plot(path[0, :, 1], path[0, :, 0], "o", color="none", markeredgecolor="#56b4e9", markersize=3.5)
     points.plot(path[-1, :, 1], path[-1, :, 0], "o", color="#f0e442", markeredgecolor="black", markersize=5)
@@ -2125,12 +2069,9 @@ def draw_figures(figure, prepared: Prepared, settings: Settings, fit: Fit, title
 
 def facts(prepared: Prepared, settings: Settings, fit: Fit) -> str:
     """One line on the run: settings, epochs, loss, share of sky, gradient before and after."""
-    after = reduced_sky(prepared, fit)[1]
-    best = fit.history[np.argmin(fit.history[:, 0])]
     return (f"-dq {stretch_quantile(settings):g}, {len(fit.positions)} points ({settings.initializer}), order {settings.order}, "
             f"smoothing {fit.smoothing:g}, alpha {settings.alpha:g}, seed {settings.seed}   |   {len(fit.history)} epochs, "
-            f"loss {best[0]:.4f}   |   {shares(prepared)['used']:.1%} used as sky   |   gradient "
-            f"{_percent(gradient(prepared.linear, prepared.used))} -> {_percent(gradient(after, prepared.used))} of the sky's level")
+            f"loss {fit.history[:, 0].min():.4f}   |   {shares(prepared)['used']:.1%} used as sky   |   {gradients(prepared, fit)}")
 
 
 def animation_frames(prepared: Prepared, fit: Fit, width: int = 800) -> np.ndarray:
@@ -2148,27 +2089,23 @@ def animation_frames(prepared: Prepared, fit: Fit, width: int = 800) -> np.ndarr
     rows, columns = prepared.image.shape[:2]
     wide = max(1, min((width - 3 * gap) // 2, int(math.sqrt(110_000 * columns / rows))))
     tall = max(1, wide * rows // columns)
-    prepared = _thin(prepared, max(wide, tall))
-    rows, columns, channels = prepared.image.shape
-    stretch = display_stretch(prepared.linear)
-    # Each surface on a coarse grid of nodes, then straight lines between them: quick, and enough for the eye.
-    down, along = (_straight_lines(n) for n in (rows, columns))
-    first, last = prepared.query[0, 0], prepared.query[-1, -1]
-    places = (np.linspace(first[k], last[k], lines.shape[1]) for k, lines in enumerate((down, along)))
-    query = np.stack(np.meshgrid(*places, indexing="ij"), -1)
+    prepared = thinned(prepared, max(wide, tall))
+    stretch, (rows, columns) = display_stretch(prepared.linear), prepared.image.shape[:2]
+    # Each surface on every 8th pixel or so, and straight lines between: quick, and enough for the eye.
+    corners, coarse = (prepared.centers[0, 0], prepared.centers[-1, -1]), (max(2, rows // 8), max(2, columns // 8))
+    places = np.stack(np.meshgrid(*map(np.linspace, *corners, coarse), indexing="ij"), -1)
 
     def half(linear):
         return Image.fromarray(_drawable(stretch.apply(linear))).resize((wide, tall), Image.BICUBIC)
 
-    steps = fit.path + [(len(fit.history), fit.positions, fit.values)]
+    steps = fit.track + [(len(fit.history), fit.positions, fit.values)]
     # Most happens early: steps at equal distances of the square root of the epoch.
     chosen = sorted({int(k) for k in np.round(np.linspace(0, 1, 24)**2 * (len(steps) - 1))})
     frames = np.empty((len(chosen), head + tall + gap, 3 * gap + 2 * wide, 3), np.uint8)
     for frame, k in zip(frames, chosen):
         epoch, positions, values = steps[k]
-        surface = spline_matrix(query, positions.astype(float), fit.order, fit.smoothing) @ values
-        nodes = np.clip(prepared.stretch.invert(surface), 0, 1).astype(np.float32)
-        sky = np.stack([down @ nodes[..., c] @ along.T for c in range(channels)], -1)
+        nodes = linear_sky(prepared, replace(fit, positions=positions, values=values))(places).astype(np.float32)
+        sky = scipy.ndimage.zoom(nodes, (rows / coarse[0], columns / coarse[1], 1), order=1)
         model = half(sky)
         pen = ImageDraw.Draw(model)
         for y, x in _pixel_positions(prepared, positions) / (max(1, rows - 1), max(1, columns - 1)) * (tall - 1, wide - 1):
@@ -2181,13 +2118,6 @@ def animation_frames(prepared: Prepared, fit: Fit, width: int = 800) -> np.ndarr
         pen.text((2 * gap + wide, 5), "the picture without it", INK)
         frame[:] = canvas
     return frames
-
-
-def _straight_lines(count: int) -> np.ndarray:
-    """(count, n) float32: values at n nodes, some 8 pixels apart -> at count pixels, by straight lines between them."""
-    n = max(2, count // 8)
-    at = np.linspace(0, n - 1, count)[:, None]
-    return np.maximum(0, 1 - np.abs(at - np.arange(n))).astype(np.float32)
 
 
 def write_animation(file, frames: np.ndarray, most_bytes: int = 2_900_000) -> None:
@@ -2209,17 +2139,9 @@ def write_animation(file, frames: np.ndarray, most_bytes: int = 2_900_000) -> No
     file.write(packed.getvalue())
 
 
-def _thin(prepared: Prepared, most: int = PANEL_PIXELS) -> Prepared:
-    """Every k-th pixel of the reduced frame, so that its longer side has at most `most`."""
-    step = -(-max(prepared.image.shape[:2]) // most)
-    names = ("image", "weight", "present", "query", "linear", "given")
-    parts = {name: getattr(prepared, name) for name in names}
-    return replace(prepared, **{name: None if part is None else part[::step, ::step] for name, part in parts.items()})
-
-
 def _pixel_positions(prepared: Prepared, positions: np.ndarray) -> np.ndarray:
     """Control points (n, 2) in frame coordinates -> (row, column) in pixels of the (thinned) reduced frame."""
-    first, last = prepared.query[0, 0], prepared.query[-1, -1]
+    first, last = prepared.centers[0, 0], prepared.centers[-1, -1]
     return (positions - first) / np.maximum(last - first, 1e-9) * (np.array(prepared.image.shape[:2]) - 1)
 
 
@@ -2241,25 +2163,20 @@ def _show(axes, image: np.ndarray, title: str, blank=(0, 0, 0)) -> None:
     axes.set(xticks=[], yticks=[])
 
 
-def _overlay(axes, reasons: Dict[str, np.ndarray]) -> None:
+def _overlay(axes, reasons: dict[str, np.ndarray]) -> None:
     """Hatch what is left out, in colors and slopes that tell the reasons apart, with a legend of those that occur."""
-    from matplotlib.colors import to_rgb
+    from matplotlib import rc_context
     from matplotlib.patches import Patch
     legend = []
-    height, width = reasons["missing"].shape
-    scale = max(1, 900 // max(height, width))  # draw the hatching finer than a coarse picture's pixels
-    row, column = np.ogrid[:height * scale, :width * scale]
-    period = max(5, max(height, width) * scale // 40)
-    paint = np.zeros((height * scale, width * scale, 4), np.float32)
-    for reason, (color, slope, label) in OVERLAYS.items():
-        if reasons[reason].any():
-            where = reasons[reason].repeat(scale, 0).repeat(scale, 1)
-            stripe = np.ones_like(where) if slope == 0 else (column * max(1, abs(slope)) + np.sign(slope) * row) % period < period * 0.45
-            paint[where, :3] = np.where(stripe[..., None], to_rgb(color), 0)[where]  # dark between the stripes: seen on any color
-            paint[where, 3] = np.where(stripe, 0.85, 0.35)[where]
-            legend.append(Patch(facecolor=color, label=label, edgecolor=PAPER,
-                                hatch={1: "//", -1: "\\\\", 2: "///", -2: "\\\\\\", 0: None}[slope]))
-    axes.imshow(paint, extent=(-0.5, width - 0.5, height - 0.5, -0.5), interpolation="nearest")
+    for reason, (color, hatch, label) in OVERLAYS.items():
+        area = reasons[reason]
+        if area.any():
+            legend.append(Patch(facecolor=color, edgecolor=PAPER, hatch=hatch, label=label))
+            if min(area.shape) > 1:
+                with rc_context({"hatch.color": color}):
+                    dark = (0, 0, 0, 0.35)  # between the lines, so that these are seen on any color
+                    axes.contourf(area, (0.5, 1.5), colors=[dark if hatch else color], hatches=[hatch])
+                axes.contour(area, (0.5,), colors=[color], linewidths=1)
     axes.legend(handles=legend, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=3)
 
 
@@ -2288,7 +2205,7 @@ def _import_matplotlib():
     return matplotlib
 
 
-def display_kind() -> Optional[str]:
+def display_kind() -> str | None:
     """Where a picture can be shown: "notebook" (an IPython kernel), "window", or None."""
     shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
     if hasattr(shell, "kernel"):
@@ -2330,24 +2247,6 @@ def put_picture(draw: Callable, where: str, path: str) -> None:
 # Command line
 # ---------------------------------------------------------------------------------------------------------
 
-DESCRIPTION = """\
-Models the uneven sky of a linear astrophoto (light pollution, moonlight, airglow) as one smooth surface, fitted to
-every pixel that shows sky, and takes it out. You place no samples. Run it after stacking and cropping, before color
-calibration and stretching."""
-
-EXAMPLES = """\
-examples:
-  bgoptimizer.py m31.xisf                     m31_bgModel.xisf and m31_bgSubtracted.xisf, in this folder
-  bgoptimizer.py m31.xisf out --auto          let the tool mask the galaxy and choose the rest
-  bgoptimizer.py m31.xisf -p                  look first: stretch, mask, histograms; nothing is fitted
-  bgoptimizer.py m31.xisf -p -dq 0.99         ... with a weaker stretch, when a bright corner is blown out
-  bgoptimizer.py m31.xisf out -m mask.xisf    with your own mask: 1 = sky, 0 = leave out
-  bgoptimizer.py m31.xisf out --auto --save-mask --animate
-                                              also the mask, to edit and give back with -m, and an animation
-
-exit codes: 0 done, 1 could not be done, 2 wrong usage, 130 interrupted"""
-
-
 class _Parser(argparse.ArgumentParser):
     """An argument parser that says what is wrong in one line."""
 
@@ -2355,7 +2254,7 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"bgoptimizer: error: {message}; see --help\n")
 
 
-def _smoothing(text: str) -> Optional[float]:
+def _smoothing(text: str) -> float | None:
     return None if text == "auto" else float(text)
 
 
@@ -2365,7 +2264,8 @@ _smoothing.__name__ = "number or auto"  # argparse names it in its message
 def build_parser() -> argparse.ArgumentParser:
     """The command line; every default is the one of `Settings`."""
     default = Settings()
-    parser = _Parser(prog="bgoptimizer.py", description=DESCRIPTION, epilog=EXAMPLES, allow_abbrev=False,
+    purpose, heading, examples = (__doc__ or "").partition("examples:")
+    parser = _Parser(prog="bgoptimizer.py", description=purpose, epilog=heading + examples, allow_abbrev=False,
                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("input_file", help="linear XISF picture, gray or RGB")
@@ -2379,9 +2279,9 @@ def build_parser() -> argparse.ArgumentParser:
         help="quantile of the picture that the stretch takes to 1; what is brighter is clipped for the fit. Lower stretches "
              f"more; raise it when the preview shows blown out sky (default: {DEFAULT_QUANTILE}, with --auto {AUTO_QUANTILE})")
     add("-p", "--preview", action="store_true", help="show stretch, mask and histograms, fit nothing, write no XISF (default: off)")
-    add("-N", type=int, help="number of control points; more follow a more complicated sky, and objects too "
-                             f"(default: {DEFAULT_POINTS}, with --auto chosen by the tool)")
-    add("-O", type=int, choices=(1, 2, 3, 4), metavar="O", default=default.order,
+    add("-N", dest="points", metavar="N", type=int, help="number of control points; more follow a more complicated sky, and objects too "
+                             f"(default: {DEFAULT_POINTS}, with --auto {AUTO_POINTS})")
+    add("-O", dest="order", metavar="O", type=int, choices=(1, 2, 3, 4), default=default.order,
         help="order of the spline, 1 to 4; 2 is a thin plate, 3 is cubic (default: %(default)s)")
     add("-tm", "--threshold-min", type=float, default=default.threshold_min,
         help="leave out what is darker in the stretched picture (default: %(default)s)")
@@ -2394,13 +2294,13 @@ def build_parser() -> argparse.ArgumentParser:
     add("-e", "--epochs", type=int, default=default.epochs, help="most epochs; the fit stops before when nothing improves (default: %(default)s)")
     add("-a", "--alpha", type=float, default=default.alpha,
         help="weight of the penalties on a sky that is negative or brighter than the picture (default: %(default)g)")
-    add("-B", type=int, default=default.batch,
+    add("-B", dest="batch", metavar="B", type=int, default=default.batch,
         help=f"batch size: independent samples of {SAMPLE_PIXELS} pixels that the fit sees (default: %(default)s)")
-    add("-lr", type=float, default=default.learning_rate, help="learning rate at the start (default: %(default)s)")
+    add("-lr", dest="learning_rate", metavar="LR", type=float, default=default.learning_rate, help="learning rate at the start (default: %(default)s)")
 
     more = parser.add_argument_group("more")
     add = more.add_argument
-    add("--auto", action="store_true", help="choose object mask, -dq and -N from the picture; what you give by hand stays (default: off)")
+    add("--auto", action="store_true", help="leave out objects, which the tool finds; what you give by hand stays (default: off)")
     add("--smoothing", type=_smoothing, default=None, metavar="{auto,NUMBER}",
         help="stiffness of the surface: 0 goes through every control point, 10 is nearly a plane (default: auto, chosen from the picture)")
     add("--seed", type=int, default=default.seed, help="of all random numbers; the same command gives the same pictures (default: %(default)s)")
@@ -2414,7 +2314,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _parse(argv: Optional[Sequence[str]]) -> Tuple[argparse.Namespace, Settings]:
+def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Settings]:
     """Options and settings, or exit 2 with a sentence."""
     parser = build_parser()
     options = parser.parse_args(argv)
@@ -2422,15 +2322,12 @@ def _parse(argv: Optional[Sequence[str]]) -> Tuple[argparse.Namespace, Settings]
         if options.preview and getattr(options, flag):
             parser.error(f"--{flag.replace('_', '-')} needs a fit and --preview does none; leave one of them out")
     try:
-        return options, Settings(
-            options.downscaling_factor, options.downscaling_func, options.delinearization_quantile, options.N, options.O,
-            options.threshold_min, options.threshold_max, options.initializer, options.epochs, options.alpha, options.B,
-            options.lr, options.smoothing, options.auto, options.seed)
+        return options, Settings(**{item.name: getattr(options, item.name) for item in fields(Settings)})
     except ValueError as error:
         parser.error(str(error))
 
 
-def main(argv: Optional[Sequence[str]] = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code. Whatever goes wrong is said in one line on stderr."""
     try:
         with _Interrupts() as interrupts:
@@ -2471,54 +2368,74 @@ def _run(options: argparse.Namespace, settings: Settings, interrupts: _Interrupt
     with suppress(AttributeError):  # a notebook's, or none; names may hold what the terminal's encoding does not
         sys.stdout.reconfigure(errors="backslashreplace")
     say = _quiet if options.quiet else lambda text: print(text, flush=True)
-    names = _check_paths(options)
-    where = _place_for_pictures(options)
-    if not options.preview and _has_good_header(options.input_file):
-        _start_importing()
-
+    paths, where = _check_paths(options), _place_for_pictures(options)
     planes, source = _read(options.input_file, say)
-    mask = None if options.mask is None else _read(options.mask, _quiet)[0]
-    if not options.preview:
-        _check_memory(planes)
-    if not (options.preview or options.compress):
-        _check_space(options.output_path, (2 + options.save_mask) * planes.nbytes)
-    if options.preview and not settings.auto:
-        settings = replace(settings, smoothing=settings.smoothing or 0.0)  # shown nowhere, but takes seconds to choose
-    prepared, settings = examine(planes, settings, mask, say)
-    del mask
+    if options.preview:  # a plain run's smoothing takes a second to choose, and is not shown
+        settings = settings if settings.auto else replace(settings, smoothing=0.0)
+    else:
+        _check_room(planes, options)
+        _start_importing()
+    prepared, settings = examine(planes, settings, options.mask and _read(options.mask, _quiet)[0], say)
     _report(prepared, settings, say)
     title = os.path.basename(options.input_file).encode("utf-8", "replace").decode().replace("$", r"\$")  # no formula
     if options.preview:
-        if where:
-            put_picture(lambda figure: draw_preview(figure, prepared, settings, title), where, names["preview"])
-        written = [names["preview"]] if where == "file" else []
-        _say_end(written, started, say)
-        return _hold_windows(where)
+        written, picture = [], paths["preview"]
+        draw = functools.partial(draw_preview, prepared=prepared, settings=settings, title=title)
+    else:
+        fit = _fit(prepared, settings, options.quiet, interrupts, say)
+        written, picture = _subtract_and_write(planes, source, prepared, settings, fit, options, paths, say), paths["figures"]
+        draw = functools.partial(draw_figures, prepared=prepared, settings=settings, fit=fit, title=title)
+    if where:
+        put_picture(draw, where, picture)
+    for path in written + [picture] * (where == "file"):
+        say(f"wrote {path}")
+    say(f"{time.perf_counter() - started:.1f} s")
+    if where == "window":
+        from matplotlib import pyplot
+        pyplot.show()  # waits until the window is closed
 
+
+def _fit(prepared: Prepared, settings: Settings, quiet: bool, interrupts: _Interrupts, say: Callable[[str], None]) -> Fit:
+    """The fit, watched on the terminal, that ends cleanly after Ctrl-C."""
     interrupts.check()
     interrupts.patient = True
-    with _progress(settings.epochs, options.quiet, say) as show:
+    with _progress(settings.epochs, quiet, say) as show:
         fit = fit_sky(prepared, settings, say, lambda epoch, loss: (interrupts.check(), show(epoch, loss)))
     interrupts.patient = False
     interrupts.check()
     say(f"{fit.stopped}; best loss {fit.history[:, 0].min():.4f}")
-    sky = sky_surface(prepared, fit, planes.dtype)
-    done = subtract(planes, sky, prepared.median)
-    _report_subtraction(done, prepared, fit, planes.size, say)
-    history = _history(options, settings, fit, done)
-    outputs = [names["model"], names["subtracted"]] + [names["mask"]] * options.save_mask + [names["animation"]] * options.animate
+    return fit
+
+
+def _subtract_and_write(planes: np.ndarray, source: Source, prepared: Prepared, settings: Settings, fit: Fit,
+                        options: argparse.Namespace, paths: dict[str, str], say: Callable[[str], None]) -> list[str]:
+    """Take the sky out of `planes` and write what was asked for; returns the paths."""
+    sky = full_size_sky(prepared, fit, planes.dtype)
+    offsets, below, above = subtract(planes, sky, prepared.median)
+    say(gradients(prepared, fit))
+    say("offsets: " + ", ".join(f"{letter} {offset:.6f}" for letter, offset in zip(_channel_letters(prepared), offsets)))
+    say(f"clipped: {below.sum()} samples at 0, {above.sum()} at 1, of {planes.size}")
+    pictures = {"model": (sky, source, "the sky"), "subtracted": (planes, source, "the picture without the sky")}
+    if options.save_mask:
+        pictures["mask"] = full_mask(prepared, settings), None, "the mask, 1 = sky"
+    outputs = [path for kind, path in paths.items() if kind != "figures"]
+    history = _history(options, settings, fit, offsets)
     with atomic_outputs(*outputs) as files:
-        write_xisf(files[1], planes, source, history + ["bgoptimizer: this is the picture without the sky"], options.compress)
-        del planes  # of three large arrays never more than one is held
-        write_xisf(files[0], _SkyPlanes(sky), source, history + ["bgoptimizer: this is the sky"], options.compress)
-        if options.save_mask:
-            write_xisf(files[2], full_mask(prepared, settings), plate_solution(source), history + ["bgoptimizer: this is the mask, 1 = sky"], options.compress)
+        for file, (picture, metadata, what) in zip(files, pictures.values()):
+            write_xisf(file, picture, metadata, history + [f"bgoptimizer: this is {what}"], options.compress)
         if options.animate:
             write_animation(files[-1], animation_frames(prepared, fit))
-    if where:
-        put_picture(lambda figure: draw_figures(figure, prepared, settings, fit, title), where, names["figures"])
-    _say_end(outputs + [names["figures"]] * (where == "file"), started, say)
-    _hold_windows(where)
+    return outputs
+
+
+def _history(options: argparse.Namespace, settings: Settings, fit: Fit, offsets: np.ndarray) -> list[str]:
+    """HISTORY lines: what made this picture, to the last setting."""
+    now = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+    lines = [f"bgoptimizer {VERSION}, {now}"]
+    lines += [f"bgoptimizer: {item.name} = {getattr(settings, item.name)}" for item in fields(settings)]
+    lines += [f"bgoptimizer: mask = {os.path.basename(options.mask) if options.mask else None}",
+              f"bgoptimizer: control points used = {len(fit.positions)}", f"bgoptimizer: {fit.stopped}"]
+    return lines + [f"bgoptimizer: offset of channel {k} = {offset:.9g}" for k, offset in enumerate(offsets)]
 
 
 class _Interrupts:
@@ -2547,11 +2464,11 @@ class _Interrupts:
             signal.signal(signal.SIGINT, self.before)
 
 
-def _check_paths(options: argparse.Namespace) -> Dict[str, str]:
+def _check_paths(options: argparse.Namespace) -> dict[str, str]:
     """Everything about paths that can fail is tried before the work, so that nobody waits for what cannot be saved.
 
     Returns:
-        What may be written -> its path.
+        What the run may write -> its path.
     """
     for path in filter(None, (options.input_file, options.mask)):
         if not os.path.exists(path):
@@ -2561,23 +2478,24 @@ def _check_paths(options: argparse.Namespace) -> Dict[str, str]:
     folder, stem = options.output_path, os.path.splitext(os.path.basename(options.input_file))[0]
     if os.path.exists(folder) and not os.path.isdir(folder):
         raise BgError(f"{folder} is a file, not a folder; name a folder for the outputs")
-    endings = {"model": "bgModel.xisf", "subtracted": "bgSubtracted.xisf", "mask": "mask.xisf", "preview": "preview.png",
-               "figures": "figures.png", "animation": "optimization.gif"}
-    names = {what: os.path.join(folder, f"{stem}_{ending}") for what, ending in endings.items()}
+    kinds = (("preview", "preview.png", options.preview), ("model", "bgModel.xisf", not options.preview),
+             ("subtracted", "bgSubtracted.xisf", not options.preview), ("mask", "mask.xisf", options.save_mask),
+             ("animation", "optimization.gif", options.animate), ("figures", "figures.png", not options.preview))
+    paths = {kind: os.path.join(folder, f"{stem}_{ending}") for kind, ending, wanted in kinds if wanted}
     if os.path.isdir(folder) or not (options.preview and options.figures in ("show", "none")):
         try:
             os.makedirs(folder, exist_ok=True)
             tempfile.TemporaryFile(dir=folder).close()
         except OSError as error:
             raise BgError(f"cannot write to {folder}: {error.strerror}; choose another folder") from None
-    for path in names.values():
+    for path in paths.values():
         for kept in filter(None, (options.input_file, options.mask)):
             if os.path.exists(path) and os.path.samefile(path, kept):
                 raise BgError(f"{path} would be overwritten, and it is what you gave to read; choose another output folder")
-    return names
+    return paths
 
 
-def _place_for_pictures(options: argparse.Namespace) -> Optional[str]:
+def _place_for_pictures(options: argparse.Namespace) -> str | None:
     """Where the preview or the figures go: "notebook", "window", "file", or None."""
     if options.figures in ("save", "none"):
         return {"save": "file", "none": None}[options.figures]
@@ -2587,19 +2505,8 @@ def _place_for_pictures(options: argparse.Namespace) -> Optional[str]:
     return kind or ("file" if options.preview else None)
 
 
-def _has_good_header(path: str) -> bool:
-    """Whether the file seems worth importing TensorFlow for; what is wrong with it is said when it is read."""
-    try:
-        if not os.path.isfile(path):  # opening a FIFO would wait forever
-            return False
-        with open(path, "rb") as file:
-            return bool(_read_header(file))
-    except (BgError, OSError):
-        return False
-
-
 def _start_importing() -> None:
-    """Import TensorFlow beside the reading; whoever needs it waits for this import, or sees it fail again."""
+    """Import TensorFlow beside stretching and reducing; whoever needs it waits for this import, or sees it fail again."""
     if sys.stderr is sys.__stderr__ is not None:  # our own lines take a way of their own, past what is silenced below
         sys.stderr = open(os.dup(2), "w", buffering=1, encoding=sys.stderr.encoding, errors="backslashreplace")
     threading.Thread(target=_import_silently, daemon=True).start()
@@ -2608,15 +2515,17 @@ def _start_importing() -> None:
 def _import_silently() -> None:
     """TensorFlow's C++ greets with a page of log lines, and again at the first operation; no setting silences all."""
     with suppress(Exception):  # there is no stderr, no TensorFlow, or a GPU that does not start
-        kept = os.dup(2)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 2)
         try:
             import_tensorflow().zeros(1)
         finally:
             os.dup2(kept, 2)
+            os.close(kept)
+            os.close(nowhere)
 
 
-def _read(path: str, say: Callable[[str], None]) -> Tuple[np.ndarray, Source]:
+def _read(path: str, say: Callable[[str], None]) -> tuple[np.ndarray, Source]:
     picture = read_xisf(path)
     for text in picture.warnings:
         _warn(f"{path} {text}")
@@ -2625,8 +2534,15 @@ def _read(path: str, say: Callable[[str], None]) -> Tuple[np.ndarray, Source]:
     return picture.planes, picture.source
 
 
-def _check_memory(planes: np.ndarray) -> None:
-    """Warn where the system may end the run for want of memory, which it does without a word. Linux tells how much is free."""
+def _check_room(planes: np.ndarray, options: argparse.Namespace) -> None:
+    """Refuse if the outputs do not fit on the disk; warn if the memory may not suffice.
+
+    A system short of memory ends the run without a word. Linux tells how much is free.
+    """
+    needed, free = (2 + options.save_mask) * planes.nbytes, shutil.disk_usage(options.output_path).free
+    if free < needed and not options.compress:
+        raise BgError(f"{options.output_path} has {free / 1e6:.0f} MB free and the outputs need {needed / 1e6:.0f} MB; "
+                      "free space, choose another folder, or try --compress")
     needed, free = 0.6e9 + 2 * planes[0].nbytes, math.inf  # TensorFlow, and two planes while writing
     with suppress(OSError, ValueError, IndexError):
         with open("/proc/meminfo") as file:
@@ -2638,13 +2554,6 @@ def _check_memory(planes: np.ndarray) -> None:
               "if the run dies, close other programs, or crop the picture or split its channels")
 
 
-def _check_space(folder: str, needed: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise BgError(f"{folder} has {free / 1e6:.0f} MB free and the outputs need {needed / 1e6:.0f} MB; "
-                      "free space, choose another folder, or try --compress")
-
-
 def _report(prepared: Prepared, settings: Settings, say: Callable[[str], None]) -> None:
     """Numbers to act on before the fit."""
     part, reduced = shares(prepared), prepared.image.shape
@@ -2653,7 +2562,7 @@ def _report(prepared: Prepared, settings: Settings, say: Callable[[str], None]) 
     for k, letter in enumerate(_channel_letters(prepared)):
         low, scale = prepared.stretch.pedestal[k], prepared.stretch.scale[k]
         say(f"  {letter}: minimum {low:.6f}, median {prepared.median[k]:.6f}, clipped above {low + scale:.6f}")
-    share = blown_out(prepared).mean()
+    share = blown_out(thinned(prepared)).mean()
     if share:
         _warn(f"the stretch clips a smooth part of the picture ({share:.1%} of the frame), most likely sky, "
               f"and the fit loses it there; raise -dq (now {settings.delinearization_quantile:g})")
@@ -2661,7 +2570,7 @@ def _report(prepared: Prepared, settings: Settings, say: Callable[[str], None]) 
 
 @contextmanager
 def _progress(epochs: int, quiet: bool, say: Callable[[str], None]) -> Iterator[Callable[[int, float], None]]:
-    """Gives a listener for the fit's epochs: a bar on a terminal, a line every 100 epochs elsewhere."""
+    """Yields what is called after each epoch: it moves a bar on a terminal, and says every 100th epoch elsewhere."""
     if quiet or not (sys.stderr and sys.stderr.isatty()):  # None: closed by the caller
         yield lambda epoch, loss: say(f"epoch {epoch:4d}  loss {loss:.4f}") if epoch % 100 == 0 else None
         return
@@ -2671,45 +2580,6 @@ def _progress(epochs: int, quiet: bool, say: Callable[[str], None]) -> Iterator[
             bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
             bar.update()
         yield on_epoch
-
-
-def _report_subtraction(done: Subtraction, prepared: Prepared, fit: Fit, samples: int, say: Callable[[str], None]) -> None:
-    after = reduced_sky(prepared, fit)[1]
-    say(f"gradient {_percent(gradient(prepared.linear, prepared.used))} of the sky's level before, {_percent(gradient(after, prepared.used))} after")
-    say("offsets: " + ", ".join(f"{letter} {offset:.6f}" for letter, offset in zip(_channel_letters(prepared), done.offsets)))
-    say(f"clipped: {done.below.sum()} samples at 0, {done.above.sum()} at 1, of {samples}")
-
-
-def _history(options: argparse.Namespace, settings: Settings, fit: Fit, done: Subtraction) -> List[str]:
-    """HISTORY lines: what made this picture, to the last setting."""
-    now = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
-    lines = [f"bgoptimizer {VERSION}, {now}"]
-    lines += [f"bgoptimizer: {item.name} = {getattr(settings, item.name)}" for item in fields(settings)]
-    lines += [f"bgoptimizer: mask = {os.path.basename(options.mask) if options.mask else None}",
-              f"bgoptimizer: control points used = {len(fit.positions)}", f"bgoptimizer: {fit.stopped}"]
-    return lines + [f"bgoptimizer: offset of channel {k} = {offset:.9g}" for k, offset in enumerate(done.offsets)]
-
-
-def full_mask(prepared: Prepared, settings: Settings) -> np.ndarray:
-    """The mask in force at full size, (1 or c, h, w) float32, 1 = sky: one channel if all have the same."""
-    height, width = prepared.full_shape
-    weight = np.moveaxis(prepared.weight, -1, 0)
-    weight = weight[:1] if (weight == weight[:1]).all() else weight
-    row, column = (np.arange(n) // settings.downscaling_factor for n in (height, width))
-    return np.ascontiguousarray(weight[:, row[:, None], column], np.float32)
-
-
-def _say_end(written: List[str], started: float, say: Callable[[str], None]) -> None:
-    for path in written:
-        say(f"wrote {path}")
-    say(f"{time.perf_counter() - started:.1f} s")
-
-
-def _hold_windows(where: Optional[str]) -> None:
-    """Keep windows open until they are closed."""
-    if where == "window":
-        from matplotlib import pyplot
-        pyplot.show()
 
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ def run_ours(path, folder, flags):
         setattr(bgoptimizer, name, wrapper)
 
     for stage, name in (("import", "_import_silently"), ("read", "read_xisf"), ("stretch", "measure_stretch"), ("reduce", "reduce_plane"),
-                        ("fit", "fit_surface"), ("surface", "sky_surface"), ("surface", "subtract"), ("write", "write_xisf")):
+                        ("fit", "fit_surface"), ("surface", "full_size_sky"), ("surface", "subtract"), ("write", "write_xisf")):
         clocked(stage, name)
     code = bgoptimizer.main([path, folder, "-i", "grid", "--quiet", *flags])
     if code:

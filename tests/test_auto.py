@@ -16,7 +16,7 @@ def found_sky(scene, settings=AUTO, say=lambda text: None):
     """The surface that the choices of --auto start the fit from, at full size, and what the fit sees."""
     prepared, _ = examine(to_planes(scene.image), settings, say=say)
     query = frame_coordinates(*scene.image.shape[:2])
-    return prepared.stretch.invert(prepared.bridge.surface(query)), prepared
+    return prepared.stretch.invert(prepared.expected.surface(query)), prepared
 
 
 @pytest.mark.parametrize("family, seed, channels, bound", [
@@ -58,7 +58,7 @@ def test_too_little_sky_is_said_and_the_surface_kept_nearly_flat():
     clouds = gaussian_filter(np.random.default_rng(0).random((400, 600, 1)), (14, 14, 0))
     said = []
     settings = examine(to_planes((0.1 + clouds).astype(np.float32)), AUTO, say=said.append)[1]
-    assert "too little sky" in " ".join(said) and settings.smoothing >= 100
+    assert "smoothing 100 (too little sky" in " ".join(said) and settings.smoothing == bgoptimizer.STIFFEST_FIT
 
 
 def test_what_is_given_by_hand_wins():
@@ -90,4 +90,18 @@ def test_a_plain_run_chooses_less_smoothing_where_the_sky_bends_more():
 def test_pictures_too_small_for_choices_are_fitted_as_they_are():
     said = []
     result = optimize(sloping_sky(40, 60, 3)[0], Settings(auto=True, epochs=10), say=said.append)
-    assert "too small" in " ".join(said) and result.prepared.bridge is None
+    assert "too small" in " ".join(said) and result.prepared.expected is None
+
+
+def test_a_picture_with_nothing_left_in_but_its_rim_is_still_fitted():
+    image = sloping_sky(300, 400, 1)[0]
+    image[8:-8, 8:-8] *= 0.5
+    framed = np.zeros_like(image)  # cells beside missing ones do not count
+    framed[4:-4, 4:-4] = image[4:-4, 4:-4]
+    settings = Settings(auto=True, downscaling_factor=4, threshold_min=0.9, epochs=5)
+    assert np.isfinite(optimize(framed, settings).model).all()
+
+
+def test_the_smoothing_told_is_the_one_used():
+    result = optimize(make_scene("flat", 1, 400, 600, 1).image, Settings(auto=True, downscaling_factor=4, epochs=2))
+    assert result.settings.smoothing == result.fit.smoothing <= bgoptimizer.STIFFEST_FIT

@@ -206,6 +206,12 @@ def test_the_input_is_never_overwritten(sky, folder, capsys):
     assert Path(sky).read_bytes() == before
 
 
+def test_a_saved_mask_beside_the_outputs_can_be_given_back(sky, folder):
+    assert run("sky.xisf", "out", *FAST, "--save-mask") == 0
+    assert run("sky.xisf", "out", *FAST, "-m", "out/sky_mask.xisf") == 0
+    assert run("sky.xisf", "out", "-p", "-m", "out/sky_mask.xisf") == 0
+
+
 def test_the_mask_is_never_overwritten(sky, folder, capsys):
     save(folder / "sky_mask.xisf", np.ones((96, 144, 1), np.float32))
     assert run("sky.xisf", "-m", "sky_mask.xisf", "--save-mask") == 1

@@ -82,7 +82,7 @@ def test_the_device_is_said_and_memory_grows(monkeypatch):
     if not import_tensorflow().config.list_physical_devices("GPU"):
         said = []
         optimize(sloping_sky(channels=1)[0], bgoptimizer.replace(QUICK, epochs=2), say=said.append)
-        assert any("control points on the CPU" in line for line in said)
+        assert any("control points, smoothing 0.1, on the CPU" in line for line in said)
     assert os.environ["TF_FORCE_GPU_ALLOW_GROWTH"] == "true"
 
 

@@ -158,7 +158,7 @@ def test_epochs_are_counted_and_told(run):
     result = optimize(run[0], quick(epochs=25), on_epoch=lambda epoch, loss: told.append((epoch, loss)))
     assert [epoch for epoch, _ in told] == list(range(1, 26))
     np.testing.assert_array_equal([loss for _, loss in told], result.history["loss"])
-    assert [epoch for epoch, _, _ in result.fit.path] == [0, 10, 20]
+    assert [epoch for epoch, _, _ in result.fit.track] == [0, 10, 20]
 
 
 def test_each_loss_term_sees_its_own_fault():
@@ -202,7 +202,7 @@ def test_odd_pictures_give_a_picture_or_a_sentence(shape):
     ("downscaling_factor", 0, "-dx"), ("delinearization_quantile", 0, "-dq"), ("delinearization_quantile", 1.1, "-dq"),
     ("delinearization_quantile", float("nan"), "-dq"), ("threshold_min", 1.0, "-tM"), ("points", 2, "-N"), ("order", 5, "-O"),
     ("epochs", 0, "-e"), ("alpha", -1, "-a"), ("batch", 0, "-B"), ("learning_rate", 0, "-lr"), ("smoothing", -1, "--smoothing"),
-    ("seed", -1, "--seed"), ("downscaling_func", "max", "-df"), ("initializer", "sobol", "-i")])
+    ("downscaling_factor", 2.5, "-dx"), ("points", 30.0, "-N"), ("seed", -1, "--seed"), ("downscaling_func", "max", "-df"), ("initializer", "sobol", "-i")])
 def test_settings_out_of_range_are_refused(field, value, flag):
     with pytest.raises(ValueError, match=f"^{flag} must be "):
         Settings(**{field: value})

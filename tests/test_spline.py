@@ -5,7 +5,7 @@ from conftest import sloping_sky, to_planes
 from scipy.interpolate import RBFInterpolator
 
 from bgoptimizer import (Settings, SkySurface, frame_coordinates, import_tensorflow, interpolate_spline, prepare,
-                         spline_layer, spline_matrix, start_positions, start_values)
+                         spline_layer, spline_surface, start_positions, start_values)
 
 RNG = np.random.default_rng(11)
 POINTS, VALUES, QUERY = RNG.random((20, 2)), RNG.random((20, 3)), RNG.random((300, 2))
@@ -44,19 +44,19 @@ def test_thin_plate_is_that_of_scipy(smoothing):
 @pytest.mark.parametrize("smoothing", [0.0, 0.5])
 def test_numpy_and_tensorflow_give_the_same_surface(order, smoothing):
     ours = evaluate(interpolate_spline, order, smoothing, "float64")[0]
-    np.testing.assert_allclose(spline_matrix(QUERY, POINTS, order, smoothing) @ VALUES, ours, atol=1e-7)
+    np.testing.assert_allclose(spline_surface(QUERY, POINTS, VALUES, order, smoothing), ours, atol=1e-7)
 
 
 @pytest.mark.parametrize("order", [1, 2, 3, 4])
 @pytest.mark.parametrize("smoothing", [0.0, 10.0])
 def test_a_plane_stays_a_plane(order, smoothing):
-    plane = POINTS @ [0.3, -0.7] + 0.2
-    np.testing.assert_allclose(spline_matrix(QUERY, POINTS, order, smoothing) @ plane, QUERY @ [0.3, -0.7] + 0.2, atol=1e-8)
+    plane = POINTS @ [[0.3], [-0.7]] + 0.2
+    np.testing.assert_allclose(spline_surface(QUERY, POINTS, plane, order, smoothing), QUERY @ [[0.3], [-0.7]] + 0.2, atol=1e-8)
 
 
 def test_control_points_on_top_of_each_other_give_a_finite_surface():
     points = np.repeat(POINTS[:5], 2, axis=0)
-    assert np.isfinite(spline_matrix(QUERY, points, 2, 0.0)).all()
+    assert np.isfinite(spline_surface(QUERY, points, np.eye(len(points)), 2, 0.0)).all()
 
 
 @pytest.mark.parametrize("shape, factor", [((96, 144), 8), ((145, 97), 8), ((101, 203), 5), ((64, 65), 1)])
@@ -65,8 +65,8 @@ def test_a_plane_seen_reduced_comes_back_at_full_size_unshifted(shape, factor):
     plane = frame @ [0.3, 0.5] + 0.1
     prepared = prepare(plane[None], Settings(downscaling_factor=factor))
     at = RNG.choice(prepared.linear[..., 0].size, 30, replace=False)
-    positions, values = prepared.query.reshape(-1, 2)[at], prepared.linear.reshape(-1, 1)[at]
-    sky = SkySurface(lambda query: spline_matrix(query, positions, 2, 0.1) @ values, shape, np.float64)
+    positions, values = prepared.centers.reshape(-1, 2)[at], prepared.linear.reshape(-1, 1)[at]
+    sky = SkySurface(lambda query: spline_surface(query, positions, values, 2, 0.1), shape, np.float64)
     assert np.abs(sky.plane(0) - plane).max() < 1e-4 * np.ptp(plane)
 
 
@@ -76,7 +76,7 @@ def test_strips_are_the_whole_and_the_whole_is_the_spline(shape):
     points = POINTS * np.array(shape) / max(shape)
 
     def surface(query):
-        return spline_matrix(query, points, 2, 0.01) @ values
+        return spline_surface(query, points, values, 2, 0.01)
 
     sky = SkySurface(surface, shape, np.float64)
     for k in range(3):
@@ -107,7 +107,7 @@ def test_random_start_follows_the_seed_and_stays_in_the_frame():
 def test_the_layer_trains_positions_and_values():
     layer = spline_layer(POINTS.astype(np.float32), VALUES.astype(np.float32), 2, 0.1)
     assert [tuple(w.shape) for w in layer.trainable_weights] == [(20, 2), (20, 3)]
-    expected = spline_matrix(QUERY, POINTS, 2, 0.1) @ VALUES
+    expected = spline_surface(QUERY, POINTS, VALUES, 2, 0.1)
     np.testing.assert_allclose(layer(import_tensorflow().constant(QUERY, "float32")).numpy(), expected, atol=1e-4)
 
 

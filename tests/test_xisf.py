@@ -415,13 +415,13 @@ def test_history_lines_are_split_and_control_characters_dropped(tmp_path):
     assert "".join(comments).replace(" ", "") == "".join(lines[:3]).replace(" ", "") + "abcd" + "<&\">'"
 
 
-def test_writing_changes_neither_source_nor_pixels_and_knows_masks(tmp_path):
+def test_writing_changes_neither_source_nor_pixels(tmp_path):
     shot = read(full_file()[1], tmp_path)
     planes, first = shot.planes.copy(), written(shot.planes, shot.source, ["one"], True)
     second = written(shot.planes, shot.source, ["one"], True)
     assert walk(first).keywords() == walk(second).keywords() and same(planes, shot.planes)
-    bare = walk(written(np.ones((1, 2, 3), np.float32), image_id="mask"))
-    assert bare.image.get("id") == "mask" and len(bare.image) == 0 and same(bare.planes(), np.ones((1, 2, 3), np.float32))
+    bare = walk(written(np.ones((1, 2, 3), np.float32)))
+    assert len(bare.image) == 0 and same(bare.planes(), np.ones((1, 2, 3), np.float32))
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (1, 1, 9), (3, 9, 1), (1, 8, 16384), (3, 300, 200)])
@@ -720,14 +720,6 @@ def test_planes_that_are_made_one_by_one_are_written_one_by_one(tmp_path):
         planes = Planes()
         after = walk(written(planes, compress=compress)).planes()
         assert planes.made == 3 and (after == np.float32([0, 0.25, 0.5])[:, None, None]).all()
-
-
-@needs_real_files
-def test_a_mask_keeps_the_plate_solution_and_nothing_said_of_the_picture():
-    source = bg.plate_solution(bg.read_xisf(str(REAL / "m27.xisf")).source)
-    after = walk(written(np.ones((1, 976, 1304), np.float32), source, ["a mask"]))
-    assert all(re.match("PCL:AstrometricSolution:|Instrument:Telescope:FocalLength", name) for name, *_ in after.properties())
-    assert len(after.properties()) == 7 and after.keywords() == [("HISTORY", "", "a mask")] and "id" not in after.image.attrib
 
 
 def test_an_illegal_name_of_the_image_is_not_kept(tmp_path):
