@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 from conftest import sloping_sky, to_planes
 
+import bgoptimizer
 from bgoptimizer import BgError, Settings, Stretch, _quantiles, measure_stretch, prepare
 
 
@@ -56,7 +57,16 @@ def test_quantiles_are_exact(case):
               "one value sticks out": np.append(np.zeros(49_999), 9.0), "one value": np.ones(1)}[case]
     wanted = (0, 0.3, 0.5, 0.95, 0.999, 1)
     expected = np.sort(values)[[int(q * (values.size - 1)) for q in wanted]]
-    np.testing.assert_array_equal(_quantiles(values, wanted), expected)
+    np.testing.assert_array_equal(_quantiles(values[None], np.ones((1, values.size), bool), wanted), expected)
+
+
+def test_quantiles_of_very_many_samples_are_near_and_never_of_none(monkeypatch):
+    monkeypatch.setattr(bgoptimizer, "QUANTILE_SAMPLES", 10_000)
+    plane = np.random.default_rng(5).normal(size=(300, 400))
+    found = _quantiles(plane, np.ones_like(plane, bool), (0.5, 0.95))
+    np.testing.assert_allclose(found, np.quantile(plane, (0.5, 0.95)), atol=0.03)
+    one = np.arange(plane.size).reshape(plane.shape) == 12_346
+    assert _quantiles(plane, one, (0.5,)) == plane[one]
 
 
 def test_each_channel_is_stretched_on_its_own(stretch):
