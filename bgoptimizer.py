@@ -58,7 +58,7 @@ from typing import Callable, Iterator, NamedTuple, Sequence
 from xml.etree import ElementTree
 from xml.parsers import expat
 
-if __name__ == "__main__":  # until `main` listens, Ctrl-C ends the command at once, not with a traceback of what follows
+if __name__ == "__main__":  # until `main` listens, Ctrl-C ends the command at once, without a traceback of imports
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 # Full-size work has threads of its own, and the equations solved here are small: threads of BLAS beside them only
@@ -106,12 +106,12 @@ TRACK_EVERY = 10
 """Epochs between two recordings of the control points."""
 
 STIFFEST_FIT = 10.0
-"""Largest smoothing of the interpolation with --auto, whose fit starts from a surface that is stiff already: beyond, the
-equations lose their digits in Float32."""
+"""Largest smoothing of the fit with --auto, which starts from a surface that is stiff already: beyond, the equations
+lose their digits in Float32."""
 
 HELD_BACK = 0.25
-"""The surface may exceed the range of values that it has over the sky by this fraction, and no further: a corner without
-sky, or hills, cannot make it run away."""
+"""The surface may exceed the range of values that it has over the sky by this fraction, and no further: a corner
+without sky, or hills, cannot make it run away."""
 
 DEFAULT_QUANTILE, DEFAULT_POINTS = 0.95, 32
 AUTO_QUANTILE, AUTO_POINTS = 0.999, 64
@@ -162,7 +162,8 @@ class Settings:
         checks = (
             ("-dx", whole(self.downscaling_factor, 1, 1_000_000), "1 to 1000000"),
             ("-df", self.downscaling_func in ("median", "mean"), "median or mean"),
-            ("-dq", self.delinearization_quantile is None or 0 < self.delinearization_quantile <= 1, "above 0, at most 1"),
+            ("-dq", self.delinearization_quantile is None or 0 < self.delinearization_quantile <= 1,
+             "above 0, at most 1"),
             ("-N", self.points is None or whole(self.points, 3, 4096), "3 to 4096"),
             ("-O", self.order in (1, 2, 3, 4), "1, 2, 3 or 4"),
             ("-tm", math.isfinite(self.threshold_min), "a finite number"),
@@ -206,7 +207,7 @@ SAMPLES_AT_ONCE = 1 << 18  # converted together: few enough for the processor's 
 ALIGNMENT = 4096  # bytes; blocks start at multiples of it, as in PixInsight's own files
 COMPRESSION = re.compile(r"(zlib|lz4|lz4hc|zstd)(\+sh)?:([1-9][0-9]{0,17})(?::([1-9]|1[0-6]))?")
 INTEGER = re.compile(r"\+?(0|[1-9][0-9]{0,17}|0x[0-9a-fA-F]{1,15})")  # no leading zeros: 010 is 8 to PixInsight
-ENCODING = re.compile(r"<\?xml[^>]*\sencoding\s*=\s*[\"'](?!(utf-?8|utf-16|iso-8859-1)[\"'])", re.I)  # but UTF-8 is meant
+ENCODING = re.compile(r"<\?xml[^>]*\sencoding\s*=\s*[\"'](?!(utf-?8|utf-16|iso-8859-1)[\"'])", re.I)  # it is UTF-8
 # Characters XML 1.0 forbids, bare and as references: PixInsight lets them pass, XML parsers refuse the file
 NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 NOT_XML_REFERENCE = re.compile("&#(0*([0-8]|1[124-9]|2[0-9]|3[01])|x0*([0-8bcef]|1[0-9a-f]));", re.I)
@@ -282,10 +283,10 @@ def _read_header(file):
     _require(header.count(b"<") + header.count(b"=") <= HEADER_PARTS, "has a header too large to be true")
     text = header.decode("utf-8-sig", "replace").lstrip()
     _require(not ENCODING.match(text), "has a header that is not UTF-8")
-    _require(not re.search("<!(ENTITY|ATTLIST)", text), "declares XML entities or defaults, which can hide a memory bomb")
+    _require(not re.search("<!(ENTITY|ATTLIST)", text), "declares XML entities, which can hide a memory bomb")
     text = NOT_XML_REFERENCE.sub("", NOT_XML.sub("", text))
     text = "".join(text.rpartition("</xisf>")[:2]) or text  # a signature may follow
-    builder, parser = ElementTree.TreeBuilder(), expat.ParserCreate()  # no namespaces: as in PixInsight, bare names count
+    builder, parser = ElementTree.TreeBuilder(), expat.ParserCreate()  # without namespaces, as in PixInsight
     parser.StartElementHandler, parser.EndElementHandler = builder.start, builder.end
     parser.CharacterDataHandler, parser.buffer_text = builder.data, True
     try:
@@ -414,7 +415,7 @@ def _read_pixels(root, opened, warnings):
     storage = _value(attributes, "pixelStorage", "Planar").lower()
     normal = _one_of({"planar": False, "normal": True}, storage, "its samples in the order")
     geometry = _integers(_value(attributes, "geometry"), "geometry")
-    _require(len(geometry) == 3 and 0 not in geometry, "is no two-dimensional picture; save it as width:height:channels")
+    _require(len(geometry) == 3 and 0 not in geometry, "is no two-dimensional picture; save one as .xisf")
     w, h, c = geometry
     _require(c >= colors, f"is called RGB but has {c} channel(s)")
     if c > colors:
@@ -462,7 +463,7 @@ def _read_source(root, opened, warnings):
         if child.tag == "Reference" and child.get("ref") in loose:
             image[number] = loose.pop(child.get("ref"))
     metadata[:] = root.findall("Metadata/Property")
-    root = ElementTree.Element("xisf", {name: value for name, value in root.attrib.items() if name.startswith("xmlns:")})
+    root = ElementTree.Element("xisf", {name: root.attrib[name] for name in root.attrib if name.startswith("xmlns:")})
     root[:] = loose.values()
     blocks, untrue, lost = {}, [], []
     for parent in (image, root, metadata):
@@ -676,7 +677,7 @@ class Stretch:
         return x * self.scale + self.pedestal
 
     def slope(self, linear: np.ndarray) -> np.ndarray:
-        """Derivative of `apply` at linear samples (..., c), without its clipping: noise times this is stretched noise."""
+        """Derivative of `apply`, without its clipping, at linear samples (..., c): what noise is stretched by."""
         m = self.midtones
         x = np.clip((linear - self.pedestal) / self.scale, 0, 1)
         return 3 * m * (1 - m) / ((1 - 4 * m) * x + 3 * m)**2 / self.scale
@@ -707,8 +708,8 @@ def measure_stretch(planes: np.ndarray, quantile: float) -> tuple[Stretch, np.nd
         low = float(np.min(planes[k], where=present, initial=np.inf))
         median, high = _quantiles(planes[k], present, (0.5, quantile))
         if high - low < np.finfo(np.float32).tiny:  # less than the fit, in Float32, could tell apart
-            raise BgError(f"{_channel_name(k, len(planes))} has the same value everywhere ({low:.6g}), so it shows no sky; "
-                          "raise -dq if a bright object fills the frame, else give a picture with content")
+            raise BgError(f"{_channel_name(k, len(planes))} has the same value everywhere ({low:.6g}), so it shows no "
+                          "sky; raise -dq if a bright object fills the frame, else give a picture with content")
         return low, high - low, median
 
     low, scale, median = np.array(list(_each(measure, range(len(planes))))).T
@@ -734,7 +735,7 @@ def reduce_plane(plane: np.ndarray, factor: int, func: str = "median", transform
         (ceil(h / factor), ceil(w / factor)) float32; NaN where a block has nothing present.
     """
     height, width = plane.shape
-    down, across = min(factor, height), min(factor, width)  # a block larger than the picture takes no more memory than it
+    down, across = min(factor, height), min(factor, width)  # a block larger than the picture takes no memory
     columns = -(-width // across)
 
     def reduce_strip(rows):
@@ -746,7 +747,7 @@ def reduce_plane(plane: np.ndarray, factor: int, func: str = "median", transform
         if func == "mean":
             blocks = blocks if transform is None else transform(blocks)
             return np.where(present, blocks, 0).sum(-1) / np.where(count, count, np.nan)
-        blocks = np.sort(np.where(present, blocks, np.nan), axis=-1)  # quicker than a partition at this size; NaN goes last
+        blocks = np.sort(np.where(present, blocks, np.nan), axis=-1)  # quicker here than a partition; NaN goes last
         middle = np.stack([np.maximum(count - 1, 0) // 2, count // 2], -1)
         return np.take_along_axis(blocks, middle, -1).mean(-1)
 
@@ -839,7 +840,8 @@ def prepare(planes: np.ndarray, settings: Settings, mask: np.ndarray | None = No
     prepared = Prepared(image, weight, present, frame_coordinates(height, width, factor), stretch, median, linear,
                         (height, width), user_mask)
     if not prepared.used.any():
-        raise BgError("every pixel is masked, so there is no sky to fit; lower -tm, raise -tM, or check the mask (1 = use)")
+        raise BgError("every pixel is masked, so there is no sky to fit; "
+                      "lower -tm, raise -tM, or check the mask (1 = use)")
     return prepared
 
 
@@ -849,7 +851,7 @@ def _block_means(weights: np.ndarray, factor: int) -> np.ndarray:
     for axis in (0, 1):
         starts = np.arange(0, weights.shape[axis], factor)
         sizes = np.diff(np.append(starts, weights.shape[axis]))
-        weights = np.add.reduceat(weights, starts, axis) / np.expand_dims(sizes, tuple(k for k in range(weights.ndim) if k != axis))
+        weights = np.add.reduceat(weights, starts, axis) / sizes.reshape(-1, *[1] * (weights.ndim - 1 - axis))
     return weights.astype(np.float32)
 
 
@@ -899,8 +901,9 @@ _TINY_SQUARED_DISTANCE = 1e-10
 """Guards log(0), and the square root at 0, whose gradient is infinite. The value that tensorflow-addons has."""
 
 
-def spline_surface(query: np.ndarray, positions: np.ndarray, values: np.ndarray, order: int, smoothing: float) -> np.ndarray:
-    """The surface through values at control points, in Float64: what `interpolate_spline` gives, where no gradient is needed.
+def spline_surface(query: np.ndarray, positions: np.ndarray, values: np.ndarray, order: int,
+                   smoothing: float) -> np.ndarray:
+    """The surface through values at control points, in Float64: `interpolate_spline` where no gradient is needed.
 
     It is linear in the values: with np.eye(n) for them it is the matrix that takes values to the surface.
 
@@ -941,7 +944,8 @@ def _kernel(query: np.ndarray, positions: np.ndarray, order: int) -> np.ndarray:
     return squared**(order / 2) if order % 2 else 0.5 * squared**(order // 2) * np.log(squared)
 
 
-def interpolate_spline(train_points, train_values, query_points, order, regularization_weight=0.0, name="interpolate_spline"):
+def interpolate_spline(train_points, train_values, query_points, order, regularization_weight=0.0,
+                       name="interpolate_spline"):
     """Drop-in for `tfa.image.interpolate_spline` where tensorflow-addons does not exist: same values, same gradients.
 
     Args:
@@ -1002,7 +1006,7 @@ def import_tensorflow():
 
 
 def _import_interpolate_spline() -> Callable:
-    """tensorflow-addons' function where it can be had (Python up to 3.11 with TensorFlow up to 2.15), else the drop-in."""
+    """tensorflow-addons' function where it exists (Python up to 3.11, TensorFlow up to 2.15), else the drop-in."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # its farewell notice, and which TensorFlow it was tested with
         try:
@@ -1099,8 +1103,10 @@ def start_positions(settings: Settings, shape: tuple[int, int]) -> np.ndarray:
     wanted = settings.points or DEFAULT_POINTS
     if settings.initializer == "random":
         return (np.random.default_rng(settings.seed).random((wanted, 2)) * sides).astype(np.float32)
-    shapes = [(rows, max(2, round(wanted / rows))) for rows in range(2, max(2, wanted // 2) + 1)]  # one row leaves a slope open
-    rows, columns = min(shapes, key=lambda s: abs(s[0] * s[1] - wanted) / wanted + abs(math.log(s[1] / s[0] * sides[0] / sides[1])))
+    # At least two rows and columns: one leaves a slope open
+    shapes = [(rows, max(2, round(wanted / rows))) for rows in range(2, max(2, wanted // 2) + 1)]
+    rows, columns = min(shapes, key=lambda shape: abs(shape[0] * shape[1] - wanted) / wanted
+                        + abs(math.log(shape[1] / shape[0] * sides[0] / sides[1])))
     row, column = (np.arange(rows) + 0.5) / rows, (np.arange(columns) + 0.5) / columns
     return (np.stack(np.meshgrid(row, column, indexing="ij"), -1).reshape(-1, 2) * sides).astype(np.float32)
 
@@ -1145,16 +1151,17 @@ def sky_sample(prepared: Prepared, settings: Settings) -> tuple[np.ndarray, np.n
     """What the fit sees: places (m, 2), image (m, c) and weight (m, c), drawn once, so that losses compare over epochs.
 
     With an expected sky (--auto) the sample is of its cells, over the whole frame, and what is masked or missing is
-    replaced by the sky expected there, with noise like the rest: the logarithm of the loss would cling to pixels without.
+    replaced by the sky expected there, with noise like the rest: the loss's logarithm would cling to pixels without.
     """
     expected, seen = prepared.expected, prepared.expected or prepared
     usable = prepared.used if expected is None else np.ones(expected.centers.shape[:2], bool)
-    count = SAMPLE_PIXELS * settings.batch * (1 if expected is None else 2)  # twice: two starts then agree to 0.5 % of the range
+    count = SAMPLE_PIXELS * settings.batch * (1 if expected is None else 2)  # twice, for two starts to agree to 0.5 %
     pick = sample_pixels(usable, count, settings.seed)
     places, image, weight = (a.reshape(-1, a.shape[-1])[pick] for a in (seen.centers, seen.image, seen.weight))
     if expected is not None:
         sky = expected.surface(places)
-        spread = [1.4826 * np.median(np.abs(image - sky)[used, k]) if used.any() else 0.0 for k, used in enumerate(weight.T > 0)]
+        spread = [1.4826 * np.median(np.abs(image - sky)[used, k]) if used.any() else 0.0
+                  for k, used in enumerate(weight.T > 0)]
         noise = np.random.default_rng(settings.seed).normal(size=image.shape) * spread
         image = np.where(weight > 0, image, sky + noise)
         weight = np.where(weight > 0, weight, 1)
@@ -1211,7 +1218,7 @@ def fit_surface(prepared: Prepared, settings: Settings, start: tuple[np.ndarray,
 
 def _training(tf, prepared: Prepared, settings: Settings, start: tuple[np.ndarray, np.ndarray]):
     """What a fit needs: the function that does one step, its optimizer, its layer, and the best weights so far."""
-    places, image, weight = (tf.constant(a, tf.float32) for a in sky_sample(prepared, settings))  # [m, 2], [m, c], [m, c]
+    places, image, weight = (tf.constant(a, tf.float32) for a in sky_sample(prepared, settings))
     layer = spline_layer(*start, settings.order, settings.smoothing)
     best = [tf.Variable(w) for w in layer.trainable_weights]
     best_loss = tf.Variable(np.float32(np.inf))
@@ -1221,11 +1228,12 @@ def _training(tf, prepared: Prepared, settings: Settings, start: tuple[np.ndarra
     @tf.function(autograph=False)  # nothing in it needs rewriting, which costs time and would reach into the drop-in
     def step():
         with tf.GradientTape() as tape:
-            surface = layer(places)
+            surface = layer(places)  # [m, c]
             residual = weight * (image - surface)
             terms = [loss_error(tf, residual), loss_color(tf, residual),
-                     loss_overshoot(tf, residual), loss_negative(tf, surface)]
-            loss = tf.reduce_mean(tf.math.log(LOSS_FLOOR + terms[0] + terms[1] + settings.alpha * (terms[2] + terms[3])))
+                     loss_overshoot(tf, residual), loss_negative(tf, surface)]  # [m] each
+            total = terms[0] + terms[1] + settings.alpha * (terms[2] + terms[3])
+            loss = tf.reduce_mean(tf.math.log(LOSS_FLOOR + total))
         better = loss < best_loss
         for variable, now in zip(best + [best_loss], layer.trainable_weights + [loss]):
             variable.assign(tf.where(better, now, variable))
@@ -1335,11 +1343,15 @@ class SkySurface:
 
 
 def linear_sky(prepared: Prepared, fit: Fit) -> Callable[[np.ndarray], np.ndarray]:
-    """The fitted sky in the picture's own units, (..., 2) frame coordinates -> (..., c), held back where there was no sky to fit."""
+    """The fitted sky in the picture's own units, held back where there was no sky to fit.
+
+    Returns:
+        A function: frame coordinates (..., 2) -> sky (..., c), clipped to [0, 1].
+    """
     seen = fit.surface(prepared.centers.reshape(-1, 2)[sample_pixels(prepared.used, SAMPLE_PIXELS, 0)])
     low, high = seen.min(0), seen.max(0)
-    margin = HELD_BACK * (high - low)
-    return lambda places: np.clip(prepared.stretch.invert(np.clip(fit.surface(places), low - margin, high + margin)), 0, 1)
+    low, high = low - HELD_BACK * (high - low), high + HELD_BACK * (high - low)
+    return lambda places: np.clip(prepared.stretch.invert(np.clip(fit.surface(places), low, high)), 0, 1)
 
 
 def full_size_sky(prepared: Prepared, fit: Fit, dtype=np.float32) -> SkySurface:
@@ -1384,56 +1396,62 @@ def reduced_sky(prepared: Prepared, fit: Fit) -> tuple[np.ndarray, np.ndarray]:
 
 def _keep_median(before: np.ndarray, after: np.ndarray) -> np.ndarray:
     """`after`, each channel shifted to the median of `before`; (h, w, c), NaN where missing."""
-    lost = [np.median(values[np.isfinite(values)][::4]) for image in (before, after) for values in np.moveaxis(image, -1, 0)]
-    return after + np.subtract(*np.split(np.array(lost), 2)).astype(after.dtype)
+    present = [np.isfinite(plane) for plane in np.moveaxis(before, -1, 0)]
+    offsets = [np.median(before[known, k]) - np.median(after[known, k]) for k, known in enumerate(present)]
+    return after + np.array(offsets, after.dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------
 # Choose: object mask, first sky and smoothing, from the picture itself
 # ---------------------------------------------------------------------------------------------------------
 #
-# Sky and object differ in one thing that needs no threshold on brightness: the sky is smooth. A flexible surface follows
-# whatever is smooth, glows and wide halos too, and leaves what has structure: arms, filaments, dust lanes, star halos,
-# tree tops. Where such structure is dense there is an object. Objects are grown into their own faint surroundings as far
-# as these lie above the sky's own surface, and under them the sky is bridged: held by what is around it, and
-# never above the picture, for an object only adds light. How stiff that surface must be, cross-validation tells.
+# Sky and object differ in one thing that needs no threshold on brightness: the sky is smooth. A flexible surface
+# follows whatever is smooth, glows and wide halos too, and leaves what has structure: arms, filaments, dust lanes, star
+# halos, tree tops. Where such structure is dense there is an object. Objects are grown into their own faint
+# surroundings as far as these lie above the sky's own surface. Under them the surface is determined by the sky around,
+# and never above the picture, for an object only adds light. How stiff that surface must be, cross-validation tells.
 
 CELLS, FEWEST_CELLS = 130, 64
-"""About so many cells stand along the longer side of the copy that the choices are made on, in small pictures fewer, so that a
-cell still is the median of several pixels: in the noise of single ones a faint nebula (M27 in half a minute of light) looks smooth."""
+"""About so many cells stand along the longer side of the copy that the choices are made on. In small pictures fewer, so
+that a cell still is the median of several pixels: in the noise of single ones a faint nebula (M27 in half a minute of
+light) looks smooth."""
 
 SKY_POINTS = 96
 """Control points of the surface on the cells. Its stiffness, not their number, decides how it bends."""
 
 STIFFNESS_UNIT = 1e-4
-"""Weight of the bending energy beside the mean squared residual, in units of the noise, at a smoothing of 1."""
+"""Weight of the bending energy beside the mean squared residual, in units of the noise, at a smoothing of 1. (In the
+fit, smoothing is the regularization of the interpolation: it cannot keep trained values from bending a surface, but
+makes Adam slow to.)"""
 
 SMOOTHINGS = (1e4, 1e2, 1e1, 1.0, 1e-1, 1e-2, 1e-3)
 """Tried by cross-validation, the stiffest (a plane) first."""
 
 TOLERANCE = 0.012
-"""The largest smoothing wins whose held-out loss is this close to the best: about the loss's own scatter."""
+"""The largest smoothing wins whose held-out loss, the mean log(1 + residual in units of the noise), is this close to
+the best: about the scatter of that loss."""
 
 FOLD_TILES, FOLDS = 96, 4
-"""Cross-validation holds out tiles, 8 x 12 of them, and not pixels: a neighbor knows too much about a pixel."""
+"""Cross-validation holds out tiles, 8 x 12 of them, and not pixels: neighbors are too alike to test each other."""
 
 ROUGH_SIGMA, ROUGH_SCALE, ROUGH_DENSITY, ROUGH_WINDOW = 3.5, 1.4, 0.2, 0.05
-"""A cell is rough if it stands so many sigma off the Gaussian mean of so many cells about it; a region is an object if so many of its cells are rough, within a window
-of this part of the longer side: lone stars stay single cells, nebulae and galaxies close up."""
+"""A cell is rough if it stands so many sigma off the Gaussian mean of so many cells about it. A region is an object if
+so many of its cells are rough, within a window of this part of the longer side: lone stars stay single cells, nebulae
+and galaxies close up."""
 
 HALO_SIGMA, HALO_SMOOTHING = 3.0, 0.003
 """Light so many sigma above the sky's surface, fitted with this smoothing, belongs to the object that it touches."""
 
 PLAIN_SMOOTHING = (0.03, 1.0)
-"""Range of the smoothing chosen for a plain run, whose control points start on the picture itself and have `-e` epochs to
-settle: above 1 they do not get there, below 0.03 they dig into objects. Within it the best one goes with the square root
-of the smoothing that the sky alone would have, but is not below the share of the picture that is not sky: nothing else keeps
-a plain surface out of a nebula (measured on the truth bench, `tests/truth.py`)."""
+"""Range of the smoothing chosen for a plain run, whose control points start on the picture itself and have `-e` epochs
+to settle: above 1 they do not get there, below 0.03 they dig into objects. Within it the best one goes with the square
+root of the smoothing that the sky alone would have, but is not below the share of the picture that is not sky: nothing
+else keeps a plain surface out of a nebula (measured on the truth bench, `tests/truth.py`)."""
 
 LITTLE_SKY = 0.1
 """Below this share of sky the surface is kept nearly flat: there is too little to tell glow from object."""
 
-BRIDGE_WEIGHT = 0.5
+CEILING_WEIGHT = 0.5
 """Weight of 'the sky is not above the picture' under an object, beside 1 for a cell of sky."""
 
 
@@ -1459,8 +1477,8 @@ def _make_cells(prepared: Prepared, threshold_max: float) -> _Cells:
     if prepared.user_mask is not None:
         usable &= (prepared.user_mask > 0).any(-1)
     size = max(1, min(2, max(usable.shape) // FEWEST_CELLS), round(max(usable.shape) / CELLS))
-    samples = np.where(usable[..., None], prepared.image, np.nan)
-    values = np.stack([reduce_plane(np.ascontiguousarray(plane), size) for plane in np.moveaxis(samples, -1, 0)], -1).astype(float)
+    channels = np.moveaxis(np.where(usable[..., None], prepared.image, 0), -1, 0)  # 0: missing
+    values = np.stack([reduce_plane(channel, size) for channel in channels], -1).astype(float)
     share = _block_means(usable.astype(np.float32), size)
     # Cells beside a border mix with it and are left out as well.
     usable = scipy.ndimage.minimum_filter((share > 0.5) & np.isfinite(values).all(-1), 3, mode="nearest")
@@ -1472,38 +1490,44 @@ def _make_cells(prepared: Prepared, threshold_max: float) -> _Cells:
 def _cell_noise(values: np.ndarray, usable: np.ndarray, stretch: Stretch) -> np.ndarray:
     """Noise of the cells, (h, w, c), from the differences between neighbors where the picture is smoothest.
 
-    Photon noise grows with the light, so in linear units variance = a + b x light; a and b follow the quietest quarter
-    of small tiles at each level of brightness, and levels that only objects have, which are never quiet, are dropped.
+    Photon noise grows with the light: in linear units variance = floor + slope x light, and the quietest tiles at each
+    level of light follow that line. Levels that only objects have are never quiet; they are dropped.
     """
     linear = stretch.invert(values)
-    noise = np.empty_like(values)
+    noise = np.full_like(values, 1e-3)  # if there is no tile to measure it in
     for k in range(values.shape[-1]):
         light = np.where(usable & (values[..., k] < 1), linear[..., k], np.nan)  # what is clipped has no noise
-        inner = light[1:-1, 1:-1]
-        detail = np.abs(inner - (light[:-2, 1:-1] + light[2:, 1:-1] + light[1:-1, :-2] + light[1:-1, 2:]) / 4)
-        side = min(7, *detail.shape)
-        if side < 1:  # a strip: no cell has neighbors on all sides
-            return np.full_like(values, 1e-3)
-        rows, columns = (n // side for n in detail.shape)
-        tiles = [image[:rows * side, :columns * side].reshape(rows, side, columns, side).swapaxes(1, 2).reshape(-1, side * side)
-                 for image in (detail, inner)]
-        whole = np.isfinite(tiles[0]).mean(1) > 0.5
-        if not whole.any():
-            return np.full_like(values, 1e-3)
-        sigma, level = (np.nanmedian(tile[whole], 1) for tile in tiles)
-        sigma = 1.4826 * sigma / math.sqrt(1.25)  # median absolute value -> deviation; four neighbors add a quarter
-        bins = np.array_split(np.argsort(level), min(8, max(1, level.size // 6)))
-        light_of_bin = np.array([np.median(level[b]) for b in bins])
-        variance = np.array([(1.07 * np.percentile(sigma[b], 25))**2 for b in bins]) + 1e-18
-        base, kept = light_of_bin.min(), np.full(len(bins), True)
-        for _ in range(4):
-            terms = np.stack([np.ones(len(bins)), light_of_bin - base], 1)
-            floor, slope = scipy.optimize.nnls((terms / variance[:, None])[kept], np.ones(kept.sum()))[0]
-            expected = floor + slope * (light_of_bin - base)
-            kept = variance <= max(2.0, np.sort(variance / np.maximum(expected, 1e-30))[min(1, len(bins) - 1)]) * expected
-        linear_noise = np.sqrt(floor + slope * np.maximum(linear[..., k] - base, 0))
-        noise[..., k] = np.maximum(linear_noise * stretch.channel(k).slope(linear[..., k:k + 1])[..., 0], 2e-5)
+        levels, variances = _quiet_levels(light)
+        kept = np.full(levels.shape, True)
+        for _ in range(4 if levels.size else 0):
+            terms = np.stack([np.ones_like(levels), levels - levels.min()], 1)
+            line, _ = scipy.optimize.nnls((terms / variances[:, None])[kept], np.ones(kept.sum()))
+            excess = variances / np.maximum(terms @ line, 1e-30)
+            kept = excess <= max(2.0, np.sort(excess)[:2].max())  # two levels stay at least
+        if levels.size:
+            linear_noise = np.sqrt(line[0] + line[1] * np.maximum(linear[..., k] - levels.min(), 0))
+            noise[..., k] = np.maximum(linear_noise * stretch.channel(k).slope(linear[..., k:k + 1])[..., 0], 2e-5)
     return noise
+
+
+def _quiet_levels(light: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Up to eight levels of light (h, w) with NaNs, and the variance of the quietest tiles of 7 x 7 cells at each."""
+    inner = light[1:-1, 1:-1]
+    detail = np.abs(inner - (light[:-2, 1:-1] + light[2:, 1:-1] + light[1:-1, :-2] + light[1:-1, 2:]) / 4)
+    side = min(7, *detail.shape)
+    if side < 1:  # a strip: no cell has neighbors on all sides
+        return np.empty(0), np.empty(0)
+    rows, columns = (n // side for n in detail.shape)
+    tiles = [image[:rows * side, :columns * side].reshape(rows, side, columns, side).swapaxes(1, 2).reshape(-1, side**2)
+             for image in (detail, inner)]
+    whole = np.isfinite(tiles[0]).mean(1) > 0.5
+    if not whole.any():
+        return np.empty(0), np.empty(0)
+    sigma, level = (np.nanmedian(tile[whole], 1) for tile in tiles)
+    sigma *= 1.4826 / math.sqrt(1.25)  # median absolute value -> deviation; four neighbors add a quarter
+    bins = np.array_split(np.argsort(level), min(8, max(1, level.size // 6)))
+    quiet = np.array([1.07 * np.percentile(sigma[b], 25) for b in bins])  # a lower quartile of 49 cells' is 7 % low
+    return np.array([np.median(level[b]) for b in bins]), quiet**2 + 1e-18
 
 
 class _ThinPlate:
@@ -1517,18 +1541,15 @@ class _ThinPlate:
         weights = _spline_coefficients(self.positions, 2, 0.0)[:-3]
         self.energy = weights.T @ _kernel(self.positions, self.positions, 2) @ weights + 1e-6 * np.eye(len(weights))
         self.cells = cells
-        self.matrix = self.at(cells.centers.reshape(-1, 2))  # (cells, n)
+        unit = np.eye(len(self.positions))
+        self.matrix = spline_surface(cells.centers.reshape(-1, 2), self.positions, unit, 2, 0.0)  # (cells, n)
 
-    def at(self, query: np.ndarray) -> np.ndarray:
-        """(..., n): values at the control points -> surface at query (..., 2)."""
-        return spline_surface(query, self.positions, np.eye(len(self.positions)), 2, 0.0)
-
-    def normal(self, weight: np.ndarray, bound: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def normal(self, weight: np.ndarray, below: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Normal equations: grams (c, n, n), right sides (c, n), sums of weights (c,).
 
         Args:
             weight: (h, w) of squared residuals over noise; alike for all channels, so that they share one product.
-            bound: (h, w, c) further weights, 0 nearly everywhere.
+            below: (h, w, c) further weights, 0 nearly everywhere.
         """
         count = self.cells.values.shape[-1]
         values = self.cells.values.reshape(-1, count)
@@ -1537,9 +1558,9 @@ class _ThinPlate:
         weighted = self.matrix * w[:, None]
         grams, right = np.repeat((weighted.T @ self.matrix)[None], count, 0), (weighted.T @ values).T
         total = np.full(count, w.sum())
-        for k in range(count if bound is not None else 0):
-            rows = np.flatnonzero(bound[..., k])
-            w = bound[..., k].ravel()[rows] * inverse[rows]
+        for k in range(count if below is not None else 0):
+            rows = np.flatnonzero(below[..., k])
+            w = below[..., k].ravel()[rows] * inverse[rows]
             weighted = self.matrix[rows] * w[:, None]
             grams[k] += weighted.T @ self.matrix[rows]
             right[k] += weighted.T @ values[rows, k]
@@ -1566,11 +1587,12 @@ class _ThinPlate:
             now = weight / (scale**2 + (residual**2).mean(-1))
         return residual
 
-    def fit_below(self, sky: np.ndarray, bound: np.ndarray, smoothing: float, rounds: int = 6) -> tuple[np.ndarray, tuple]:
+    def fit_below(self, sky: np.ndarray, ceiling: np.ndarray, smoothing: float,
+                  rounds: int = 6) -> tuple[np.ndarray, tuple]:
         """Fit to the sky's cells, held below the picture elsewhere.
 
         Args:
-            sky: (h, w) weights of cells of sky. bound: (h, w) weights of cells that only bound the surface from above.
+            sky: (h, w) weights of cells of sky. ceiling: (h, w) weights of cells that only bound the sky from above.
             smoothing: see `SMOOTHINGS`.
 
         Returns:
@@ -1580,10 +1602,10 @@ class _ThinPlate:
         for _ in range(rounds):
             values = self.solve(self.normal(kept, below), smoothing)
             residual = self.residual(values)
-            size = np.sqrt((residual**2).mean(-1))
-            spread = max(1.0, 1.2 * np.median(size[sky > 0]))
-            kept = sky * np.minimum(1, 2.5 * spread / np.maximum(size, 1e-9))  # Huber: far cells pull, but no harder
-            below = bound[..., None] * (residual < 0)
+            distance = np.sqrt((residual**2).mean(-1))
+            spread = max(1.0, 1.2 * np.median(distance[sky > 0]))
+            kept = sky * np.minimum(1, 2.5 * spread / np.maximum(distance, 1e-9))  # Huber: no cell pulls harder
+            below = ceiling[..., None] * (residual < 0)
         return values, (kept, below)
 
 
@@ -1604,8 +1626,8 @@ def _odd(length: float) -> int:
 def _dark_foreground(cells: _Cells, objects: np.ndarray) -> np.ndarray:
     """(h, w) bool: hills, trees, a dome. The one thing that takes light away, and so lies below the sky by a step.
 
-    The largest region without structure is taken for sky. A region near it whose edge is already darker than the nearest
-    of that sky, by half of the sky's own range, is foreground: no sky falls so much so fast.
+    The largest region without structure is taken for sky. A region near it whose edge is already darker than the
+    nearest of that sky, by half of the sky's own range, is foreground: no sky falls so much so fast.
     """
     regions, _ = scipy.ndimage.label(cells.usable & ~scipy.ndimage.binary_dilation(objects, iterations=2))
     foreground = np.zeros_like(objects)
@@ -1614,14 +1636,16 @@ def _dark_foreground(cells: _Cells, objects: np.ndarray) -> np.ndarray:
     sky = regions == np.bincount(regions.ravel())[1:].argmax() + 1
     distance, nearest = scipy.ndimage.distance_transform_edt(~sky, return_indices=True)
     drop = cells.values[tuple(nearest)] - cells.values
-    span = np.percentile(cells.values[sky], 95, axis=0) - np.percentile(cells.values[sky], 5, axis=0)
+    span = np.subtract(*np.percentile(cells.values[sky], (95, 5), axis=0))
     dark = cells.usable & ~sky & (drop > np.maximum(10 * cells.noise, 0.15 * span)).all(-1)
     parts, count = scipy.ndimage.label(scipy.ndimage.binary_opening(dark))
+    longer = max(sky.shape)
     for part in range(1, count + 1):
         inside = parts == part
-        edge = inside & (distance < distance[inside].min() + 5)
-        if (inside.sum() > 0.003 * cells.usable.sum() and edge.sum() > 0.02 * max(sky.shape)
-                and distance[inside].min() < 0.25 * max(sky.shape) and (np.median(drop[edge], axis=0) > 0.5 * span).all()):
+        gap = distance[inside].min()
+        edge = inside & (distance < gap + 5)
+        large = inside.sum() > 0.003 * cells.usable.sum() and edge.sum() > 0.02 * longer
+        if large and gap < 0.25 * longer and (np.median(drop[edge], axis=0) > 0.5 * span).all():
             foreground |= inside
     return scipy.ndimage.binary_dilation(foreground, iterations=2) & cells.usable
 
@@ -1642,16 +1666,15 @@ def _find_objects(cells: _Cells, surface: _ThinPlate) -> tuple[np.ndarray, np.nd
         rest = replace(cells, usable=cells.usable & ~foreground)
         rough, objects = _rough_cells(rest, surface.follow(rest.usable.astype(float), SMOOTHINGS[-1]))
     near_foreground = scipy.ndimage.binary_dilation(foreground, iterations=_odd(ROUGH_WINDOW * max(rough.shape)) + 1)
-    # The smooth cells between an object's rough ones may be gaps that show the sky; they are judged with its surroundings.
-    # Along a ridge they are sky, and its brightest strip: there the rough cells alone are the object.
+    # The smooth cells between an object's rough ones may be gaps that show the sky: judged with its surroundings. Along
+    # a ridge they are sky, and its brightest strip: there the rough cells alone are the object.
     around = _surroundings(scipy.ndimage.binary_opening(objects & ~near_foreground)) | objects
     objects = rough | foreground
-    lighter = objects & ~near_foreground
     halo = (around | scipy.ndimage.binary_dilation(objects)) & cells.usable & ~objects & ~near_foreground
-    sky, bound = (cells.usable & ~objects).astype(float), BRIDGE_WEIGHT * lighter
+    sky, ceiling = (cells.usable & ~objects).astype(float), CEILING_WEIGHT * (objects & ~near_foreground)
     weight = sky
     for k in range(10):
-        values, _ = surface.fit_below(weight, bound, HALO_SMOOTHING, rounds=3)
+        values, _ = surface.fit_below(weight, ceiling, HALO_SMOOTHING, rounds=3)
         above = (cells.smooth(surface.residual(values), 1.0) * math.sqrt(4 * math.pi)).max(-1)  # in sigma of the mean
         limit = HALO_SIGMA * (1 + 6 * 0.6**k)
         # All of the surroundings take part at first, and leave as they prove to stand above the rest.
@@ -1660,8 +1683,12 @@ def _find_objects(cells: _Cells, surface: _ThinPlate) -> tuple[np.ndarray, np.nd
     return objects, objects & ~near_foreground
 
 
-def _cross_validate(surface: _ThinPlate, sky: np.ndarray, weights: tuple[np.ndarray, np.ndarray]) -> tuple[float, np.ndarray]:
-    """The largest smoothing that predicts held-out tiles of sky nearly as well as the best does, and all losses."""
+def _cross_validate(surface: _ThinPlate, sky: np.ndarray, weights: tuple) -> tuple[float, np.ndarray]:
+    """The largest smoothing that predicts held-out tiles of sky nearly as well as the best does, and all losses.
+
+    Args:
+        sky: (h, w), above 0 where a cell is sky. weights: of `fit_below`.
+    """
     height, width = sky.shape
     down, across = (8, 12) if height <= width else (12, 8)
     row, column = np.indices(sky.shape)
@@ -1676,8 +1703,8 @@ def _cross_validate(surface: _ThinPlate, sky: np.ndarray, weights: tuple[np.ndar
         if normal[2].min() <= 0:
             continue
         for k, smoothing in enumerate(SMOOTHINGS):
-            size = np.sqrt((surface.residual(surface.solve(normal, smoothing))[test]**2).mean(-1))
-            losses[k] += np.log1p(size).sum()
+            distance = np.sqrt((surface.residual(surface.solve(normal, smoothing))[test]**2).mean(-1))
+            losses[k] += np.log1p(distance).sum()
     losses /= max(1, np.count_nonzero(sky))
     return SMOOTHINGS[int(np.flatnonzero(losses <= losses.min() + TOLERANCE)[0])], losses
 
@@ -1687,7 +1714,7 @@ class _SkyOnCells(NamedTuple):
 
     surface: _ThinPlate
     sky: np.ndarray  # (h, w) weights: 1 where a cell is sky
-    bound: np.ndarray  # (h, w) weights of the cells that bound the sky from above
+    ceiling: np.ndarray  # (h, w) weights of the cells that bound the sky from above
     share: float  # of the usable cells, that are sky
     smoothing: float
     why: str  # this smoothing
@@ -1707,21 +1734,21 @@ def _find_sky(prepared: Prepared, settings: Settings) -> _SkyOnCells | None:
         sky, lighter = (cells.usable & used).astype(float), np.zeros_like(objects)
     if not sky.any():
         return None
-    bound = BRIDGE_WEIGHT * lighter
+    ceiling = CEILING_WEIGHT * lighter
     if settings.smoothing is not None:
-        return _SkyOnCells(surface, sky, bound, share, settings.smoothing, "given by hand")
-    chosen, losses = _cross_validate(surface, sky, surface.fit_below(sky, bound, 0.01)[1])
+        return _SkyOnCells(surface, sky, ceiling, share, settings.smoothing, "given by hand")
+    chosen, losses = _cross_validate(surface, sky, surface.fit_below(sky, ceiling, 0.01)[1])
     why = f"held-out loss {losses[SMOOTHINGS.index(chosen)]:.3f}, best {losses.min():.3f}"
     if share < LITTLE_SKY:
         chosen, why = max(chosen, 1e2), "too little sky to tell glow from object, so the surface is kept nearly flat"
-    return _SkyOnCells(surface, sky, bound, share, chosen, why)
+    return _SkyOnCells(surface, sky, ceiling, share, chosen, why)
 
 
 def choose_sky(prepared: Prepared, settings: Settings, say: Callable[[str], None] = _quiet) -> tuple[Prepared, float]:
-    """The choices of --auto: mask what is not sky, bridge it, and find how stiff the sky is.
+    """The choices of --auto: mask what is not sky, and find the sky to expect there and how stiff it is.
 
     Args:
-        prepared: picture and mask by thresholds and mask file; what they leave out is bridged like an object.
+        prepared: picture and mask by thresholds and mask file; what they leave out is treated like an object.
         settings: `threshold_max` counts, and `smoothing` if given by hand.
         say: called with a line on each choice.
 
@@ -1730,17 +1757,18 @@ def choose_sky(prepared: Prepared, settings: Settings, say: Callable[[str], None
     """
     found = _find_sky(prepared, settings)
     if found is None:
-        say("auto: too small, or too little left in, to tell objects from sky; fitted as it is (a smaller -dx may help)")
+        say("auto: too small or too much left out to tell objects from sky; fitted as it is (a smaller -dx may help)")
         return prepared, 1.0 if settings.smoothing is None else settings.smoothing
     say(f"auto: {100 * found.share:.0f} % of the picture is sky; stretch quantile {stretch_quantile(settings):g}; "
         f"smoothing {found.smoothing:g} ({found.why})")
     surface, cells = found.surface, found.surface.cells
-    values, _ = surface.fit_below(found.sky, found.bound, found.smoothing)
+    values, _ = surface.fit_below(found.sky, found.ceiling, found.smoothing)
     height, width = prepared.used.shape
     kept = (found.sky > 0)[np.arange(height) // cells.size][:, np.arange(width) // cells.size]
     masked = prepared.weight * kept[..., None]
     weight = _block_means(masked, cells.size) * (found.sky > 0)[..., None]
-    expected = ExpectedSky(lambda query: surface.at(query) @ values, cells.values, weight, cells.centers)
+    expected = ExpectedSky(lambda places: spline_surface(places, surface.positions, values, 2, 0.0),
+                           cells.values, weight, cells.centers)
     return replace(prepared, weight=masked, expected=expected), min(found.smoothing, STIFFEST_FIT)
 
 
@@ -1839,7 +1867,8 @@ VIEW_PIXELS = 600
 BLOWN_SHARE, BLOWN_TEXTURE, BLOWN_PEAK = 0.01, 0.08, 1.0
 """Clipped sky is one connected area of more than 1 % of the frame that a quadratic surface fits to within 8 % of its
 range (or of its height above the median), and that is brightest at the frame's edge, for the light stands outside, or
-does not rise above the clipping point by more than that lies above the median. A galaxy's core peaks inside, and steeply."""
+does not rise above the clipping point by more than that lies above the median. A galaxy's core peaks inside, and more
+steeply."""
 
 
 def thinned(prepared: Prepared, most: int = VIEW_PIXELS) -> Prepared:
@@ -1914,8 +1943,8 @@ def gradient(linear: np.ndarray, used: np.ndarray) -> float:
 def gradients(prepared: Prepared, fit: Fit) -> str:
     """The gradient before and after, in words."""
     prepared = thinned(prepared)
-    before, after = (_percent(gradient(linear, prepared.used)) for linear in (prepared.linear, reduced_sky(prepared, fit)[1]))
-    return f"gradient {before} of the sky's level before, {after} after"
+    before, after = (gradient(linear, prepared.used) for linear in (prepared.linear, reduced_sky(prepared, fit)[1]))
+    return f"gradient {_percent(before)} of the sky's level before, {_percent(after)} after"
 
 
 def _percent(share: float) -> str:
@@ -1960,9 +1989,7 @@ def draw_preview(figure, prepared: Prepared, settings: Settings, title: str) -> 
     """The cockpit for tuning: the picture, what the fit would see of it, what stands out; histograms and numbers."""
     prepared = thinned(prepared)
     reasons, blown = mask_reasons(prepared, settings), blown_out(prepared)
-    figure.suptitle(title, x=0.015, ha="left", fontsize=11)
-    top, bottom = figure.add_gridspec(2, 1, height_ratios=(1.6, 1), left=0.02, right=0.985, top=0.915, bottom=0.085, hspace=0.3)
-    panels = [figure.add_subplot(cell) for cell in top.subgridspec(1, 3, wspace=0.03)]
+    panels, bottom = _lay_out(figure, title, 1.6)
     _show(panels[0], display_stretch(prepared.linear).apply(prepared.linear), "the picture, plain stretch")
     _show(panels[1], prepared.image, "stretched as for the fit, and what is left out")
     _overlay(panels[1], {**reasons, "clipped": clipped_by_stretch(prepared).any(-1) & prepared.used})
@@ -1973,26 +2000,36 @@ def draw_preview(figure, prepared: Prepared, settings: Settings, title: str) -> 
     for k in range(channels):
         span = cells[0, k] if channels == 3 else cells[0, :3]
         _draw_histogram(figure.add_subplot(span), prepared, settings, k)
-    figure.text(0.02, 0.012, "below the histograms: stretched value, and the picture's own value there; heights are logarithmic", fontsize=8)
+    figure.text(0.02, 0.012, "below the histograms: stretched value, and the picture's own value there; "
+                "heights are logarithmic", fontsize=8)
     words = figure.add_subplot(cells[0, 3])
     words.axis("off")
-    words.text(0.06, 1.0, "\n".join(_numbers(prepared, reasons, blown)), va="top", family="monospace", fontsize=8, linespacing=1.35)
+    words.text(0.06, 1.0, "\n".join(_numbers(prepared, reasons, blown)), va="top", family="monospace", fontsize=8,
+               linespacing=1.35)
+
+
+def _lay_out(figure, title: str, ratio: float):
+    """A title, three axes beside each other, and below, in 1 : ratio of their height, a cell. Returns axes and cell."""
+    figure.suptitle(title, x=0.015, ha="left", fontsize=11)
+    top, bottom = figure.add_gridspec(2, 1, height_ratios=(ratio, 1), left=0.02, right=0.985, top=0.915, bottom=0.085,
+                                      hspace=0.3)
+    return [figure.add_subplot(cell) for cell in top.subgridspec(1, 3, wspace=0.03)], bottom
 
 
 def _numbers(prepared: Prepared, reasons: dict[str, np.ndarray], blown: np.ndarray) -> list[str]:
     """The preview's numbers, one line each."""
     part = shares(prepared)
-    inks = _channel_letters(prepared)
-    stretch = prepared.stretch
-    lines = ["           " + "".join(f"{ink:>9}" for ink in inks)]
-    for name, values in (("minimum", stretch.pedestal), ("median", prepared.median), ("-dq value", stretch.pedestal + stretch.scale)):
+    low, high = prepared.stretch.pedestal, prepared.stretch.pedestal + prepared.stretch.scale
+    lines = ["           " + "".join(f"{letter:>9}" for letter in _channel_letters(prepared))]
+    for name, values in (("minimum", low), ("median", prepared.median), ("-dq value", high)):
         lines.append(f"{name:<11}" + "".join(f"{value:9.5f}" for value in values))
-    clipped = clipped_by_stretch(prepared)
-    lines.append("clipped %  " + "".join(f"{100 * clipped[..., k].mean():9.2f}" for k in range(len(inks))))
+    clipped = 100 * clipped_by_stretch(prepared).mean((0, 1))
+    lines.append("clipped %  " + "".join(f"{value:9.2f}" for value in clipped))
     rows = [("used", part["used"], "of the samples"), ("masked", part["masked"], "of the samples")]
     rows += [("  " + OVERLAYS[name][2].replace("left out ", ""), reasons[name].mean(), "of the frame")
              for name in ("threshold", "mask file", "auto") if reasons[name].any()]
-    rows += [("missing", part["missing"], ""), ("gradient", gradient(prepared.linear, prepared.used), "of the sky's level")]
+    rows += [("missing", part["missing"], ""),
+             ("gradient", gradient(prepared.linear, prepared.used), "of the sky's level")]
     rows += [("blown out", blown.mean(), "sky: raise -dq")] if blown.any() else []
     return lines + [""] + [f"{name:<13}{_percent(value):>7}  {what}" for name, value, what in rows]
 
@@ -2032,7 +2069,8 @@ def _draw_hints(axes, prepared: Prepared, blown: np.ndarray) -> None:
     residual = values - scipy.ndimage.gaussian_filter(capped, width) / weight
     residual = scipy.ndimage.gaussian_filter(np.where(known, residual, 0), max(values.shape) / 300)
     spread = 6 * np.median(np.abs(residual[known] - np.median(residual[known]))) if known.any() else 1.0
-    image = axes.imshow(np.where(known, residual, np.nan), cmap="PuOr_r", vmin=-spread or -1, vmax=spread or 1, interpolation="nearest")
+    image = axes.imshow(np.where(known, residual, np.nan), cmap="PuOr_r", vmin=-spread or -1, vmax=spread or 1,
+                        interpolation="nearest")
     axes.set_title("orange above, purple below surroundings")
     axes.set(xticks=[], yticks=[])
     bar = axes.inset_axes([0.02, -0.06, 0.96, 0.025])
@@ -2041,7 +2079,7 @@ def _draw_hints(axes, prepared: Prepared, blown: np.ndarray) -> None:
     bar.tick_params(length=0, pad=2)
     if blown.any() and min(blown.shape) > 1:
         axes.contour(blown, [0.5], colors="#d7191c", linewidths=2)
-        axes.text(0.5, -0.14, "outlined: sky blown out, raise -dq", ha="center", va="top", color="#ff8a80", weight="bold", transform=axes.transAxes)
+        axes.set_xlabel("outlined: sky blown out, raise -dq", color="#ff8a80", weight="bold", labelpad=28)
 
 
 def draw_figures(figure, prepared: Prepared, settings: Settings, fit: Fit, title: str) -> None:
@@ -2049,10 +2087,8 @@ def draw_figures(figure, prepared: Prepared, settings: Settings, fit: Fit, title
     prepared = thinned(prepared)
     sky, after = reduced_sky(prepared, fit)
     stretch = display_stretch(prepared.linear)
-    figure.suptitle(title, x=0.015, ha="left", fontsize=11)
     figure.text(0.015, 0.012, facts(prepared, settings, fit), fontsize=8)
-    top, bottom = figure.add_gridspec(2, 1, height_ratios=(1.25, 1), left=0.02, right=0.985, top=0.915, bottom=0.085, hspace=0.3)
-    panels = [figure.add_subplot(cell) for cell in top.subgridspec(1, 3, wspace=0.03)]
+    panels, bottom = _lay_out(figure, title, 1.25)
     _show(panels[0], stretch.apply(prepared.linear), "before")
     _show(panels[1], stretch.apply(sky), "model, same stretch, lines of equal brightness")
     _draw_contours(panels[1], sky.mean(-1))
@@ -2060,11 +2096,13 @@ def draw_figures(figure, prepared: Prepared, settings: Settings, fit: Fit, title
 
     cells = bottom.subgridspec(1, 2, width_ratios=(1, 2.1), wspace=0.1)
     points = figure.add_subplot(cells[0])
-    _show(points, np.where(prepared.used[..., None], 0.75 * prepared.image, np.nan), "control points, from ring to dot; brown: left out", blank=(0.30, 0.24, 0.12))
-    path = np.array([_pixel_positions(prepared, positions) for _, positions, _ in fit.track] + [_pixel_positions(prepared, fit.positions)])
-    points.plot(path[..., 1], path[..., 0], color="#56b4e9", linewidth=0.9, alpha=0.8)
-    points.plot(path[0, :, 1], path[0, :, 0], "o", color="none", markeredgecolor="#56b4e9", markersize=3.5)
-    points.plot(path[-1, :, 1], path[-1, :, 0], "o", color="#f0e442", markeredgecolor="black", markersize=5)
+    _show(points, np.where(prepared.used[..., None], 0.75 * prepared.image, np.nan),
+          "control points, from ring to dot; brown: left out", blank=(0.30, 0.24, 0.12))
+    stations = [positions for _, positions, _ in fit.track] + [fit.positions]
+    row, column = np.moveaxis([_pixel_positions(prepared, positions) for positions in stations], -1, 0)  # (steps, n)
+    points.plot(column, row, color="#56b4e9", linewidth=0.9, alpha=0.8)
+    points.plot(column[0], row[0], "o", color="none", markeredgecolor="#56b4e9", markersize=3.5)
+    points.plot(column[-1], row[-1], "o", color="#f0e442", markeredgecolor="black", markersize=5)
     height, width = prepared.image.shape[:2]
     points.set(xlim=(-0.5 - 0.04 * width, width * 1.04 - 0.5), ylim=(height * 1.04 - 0.5, -0.5 - 0.04 * height))
 
@@ -2089,9 +2127,11 @@ def draw_figures(figure, prepared: Prepared, settings: Settings, fit: Fit, title
 
 def facts(prepared: Prepared, settings: Settings, fit: Fit) -> str:
     """One line on the run: settings, epochs, loss, share of sky, gradient before and after."""
-    return (f"-dq {stretch_quantile(settings):g}, {len(fit.positions)} points ({settings.initializer}), order {settings.order}, "
-            f"smoothing {fit.smoothing:g}, alpha {settings.alpha:g}, seed {settings.seed}   |   {len(fit.history)} epochs, "
-            f"loss {fit.history[:, 0].min():.4f}   |   {shares(prepared)['used']:.1%} used as sky   |   {gradients(prepared, fit)}")
+    return "   |   ".join((
+        f"-dq {stretch_quantile(settings):g}, {len(fit.positions)} points ({settings.initializer}), "
+        f"order {settings.order}, smoothing {fit.smoothing:g}, alpha {settings.alpha:g}, seed {settings.seed}",
+        f"{len(fit.history)} epochs, loss {fit.history[:, 0].min():.4f}",
+        f"{shares(prepared)['used']:.1%} used as sky", gradients(prepared, fit)))
 
 
 def animation_frames(prepared: Prepared, fit: Fit, width: int = 800) -> np.ndarray:
@@ -2128,20 +2168,22 @@ def animation_frames(prepared: Prepared, fit: Fit, width: int = 800) -> np.ndarr
         sky = scipy.ndimage.zoom(nodes, (rows / coarse[0], columns / coarse[1], 1), order=1)
         model = half(sky)
         pen = ImageDraw.Draw(model)
-        for y, x in _pixel_positions(prepared, positions) / (max(1, rows - 1), max(1, columns - 1)) * (tall - 1, wide - 1):
+        scale = np.array((tall - 1, wide - 1)) / np.maximum((rows - 1, columns - 1), 1)
+        for y, x in _pixel_positions(prepared, positions) * scale:
             pen.ellipse((x - 3, y - 3, x + 3, y + 3), fill="#f0e442", outline="black")
         canvas = Image.new("RGB", frame.shape[1::-1], PAPER)
         canvas.paste(model, (gap, head))
         canvas.paste(half(_keep_median(prepared.linear, prepared.linear - sky)), (2 * gap + wide, head))
         pen = ImageDraw.Draw(canvas)
-        pen.text((gap, 5), f"sky model, best of {epoch} epochs" if k == len(steps) - 1 else f"sky model, epoch {epoch}", INK)
+        last = k == len(steps) - 1
+        pen.text((gap, 5), f"sky model, best of {epoch} epochs" if last else f"sky model, epoch {epoch}", INK)
         pen.text((2 * gap + wide, 5), "the picture without it", INK)
         frame[:] = canvas
     return frames
 
 
 def write_animation(file, frames: np.ndarray, most_bytes: int = 2_900_000) -> None:
-    """Write frames, (n, h, w, 3) bytes, as a GIF that repeats: 4 seconds, the last frame longer; fewer colors if it gets too large."""
+    """Write frames, (n, h, w, 3) bytes, as a GIF that repeats: some 4 seconds, in fewer colors if it gets too large."""
     from PIL import Image
     pause = [130] * (len(frames) - 1) + [1500]  # milliseconds
     # One palette for all frames, from the first, a middle, and the last: what does not change stays the same. Most
@@ -2177,7 +2219,8 @@ def _drawable(image: np.ndarray) -> np.ndarray:
 
 def _show(axes, image: np.ndarray, title: str, blank=(0, 0, 0)) -> None:
     """Draw a stretched picture; NaN in the color `blank`."""
-    colors = np.where(np.isfinite(image).all(-1, keepdims=True), _drawable(image), np.round(255 * np.array(blank)).astype(np.uint8))
+    blank = np.round(255 * np.array(blank)).astype(np.uint8)
+    colors = np.where(np.isfinite(image).all(-1, keepdims=True), _drawable(image), blank)
     axes.imshow(colors, interpolation="bicubic" if max(colors.shape) < 300 else "antialiased")
     axes.set_title(title)
     axes.set(xticks=[], yticks=[])
@@ -2293,42 +2336,53 @@ def build_parser() -> argparse.ArgumentParser:
     add("-c", "--compress", action="store_true", help="compress the outputs: lz4hc with byte shuffling (default: off)")
     add("-dx", "--downscaling-factor", type=int, default=default.downscaling_factor,
         help="side of the pixel blocks that the fit sees as one pixel (default: %(default)s)")
-    add("-df", "--downscaling-func", choices=("median", "mean"), default=default.downscaling_func, metavar="DOWNSCALING_FUNC",
+    add("-df", "--downscaling-func", choices=("median", "mean"), default=default.downscaling_func,
+        metavar="DOWNSCALING_FUNC",
         help="what a block is reduced to, median or mean; the median drops small stars (default: %(default)s)")
     add("-dq", "--delinearization-quantile", type=float,
-        help="quantile of the picture that the stretch takes to 1; what is brighter is clipped for the fit. Lower stretches "
-             f"more; raise it when the preview shows blown out sky (default: {DEFAULT_QUANTILE}, with --auto {AUTO_QUANTILE})")
-    add("-p", "--preview", action="store_true", help="show stretch, mask and histograms, fit nothing, write no XISF (default: off)")
-    add("-N", dest="points", metavar="N", type=int, help="number of control points; more follow a more complicated sky, and objects too "
-                             f"(default: {DEFAULT_POINTS}, with --auto {AUTO_POINTS})")
+        help="quantile of the picture that the stretch takes to 1; what is brighter is clipped for the fit. Lower "
+             "stretches more; raise it when the preview shows blown out sky "
+             f"(default: {DEFAULT_QUANTILE}, with --auto {AUTO_QUANTILE})")
+    add("-p", "--preview", action="store_true",
+        help="show stretch, mask and histograms, fit nothing, write no XISF (default: off)")
+    add("-N", dest="points", metavar="N", type=int,
+        help="number of control points; more follow a more complicated sky, and objects too "
+             f"(default: {DEFAULT_POINTS}, with --auto {AUTO_POINTS})")
     add("-O", dest="order", metavar="O", type=int, choices=(1, 2, 3, 4), default=default.order,
         help="order of the spline, 1 to 4; 2 is a thin plate, 3 is cubic (default: %(default)s)")
     add("-tm", "--threshold-min", type=float, default=default.threshold_min,
         help="leave out what is darker in the stretched picture (default: %(default)s)")
     add("-tM", "--threshold-max", type=float, default=default.threshold_max,
         help="leave out what is brighter in the stretched picture; lower it to mask objects (default: %(default)s)")
-    add("-m", "--mask", help="XISF mask of the picture's height and width, 1 channel or as many: 1 = use, 0 = leave out, "
-                             "between = weight (default: none)")
+    add("-m", "--mask",
+        help="XISF mask of the picture's height and width, 1 channel or as many: 1 = use, 0 = leave out, "
+             "between = weight (default: none)")
     add("-i", "--initializer", choices=("random", "grid"), default=default.initializer, metavar="INITIALIZER",
         help="where the control points start, random or grid (default: %(default)s)")
-    add("-e", "--epochs", type=int, default=default.epochs, help="most epochs; the fit stops before when nothing improves (default: %(default)s)")
+    add("-e", "--epochs", type=int, default=default.epochs,
+        help="most epochs; the fit stops before when nothing improves (default: %(default)s)")
     add("-a", "--alpha", type=float, default=default.alpha,
         help="weight of the penalties on a sky that is negative or brighter than the picture (default: %(default)g)")
     add("-B", dest="batch", metavar="B", type=int, default=default.batch,
         help=f"batch size: independent samples of {SAMPLE_PIXELS} pixels that the fit sees (default: %(default)s)")
-    add("-lr", dest="learning_rate", metavar="LR", type=float, default=default.learning_rate, help="learning rate at the start (default: %(default)s)")
+    add("-lr", dest="learning_rate", metavar="LR", type=float, default=default.learning_rate,
+        help="learning rate at the start (default: %(default)s)")
 
-    more = parser.add_argument_group("more")
-    add = more.add_argument
-    add("--auto", action="store_true", help="leave out objects, which the tool finds; what you give by hand stays (default: off)")
+    add = parser.add_argument_group("more").add_argument
+    add("--auto", action="store_true",
+        help="find objects and leave them out; what you give by hand stays (default: off)")
     add("--smoothing", type=_smoothing, default=None, metavar="{auto,NUMBER}",
-        help="stiffness of the surface: 0 goes through every control point, 10 is nearly a plane (default: auto, chosen from the picture)")
-    add("--seed", type=int, default=default.seed, help="of all random numbers; the same command gives the same pictures (default: %(default)s)")
-    add("--save-mask", action="store_true", help="also write <name>_mask.xisf, the mask in force, to edit and give back with -m (default: off)")
+        help="stiffness of the surface: 0 goes through every control point, 10 is nearly a plane "
+             "(default: auto, chosen from the picture)")
+    add("--seed", type=int, default=default.seed,
+        help="of all random numbers; the same command gives the same pictures (default: %(default)s)")
+    add("--save-mask", action="store_true",
+        help="also write <name>_mask.xisf, the mask in force, to edit and give back with -m (default: off)")
     add("--figures", choices=("auto", "show", "save", "none"), default="auto",
-        help="result figure or preview: show it in a window or notebook, save it as PNG, or neither; auto shows it where it can "
-             "(and saves the preview where it cannot) (default: %(default)s)")
-    add("--animate", action="store_true", help="also write <name>_optimization.gif: how the surface settles (default: off)")
+        help="result figure or preview: show it in a window or notebook, save it as PNG, or neither; auto shows it "
+             "where it can, and saves the preview where it cannot (default: %(default)s)")
+    add("--animate", action="store_true",
+        help="also write <name>_optimization.gif: how the surface settles (default: off)")
     add("--quiet", action="store_true", help="print warnings and errors only (default: off)")
     add("--version", action="version", version=f"bgoptimizer {VERSION}")
     return parser
@@ -2363,11 +2417,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except MemoryError:
-        return _fail("there is not enough memory; close other programs, crop the picture, or split its channels and do each alone")
+        return _fail("there is not enough memory; close other programs, crop the picture, or split its channels")
     except OSError as error:
-        return _fail(f"{error.filename or 'a file'}: {error.strerror or error}; check the path, the disk and your rights to it")
+        return _fail(f"{error.filename or 'a file'}: {error.strerror or error}; check the path, the disk, your rights")
     except ImportError as error:
-        return _fail(f"{error.name} cannot be imported; install what is needed with: python -m pip install -r requirements.txt")
+        return _fail(f"{error.name} cannot be imported; install it with: python -m pip install -r requirements.txt")
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
         return _fail(f"unexpected {type(error).__name__}: {reason}; this is a bug, please report it with your command")
@@ -2403,7 +2457,8 @@ def _run(options: argparse.Namespace, settings: Settings, interrupts: _Interrupt
         draw = functools.partial(draw_preview, prepared=prepared, settings=settings, title=title)
     else:
         fit = _fit(prepared, settings, options.quiet, interrupts, say)
-        written, picture = _subtract_and_write(planes, source, prepared, settings, fit, options, paths, say), paths["figures"]
+        written = _subtract_and_write(planes, source, prepared, settings, fit, options, paths, say)
+        picture = paths["figures"]
         draw = functools.partial(draw_figures, prepared=prepared, settings=settings, fit=fit, title=title)
     if where:
         put_picture(draw, where, picture)
@@ -2415,7 +2470,8 @@ def _run(options: argparse.Namespace, settings: Settings, interrupts: _Interrupt
         pyplot.show()  # waits until the window is closed
 
 
-def _fit(prepared: Prepared, settings: Settings, quiet: bool, interrupts: _Interrupts, say: Callable[[str], None]) -> Fit:
+def _fit(prepared: Prepared, settings: Settings, quiet: bool, interrupts: _Interrupts,
+         say: Callable[[str], None]) -> Fit:
     """The fit, watched on the terminal, that ends cleanly after Ctrl-C."""
     interrupts.check()
     interrupts.patient = True
@@ -2433,7 +2489,7 @@ def _subtract_and_write(planes: np.ndarray, source: Source, prepared: Prepared, 
     sky = full_size_sky(prepared, fit, planes.dtype)
     offsets, below, above = subtract(planes, sky, prepared.median)
     say(gradients(prepared, fit))
-    say("offsets: " + ", ".join(f"{letter} {offset:.6f}" for letter, offset in zip(_channel_letters(prepared), offsets)))
+    say("offsets: " + ", ".join(map("{} {:.6f}".format, _channel_letters(prepared), offsets)))
     say(f"clipped: {below.sum()} samples at 0, {above.sum()} at 1, of {planes.size}")
     pictures = {"model": (sky, source, "the sky"), "subtracted": (planes, source, "the picture without the sky")}
     if options.save_mask:
@@ -2459,7 +2515,7 @@ def _history(options: argparse.Namespace, settings: Settings, fit: Fit, offsets:
 
 
 class _Interrupts:
-    """Ctrl-C that cannot get lost: what is being imported may swallow a KeyboardInterrupt, TensorFlow may crash by it."""
+    """Ctrl-C that cannot get lost: what is being imported may swallow it, and TensorFlow may crash by it."""
 
     def __init__(self):
         self.asked, self.patient, self.before = False, False, None
@@ -2511,7 +2567,7 @@ def _check_paths(options: argparse.Namespace) -> dict[str, str]:
     for path in paths.values():
         for kept in filter(None, (options.input_file, options.mask)):
             if os.path.exists(path) and os.path.samefile(path, kept):
-                raise BgError(f"{path} would be overwritten, and it is what you gave to read; choose another output folder")
+                raise BgError(f"{path} would be overwritten, and you gave it to read; choose another output folder")
     return paths
 
 
@@ -2526,7 +2582,7 @@ def _place_for_pictures(options: argparse.Namespace) -> str | None:
 
 
 def _start_importing() -> None:
-    """Import TensorFlow beside stretching and reducing; whoever needs it waits for this import, or sees it fail again."""
+    """Import TensorFlow beside stretching and reducing; who needs it waits for this import, or sees it fail again."""
     if sys.stderr is sys.__stderr__ is not None:  # our own lines take a way of their own, past what is silenced below
         sys.stderr = open(os.dup(2), "w", buffering=1, encoding=sys.stderr.encoding, errors="backslashreplace")
     threading.Thread(target=_import_silently, daemon=True).start()
@@ -2576,16 +2632,16 @@ def _check_room(planes: np.ndarray, options: argparse.Namespace) -> None:
 
 def _report(prepared: Prepared, settings: Settings, say: Callable[[str], None]) -> None:
     """Numbers to act on before the fit."""
-    part, reduced = shares(prepared), prepared.image.shape
+    part, reduced, quantile = shares(prepared), prepared.image.shape, settings.delinearization_quantile
     say(f"reduced to {reduced[1]} x {reduced[0]}: {part['used']:.1%} used, {part['masked']:.1%} masked, "
-        f"{part['missing']:.1%} missing; {part['clipped']:.1%} clipped at 1 by the stretch (-dq {settings.delinearization_quantile:g})")
+        f"{part['missing']:.1%} missing; {part['clipped']:.1%} clipped at 1 by the stretch (-dq {quantile:g})")
     for k, letter in enumerate(_channel_letters(prepared)):
         low, scale = prepared.stretch.pedestal[k], prepared.stretch.scale[k]
         say(f"  {letter}: minimum {low:.6f}, median {prepared.median[k]:.6f}, clipped above {low + scale:.6f}")
     share = blown_out(thinned(prepared)).mean()
     if share:
         _warn(f"the stretch clips a smooth part of the picture ({share:.1%} of the frame), most likely sky, "
-              f"and the fit loses it there; raise -dq (now {settings.delinearization_quantile:g})")
+              f"and the fit loses it there; raise -dq (now {quantile:g})")
 
 
 @contextmanager
