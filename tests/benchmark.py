@@ -2,12 +2,12 @@
 """How long the tool takes, stage by stage, and how much memory; beside it the same work done plainly.
 
     python tests/benchmark.py                          # 6 Mpix, with the plain version: two minutes
-    python tests/benchmark.py --sizes 6 24 61          # the table of the README: half an hour, most of it the plain version
+    python tests/benchmark.py --sizes 6 24 61          # the README's table: half an hour, most of it the plain version
     python tests/benchmark.py --no-plain --points 32 64 128 256 --factors 4 8 16
 
-Each row is a process of its own, on a picture of noise, stars and a bent sky, Float32 RGB in and out. "Plain" is what one
-would write first: xisf to read and write, block_reduce with nanmedian, Keras' `fit` over all reduced pixels for all epochs on
-positions and raw coefficients, the surface from the same layer in chunks of full-size pixels.
+Each row is a process of its own, on a picture of noise, stars and a bent sky, Float32 RGB in and out. "Plain" is what
+one would write first: xisf to read and write, block_reduce with nanmedian, Keras' `fit` over all reduced pixels for all
+epochs on positions and raw coefficients, the surface from the same layer in chunks of full-size pixels.
 """
 import argparse
 import json
@@ -37,7 +37,8 @@ def make_picture(path, shape):
     y, x = ((np.arange(n, dtype=np.float32) + 0.5) / max(shape) for n in shape)
     planes = np.empty((3,) + shape, np.float32)
     for k, plane in enumerate(planes):
-        plane[:] = 0.04 + 0.01 * k + 0.02 * y[:, None] * x + 0.03 * np.exp(-((x - 0.2 * k)**2 + (y[:, None] - 0.1)**2) / 0.1)
+        glow = np.exp(-((x - 0.2 * k)**2 + (y[:, None] - 0.1)**2) / 0.1)
+        plane[:] = 0.04 + 0.01 * k + 0.02 * y[:, None] * x + 0.03 * glow
         plane += 0.001 * rng.standard_normal(shape, np.float32)
         plane[rng.integers(0, shape[0], 5000), rng.integers(0, shape[1], 5000)] = 0.9
     with open(path, "wb") as file:
@@ -63,8 +64,9 @@ def run_ours(path, folder, flags):
                 running.stage = None
         setattr(bgoptimizer, name, wrapper)
 
-    for stage, name in (("import", "_import_silently"), ("read", "read_xisf"), ("stretch", "measure_stretch"), ("reduce", "reduce_plane"),
-                        ("fit", "fit_surface"), ("surface", "full_size_sky"), ("surface", "subtract"), ("write", "write_xisf")):
+    for stage, name in (("import", "_import_silently"), ("read", "read_xisf"), ("stretch", "measure_stretch"),
+                        ("reduce", "reduce_plane"), ("fit", "fit_surface"), ("surface", "full_size_sky"),
+                        ("surface", "subtract"), ("write", "write_xisf")):
         clocked(stage, name)
     code = bgoptimizer.main([path, folder, "-i", "grid", "--quiet", *flags])
     if code:
@@ -102,13 +104,17 @@ def run_plain(path, folder, flags):
         def __init__(self):
             super().__init__()
             rows = int(np.sqrt(count))
-            grid = np.stack(np.meshgrid(np.linspace(0.1, 0.9, rows), np.linspace(0.1, 0.9, count // rows)), -1).reshape(-1, 2)
-            self.positions = self.add_weight(name="p", shape=grid.shape, initializer=tf.keras.initializers.Constant(grid))
+            sides = np.linspace(0.1, 0.9, rows), np.linspace(0.1, 0.9, count // rows)
+            grid = np.stack(np.meshgrid(*sides), -1).reshape(-1, 2)
+            constant = tf.keras.initializers.Constant
+            self.positions = self.add_weight(name="p", shape=grid.shape, initializer=constant(grid))
             self.weights_ = self.add_weight(name="w", shape=(len(grid), 3), initializer="zeros")
-            self.plane = self.add_weight(name="v", shape=(3, 3), initializer=tf.keras.initializers.Constant([[0] * 3, [0] * 3, [0.25] * 3]))
+            flat = constant([[0] * 3, [0] * 3, [0.25] * 3])
+            self.plane = self.add_weight(name="v", shape=(3, 3), initializer=flat)
 
         def call(self, query):
-            squared = tf.reduce_sum(query**2, 1, keepdims=True) - 2 * query @ tf.transpose(self.positions) + tf.reduce_sum(self.positions**2, 1)
+            squared = (tf.reduce_sum(query**2, 1, keepdims=True) - 2 * query @ tf.transpose(self.positions)
+                       + tf.reduce_sum(self.positions**2, 1))
             squared = tf.maximum(squared, 1e-10)
             kernel = 0.5 * squared * tf.math.log(squared)
             return kernel @ self.weights_ + tf.concat([query, tf.ones_like(query[:, :1])], 1) @ self.plane
@@ -119,7 +125,8 @@ def run_plain(path, folder, flags):
         penalty = tf.reduce_mean(tf.abs(r) - r, -1) + tf.reduce_mean(tf.abs(model) - model, -1)
         return tf.reduce_mean(tf.math.log(0.001 + error + 5 * penalty))
 
-    query = np.stack(np.meshgrid(*(np.linspace(0, 1, n) for n in reduced.shape[:2]), indexing="ij"), -1).reshape(-1, 2).astype(np.float32)
+    query = np.stack(np.meshgrid(*(np.linspace(0, 1, n) for n in reduced.shape[:2]), indexing="ij"), -1)
+    query = query.reshape(-1, 2).astype(np.float32)
     model = tf.keras.Sequential([tf.keras.Input((2,)), Surface()])
     model.compile(tf.keras.optimizers.Adam(0.001), loss)
     model.fit(query, reduced.reshape(-1, 3), batch_size=len(query), epochs=epochs, shuffle=False, verbose=0)
@@ -144,7 +151,8 @@ def measure(which, path, flags):
     """Run a version in a process of its own -> its seconds by stage, "total" and "memory" (GB)."""
     with tempfile.TemporaryDirectory(dir=os.path.dirname(path)) as folder:
         started = time.perf_counter()
-        done = subprocess.run([sys.executable, str(HERE), "--one", which, path, folder, "--", *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        alone = [sys.executable, str(HERE), "--one", which, path, folder, "--", *flags]
+        done = subprocess.run(alone, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         if done.returncode:
             raise SystemExit(done.stderr.decode())
         return {**json.loads(done.stdout.splitlines()[-1]), "total": time.perf_counter() - started}
@@ -153,18 +161,20 @@ def measure(which, path, flags):
 def run_one(which, path, folder, flags):
     import resource
     seconds = {"ours": run_ours, "plain": run_plain, "preview": run_ours}[which](path, folder, flags)
-    unit = 1e9 if sys.platform == "darwin" else 1e6
-    print(json.dumps({**seconds, "memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1024 if unit == 1e6 else 1) / 1e9}))
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes
+    print(json.dumps({**seconds, "memory": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9}))
 
 
 def row(name, result, ratio=None):
-    cells = [name] + [f"{result[stage]:.2f}" for stage in STAGES] + [f"{result['total']:.1f}", f"{result['memory']:.2f}"]
-    print("| " + " | ".join(cells + [f"{ratio:.1f}x" if ratio else ""]) + " |", flush=True)
+    cells = [name] + [f"{result[stage]:.2f}" for stage in STAGES]
+    cells += [f"{result['total']:.1f}", f"{result['memory']:.2f}", f"{ratio:.1f}x" if ratio else ""]
+    print("| " + " | ".join(cells) + " |", flush=True)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", type=int, nargs="+", choices=sorted(SIZES), default=[6], help="megapixels (default: 6)")
+    parser.add_argument("--sizes", type=int, nargs="+", choices=sorted(SIZES), default=[6],
+                        help="megapixels (default: 6)")
     parser.add_argument("--points", type=int, nargs="*", default=[], help="also a row per -N, at the first size")
     parser.add_argument("--factors", type=int, nargs="*", default=[], help="also a row per -dx, at the first size")
     parser.add_argument("--no-plain", action="store_true", help="leave the plain version out")
@@ -173,7 +183,8 @@ def main():
     options = parser.parse_args()
     if options.one:
         return run_one(*options.one, options.flags)
-    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, {platform.system()}\n")
+    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, "
+          f"Python {platform.python_version()}, {platform.system()}\n")
     print("| run | " + " | ".join(f"{stage} (s)" for stage in STAGES) + " | total (s) | peak (GB) | plain / ours |")
     print("|---" * (len(STAGES) + 4) + "|")
     with tempfile.TemporaryDirectory() as folder:

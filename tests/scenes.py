@@ -1,4 +1,4 @@
-"""Synthetic linear astrophotos whose sky is known.
+"""Pictures for the tests: synthetic linear astrophotos whose sky is known, and what puts them into files and back.
 
 A background model is only right or wrong against a known sky: a fit with a lower loss can be the falser one
 (it has dug into the galaxy). So every scene here is made of three parts that are kept apart until the end,
@@ -9,17 +9,23 @@ and the test or bench compares a model with `pedestal + sky` alone.
 
     scene = make_scene("galaxy", seed=3, height=400, width=600, channels=3, border=True)
     rms, p999 = score(model, scene)          # both in percent
+    image, sky = sloping_sky()               # where a bent slope, noise and a few stars will do
+    path = save("sky.xisf", image)
 
 Lengths inside this file are fractions of the longer side, angles are radians, brightnesses are fractions of the
 scene's sky level, so a scene of 400 x 600 pixels is the one of 2000 x 3000 seen small. Only what belongs to the
 pixel stays as it is: the noise of one pixel and the size of a star (1.5-2.5 pixels FWHM). One seed gives the same
 sky and objects in mono and in color; mono is the mean of the colors.
 """
+import os
 import zlib
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from scipy import ndimage
+
+import bgoptimizer
 
 FAMILIES = ("galaxy", "nebula", "city_glows", "airglow", "dust", "moon", "hills", "stars", "flat",
             "big_nebula", "full_object")
@@ -77,6 +83,41 @@ def score(model, scene):
     return float(np.sqrt(np.mean(errors ** 2))), float(np.percentile(errors, 99.9))
 
 
+def sloping_sky(height=96, width=144, channels=3, noise=0.0005, seed=1):
+    """A simple picture and its sky, (h, w, c) each: a bent slope of its own per channel, noise, a few stars."""
+    rng = np.random.default_rng(seed)
+    y, x = (np.indices((height, width)) + 0.5) / max(height, width)
+    slopes = ((0.04, 0.03), (-0.02, 0.04), (0.03, -0.03))[:channels]
+    sky = np.stack([0.05 + 0.02 * k + a * x + b * y + 0.03 * (x - 0.4)**2 for k, (a, b) in enumerate(slopes)], -1)
+    image = sky + rng.normal(0, noise, sky.shape)
+    image[rng.integers(0, height, 40), rng.integers(0, width, 40)] += 0.4
+    return image.astype(np.float32), sky
+
+
+# ---------------------------------------------------------------------------------------------- files
+
+_BESIDE = [folder / "shared" / "real" for folder in Path(__file__).resolve().parents]
+# Files of cameras and of PixInsight, which are no part of the project; tests of them are skipped where they are not.
+REAL = Path(os.environ.get("BGOPTIMIZER_REAL") or next(filter(Path.is_dir, _BESIDE), _BESIDE[0]))
+
+
+def to_planes(image):
+    """(h, w, c), as the tests have pictures -> (c, h, w), as the stages take them."""
+    return np.ascontiguousarray(np.moveaxis(image, -1, 0))
+
+
+def save(path, image):
+    """Write (h, w, c) floats as XISF; returns the path as text."""
+    with open(path, "wb") as file:
+        bgoptimizer.write_xisf(file, to_planes(image))
+    return str(path)
+
+
+def load(path):
+    """Read an XISF file -> (h, w, c)."""
+    return np.moveaxis(bgoptimizer.read_xisf(str(path)).planes, 0, -1)
+
+
 # ---------------------------------------------------------------------------------------------- the canvas
 
 class _Canvas:
@@ -97,7 +138,7 @@ class _Canvas:
         self.y = ((np.arange(height) + 0.5 - height / 2) / self.longer)[:, None]
         self.half_x, self.half_y = width / 2 / self.longer, height / 2 / self.longer
         rng = self.rng
-        self.level = np.exp(rng.uniform(np.log(0.01), np.log(0.1)))       # sky over the pedestal, fraction of full scale
+        self.level = np.exp(rng.uniform(np.log(0.01), np.log(0.1)))      # sky over the pedestal, part of full scale
         self.pedestal = rng.uniform(0.005, 0.02) * rng.uniform(0.95, 1.05, 3)
         self.sky_color = _color(rng, NEUTRAL, 0.25)
         # A deep stack has 1-4 % of the sky as noise in a pixel, and one picture in four is a few short exposures.
@@ -184,7 +225,7 @@ class _Canvas:
         self.light_parts.append((np.asarray(light, np.float32), np.asarray(color, np.float64)))
 
     def galaxy(self, x, y, width, brightness):
-        """A spiral or an elliptical: `width` across where it has `brightness` (of the sky level), fainter light beyond."""
+        """A spiral or an elliptical: `width` across where it has `brightness` (of the sky level), fainter beyond."""
         rng = self.rng
         angle, ratio = rng.uniform(0, np.pi), rng.uniform(0.3, 0.95)
         r = self.distance(x, y, angle, ratio) / (width / 2)
@@ -203,7 +244,8 @@ class _Canvas:
         arms = 1 + contrast * np.cos(phase + 0.5 * self.fractal(2.5))
         clumps = np.exp(0.35 * np.clip(r / 0.25, 0, 1) * self.fractal(2.5) - 0.06)
         self.shine(disk * arms * clumps, blue)
-        self.shine(brightness * rng.uniform(20, 150) * np.exp(-np.sqrt(r ** 2 + 0.01 ** 2) / rng.uniform(0.05, 0.1)), warm)
+        core = brightness * rng.uniform(20, 150) * np.exp(-np.sqrt(r ** 2 + 0.01 ** 2) / rng.uniform(0.05, 0.1))
+        self.shine(core, warm)
 
     def nebula(self, coverage, brightness, sharpness=0.15):
         """Diffuse light with filaments, irregular, over `coverage` of the frame; its brightest 1 % has `brightness`."""
@@ -220,7 +262,7 @@ class _Canvas:
         glow = body * knots * (1 + filaments)
         glow *= brightness / np.quantile(glow, 0.99)
         self.shine(glow, red)
-        if rng.random() < 0.6:                              # doubly ionized oxygen or reflected starlight, its own shape
+        if rng.random() < 0.6:                              # doubly ionized oxygen or reflected starlight
             core = body ** 1.5 * np.exp(0.6 * self.fractal(2.8))
             self.shine(core * (brightness * rng.uniform(0.15, 0.6) / np.quantile(core, 0.99)), teal)
 
@@ -388,7 +430,8 @@ def _airglow(canvas):
     across = across + rng.uniform(0.02, 0.07) * np.sin(2 * np.pi * along / rng.uniform(0.5, 1.1) + rng.uniform(0, 6.28))
     canvas.brighten(np.exp(-across ** 2 / 2 / rng.uniform(0.08, 0.2) ** 2), rng.uniform(0.15, 0.5))
     side_x, side_y = rng.choice((-1, 1), 2)
-    r = canvas.distance(side_x * canvas.half_x * rng.uniform(0.95, 1.1), side_y * canvas.half_y * rng.uniform(0.95, 1.1))
+    r = canvas.distance(side_x * canvas.half_x * rng.uniform(0.95, 1.1),
+                        side_y * canvas.half_y * rng.uniform(0.95, 1.1))
     canvas.brighten(np.exp(-(r / rng.uniform(0.10, 0.15)) ** 2 / 2), rng.uniform(0.4, 1.5))
     canvas.tilt(0.05, 0.3)
     canvas.small_galaxies()

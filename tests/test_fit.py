@@ -1,165 +1,27 @@
-"""From a picture to its sky: the fit finds it, and taking it out spoils nothing else."""
+"""The fit finds the sky, from every start and on every device."""
+import logging
+import os
+
 import numpy as np
 import pytest
-import scenes
-from conftest import sloping_sky, to_planes
 
 import bgoptimizer
-from bgoptimizer import LOSS_TERMS, BgError, Settings, import_tensorflow, optimize, prepare, sky_sample
+from bgoptimizer import (LOSS_TERMS, BgError, Device, Settings, compute_devices, import_tensorflow, on_first_that_works,
+                         optimize, prepare, sky_sample, start_positions, start_values)
+from runner import QUICK, quick
+from scenes import make_scene, score, sloping_sky, to_planes
 
-# Given by hand, so that what the tool would choose has no part in these tests.
-QUICK = Settings(downscaling_factor=4, initializer="grid", smoothing=0.1, delinearization_quantile=0.999)
-
-
-def quick(**changes):
-    return bgoptimizer.replace(QUICK, **changes)
+GPU, CPU = Device("/GPU:0", "Tesla T4"), Device("/CPU:0", "the CPU")
 
 
-def error_in_percent(model, sky, valid=None):
+def error_in_percent(model, sky):
     """Largest rms over the channels of model - sky, less its median, in percent of the sky's range."""
-    valid = np.ones(sky.shape[:2], bool) if valid is None else valid
-    errors = []
-    for k in range(sky.shape[-1]):
-        error = (model - sky)[..., k][valid]
-        errors.append(np.sqrt(np.mean((error - np.median(error))**2)) / np.ptp(sky[..., k]) * 100)
-    return max(errors)
+    error = model - sky
+    error -= np.median(error, (0, 1))
+    return (np.sqrt(np.mean(error**2, (0, 1))) / np.ptp(sky, (0, 1)) * 100).max()
 
 
-@pytest.fixture(scope="module")
-def run():
-    image, sky = sloping_sky()
-    return image, sky, optimize(image, QUICK)
-
-
-@pytest.mark.parametrize("shape", [(96, 144), (149, 101)])
-@pytest.mark.parametrize("channels", [1, 3])
-def test_the_sky_is_found(shape, channels):
-    image, sky = sloping_sky(*shape, channels)
-    assert error_in_percent(optimize(image, QUICK).model, sky) < 3
-
-
-@pytest.mark.parametrize("family", ["city_glows", "stars"])
-def test_the_sky_is_found_behind_a_field_of_stars(family):
-    scene = scenes.make_scene(family, 1, 240, 360, 3, border=True)
-    assert scenes.score(optimize(scene.image, QUICK).model, scene)[0] < 3
-
-
-@pytest.mark.parametrize("order", [1, 2, 3, 4])
-@pytest.mark.parametrize("initializer", ["random", "grid"])
-def test_every_order_and_start_finds_it(order, initializer):
-    image, sky = sloping_sky()
-    result = optimize(image, quick(order=order, initializer=initializer, points=16))
-    assert error_in_percent(result.model, sky) < 5
-
-
-def test_a_nebula_under_a_mask_is_not_subtracted():
-    image, sky = sloping_sky(128, 192)
-    y, x = np.indices(image.shape[:2])
-    nebula = 0.05 * np.exp(-((y - 60)**2 + (x - 100)**2) / 400)[..., None]
-    mask = (nebula[..., 0] < 0.0002).astype(float)
-    result = optimize((image + nebula).astype(np.float32), QUICK, mask)
-    left = result.subtracted - (image - sky)  # the nebula and a constant
-    brightness = left[55:65, 95:105].mean((0, 1)) - np.median(left[mask == 1], 0)
-    np.testing.assert_allclose(brightness, nebula[55:65, 95:105].mean(), rtol=0.1)
-
-
-def test_black_border_does_not_shift_the_color(run):
-    image, _, bare = run
-    framed = np.zeros((120, 180, 3), np.float32)
-    framed[10:106, 20:164] = image
-    result = optimize(framed, QUICK)
-    np.testing.assert_allclose(np.median(result.subtracted[10:106, 20:164], (0, 1)), np.median(image, (0, 1)), rtol=1e-3)
-    shift = np.median(result.subtracted[10:106, 20:164] - bare.subtracted, (0, 1))
-    assert np.abs(shift).max() < 0.001 * image.mean()
-
-
-def test_one_bad_pixel_does_not_shift_the_color(run):
-    image, _, bare = run
-    spoiled = image.copy()
-    spoiled[50, 50] = 1e-30, 1.0, 1e-30
-    shift = np.median(optimize(spoiled, QUICK).subtracted - bare.subtracted, (0, 1))
-    assert np.abs(shift).max() < 0.001 * image.mean()
-
-
-def test_medians_stay(run):
-    image, _, result = run
-    np.testing.assert_allclose(np.median(result.subtracted, (0, 1)), np.median(image, (0, 1)), rtol=1e-3)
-
-
-def test_model_plus_subtracted_is_the_picture_and_a_constant(run):
-    image, _, result = run
-    constant = result.model + result.subtracted - image
-    inside = (result.subtracted > 0) & (result.subtracted < 1)
-    for k in range(3):
-        assert np.abs(constant[..., k][inside[..., k]] - result.offsets[k]).max() < 2e-5
-
-
-@pytest.mark.parametrize("missing", [0.0, np.nan, np.inf])
-def test_missing_samples_come_out_as_they_went_in(missing):
-    image, sky = sloping_sky()
-    image[:10] = missing
-    image[40, 60, 1] = missing
-    result = optimize(image, quick(epochs=20))
-    np.testing.assert_array_equal(result.subtracted[:10], image[:10])
-    np.testing.assert_array_equal(result.subtracted[40, 60, 1], image[40, 60, 1])
-    assert np.isfinite(result.model).all() and (result.subtracted[20:, :, 0] > 0).any()
-
-
-def test_the_same_seed_gives_the_same_pictures_and_another_does_not(run):
-    image = run[0]
-    settings = quick(initializer="random", epochs=150)
-    first, second, other = (optimize(image, bgoptimizer.replace(settings, seed=seed)) for seed in (4, 4, 5))
-    np.testing.assert_array_equal(first.model, second.model)
-    np.testing.assert_array_equal(first.subtracted, second.subtracted)
-    assert (first.model != other.model).any()
-
-
-def test_the_picture_given_is_not_changed_and_float64_stays():
-    image = sloping_sky()[0].astype(np.float64)
-    before = image.copy()
-    result = optimize(image, quick(epochs=5))
-    np.testing.assert_array_equal(image, before)
-    assert result.model.dtype == result.subtracted.dtype == np.float64
-    assert optimize(image.astype(np.float32), quick(epochs=5)).model.dtype == np.float32
-
-
-def test_gray_pictures_may_have_two_dimensions_and_integers_count_over_their_range():
-    image = sloping_sky(channels=1)[0]
-    flat = optimize(np.round(image[..., 0] * 65535).astype(np.uint16), quick(epochs=5))
-    deep = optimize(np.round(image * 65535) / np.float32(65535), quick(epochs=5))
-    assert flat.model.shape == (96, 144, 1)
-    np.testing.assert_allclose(flat.model, deep.model, atol=1e-6)
-
-
-@pytest.mark.parametrize("image", [np.ones((5, 5, 2)), np.ones(7), np.ones((4, 4, 3, 1)), np.array([["a"]]), np.ones((0, 4))])
-def test_arrays_that_are_no_pictures_are_refused(image):
-    with pytest.raises(BgError, match="give"):
-        optimize(image, QUICK)
-
-
-def test_the_loss_falls_and_the_best_surface_is_kept(run):
-    result = run[2]
-    history = result.history
-    assert list(history) == ["loss"] + list(LOSS_TERMS)
-    assert history["loss"][-1] < history["loss"][0] - 1
-    assert 1 <= len(history["loss"]) <= 1000
-    again = optimize(run[0], quick(epochs=len(history["loss"]) // 2))
-    assert again.history["loss"].min() >= history["loss"].min()
-
-
-def test_the_fit_stops_when_nothing_improves():
-    image = sloping_sky(64, 64, 1, noise=0)[0]
-    result = optimize(image, quick(learning_rate=1e-9, epochs=400))  # too slow to improve by what counts
-    assert len(result.history["loss"]) < 110 and "no improvement" in result.fit.stopped
-
-
-def test_epochs_are_counted_and_told(run):
-    told = []
-    result = optimize(run[0], quick(epochs=25), on_epoch=lambda epoch, loss: told.append((epoch, loss)))
-    assert [epoch for epoch, _ in told] == list(range(1, 26))
-    np.testing.assert_array_equal([loss for _, loss in told], result.history["loss"])
-    assert [epoch for epoch, _, _ in result.fit.track] == [0, 10, 20]
-
+# ------------------------------------------------------------------------------------------------ loss
 
 def test_each_loss_term_sees_its_own_fault():
     tf = import_tensorflow()
@@ -170,6 +32,36 @@ def test_each_loss_term_sees_its_own_fault():
     np.testing.assert_allclose(bgoptimizer.loss_negative(tf, r), [0, 0.2, 0.4], atol=1e-7)
 
 
+# ------------------------------------------------------------------------------------------------ start and sample
+
+@pytest.mark.parametrize("shape", [(2000, 3000), (3000, 2000), (500, 500), (100, 1000)])
+@pytest.mark.parametrize("points", [3, 4, 16, 32, 36, 100])
+def test_grid_start_covers_the_frame_in_its_own_aspect(shape, points):
+    start = start_positions(Settings(points=points, initializer="grid"), shape)
+    sides = np.array(shape) / max(shape)
+    assert abs(len(start) - points) <= max(1, points / 6)
+    np.testing.assert_allclose(start.mean(0), sides / 2, rtol=1e-5)
+    assert (start > 0).all() and (start < sides).all()
+
+
+def test_random_start_follows_the_seed_and_stays_in_the_frame():
+    starts = [start_positions(Settings(points=50, seed=seed), (300, 900)) for seed in (1, 1, 2)]
+    np.testing.assert_array_equal(starts[0], starts[1])
+    assert (starts[0] != starts[2]).any() and starts[0].shape == (50, 2)
+    assert (starts[0] >= 0).all() and (starts[0] <= [1 / 3, 1]).all()
+
+
+def test_first_values_are_the_pictures_and_under_a_mask_the_medians():
+    planes = to_planes(sloping_sky(96, 144)[0])
+    mask = np.ones((1, 96, 144), np.float32)
+    mask[:, :48] = 0
+    prepared = prepare(planes, Settings(), mask)
+    values = start_values(prepared, np.array([[4.5, 100.5], [60.5, 100.5]], np.float32) / 144, 2, 0.1)
+    np.testing.assert_allclose(values[1], prepared.image[7, 12], atol=1e-6)
+    medians = [np.median(prepared.image[..., k][prepared.weight[..., k] > 0]) for k in range(3)]
+    np.testing.assert_allclose(values[0], medians, atol=1e-6)
+
+
 @pytest.mark.parametrize("batch", [1, 2])
 def test_the_fit_sees_pixels_from_everywhere_but_none_that_is_masked(batch):
     image = sloping_sky(400, 600, 1)[0]
@@ -177,7 +69,8 @@ def test_the_fit_sees_pixels_from_everywhere_but_none_that_is_masked(batch):
     settings = Settings(downscaling_factor=2, batch=batch)
     prepared = prepare(to_planes(image), settings)
     query, seen, weight = sky_sample(prepared, settings)
-    assert len(query) == len(seen) == bgoptimizer.SAMPLE_PIXELS * batch and weight.min() > 0 and len(set(map(tuple, query))) == len(query)
+    assert len(query) == len(seen) == bgoptimizer.SAMPLE_PIXELS * batch and weight.min() > 0
+    assert len(set(map(tuple, query))) == len(query)  # no pixel twice
     counts = np.histogram2d(*query.T, (6, 8), ((100 / 600, 400 / 600), (0, 1)))[0]
     assert counts.min() > 0.7 * counts.mean()
 
@@ -187,22 +80,187 @@ def test_a_small_picture_is_seen_whole():
     np.testing.assert_array_equal(sky_sample(prepared, QUICK)[1], prepared.image[prepared.used])
 
 
-@pytest.mark.parametrize("shape", [(1, 40), (40, 1), (5, 5), (8, 700), (2, 2)])
-def test_odd_pictures_give_a_picture_or_a_sentence(shape):
-    image = np.random.default_rng(0).uniform(0.1, 0.2, shape + (1,)).astype(np.float32)
+# ------------------------------------------------------------------------------------------------ fit
+
+@pytest.mark.parametrize("shape", [(96, 144), pytest.param((149, 101), marks=pytest.mark.slow)])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_the_sky_is_found(shape, channels):
+    image, sky = sloping_sky(*shape, channels)
+    assert error_in_percent(optimize(image, QUICK).model, sky) < 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["city_glows", "stars"])
+def test_the_sky_is_found_behind_a_field_of_stars(family):
+    scene = make_scene(family, 1, 240, 360, 3, border=True)
+    assert score(optimize(scene.image, QUICK).model, scene)[0] < 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("order", [1, 2, 3, 4])
+@pytest.mark.parametrize("initializer", ["random", "grid"])
+def test_every_order_and_start_finds_it(order, initializer):
+    image, sky = sloping_sky()
+    result = optimize(image, quick(order=order, initializer=initializer, points=16))
+    assert error_in_percent(result.model, sky) < 5
+
+
+def test_the_loss_falls_and_the_best_surface_is_kept(fitted):
+    image, _, result = fitted
+    loss = result.history["loss"]
+    assert list(result.history) == ["loss"] + list(LOSS_TERMS)
+    assert loss[-1] < loss[0] - 1
+    assert 1 <= len(loss) <= 1000
+    shorter = optimize(image, quick(epochs=len(loss) // 2))
+    assert shorter.history["loss"].min() >= loss.min()
+    kept = bgoptimizer.fit_surface(result.prepared, quick(epochs=1), (result.fit.positions, result.fit.values))
+    assert kept.history[0, 0] == pytest.approx(loss.min(), abs=1e-4)
+
+
+def test_the_fit_stops_when_nothing_improves():
+    image = sloping_sky(64, 64, 1, noise=0)[0]
+    result = optimize(image, quick(learning_rate=1e-9, epochs=400))  # too slow to improve by what counts
+    assert len(result.history["loss"]) < 110 and "no improvement" in result.fit.stopped
+
+
+def test_epochs_are_counted_and_told(fitted):
+    told = []
+    result = optimize(fitted[0], quick(epochs=25), on_epoch=lambda epoch, loss: told.append((epoch, loss)))
+    assert [epoch for epoch, _ in told] == list(range(1, 26))
+    np.testing.assert_array_equal([loss for _, loss in told], result.history["loss"])
+    assert [epoch for epoch, _, _ in result.fit.track] == [0, 10, 20]
+
+
+def test_the_same_seed_gives_the_same_pictures_and_another_does_not(fitted):
+    image = fitted[0]
+    settings = quick(initializer="random", epochs=150)
+    first, second, other = (optimize(image, bgoptimizer.replace(settings, seed=seed)) for seed in (4, 4, 5))
+    np.testing.assert_array_equal(first.model, second.model)
+    np.testing.assert_array_equal(first.subtracted, second.subtracted)
+    assert (first.model != other.model).any()
+
+
+# ------------------------------------------------------------------------------------------------ devices
+
+# Stand-ins fail in the place of a GPU.
+
+def tf_error(kind):
+    """An error as TensorFlow raises them."""
+    return getattr(import_tensorflow().errors, kind)(None, None, "a long story\nof many lines")
+
+
+def failing(*errors):
+    """Work that raises these in turn, then is done."""
+    waiting = list(errors)
+
+    def work():
+        if waiting:
+            raise waiting.pop(0)
+        return "done"
+    return work
+
+
+def test_a_gpu_that_works_is_used_and_nothing_said():
+    said = []
+    assert on_first_that_works([GPU, CPU], failing(), said.append) == "done" and said == []
+
+
+@pytest.mark.parametrize("kind, words", [
+    ("ResourceExhaustedError",
+     "Tesla T4 has too little memory; going on with the CPU (a larger -dx or a smaller -B may fit)"),
+    ("InternalError", "Tesla T4 failed (InternalError); going on with the CPU"),
+    ("UnknownError", "Tesla T4 failed (UnknownError); going on with the CPU")])
+def test_a_gpu_that_fails_is_one_line_and_the_cpu_goes_on(kind, words):
+    said = []
+    assert on_first_that_works([GPU, CPU], failing(tf_error(kind)), said.append) == "done"
+    assert said == [words]
+
+
+def test_a_cpu_without_memory_says_what_helps():
+    with pytest.raises(BgError, match="the CPU has too little memory; try a larger -dx, or a smaller -B"):
+        on_first_that_works([GPU, CPU], failing(*[tf_error("ResourceExhaustedError")] * 2))
+
+
+@pytest.mark.parametrize("kind", ["InternalError", "InvalidArgumentError"])
+def test_other_faults_of_the_cpu_are_not_hidden(kind):
+    with pytest.raises(getattr(import_tensorflow().errors, kind)):
+        on_first_that_works([CPU], failing(tf_error(kind)))
+
+
+def test_our_own_errors_are_not_blamed_on_the_gpu():
+    with pytest.raises(BgError, match="nothing left"):
+        on_first_that_works([GPU, CPU], failing(BgError("nothing left")))
+
+
+def test_a_gpu_that_tensorflow_sees_comes_first(monkeypatch):
+    config, details = import_tensorflow().config, {"one": {"device_name": "Tesla T4"}, "two": {}}
+    monkeypatch.setattr(config, "list_logical_devices", lambda kind: ["one", "two"])
+    monkeypatch.setattr(config, "list_physical_devices", lambda kind: ["one", "two"])
+    monkeypatch.setattr(config.experimental, "get_device_details", details.get)
+    assert compute_devices() == [GPU, CPU]
+
+
+def test_a_gpu_held_by_another_program_is_one_line_and_not_tried_again(monkeypatch):
+    def held(kind):
+        raise tf_error("InternalError")
+
+    config, said, visible = import_tensorflow().config, [], []
+    monkeypatch.setattr(config, "list_logical_devices", held)
+    monkeypatch.setattr(config, "set_visible_devices", lambda devices, kind: visible.append((devices, kind)))
+    assert compute_devices(said.append) == [CPU]
+    assert said == ["the GPU cannot be started (InternalError); going on with the CPU"] and visible == [([], "GPU")]
+
+
+def test_the_device_is_said_and_memory_grows():
+    if not import_tensorflow().config.list_physical_devices("GPU"):
+        said = []
+        optimize(sloping_sky(channels=1)[0], quick(epochs=2), say=said.append)
+        assert any("control points, smoothing 0.1, on the CPU" in line for line in said)
+    assert os.environ["TF_FORCE_GPU_ALLOW_GROWTH"] == "true"
+
+
+def test_a_fit_that_fails_on_the_gpu_gives_the_same_sky_on_the_cpu(monkeypatch):
+    image, settings = sloping_sky()[0], quick(epochs=20)
+    expected = optimize(image, settings)
+    fit, tries, said = bgoptimizer.fit_surface, [], []
+
+    def first_try_fails(*arguments):
+        tries.append(1)
+        if len(tries) == 1:
+            raise tf_error("ResourceExhaustedError")
+        return fit(*arguments)
+
+    monkeypatch.setattr(bgoptimizer, "compute_devices", lambda say: [GPU, CPU])
+    monkeypatch.setattr(bgoptimizer, "fit_surface", first_try_fails)
+    result = optimize(image, settings, say=said.append)
+    np.testing.assert_array_equal(result.model, expected.model)
+    assert len(tries) == 2 and sum("going on with the CPU" in line for line in said) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("initializer", ["grid", "random"])
+def test_drop_in_and_tensorflow_addons_give_the_same_sky(initializer, monkeypatch):
+    pytest.importorskip("tensorflow_addons.image.interpolate_spline", exc_type=Exception)
+    image, sky = sloping_sky()
+    settings = quick(initializer=initializer, epochs=200)
+    theirs = optimize(image, settings)
+    monkeypatch.setattr(bgoptimizer, "_import_interpolate_spline", lambda: bgoptimizer.interpolate_spline)
+    ours = optimize(image, settings)
+    np.testing.assert_allclose(ours.history["loss"][:3], theirs.history["loss"][:3], rtol=1e-5)
+    error = ours.model - theirs.model
+    assert (np.sqrt(np.mean(error**2, (0, 1))) < 0.005 * np.ptp(sky, (0, 1))).all()
+
+
+def test_tensorflow_has_nothing_to_say_about_the_drop_in(monkeypatch):
+    # Its warning, that it cannot rewrite our Python, would print the whole environment on the screen.
+    messages = []
+    handler = logging.Handler()
+    handler.emit = messages.append
+    monkeypatch.setattr(bgoptimizer, "_import_interpolate_spline", lambda: bgoptimizer.interpolate_spline)
+    logger = import_tensorflow().get_logger()
+    logger.addHandler(handler)
     try:
-        result = optimize(image, Settings(epochs=20))
-    except BgError as error:
-        assert ";" in str(error)  # what is wrong; what to do
-    else:
-        assert np.isfinite(result.model).all() and np.isfinite(result.subtracted).all()
-
-
-@pytest.mark.parametrize("field, value, flag", [
-    ("downscaling_factor", 0, "-dx"), ("delinearization_quantile", 0, "-dq"), ("delinearization_quantile", 1.1, "-dq"),
-    ("delinearization_quantile", float("nan"), "-dq"), ("threshold_min", 1.0, "-tM"), ("points", 2, "-N"), ("order", 5, "-O"),
-    ("epochs", 0, "-e"), ("alpha", -1, "-a"), ("batch", 0, "-B"), ("learning_rate", 0, "-lr"), ("smoothing", -1, "--smoothing"),
-    ("downscaling_factor", 2.5, "-dx"), ("points", 30.0, "-N"), ("seed", -1, "--seed"), ("downscaling_func", "max", "-df"), ("initializer", "sobol", "-i")])
-def test_settings_out_of_range_are_refused(field, value, flag):
-    with pytest.raises(ValueError, match=f"^{flag} must be "):
-        Settings(**{field: value})
+        optimize(sloping_sky(channels=1)[0], quick(epochs=2))
+    finally:
+        logger.removeHandler(handler)
+    assert messages == []

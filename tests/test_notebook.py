@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import load, save, sloping_sky
 
 import bgoptimizer
+from scenes import load, save, sloping_sky
 
 nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
 pytest.importorskip("ipykernel")
@@ -18,7 +18,8 @@ pytest.importorskip("ipykernel")
 ROOT = Path(bgoptimizer.__file__).resolve().parent
 NOTEBOOK = ROOT / "bgoptimizer_colab.ipynb"
 GOOD, BAD, MASK = "M 31 [Ha] 'new' #2.xisf", "bad one [1].xisf", "my mask [1].xisf"
-FAST = dict(auto=False, delinearization_quantile="0.999", smoothing="1", initializer="grid", downscaling_factor=4, epochs=110)
+FAST = dict(auto=False, delinearization_quantile="0.999", smoothing="1", initializer="grid", downscaling_factor=4,
+            epochs=110)  # what is filled into the form
 
 # What google.colab does, as far as the notebook can tell: files come from and go to folders beside its own.
 COLAB = '''
@@ -84,8 +85,9 @@ def check_model(path, sky):
 def test_the_notebook_is_valid_bare_and_has_stable_ids():
     notebook = read()
     nbformat.validate(notebook)
-    assert [cell.id for cell in notebook.cells] == ["what-it-is", "get-the-tool", "device", "pictures", "settings", "preview",
-                                                    "optimize", "download", "all-options"]
+    assert [cell.id for cell in notebook.cells] == [
+        "what-it-is", "get-the-tool", "device", "pictures", "settings", "preview", "optimize", "download",
+        "all-options"]
     for cell in notebook.cells[1:]:
         assert cell.outputs == [] and cell.execution_count is None
         compile(cell.source, cell.id, "exec")
@@ -100,10 +102,12 @@ def test_on_colab_uploads_become_downloads(folder):
     save(folder / "uploads" / MASK, np.ones_like(image[..., :1]))
     (folder / "uploads" / BAD).write_bytes(b"XISF0100 and then nothing")
     colab = COLAB.format(uploads=str(folder / "uploads"), downloads=str(folder / "downloads"))
-    told = execute(folder / "content", {"settings": dict(FAST, mask=MASK, compress=True, more_options="--seed '7'")}, colab)
+    form = dict(FAST, mask=MASK, compress=True, more_options="--seed '7'")
+    told = execute(folder / "content", {"settings": form}, colab)
 
     assert "Ready" in told["get-the-tool"][0] and "installed" not in told["get-the-tool"][0]
-    for word in (f"bgoptimizer {bgoptimizer.VERSION}\n", f"Python {sys.version_info[0]}.", "tensorflow 2.", "Computing on the CPU"):
+    for word in (f"bgoptimizer {bgoptimizer.VERSION}\n", f"Python {sys.version_info[0]}.", "tensorflow 2.",
+                 "Computing on the CPU"):
         assert word in told["device"][0]
     assert "WARNING" not in told["device"][0]
     for cell in ("preview", "optimize"):
@@ -129,7 +133,8 @@ def test_in_jupyter_files_come_from_a_folder(folder):
     save(lights / "b.XISF", image)
     save(lights / "b_bgModel.xisf", image)  # of an earlier run
     (lights / BAD).write_bytes(b"")
-    told = execute(folder, {"pictures": {"folder": str(lights)}, "settings": dict(FAST, output_folder="out 'here'", save_mask=True)})
+    form = dict(FAST, output_folder="out 'here'", save_mask=True)
+    told = execute(folder, {"pictures": {"folder": str(lights)}, "settings": form})
 
     text, pictures = told["optimize"]
     assert "2 of 3 pictures done; not" in text and len(pictures) == 2 and len(told["preview"][1]) == 2
@@ -161,7 +166,8 @@ def test_only_what_is_missing_is_installed_and_never_tensorflow(folder, monkeypa
     shutil.copy(bgoptimizer.__file__, folder)
     asked = []
     monkeypatch.setattr(subprocess, "run", lambda command, **_: asked.append(command))
-    monkeypatch.setattr("importlib.util.find_spec", lambda name, *_: None if name in ("xisf", "lz4", "tensorflow") else object())
+    missing = "xisf", "lz4", "tensorflow"
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *_: None if name in missing else object())
     run_cells(source("get-the-tool"))
     assert asked == [[sys.executable, "-m", "pip", "install", "--quiet", "xisf", "lz4"]]
 

@@ -1,11 +1,44 @@
-"""The stretch shows the sky, and can be taken back exactly."""
+"""What all stages share: settings and quantiles. And the stretch: it shows the sky, and can be taken back exactly."""
 import numpy as np
 import pytest
-from conftest import sloping_sky, to_planes
 
 import bgoptimizer
 from bgoptimizer import BgError, Settings, Stretch, _quantiles, measure_stretch, prepare
+from scenes import sloping_sky, to_planes
 
+
+# ------------------------------------------------------------------------------------------------ what all stages share
+
+@pytest.mark.parametrize("field, value, flag", [
+    ("downscaling_factor", 0, "-dx"), ("downscaling_factor", 2.5, "-dx"), ("downscaling_func", "max", "-df"),
+    ("delinearization_quantile", 0, "-dq"), ("delinearization_quantile", 1.1, "-dq"),
+    ("delinearization_quantile", float("nan"), "-dq"), ("threshold_min", 1.0, "-tM"), ("initializer", "sobol", "-i"),
+    ("points", 2, "-N"), ("points", 30.0, "-N"), ("order", 5, "-O"), ("epochs", 0, "-e"), ("alpha", -1, "-a"),
+    ("batch", 0, "-B"), ("learning_rate", 0, "-lr"), ("smoothing", -1, "--smoothing"), ("seed", -1, "--seed")])
+def test_settings_out_of_range_are_refused(field, value, flag):
+    with pytest.raises(ValueError, match=f"^{flag} must be "):
+        Settings(**{field: value})
+
+
+@pytest.mark.parametrize("case", ["random", "two values", "one value sticks out", "one value"])
+def test_quantiles_are_exact(case):
+    values = {"random": np.random.default_rng(5).normal(size=50_001), "two values": np.arange(999.0) % 2,
+              "one value sticks out": np.append(np.zeros(49_999), 9.0), "one value": np.ones(1)}[case]
+    wanted = (0, 0.3, 0.5, 0.95, 0.999, 1)
+    expected = np.sort(values)[[int(q * (values.size - 1)) for q in wanted]]
+    np.testing.assert_array_equal(_quantiles(values[None], np.ones((1, values.size), bool), wanted), expected)
+
+
+def test_quantiles_of_very_many_samples_are_near_and_never_of_none(monkeypatch):
+    monkeypatch.setattr(bgoptimizer, "QUANTILE_SAMPLES", 10_000)
+    plane = np.random.default_rng(5).normal(size=(300, 400))
+    found = _quantiles(plane, np.ones_like(plane, bool), (0.5, 0.95))
+    np.testing.assert_allclose(found, np.quantile(plane, (0.5, 0.95)), atol=0.03)
+    one = np.arange(plane.size).reshape(plane.shape) == 12_346
+    assert _quantiles(plane, one, (0.5,)) == plane[one]
+
+
+# ------------------------------------------------------------------------------------------------ stretch
 
 @pytest.fixture(scope="module")
 def stretch():
@@ -49,24 +82,6 @@ def test_missing_samples_have_no_say_in_the_stretch(stretch, missing):
     for name in ("pedestal", "scale", "midtones"):
         np.testing.assert_array_equal(getattr(again, name), getattr(stretch, name))
     np.testing.assert_allclose(median, np.median(image, (0, 1)), rtol=1e-3)
-
-
-@pytest.mark.parametrize("case", ["random", "two values", "one value sticks out", "one value"])
-def test_quantiles_are_exact(case):
-    values = {"random": np.random.default_rng(5).normal(size=50_001), "two values": np.arange(999.0) % 2,
-              "one value sticks out": np.append(np.zeros(49_999), 9.0), "one value": np.ones(1)}[case]
-    wanted = (0, 0.3, 0.5, 0.95, 0.999, 1)
-    expected = np.sort(values)[[int(q * (values.size - 1)) for q in wanted]]
-    np.testing.assert_array_equal(_quantiles(values[None], np.ones((1, values.size), bool), wanted), expected)
-
-
-def test_quantiles_of_very_many_samples_are_near_and_never_of_none(monkeypatch):
-    monkeypatch.setattr(bgoptimizer, "QUANTILE_SAMPLES", 10_000)
-    plane = np.random.default_rng(5).normal(size=(300, 400))
-    found = _quantiles(plane, np.ones_like(plane, bool), (0.5, 0.95))
-    np.testing.assert_allclose(found, np.quantile(plane, (0.5, 0.95)), atol=0.03)
-    one = np.arange(plane.size).reshape(plane.shape) == 12_346
-    assert _quantiles(plane, one, (0.5,)) == plane[one]
 
 
 def test_each_channel_is_stretched_on_its_own(stretch):

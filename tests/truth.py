@@ -100,9 +100,11 @@ def draw(scene, models, results, path):
     for axis, (name, picture) in zip([axes[0], axes[1]] + list(axes[2::2]), small.items()):
         stretched = np.clip(np.arcsinh((picture - low) / (middle - low) / 1.5) / np.arcsinh(8), 0, 1)
         axis.imshow(stretched.squeeze(), cmap="gray")
-        axis.set_title(name if name not in results else "%s: rms %.2f %%, p99.9 %.2f %%" % ((name,) + results[name][:2]))
+        title = "%s: rms %.2f %%, p99.9 %.2f %%" % ((name,) + results[name][:2]) if name in results else name
+        axis.set_title(title)
     for axis, model in zip(axes[3::2], models):
-        unit = scene.noise if scene.family == "flat" else np.ptp(np.percentile(small["true sky"][valid], (1, 99), axis=0), axis=0)
+        span = np.ptp(np.percentile(small["true sky"][valid], (1, 99), axis=0), axis=0)
+        unit = scene.noise if scene.family == "flat" else span
         error = (small[model] - small["true sky"]) / unit
         error = (error - np.median(error[valid], axis=0)).mean(axis=2)
         axis.imshow(np.where(valid, error, np.nan), cmap="RdBu_r", vmin=-0.1, vmax=0.1)
@@ -131,7 +133,8 @@ def table(families, columns, results):
             if any(over):
                 broken.append("%s, %s: mean %.2f %%, worst %.2f %%, promised %g and %g"
                               % (family, column, mean, worst, bound, 2 * bound))
-            line += " | %7.2f%s%7.2f%s%7.2f %7.1f " % (mean, " *"[int(over[0])], worst, " *"[int(over[1])], p999, seconds)
+            stars = [" *"[int(is_over)] for is_over in over]
+            line += " | %7.2f%s%7.2f%s%7.2f %7.1f " % (mean, stars[0], worst, stars[1], p999, seconds)
         lines.append(line)
     lines.append("%-12s" % "all" + "".join(
         " | %7.2f  %15s %7.1f " % (np.mean([row[0] for family in families for row in results[family, column]]), "",
@@ -182,9 +185,9 @@ def main(argv=None):
     def note(picture, scores):
         for column, numbers in scores.items():
             results[picture["family"], column].append(numbers)
-        print("{family} {seed}, {height} x {width} x {channels}".format(**picture) + ", border" * picture["border"] + ": "
-              + "; ".join("%s %.2f %% (p99.9 %.2f, %.1f s)" % ((name,) + row) for name, row in scores.items()),
-              file=sys.stderr, flush=True)
+        name = "{family} {seed}, {height} x {width} x {channels}".format(**picture) + ", border" * picture["border"]
+        told = ("%s %.2f %% (p99.9 %.2f, %.1f s)" % ((column,) + row) for column, row in scores.items())
+        print(name + ": " + "; ".join(told), file=sys.stderr, flush=True)
 
     more = columns, arguments.tool, arguments.pictures
     if arguments.jobs == 1:

@@ -1,7 +1,7 @@
 """A file for each row of what real and hostile XISF files hold, assembled by hand from the specification.
 
-`rows()` gives them with what must come of them; `write_rows(folder)` puts them on the disk. Nothing here uses the
-`xisf` package or the tool's own reader and writer: only struct, bytes and the bare codecs.
+`rows()` gives them with what must come of them. Nothing here uses the `xisf` package or the tool's own reader and
+writer: only struct, bytes and the bare codecs.
 """
 import base64
 import hashlib
@@ -14,7 +14,8 @@ import numpy as np
 import zstandard
 
 DECLARATION = '<?xml version="1.0" encoding="UTF-8"?>'
-ROOT = ('<xisf version="1.0" xmlns="http://www.pixinsight.com/xisf" xmlns:xsi="http://www.w3.org/2001/XMLSchema-instance" '
+ROOT = ('<xisf version="1.0" xmlns="http://www.pixinsight.com/xisf" '
+        'xmlns:xsi="http://www.w3.org/2001/XMLSchema-instance" '
         'xsi:schemaLocation="http://www.pixinsight.com/xisf http://pixinsight.com/xisf/xisf-1.0.xsd">')
 METADATA = ('<Metadata><Property id="XISF:CreationTime" type="String">2019-09-15T20:24:28Z</Property>'
             '<Property id="XISF:CreatorApplication" type="String">by hand</Property></Metadata>')
@@ -114,7 +115,8 @@ def rows(width=13, height=7):
         for kind in ("Float32", "Float64"):
             stored = (float_truth.astype("f8") * (upper - lower) + lower).astype(KINDS[kind])
             unit = np.clip((stored.astype("f8") - lower) / (upper - lower), 0, 1).astype(KINDS[kind])
-            yield good("bounds-{}-{}:{}".format(kind, lower, upper), one_image(stored, bounds="%s:%s" % (lower, upper)), unit)
+            yield good("bounds-{}-{}:{}".format(kind, lower, upper),
+                       one_image(stored, bounds="%s:%s" % (lower, upper)), unit)
     yield good("bounds-swapped", one_image(floats, bounds="1:0"), float_truth)
     yield good("bounds-third-item", one_image(floats, bounds=" 0 : 1. : 7"), float_truth)
     twelve_bits = (samples >> 4).astype("u2")
@@ -153,7 +155,8 @@ def rows(width=13, height=7):
     four, four_truth = shot(channels=4)
     yield good("alpha-gray", one_image(two, colorSpace="Gray"), two_truth[:1], "alpha.*dropped")
     yield good("alpha-rgb", one_image(four, colorSpace="RGB"), four_truth[:3], "alpha.*dropped")
-    yield good("alpha-rgb-normal-big", one_image(four, colorSpace="RGB", normal=True, order=">"), four_truth[:3], "alpha")
+    yield good("alpha-rgb-normal-big", one_image(four, colorSpace="RGB", normal=True, order=">"), four_truth[:3],
+               "alpha")
     yield good("alpha-float", one_image(shot("Float32", 4)[0], colorSpace="RGB"), shot("Float32", 4)[1][:3], "alpha")
     yield good("three-channels-called-gray", one_image(rgb, colorSpace=None), rgb_truth[:1], "2 alpha.*dropped")
     yield bad("two-channels-called-rgb", one_image(two, colorSpace="RGB"), "RGB")
@@ -161,13 +164,15 @@ def rows(width=13, height=7):
     second = tag("Image", {"geometry": "1:1:1", "sampleFormat": "UInt8", "location": "attachment:%d:1" % POSITION})
     yield good("two-images", one_image(outside=second), says="2 images.*first")
     yield bad("no-image", monolithic(DECLARATION + ROOT + METADATA + "</xisf>"), "no image")
-    yield bad("image-not-under-root", one_image(xml=DECLARATION + ROOT + "<Group>" + second + "</Group></xisf>"), "no image")
+    yield bad("image-not-under-root", one_image(xml=DECLARATION + ROOT + "<Group>" + second + "</Group></xisf>"),
+              "no image")
 
     # Where the block is
     text, hexes = base64.b64encode(data).decode(), data.hex()
     keyword = '<FITSKeyword name="OBJECT" value="\'M 31\'" comment=""/>'
     yield good("embedded-base64", one_image(location="embedded", children=tag("Data", {"encoding": "base64"}, text)))
-    yield good("embedded-hex", one_image(location="embedded", children=keyword + tag("Data", {"encoding": "hex"}, hexes)))
+    yield good("embedded-hex", one_image(location="embedded",
+                                         children=keyword + tag("Data", {"encoding": "hex"}, hexes)))
     yield good("embedded-hex-upper", one_image(location="embedded",
                                                children=tag("Data", {"encoding": "HEX"}, " " + hexes.upper() + "\n")))
     yield good("embedded-no-encoding", one_image(location="embedded", children=tag("Data", {}, text)))
@@ -177,20 +182,24 @@ def rows(width=13, height=7):
                   "checksum": "sha-1:" + hashlib.sha1(small).hexdigest()}
     compressed = tag("Data", attributes, base64.b64encode(small).decode())
     yield good("embedded-compressed", one_image(location="embedded", children=compressed + keyword))
-    thumbnail = tag("Thumbnail", {"geometry": "1:1:1", "sampleFormat": "UInt8", "location": "embedded"}, "<Data>AA==</Data>")
+    thumbnail = tag("Thumbnail", {"geometry": "1:1:1", "sampleFormat": "UInt8", "location": "embedded"},
+                    "<Data>AA==</Data>")
     yield good("embedded-after-a-thumbnail", one_image(location="embedded", children=thumbnail + compressed))
     attributes["checksum"] = "sha-1:" + hashlib.sha1(b"").hexdigest()
-    yield bad("embedded-wrong-checksum", one_image(location="embedded", children=tag("Data", attributes, text)), "checksum")
+    yield bad("embedded-wrong-checksum", one_image(location="embedded", children=tag("Data", attributes, text)),
+              "checksum")
     yield good("embedded-big-endian", one_image(location="embedded", byteOrder="big", children=tag(
         "Data", {"byteOrder": "big"}, base64.b64encode(samples.byteswap().tobytes()).decode())))
     yield bad("embedded-without-data", one_image(location="embedded"), "data")
     yield bad("embedded-cut", one_image(location="embedded", children=tag("Data", {}, text[:8])), "data")
     yield bad("embedded-not-base64", one_image(location="embedded", children=tag("Data", {}, "*" + text)), "base64")
-    yield bad("embedded-not-hex", one_image(location="embedded", children=tag("Data", {"encoding": "hex"}, "xy")), "hex")
+    yield bad("embedded-not-hex", one_image(location="embedded", children=tag("Data", {"encoding": "hex"}, "xy")),
+              "hex")
     yield bad("embedded-unknown", one_image(location="embedded", children=tag("Data", {"encoding": "uu"}, text)), "uu")
     yield good("inline-base64", one_image(location="inline:base64", children=text))
     yield good("inline-hex", one_image(location="inline:hex", children=hexes + keyword))
-    for location in ("url(http://localhost/x)", "path(/etc/passwd)", "path(@header_dir/x.xisb):1", "attached:4096:5", ""):
+    for location in ("url(http://localhost/x)", "path(/etc/passwd)", "path(@header_dir/x.xisb):1", "attached:4096:5",
+                     ""):
         yield bad("location-" + location.replace("/", "_"), one_image(location=location), "elsewhere|location")
     yield bad("location-missing", one_image(location=None), "elsewhere|location")
     for text in ("attachment:8192", "attachment:-1:5", "attachment:08192:182", "attachment:8192:x", "attachment:::",
@@ -206,7 +215,8 @@ def rows(width=13, height=7):
 
     # Compression
     for codec in ("zlib", "lz4", "lz4hc", "zstd", "LZ4HC"):
-        for stored, unit in ((samples, truth), (rgb, rgb_truth), (floats, float_truth), shot("Float64", 3), shot("UInt8")):
+        for stored, unit in ((samples, truth), (rgb, rgb_truth), (floats, float_truth), shot("Float64", 3),
+                             shot("UInt8")):
             raw, kind = stored.tobytes(), stored.dtype.name
             for item in (0, stored.itemsize, 3):
                 cut = [0, len(raw) // 3 + 1, len(raw) // 3 + 2, len(raw)]  # a piece of one byte is stored as it is
@@ -219,14 +229,16 @@ def rows(width=13, height=7):
                 pieces = [packed(codec.lower(), body[a:b]) for a, b in zip(cut, cut[1:])]
                 pieces = [p if len(p) < b - a else body[a:b] for p, a, b in zip(pieces, cut, cut[1:])]
                 listed = ":".join("{},{}".format(len(p), b - a) for p, a, b in zip(pieces, cut, cut[1:]))
-                yield good(name + "-pieces", one_image(stored, block=b"".join(pieces), compression=how, subblocks=listed), unit)
+                yield good(name + "-pieces", one_image(stored, block=b"".join(pieces), compression=how,
+                                                       subblocks=listed), unit)
                 yield good(name + "-stored-raw", one_image(stored, block=body, compression=how), unit)
     for codec in ("zlib", "lz4", "zstd"):  # other programs keep the stream where it is longer than the data
         noise = np.random.RandomState(3).randint(0, 256, (1, 7, 13)).astype("u1")
         grown = packed(codec, noise.tobytes())
-        yield good(codec + "-that-grew", one_image(noise, block=grown, compression=codec + ":91"), (noise / 255.0).astype("f4"))
-        yield good(codec + "-stored-raw-and-more", one_image(noise, block=noise.tobytes() + b"more", compression=codec + ":91"),
-                   (noise / 255.0).astype("f4"))
+        noise_truth = (noise / 255.0).astype("f4")
+        yield good(codec + "-that-grew", one_image(noise, block=grown, compression=codec + ":91"), noise_truth)
+        yield good(codec + "-stored-raw-and-more",
+                   one_image(noise, block=noise.tobytes() + b"more", compression=codec + ":91"), noise_truth)
     big = floats.astype(">f4").tobytes()
     yield good("compressed-big-endian", one_image(floats, block=packed("zlib", shuffled(big, 4)), byteOrder="big",
                                                   compression="zlib+sh:%d:4" % len(big)), float_truth)
@@ -237,12 +249,12 @@ def rows(width=13, height=7):
     flat = np.zeros((1, 64, 64), "u2")
     small = packed("zlib", flat.tobytes())
     half = len(small) // 2
-    for text in ("zlib", "zlib:", "zlib:x", "zlib:-5", "zlib+sh:8192", "zlib+sh:8192:0", "zlib+sh:8192:17", "zlib:8192:99",
-                 "zlib:08192", "zlib+sh:8192:2:2", "gzip:8192", "zlib+xx:8192:2", "", "bzip2+sh:8192:2", "zlib:8191", "zlib:8193",
-                 "lz4:8192", "zstd:8192"):
+    for text in ("zlib", "zlib:", "zlib:x", "zlib:-5", "zlib+sh:8192", "zlib+sh:8192:0", "zlib+sh:8192:17",
+                 "zlib:8192:99", "zlib:08192", "zlib+sh:8192:2:2", "gzip:8192", "zlib+xx:8192:2", "", "bzip2+sh:8192:2",
+                 "zlib:8191", "zlib:8193", "lz4:8192", "zstd:8192"):
         yield bad("compression-" + text, one_image(flat, block=small, compression=text), "compress|samples")
-    for text in ("", "1,2", "{0},8192:0,0", "{0},8191", "{1},4096:{2},4096,7", "0,4096:{0},4096", "{1},-1:{2},8193", "a,b",
-                 "{1},4096:{2},4096"):
+    for text in ("", "1,2", "{0},8192:0,0", "{0},8191", "{1},4096:{2},4096,7", "0,4096:{0},4096", "{1},-1:{2},8193",
+                 "a,b", "{1},4096:{2},4096"):
         listed = text.format(len(small), half, len(small) - half)
         yield bad("subblocks-" + text, one_image(flat, block=small, compression="zlib:8192", subblocks=listed),
                   "sub-blocks|contradicts|decompressed")
@@ -256,30 +268,35 @@ def rows(width=13, height=7):
         yield bad(codec + "-too-short", one_image(flat, block=shorter, compression=how), "decompressed|claims")
         bomb = packed(codec, bytes(40_000_000))
         yield bad(codec + "-bomb", one_image(flat, block=bomb[:8000], compression=how), "decompressed")
-        yield bad(codec + "-bomb-of-40-MB", one_image(flat, block=bomb, compression="%s:%d" % (codec, 40_000_000)), "samples")
+        yield bad(codec + "-bomb-of-40-MB", one_image(flat, block=bomb, compression="%s:%d" % (codec, 40_000_000)),
+                  "samples")
         yield bad(codec + "-absurd", one_image(flat, block=damaged, compression=codec + ":8000000000000",
                                                geometry="2000000:2000000:1"), "claims")
     frame = zstandard.ZstdCompressor(write_content_size=False).compress(flat.tobytes())
     yield bad("zstd-without-size", one_image(flat, block=frame, compression="zstd:8192"), "decompressed")
-    yield bad("zstd-lying-size", one_image(flat, block=packed("zstd", bytes(9_000_000)), compression="zstd:8192"), "decompressed")
+    yield bad("zstd-lying-size", one_image(flat, block=packed("zstd", bytes(9_000_000)), compression="zstd:8192"),
+              "decompressed")
 
     # Checksums
     small = packed("lz4hc", shuffled(floats.tobytes(), 4))
     small_how = "lz4hc+sh:%d:4" % floats.nbytes
-    for name, algorithm in (("sha-1", "sha1"), ("sha1", "sha1"), ("sha-256", "sha256"), ("sha256", "sha256"), ("SHA-512", "sha512"),
-                            ("sha512", "sha512"), ("sha3-256", "sha3_256"), ("sha3-512", "sha3_512")):
+    for name, algorithm in (("sha-1", "sha1"), ("sha1", "sha1"), ("sha-256", "sha256"), ("sha256", "sha256"),
+                            ("SHA-512", "sha512"), ("sha512", "sha512"), ("sha3-256", "sha3_256"),
+                            ("sha3-512", "sha3_512")):
         digest = hashlib.new(algorithm, data).hexdigest()
         yield good("checksum-" + name, one_image(checksum=name + ":" + digest))
         yield good("checksum-upper-" + name, one_image(checksum=name + ":" + digest.upper()))
         yield bad("checksum-wrong-" + name, one_image(checksum=name + ":" + digest[::-1]), "checksum")
-        yield good("checksum-compressed-" + name, one_image(floats, block=small, compression=small_how, checksum=name + ":"
-                                                            + hashlib.new(algorithm, small).hexdigest()), float_truth)
+        digest = hashlib.new(algorithm, small).hexdigest()
+        yield good("checksum-compressed-" + name, one_image(floats, block=small, compression=small_how,
+                                                            checksum=name + ":" + digest), float_truth)
     for text in ("md5:" + hashlib.md5(data).hexdigest(), "sha-1", "sha-1:", "", "sha-1:00", "sha-384:00", "blake2b:00"):
         yield bad("checksum-bad-" + text[:7], one_image(checksum=text), "checksum")
 
     # Image attributes
-    for text in ("0:7:1", "-13:7:1", "13:-7:1", "13:7:0", "13:7", "13", "13:7:1:1", "a:b:c", "", "13,7,1", "13.0:7:1", "013:7:1",
-                 "4294967296:7:1", "1_3:7:1", "\u0661\u0663:7:1", "9" * 5000 + ":1:1", "99999999:99999999:3", "7:7:1", "14:7:1"):
+    for text in ("0:7:1", "-13:7:1", "13:-7:1", "13:7:0", "13:7", "13", "13:7:1:1", "a:b:c", "", "13,7,1", "13.0:7:1",
+                 "013:7:1", "4294967296:7:1", "1_3:7:1", "\u0661\u0663:7:1", "9" * 5000 + ":1:1",
+                 "99999999:99999999:3", "7:7:1", "14:7:1"):
         yield bad("geometry-" + text[:30], one_image(picture()[0], geometry=text), "geometry|two-dimensional|samples")
     yield bad("geometry-missing", one_image(geometry=None), "geometry")
     for text in ("UInt24", "Int16", "Complex32", "Complex64", "", "Byte", "Float16"):
@@ -291,7 +308,8 @@ def rows(width=13, height=7):
         yield bad("pixelStorage-" + text, one_image(pixelStorage=text), "order")
     for text in ("middle", "Big", "LITTLE", ""):
         yield bad("byteOrder-" + text, one_image(byteOrder=text), "order")
-    for name, value in (("id", "1 bad-id"), ("uuid", "no-uuid"), ("orientation", "flip;90"), ("offset", "-1"), ("imageType", "Cat")):
+    for name, value in (("id", "1 bad-id"), ("uuid", "no-uuid"), ("orientation", "flip;90"), ("offset", "-1"),
+                        ("imageType", "Cat")):
         yield good("odd-" + name, one_image(**{name: value}))
 
     # Headers
@@ -316,14 +334,16 @@ def rows(width=13, height=7):
     yield good("doctype", one_image(declaration=DECLARATION + "<!DOCTYPE xisf>"))
     yield good("comment", one_image(declaration=DECLARATION + "<!-- XISF <Image> --!>".replace("--!", "--")))
     yield good("signature-follows", one_image(end="</xisf><Signature>abc</Signature>"))
-    yield good("control-characters", one_image(children='<FITSKeyword name="A" value="\'x\x01&#2;&#x1F;y\'" comment=""/>'))
+    yield good("control-characters",
+               one_image(children='<FITSKeyword name="A" value="\'x\x01&#2;&#x1F;y\'" comment=""/>'))
     yield good("reserved-not-zero", header[:12] + b"\xff\x00\x01\x02" + header[16:])
     yield bad("utf-16", one_image(xml=xml.decode().encode("utf-16")), "XML")
     yield bad("unclosed", one_image(end=""), "XML")
     yield bad("malformed", one_image(children="<a><b></a></b>"), "XML")
     yield bad("attribute-twice", one_image(children='<a b="1" b="2"/>'), "XML")
     yield bad("undefined-entity", one_image(children="&nope;"), "XML")
-    yield bad("prefixed-root", one_image(xml='<x:xisf xmlns:x="http://www.pixinsight.com/xisf" version="1.0"></x:xisf>'), "1.0")
+    prefixed = '<x:xisf xmlns:x="http://www.pixinsight.com/xisf" version="1.0"></x:xisf>'
+    yield bad("prefixed-root", one_image(xml=prefixed), "1.0")
     for text in ("1.1", "2.0", "1", ""):
         yield bad("version-" + text, one_image(root='<xisf version="%s">' % text), "1.0")
     yield bad("version-missing", one_image(root="<xisf>"), "1.0")
@@ -345,50 +365,49 @@ def rows(width=13, height=7):
                           ("parameter", '<!ENTITY % x "y">'), ("defaults", '<!ATTLIST a b CDATA "%s">' % ("x" * 1000))):
         yield bad("entity-" + name, one_image(declaration=DECLARATION + "<!DOCTYPE xisf [" + doctype + "]>",
                                               children="&e9;" if name == "bomb" else ""), "entities")
-    yield bad("nested-100000-deep", one_image(children="<a>" * 50000 + "</a>" * 50000, position=500000), "header|version")
+    yield bad("nested-100000-deep", one_image(children="<a>" * 50000 + "</a>" * 50000, position=500000),
+              "header|version")
     yield bad("elements-by-the-million", one_image(children="<a/>" * 1_000_000, position=5_000_000), "header too large")
-    yield bad("attributes-by-the-million", one_image(children="<a b='' c=''/>" * 600_000, position=9_000_000), "header too large")
+    yield bad("attributes-by-the-million", one_image(children="<a b='' c=''/>" * 600_000, position=9_000_000),
+              "header too large")
     yield good("text-of-1-MB", one_image(children='<Property id="A" type="String">' + "x" * 1_000_000 + "</Property>",
                                          position=1 << 20))
 
     # Metadata that must not cost the picture
-    for name, metadata in (("none", ""), ("empty", "<Metadata/>"), ("two", METADATA * 2), ("unknown", "<Metadata><x/>y</Metadata>"),
+    for name, metadata in (("none", ""), ("empty", "<Metadata/>"), ("two", METADATA * 2),
+                           ("unknown", "<Metadata><x/>y</Metadata>"),
                            ("no-id", '<Metadata><Property type="String">x</Property></Metadata>')):
         yield good("metadata-" + name, one_image(metadata=metadata))
-    yield good("unknown-children", one_image(children="<Frob a='1'>text<x/></Frob>", outside="<Frob/><Property id='A:b' type='Int32' "
-                                             "value='1'/>"))
+    yield good("unknown-children", one_image(children="<Frob a='1'>text<x/></Frob>",
+                                             outside="<Frob/><Property id='A:b' type='Int32' value='1'/>"))
     for text in ('<FITSKeyword name="A" value="1"/>', '<FITSKeyword name="A" comment="c"/>', '<FITSKeyword name="A"/>',
                  '<FITSKeyword value="1" comment=""/>', "<FITSKeyword/>", '<FITSKeyword name="" value="" comment=""/>',
                  '<FITSKeyword name="lower case and long" value="what \'ever" comment="&lt;&amp;"/>'):
         yield good("keyword-" + text[13:30], one_image(children=text))
-    for kind, value in (("Float64", "NaN"), ("Float64", "Inf"), ("Float32", "-inf"), ("Float64", ""), ("Float64", "word"),
-                        ("Int32", "1.5"), ("Boolean", "1"), ("Boolean", "perhaps"), ("UInt8", "-1"), ("Complex64", "(1,2)"),
-                        ("TimePoint", "yesterday"), ("Frob", "1"), ("", "1"), ("Int128", "9" * 40), ("String", "in the wrong place")):
-        yield good("property-%s-%s" % (kind, value), one_image(children=tag("Property", {"id": "A:b", "type": kind, "value": value})))
+    for kind, value in (("Float64", "NaN"), ("Float64", "Inf"), ("Float32", "-inf"), ("Float64", ""),
+                        ("Float64", "word"), ("Int32", "1.5"), ("Boolean", "1"), ("Boolean", "perhaps"),
+                        ("UInt8", "-1"), ("Complex64", "(1,2)"), ("TimePoint", "yesterday"), ("Frob", "1"), ("", "1"),
+                        ("Int128", "9" * 40), ("String", "in the wrong place")):
+        attributes = {"id": "A:b", "type": kind, "value": value}
+        yield good("property-%s-%s" % (kind, value), one_image(children=tag("Property", attributes)))
     vector = base64.b64encode(struct.pack("<2d", 1, 2)).decode()
     for name, attributes, text in (
             ("no-type", {"id": "A"}, ""), ("no-id", {"type": "Int32", "value": "1"}, ""), ("nothing", {}, ""),
-            ("no-value", {"id": "A", "type": "Float64"}, ""), ("bad-id", {"id": "1:;", "type": "Int32", "value": "1"}, ""),
-            ("hex-vector", {"id": "A", "type": "F64Vector", "length": 2, "location": "inline:hex"}, struct.pack("<2d", 1, 2).hex()),
+            ("no-value", {"id": "A", "type": "Float64"}, ""),
+            ("bad-id", {"id": "1:;", "type": "Int32", "value": "1"}, ""),
+            ("hex-vector", {"id": "A", "type": "F64Vector", "length": 2, "location": "inline:hex"},
+             struct.pack("<2d", 1, 2).hex()),
             ("empty-vector", {"id": "A", "type": "F64Vector", "length": 0, "location": "inline:base64"}, ""),
             ("matrix", {"id": "A", "type": "Matrix", "rows": 1, "columns": 2, "location": "inline:base64"}, vector),
-            ("big-endian", {"id": "A", "type": "F64Vector", "length": 2, "byteOrder": "big", "location": "inline:base64"}, vector),
+            ("big-endian", {"id": "A", "type": "F64Vector", "length": 2, "byteOrder": "big",
+                            "location": "inline:base64"}, vector),
             ("wrong-length", {"id": "A", "type": "F64Vector", "length": 7, "location": "inline:base64"}, vector),
             ("attached", {"id": "A", "type": "UI8Vector", "length": 9, "location": "attachment:8192:9"}, "")):
         yield good("property-" + name, one_image(children=tag("Property", attributes, text)))
     for name, location, more in (("beyond", "attachment:8192:1000000000000", {}), ("in-header", "attachment:16:8", {}),
                                  ("path", "path(/etc/passwd)", {}), ("malformed", "attachment:x", {}),
-                                 ("checksum", "attachment:8192:9", {"checksum": "sha-1:00"}), ("base64", "inline:base64", {})):
+                                 ("checksum", "attachment:8192:9", {"checksum": "sha-1:00"}),
+                                 ("base64", "inline:base64", {})):
         attributes = dict({"id": "A:Broken", "type": "UI8Vector", "length": 9, "location": location}, **more)
         yield good("property-lost-" + name, one_image(children=tag("Property", attributes, "***" * (name == "base64"))),
                    says="A:Broken")
-
-
-def write_rows(folder, **size):
-    """Write every row into `folder`; returns [(path, Row), ...]."""
-    written = []
-    for number, row in enumerate(rows(**size)):
-        path = folder / "{:04d}.xisf".format(number)
-        path.write_bytes(row.data)
-        written.append((path, row))
-    return written

@@ -1,45 +1,58 @@
-"""What --auto promises: the sky alone is fitted, whatever stands before it, and what is chosen is said."""
+"""What the tool chooses itself: with --auto the sky alone is fitted, whatever stands before it; choices are said."""
 import numpy as np
 import pytest
 from scipy.ndimage import gaussian_filter
 
-from conftest import sloping_sky, to_planes
-from scenes import make_scene, score
-
 import bgoptimizer
 from bgoptimizer import Settings, examine, frame_coordinates, optimize
+from scenes import make_scene, score, sloping_sky, to_planes
 
 AUTO = Settings(auto=True, initializer="grid", downscaling_factor=4)
 
 
-def found_sky(scene, settings=AUTO, say=lambda text: None):
+def found_sky(scene):
     """The surface that the choices of --auto start the fit from, at full size, and what the fit sees."""
-    prepared, _ = examine(to_planes(scene.image), settings, say=say)
+    prepared, _ = examine(to_planes(scene.image), AUTO)
     query = frame_coordinates(*scene.image.shape[:2])
     return prepared.stretch.invert(prepared.expected.surface(query)), prepared
 
 
 @pytest.mark.parametrize("family, seed, channels, bound", [
-    ("galaxy", 1, 1, 1.5), ("galaxy", 2, 3, 1.5), ("nebula", 1, 1, 1.5), ("nebula", 2, 3, 1.5), ("city_glows", 0, 3, 1.5),
-    ("airglow", 1, 1, 1.5), ("airglow", 3, 3, 1.5), ("moon", 1, 1, 1), ("stars", 1, 1, 1.5), ("hills", 1, 1, 8), ("dust", 1, 1, 5)])
+    ("galaxy", 1, 1, 1.5), ("nebula", 1, 1, 1.5), ("city_glows", 0, 3, 1.5), ("airglow", 1, 1, 1.5), ("moon", 1, 1, 1),
+    ("stars", 1, 1, 1.5), ("hills", 1, 1, 8), ("dust", 1, 1, 5),
+    *(pytest.param(*once_more, marks=pytest.mark.slow)
+      for once_more in (("galaxy", 2, 3, 1.5), ("nebula", 2, 3, 1.5), ("airglow", 3, 3, 1.5)))])
 def test_the_sky_is_found_behind(family, seed, channels, bound):
     scene = make_scene(family, seed, 400, 600, channels)
     assert score(found_sky(scene)[0], scene)[0] < bound  # percent of the sky's range
 
 
+@pytest.mark.slow
 def test_the_fit_keeps_what_was_found():
     scene = make_scene("galaxy", 0, 600, 400, 3, border=True)
     result = optimize(scene.image, AUTO)
     assert score(result.model, scene)[0] < 1.5
-    assert not result.prepared.used[result.prepared.linear[..., 0] > np.nanpercentile(result.prepared.linear[..., 0], 99.5)].any()
+    red = result.prepared.linear[..., 0]
+    assert not result.prepared.used[red > np.nanpercentile(red, 99.5)].any()
 
 
+@pytest.mark.slow
 def test_random_and_grid_starts_agree():
     scene = make_scene("moon", 1, 400, 600, 1)
-    models = [optimize(scene.image, Settings(auto=True, downscaling_factor=4, initializer=start)).model for start in ("grid", "random")]
-    difference = (models[0] - models[1])[scene.valid]
+    grid, random = (optimize(scene.image, bgoptimizer.replace(AUTO, initializer=start)).model
+                    for start in ("grid", "random"))
+    difference = (grid - random)[scene.valid]
     span = np.subtract(*np.percentile(scene.sky[scene.valid], (99, 1)))
     assert (difference - np.median(difference)).std() < 0.005 * span
+
+
+def test_the_halo_of_a_bright_star_is_left_out_and_the_sky_around_it_is_not():
+    image, _ = sloping_sky(600, 900, 1)
+    y, x = np.indices(image.shape[:2])
+    distance = np.hypot(y - 300, x - 450)
+    image += (0.02 * np.exp(-distance / 25) + 0.6 * np.exp(-(distance / 5)**2)).astype(np.float32)[..., None]
+    used = np.kron(examine(to_planes(np.clip(image, 0, 1)), AUTO)[0].used, np.ones((4, 4), bool))
+    assert used[distance < 70].mean() < 0.05 and used[distance > 150].mean() > 0.9
 
 
 def test_a_flat_sky_is_left_alone():
@@ -51,7 +64,8 @@ def test_hills_are_masked_and_the_sky_above_them_is_not():
     scene = make_scene("hills", 1, 600, 900, 1)
     used = np.kron(found_sky(scene)[1].used, np.ones((4, 4), bool))
     hills = scene.object_mask & (gaussian_filter(scene.image, (8, 8, 0)) < 0.7 * scene.sky).all(-1)  # not the stars
-    assert hills.mean() > 0.05 and used[hills].mean() < 0.1 and used[scene.valid & ~scene.object_mask].mean() > 0.8
+    assert hills.mean() > 0.05 and used[hills].mean() < 0.1
+    assert used[scene.valid & ~scene.object_mask].mean() > 0.8
 
 
 def test_too_little_sky_is_said_and_the_surface_kept_nearly_flat():

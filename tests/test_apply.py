@@ -1,0 +1,129 @@
+"""The sky at full size, and the picture without it: nothing is shifted, nothing else is spoiled."""
+import numpy as np
+import pytest
+
+from bgoptimizer import BgError, Settings, SkySurface, frame_coordinates, optimize, prepare, spline_surface
+from runner import QUICK, quick
+from scenes import sloping_sky
+
+
+# ------------------------------------------------------------------------------------------------ the surface
+
+@pytest.mark.parametrize("shape, factor", [((96, 144), 8), ((145, 97), 8), ((101, 203), 5), ((64, 65), 1)])
+def test_a_plane_seen_reduced_comes_back_at_full_size_unshifted(shape, factor):
+    frame = frame_coordinates(*shape)
+    plane = frame @ [0.3, 0.5] + 0.1
+    prepared = prepare(plane[None], Settings(downscaling_factor=factor))
+    at = np.random.default_rng(11).choice(prepared.linear[..., 0].size, 30, replace=False)
+    positions, values = prepared.centers.reshape(-1, 2)[at], prepared.linear.reshape(-1, 1)[at]
+    sky = SkySurface(lambda query: spline_surface(query, positions, values, 2, 0.1), shape, np.float64)
+    assert np.abs(sky.plane(0) - plane).max() < 1e-4 * np.ptp(plane)
+
+
+@pytest.mark.parametrize("shape", [(1200, 1700), (2100, 900), (300, 301), (8, 4000), (1, 1), (1, 50)])
+def test_strips_are_the_whole_and_the_whole_is_the_spline(shape):
+    rng = np.random.default_rng(11)
+    points, values = rng.random((20, 2)) * np.array(shape) / max(shape), 0.3 + 0.2 * rng.random((20, 3))
+
+    def surface(query):
+        return spline_surface(query, points, values, 2, 0.01)
+
+    sky = SkySurface(surface, shape, np.float64)
+    for k in range(3):
+        np.testing.assert_array_equal(np.concatenate([sky.strip(k, rows) for rows in sky.strips()]), sky.plane(k))
+    step = max(1, max(shape) // 200)
+    exact = np.clip(surface(frame_coordinates(*shape)[::step, ::step]), 0, 1)
+    whole = np.stack([sky.plane(k) for k in range(3)], -1)[::step, ::step]
+    assert np.abs(whole - exact).max() < 2e-5
+
+
+# ------------------------------------------------------------------------------------------------ without the sky
+
+def test_a_nebula_under_a_mask_is_not_subtracted():
+    image, sky = sloping_sky(128, 192)
+    y, x = np.indices(image.shape[:2])
+    nebula = 0.05 * np.exp(-((y - 60)**2 + (x - 100)**2) / 400)[..., None]
+    mask = (nebula[..., 0] < 0.0002).astype(float)
+    result = optimize((image + nebula).astype(np.float32), QUICK, mask)
+    left = result.subtracted - (image - sky)  # the nebula and a constant
+    brightness = left[55:65, 95:105].mean((0, 1)) - np.median(left[mask == 1], 0)
+    np.testing.assert_allclose(brightness, nebula[55:65, 95:105].mean(), rtol=0.1)
+
+
+def test_black_border_does_not_shift_the_color(fitted):
+    image, _, bare = fitted
+    framed = np.zeros((120, 180, 3), np.float32)
+    framed[10:106, 20:164] = image
+    subtracted = optimize(framed, QUICK).subtracted[10:106, 20:164]
+    np.testing.assert_allclose(np.median(subtracted, (0, 1)), np.median(image, (0, 1)), rtol=1e-3)
+    shift = np.median(subtracted - bare.subtracted, (0, 1))
+    assert np.abs(shift).max() < 0.001 * image.mean()
+
+
+def test_one_bad_pixel_does_not_shift_the_color(fitted):
+    image, _, bare = fitted
+    spoiled = image.copy()
+    spoiled[50, 50] = 1e-30, 1.0, 1e-30
+    shift = np.median(optimize(spoiled, QUICK).subtracted - bare.subtracted, (0, 1))
+    assert np.abs(shift).max() < 0.001 * image.mean()
+
+
+def test_medians_stay(fitted):
+    image, _, result = fitted
+    np.testing.assert_allclose(np.median(result.subtracted, (0, 1)), np.median(image, (0, 1)), rtol=1e-3)
+
+
+def test_model_plus_subtracted_is_the_picture_and_a_constant(fitted):
+    image, _, result = fitted
+    constant = result.model + result.subtracted - image
+    inside = (result.subtracted > 0) & (result.subtracted < 1)
+    for k in range(3):
+        assert np.abs(constant[..., k][inside[..., k]] - result.offsets[k]).max() < 2e-5
+
+
+@pytest.mark.parametrize("missing", [0.0, np.nan, np.inf])
+def test_missing_samples_come_out_as_they_went_in(missing):
+    image = sloping_sky()[0]
+    image[:10] = missing
+    image[40, 60, 1] = missing
+    result = optimize(image, quick(epochs=20))
+    np.testing.assert_array_equal(result.subtracted[:10], image[:10])
+    np.testing.assert_array_equal(result.subtracted[40, 60, 1], image[40, 60, 1])
+    assert np.isfinite(result.model).all() and (result.subtracted[20:, :, 0] > 0).any()
+
+
+# ------------------------------------------------------------------------------------------------ the whole job
+
+def test_the_picture_given_is_not_changed_and_float64_stays():
+    image = sloping_sky()[0].astype(np.float64)
+    before = image.copy()
+    result = optimize(image, quick(epochs=5))
+    np.testing.assert_array_equal(image, before)
+    assert result.model.dtype == result.subtracted.dtype == np.float64
+    assert optimize(image.astype(np.float32), quick(epochs=5)).model.dtype == np.float32
+
+
+def test_gray_pictures_may_have_two_dimensions_and_integers_count_over_their_range():
+    image = sloping_sky(channels=1)[0]
+    flat = optimize(np.round(image[..., 0] * 65535).astype(np.uint16), quick(epochs=5))
+    deep = optimize(np.round(image * 65535) / np.float32(65535), quick(epochs=5))
+    assert flat.model.shape == (96, 144, 1)
+    np.testing.assert_allclose(flat.model, deep.model, atol=1e-6)
+
+
+@pytest.mark.parametrize("image", [np.ones((5, 5, 2)), np.ones(7), np.ones((4, 4, 3, 1)), np.array([["a"]]),
+                                   np.ones((0, 4))])
+def test_arrays_that_are_no_pictures_are_refused(image):
+    with pytest.raises(BgError, match="give"):
+        optimize(image, QUICK)
+
+
+@pytest.mark.parametrize("shape", [(1, 40), (40, 1), (5, 5), (8, 700), (2, 2)])
+def test_odd_pictures_give_a_picture_or_a_sentence(shape):
+    image = np.random.default_rng(0).uniform(0.1, 0.2, shape + (1,)).astype(np.float32)
+    try:
+        result = optimize(image, Settings(epochs=20))
+    except BgError as error:
+        assert ";" in str(error)  # what is wrong; what to do
+    else:
+        assert np.isfinite(result.model).all() and np.isfinite(result.subtracted).all()

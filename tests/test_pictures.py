@@ -1,0 +1,121 @@
+"""What is said of a picture and what is drawn: numbers, warnings, preview, figures, animation."""
+import os
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from bgoptimizer import Settings, blown_out, mask_reasons, prepare, shares
+from runner import FAST, command, python, refused, run
+from scenes import make_scene, save, sloping_sky, to_planes
+
+
+# ------------------------------------------------------------------------------------------------ numbers and warnings
+
+def test_missing_masked_and_used_add_up_and_have_their_reasons():
+    image = sloping_sky(80, 120)[0]
+    image[:16] = 0
+    mask = np.ones((1, 80, 120), np.float32)
+    mask[:, :, :24] = 0
+    settings = Settings(threshold_max=0.3)
+    prepared = prepare(to_planes(image), settings, mask)
+    part, reasons = shares(prepared), mask_reasons(prepared, settings)
+    assert part["missing"] == pytest.approx(0.2) and part["missing"] + part["masked"] + part["used"] == pytest.approx(1)
+    assert reasons["missing"].mean() == pytest.approx(0.2) and reasons["mask file"].any() and reasons["threshold"].any()
+    np.testing.assert_array_equal(sum(area.astype(int) for area in reasons.values()), ~prepared.used)
+
+
+@pytest.mark.parametrize("family, warned", [("city_glows", True), ("moon", True), ("galaxy", False), ("stars", False),
+                                            ("nebula", False), ("flat", False)])
+def test_blown_out_sky_is_told_from_blown_out_objects(family, warned):
+    seed = {"galaxy": 3, "stars": 2}.get(family, 0)  # other seeds have a bright corner of sky besides
+    scene = make_scene(family, seed, 400, 600, 3)
+    prepared = prepare(to_planes(scene.image), Settings(downscaling_factor=4))
+    assert blown_out(prepared).any() == warned
+    weak = prepare(to_planes(scene.image), Settings(downscaling_factor=4, delinearization_quantile=0.999))
+    assert not blown_out(weak).any()  # what the warning asks for helps
+
+
+def test_preview_warns_when_the_stretch_clips_sky(folder, capsys):
+    save(folder / "city.xisf", make_scene("city_glows", 0, 400, 600, 3).image)
+    assert run("city.xisf", "-p", "-dx", "4") == 0
+    assert "raise -dq" in capsys.readouterr().err
+    assert run("city.xisf", "-p", "-dx", "4", "-dq", "0.999") == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_a_small_patch_of_data_warns_of_nothing_and_is_not_called_nan(folder, capsys):
+    image = np.zeros((64, 80, 1), np.float32)
+    image[8:16, 16:24] = sloping_sky(8, 8, 1)[0]  # one block at an odd place
+    save(folder / "patch.xisf", image)
+    assert run("patch.xisf", "-e", "2", "--smoothing", "1", "-dq", "1") == 0
+    said = capsys.readouterr()
+    assert said.err == "" and "nan" not in said.out and "unknown" in said.out
+
+
+# ------------------------------------------------------------------------------------------------ drawing
+
+@pytest.mark.slow
+@pytest.mark.parametrize("channels, shape", [(1, (96, 144)), (3, (144, 96)), (1, (9, 200)), (1, (1, 30))])
+def test_pictures_are_drawn_of_every_shape(channels, shape, folder):
+    save(folder / "sky.xisf", sloping_sky(*shape, channels)[0])
+    assert run("sky.xisf", "-p") == 0
+    assert run("sky.xisf", *FAST, "--figures", "save", "--animate") == 0
+
+
+def test_figures_and_animation_on_request(sky, folder):
+    assert run("sky.xisf", "out", *FAST, "--figures", "save", "--animate") == 0
+    assert sorted(os.listdir("out")) == ["sky_bgModel.xisf", "sky_bgSubtracted.xisf", "sky_figures.png",
+                                         "sky_optimization.gif"]
+    animation = Image.open("out/sky_optimization.gif")
+    assert animation.is_animated and animation.width <= 900 and os.path.getsize("out/sky_optimization.gif") < 3e6
+
+
+def test_animation_lasts_as_long_as_promised(sky, folder):
+    assert run("sky.xisf", "-dx", "4", "-e", "300", "--smoothing", "1", "--animate") == 0
+    animation, total = Image.open("sky_optimization.gif"), 0
+    for k in range(animation.n_frames):
+        animation.seek(k)
+        total += animation.info["duration"]
+    assert 2000 <= total <= 6000
+
+
+@pytest.mark.slow
+def test_names_that_are_formulas_or_cannot_be_printed_do_no_harm(folder):
+    names = [r"$\a_{$.xisf", "☃.xisf"] + ["bad\udcff.xisf"] * (sys.platform == "linux")
+    for name in names:
+        save(folder / name, sloping_sky(20, 30, 1)[0])
+        done = command(name, "-p", "-dq", "1", cwd=folder, env={**os.environ, "PYTHONIOENCODING": "ascii:strict"})
+        assert done.returncode == 0 and done.stderr == "", done.stderr
+
+
+# ------------------------------------------------------------------------------------------------ without a display
+
+def test_preview_needs_no_display_and_writes_one_png(sky, folder):
+    absent = "DISPLAY", "WAYLAND_DISPLAY", "MPLBACKEND"
+    bare = {name: value for name, value in os.environ.items() if name not in absent}
+    done = command("sky.xisf", "out", "--preview", cwd=folder, env=bare)
+    assert done.returncode == 0, done.stderr
+    assert os.listdir(folder / "out") == ["sky_preview.png"]
+    assert Image.open(folder / "out/sky_preview.png").width <= 1440
+
+
+def test_a_notebooks_backend_handed_down_does_no_harm(sky, folder):
+    inline = {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+    done = command("sky.xisf", "-p", cwd=folder, env={**os.environ, **inline})
+    assert done.returncode == 0 and (folder / "sky_preview.png").exists(), done.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems always have a display")
+def test_figures_cannot_be_shown_without_a_display(sky, capsys, monkeypatch):
+    monkeypatch.delenv("DISPLAY", raising=False)
+    monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
+    assert run("sky.xisf", "--figures", "show") == 1
+    assert "--figures save" in refused(capsys)
+
+
+def test_matplotlib_is_not_imported_where_nothing_is_drawn(sky, folder):
+    program = "import sys, bgoptimizer; bgoptimizer.main(sys.argv[1:]); sys.exit('matplotlib' in sys.modules)"
+    for arguments in (["--help"], ["absent.xisf"], ["sky.xisf", "-p", "--figures", "none"]):
+        assert python(program, *arguments, cwd=folder).returncode == 0, arguments
