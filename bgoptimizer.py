@@ -1092,17 +1092,23 @@ def start_positions(settings: Settings, shape: tuple[int, int]) -> np.ndarray:
     """Where the control points start.
 
     Args:
-        settings: `initializer`, `points` and `seed` count.
+        settings: `initializer`, `points`, `seed` and `auto` count.
         shape: (h, w) of the full-size frame.
 
     Returns:
-        (n, 2) float32 (row, column) in frame coordinates. "random": n uniform points. "grid": cell centers of the
-        rows x columns nearest to n in the frame's aspect ratio; n may then differ from what was asked for.
+        (n, 2) float32 (row, column) in frame coordinates. "random": n uniform points; with auto each is the one of ten
+        that is farthest from the others, for no small glow may be without points. "grid": cell centers of the rows x
+        columns nearest to n in the frame's aspect ratio; n may then differ from what was asked for.
     """
     sides = np.array(shape) / max(shape)
     wanted = settings.points or DEFAULT_POINTS
     if settings.initializer == "random":
-        return (np.random.default_rng(settings.seed).random((wanted, 2)) * sides).astype(np.float32)
+        rng, points = np.random.default_rng(settings.seed), np.full((1, 2), np.inf)
+        while len(points) <= wanted:
+            draws = rng.random((10 if settings.auto else 1, 2)) * sides
+            distances = np.hypot(*(draws[:, None] - points).T).min(0)
+            points = np.append(points, draws[[distances.argmax()]], 0)
+        return points[1:].astype(np.float32)
     # At least two rows and columns: one leaves a slope open
     shapes = [(rows, max(2, round(wanted / rows))) for rows in range(2, max(2, wanted // 2) + 1)]
     rows, columns = min(shapes, key=lambda shape: abs(shape[0] * shape[1] - wanted) / wanted
@@ -1155,7 +1161,7 @@ def sky_sample(prepared: Prepared, settings: Settings) -> tuple[np.ndarray, np.n
     """
     expected, seen = prepared.expected, prepared.expected or prepared
     usable = prepared.used if expected is None else np.ones(expected.centers.shape[:2], bool)
-    count = SAMPLE_PIXELS * settings.batch * (1 if expected is None else 2)  # twice, for two starts to agree to 0.5 %
+    count = SAMPLE_PIXELS * settings.batch * (1 if expected is None else 4)  # so that two seeds agree to 0.5 %
     pick = sample_pixels(usable, count, settings.seed)
     places, image, weight = (a.reshape(-1, a.shape[-1])[pick] for a in (seen.centers, seen.image, seen.weight))
     if expected is not None:
@@ -1439,6 +1445,9 @@ ROUGH_SIGMA, ROUGH_SCALE, ROUGH_DENSITY, ROUGH_WINDOW = 3.5, 1.4, 0.2, 0.05
 so many of its cells are rough, within a window of this part of the longer side: lone stars stay single cells, nebulae
 and galaxies close up."""
 
+STAR_SIGMA, STAR_REACH = 30.0, 2.0
+"""A star of more than so many sigma may have a halo; it is looked for within so many times sigma^0.4 cells."""
+
 HALO_SIGMA, HALO_SMOOTHING = 3.0, 0.003
 """Light so many sigma above the sky's surface, fitted with this smoothing, belongs to the object that it touches."""
 
@@ -1650,25 +1659,38 @@ def _dark_foreground(cells: _Cells, objects: np.ndarray) -> np.ndarray:
     return scipy.ndimage.binary_dilation(foreground, iterations=2) & cells.usable
 
 
-def _surroundings(objects: np.ndarray) -> np.ndarray:
-    """(h, w) bool: cells about each object within half of its size, where its faint outskirts may be."""
+def _surroundings(objects: np.ndarray, rough: np.ndarray, residual: np.ndarray) -> np.ndarray:
+    """(h, w) bool: cells where the faint outskirts of objects may be: within half of their size, and farther about
+    bright stars, whose halos fall off so (distance^-2.5) that the noise drowns them where STAR_REACH says.
+
+    Args:
+        objects, rough: (h, w) bool. residual: (h, w), picture less surface in units of the noise.
+    """
     labels, _ = scipy.ndimage.label(objects)
-    reach = np.clip(0.5 * np.sqrt(np.bincount(labels.ravel())), 1, 0.1 * max(objects.shape))
-    distance, nearest = scipy.ndimage.distance_transform_edt(~objects, return_indices=True)
-    return (distance <= reach[labels[tuple(nearest)]]) & ~objects & objects.any()
+    reach = 0.5 * np.sqrt(np.bincount(labels.ravel()))[labels] * objects
+    stars, count = scipy.ndimage.label(rough, np.ones((3, 3)))
+    peaks = np.append(0, scipy.ndimage.maximum(residual, stars, range(1, count + 1)))
+    reach = np.maximum(reach, np.where(peaks > STAR_SIGMA, STAR_REACH * np.maximum(peaks, 0)**0.4, 0)[stars])
+    around = objects.copy()
+    for radius in range(1, int(min(reach.max(), 0.1 * max(objects.shape))) + 1):
+        around |= scipy.ndimage.distance_transform_edt(reach < radius) <= radius
+    return around
 
 
 def _find_objects(cells: _Cells, surface: _ThinPlate) -> tuple[np.ndarray, np.ndarray]:
     """(h, w) bool each: what is not sky (foreground included), and which of it bounds the sky from above."""
-    rough, objects = _rough_cells(cells, surface.follow(cells.usable.astype(float), SMOOTHINGS[-1]))
+    residual = surface.follow(cells.usable.astype(float), SMOOTHINGS[-1])
+    rough, objects = _rough_cells(cells, residual)
     foreground = _dark_foreground(cells, objects)
     if foreground.any():  # it has bent the surface, and made the sky along its edge look rough
         rest = replace(cells, usable=cells.usable & ~foreground)
-        rough, objects = _rough_cells(rest, surface.follow(rest.usable.astype(float), SMOOTHINGS[-1]))
+        residual = surface.follow(rest.usable.astype(float), SMOOTHINGS[-1])
+        rough, objects = _rough_cells(rest, residual)
     near_foreground = scipy.ndimage.binary_dilation(foreground, iterations=_odd(ROUGH_WINDOW * max(rough.shape)) + 1)
     # The smooth cells between an object's rough ones may be gaps that show the sky: judged with its surroundings. Along
     # a ridge they are sky, and its brightest strip: there the rough cells alone are the object.
-    around = _surroundings(scipy.ndimage.binary_opening(objects & ~near_foreground)) | objects
+    compact = scipy.ndimage.binary_opening(objects & ~near_foreground)
+    around = objects | _surroundings(compact, rough & ~near_foreground, residual.max(-1))
     objects = rough | foreground
     halo = (around | scipy.ndimage.binary_dilation(objects)) & cells.usable & ~objects & ~near_foreground
     sky, ceiling = (cells.usable & ~objects).astype(float), CEILING_WEIGHT * (objects & ~near_foreground)
