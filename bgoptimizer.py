@@ -2471,7 +2471,8 @@ def _run(options: argparse.Namespace, settings: Settings, interrupts: _Interrupt
     else:
         _check_room(planes, options)
         _start_importing()
-    prepared, settings = examine(planes, settings, options.mask and _read(options.mask, _quiet)[0], say)
+    prepared, settings = examine(
+        planes, settings, None if options.mask is None else _read(options.mask, _quiet)[0], say)
     _report(prepared, settings, say)
     title = os.path.basename(options.input_file).encode("utf-8", "replace").decode().replace("$", r"\$")  # no formula
     if options.preview:
@@ -2568,9 +2569,10 @@ def _check_paths(options: argparse.Namespace) -> dict[str, str]:
     Returns:
         What the run may write -> its path.
     """
-    for path in filter(None, (options.input_file, options.mask)):
+    given = [path for path in (options.input_file, options.mask) if path is not None]
+    for path in given:
         if not os.path.exists(path):
-            raise BgError(f"{path} does not exist; check the name")
+            raise BgError(f"{path or 'a file without a name'} does not exist; check the name")
         if os.path.isdir(path):
             raise BgError(f"{path} is a folder; name an XISF file in it")
     folder, stem = options.output_path, os.path.splitext(os.path.basename(options.input_file))[0]
@@ -2587,7 +2589,7 @@ def _check_paths(options: argparse.Namespace) -> dict[str, str]:
         except OSError as error:
             raise BgError(f"cannot write to {folder}: {error.strerror}; choose another folder") from None
     for path in paths.values():
-        for kept in filter(None, (options.input_file, options.mask)):
+        for kept in given:
             if os.path.exists(path) and os.path.samefile(path, kept):
                 raise BgError(f"{path} would be overwritten, and you gave it to read; choose another output folder")
     return paths

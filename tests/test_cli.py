@@ -158,9 +158,10 @@ def test_input_that_is_no_xisf(folder, capsys):
     assert "XISF" in refused(capsys)
 
 
-def test_missing_mask_is_said_before_any_work(sky, folder, capsys):
-    assert run("sky.xisf", "-m", "absent.xisf") == 1
-    assert "absent.xisf does not exist" in refused(capsys)
+@pytest.mark.parametrize("name, said", [("absent.xisf", "absent.xisf does not exist"), ("", "a file without a name")])
+def test_missing_mask_is_said(name, said, sky, folder, capsys):
+    assert run("sky.xisf", "-m", name) == 1
+    assert said in refused(capsys)
 
 
 def test_mask_of_another_size(sky, folder, capsys):
