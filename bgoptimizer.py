@@ -624,6 +624,11 @@ def _each(work: Callable, items: Sequence) -> Iterator:
         yield from pool.map(work, items)
 
 
+def _grid(rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """Coordinates along two axes, (h,) and (w,) -> of all their crossings, (h, w, 2)."""
+    return np.stack(np.meshgrid(rows, columns, indexing="ij"), -1)
+
+
 def _quantiles(plane: np.ndarray, present: np.ndarray, quantiles: Sequence[float]) -> np.ndarray:
     """Quantiles of the present samples, each one of them (the lower of the two middle ones).
 
@@ -798,7 +803,7 @@ def frame_coordinates(height: int, width: int, factor: int = 1) -> np.ndarray:
         start = np.arange(0, length, factor)
         return (start + np.minimum(start + factor, length)) / 2 / max(height, width)
 
-    return np.stack(np.meshgrid(centers(height), centers(width), indexing="ij"), -1)
+    return _grid(centers(height), centers(width))
 
 
 def stretch_quantile(settings: Settings) -> float:
@@ -833,7 +838,7 @@ def prepare(planes: np.ndarray, settings: Settings, mask: np.ndarray | None = No
         image = stretch.apply(linear)
     present = np.isfinite(image)
     image = np.where(present, image, 0).astype(np.float32)
-    weight = (present & (settings.threshold_min <= image) & (image <= settings.threshold_max)).astype(np.float32)
+    weight = (present & _inside_thresholds(image, settings)).astype(np.float32)
     user_mask = None if mask is None else np.stack([_block_means(plane, factor) for plane in mask], -1)
     if user_mask is not None:
         weight *= user_mask
@@ -843,6 +848,10 @@ def prepare(planes: np.ndarray, settings: Settings, mask: np.ndarray | None = No
         raise BgError("every pixel is masked, so there is no sky to fit; "
                       "lower -tm, raise -tM, or check the mask (1 = use)")
     return prepared
+
+
+def _inside_thresholds(image: np.ndarray, settings: Settings) -> np.ndarray:
+    return (settings.threshold_min <= image) & (image <= settings.threshold_max)
 
 
 def _block_means(weights: np.ndarray, factor: int) -> np.ndarray:
@@ -872,8 +881,8 @@ def mask_reasons(prepared: Prepared, settings: Settings) -> dict[str, np.ndarray
     """Why pixels of the reduced frame are left out: reason -> (h, w) bool. A pixel has one reason at most."""
     missing = ~prepared.present.any(-1)
     left_out = ~prepared.used & ~missing
-    inside = (settings.threshold_min <= prepared.image) & (prepared.image <= settings.threshold_max)
-    reasons = {"missing": missing, "threshold": left_out & ~(inside & prepared.present).any(-1)}
+    inside = _inside_thresholds(prepared.image, settings) & prepared.present
+    reasons = {"missing": missing, "threshold": left_out & ~inside.any(-1)}
     left_out &= ~reasons["threshold"]
     by_file = np.zeros_like(left_out) if prepared.user_mask is None else left_out & (prepared.user_mask == 0).any(-1)
     return {**reasons, "mask file": by_file, "auto": left_out & ~by_file}
@@ -1114,7 +1123,7 @@ def start_positions(settings: Settings, shape: tuple[int, int]) -> np.ndarray:
     rows, columns = min(shapes, key=lambda shape: abs(shape[0] * shape[1] - wanted) / wanted
                         + abs(math.log(shape[1] / shape[0] * sides[0] / sides[1])))
     row, column = (np.arange(rows) + 0.5) / rows, (np.arange(columns) + 0.5) / columns
-    return (np.stack(np.meshgrid(row, column, indexing="ij"), -1).reshape(-1, 2) * sides).astype(np.float32)
+    return (_grid(row, column).reshape(-1, 2) * sides).astype(np.float32)
 
 
 def start_values(prepared: Prepared, positions: np.ndarray, order: int, smoothing: float) -> np.ndarray:
@@ -1304,7 +1313,7 @@ class SkySurface:
 
     The spline is evaluated on nodes a few pixels apart, brought back to linear there, and interpolated between
     them by the cubic through four nodes along each axis. That is exact for planes, and the spline bends over
-    hundreds of pixels, so between nodes nothing is lost (tests hold it to 1e-5); but the cost of a pixel is a
+    hundreds of pixels, so between nodes nothing is lost (tests hold it to 2e-5); but the cost of a pixel is a
     few multiplications, however many control points there are.
     """
 
@@ -1314,7 +1323,7 @@ class SkySurface:
         # Node k stands on pixel (k - 1) * step: one node before the frame, and two behind its last cell.
         rows, columns = ((np.arange(-(-n // step) + 3) - 1) * step for n in shape)
         row, column = ((pixel + 0.5) / max(shape) for pixel in (rows, columns))
-        nodes = surface(np.stack(np.meshgrid(row, column, indexing="ij"), -1))
+        nodes = surface(_grid(row, column))
         self.nodes = np.moveaxis(nodes, -1, 0).astype(dtype)  # (c, rows, columns)
         self.shape, self.dtype = (len(self.nodes), *shape), self.nodes.dtype
         u = np.arange(step)[:, None] / step
@@ -1547,7 +1556,7 @@ class _ThinPlate:
         sides = np.array(shape) / max(shape)
         rows = int(np.clip(round(math.sqrt(SKY_POINTS * sides[0] / sides[1])), 3, SKY_POINTS // 3))
         points = (np.linspace(0, side, n) for side, n in zip(sides, (rows, round(SKY_POINTS / rows))))
-        self.positions = np.stack(np.meshgrid(*points, indexing="ij"), -1).reshape(-1, 2)
+        self.positions = _grid(*points).reshape(-1, 2)
         weights = _spline_coefficients(self.positions, 2, 0.0)[:-3]
         self.energy = weights.T @ _kernel(self.positions, self.positions, 2) @ weights + 1e-6 * np.eye(len(weights))
         self.cells = cells
@@ -2096,10 +2105,8 @@ def _draw_hints(axes, prepared: Prepared, blown: np.ndarray) -> None:
                         interpolation="nearest")
     axes.set_title("orange above, purple below surroundings")
     axes.set(xticks=[], yticks=[])
-    bar = axes.inset_axes([0.02, -0.06, 0.96, 0.025])
-    axes.figure.colorbar(image, cax=bar, orientation="horizontal", ticks=[-spread, 0, spread])
-    bar.set_xticklabels([f"{v / center:+.0%}" if center else "" for v in (-spread, 0, spread)], fontsize=7)
-    bar.tick_params(length=0, pad=2)
+    bar = _draw_scale(axes, image, [-spread, 0, spread])
+    bar.set_xticklabels([f"{v / center:+.0%}" if center else "" for v in (-spread, 0, spread)])
     if blown.any() and min(blown.shape) > 1:
         axes.contour(blown, [0.5], colors="#d7191c", linewidths=2)
         axes.set_xlabel("outlined: sky blown out, raise -dq", color="#ff8a80", weight="bold", labelpad=28)
@@ -2107,10 +2114,10 @@ def _draw_hints(axes, prepared: Prepared, blown: np.ndarray) -> None:
 
 def draw_figures(figure, prepared: Prepared, settings: Settings, fit: Fit, title: str) -> None:
     """The result: before, model, after in one stretch; where the control points went; how the loss fell."""
+    figure.text(0.015, 0.012, facts(prepared, settings, fit), fontsize=8)
     prepared = thinned(prepared)
     sky, after = reduced_sky(prepared, fit)
     stretch = display_stretch(prepared.linear)
-    figure.text(0.015, 0.012, facts(prepared, settings, fit), fontsize=8)
     panels, bottom = _lay_out(figure, title, 1.25)
     _show(panels[0], stretch.apply(prepared.linear), "before")
     _show(panels[1], stretch.apply(sky), "model, same stretch, lines of equal brightness")
@@ -2176,7 +2183,7 @@ def animation_frames(prepared: Prepared, fit: Fit, width: int = 800) -> np.ndarr
     stretch, (rows, columns) = display_stretch(prepared.linear), prepared.image.shape[:2]
     # Each surface on every 8th pixel or so, and straight lines between: quick, and enough for the eye.
     corners, coarse = (prepared.centers[0, 0], prepared.centers[-1, -1]), (max(2, rows // 8), max(2, columns // 8))
-    places = np.stack(np.meshgrid(*map(np.linspace, *corners, coarse), indexing="ij"), -1)
+    places = _grid(*map(np.linspace, *corners, coarse))
     down, along = (scipy.ndimage.zoom(np.eye(nodes, dtype=np.float32), (pixels / nodes, 1), order=1)
                    for nodes, pixels in zip(coarse, (rows, columns)))  # (pixels, nodes)
 
@@ -2277,11 +2284,16 @@ def _draw_contours(axes, values: np.ndarray) -> None:
     from matplotlib.ticker import MaxNLocator
     levels = MaxNLocator(8).tick_values(low, high)
     lines = axes.contour(values, levels, colors=colormaps["plasma"](np.linspace(0.4, 1, len(levels))), linewidths=1.3)
-    bar = axes.inset_axes([0.02, -0.06, 0.96, 0.025])
-    axes.figure.colorbar(lines, cax=bar, orientation="horizontal", ticks=levels[::2])
-    bar.tick_params(labelsize=7, length=0, pad=2)
-    for line in bar.collections:
+    for line in _draw_scale(axes, lines, levels[::2]).collections:
         line.set_linewidth(5)
+
+
+def _draw_scale(axes, drawn, ticks):
+    """A color bar below a panel; returns its axes."""
+    bar = axes.inset_axes([0.02, -0.06, 0.96, 0.025])
+    axes.figure.colorbar(drawn, cax=bar, orientation="horizontal", ticks=ticks)
+    bar.tick_params(labelsize=7, length=0, pad=2)
+    return bar
 
 
 def _import_matplotlib():
@@ -2520,14 +2532,15 @@ def _subtract_and_write(planes: np.ndarray, source: Source, prepared: Prepared, 
     pictures = {"model": (sky, source, "the sky"), "subtracted": (planes, source, "the picture without the sky")}
     if options.save_mask:
         pictures["mask"] = full_mask(prepared, settings), None, "the mask, 1 = sky"
-    outputs = [path for kind, path in paths.items() if kind != "figures"]
+    outputs = {kind: path for kind, path in paths.items() if kind != "figures"}
     history = _history(options, settings, fit, offsets)
-    with atomic_outputs(*outputs) as files:
-        for file, (picture, metadata, what) in zip(files, pictures.values()):
-            write_xisf(file, picture, metadata, history + [f"bgoptimizer: this is {what}"], options.compress)
+    with atomic_outputs(*outputs.values()) as opened:
+        files = dict(zip(outputs, opened))
+        for kind, (picture, metadata, what) in pictures.items():
+            write_xisf(files[kind], picture, metadata, history + [f"bgoptimizer: this is {what}"], options.compress)
         if options.animate:
-            write_animation(files[-1], animation_frames(prepared, fit))
-    return outputs
+            write_animation(files["animation"], animation_frames(prepared, fit))
+    return list(outputs.values())
 
 
 def _history(options: argparse.Namespace, settings: Settings, fit: Fit, offsets: np.ndarray) -> list[str]:
