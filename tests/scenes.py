@@ -28,7 +28,9 @@ from scipy import ndimage
 import bgoptimizer
 
 FAMILIES = ("galaxy", "nebula", "city_glows", "airglow", "dust", "moon", "hills", "stars", "flat",
-            "big_nebula", "full_object")
+            "big_nebula", "full_object", "short_stack", "milky_way", "large_galaxy", "clipped", "mosaic",
+            "edge_nebula", "amp_glow", "cluster", "vignetting", "star_halos", "narrowband", "pedestal",
+            "plane_galaxy")
 
 NEUTRAL = np.ones(3)
 FRACTAL_SIZE = 1536     # samples along a fractal's side; of fixed size, so that a seed has one texture at every scale
@@ -42,6 +44,7 @@ class Scene:
     sky: np.ndarray           # (h, w, c) float64, the true background: smooth, with the pedestal, everywhere
     valid: np.ndarray         # (h, w) bool, True inside the border
     object_mask: np.ndarray   # (h, w) bool, True where objects change the light by over half the pixel noise
+    light: np.ndarray         # (h, w, c) float32, extended objects' part of the image: no stars, no noise
     noise: np.ndarray         # (c,) float64, standard deviation of a pixel of typical sky
     family: str
     seed: int
@@ -150,6 +153,9 @@ class _Canvas:
         self.star_count = np.exp(rng.uniform(np.log(100), np.log(900)))   # at 400 x 600
         self.star_density = None                         # (h, w) relative chance of a star, or None: even
         self.halo_count = rng.integers(0, 4)
+        self.star_parts = []                             # like light_parts, but cores of stars: not extended light
+        self.turn = None                                 # radians; the frames' angle in the picture where it is large
+        self.headroom = None                             # noises from 0 to the darkest sky: the picture is clipped at 0
 
     # -- maps (h, w) over the frame
 
@@ -234,7 +240,13 @@ class _Canvas:
             n = rng.uniform(1.5, 3)
             steep = rng.uniform(4.5, 6.0)                   # magnitudes of e between the center and r = 1
             self.shine(brightness * np.exp(steep * (1 - np.sqrt(r ** 2 + 0.005 ** 2) ** (1 / n))), warm)
-            return
+        else:
+            self.spiral(x, y, width, brightness, angle, ratio, warm, blue)
+
+    def spiral(self, x, y, width, brightness, angle, ratio, warm, blue):
+        """A spiral galaxy: an exponential disk with arms and clumps in `blue`, a bulge in `warm`."""
+        rng = self.rng
+        r = self.distance(x, y, angle, ratio) / (width / 2)
         lengths = rng.uniform(3.0, 4.5)                     # disk scale lengths out to r = 1
         disk = brightness * np.exp(lengths * (1 - r))
         dx, dy = self.x - x, self.y - y
@@ -253,6 +265,11 @@ class _Canvas:
         x, y = self.place(0.5 * (1 - coverage))
         r = self.distance(x, y, rng.uniform(0, np.pi), rng.uniform(0.6, 1))
         field = -r / 0.2 + rng.uniform(0.7, 1.3) * self.fractal(rng.uniform(2.9, 4.0))
+        self.filaments(field, coverage, brightness, sharpness)
+
+    def filaments(self, field, coverage, brightness, sharpness=0.15):
+        """A nebula where `field` (h, w) is in its highest `coverage` (0-1); its brightest 1 % has `brightness`."""
+        rng = self.rng
         edge = np.quantile(field, 1 - coverage)
         inside = np.clip(field - edge, 0, None)
         body = inside ** rng.uniform(1.0, 2.5)              # fades to nothing at its edge, from crisp to very soft
@@ -274,6 +291,29 @@ class _Canvas:
             r = self.distance(x, y, angle, ratio) / (width / 2)
             self.shine(self.rng.uniform(0.02, 0.2) * np.exp(3 * (1 - r)), _color(self.rng, (1.1, 1.0, 0.9), 0.1))
 
+    def blob(self, x, y, width, soft=2.0):
+        """A smooth cloud (h, w), 1 at its top and half of that `width` across, like a Gaussian for `soft` = 2."""
+        r = self.distance(x, y, self.rng.uniform(0, np.pi), self.rng.uniform(0.5, 1)) / (width / 2)
+        return np.exp(-np.log(2) * r ** soft)
+
+    def add_elliptical(self, light, x, y, width, brightness):
+        """Add a small elliptical galaxy to `light` (h, w): `width` across where it has `brightness`, up to 5 widths."""
+        rng = self.rng
+        angle, ratio, n, steep = rng.uniform(0, np.pi), rng.uniform(0.55, 1), rng.uniform(1, 2), rng.uniform(3.5, 5)
+        columns = np.flatnonzero(np.abs(self.x[0] - x) < 2.5 * width)
+        rows = np.flatnonzero(np.abs(self.y[:, 0] - y) < 2.5 * width)
+        if not (len(rows) and len(columns)):
+            return
+        dx, dy = self.x[:, columns] - x, self.y[rows] - y
+        along, across = dx * np.cos(angle) + dy * np.sin(angle), dy * np.cos(angle) - dx * np.sin(angle)
+        r = np.sqrt(along ** 2 + (across / ratio) ** 2 + (0.7 / self.longer) ** 2) / (width / 2)  # seeing blurs the tip
+        profile = np.exp(steep * (1 - r ** (1 / n))) - np.exp(steep * (1 - 5 ** (1 / n)))
+        light[np.ix_(rows, columns)] += brightness * np.clip(profile, 0, None)
+
+    def gradient(self):
+        """The sky so far, over its even level (h, w), in units of the level, mean of the colors."""
+        return sum(shape * color.mean() for shape, color in self.sky_parts)
+
     # -- the picture
 
     def finish(self, channels, border):
@@ -292,10 +332,14 @@ class _Canvas:
             light += shape[..., None] * (self.level * seen(color)).astype(np.float32)
         typical = np.median(sky[::4, ::4], axis=(0, 1))     # (c,)
         noise = self.noise_fraction * typical
+        extended = light.copy()
         for channel, star_light in enumerate(self.stars(noise.mean(), seen)):
             light[..., channel] += star_light
+        for shape, color in self.star_parts:
+            light += shape[..., None] * (self.level * seen(color)).astype(np.float32)
         if self.vignette is not None:
             sky *= self.vignette[..., None]
+            extended *= self.vignette[..., None].astype(np.float32)
             light *= self.vignette[..., None].astype(np.float32)
 
         object_mask = (light > 0.5 * noise).any(axis=2)
@@ -305,7 +349,8 @@ class _Canvas:
             dark = brightness[..., None] * (self.level * seen(color))
             clean += cover[..., None] * (dark - clean)
             object_mask |= cover > 0
-        coverage = self.coverage() if border else np.ones(self.shape)
+            extended *= (1 - cover[..., None]).astype(np.float32)
+        coverage = self.coverage() if border or self.turn is not None else np.ones(self.shape)
         valid = coverage > 0
         # Photon noise grows with the light; the mean of fewer frames is noisier.
         variance = self.read_share + (1 - self.read_share) * clean / typical
@@ -313,11 +358,14 @@ class _Canvas:
         pixels = self.pixel_rng.standard_normal(sky.shape, np.float32)
         if self.pixel_rng.random() < 0.5:                   # registration interpolates: neighbors share their noise
             pixels = ndimage.uniform_filter(pixels, (2, 2, 1)) * 2
-        pedestal = seen(self.pedestal)
+        if self.headroom is None:
+            pedestal, darkest = seen(self.pedestal), 1e-6   # not 0: that is what missing means
+        else:                                               # too much was subtracted: the dark end sinks into the noise
+            pedestal, darkest = self.headroom * noise - sky.min(axis=(0, 1)), 0
         image = clean + pedestal + pixels * np.sqrt(variance) * noise
-        image = np.clip(image, 1e-6, 1).astype(np.float32)  # not 0: that is what missing means
+        image = np.clip(image, darkest, 1).astype(np.float32)
         image[~valid] = 0
-        return Scene(image, sky + pedestal, valid, object_mask, noise, self.family, self.seed)
+        return Scene(image, sky + pedestal, valid, object_mask, extended, noise, self.family, self.seed)
 
     def stars(self, noise, seen):
         """Light of all stars, one (h, w) map per channel, full scale = 1 (a star may exceed it: saturated).
@@ -378,6 +426,8 @@ class _Canvas:
         shift = rng.uniform(0.012, 0.025) * np.array([np.cos(drift), np.sin(drift)])
         turn = rng.uniform(-0.012, 0.012)
         frames = 1 if rng.random() < 0.4 else 6             # one: the hard edge of a cropped-to-reference stack
+        if self.turn is not None:
+            turn += self.turn
         covered = np.zeros(self.shape)
         for _ in range(frames):
             x, y = shift + rng.uniform(-0.008, 0.008, 2) * (frames > 1)
@@ -518,3 +568,208 @@ def _full_object(canvas):
     """An object over nearly the whole frame: too little sky to tell."""
     canvas.tilt(0.2, 0.6)
     canvas.nebula(canvas.rng.uniform(0.93, 0.99), np.exp(canvas.rng.uniform(np.log(0.3), np.log(2))), sharpness=0.3)
+
+
+def _short_stack(canvas):
+    """A few minutes of a smart telescope: a soft nebula in much noise, the frame turned, so that wedges are missing."""
+    rng = canvas.rng
+    canvas.tilt(0.15, 0.6, curvature=0.5)
+    if rng.random() < 0.5:
+        canvas.city_glow(0.1, 0.4)
+    gradient = canvas.gradient()
+    span = np.subtract(*np.percentile(gradient, (99, 1)))
+    canvas.noise_fraction = rng.uniform(0.3, 0.7) * span / (1 + np.median(gradient))
+    canvas.turn = rng.choice((-1, 1)) * np.deg2rad(rng.uniform(5, 12))
+    x, y = canvas.place(0.35)
+    width = rng.uniform(0.2, 0.45)
+    cloud = canvas.blob(x, y, width, rng.uniform(1.4, 2.2))
+    for _ in range(rng.integers(1, 4)):
+        dx, dy = rng.normal(0, 0.35 * width, 2)
+        cloud = cloud + rng.uniform(0.2, 0.8) * canvas.blob(x + dx, y + dy, width * rng.uniform(0.3, 0.8))
+    cloud *= np.exp(rng.uniform(0.1, 0.35) * canvas.fractal(rng.uniform(3.5, 4.5)))
+    color = (1.5, 0.75, 0.75) if rng.random() < 0.5 else (0.8, 1.0, 1.25)       # emission, or reflected starlight
+    canvas.shine(cloud * (rng.uniform(0.3, 1.5) * span / cloud.max()), _color(rng, color, 0.15))
+
+
+def _milky_way(canvas):
+    """Star clouds cut by dark lanes across half of the frame, two towns; the truth is the sky without the clouds."""
+    rng = canvas.rng
+    canvas.city_glow(0.3, 0.8)
+    canvas.city_glow(0.3, 0.8)
+    angle, offset = rng.uniform(0, np.pi), rng.uniform(-0.15, 0.15)
+    across = canvas.y * np.cos(angle) - canvas.x * np.sin(angle) - offset
+    across = across + 0.04 * canvas.fractal(3.5)
+    reach = canvas.half_y * np.abs(np.cos(angle)) + canvas.half_x * np.abs(np.sin(angle))
+    width = rng.uniform(0.25, 0.4) * reach                  # half of the band
+    band = np.exp(-np.abs(across / width) ** rng.uniform(2.5, 4))
+    clouds = band * np.exp(rng.uniform(0.3, 0.6) * canvas.fractal(rng.uniform(2.8, 3.4)))
+    # Dust lies in a thinner layer than the stars, a little beside their middle, and in fingers out of it.
+    rift = across - rng.uniform(-0.4, 0.4) * width
+    depth = 1.3 * canvas.fractal(rng.uniform(2.8, 3.3)) + rng.uniform(0.3, 1.2) * np.exp(-(rift / width / 0.35) ** 2)
+    opacity = rng.uniform(1, 3) * np.clip(depth - 0.4, 0, None)
+    clouds *= np.exp(-opacity)
+    canvas.shine(clouds * (rng.uniform(0.2, 1.0) / np.quantile(clouds, 0.99)), _color(rng, (1.1, 1.0, 0.85), 0.07))
+    canvas.star_count = rng.uniform(2500, 6000)
+    canvas.star_density = 0.2 + 0.8 * np.clip(clouds / np.quantile(clouds, 0.99), 0, 1)
+    if rng.random() < 0.5:                                  # a glowing nebula or two in the arm
+        x, y = offset * -np.sin(angle), offset * np.cos(angle)
+        glow = canvas.blob(x, y, rng.uniform(0.03, 0.08), 1.2) * np.exp(0.5 * canvas.fractal(2.8))
+        canvas.shine(glow * rng.uniform(0.1, 0.5), _color(rng, (1.9, 0.6, 0.7), 0.1))
+
+
+def _large_galaxy(canvas):
+    """An inclined spiral over most of the longer side; its exponential outskirts fade into a nearly flat sky."""
+    rng = canvas.rng
+    canvas.tilt(0.2, 0.8, curvature=0.2)
+    longer_axis = 0 if canvas.half_x >= canvas.half_y else np.pi / 2
+    angle = longer_axis + rng.uniform(-0.6, 0.6)
+    warm, blue = _color(rng, (1.2, 1.0, 0.75), 0.05), _color(rng, (0.9, 1.0, 1.15), 0.05)
+    canvas.spiral(*canvas.place(0.12), width=rng.uniform(0.55, 0.85), brightness=rng.uniform(0.015, 0.06), angle=angle,
+                  ratio=rng.uniform(0.25, 0.55), warm=warm, blue=blue)
+    canvas.small_galaxies()
+
+
+def _clipped(canvas):
+    """A dark frame too bright was subtracted: the dark end of the sky lies in the noise around 0 and is clipped there."""
+    rng = canvas.rng
+    canvas.tilt(0.1, 0.5)
+    gradient = canvas.gradient()
+    noise = np.exp(rng.uniform(np.log(0.3), np.log(1.1))) * np.ptp(gradient)
+    canvas.noise_fraction = noise / (1 + np.median(gradient))
+    canvas.headroom = rng.uniform(0.0, 0.25)
+    x, y = canvas.place(0.5)
+    width = rng.uniform(0.08, 0.2)
+    r = canvas.distance(x, y, rng.uniform(0, np.pi), rng.uniform(0.5, 1)) / (width / 2)
+    n, steep = rng.uniform(2, 4), rng.uniform(5.0, 7.0)     # Sersic index, and magnitudes of e out to r = 1
+    wings = np.exp(steep * (1 - np.sqrt(r ** 2 + 0.005 ** 2) ** (1 / n)))
+    canvas.shine(noise * rng.uniform(0.5, 1.5) * wings, _color(rng, (1.2, 1.0, 0.8), 0.1))
+    canvas.small_galaxies()
+
+
+def _mosaic(canvas):
+    """Three panels side by side, their levels and slopes not quite matched; the steps are part of the true sky."""
+    rng = canvas.rng
+    canvas.tilt(0.3, 1.0)
+    sideways = rng.random() < 0.5
+    position, half = (canvas.x, canvas.half_x) if sideways else (canvas.y, canvas.half_y)
+    other = canvas.y if sideways else canvas.x
+    lean = rng.uniform(-0.02, 0.02)
+    position = position + lean * other                      # (h, w) panels are never quite upright
+    feather = max(rng.uniform(0, 0.01), 0.5 / canvas.longer)
+    seams = half * (np.array([-1, 1]) / 3 + rng.uniform(-0.08, 0.08, 2))
+    first, second = [np.clip((position - seam) / feather + 0.5, 0, 1) for seam in seams]
+    weights = (1 - first), first - second, second           # of the panels, (h, w) each; they add up to 1
+    levels = rng.permutation(3) / 2 + rng.uniform(-0.2, 0.2, 3)
+    panels = sum(weight * (level + (position * rng.normal(0, 0.5) + other * rng.normal(0, 0.5)) / half)
+                 for weight, level in zip(weights, levels))
+    canvas.brighten(panels, rng.uniform(0.12, 0.35) * np.ptp(canvas.gradient()))
+    canvas.small_galaxies()
+    for _ in range(rng.integers(0, 3)):
+        canvas.galaxy(*canvas.place(0.8), width=rng.uniform(0.02, 0.06), brightness=rng.uniform(0.03, 0.1))
+
+
+def _edge_nebula(canvas):
+    """A faint nebula from one edge of the frame to the other, and a gradient across it."""
+    rng = canvas.rng
+    canvas.tilt(0.3, 1.0)
+    if rng.random() < 0.4:
+        canvas.city_glow(0.2, 0.5)
+    angle, offset = rng.uniform(0, np.pi), rng.uniform(-0.15, 0.15)
+    across = canvas.y * np.cos(angle) - canvas.x * np.sin(angle) - offset
+    field = -np.abs(across) / rng.uniform(0.1, 0.2) + rng.uniform(0.5, 1.0) * canvas.fractal(rng.uniform(2.9, 3.8))
+    canvas.filaments(field, rng.uniform(0.4, 0.7), rng.uniform(0.12, 0.45) * np.ptp(canvas.gradient()))
+
+
+def _amp_glow(canvas):
+    """The sensor's amplifier glows in a corner or two, on a tilted plane; there is no object but small ones."""
+    rng = canvas.rng
+    canvas.tilt(0.2, 0.8, curvature=0.1)
+    corners = rng.permutation([(-1, -1), (-1, 1), (1, -1), (1, 1)])[:1 + (rng.random() < 0.3)]
+    for side_x, side_y in corners:
+        reach = rng.uniform(0.03, 0.08)
+        x, y = side_x * (canvas.half_x + rng.uniform(0, 0.03)), side_y * (canvas.half_y + rng.uniform(0, 0.03))
+        r = canvas.distance(x, y, rng.choice((0, np.pi / 2)), rng.uniform(0.6, 1)) / reach
+        canvas.brighten(np.exp(-np.sqrt(r ** 2 + 0.2 ** 2)), rng.uniform(0.5, 3), spread=0.25)
+    if rng.random() < 0.4:
+        canvas.galaxy(*canvas.place(0.5), width=rng.uniform(0.04, 0.1), brightness=rng.uniform(0.03, 0.1))
+    canvas.small_galaxies()
+
+
+def _cluster(canvas):
+    """A cluster of galaxies around a giant one, all in the smooth light of stars that belong to none of them."""
+    rng = canvas.rng
+    canvas.tilt(0.2, 0.8, curvature=0.4)
+    x, y = canvas.place(0.3)
+    width = rng.uniform(0.15, 0.35)
+    r = canvas.distance(x, y, rng.uniform(0, np.pi), rng.uniform(0.6, 1)) / (width / 2)
+    between = 2 / (1 + r ** 2) ** rng.uniform(1.3, 2.0) / 2
+    canvas.shine(rng.uniform(0.1, 0.2) * np.ptp(canvas.gradient()) * between, _color(rng, (1.15, 1.0, 0.85), 0.05))
+    members = np.zeros(canvas.shape)
+    for _ in range(rng.integers(30, 90)):
+        distance, direction = width * 0.5 * np.abs(rng.standard_t(2.5)), rng.uniform(0, 2 * np.pi)
+        canvas.add_elliptical(members, x + distance * np.cos(direction), y + distance * np.sin(direction),
+                              np.exp(rng.uniform(np.log(0.005), np.log(0.025))), rng.uniform(0.01, 0.06))
+    canvas.add_elliptical(members, x, y, rng.uniform(0.04, 0.08), rng.uniform(0.05, 0.1))
+    canvas.shine(members, _color(rng, (1.2, 1.0, 0.75), 0.05))
+    canvas.small_galaxies()
+
+
+def _vignetting(canvas):
+    """A flat field that did not fit: the sky is brightest near the middle, and there is little else."""
+    rng = canvas.rng
+    canvas.tilt(0.03, 0.12)
+    canvas.dim_corners(0.2, 0.5)
+    if rng.random() < 0.5:
+        canvas.galaxy(*canvas.place(0.5), width=rng.uniform(0.03, 0.1), brightness=rng.uniform(0.03, 0.1))
+    canvas.small_galaxies()
+
+
+def _star_halos(canvas):
+    """Very bright stars, whose scattered light reaches far, on a tilted sky with a little dust."""
+    rng = canvas.rng
+    canvas.tilt(0.3, 1.0)
+    cirrus = np.clip(canvas.fractal(rng.uniform(2.7, 3.4)) - rng.uniform(-0.5, 0.5), 0, None) ** 1.3
+    cirrus *= rng.uniform(0.03, 0.1) * np.ptp(canvas.gradient()) / np.quantile(cirrus, 0.99)
+    canvas.shine(cirrus, _color(rng, (1.1, 1.0, 0.9), 0.1))
+    slope = rng.uniform(2, 3)                               # of the wings; the same optics scatter every star
+    fwhm = rng.uniform(1.5, 2.5) / canvas.longer
+    for _ in range(rng.integers(2, 7)):
+        x, y = canvas.place(0.95)
+        r = canvas.distance(x, y)
+        core_radius = rng.uniform(0.003, 0.008)
+        color = _color(rng, NEUTRAL, 0.3)
+        canvas.shine(np.exp(rng.uniform(0, np.log(15))) * (1 + (r / core_radius) ** 2) ** (-slope / 2), color)
+        core = (1 + (r / fwhm) ** 2) ** -3
+        canvas.star_parts.append(((core * rng.uniform(3, 30) / canvas.level).astype(np.float32), color))
+    canvas.small_galaxies()
+
+
+def _narrowband(canvas):
+    """Through a narrow filter: hardly any sky, a nebula with filaments over 60 % of the frame, a mild gradient."""
+    rng = canvas.rng
+    canvas.level = np.exp(rng.uniform(np.log(0.002), np.log(0.01)))
+    canvas.noise_fraction = rng.uniform(0.04, 0.15)
+    canvas.tilt(0.15, 0.5)
+    canvas.nebula(rng.uniform(0.5, 0.7), np.exp(rng.uniform(np.log(0.5), np.log(5))), sharpness=rng.uniform(0.08, 0.2))
+
+
+def _pedestal(canvas):
+    """A pedestal of a fifth of full scale under a gradient of 0.4 %; one small object."""
+    rng = canvas.rng
+    canvas.pedestal = rng.uniform(0.15, 0.25) * rng.uniform(0.98, 1.02, 3)
+    canvas.level = rng.uniform(0.01, 0.03)
+    span = rng.uniform(0.003, 0.005) / canvas.level
+    canvas.tilt(span, span)
+    if rng.random() < 0.5:
+        canvas.galaxy(*canvas.place(0.6), width=rng.uniform(0.05, 0.15), brightness=rng.uniform(0.02, 0.08))
+    else:
+        canvas.nebula(rng.uniform(0.04, 0.12), rng.uniform(0.1, 0.5))
+    canvas.small_galaxies()
+
+
+def _plane_galaxy(canvas):
+    """A galaxy on a sky that is a perfect plane."""
+    rng = canvas.rng
+    canvas.tilt(0.2, 1.0, curvature=0)
+    canvas.galaxy(*canvas.place(0.5), width=rng.uniform(0.15, 0.35), brightness=rng.uniform(0.02, 0.08))
+    canvas.small_galaxies()
