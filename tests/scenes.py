@@ -86,6 +86,40 @@ def score(model, scene):
     return float(np.sqrt(np.mean(errors ** 2))), float(np.percentile(errors, 99.9))
 
 
+OBJECT_SHARE = 0.002    # of the picture; less extended light than that is not asked what became of it
+BACKGROUND_SHARE = 0.01     # of the picture; with less background a constant cannot be told from an object
+RING = 0.04             # width of the ring around objects, in units of the longer side
+
+
+def object_score(model, scene):
+    """What a model does to the extended objects -> (light kept, ring error), both in percent, or NaN.
+
+    An object's pixels are those where its light is over half the pixel noise. The light kept is 100 % less the share
+    of their light that the model has taken for sky; over 100 % it has dug a hole. The ring error is the rms of
+    model - truth within RING of them, in units of the sky's range. For both, the median of model - truth over the
+    pixels without objects is taken off. NaN where there is next to no extended light, or next to no pixel without.
+    """
+    error = np.asarray(model, np.float64) - scene.sky                       # (h, w, c)
+    background = scene.valid & ~scene.object_mask                           # (h, w)
+    core = (scene.light > 0.5 * scene.noise) & scene.valid[..., None]       # (h, w, c)
+    touched = core.any(axis=2)                                              # (h, w)
+    present = scene.valid.sum()
+    if touched.sum() < OBJECT_SHARE * present or background.sum() < BACKGROUND_SHARE * present:
+        return np.nan, np.nan
+
+    error -= np.median(error[background], axis=0)
+    taken = error[core].sum() / scene.light[core].sum(dtype=np.float64)
+    distance = ndimage.distance_transform_edt(~touched)                     # pixels
+    ring = (distance > 0) & (distance <= RING * max(touched.shape)) & scene.valid
+    if not ring.any():
+        return 100 * (1 - taken), np.nan
+
+    low, high = np.percentile(scene.sky[scene.valid], (1, 99), axis=0)      # (c,)
+    unit = scene.noise if scene.family == "flat" else high - low            # (c,)
+    ring_error = np.sqrt(np.mean((error[ring] / unit) ** 2))
+    return 100 * (1 - taken), 100 * ring_error
+
+
 def sloping_sky(height=96, width=144, channels=3, noise=0.0005, seed=1):
     """A simple picture and its sky, (h, w, c) each: a bent slope of its own per channel, noise, a few stars."""
     rng = np.random.default_rng(seed)
