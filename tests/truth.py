@@ -2,7 +2,7 @@
 
     python tests/truth.py                                 # every family, 4 seeds, reduced size
     python tests/truth.py --families galaxy dust --seeds 8 --columns auto
-    python tests/truth.py --full --check                  # 2000 x 3000; exit 1 if a promise is broken
+    python tests/truth.py --full --check                  # 2000 x 3000; exit 1 if not kept
     python tests/truth.py --pictures /tmp/look -- -N 49   # flags after -- go to the tool
     python tests/truth.py --inject                        # known gradients put into real pictures
 
@@ -32,7 +32,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import fields
 from pathlib import Path
-from typing import List, NamedTuple
+from typing import Dict, List, NamedTuple
 
 import numpy as np
 from scipy import ndimage
@@ -81,8 +81,17 @@ BOUNDS = {
     },
 }
 
-GOOD, BAD = 1.5, 5  # rms in percent: below the first no picture needs a warning, above the second each
-TRUE_SKY, LIGHT_KEPT = 2, 90  # where the rms is below 2 %, at least 90 % of the light must be left
+GOOD = 1.5
+"""rms in percent; with less a picture needs no warning."""
+
+BAD = 5
+"""rms in percent; with more each picture needs one."""
+
+TRUE_SKY = 2
+"""rms in percent; with less an object's light must be kept."""
+
+LIGHT_KEPT = 90
+"""Percent of an object's light that must be left in the picture."""
 
 
 class Row(NamedTuple):
@@ -101,7 +110,7 @@ class Row(NamedTuple):
 # ------------------------------------------------------------------------------------------------
 
 def settings_from(optimizer, flags):
-    """Flags of the tool's command line -> its Settings; exits with its message if they are wrong."""
+    """Flags of the tool's command line -> its Settings; exits with its message about them."""
     parser = optimizer.build_parser()
     options = parser.parse_args(["picture.xisf"] + flags)
     values = {}
@@ -180,14 +189,21 @@ def plan(arguments):
         for seed in seeds:
             # Four seeds in a row meet each pair of (mono, border), (mono, portrait) and
             # (border, portrait) once.
-            second_half = seed // 2 % 2 == 1
-            portrait = arguments.portrait or second_half
-            border = arguments.border or (seed + seed // 2) % 2 == 1
-            in_turn = 1 if seed % 2 else 3
+            is_odd = seed % 2 == 1
+            is_late = seed % 4 >= 2
+            portrait = arguments.portrait or is_late
+            border = arguments.border or is_odd != is_late
+            in_turn = 1 if is_odd else 3
             height, width = sorted(arguments.size, reverse=portrait)
             for channels in arguments.channels or [in_turn]:
-                pictures.append(dict(family=family, seed=seed, height=height, width=width,
-                                     channels=channels, border=border))
+                pictures.append(dict(
+                    family=family,
+                    seed=seed,
+                    height=height,
+                    width=width,
+                    channels=channels,
+                    border=border,
+                ))
     return pictures
 
 
@@ -200,12 +216,20 @@ def measure(picture, arguments):
         model, seconds, warnings = model_sky(scene.image, flags, arguments.tool)
         rms, p999 = scenes.score(model, scene)
         kept, ring = scenes.object_score(model, scene)
-        rows[column] = Row(rms, p999, kept, ring, seconds, warnings, nothing)
-        if arguments.pictures:
-            models[column] = model
+        rows[column] = Row(
+            rms=rms,
+            p999=p999,
+            kept=kept,
+            ring=ring,
+            seconds=seconds,
+            warnings=warnings,
+            nothing=nothing,
+        )
+        models[column] = model
     if arguments.pictures:
         name = "{family}_{seed}_{channels}ch.png".format(**picture)
-        draw(scene, models, rows, Path(arguments.pictures) / name)
+        path = Path(arguments.pictures) / name
+        draw(scene, models, rows, path)
     return rows
 
 
@@ -213,18 +237,21 @@ def draw(scene, models, rows, path):
     """Write a PNG: the scene, its sky, each column's model and error; full color is 10 % error."""
     from matplotlib.figure import Figure
 
-    step = max(1, max(scene.valid.shape) // 750)
+    longer = max(scene.valid.shape)
+    step = max(1, longer // 750)
     valid = scene.valid[::step, ::step]
     image = scene.image[::step, ::step]
     sky = scene.sky[::step, ::step]
-    low, middle = np.percentile(image[valid], (0.5, 50), axis=0)  # (c,)
-    sky_low, sky_high = np.percentile(sky[valid], (1, 99), axis=0)  # (c,)
-    unit = scene.noise if scene.family == "flat" else sky_high - sky_low  # (c,)
+    low = np.percentile(image[valid], 0.5, axis=0)  # (c,)
+    middle = np.median(image[valid], axis=0)  # (c,)
+    unit = scenes.score_unit(scene)  # (c,)
 
     def show(axis, picture, title):
         above = (picture - low) / (middle - low)  # 1 at the median
-        bright = np.arcsinh(above / 1.5) / np.arcsinh(8)
-        axis.imshow(np.clip(bright, 0, 1).squeeze(), cmap="gray")
+        bright = np.arcsinh(above / 1.5)
+        bright = bright / np.arcsinh(8)
+        bright = np.clip(bright, 0, 1)
+        axis.imshow(bright.squeeze(), cmap="gray")
         axis.set_title(title)
 
     columns = 1 + len(models)
@@ -235,17 +262,25 @@ def draw(scene, models, rows, path):
     for k, (name, model) in enumerate(models.items(), 1):
         model = model[::step, ::step]
         row = rows[name]
-        show(axes[0, k], model, "%s: rms %.2f %%, p99.9 %.2f %%" % (name, row.rms, row.p999))
+        title = "%s: rms %.2f %%, p99.9 %.2f %%"
+        show(axes[0, k], model, title % (name, row.rms, row.p999))
         error = (model - sky) / unit  # (h, w, c)
-        error -= np.median(error[valid], axis=0)
-        error = np.where(valid, error.mean(axis=2), np.nan)
-        axes[1, k].imshow(error, cmap="RdBu_r", vmin=-0.1, vmax=0.1)
-        axes[1, k].set_title("%s: model - truth" % name)
+        error = error - np.median(error[valid], axis=0)
+        error = error.mean(axis=2)
+        error = np.where(valid, error, np.nan)
+        lower = axes[1, k]
+        lower.imshow(error, cmap="RdBu_r", vmin=-0.1, vmax=0.1)
+        lower.set_title("%s: model - truth" % name)
     for axis in axes.ravel():
         axis.set_axis_off()
     figure.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(str(path), dpi=80)
+
+
+def tell(line):
+    """Say at once how far the bench is."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def scene_name(picture):
@@ -261,32 +296,52 @@ def percent(value, digits=1):
 
 def row_text(column, row):
     """One result in words, for the lines on stderr."""
-    kept, ring = percent(row.kept), percent(row.ring, 2)
+    kept = percent(row.kept)
+    ring = percent(row.ring, 2)
     text = "%s %.2f %% (p99.9 %.2f" % (column, row.rms, row.p999)
-    text += ", kept %s, ring %s, %.1f s)" % (kept, ring, row.seconds)
-    return text + ", warned" if row.warnings else text
+    text += ", kept %s, ring %s" % (kept, ring)
+    text += ", %.1f s)" % row.seconds
+    if row.warnings:
+        text += ", warned"
+    return text
 
 
-def mean_of(values):
-    """The mean of those that are numbers, or NaN."""
-    values = np.asarray(values, float)
+def numbers_of(rows, name):
+    """One field of all rows (n,)."""
+    return np.array([getattr(row, name) for row in rows], float)
+
+
+def mean_of(rows, name):
+    """The mean of one field of those rows where it is a number, or NaN."""
+    values = numbers_of(rows, name)
     values = values[~np.isnan(values)]
-    return values.mean() if values.size else np.nan
+    if values.size == 0:
+        return np.nan
+    return values.mean()
+
+
+def warned_of(rows):
+    """Which rows have warnings (n,) bool."""
+    return np.array([bool(row.warnings) for row in rows])
 
 
 def cell(rows, bound=np.inf):
     """One column's part of a line of the table; a * stands behind what is over the bound."""
-    mean = mean_of([row.rms for row in rows])
-    worst = max(row.rms for row in rows)
-    p999 = mean_of([row.p999 for row in rows])
-    kept = percent(mean_of([row.kept for row in rows]))
-    ring = percent(mean_of([row.ring for row in rows]), 2)
-    warned = sum(bool(row.warnings) for row in rows)
-    seconds = mean_of([row.seconds for row in rows])
-    star = "*" if mean > bound else " "
+    mean = mean_of(rows, "rms")
+    worst = numbers_of(rows, "rms").max()
+    p999 = mean_of(rows, "p999")
+    kept = mean_of(rows, "kept")
+    ring = mean_of(rows, "ring")
+    warned = warned_of(rows).sum()
+    seconds = mean_of(rows, "seconds")
+    mean_star = "*" if mean > bound else " "
     worst_star = "*" if worst > 2 * bound else " "
-    text = " | %6.2f%s%6.2f%s%6.2f" % (mean, star, worst, worst_star, p999)
-    return text + " %6s %6s %4d/%-3d %5.1f" % (kept, ring, warned, len(rows), seconds)
+    text = " | %6.2f%s" % (mean, mean_star)
+    text += "%6.2f%s" % (worst, worst_star)
+    text += "%6.2f" % p999
+    text += " %6s %6s" % (percent(kept), percent(ring, 2))
+    text += " %4d/%-3d" % (warned, len(rows))
+    return text + " %5.1f" % seconds
 
 
 CELL_HEAD = " |   mean  worst  p99.9   kept   ring   warned     s"
@@ -294,26 +349,36 @@ CELL_HEAD = " |   mean  worst  p99.9   kept   ring   warned     s"
 
 def table(families, columns, results):
     """The table as text; results: {(family, column): [Row]}."""
-    lines = ["%-12s" % "", "%-12s" % "family", "", ]
+    names = "%-12s" % ""
+    head = "%-12s" % "family"
     for column in columns:
-        lines[0] += " | %-*s" % (len(CELL_HEAD) - 3, column)
-        lines[1] += CELL_HEAD
-    lines[2] = "-" * len(lines[1])
+        title = " | " + column
+        names += title.ljust(len(CELL_HEAD))
+        head += CELL_HEAD
+    lines = [names, head, "-" * len(head)]
     for family in families:
         line = "%-12s" % family
         for column in columns:
-            bound = BOUNDS.get(column, {}).get(family, np.inf)
+            bound = bound_of(family, column)
             line += cell(results[family, column], bound)
         lines.append(line)
-    line = "%-12s" % "all"
+
+    last_line = "%-12s" % "all"
+    summaries = []
     for column in columns:
-        line += cell(all_rows(families, column, results))
-    lines.append(line)
+        rows = all_rows(families, column, results)
+        last_line += cell(rows)
+        summaries += summary(column, rows)
+    lines.append(last_line)
     lines.append("in % of the sky's range (flat: of the pixel noise); "
                  "* = over the bound promised at 2000 x 3000")
-    for column in columns:
-        lines += summary(column, all_rows(families, column, results))
-    return "\n".join(lines)
+    return "\n".join(lines + summaries)
+
+
+def bound_of(family, column):
+    """The mean rms promised; infinite where nothing is."""
+    promises = BOUNDS.get(column, {})
+    return promises.get(family, np.inf)
 
 
 def all_rows(families, column, results):
@@ -326,32 +391,43 @@ def all_rows(families, column, results):
 
 def summary(column, rows):
     """Lines about all pictures of a column: its median, and what must not be."""
-    rms = np.array([row.rms for row in rows])
-    nothing = np.array([row.nothing for row in rows])
-    kept = np.array([row.kept for row in rows])
-    warned = np.array([bool(row.warnings) for row in rows])
-    bad, good = rms > BAD, rms < GOOD
-    eaten = (rms < TRUE_SKY) & (kept < LIGHT_KEPT)  # NaN is not below anything
-    worse = rms > nothing
-    return [
-        "%s: median %.2f %%, worst %.2f %%" % (column, np.median(rms), rms.max()),
-        "  over %g %%: %d, of which warned %d" % (BAD, bad.sum(), (bad & warned).sum()),
-        "  under %g %%: %d, of which warned %d" % (GOOD, good.sum(), (good & warned).sum()),
+    rms = numbers_of(rows, "rms")
+    kept = numbers_of(rows, "kept")
+    warned = warned_of(rows)
+    middle = np.median(rms)
+    worse = rms > numbers_of(rows, "nothing")
+    lines = [
+        "%s: median %.2f %%, worst %.2f %%" % (column, middle, rms.max()),
         "  worse than doing nothing: %d" % worse.sum(),
-        "  under %g %% with less than %g %% of the light kept: %d"
-        % (TRUE_SKY, LIGHT_KEPT, eaten.sum()),
     ]
+    for title, which in (
+        ("over %g %%" % BAD, rms > BAD),
+        ("under %g %%" % GOOD, rms < GOOD),
+    ):
+        both = which & warned
+        counts = which.sum(), both.sum()
+        lines.append("  " + title + ": %d, of which warned %d" % counts)
+    true_sky = rms < TRUE_SKY
+    eaten = true_sky & (kept < LIGHT_KEPT)  # NaN is not below anything
+    limits = TRUE_SKY, LIGHT_KEPT
+    title = "  under %g %% with less than %g %% of the light kept: " % limits
+    lines.append(title + "%d" % eaten.sum())
+    return lines
 
 
 def broken_promises(results):
     """Sentences about the bounds not kept."""
     sentences = []
     for (family, column), rows in results.items():
-        bound = BOUNDS.get(column, {}).get(family, np.inf)
-        rms = np.array([row.rms for row in rows])
-        if rms.mean() > bound or rms.max() > 2 * bound:
-            sentences.append("%s, %s: mean %.2f %%, worst %.2f %%, promised %g and %g" % (
-                family, column, rms.mean(), rms.max(), bound, 2 * bound))
+        bound = bound_of(family, column)
+        rms = numbers_of(rows, "rms")
+        mean = rms.mean()
+        worst = rms.max()
+        if mean > bound or worst > 2 * bound:
+            text = "%s, %s: " % (family, column)
+            text += "mean %.2f %%, worst %.2f %%" % (mean, worst)
+            text += ", promised %g and %g" % (bound, 2 * bound)
+            sentences.append(text)
     return sentences
 
 
@@ -367,7 +443,7 @@ def run_scenes(arguments):
         for column, row in rows.items():
             results[picture["family"], column].append(row)
             told.append(row_text(column, row))
-        print(scene_name(picture) + ": " + "; ".join(told), file=sys.stderr, flush=True)
+        tell(scene_name(picture) + ": " + "; ".join(told))
 
     each(measure, plan(arguments), arguments, note)
     print(table(arguments.families, arguments.flags, results))
@@ -378,44 +454,69 @@ def run_scenes(arguments):
 # Known gradients in real pictures
 # ------------------------------------------------------------------------------------------------
 
-GRADIENT_SHARE = 0.5  # a gradient's height, as a share of the picture's sky level over its pedestal
-PEDESTAL_PERCENTILE = 0.1  # the lowest samples stand for the pedestal; not the very lowest: bad pixels
-MISSING_PIXELS = 16  # connected zeros of at least that many are a hole; fewer are dark samples
-BLOCK = 8  # pixels; side of the blocks whose medians show a picture's structure
+GRADIENT_SHARE = 0.5
+"""Height of a gradient, as a share of the picture's sky level over its pedestal."""
+
+PEDESTAL_PERCENTILE = 0.1
+"""The lowest samples stand for the pedestal, but not the very lowest: those are bad pixels."""
+
+MISSING_PIXELS = 16
+"""Connected zeros of at least that many are a hole; fewer are dark samples."""
+
+BLOCK = 8
+"""Pixels; side of the blocks whose medians show a picture's structure."""
+
+
+class Injection(NamedTuple):
+    """What is measured of one model of one real picture."""
+    errors: Dict[str, float]  # of each gradient, in percent
+    kept: float  # percent of the picture's structure that is not in model(P)
+    depth: float  # range of model(P) over the pixel noise
+    warnings: List[str]  # of the run on P
+    seconds: float  # of the run on P
 
 
 def gradient_shapes(height, width):
     """Known gradients {name: (h, w)}, each from 0 to 1 over the frame."""
     longer = max(height, width)
-    x = ((np.arange(width) + 0.5) / longer)[None, :]  # (1, w)
-    y = ((np.arange(height) + 0.5) / longer)[:, None]  # (h, 1)
-    right, bottom = width / longer, height / longer
+    right = width / longer
+    bottom = height / longer
+    x = (np.arange(width) + 0.5) / longer  # (w,)
+    y = (np.arange(height) + 0.5) / longer  # (h,)
+    y = y[:, None]  # (h, 1)
 
-    def distance(at_x, at_y):
-        return np.hypot(x - at_x, y - at_y)  # (h, w)
+    def distance(to_x, to_y):
+        return np.hypot(x - to_x, y - to_y)  # (h, w)
 
-    plane = x * np.cos(0.5) + y * np.sin(0.5)
-    left_town = np.exp(-(distance(-0.05, 0.7 * bottom) / 0.35) ** 2 / 2)
-    upper_town = 0.7 * np.exp(-np.hypot(distance(0.8 * right, -0.1), 0.1) / 0.3)
-    moon_distance = distance(1.25 * right, -0.2 * bottom)
+    def bell(r):
+        return np.exp(-r ** 2 / 2)
+
+    def cone(r):
+        return np.exp(-np.hypot(r, 0.3))
+
+    near_town = distance(-0.05, 0.7 * bottom)
+    far_town = distance(0.8 * right, -0.1)
+    moon = distance(1.25 * right, -0.2 * bottom)
+    corner = distance(right, bottom)
     shapes = {
-        "plane": plane,
-        "glows": left_town + upper_town,
-        "moon": np.exp(-np.hypot(moon_distance, 0.1) / 0.35),
-        "corner": np.exp(-(distance(right, bottom) / 0.15) ** 2 / 2),
+        "plane": 0.9 * x + 0.5 * y,
+        "glows": bell(near_town / 0.35) + 0.7 * cone(far_town / 0.3),
+        "moon": cone(moon / 0.35),
+        "corner": bell(corner / 0.15),
     }
-    scaled = {}
     for name, shape in shapes.items():
-        low, high = shape.min(), shape.max()
-        scaled[name] = (shape - low) / (high - low)
-    return scaled
+        low = shape.min()
+        high = shape.max()
+        shapes[name] = (shape - low) / (high - low)
+    return shapes
 
 
 def present_samples(image):
     """(h, w, c) -> (h, w, c) bool, False where a sample is not finite or in a region of zeros."""
     present = np.isfinite(image)
     for k in range(image.shape[2]):
-        regions, _ = ndimage.label(image[..., k] == 0)  # 0 outside the zeros
+        zeros = image[..., k] == 0
+        regions, _ = ndimage.label(zeros)  # (h, w), 0 outside the zeros
         sizes = np.bincount(regions.ravel())
         is_hole = sizes >= MISSING_PIXELS
         is_hole[0] = False
@@ -426,19 +527,26 @@ def present_samples(image):
 def pixel_noise(plane, present):
     """Noise of a pixel, from the differences of next but one neighbors, which share less of it."""
     both = present[:, 2:] & present[:, :-2]
-    differences = (plane[:, 2:] - plane[:, :-2])[both]
-    spread = np.median(np.abs(differences - np.median(differences)))
-    return 1.4826 * spread / np.sqrt(2)  # 1.4826 takes the median deviation to the standard one
+    differences = plane[:, 2:] - plane[:, :-2]
+    differences = differences[both]
+    deviations = differences - np.median(differences)
+    spread = np.median(np.abs(deviations))
+    # 1.4826 median deviations are a standard deviation, and a difference has twice the variance.
+    return 1.4826 * spread / np.sqrt(2)
 
 
 def block_medians(plane, present):
     """(h, w) -> (h // BLOCK, w // BLOCK) medians of what is present; NaN in empty blocks."""
-    rows, columns = np.array(plane.shape) // BLOCK
-    holey = np.where(present, plane, np.nan)[:rows * BLOCK, :columns * BLOCK]
-    blocks = holey.reshape(rows, BLOCK, columns, BLOCK).swapaxes(1, 2)
-    blocks = blocks.reshape(rows, columns, BLOCK * BLOCK)
+    height, width = plane.shape
+    rows = height // BLOCK
+    columns = width // BLOCK
+    holey = np.where(present, plane, np.nan)
+    holey = holey[:rows * BLOCK, :columns * BLOCK]
+    blocks = holey.reshape(rows, BLOCK, columns, BLOCK)
+    blocks = blocks.swapaxes(1, 2)
+    blocks = blocks.reshape(rows, columns, -1)
     medians = np.full((rows, columns), np.nan)
-    some = ~np.isnan(blocks).all(axis=2)
+    some = np.isfinite(blocks).any(axis=2)
     medians[some] = np.nanmedian(blocks[some], axis=1)
     return medians
 
@@ -447,10 +555,29 @@ def structure(blocks):
     """Standard deviation (a number) of blocks (h, w) around the plane that fits them best."""
     usable = np.isfinite(blocks)
     y, x = np.nonzero(usable)
-    terms = np.stack([np.ones(len(x)), x, y], axis=1)  # (n, 3)
+    ones = np.ones(len(x))
+    terms = np.stack([ones, x, y], axis=1)  # (n, 3)
     values = blocks[usable]
-    plane = terms @ np.linalg.lstsq(terms, values, rcond=None)[0]
+    coefficients = np.linalg.lstsq(terms, values, rcond=None)[0]
+    plane = terms @ coefficients
     return np.std(values - plane)
+
+
+def range_of(values):
+    """From the 1st to the 99th percentile."""
+    low, high = np.percentile(values, (1, 99))
+    return high - low
+
+
+def gradient_heights(image, present):
+    """Heights (c,) that gradients get in a picture (h, w, c)."""
+    heights = []
+    for k in range(image.shape[2]):
+        samples = image[..., k][present[..., k]]
+        sky = np.median(samples)
+        pedestal = np.percentile(samples, PEDESTAL_PERCENTILE)
+        heights.append(GRADIENT_SHARE * (sky - pedestal))
+    return np.array(heights)
 
 
 def injection_error(found, gradient, present):
@@ -460,86 +587,92 @@ def injection_error(found, gradient, present):
         here = present[..., k]
         truth = gradient[..., k][here]
         error = found[..., k][here] - truth
-        low, high = np.percentile(truth, (1, 99))
-        squares.append(np.mean(((error - np.median(error)) / (high - low)) ** 2))
+        error = error - np.median(error)
+        relative = error / range_of(truth)
+        squares.append(np.mean(relative ** 2))
     return 100 * np.sqrt(np.mean(squares))
 
 
-class Injection(NamedTuple):
-    """What is measured of one real picture."""
-    errors: dict  # {name of gradient: percent}
-    kept: float  # percent of the picture's structure that is not in model(P)
-    depth: float  # range of model(P) over the pixel noise
-    warnings: List[str]  # of the run on P
-    seconds: float  # of the run on P
+def structure_kept(image, model, present):
+    """Structure of a picture that is not in its model (percent), and that model's depth."""
+    kept, depth = [], []
+    for k in range(image.shape[2]):
+        here = present[..., k]
+        picture_blocks = block_medians(image[..., k], here)
+        model_blocks = block_medians(model[..., k], here)
+        lost = structure(model_blocks) / structure(picture_blocks)
+        kept.append(100 * (1 - lost))
+        noise = pixel_noise(image[..., k], here)
+        modeled = model[..., k][here]
+        depth.append(range_of(modeled) / noise)
+    return np.mean(kept), np.mean(depth)
 
 
 def inject(path, arguments):
     """Put the gradients into one picture and look for them again -> {column: Injection}."""
-    image = np.asarray(scenes.load(path), np.float32)  # (h, w, c)
+    image = scenes.load(path)
+    image = np.asarray(image, np.float32)  # (h, w, c)
+    height, width, _ = image.shape
     present = present_samples(image)
+    heights = gradient_heights(image, present)  # (c,)
     results = {}
     for column, flags in arguments.flags.items():
         before, seconds, warnings = model_sky(image, flags, arguments.tool)
         errors = {}
-        for name, shape in gradient_shapes(*image.shape[:2]).items():
-            gradient = shape[..., None] * gradient_heights(image, present)  # (h, w, c)
-            brighter = np.where(present, image + gradient, image).astype(np.float32)
+        for name, shape in gradient_shapes(height, width).items():
+            gradient = shape[..., None] * heights  # (h, w, c)
+            brighter = np.where(present, image + gradient, image)
+            brighter = brighter.astype(np.float32)
             after, _, _ = model_sky(brighter, flags, arguments.tool)
             errors[name] = injection_error(after - before, gradient, present)
         kept, depth = structure_kept(image, before, present)
-        results[column] = Injection(errors, kept, depth, warnings, seconds)
+        results[column] = Injection(
+            errors=errors,
+            kept=kept,
+            depth=depth,
+            warnings=warnings,
+            seconds=seconds,
+        )
     return results
-
-
-def gradient_heights(image, present):
-    """Heights (c,) that gradients get in a picture (h, w, c)."""
-    heights = []
-    for k in range(image.shape[2]):
-        samples = image[..., k][present[..., k]]
-        pedestal, sky = np.percentile(samples, (PEDESTAL_PERCENTILE, 50))
-        heights.append(GRADIENT_SHARE * (sky - pedestal))
-    return np.array(heights)
-
-
-def structure_kept(image, model, present):
-    """Structure of a picture that is not in its model (percent), and the model's depth in noises."""
-    kept, depth = [], []
-    for k in range(image.shape[2]):
-        here = present[..., k]
-        in_picture = structure(block_medians(image[..., k], here))
-        in_model = structure(block_medians(model[..., k], here))
-        kept.append(100 * (1 - in_model / in_picture))
-        low, high = np.percentile(model[..., k][here], (1, 99))
-        depth.append((high - low) / pixel_noise(image[..., k], here))
-    return np.mean(kept), np.mean(depth)
-
-
-def run_injections(arguments):
-    """The bench on real pictures; prints one table a column."""
-    paths = [Path(path) for path in arguments.inject] or sorted(scenes.REAL.glob("*.xisf"))
-    results = {}
-
-    def note(path, found):
-        results[path] = found
-        for column, result in found.items():
-            print(path.name, column, injection_text(result), file=sys.stderr, flush=True)
-
-    each(inject, paths, arguments, note)
-    names = list(gradient_shapes(2, 3))
-    for column in arguments.flags:
-        head = "".join("%8s" % name for name in names + ["mean", "kept", "depth", "s"])
-        print("%-24s" % column + head)
-        for path in paths:
-            print("%-24s" % path.stem + injection_text(results[path][column]))
 
 
 def injection_text(result):
     """One picture's line of the table."""
     errors = list(result.errors.values())
-    numbers = errors + [np.mean(errors), result.kept, result.depth, result.seconds]
-    line = "".join("%8.2f" % number for number in numbers)
-    return line + "  warned" if result.warnings else line
+    numbers = errors + [np.mean(errors)]
+    numbers += [result.kept, result.depth]
+    numbers.append(result.seconds)
+    line = ""
+    for number in numbers:
+        line += "%9.2f" % number
+    if result.warnings:
+        line += "  warned"
+    return line
+
+
+def run_injections(arguments):
+    """The bench on real pictures; prints one table a column."""
+    paths = [Path(path) for path in arguments.inject]
+    if not paths:
+        paths = sorted(scenes.REAL.glob("*.xisf"))
+    results = {}
+
+    def note(path, found):
+        results[path] = found
+        for column, result in found.items():
+            tell("%s, %s:" % (path.name, column) + injection_text(result))
+
+    each(inject, paths, arguments, note)
+    names = list(gradient_shapes(2, 3))
+    names += ["mean", "kept", "depth", "s"]
+    for column in arguments.flags:
+        head = "%-24s" % column
+        for name in names:
+            head += "%9s" % name
+        print(head)
+        for path in paths:
+            line = "%-24s" % path.stem
+            print(line + injection_text(results[path][column]))
 
 
 # ------------------------------------------------------------------------------------------------
