@@ -65,8 +65,11 @@ if __name__ == "__main__":  # until `main` listens, Ctrl-C ends the command at o
 # get in each other's way (the choices of --auto take 2.7 s with them, 0.8 s without). OpenBLAS looks once, when loaded.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
+import lz4.block  # noqa: E402
 import numpy as np  # noqa: E402
 import scipy  # noqa: E402  (its parts are imported when first used)
+import zstandard  # noqa: E402
+from xisf import XISF  # noqa: E402
 
 VERSION = "1.0.0"
 
@@ -185,44 +188,95 @@ def _quiet(*_):
     """The default listener for a run's messages: nobody."""
 
 
-# ---------------------------------------------------------------------------------------------------------
-# XISF in and out
+# --------------------------------------------------------------------------------------------------
+# Pictures on disk: XISF
 #
-# The specification: https://pixinsight.com/doc/docs/XISF-1.0-spec/XISF-1.0-spec.html; where it is silent or PixInsight
-# reads more, PixInsight's reader decides. lz4 and zstandard come with the `xisf` package but are called directly: the
-# package expands blocks unbounded, and knows no sub-blocks, bounds, byte order, pixel storage or checksums. Error
-# sentences inside begin with their verb; read_xisf puts the file's name before and, where none is given, advice behind.
-# ---------------------------------------------------------------------------------------------------------
+# The specification: https://pixinsight.com/doc/docs/XISF-1.0-spec/XISF-1.0-spec.html. Where it is
+# silent, or where PixInsight reads more than it allows, PixInsight's reader decides.
+#
+# The header is parsed and checked here, because the `xisf` package fails on many real headers. The
+# package then reads and decompresses the blocks that the checked header describes. Files are
+# written here, because the package's writer loses metadata.
+# --------------------------------------------------------------------------------------------------
 
-XISF_ROOT = {"version": "1.0", "xmlns": "http://www.pixinsight.com/xisf",
-             "xmlns:xsi": "http://www.w3.org/2001/XMLSchema-instance",
-             "xsi:schemaLocation": "http://www.pixinsight.com/xisf http://pixinsight.com/xisf/xisf-1.0.xsd"}
-XISF_TYPES = {"uint8": "u1", "uint16": "u2", "uint32": "u4", "uint64": "u8", "float32": "f4", "float64": "f8"}
-CHECKSUMS = {"sha-1": "sha1", "sha1": "sha1", "sha-256": "sha256", "sha256": "sha256", "sha-512": "sha512",
-             "sha512": "sha512", "sha3-256": "sha3_256", "sha3-512": "sha3_512"}  # XISF's names and hashlib's
-CODEC_RATIOS = {"zlib": 1032, "lz4": 255, "lz4hc": 255, "zstd": 1 << 16}  # no stream of that codec expands further
-LZ4_LIMIT = 0x7E000000  # bytes; the largest LZ4 block. PixInsight fails on sub-blocks of more than 2 GiB together
-HEADER_BYTES, HEADER_PARTS, HEADER_DEPTH = 1 << 23, 500_000, 64  # parts: elements, attributes. Real ones are far below
-SAMPLES_AT_ONCE = 1 << 18  # converted together: few enough for the processor's cache
-ALIGNMENT = 4096  # bytes; blocks start at multiples of it, as in PixInsight's own files
-COMPRESSION = re.compile(r"(zlib|lz4|lz4hc|zstd)(\+sh)?:([1-9][0-9]{0,17})(?::([1-9]|1[0-6]))?")
-INTEGER = re.compile(r"\+?(0|[1-9][0-9]{0,17}|0x[0-9a-fA-F]{1,15})")  # no leading zeros: 010 is 8 to PixInsight
-ENCODING = re.compile(r"<\?xml[^>]*\sencoding\s*=\s*[\"'](?!(utf-?8|utf-16|iso-8859-1)[\"'])", re.I)  # it is UTF-8
-# Characters XML 1.0 forbids, bare and as references: PixInsight lets them pass, XML parsers refuse the file
+XISF_ROOT = {
+    "version": "1.0",
+    "xmlns": "http://www.pixinsight.com/xisf",
+    "xmlns:xsi": "http://www.w3.org/2001/XMLSchema-instance",
+    "xsi:schemaLocation":
+        "http://www.pixinsight.com/xisf http://pixinsight.com/xisf/xisf-1.0.xsd",
+}
+SAMPLE_FORMATS = {
+    "uint8": "u1", "uint16": "u2", "uint32": "u4", "uint64": "u8", "float32": "f4", "float64": "f8",
+}
+BYTE_ORDERS = {"little": "<", "big": ">"}
+INTERLEAVED = {"planar": False, "normal": True}
+COLOR_CHANNELS = {"gray": 1, "rgb": 3}
+CHECKSUMS = {  # XISF's names and those of hashlib
+    "sha-1": "sha1", "sha1": "sha1", "sha-256": "sha256", "sha256": "sha256",
+    "sha-512": "sha512", "sha512": "sha512", "sha3-256": "sha3_256", "sha3-512": "sha3_512",
+}
+
+MAX_EXPANSION = {"zlib": 1032, "lz4": 255, "lz4hc": 255, "zstd": 1 << 16}
+"""Bytes that one byte of a codec's stream can stand for. A block that claims more is a lie."""
+
+LZ4_LIMIT = 0x7E000000
+"""Bytes: the largest LZ4 block. More would need sub-blocks, and PixInsight fails on those of more
+than 2 GiB together."""
+
+CHECKED_AT_ONCE = 1 << 20
+"""Bytes that are read together for a checksum."""
+
+ALIGNMENT = 4096
+"""Bytes: attached blocks start at multiples of it, as in PixInsight's own files."""
+
+ZSTD_HEADER_BYTES = 18
+"""Bytes: the longest header of a zstd stream."""
+
+MAX_HEADER_BYTES = 1 << 23
+MAX_HEADER_PARTS = 500_000
+"""Largest header that is read; its parts are tags and attributes. Real ones are far below."""
+
+MAX_HEADER_DEPTH = 64
+"""Elements inside each other."""
+
+HISTORY_COLUMNS = 72
+"""Characters of text that a HISTORY keyword has room for in a FITS header."""
+
+COMPRESSION = re.compile(
+    r"(?P<codec>zlib|lz4|lz4hc|zstd)(?P<shuffled>\+sh)?"
+    r":(?P<size>[1-9][0-9]{0,17})(:(?P<item>[1-9]|1[0-6]))?")
+# Without leading zeros: PixInsight takes 010 for 8
+XISF_INTEGER = re.compile(r"\+?(0|[1-9][0-9]{0,17}|0x[0-9a-fA-F]{1,15})")
+XISF_NAME = re.compile("[_a-zA-Z][_a-zA-Z0-9]*")
+# PixInsight takes these labels, and whatever they say, the header is UTF-8
+UNKNOWN_ENCODING = re.compile(
+    r"<\?xml[^>]*\sencoding\s*=\s*[\"'](?!(utf-?8|utf-16|iso-8859-1)[\"'])", re.IGNORECASE)
+# Characters that XML 1.0 forbids, bare and as references. PixInsight lets them pass.
 NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
-NOT_XML_REFERENCE = re.compile("&#(0*([0-8]|1[124-9]|2[0-9]|3[01])|x0*([0-8bcef]|1[0-9a-f]));", re.I)
-# Of "element name": what describes the old file, and what the new pixels make untrue
-OF_THE_FILE = re.compile(r"(Data|Thumbnail) |Property XISF:(Creat|Compress|BlockAlign|MaxInline|Checksum|OutputHint"
-                         r"|InputHint|ResourceURL|Load)")
-OF_THE_PIXELS = re.compile(r"FITSKeyword (BITPIX|NAXIS\d*|BSCALE|BZERO|DATAMIN|DATAMAX|CHECKSUM|DATASUM|PEDESTAL"
-                           r"|NOISE[A-Z]?\d*)$|Property (.*:)?(Statistics|Noise)(:|$)")
+NOT_XML_REFERENCE = re.compile(
+    "&#(0*([0-8]|1[124-9]|2[0-9]|3[01])|x0*([0-8bcef]|1[0-9a-f]));", re.IGNORECASE)
+# Metadata, as "element name", that describe the old file, and those that new pixels make untrue
+STALE_FILE_METADATA = re.compile(
+    "(Data|Thumbnail) |Property XISF:"
+    "(Creat|Compress|BlockAlign|MaxInline|Checksum|OutputHint|InputHint|ResourceURL|Load)")
+STALE_PIXEL_METADATA = re.compile(
+    r"FITSKeyword (BITPIX|NAXIS\d*|BSCALE|BZERO|DATAMIN|DATAMAX|CHECKSUM|DATASUM|PEDESTAL"
+    r"|NOISE[A-Z]?\d*)$|Property (.*:)?(Statistics|Noise)(:|$)")
+BOOLEANS = {"1": "true", "t": "true", "0": "false", "f": "false"}
+STALE_IMAGE_ATTRIBUTES = (
+    "location", "compression", "subblocks", "checksum", "byteOrder", "pixelStorage", "offset")
+
+DECODING_ERRORS = (ValueError, OverflowError, zlib.error, zstandard.ZstdError,
+                   lz4.block.LZ4BlockError)
+"""What the decoders raise on damaged data."""
 
 
 @dataclass
 class Source:
     """What the outputs carry over from a file besides its pixels."""
-    root: ElementTree.Element  # the header, but for what describes the old pixels and the old file
-    blocks: dict  # attached bytes, by the `location` written in their elements
+    root: ElementTree.Element  # the header, without what describes the old pixels and the old file
+    blocks: dict  # attached bytes, by the `location` that stands in their elements
 
 
 @dataclass
@@ -233,280 +287,572 @@ class Picture:
     warnings: list  # of str, one line each
 
 
+class _Unreadable(Exception):
+    """What is wrong with a file, in words that go on from its name, and what to do about it."""
+
+    def __init__(self, problem, advice="copy or save it again"):
+        super().__init__(problem)
+        self.advice = advice
+
+
 @dataclass
-class _Opened:
+class _OpenFile:
     """A file whose header has been read."""
     file: object
-    start: int  # where blocks may begin
-    size: int
-    room: int  # bytes of blocks that may still be read: overlapping ones could fill any memory
+    size: int  # bytes
+    header_end: int  # byte at which the first block may start
+    bytes_left: int  # of blocks, that may still be read: overlapping ones could fill any memory
+    warnings: list  # of str, for the user
+
+
+@dataclass
+class _Block:
+    """The bytes that belong to an element, as they are stored."""
+    attributes: dict  # tell how the bytes are packed
+    size: int  # bytes
+    position: int | None = None  # in the file
+    data: bytes = b""  # the bytes themselves, if they stand in the header
+
+
+@dataclass
+class _Layout:
+    """How the samples of an image are stored."""
+    width: int
+    height: int
+    channels: int
+    colors: int  # 1 or 3; further channels are alpha
+    dtype: np.dtype  # of a sample, with its byte order
+    interleaved: bool  # True: all channels of a pixel, then the next pixel; False: plane by plane
+    lower: float  # the value that means black
+    upper: float  # the value that means white
+
+
+class _BlockReader(XISF):
+    """The `xisf` package's reader, which is told where a block is, and parses no header itself."""
+
+    def __init__(self, file, block):
+        self._fname = file
+        self._images_meta = [block]
 
 
 def read_xisf(path):
     """Read the first image of a monolithic XISF file.
 
-    Integers are scaled from their full range, or from `bounds` if given, floats from `bounds`. Samples below the lower
-    bound become the smallest normal number, not 0, which would mean "missing"; above the upper bound, 1.
-    Returns a Picture. Raises BgError if the file is damaged, hostile or of a kind that is not read; memory never grows
-    past what an honest file of the same geometry and size needs.
+    Integers are scaled from their full range, or from `bounds` if given, floats from `bounds`.
+    Samples below the lower bound become the smallest normal number, not 0, which would mean
+    "missing". Samples above the upper bound become 1. Memory never grows past what an honest file
+    of the same geometry and size needs.
+
+    Returns a Picture.
+    Raises BgError if the file is damaged, hostile, or of a kind that is not read.
     """
     try:
-        regular = stat.S_ISREG(os.stat(path).st_mode)  # opening a FIFO would wait forever
-        _require(regular, "is not a file; name an XISF file, or save the data to one first")
-        with open(path, "rb") as file:
+        mode = os.stat(path).st_mode
+        _require(stat.S_ISREG(mode), "is not a file",  # and opening a FIFO would wait forever
+                 "name an XISF file, or save the data to one first")
+        # Unbuffered, because the package shares the position in the file
+        with open(path, "rb", buffering=0) as file:
             root, opened = _read_header(file)
-            warnings = []
-            planes = _read_pixels(root, opened, warnings)
-            return Picture(planes, _read_source(root, opened, warnings), warnings)
-    except BgError as error:
-        raise BgError(f"{path} {error}" + ("" if ";" in str(error) else "; copy or save it again")) from None
+            planes = _read_pixels(root, opened)
+            source = _read_source(root, opened)
+    except _Unreadable as error:
+        raise BgError(f"{path} {error}; {error.advice}") from None
     except OSError as error:
-        raise BgError(f"{path} cannot be read: {error.strerror or error}; check the path and the disk") from None
+        reason = error.strerror or error
+        raise BgError(f"{path} cannot be read: {reason}; check the path and the disk") from None
     except MemoryError:
-        raise BgError(f"{path} needs more memory than there is; close other programs or crop the picture") from None
+        raise BgError(f"{path} needs more memory than there is; "
+                      "close other programs or crop the picture") from None
+    return Picture(planes, source, opened.warnings)
 
 
-def _require(fact, otherwise):
+def _require(fact, problem, *advice):
     """Refuse what is being read unless `fact` holds."""
     if not fact:
-        raise BgError(otherwise)
+        raise _Unreadable(problem, *advice)
 
 
 def _read_header(file):
-    """Returns the root element, and the file as one whose header has been read."""
-    start, size = file.read(16), os.fstat(file.fileno()).st_size
+    """Return the root element, and the file as an _OpenFile."""
+    size = os.fstat(file.fileno()).st_size
+    start = file.read(16)
+    _require(start[:8] == b"XISF0100", "is not a monolithic XISF file", "save the picture as .xisf")
     length = int.from_bytes(start[8:12], "little")
-    _require(start[:8] == b"XISF0100", "is not a monolithic XISF file; save the picture as .xisf")
-    _require(16 + length <= size, f"is cut short: its header ends at byte {16 + length} of {size}")
-    _require(length <= HEADER_BYTES, "has a header too large to be true")
-    header = file.read(length).split(b"\0", 1)[0]  # some writers count padding in
-    _require(header.count(b"<") + header.count(b"=") <= HEADER_PARTS, "has a header too large to be true")
-    text = header.decode("utf-8-sig", "replace").lstrip()
-    _require(not ENCODING.match(text), "has a header that is not UTF-8")
-    _require(not re.search("<!(ENTITY|ATTLIST)", text), "declares XML entities, which can hide a memory bomb")
-    text = NOT_XML_REFERENCE.sub("", NOT_XML.sub("", text))
-    text = "".join(text.rpartition("</xisf>")[:2]) or text  # a signature may follow
-    builder, parser = ElementTree.TreeBuilder(), expat.ParserCreate()  # without namespaces, as in PixInsight
-    parser.StartElementHandler, parser.EndElementHandler = builder.start, builder.end
-    parser.CharacterDataHandler, parser.buffer_text = builder.data, True
+    end = 16 + length
+    _require(end <= size, f"is cut short: its header ends at byte {end} of {size}")
+    _require(length <= MAX_HEADER_BYTES, "has a header too large to be true")
+    header = file.read(length)
+    header, _, _ = header.partition(b"\0")  # some writers count padding in
+    parts = header.count(b"<") + header.count(b"=")
+    _require(parts <= MAX_HEADER_PARTS, "has a header too large to be true")
+    root = _parse_header(header.decode("utf-8-sig", "replace"))
+    opened = _OpenFile(file, size, header_end=end, bytes_left=2 * size, warnings=[])
+    return root, opened
+
+
+def _parse_header(text):
+    """Return the root element of a header."""
+    text = NOT_XML.sub("", text)
+    text = NOT_XML_REFERENCE.sub("", text)
+    text = text.lstrip()
+    _require(not UNKNOWN_ENCODING.match(text), "has a header that is not UTF-8")
+    entities = re.search("<!(ENTITY|ATTLIST)", text)
+    _require(not entities, "declares XML entities, which can hide a memory bomb")
+    content, end, _ = text.rpartition("</xisf>")
+    if end:  # what follows is a signature
+        text = content + end
+    builder = ElementTree.TreeBuilder()
+    parser = expat.ParserCreate()  # without namespaces, as in PixInsight
+    parser.buffer_text = True
+    parser.StartElementHandler = builder.start
+    parser.EndElementHandler = builder.end
+    parser.CharacterDataHandler = builder.data
     try:
         parser.Parse(text, True)
     except expat.ExpatError as error:
-        raise BgError(f"has a header that is not well-formed XML ({error})") from None
+        raise _Unreadable(f"has a header that is not well-formed XML ({error})") from None
     root = builder.close()
-    _require(root.tag == "xisf" and _value(root.attrib, "version") == "1.0", "is not XISF version 1.0")
-    _require(root.find("*/" * HEADER_DEPTH + "*") is None, "has a header nested too deeply to be true")
-    return root, _Opened(file, 16 + length, size, 2 * size)
+    version = _value(root.attrib, "version")
+    _require(root.tag == "xisf" and version == "1.0", "is not XISF version 1.0")
+    _require(not _is_deeper(root, MAX_HEADER_DEPTH), "has a header nested too deeply to be true")
+    return root
+
+
+def _is_deeper(element, depth):
+    """Return True if elements are nested more than `depth` levels below an element."""
+    return element.find("*/" * depth + "*") is not None
 
 
 def _value(attributes, name, default=""):
-    """White space around a value and its colons and commas means nothing."""
-    return re.sub(r"\s*([:,])\s*", r"\1", attributes.get(name, default).strip())
+    """Return an attribute without the white space around it, its colons, and its commas."""
+    text = attributes.get(name, default)
+    for separator in ":,":
+        parts = text.split(separator)
+        text = separator.join(part.strip() for part in parts)
+    return text
 
 
 def _integers(text, what):
-    """The numbers between colons."""
-    _require(all(INTEGER.fullmatch(part) for part in text.split(":")), f"has a malformed {what} {text[:40]!r}")
-    return [int(part, 0) for part in text.split(":")]
+    """Return the numbers between the colons of `text`."""
+    parts = text.split(":")
+    well_formed = all(XISF_INTEGER.fullmatch(part) for part in parts)
+    _require(well_formed, f"has a malformed {what} {text[:40]!r}")
+    return [int(part, 0) for part in parts]
 
 
-def _one_of(choices, text, what):
-    """What `text` stands for."""
-    _require(text in choices, f"has {what} {text[:40]!r}, which is not read; save it as 32-bit float, grayscale or RGB")
+def _look_up(choices, text, what):
+    """Look up what `text` stands for, or refuse the file."""
+    _require(text in choices, f"has {what} {text[:40]!r}, which is not read",
+             "save it as 32-bit float, grayscale or RGB")
     return choices[text]
 
 
-def _read_block(element, opened):
-    """Returns an element's bytes as they are stored, (n,) uint8, and the attributes that tell how they are packed."""
-    location, attributes = _value(element.attrib, "location"), element.attrib
-    method, _, rest = location.partition(":")
-    # url() and path() belong to distributed files: nothing but this file is ever opened
-    _require(method in ("attachment", "inline", "embedded"),
-             f"has its data elsewhere, at {location[:40]!r}; save it as one monolithic .xisf file")
+def _find_block(element, opened):
+    """Return the _Block of an element. No other file is ever opened for it."""
+    attributes = element.attrib
+    location = _value(attributes, "location")
+    method, _, place = location.partition(":")
     if method == "attachment":
-        where = _integers(rest, "location")  # position and size
-        _require(len(where) == 2 and where[0] >= opened.start, f"has an impossible location {rest[:40]!r}")
-        _require(sum(where) <= opened.size, f"is cut short: its data end at byte {sum(where)} of {opened.size}")
-        opened.room -= where[1]
-        _require(opened.room >= 0, "has data that overlap with others")
-        opened.file.seek(where[0])
-        stored = np.fromfile(opened.file, np.uint8, where[1])
+        position, size = _find_attachment(place, opened)
+        return _Block(attributes, size, position)
+    if method == "inline":
+        data = _decode_text(element.text, place)
+        return _Block(attributes, len(data), data=data)
+    _require(method == "embedded", f"has its data elsewhere, at {location[:40]!r}",
+             "save it as one monolithic .xisf file")
+    child = element.find("Data")
+    _require(child is not None, "has an embedded data block without data")
+    data = _decode_text(child.text, _value(child.attrib, "encoding", "base64"))
+    return _Block({**attributes, **child.attrib}, len(data), data=data)
+
+
+def _find_attachment(place, opened):
+    """Return the position and the size of an attached block, after "attachment:"."""
+    numbers = _integers(place, "location")
+    _require(len(numbers) == 2, f"has an impossible location {place[:40]!r}")
+    position, size = numbers
+    end = position + size
+    _require(position >= opened.header_end, f"has an impossible location {place[:40]!r}")
+    _require(end <= opened.size, f"is cut short: its data end at byte {end} of {opened.size}")
+    opened.bytes_left -= size
+    _require(opened.bytes_left >= 0, "has data that overlap with others")
+    return position, size
+
+
+def _decode_text(text, encoding):
+    """Return the bytes that stand in the header as text."""
+    decoders = {"base64": _decode_base64, "hex": bytes.fromhex}
+    decode = _look_up(decoders, encoding.lower(), "data in the encoding")
+    digits = "".join((text or "").split())
+    try:
+        return decode(digits)
+    except ValueError:
+        raise _Unreadable(f"has damaged {encoding} data") from None
+
+
+def _decode_base64(digits):
+    return base64.b64decode(digits, validate=True)
+
+
+def _read_array(block, opened, start, size, shape=None, dtype=np.uint8, codec=None):
+    """Let the `xisf` package read a part of a block.
+
+    The part begins at byte `start` and is `size` bytes long, as stored. The array has the `shape`
+    (rows, width), and is read-only; without a shape, it is one row. A codec decompresses the part.
+    """
+    height, width = shape or (1, size)
+    dtype = np.dtype(dtype)
+    described = {"geometry": (width, height, 1), "dtype": dtype}
+    file = None
+    if block.position is None:
+        data = block.data[start:start + size]
+        described["location"] = "inline", "base64"
+        described["value"] = base64.b64encode(data)
     else:
-        data = element if method == "inline" else element.find("Data")
-        _require(data is not None, "has an embedded data block without data")
-        if method == "embedded":
-            attributes, rest = {**attributes, **data.attrib}, _value(data.attrib, "encoding", "base64")
-        decoders = {"base64": lambda text: base64.b64decode(text, validate=True), "hex": bytes.fromhex}
-        decode = _one_of(decoders, rest.lower(), "data in the encoding")
-        try:
-            stored = np.frombuffer(bytearray(decode("".join((data.text or "").split()))), np.uint8)
-        except ValueError:
-            raise BgError(f"has damaged {rest} data") from None
-    if "checksum" in attributes:
-        name, _, digest = _value(attributes, "checksum").lower().partition(":")
-        actual = hashlib.new(_one_of(CHECKSUMS, name, "a checksum of the kind"), stored).hexdigest()
-        _require(actual == digest, "is damaged: its data do not match their checksum")
-    return stored, attributes
+        described["location"] = "attachment", block.position + start, size
+        # The package opens a file by its name or descriptor, and closes it. By its descriptor it
+        # is still the same file if another one takes over its name.
+        file = os.dup(opened.file.fileno())
+    if codec:
+        described["compression"] = codec, height * width * dtype.itemsize, None
+    reader = _BlockReader(file, described)
+    try:
+        return reader.read_image(0, "channels_first")[0]
+    except DECODING_ERRORS:
+        raise _Unreadable("is damaged: its data cannot be decompressed") from None
 
 
-def _read_samples(image, opened, kind, count):
-    """Returns the image's `count` samples as they are stored, (count,) of the type `kind` in the file's byte order."""
-    stored, attributes = _read_block(image, opened)
-    order = _one_of({"little": "<", "big": ">"}, _value(attributes, "byteOrder", "little"), "the byte order")
-    dtype = np.dtype(order + kind)
-    codec, size, item = None, len(stored), 1
-    if "compression" in attributes:
-        packing = _value(attributes, "compression").lower()
-        match = COMPRESSION.fullmatch(packing)
-        _require(match and (match[4] or not match[2]), f"is compressed in the unknown way {packing[:40]!r}")
-        codec, size, item = match[1], int(match[3]), int(match[4]) if match[2] else 1
-    # Checked before memory is taken that the stored bytes do not vouch for
-    _require(size == count * dtype.itemsize, f"is damaged: its data hold {size} bytes, not {count} samples")
-    if not codec:
-        return stored.view(dtype)
-    sizes = [len(stored), size]  # of each piece, as stored and in full
-    if "subblocks" in attributes:
-        sizes = _integers(_value(attributes, "subblocks").replace(",", ":"), "list of sub-blocks")
-    fit = len(sizes) % 2 == 0 and 0 not in sizes and sum(sizes[::2]) == len(stored) and sum(sizes[1::2]) == size
-    _require(fit, "has a compressed block that contradicts itself")
-    pieces = np.split(stored, np.cumsum(sizes[:-2:2]))
-    pieces = [_decompress(codec, memoryview(piece), full) for piece, full in zip(pieces, sizes[1::2])]
-    data = np.frombuffer(b"".join(pieces), np.uint8)  # of one piece: that piece itself, not a copy
-    del stored, pieces
-    samples, items = np.empty(size, np.uint8), size // item
-    for byte in range(item):  # shuffled data are byte 0 of every item, then byte 1, ...; then the rest as it was
-        samples[byte:items * item:item] = data[byte * items:(byte + 1) * items]
-    samples[items * item:] = data[items * item:]
-    return samples.view(dtype)
+def _read_stored(block, opened):
+    """Verify the checksum of a block; return all its bytes as they are stored, (n,) uint8."""
+    _verify_checksum(block, opened)
+    return _read_array(block, opened, 0, block.size)[0]
 
 
-def _decompress(codec, stored, size):
-    """Returns the `size` bytes that `stored` holds; never expands further."""
-    import lz4.block
-    import zstandard
-    if len(stored) == size:  # what does not shrink is stored as it was
-        return stored
-    _require(size <= CODEC_RATIOS[codec] * len(stored), "claims more data than its compressed block can hold")
-    data = b""
-    with suppress(zlib.error, lz4.block.LZ4BlockError, zstandard.ZstdError, ValueError, OverflowError):
-        if codec == "zlib":
-            decoder = zlib.decompressobj()
-            data = decoder.decompress(stored, size + 1)
-            data = data if decoder.eof else b""  # the stream's own checksum stands at its end
-        elif codec == "zstd":
-            data = zstandard.decompress(stored) if zstandard.frame_content_size(stored) == size else b""
-        else:
-            data = lz4.block.decompress(stored, uncompressed_size=size)
-    if len(data) != size:  # PixInsight takes the first bytes as they are; other programs keep a longer stream
-        _require(len(stored) > size, "is damaged: its data cannot be decompressed")
-        return stored[:size]
-    return data
+def _verify_checksum(block, opened):
+    """Refuse a block that does not match its checksum."""
+    if "checksum" not in block.attributes:
+        return
+    checksum = _value(block.attributes, "checksum").lower()
+    name, _, expected = checksum.partition(":")
+    algorithm = _look_up(CHECKSUMS, name, "a checksum of the kind")
+    digest = hashlib.new(algorithm)
+    for start in range(0, block.size, CHECKED_AT_ONCE):
+        size = min(CHECKED_AT_ONCE, block.size - start)
+        digest.update(_read_array(block, opened, start, size)[0])
+    matches = digest.hexdigest() == expected
+    _require(matches, "is damaged: its data do not match their checksum")
 
 
-def _read_pixels(root, opened, warnings):
-    """Returns the first image's samples, (c, h, w) in [0, 1]; adds to `warnings`."""
+def _read_pixels(root, opened):
+    """Return the first image's samples, (c, h, w) in [0, 1]."""
     images = root.findall("Image")
-    _require(images, "holds no image; open it in the program that wrote it and save the image again")
+    _require(images, "holds no image", "open it in the program that wrote it and save it again")
     if len(images) > 1:
-        warnings.append(f"holds {len(images)} images: only the first is used and kept")
-    attributes = images[0].attrib
-    kind = _one_of(XISF_TYPES, _value(attributes, "sampleFormat").lower(), "samples of the kind")
-    colors = _one_of({"gray": 1, "rgb": 3}, _value(attributes, "colorSpace", "Gray").lower(), "the color space")
-    storage = _value(attributes, "pixelStorage", "Planar").lower()
-    normal = _one_of({"planar": False, "normal": True}, storage, "its samples in the order")
-    geometry = _integers(_value(attributes, "geometry"), "geometry")
-    _require(len(geometry) == 3 and 0 not in geometry, "is no two-dimensional picture; save one as .xisf")
-    w, h, c = geometry
-    _require(c >= colors, f"is called RGB but has {c} channel(s)")
-    if c > colors:
-        warnings.append(f"has {c - colors} alpha channel(s): dropped")
-    samples = _read_samples(images[0], opened, kind, w * h * c)
-    lower, upper = _bounds(attributes, samples.dtype)
-    samples = (np.moveaxis(samples.reshape(h, w, c), 2, 0) if normal else samples.reshape(c, h, w))[:colors]
-    dtype, below, above = np.dtype(np.float64 if kind == "f8" else np.float32), 0, 0
-    # Large pictures are mostly planar floats: they stay where they were read
-    planes = samples if samples.dtype == dtype and not normal else np.empty((colors, h, w), dtype)
-    rows = max(1, SAMPLES_AT_ONCE // w)
-    for i, y in itertools.product(range(colors), range(0, h, rows)):
-        values, target = samples[i, y:y + rows], planes[i, y:y + rows]
-        with np.errstate(all="ignore"):  # NaNs and infinities stay what they are
-            if (lower, upper) != (0, 1):
-                values = (values.astype(np.float64) - lower) / (upper - lower)
-            if not (values.min() >= 0 and values.max() <= 1):
-                dark, bright = (values < 0) & (values > -np.inf), (values > 1) & (values < np.inf)
-                values = np.where(dark, np.finfo(dtype).tiny, np.where(bright, 1, values))
-                below, above = below + np.count_nonzero(dark), above + np.count_nonzero(bright)
-            target[...] = values
+        opened.warnings.append(f"holds {len(images)} images: only the first is used and kept")
+    block = _find_block(images[0], opened)
+    layout = _read_layout(images[0], block)
+    if layout.channels > layout.colors:
+        alpha = layout.channels - layout.colors
+        opened.warnings.append(f"has {alpha} alpha channel(s): dropped")
+    _verify_checksum(block, opened)
+    strips = _read_strips(block, opened, layout)
+    dtype = np.float64 if layout.dtype.name == "float64" else np.float32
+    planes = np.empty((layout.colors, layout.height, layout.width), dtype)
+    rows_of_planes = planes.reshape(-1, layout.width)  # (c * h, w)
+    below = above = 0
+    for rows, samples in strips:
+        if layout.interleaved:
+            target = planes[:, rows]  # (c, n, w)
+            samples = samples.reshape(-1, layout.width, layout.channels)
+            samples = np.moveaxis(samples[..., :layout.colors], 2, 0)
+        else:
+            target = rows_of_planes[rows]  # (n, w)
+        clipped = _scale(samples, layout, target)
+        below += clipped[0]
+        above += clipped[1]
     if below or above:
-        warnings.append(f"has {below} samples below and {above} above its bounds {lower:g}:{upper:g}: clipped")
+        opened.warnings.append(f"has {below} samples below and {above} above its bounds "
+                               f"{layout.lower:g}:{layout.upper:g}: clipped")
     return planes
 
 
-def _bounds(attributes, dtype):
-    """The values that mean black and white. Integers may leave them out, floats may not."""
-    full = 2.0 ** (8 * dtype.itemsize) - 1 if dtype.kind == "u" else math.inf
+def _read_layout(image, block):
+    """Return the _Layout of an image."""
+    attributes = image.attrib
+    geometry = _integers(_value(attributes, "geometry"), "geometry")
+    _require(len(geometry) == 3 and 0 not in geometry,
+             "is no two-dimensional picture", "save one as .xisf")
+    width, height, channels = geometry
+    sample_format = _value(attributes, "sampleFormat").lower()
+    sample_type = _look_up(SAMPLE_FORMATS, sample_format, "samples of the kind")
+    byte_order = _value(block.attributes, "byteOrder", "little")
+    dtype = np.dtype(_look_up(BYTE_ORDERS, byte_order, "the byte order") + sample_type)
+    color_space = _value(attributes, "colorSpace", "Gray").lower()
+    colors = _look_up(COLOR_CHANNELS, color_space, "the color space")
+    _require(channels >= colors, f"is called RGB but has {channels} channel(s)")
+    storage = _value(attributes, "pixelStorage", "Planar").lower()
+    interleaved = _look_up(INTERLEAVED, storage, "its samples in the order")
+    lower, upper = _read_bounds(attributes, dtype)
+    return _Layout(width, height, channels, colors, dtype, interleaved, lower, upper)
+
+
+def _read_bounds(attributes, dtype):
+    """Return the values that mean black and white. Integers may leave them out, floats may not."""
+    largest = math.inf
+    if dtype.kind == "u":
+        largest = 2.0 ** (8 * dtype.itemsize) - 1
+    text = _value(attributes, "bounds", f"0:{largest}")
     try:
-        lower, upper = sorted(float(part) for part in _value(attributes, "bounds", f"0:{full}").split(":")[:2])
+        lower, upper = sorted(float(part) for part in text.split(":", 2)[:2])
     except ValueError:
         lower = upper = math.nan
-    possible = 0 < upper - lower < math.inf and (dtype.kind == "f" or 0 <= lower and upper <= full)
-    _require(possible, f"has no or impossible bounds, its black and white: {attributes.get('bounds', '')[:40]!r}")
+    possible = 0 < upper - lower < math.inf
+    if dtype.kind == "u":
+        possible = possible and lower >= 0 and upper <= largest
+    given = attributes.get("bounds", "")
+    _require(possible, f"has no or impossible bounds, its black and white: {given[:40]!r}")
     return lower, upper
 
 
-def _read_source(root, opened, warnings):
-    """Returns the Source; what cannot be carried over is left out and named in `warnings`."""
-    image, metadata = root.find("Image"), ElementTree.Element("Metadata")
-    loose = {element.get("uid", number): element for number, element in enumerate(root)
-             if element.tag not in ("Image", "Metadata", "Signature")}
-    for number, child in enumerate(image):  # PixInsight does not follow references: put the element in its place
-        if child.tag == "Reference" and child.get("ref") in loose:
-            image[number] = loose.pop(child.get("ref"))
+def _read_strips(block, opened, layout):
+    """Return an iterator of strips: a slice of rows, and their samples as stored, (n, width).
+
+    A row is one of a plane, and the planes stand below each other. Where all channels of a pixel
+    stand together, a row is one of the picture, and has `channels` times as many samples.
+    """
+    height, width = layout.colors * layout.height, layout.width
+    if layout.interleaved:
+        height, width = layout.height, layout.width * layout.channels
+    pixels = layout.width * layout.height
+    row_size = width * layout.dtype.itemsize
+    size = pixels * layout.channels * layout.dtype.itemsize
+    codec, unpacked_size, item = _read_compression(block)
+    # Checked before memory is taken that the stored bytes do not vouch for
+    _require(unpacked_size == size,
+             f"is damaged: its data hold {unpacked_size} bytes, its samples need {size}")
+    if codec:
+        data = _decompress(block, opened, codec, size)
+        if item > 1:
+            data = _unshuffle(data, item)
+        samples = data.view(layout.dtype).reshape(-1, width)
+        return ((rows, samples[rows]) for rows in _strips(height, width))
+
+    def read(rows):
+        shape = rows.stop - rows.start, width
+        start = rows.start * row_size
+        return _read_array(block, opened, start, shape[0] * row_size, shape, layout.dtype)
+
+    return ((rows, read(rows)) for rows in _strips(height, width))
+
+
+def _read_compression(block):
+    """Return the codec (None: not compressed), the size of the data, and of the shuffled items.
+
+    Sizes are in bytes; items of one byte are not shuffled.
+    """
+    if "compression" not in block.attributes:
+        return None, block.size, 1
+    text = _value(block.attributes, "compression").lower()
+    match = COMPRESSION.fullmatch(text)
+    _require(match, f"is compressed in the unknown way {text[:40]!r}")
+    item = 1
+    if match["shuffled"]:
+        _require(match["item"], f"is compressed in the unknown way {text[:40]!r}")
+        item = int(match["item"])
+    return match["codec"], int(match["size"]), item
+
+
+def _decompress(block, opened, codec, size):
+    """Return the `size` bytes that a compressed block holds, (size,) uint8."""
+    pieces = []
+    start = 0
+    for stored, unpacked in _read_subblocks(block, size):
+        pieces.append(_decompress_piece(block, opened, start, stored, codec, unpacked))
+        start += stored
+    if len(pieces) == 1:
+        return pieces[0]  # not a copy
+    return np.concatenate(pieces)
+
+
+def _read_subblocks(block, size):
+    """Return the pieces in which a block was compressed: bytes of each, as stored and unpacked."""
+    if "subblocks" not in block.attributes:
+        return [(block.size, size)]
+    listed = _value(block.attributes, "subblocks").replace(",", ":")
+    sizes = _integers(listed, "list of sub-blocks")
+    stored = sizes[::2]
+    unpacked = sizes[1::2]
+    consistent = (len(stored) == len(unpacked) and 0 not in sizes
+                  and sum(stored) == block.size and sum(unpacked) == size)
+    _require(consistent, "has a compressed block that contradicts itself")
+    return list(zip(stored, unpacked))
+
+
+def _decompress_piece(block, opened, start, stored, codec, size):
+    """Return the `size` bytes in the `stored` bytes from `start` on; never expand further."""
+    possible = size <= MAX_EXPANSION[codec] * stored
+    _require(possible, "claims more data than its compressed block can hold")
+    if stored != size:  # what does not shrink is stored as it was
+        try:
+            return _decode(block, opened, start, stored, codec, size)
+        except _Unreadable:
+            if stored < size:
+                raise
+            # PixInsight takes the first bytes as they are; other programs keep a longer stream
+    return _read_array(block, opened, start, size)[0]
+
+
+def _decode(block, opened, start, stored, codec, size):
+    """Return the `size` bytes that a stream stands for, (size,) uint8; refuse more and less."""
+    if codec == "zlib":  # the package's decoder would expand without a limit
+        return _inflate(_read_array(block, opened, start, stored), size)
+    if codec == "zstd":  # so would this one, up to the size that the stream claims
+        head = _read_array(block, opened, start, min(stored, ZSTD_HEADER_BYTES))
+        _require(_zstd_size(head) == size, "is damaged: its data cannot be decompressed")
+    return _read_array(block, opened, start, stored, (1, size), codec=codec)[0]
+
+
+def _inflate(stream, size):
+    """Return the `size` bytes that a zlib stream stands for, (size,) uint8."""
+    decoder = zlib.decompressobj()
+    data = b""
+    with suppress(zlib.error):
+        data = decoder.decompress(stream, size + 1)
+    complete = decoder.eof and len(data) == size  # the stream's own checksum stands at its end
+    _require(complete, "is damaged: its data cannot be decompressed")
+    return np.frombuffer(data, np.uint8)
+
+
+def _zstd_size(head):
+    """Return the size of the data that a zstd stream claims, or None."""
+    with suppress(zstandard.ZstdError):
+        return zstandard.frame_content_size(head)
+    return None
+
+
+def _unshuffle(data, item):
+    """Put byte 0 of every item, then byte 1 of every item, and so on, back into items.
+
+    What is less than an item stays behind them. The package's own way takes four times as long, and
+    fails where the items do not fill the data.
+    """
+    items = data.size // item
+    unshuffled = np.empty_like(data)
+    end = items * item
+    for byte in range(item):
+        unshuffled[byte:end:item] = data[byte * items:(byte + 1) * items]
+    unshuffled[end:] = data[end:]
+    return unshuffled
+
+
+def _scale(samples, layout, target):
+    """Scale samples from their bounds to [0, 1], into `target`, an array of the same shape.
+
+    Returns how many were below the bounds, and how many above.
+    """
+    below = above = 0
+    with np.errstate(all="ignore"):  # NaNs and infinities stay what they are
+        if (layout.lower, layout.upper) != (0, 1):
+            samples = samples.astype(np.float64) - layout.lower
+            samples /= layout.upper - layout.lower
+        if not (samples.min() >= 0 and samples.max() <= 1):
+            dark = (samples < 0) & (samples > -np.inf)
+            bright = (samples > 1) & (samples < np.inf)
+            below = np.count_nonzero(dark)
+            above = np.count_nonzero(bright)
+            samples = np.where(dark, np.finfo(target.dtype).tiny, samples)  # 0 means missing
+            samples = np.where(bright, 1, samples)
+        target[...] = samples
+    return below, above
+
+
+def _read_source(root, opened):
+    """Return the Source; what cannot be carried over is left out and named in the warnings."""
+    image = root.find("Image")
+    metadata = ElementTree.Element("Metadata")
     metadata[:] = root.findall("Metadata/Property")
-    root = ElementTree.Element("xisf", {name: root.attrib[name] for name in root.attrib if name.startswith("xmlns:")})
-    root[:] = loose.values()
-    blocks, untrue, lost = {}, [], []
-    for parent in (image, root, metadata):
-        kept = []
-        for element in parent:
-            name = element.get("id") or element.get("name") or ""
-            if OF_THE_PIXELS.match(f"{element.tag} {name}"):
-                untrue.append(name)
-            elif not OF_THE_FILE.match(f"{element.tag} {name}"):
-                try:
-                    blocks.update(_carry(element, opened, blocks))
-                    kept.append(element)
-                except BgError as error:
-                    lost.append(f"{element.tag} {name[:80]!r}, which {error}")
-        parent[:] = kept
-    if lost:
-        warnings.append(f"loses {len(lost)} element(s): {', '.join(lost)[:300]}")
-    if untrue:
-        warnings.append(f"had {', '.join(untrue)[:200]}: not kept, the new pixels make them untrue")
-    if image.find("ColorFilterArray") is not None:
-        warnings.append("is a color filter mosaic: debayer it first, or its colors are fitted as one")
-    for name in ("location", "compression", "subblocks", "checksum", "byteOrder", "pixelStorage", "offset"):
+    new_root = ElementTree.Element("xisf")
+    new_root[:] = _resolve_references(image, root)
+    for name, value in root.attrib.items():
+        if name.startswith("xmlns:"):
+            new_root.set(name, value)
+    for name in STALE_IMAGE_ATTRIBUTES:
         image.attrib.pop(name, None)
-    if not re.fullmatch("[_a-zA-Z][_a-zA-Z0-9]*", image.get("id", "_")):
+    if not XISF_NAME.fullmatch(image.get("id", "_")):
         del image.attrib["id"]
     image.text = image.tail = None  # pixels, if they stood there
-    root[:] = [image, *root, metadata]
-    return Source(root, blocks)
+    blocks = {}
+    for parent in (image, new_root, metadata):
+        parent[:] = _carry_over(parent, blocks, opened)
+    if image.find("ColorFilterArray") is not None:
+        opened.warnings.append("is a color filter mosaic: debayer it first, "
+                               "or its colors are fitted as one")
+    new_root[:] = [image, *new_root, metadata]
+    return Source(new_root, blocks)
 
 
-def _carry(element, opened, blocks):
-    """Mend what is sure to be meant in an element; returns its attached bytes that are not in `blocks` yet."""
+def _resolve_references(image, root):
+    """Put elements in the place of references to them, and return the other loose elements.
+
+    Loose are those that stand beside the image. PixInsight does not follow references.
+    """
+    loose = [child for child in root if child.tag not in ("Image", "Metadata", "Signature")]
+    targets = {element.get("uid"): element for element in loose if "uid" in element.attrib}
+    moved = set()
+    for number, child in enumerate(image):
+        if child.tag == "Reference" and child.get("ref") in targets:
+            target = targets.pop(child.get("ref"))
+            image[number] = target
+            moved.add(target)
+    return [element for element in loose if element not in moved]
+
+
+def _carry_over(elements, blocks, opened):
+    """Return the elements that are kept, and add their attached bytes to `blocks`."""
+    kept, untrue, lost = [], [], []
+    for element in elements:
+        name = element.get("id") or element.get("name") or ""
+        title = f"{element.tag} {name}"
+        if STALE_FILE_METADATA.match(title):
+            continue
+        if STALE_PIXEL_METADATA.match(title):
+            untrue.append(name)
+            continue
+        try:
+            _mend(element)
+            blocks.update(_attached_bytes(element, blocks, opened))
+            kept.append(element)
+        except _Unreadable as error:
+            lost.append(f"{element.tag} {name[:80]!r}, which {error}")
+    if lost:
+        names = ", ".join(lost)
+        opened.warnings.append(f"loses {len(lost)} element(s): {names[:300]}")
+    if untrue:
+        names = ", ".join(untrue)
+        opened.warnings.append(f"had {names[:200]}: not kept, the new pixels make them untrue")
+    return kept
+
+
+def _mend(element):
+    """Write down what an element is sure to mean, as strict readers want it."""
+    element.tail = None
     if element.tag == "FITSKeyword":
-        element.attrib.update({"value": "", "comment": "", **element.attrib})
+        element.attrib.setdefault("value", "")
+        element.attrib.setdefault("comment", "")
     if element.tag == "Property" and _value(element.attrib, "type").lower() == "boolean":
         value = _value(element.attrib, "value").lower()
-        element.set("value", {"1": "true", "t": "true", "0": "false", "f": "false"}.get(value, value))
-    element.tail, attached = None, {}
+        element.set("value", BOOLEANS.get(value, value))
+
+
+def _attached_bytes(element, blocks, opened):
+    """Return the attached bytes of an element and its children, by location, but for known ones."""
+    attached = {}
     for part in element.iter():
         location = part.get("location")
         if location is not None and location not in blocks:  # several elements may share one block
-            stored, _ = _read_block(part, opened)
-            if "attachment" in location:  # others stand in the element itself
+            block = _find_block(part, opened)
+            stored = _read_stored(block, opened)
+            if block.position is not None:  # others stand in the element itself
                 attached[location] = stored
     return attached
 
@@ -514,93 +860,141 @@ def _carry(element, opened, blocks):
 def write_xisf(file, planes, source=None, history=(), compress=False):
     """Write a picture as a monolithic XISF file.
 
-    file: binary, writable, seekable, empty. planes: (c, h, w), c = 1 or 3, float32 or float64 in [0, 1]; an array, or
-    anything with `shape` and `dtype` that yields one (h, w) plane after the other. source: a Source, whose metadata are
-    kept; it is not changed. history: lines, added as HISTORY keywords. compress: lz4hc with byte shuffling, or zstd
-    where PixInsight would not read that.
+    Args:
+        file: binary, writable, seekable, empty.
+        planes: (c, h, w), c = 1 or 3, float32 or float64 in [0, 1]; an array, or anything with
+            `shape` and `dtype` that yields one (h, w) plane after the other.
+        source: a Source, whose metadata are kept. It is not changed.
+        history: lines, which become HISTORY keywords.
+        compress: lz4hc with byte shuffling, or zstd where PixInsight would not read that.
     """
-    root = copy.deepcopy(source.root) if source else ElementTree.XML("<xisf><Image/><Metadata/></xisf>")
-    image, metadata = root.find("Image"), root.find("Metadata")
-    (c, h, w), item = planes.shape, planes.dtype.itemsize
-    root.attrib.update(XISF_ROOT)
-    image.attrib.update(geometry=f"{w}:{h}:{c}", sampleFormat=f"Float{8 * item}", bounds="0:1", location="pixels",
-                        colorSpace="RGB" if c == 3 else "Gray")
-    lines = [part for line in history for part in textwrap.wrap(line, 72)]
-    for line in lines:
-        ElementTree.SubElement(image, "FITSKeyword", name="HISTORY", value="", comment=line)
-    for element in image.findall("Property[@id='Processing:History']"):  # to be kept and appended to, says the text
-        if "location" not in element.attrib:
-            element.text = "\n".join([element.text or ""] + lines)
-    now = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
-    ElementTree.SubElement(metadata, "Property", id="XISF:CreationTime", type="TimePoint", value=now)
-    creator = ElementTree.SubElement(metadata, "Property", id="XISF:CreatorApplication", type="String")
-    creator.text = f"bgoptimizer {VERSION}"
-
-    size, pieces = c * h * w * item, map(functools.partial(np.ascontiguousarray, dtype=f"<f{item}"), planes)
+    source = source or Source(ElementTree.XML("<xisf><Image/><Metadata/></xisf>"), {})
+    root = _new_header(planes, source, history)
+    image = root.find("Image")
+    item = planes.dtype.itemsize
+    size = math.prod(planes.shape) * item
+    in_file_order = functools.partial(np.ascontiguousarray, dtype=planes.dtype.newbyteorder("<"))
+    pieces = map(in_file_order, planes)
     if compress:
-        codec, packed = _compress(planes, size)
+        codec, packed = _compress(planes)
         if len(packed) < size:
             image.set("compression", f"{codec}+sh:{size}:{item}")
-            size, pieces = len(packed), [packed]
-    blocks = {location: (len(block), [block]) for location, block in source.blocks.items()} if source else {}
-    blocks["pixels"] = size, pieces
-    # The header stands first and names where the blocks behind it are: leave room for that, 64 bytes each are plenty
-    places, positions = [element for element in root.iter() if element.get("location") in blocks], {}
-    position = 16 + len(_markup(root)) + 64 * len(places)
-    for element in places:
-        location = element.get("location")
-        if location not in positions:
-            positions[location] = position + -position % ALIGNMENT
-            position = positions[location] + blocks[location][0]
-        element.set("location", f"attachment:{positions[location]}:{blocks[location][0]}")
+            pieces = [packed]
+            size = len(packed)
+    sizes = {location: len(block) for location, block in source.blocks.items()}
+    sizes["pixels"] = size
+    positions = _place_blocks(root, sizes)
     header = _markup(root)
     file.write(b"XISF0100" + len(header).to_bytes(4, "little") + bytes(4) + header)
-    for location, position in positions.items():
-        file.seek(position)
-        for piece in blocks[location][1]:
-            file.write(piece)
-            del piece  # the next plane is made when this one is gone
+    file.seek(positions["pixels"])
+    for piece in pieces:
+        file.write(piece)
+        del piece  # before the next plane is made
+    for location, block in source.blocks.items():
+        file.seek(positions[location])
+        file.write(block)
 
 
-def _compress(planes, size):
-    """Returns the codec, and the compressed planes: byte 0 of every sample, then byte 1, ..."""
-    import lz4.block
-    import zstandard
-    (c, h, w), item = planes.shape, planes.dtype.itemsize
-    shuffled = np.empty((item, c, h * w), np.uint8)
+def _new_header(planes, source, history):
+    """Return the header of an output, in which the places of the blocks are still missing."""
+    root = copy.deepcopy(source.root)
+    root.attrib.update(XISF_ROOT)
+    image = root.find("Image")
+    channels, height, width = planes.shape
+    image.set("geometry", f"{width}:{height}:{channels}")
+    image.set("sampleFormat", f"Float{8 * planes.dtype.itemsize}")
+    image.set("bounds", "0:1")
+    image.set("colorSpace", "RGB" if channels == 3 else "Gray")
+    image.set("location", "pixels")
+    lines = []
+    for line in history:
+        lines += textwrap.wrap(line, HISTORY_COLUMNS)
+    for line in lines:
+        ElementTree.SubElement(image, "FITSKeyword", name="HISTORY", value="", comment=line)
+    for element in image.findall("Property[@id='Processing:History']"):
+        if "location" not in element.attrib:  # the specification wants it kept and appended to
+            element.text = "\n".join([element.text or "", *lines])
+    now = datetime.now(timezone.utc)
+    metadata = root.find("Metadata")
+    time = _add_property(metadata, "XISF:CreationTime", "TimePoint")
+    time.set("value", now.strftime("%Y-%m-%dT%H:%M:%SZ"))
+    creator = _add_property(metadata, "XISF:CreatorApplication", "String")
+    creator.text = f"bgoptimizer {VERSION}"
+    return root
+
+
+def _add_property(parent, name, kind):
+    return ElementTree.SubElement(parent, "Property", id=name, type=kind)
+
+
+def _compress(planes):
+    """Return the codec, and the compressed planes: byte 0 of every sample, then byte 1, ..."""
+    channels, height, width = planes.shape
+    item = planes.dtype.itemsize
+    dtype = planes.dtype.newbyteorder("<")
+    shuffled = np.empty((item, channels, height * width), np.uint8)
     for channel, plane in enumerate(planes):
-        shuffled[:, channel] = np.ascontiguousarray(plane, f"<f{item}").reshape(-1).view(np.uint8).reshape(-1, item).T
-    if size > LZ4_LIMIT:
-        return "zstd", zstandard.ZstdCompressor(threads=-1).compress(shuffled)
-    return "lz4hc", lz4.block.compress(shuffled, mode="high_compression", store_size=False)
+        samples = np.ascontiguousarray(plane, dtype)
+        bytes_of_samples = samples.reshape(-1).view(np.uint8).reshape(-1, item)  # (h * w, item)
+        shuffled[:, channel] = bytes_of_samples.T
+    if shuffled.size > LZ4_LIMIT:
+        compressor = zstandard.ZstdCompressor(threads=-1)
+        return "zstd", compressor.compress(shuffled)
+    packed = lz4.block.compress(shuffled, mode="high_compression", store_size=False)
+    return "lz4hc", packed
+
+
+def _place_blocks(root, sizes):
+    """Fill in where blocks are, which `sizes` has by location; return their positions likewise."""
+    places = [element for element in root.iter() if element.get("location") in sizes]
+    # The header stands first, and what is filled in makes it longer: by less than 64 bytes each
+    end = 16 + len(_markup(root)) + 64 * len(places)
+    positions = {}
+    for element in places:
+        location = element.get("location")
+        size = sizes[location]
+        if location not in positions:
+            positions[location] = ALIGNMENT * math.ceil(end / ALIGNMENT)
+            end = positions[location] + size
+        element.set("location", f"attachment:{positions[location]}:{size}")
+    return positions
 
 
 def _markup(root):
-    """Returns the header. Parsers would turn a bare carriage return or tab into something else."""
-    text = '<?xml version="1.0" encoding="UTF-8"?>' + ElementTree.tostring(root, encoding="unicode")
-    return NOT_XML.sub("", text).replace("\r", "&#13;").replace("\t", "&#9;").encode()
+    """Return a header as bytes."""
+    text = ElementTree.tostring(root, encoding="unicode")
+    text = NOT_XML.sub("", text)
+    # Parsers would turn a bare carriage return or tab into something else
+    text = text.replace("\r", "&#13;").replace("\t", "&#9;")
+    return f'<?xml version="1.0" encoding="UTF-8"?>{text}'.encode()
 
 
 @contextmanager
 def atomic_outputs(*paths):
-    """Open files for writing that take the names `paths` only once all are whole, and else leave nothing behind.
+    """Open files that take the names `paths` once all are whole, and else leave nothing behind.
 
     Raises BgError if they cannot be written.
     """
-    # Names nobody else has: two runs may write into one folder. open(), not mkstemp(): the results are for all to read
-    temps = [os.path.join(os.path.dirname(path), f".bgoptimizer-{secrets.token_hex(8)}.tmp") for path in paths]
+    temporary = []
+    for path in paths:
+        # Two runs may write into one folder, so nobody else may have this name. `mkstemp` would
+        # hide the results from other users.
+        name = f".bgoptimizer-{secrets.token_hex(8)}.tmp"
+        temporary.append(os.path.join(os.path.dirname(path), name))
     try:
         with ExitStack() as stack:
-            yield [stack.enter_context(open(temp, "x+b")) for temp in temps]
-        for temp, path in zip(temps, paths):
-            os.replace(temp, path)
+            yield [stack.enter_context(open(name, "x+b")) for name in temporary]
+        for name, path in zip(temporary, paths):
+            os.replace(name, path)
     except OSError as error:
-        folder, reason = os.path.dirname(paths[0]) or ".", error.strerror or error
-        raise BgError(f"cannot write to {folder}: {reason}; free space or choose another folder") from None
+        folder = os.path.dirname(paths[0]) or "."
+        reason = error.strerror or error
+        raise BgError(f"cannot write to {folder}: {reason}; "
+                      "free space or choose another folder") from None
     finally:
-        for temp in temps:
+        for name in temporary:
             with suppress(OSError):
-                os.unlink(temp)
+                os.unlink(name)
 
 
 # ---------------------------------------------------------------------------------------------------------

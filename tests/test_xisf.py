@@ -20,6 +20,7 @@ from xml.etree import ElementTree
 import lz4.block
 import numpy as np
 import pytest
+import xisf
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -306,6 +307,33 @@ def test_the_xisf_package_reads_what_we_write(tmp_path):
         assert np.array_equal(theirs.read_image(0, "channels_first"), shot.planes)
         properties = theirs.get_images_metadata()[0]["XISFProperties"]
         assert np.array_equal(properties["PCL:AstrometricSolution:ReferenceImageCoordinates"]["value"], [652, 488])
+
+
+def test_the_xisf_package_still_keeps_what_it_reads_by_in_the_two_attributes_that_we_set(tmp_path):
+    """They are private to the package: should it change, this says so first."""
+    path = str(tmp_path / "in.xisf")
+    samples = picture()[0]
+    block = zlib.compress(shuffled(samples.tobytes(), 2))
+    Path(path).write_bytes(one_image(block=block, compression="zlib+sh:182:2"))
+    theirs = xisf.XISF(path)
+    (described,) = theirs.get_images_metadata()
+    assert theirs._fname == path and theirs._images_meta is theirs.get_images_metadata()
+    known = {"geometry": (13, 7, 1), "location": ("attachment", POSITION, len(block)), "dtype": np.dtype("uint16"),
+             "compression": ("zlib+sh", 182, 2)}
+    assert {name: described[name] for name in known} == known
+    ours = bg._BlockReader(path, known)
+    assert set(vars(ours)) == {"_fname", "_images_meta"} <= set(vars(theirs))
+    assert same(ours.read_image(0, "channels_first"), samples)
+    known["location"], known["value"] = ("inline", "base64"), base64.b64encode(block)
+    assert same(bg._BlockReader(None, known).read_image(0, "channels_first"), samples)
+
+
+@pytest.mark.parametrize("name", ["Float32-3-little", "UInt16-1-big-normal", "lz4-float32-3-4", "embedded-hex"])
+def test_the_xisf_package_reads_the_pixels(name, tmp_path, monkeypatch):
+    (row,) = [row for row in ROWS if row.name == name]
+    read_image = xisf.XISF.read_image
+    monkeypatch.setattr(xisf.XISF, "read_image", lambda *arguments: np.zeros_like(read_image(*arguments)))
+    assert not read(row.data, tmp_path).planes.any()
 
 
 # ------------------------------------------------------------------------------------------------ writing
