@@ -199,6 +199,7 @@ def _quiet(*_):
 # written here, because the package's writer loses metadata.
 # --------------------------------------------------------------------------------------------------
 
+XML_DECLARATION = b'<?xml version="1.0" encoding="UTF-8"?>'
 XISF_ROOT = {
     "version": "1.0",
     "xmlns": "http://www.pixinsight.com/xisf",
@@ -224,6 +225,9 @@ LZ4_LIMIT = 0x7E000000
 """Bytes: the largest LZ4 block. More would need sub-blocks, and PixInsight fails on those of more
 than 2 GiB together."""
 
+MAX_SUBBLOCKS = 10_000
+"""Sub-blocks of one block. Writers make a few for each thread of the processor."""
+
 CHECKED_AT_ONCE = 1 << 20
 """Bytes that are read together for a checksum."""
 
@@ -233,9 +237,16 @@ ALIGNMENT = 4096
 ZSTD_HEADER_BYTES = 18
 """Bytes: the longest header of a zstd stream."""
 
-MAX_HEADER_BYTES = 1 << 23
-MAX_HEADER_PARTS = 500_000
-"""Largest header that is read; its parts are tags and attributes. Real ones are far below."""
+PART_WEIGHT = 64
+"""Bytes of memory that a tag or an attribute of a header takes, roughly."""
+
+MAX_HEADER_WEIGHT = 1 << 24
+"""Heaviest header that is read: its bytes, and PART_WEIGHT for each tag and attribute. Real ones are
+far below."""
+
+MAX_KEPT_WEIGHT = 3 << 22
+"""Heaviest header that the outputs take over. With their HISTORY they must stay below
+MAX_HEADER_WEIGHT, so that they can be read again."""
 
 MAX_HEADER_DEPTH = 64
 """Elements inside each other."""
@@ -246,6 +257,8 @@ HISTORY_COLUMNS = 72
 COMPRESSION = re.compile(
     r"(?P<codec>zlib|lz4|lz4hc|zstd)(?P<shuffled>\+sh)?"
     r":(?P<size>[1-9][0-9]{0,17})(:(?P<item>[1-9]|1[0-6]))?")
+# Each run of blanks is tried once, at its start: tried from all its characters, long ones take hours
+BLANKS_AT_SEPARATORS = re.compile(r"(?<!\s)\s+(?=[:,])|(?<=[:,])\s+")
 # Without leading zeros: PixInsight takes 010 for 8
 XISF_INTEGER = re.compile(r"\+?(0|[1-9][0-9]{0,17}|0x[0-9a-fA-F]{1,15})")
 XISF_NAME = re.compile("[_a-zA-Z][_a-zA-Z0-9]*")
@@ -277,6 +290,7 @@ class Source:
     """What the outputs carry over from a file besides its pixels."""
     root: ElementTree.Element  # the header, without what describes the old pixels and the old file
     blocks: dict  # attached bytes, by the `location` that stands in their elements
+    checksum: bool = False  # True if the pixels had a checksum: then those of the outputs get one
 
 
 @dataclass
@@ -302,6 +316,7 @@ class _OpenFile:
     size: int  # bytes
     header_end: int  # byte at which the first block may start
     bytes_left: int  # of blocks, that may still be read: overlapping ones could fill any memory
+    weight_left: int  # of metadata that may still be carried over into the outputs
     warnings: list  # of str, for the user
 
 
@@ -380,14 +395,20 @@ def _read_header(file):
     length = int.from_bytes(start[8:12], "little")
     end = 16 + length
     _require(end <= size, f"is cut short: its header ends at byte {end} of {size}")
-    _require(length <= MAX_HEADER_BYTES, "has a header too large to be true")
+    _require(length <= MAX_HEADER_WEIGHT, "has a header too large to be true")
     header = file.read(length)
     header, _, _ = header.partition(b"\0")  # some writers count padding in
-    parts = header.count(b"<") + header.count(b"=")
-    _require(parts <= MAX_HEADER_PARTS, "has a header too large to be true")
+    _require(_weight(header) <= MAX_HEADER_WEIGHT, "has a header too large to be true")
     root = _parse_header(header.decode("utf-8-sig", "replace"))
-    opened = _OpenFile(file, size, header_end=end, bytes_left=2 * size, warnings=[])
+    opened = _OpenFile(file, size, header_end=end, bytes_left=2 * size,
+                       weight_left=MAX_KEPT_WEIGHT, warnings=[])
     return root, opened
+
+
+def _weight(markup):
+    """Return roughly the bytes of memory that a header takes."""
+    parts = markup.count(b"<") + markup.count(b"=")
+    return len(markup) + PART_WEIGHT * parts
 
 
 def _parse_header(text):
@@ -425,17 +446,14 @@ def _is_deeper(element, depth):
 
 def _value(attributes, name, default=""):
     """Return an attribute without the white space around it, its colons, and its commas."""
-    text = attributes.get(name, default)
-    for separator in ":,":
-        parts = text.split(separator)
-        text = separator.join(part.strip() for part in parts)
-    return text
+    text = attributes.get(name, default).strip()
+    return BLANKS_AT_SEPARATORS.sub("", text)
 
 
-def _integers(text, what):
-    """Return the numbers between the colons of `text`."""
-    parts = text.split(":")
-    well_formed = all(XISF_INTEGER.fullmatch(part) for part in parts)
+def _integers(text, most, what):
+    """Return the numbers between the colons of `text`; refuse more than `most`."""
+    parts = text.split(":", most)
+    well_formed = len(parts) <= most and all(XISF_INTEGER.fullmatch(part) for part in parts)
     _require(well_formed, f"has a malformed {what} {text[:40]!r}")
     return [int(part, 0) for part in parts]
 
@@ -468,7 +486,7 @@ def _find_block(element, opened):
 
 def _find_attachment(place, opened):
     """Return the position and the size of an attached block, after "attachment:"."""
-    numbers = _integers(place, "location")
+    numbers = _integers(place, 2, "location")
     _require(len(numbers) == 2, f"has an impossible location {place[:40]!r}")
     position, size = numbers
     end = position + size
@@ -579,7 +597,7 @@ def _read_pixels(root, opened):
 def _read_layout(image, block):
     """Return the _Layout of an image."""
     attributes = image.attrib
-    geometry = _integers(_value(attributes, "geometry"), "geometry")
+    geometry = _integers(_value(attributes, "geometry"), 3, "geometry")
     _require(len(geometry) == 3 and 0 not in geometry,
              "is no two-dimensional picture", "save one as .xisf")
     width, height, channels = geometry
@@ -679,7 +697,7 @@ def _read_subblocks(block, size):
     if "subblocks" not in block.attributes:
         return [(block.size, size)]
     listed = _value(block.attributes, "subblocks").replace(",", ":")
-    sizes = _integers(listed, "list of sub-blocks")
+    sizes = _integers(listed, 2 * MAX_SUBBLOCKS, "list of sub-blocks")
     stored = sizes[::2]
     unpacked = sizes[1::2]
     consistent = (len(stored) == len(unpacked) and 0 not in sizes
@@ -698,7 +716,11 @@ def _decompress_piece(block, opened, start, stored, codec, size):
         except _Unreadable:
             if stored < size:
                 raise
-            # PixInsight takes the first bytes as they are; other programs keep a longer stream
+            # Other programs keep a stream that is longer than the data, PixInsight never does
+            warning = ("has data that cannot be decompressed and are longer than they should be: "
+                       "taken as uncompressed, as PixInsight does")
+            if warning not in opened.warnings:  # from another sub-block
+                opened.warnings.append(warning)
     return _read_array(block, opened, start, size)[0]
 
 
@@ -769,10 +791,13 @@ def _scale(samples, layout, target):
 def _read_source(root, opened):
     """Return the Source; what cannot be carried over is left out and named in the warnings."""
     image = root.find("Image")
+    has_checksum = "checksum" in image.attrib or image.find("Data[@checksum]") is not None
     metadata = ElementTree.Element("Metadata")
     metadata[:] = root.findall("Metadata/Property")
     new_root = ElementTree.Element("xisf")
     new_root[:] = _resolve_references(image, root)
+    too_deep = _is_deeper(image, MAX_HEADER_DEPTH - 1)
+    _require(not too_deep, "has a header nested too deeply to be true")
     for name, value in root.attrib.items():
         if name.startswith("xmlns:"):
             new_root.set(name, value)
@@ -781,6 +806,10 @@ def _read_source(root, opened):
     if not XISF_NAME.fullmatch(image.get("id", "_")):
         del image.attrib["id"]
     image.text = image.tail = None  # pixels, if they stood there
+    for element in (new_root, image):
+        bare = ElementTree.Element(element.tag, element.attrib)
+        opened.weight_left -= _weight(_markup(bare))
+    _require(opened.weight_left >= 0, "has a header too large to be true")
     blocks = {}
     for parent in (image, new_root, metadata):
         parent[:] = _carry_over(parent, blocks, opened)
@@ -788,7 +817,7 @@ def _read_source(root, opened):
         opened.warnings.append("is a color filter mosaic: debayer it first, "
                                "or its colors are fitted as one")
     new_root[:] = [image, *new_root, metadata]
-    return Source(new_root, blocks)
+    return Source(new_root, blocks, has_checksum)
 
 
 def _resolve_references(image, root):
@@ -816,11 +845,14 @@ def _carry_over(elements, blocks, opened):
         if STALE_FILE_METADATA.match(title):
             continue
         if STALE_PIXEL_METADATA.match(title):
-            untrue.append(name)
+            untrue.append(f"{name[:80]!r}")
             continue
         try:
             _mend(element)
+            weight = _weight(_markup(element))
+            _require(weight <= opened.weight_left, "does not fit into a header")
             blocks.update(_attached_bytes(element, blocks, opened))
+            opened.weight_left -= weight
             kept.append(element)
         except _Unreadable as error:
             lost.append(f"{element.tag} {name[:80]!r}, which {error}")
@@ -867,7 +899,11 @@ def write_xisf(file, planes, source=None, history=(), compress=False):
         source: a Source, whose metadata are kept. It is not changed.
         history: lines, which become HISTORY keywords.
         compress: lz4hc with byte shuffling, or zstd where PixInsight would not read that.
+            The pixels get a checksum then, and where those of the source had one.
+
+    Raises ValueError if the planes could not be read back.
     """
+    _check_planes(planes)
     source = source or Source(ElementTree.XML("<xisf><Image/><Metadata/></xisf>"), {})
     root = _new_header(planes, source, history)
     image = root.find("Image")
@@ -883,16 +919,42 @@ def write_xisf(file, planes, source=None, history=(), compress=False):
             size = len(packed)
     sizes = {location: len(block) for location, block in source.blocks.items()}
     sizes["pixels"] = size
+    if compress or source.checksum:
+        image.set("checksum", f"sha1:{hashlib.sha1().hexdigest()}")  # as long as the final one
     positions = _place_blocks(root, sizes)
-    header = _markup(root)
-    file.write(b"XISF0100" + len(header).to_bytes(4, "little") + bytes(4) + header)
     file.seek(positions["pixels"])
-    for piece in pieces:
-        file.write(piece)
-        del piece  # before the next plane is made
+    digest = _write_pieces(file, pieces, "checksum" in image.attrib)
     for location, block in source.blocks.items():
         file.seek(positions[location])
         file.write(block)
+    if "checksum" in image.attrib:
+        image.set("checksum", f"sha1:{digest}")
+    header = XML_DECLARATION + _markup(root)
+    file.seek(0)
+    file.write(b"XISF0100" + len(header).to_bytes(4, "little") + bytes(4) + header)
+
+
+def _write_pieces(file, pieces, with_digest):
+    """Write bytes-like pieces; return their SHA-1 if it is asked for."""
+    digest = hashlib.sha1()
+    with ThreadPoolExecutor(1) as executor:  # while a piece is on its way to the disk
+        for piece in pieces:
+            if with_digest:
+                hashing = executor.submit(digest.update, memoryview(piece).cast("B"))
+            file.write(piece)
+            if with_digest:
+                hashing.result()
+            del piece  # before the next plane is made
+    return digest.hexdigest()
+
+
+def _check_planes(planes):
+    """Refuse planes that would be written as a file that `read_xisf` does not take."""
+    shape = planes.shape
+    if len(shape) != 3 or shape[0] not in (1, 3) or 0 in shape:
+        raise ValueError(f"planes must be (c, h, w) with c = 1 or 3, not of the shape {shape}")
+    if planes.dtype.name not in ("float32", "float64"):
+        raise ValueError(f"planes must be float32 or float64, not {planes.dtype}")
 
 
 def _new_header(planes, source, history):
@@ -948,7 +1010,7 @@ def _place_blocks(root, sizes):
     """Fill in where blocks are, which `sizes` has by location; return their positions likewise."""
     places = [element for element in root.iter() if element.get("location") in sizes]
     # The header stands first, and what is filled in makes it longer: by less than 64 bytes each
-    end = 16 + len(_markup(root)) + 64 * len(places)
+    end = 16 + len(XML_DECLARATION) + len(_markup(root)) + 64 * len(places)
     positions = {}
     for element in places:
         location = element.get("location")
@@ -960,13 +1022,12 @@ def _place_blocks(root, sizes):
     return positions
 
 
-def _markup(root):
-    """Return a header as bytes."""
-    text = ElementTree.tostring(root, encoding="unicode")
+def _markup(element):
+    """Return an element as it is written."""
+    text = ElementTree.tostring(element, encoding="unicode")
     text = NOT_XML.sub("", text)
     # Parsers would turn a bare carriage return or tab into something else
-    text = text.replace("\r", "&#13;").replace("\t", "&#9;")
-    return f'<?xml version="1.0" encoding="UTF-8"?>{text}'.encode()
+    return text.replace("\r", "&#13;").replace("\t", "&#9;").encode()
 
 
 @contextmanager

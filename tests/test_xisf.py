@@ -106,11 +106,13 @@ class Walked:
 
     def planes(self):
         image = self.image
-        assert not {"checksum", "subblocks", "byteOrder", "pixelStorage", "offset"} & set(image.attrib)
+        assert not {"subblocks", "byteOrder", "pixelStorage", "offset"} & set(image.attrib)
         w, h, c = (int(number) for number in image.get("geometry").split(":"))
         assert image.get("colorSpace") == {1: "Gray", 3: "RGB"}[c] and image.get("bounds") == "0:1"
         dtype = np.dtype({"Float32": "<f4", "Float64": "<f8"}[image.get("sampleFormat")])
         block = self.block(image)
+        if image.get("checksum"):
+            assert image.get("checksum") == "sha1:" + hashlib.sha1(block).hexdigest()
         if image.get("compression"):
             codec, size, item = image.get("compression").split(":")
             assert codec == "lz4hc+sh" and int(item) == dtype.itemsize and len(block) < int(size)
@@ -443,7 +445,9 @@ def test_what_new_pixels_make_untrue_is_dropped_and_said(tmp_path):
                      pixelStorage="Planar")
     after = rewritten(data, tmp_path)
     assert [keyword[0] for keyword in after.keywords()] == ["NAXISX", "GAIN"] and not after.properties()
-    assert not {"checksum", "offset", "byteOrder", "pixelStorage"} & set(after.image.attrib)
+    assert not {"offset", "byteOrder", "pixelStorage"} & set(after.image.attrib)
+    assert after.image.get("checksum") != checksum, "one of the new pixels"
+    after.planes()
     assert re.search("BITPIX.*PEDESTAL.*Statistics", "\n".join(read(data, tmp_path).warnings))
     after = rewritten(full_file()[1], tmp_path)
     assert after.image.find(XISF + "Thumbnail") is None
@@ -530,7 +534,188 @@ def test_an_illegal_name_of_the_image_is_not_kept(tmp_path):
     assert rewritten(one_image(id="M_31"), tmp_path).image.get("id") == "M_31"
 
 
+@pytest.mark.parametrize("compress", [False, True])
+@pytest.mark.parametrize("place", ["none", "image", "embedded"])
+def test_pixels_get_a_checksum_if_they_had_one_or_are_compressed(place, compress, tmp_path):
+    data = picture()[0].tobytes()
+    checksum = "sha-256:" + hashlib.sha256(data).hexdigest()
+    child = tag("Data", {"checksum": checksum, "encoding": "hex"}, data.hex())
+    source = {"none": one_image(), "image": one_image(checksum=checksum),
+              "embedded": one_image(location="embedded", children=child)}[place]
+    shot = read(source, tmp_path)
+    for planes in (shot.planes, np.zeros((3, 500, 500), np.float32), np.asfortranarray(shot.planes)):
+        output = written(planes, shot.source, compress=compress)
+        after = Walked(output)
+        assert ("checksum" in after.image.attrib) == (place != "none" or compress)
+        assert same(after.planes(), planes), "compares the checksum too"
+        if "checksum" in after.image.attrib:
+            with pytest.raises(bg.BgError, match="checksum"):
+                read(output[:-1] + bytes([output[-1] ^ 1]), tmp_path)
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 5), (4, 4, 5), (4, 5), (1, 1, 4, 5), (0, 4, 5), (1, 0, 5), (1, 4, 0)])
+def test_shapes_that_could_not_be_read_back_are_not_written(shape):
+    file = io.BytesIO()
+    with pytest.raises(ValueError, match="planes must be"):
+        bg.write_xisf(file, np.zeros(shape, np.float32))
+    assert not file.getvalue()
+
+
+@pytest.mark.parametrize("dtype", ["f2", "u2", "u1", "i4", "c8", "?", "longdouble"])
+def test_types_that_could_not_be_read_back_are_not_written(dtype):
+    with pytest.raises(ValueError, match="planes must be"):
+        bg.write_xisf(io.BytesIO(), np.zeros((1, 4, 5), dtype))
+
+
 # ------------------------------------------------------------------------------------------------ faults
+
+BLANKS = " " * 300_000
+SLOW = {
+    "geometry": {"geometry": "13" + BLANKS + "x:7:1"},
+    "version": {"root": '<xisf version="1.0' + BLANKS + 'x">'},
+    "boolean": {"children": '<Property id="A" type="Boolean" value="1' + BLANKS + 'x"/>'},
+    "colons": {"geometry": "1:" * 3_000_000},
+    "commas": {"location": "attachment" + " : ," * 1_000_000},
+    "sub-blocks": {"compression": "zlib:182", "subblocks": "1,1:" * 2_000_000 + "1,1"},
+    "label": {"declaration": "<?xml" + " encoding" * 900_000 + "?>"},
+    "label-with-blanks": {"declaration": "<?xml encoding" + BLANKS + "?>"},
+    "reference": {"children": "&#" + "0" * 5_000_000},
+    "id": {"children": '<Property id="' + "a:" * 3_000_000 + '"/>'},
+    "keyword": {"children": '<FITSKeyword name="NOISEA' + "0" * 3_000_000 + 'x"/>'},
+    "references": {"children": "".join('<Reference ref="%d"/>' % i for i in range(20_000)),
+                   "outside": "".join('<a uid="%d"/>' % i for i in range(20_000))},
+}
+
+
+@pytest.mark.parametrize("name", SLOW)
+def test_no_text_in_a_header_takes_long_or_much_memory(name, tmp_path):
+    data = one_image(position=1 << 24, **SLOW[name])
+    (tmp_path / "in.xisf").write_bytes(data)
+    tracemalloc.start()
+    start = time.perf_counter()
+    try:
+        bg.read_xisf(str(tmp_path / "in.xisf"))
+    except bg.BgError as refusal:
+        assert len(str(refusal)) - len(str(tmp_path)) < 250
+    finally:
+        taken, memory = time.perf_counter() - start, tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    assert taken < 5 and memory < 12 * len(data)  # a text in Python takes up to four bytes a character
+
+
+@pytest.mark.parametrize("children, kept", [
+    ("<FITSKeyword/>" * 300, 300),
+    ("<FITSKeyword/>" * 1500, None),  # mended, they are heavier
+    ('<FITSKeyword name="A" value="1" comment="x"/>' * 750, None),
+    ('<Property id="A" type="String">' + "x" * 190_000 + "</Property>", 1),
+    ('<Property id="A" type="String">' + "\t" * 190_000 + "</Property>", 0),  # four times as long when written
+    ("<FITSKeyword %s/>" % " ".join("a%d=''" % i for i in range(2700)) + "<Resolution/>", 1)],
+    ids=["short", "many", "full", "text", "tabs", "attributes"])
+def test_what_is_written_is_never_too_large_to_be_read(children, kept, tmp_path, monkeypatch):
+    """As much is kept as leaves room for HISTORY; the rest is named, and the picture is never lost."""
+    assert bg.MAX_KEPT_WEIGHT < bg.MAX_HEADER_WEIGHT
+    monkeypatch.setattr(bg, "MAX_HEADER_WEIGHT", 1 << 18)  # small, to be quick
+    monkeypatch.setattr(bg, "MAX_KEPT_WEIGHT", 3 << 16)
+    shot = read(one_image(children=children, position=1 << 18), tmp_path)
+    count = len(shot.source.root.find("Image"))
+    assert kept is None and count > 150 or count == kept
+    lost = re.search(r"loses (\d+) element.*does not fit into a header", "\n".join(shot.warnings))
+    assert bool(lost) == (children.count("/") > count)
+    for _ in range(3):
+        again = read(written(shot.planes, shot.source, ["x" * 72] * 150), tmp_path)
+        assert same(again.planes, shot.planes)
+        shot = again
+
+
+def test_many_damaged_sub_blocks_make_one_warning(tmp_path):
+    data = picture()[0].tobytes()
+    pieces = [data[start:start + 26] for start in range(0, 182, 26)]
+    listed = ":".join(["27,26"] * 7)
+    shot = read(one_image(block=b"x".join(pieces) + b"x", compression="zlib:182", subblocks=listed), tmp_path)
+    assert same(shot.planes, picture()[1]) and len(shot.warnings) == 1
+
+
+def test_a_header_without_room_for_an_image_is_refused(tmp_path):
+    attributes = {"a%d" % i: "" for i in range(180_000)}
+    with pytest.raises(bg.BgError, match="header too large"):
+        read(one_image(position=1 << 24, **attributes), tmp_path)
+
+
+@pytest.mark.parametrize("depth", [60, 61, 62, 63, 64])
+def test_what_is_written_is_never_nested_too_deeply_to_be_read(depth, tmp_path):
+    """An element that takes the place of a reference goes one level down."""
+    nested = '<a uid="u">' + "<a>" * depth + "</a>" * depth + "</a>"
+    data = one_image(children='<Reference ref="u"/>', outside=nested)
+    if depth > 62:
+        with pytest.raises(bg.BgError, match="nested too deeply"):
+            read(data, tmp_path)
+    else:
+        shot = read(data, tmp_path)
+        assert not read(written(shot.planes, shot.source), tmp_path).warnings
+
+
+def test_elements_of_one_uid_are_all_kept(tmp_path):
+    outside = '<Frob uid="u" n="1"/><Frob uid="u" n="2"/>'
+    after = rewritten(one_image(children='<Reference ref="u"/>', outside=outside), tmp_path)
+    assert len(list(after.root.iter(XISF + "Frob"))) == 2
+
+
+def test_names_in_warnings_cannot_break_the_line_and_advice_is_always_given(tmp_path):
+    shot = read(one_image(children='<Property id="Statistics:a&#10;b" type="Int32" value="1"/>'), tmp_path)
+    assert len(shot.warnings) == 1 and "\n" not in shot.warnings[0]
+    with pytest.raises(bg.BgError, match="; copy or save it again"):
+        read(one_image(geometry="13;7;1"), tmp_path)
+
+
+def test_an_expanding_zlib_stream_is_stopped_where_the_picture_ends(tmp_path):
+    """Its block is not shorter than other streams of such a picture: only the decoder can tell."""
+    stream = zlib.compress(bytes(400_000_000), 9)  # 390 kB
+    samples = np.zeros((1, 1000, 1000), "u2")
+    path = tmp_path / "in.xisf"
+    path.write_bytes(one_image(samples, block=stream, compression="zlib:2000000"))
+    tracemalloc.start()
+    try:
+        with pytest.raises(bg.BgError, match="decompressed"):
+            bg.read_xisf(str(path))
+        assert tracemalloc.get_traced_memory()[1] < 20e6
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_file_that_takes_over_the_name_is_not_mixed_in(tmp_path, monkeypatch):
+    """Big pictures are read in strips; all come from the file whose header was read."""
+    path = tmp_path / "in.xisf"
+    path.write_bytes(one_image(np.full((1, 1000, 1000), 0.25, "f4")))
+    (tmp_path / "other.xisf").write_bytes(one_image(np.full((1, 1000, 1000), 0.75, "f4")))
+    read_image = xisf.XISF.read_image
+
+    def replaced_after(*arguments):
+        samples = read_image(*arguments)
+        if (tmp_path / "other.xisf").exists():
+            os.replace(str(tmp_path / "other.xisf"), str(path))
+        return samples
+
+    monkeypatch.setattr(xisf.XISF, "read_image", replaced_after)
+    assert (bg.read_xisf(str(path)).planes == 0.25).all()
+
+
+def test_a_file_that_is_cut_while_it_is_read_is_refused_and_no_descriptor_stays_open(tmp_path, monkeypatch):
+    path = tmp_path / "in.xisf"
+    path.write_bytes(one_image(np.full((1, 1000, 1000), 0.25, "f4")))
+    descriptors = set(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else None
+    read_image = xisf.XISF.read_image
+
+    def cut_after(*arguments):
+        samples = read_image(*arguments)
+        os.truncate(str(path), 2_000_000)
+        return samples
+
+    monkeypatch.setattr(xisf.XISF, "read_image", cut_after)
+    with pytest.raises(bg.BgError, match="damaged"):
+        bg.read_xisf(str(path))
+    if descriptors:
+        assert set(os.listdir("/proc/self/fd")) == descriptors
+
 
 def test_outputs_appear_whole_and_together_with_usual_permissions(tmp_path):
     paths = [str(tmp_path / "a.xisf"), str(tmp_path / "b.xisf")]

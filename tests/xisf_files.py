@@ -238,7 +238,13 @@ def rows(width=13, height=7):
         noise_truth = (noise / 255.0).astype("f4")
         yield good(codec + "-that-grew", one_image(noise, block=grown, compression=codec + ":91"), noise_truth)
         yield good(codec + "-stored-raw-and-more",
-                   one_image(noise, block=noise.tobytes() + b"more", compression=codec + ":91"), noise_truth)
+                   one_image(noise, block=noise.tobytes() + b"more", compression=codec + ":91"), noise_truth,
+                   "longer than they should be: taken as uncompressed")
+        damaged = b"\xff" + grown[1:] if codec != "lz4" else grown + b"more"
+        raw = np.frombuffer(damaged, "u1", 91).reshape(1, 7, 13)
+        yield good(codec + "-that-grew-and-is-damaged",
+                   one_image(noise, block=damaged, compression=codec + ":91"), (raw / 255.0).astype("f4"),
+                   "longer than they should be: taken as uncompressed")
     big = floats.astype(">f4").tobytes()
     yield good("compressed-big-endian", one_image(floats, block=packed("zlib", shuffled(big, 4)), byteOrder="big",
                                                   compression="zlib+sh:%d:4" % len(big)), float_truth)
@@ -362,7 +368,7 @@ def rows(width=13, height=7):
     # Bombs in the header
     entities = "".join('<!ENTITY e%d "%s">' % (i, ("&e%d;" % (i - 1)) * 10 if i else "ha") for i in range(10))
     for name, doctype in (("bomb", entities), ("external", '<!ENTITY x SYSTEM "file:///etc/passwd">'),
-                          ("parameter", '<!ENTITY % x "y">'), ("defaults", '<!ATTLIST a b CDATA "%s">' % ("x" * 1000))):
+                          ("hidden", '<!EN\x01TI&#2;TY x "y">'), ("parameter", '<!ENTITY % x "y">'), ("defaults", '<!ATTLIST a b CDATA "%s">' % ("x" * 1000))):
         yield bad("entity-" + name, one_image(declaration=DECLARATION + "<!DOCTYPE xisf [" + doctype + "]>",
                                               children="&e9;" if name == "bomb" else ""), "entities")
     yield bad("nested-100000-deep", one_image(children="<a>" * 50000 + "</a>" * 50000, position=500000),
