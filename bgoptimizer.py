@@ -207,61 +207,65 @@ XISF_ROOT = {
     "xsi:schemaLocation":
         "http://www.pixinsight.com/xisf http://pixinsight.com/xisf/xisf-1.0.xsd",
 }
-SAMPLE_FORMATS = {
+SAMPLE_FORMATS = {  # XISF's names, in lower case, and those of NumPy
     "uint8": "u1", "uint16": "u2", "uint32": "u4", "uint64": "u8", "float32": "f4", "float64": "f8",
 }
 BYTE_ORDERS = {"little": "<", "big": ">"}
-INTERLEAVED = {"planar": False, "normal": True}
 COLOR_CHANNELS = {"gray": 1, "rgb": 3}
+INTERLEAVED = {"planar": False, "normal": True}
+BOOLEANS = {"1": "true", "t": "true", "0": "false", "f": "false"}
+TEXT_DECODERS = {
+    "base64": functools.partial(base64.b64decode, validate=True), "hex": bytes.fromhex,
+}
 CHECKSUMS = {  # XISF's names and those of hashlib
     "sha-1": "sha1", "sha1": "sha1", "sha-256": "sha256", "sha256": "sha256",
     "sha-512": "sha512", "sha512": "sha512", "sha3-256": "sha3_256", "sha3-512": "sha3_512",
 }
 
+PART_WEIGHT = 64
+"""Bytes of memory that a tag or an attribute of a header takes, roughly."""
+
+MAX_HEADER_WEIGHT = 1 << 24
+"""Heaviest header that is read: its bytes, and PART_WEIGHT for each tag and attribute. Real ones
+are far below."""
+
+MAX_KEPT_WEIGHT = 3 << 22
+"""Heaviest metadata that the outputs take over. With HISTORY, their header must stay below
+MAX_HEADER_WEIGHT, so that it can be read again."""
+
+MAX_HEADER_DEPTH = 64
+"""Elements inside each other."""
+
 MAX_EXPANSION = {"zlib": 1032, "lz4": 255, "lz4hc": 255, "zstd": 1 << 16}
 """Bytes that one byte of a codec's stream can stand for. A block that claims more is a lie."""
+
+MAX_SUBBLOCKS = 10_000
+"""Sub-blocks of one block. Writers make a few for each thread of the processor."""
+
+ZSTD_HEADER_SIZE = 18
+"""Bytes: the longest header of a zstd stream."""
+
+CHECKED_AT_ONCE = 1 << 20
+"""Bytes that are read together for a checksum."""
 
 LZ4_LIMIT = 0x7E000000
 """Bytes: the largest LZ4 block. More would need sub-blocks, and PixInsight fails on those of more
 than 2 GiB together."""
 
-MAX_SUBBLOCKS = 10_000
-"""Sub-blocks of one block. Writers make a few for each thread of the processor."""
-
-CHECKED_AT_ONCE = 1 << 20
-"""Bytes that are read together for a checksum."""
-
 ALIGNMENT = 4096
 """Bytes: attached blocks start at multiples of it, as in PixInsight's own files."""
-
-ZSTD_HEADER_BYTES = 18
-"""Bytes: the longest header of a zstd stream."""
-
-PART_WEIGHT = 64
-"""Bytes of memory that a tag or an attribute of a header takes, roughly."""
-
-MAX_HEADER_WEIGHT = 1 << 24
-"""Heaviest header that is read: its bytes, and PART_WEIGHT for each tag and attribute. Real ones are
-far below."""
-
-MAX_KEPT_WEIGHT = 3 << 22
-"""Heaviest header that the outputs take over. With their HISTORY they must stay below
-MAX_HEADER_WEIGHT, so that they can be read again."""
-
-MAX_HEADER_DEPTH = 64
-"""Elements inside each other."""
 
 HISTORY_COLUMNS = 72
 """Characters of text that a HISTORY keyword has room for in a FITS header."""
 
-COMPRESSION = re.compile(
-    r"(?P<codec>zlib|lz4|lz4hc|zstd)(?P<shuffled>\+sh)?"
-    r":(?P<size>[1-9][0-9]{0,17})(:(?P<item>[1-9]|1[0-6]))?")
-# Each run of blanks is tried once, at its start: tried from all its characters, long ones take hours
-BLANKS_AT_SEPARATORS = re.compile(r"(?<!\s)\s+(?=[:,])|(?<=[:,])\s+")
+XISF_NAME = re.compile("[_a-zA-Z][_a-zA-Z0-9]*")
 # Without leading zeros: PixInsight takes 010 for 8
 XISF_INTEGER = re.compile(r"\+?(0|[1-9][0-9]{0,17}|0x[0-9a-fA-F]{1,15})")
-XISF_NAME = re.compile("[_a-zA-Z][_a-zA-Z0-9]*")
+XISF_COMPRESSION = re.compile(
+    r"(?P<codec>zlib|lz4|lz4hc|zstd)(?P<shuffled>\+sh)?"
+    r":(?P<size>[1-9][0-9]{0,17})(:(?P<item>[1-9]|1[0-6]))?")
+# A run of blanks is tried at its start only. Tried at all its characters, a long one takes hours.
+BLANKS_AT_SEPARATORS = re.compile(r"(?<!\s)\s+(?=[:,])|(?<=[:,])\s+")
 # PixInsight takes these labels, and whatever they say, the header is UTF-8
 UNKNOWN_ENCODING = re.compile(
     r"<\?xml[^>]*\sencoding\s*=\s*[\"'](?!(utf-?8|utf-16|iso-8859-1)[\"'])", re.IGNORECASE)
@@ -276,12 +280,11 @@ STALE_FILE_METADATA = re.compile(
 STALE_PIXEL_METADATA = re.compile(
     r"FITSKeyword (BITPIX|NAXIS\d*|BSCALE|BZERO|DATAMIN|DATAMAX|CHECKSUM|DATASUM|PEDESTAL"
     r"|NOISE[A-Z]?\d*)$|Property (.*:)?(Statistics|Noise)(:|$)")
-BOOLEANS = {"1": "true", "t": "true", "0": "false", "f": "false"}
 STALE_IMAGE_ATTRIBUTES = (
     "location", "compression", "subblocks", "checksum", "byteOrder", "pixelStorage", "offset")
 
-DECODING_ERRORS = (ValueError, OverflowError, zlib.error, zstandard.ZstdError,
-                   lz4.block.LZ4BlockError)
+NOT_DECODED = (
+    ValueError, OverflowError, zlib.error, zstandard.ZstdError, lz4.block.LZ4BlockError)
 """What the decoders raise on damaged data."""
 
 
@@ -301,11 +304,11 @@ class Picture:
     warnings: list  # of str, one line each
 
 
-class _Unreadable(Exception):
+class _Unreadable(ValueError):
     """What is wrong with a file, in words that go on from its name, and what to do about it."""
 
     def __init__(self, problem, advice="copy or save it again"):
-        super().__init__(problem)
+        super().__init__(problem[:150])
         self.advice = advice
 
 
@@ -327,19 +330,6 @@ class _Block:
     size: int  # bytes
     position: int | None = None  # in the file
     data: bytes = b""  # the bytes themselves, if they stand in the header
-
-
-@dataclass
-class _Layout:
-    """How the samples of an image are stored."""
-    width: int
-    height: int
-    channels: int
-    colors: int  # 1 or 3; further channels are alpha
-    dtype: np.dtype  # of a sample, with its byte order
-    interleaved: bool  # True: all channels of a pixel, then the next pixel; False: plane by plane
-    lower: float  # the value that means black
-    upper: float  # the value that means white
 
 
 class _BlockReader(XISF):
@@ -395,8 +385,7 @@ def _read_header(file):
     length = int.from_bytes(start[8:12], "little")
     end = 16 + length
     _require(end <= size, f"is cut short: its header ends at byte {end} of {size}")
-    _require(length <= MAX_HEADER_WEIGHT, "has a header too large to be true")
-    header = file.read(length)
+    header = file.read(min(length, MAX_HEADER_WEIGHT + 1))
     header, _, _ = header.partition(b"\0")  # some writers count padding in
     _require(_weight(header) <= MAX_HEADER_WEIGHT, "has a header too large to be true")
     root = _parse_header(header.decode("utf-8-sig", "replace"))
@@ -406,7 +395,7 @@ def _read_header(file):
 
 
 def _weight(markup):
-    """Return roughly the bytes of memory that a header takes."""
+    """Return roughly the bytes of memory that a part of a header takes."""
     parts = markup.count(b"<") + markup.count(b"=")
     return len(markup) + PART_WEIGHT * parts
 
@@ -414,8 +403,7 @@ def _weight(markup):
 def _parse_header(text):
     """Return the root element of a header."""
     text = NOT_XML.sub("", text)
-    text = NOT_XML_REFERENCE.sub("", text)
-    text = text.lstrip()
+    text = NOT_XML_REFERENCE.sub("", text).lstrip()
     _require(not UNKNOWN_ENCODING.match(text), "has a header that is not UTF-8")
     entities = re.search("<!(ENTITY|ATTLIST)", text)
     _require(not entities, "declares XML entities, which can hide a memory bomb")
@@ -435,13 +423,14 @@ def _parse_header(text):
     root = builder.close()
     version = _value(root.attrib, "version")
     _require(root.tag == "xisf" and version == "1.0", "is not XISF version 1.0")
-    _require(not _is_deeper(root, MAX_HEADER_DEPTH), "has a header nested too deeply to be true")
+    _refuse_deeper(root, MAX_HEADER_DEPTH)
     return root
 
 
-def _is_deeper(element, depth):
-    """Return True if elements are nested more than `depth` levels below an element."""
-    return element.find("*/" * depth + "*") is not None
+def _refuse_deeper(element, depth):
+    """Refuse the file if elements are nested more than `depth` levels below an element."""
+    deepest = element.find("*/" * depth + "*")
+    _require(deepest is None, "has a header nested too deeply to be true")
 
 
 def _value(attributes, name, default=""):
@@ -450,17 +439,17 @@ def _value(attributes, name, default=""):
     return BLANKS_AT_SEPARATORS.sub("", text)
 
 
-def _integers(text, most, what):
-    """Return the numbers between the colons of `text`; refuse more than `most`."""
-    parts = text.split(":", most)
-    well_formed = len(parts) <= most and all(XISF_INTEGER.fullmatch(part) for part in parts)
-    _require(well_formed, f"has a malformed {what} {text[:40]!r}")
+def _integers(text, count, what):
+    """Return the `count` numbers between the colons of `text`."""
+    parts = text.split(":", count)
+    well_formed = all(map(XISF_INTEGER.fullmatch, parts))
+    _require(well_formed and len(parts) == count, f"has the malformed {what} {text!r}")
     return [int(part, 0) for part in parts]
 
 
 def _look_up(choices, text, what):
     """Look up what `text` stands for, or refuse the file."""
-    _require(text in choices, f"has {what} {text[:40]!r}, which is not read",
+    _require(text in choices, f"has {what} {text!r}, which is not read",
              "save it as 32-bit float, grayscale or RGB")
     return choices[text]
 
@@ -471,36 +460,29 @@ def _find_block(element, opened):
     location = _value(attributes, "location")
     method, _, place = location.partition(":")
     if method == "attachment":
-        position, size = _find_attachment(place, opened)
+        position, size = _integers(place, 2, "location")
+        end = position + size
+        _require(position >= opened.header_end, f"has the impossible location {place!r}")
+        _require(end <= opened.size, f"is cut short: its data end at byte {end} of {opened.size}")
+        opened.bytes_left -= size
+        _require(opened.bytes_left >= 0, "has data that overlap with others")
         return _Block(attributes, size, position)
-    if method == "inline":
-        data = _decode_text(element.text, place)
-        return _Block(attributes, len(data), data=data)
-    _require(method == "embedded", f"has its data elsewhere, at {location[:40]!r}",
-             "save it as one monolithic .xisf file")
-    child = element.find("Data")
-    _require(child is not None, "has an embedded data block without data")
-    data = _decode_text(child.text, _value(child.attrib, "encoding", "base64"))
-    return _Block({**attributes, **child.attrib}, len(data), data=data)
-
-
-def _find_attachment(place, opened):
-    """Return the position and the size of an attached block, after "attachment:"."""
-    numbers = _integers(place, 2, "location")
-    _require(len(numbers) == 2, f"has an impossible location {place[:40]!r}")
-    position, size = numbers
-    end = position + size
-    _require(position >= opened.header_end, f"has an impossible location {place[:40]!r}")
-    _require(end <= opened.size, f"is cut short: its data end at byte {end} of {opened.size}")
-    opened.bytes_left -= size
-    _require(opened.bytes_left >= 0, "has data that overlap with others")
-    return position, size
+    encoding = place
+    if method == "embedded":
+        element = element.find("Data")
+        _require(element is not None, "has an embedded data block without data")
+        attributes = {**attributes, **element.attrib}
+        encoding = _value(element.attrib, "encoding", "base64")
+    else:
+        _require(method == "inline", f"has its data elsewhere, at {location!r}",
+                 "save it as one monolithic .xisf file")
+    data = _decode_text(element.text, encoding)
+    return _Block(attributes, len(data), data=data)
 
 
 def _decode_text(text, encoding):
     """Return the bytes that stand in the header as text."""
-    decoders = {"base64": _decode_base64, "hex": bytes.fromhex}
-    decode = _look_up(decoders, encoding.lower(), "data in the encoding")
+    decode = _look_up(TEXT_DECODERS, encoding.lower(), "data in the encoding")
     digits = "".join((text or "").split())
     try:
         return decode(digits)
@@ -508,42 +490,37 @@ def _decode_text(text, encoding):
         raise _Unreadable(f"has damaged {encoding} data") from None
 
 
-def _decode_base64(digits):
-    return base64.b64decode(digits, validate=True)
+def _read_array(block, opened, start, shape, dtype=np.uint8, codec=None, stored_size=None):
+    """Let the `xisf` package read a part of a block, from byte `start` on.
 
-
-def _read_array(block, opened, start, size, shape=None, dtype=np.uint8, codec=None):
-    """Let the `xisf` package read a part of a block.
-
-    The part begins at byte `start` and is `size` bytes long, as stored. The array has the `shape`
-    (rows, width), and is read-only; without a shape, it is one row. A codec decompresses the part.
+    Returns a read-only array of the three-dimensional `shape`. With a codec, `stored_size` bytes
+    are decompressed for it.
     """
-    height, width = shape or (1, size)
+    channels, height, width = shape  # to the package
     dtype = np.dtype(dtype)
-    described = {"geometry": (width, height, 1), "dtype": dtype}
-    file = None
-    if block.position is None:
-        data = block.data[start:start + size]
-        described["location"] = "inline", "base64"
-        described["value"] = base64.b64encode(data)
-    else:
-        described["location"] = "attachment", block.position + start, size
-        # The package opens a file by its name or descriptor, and closes it. By its descriptor it
-        # is still the same file if another one takes over its name.
-        file = os.dup(opened.file.fileno())
+    size = math.prod(shape) * dtype.itemsize
+    described = {"geometry": (width, height, channels), "dtype": dtype}
     if codec:
-        described["compression"] = codec, height * width * dtype.itemsize, None
-    reader = _BlockReader(file, described)
+        described["compression"] = codec, size, None
+        size = stored_size
+    if block.position is None:
+        file = None
+        described["location"] = "inline", "base64"
+        described["value"] = base64.b64encode(block.data[start:start + size])
+    else:
+        # The package opens a file by name or descriptor, and closes it. By descriptor it is still
+        # the same file if another one takes over its name.
+        file = os.dup(opened.file.fileno())
+        described["location"] = "attachment", block.position + start, size
     try:
-        return reader.read_image(0, "channels_first")[0]
-    except DECODING_ERRORS:
-        raise _Unreadable("is damaged: its data cannot be decompressed") from None
+        return _BlockReader(file, described).read_image(0, "channels_first")
+    except NOT_DECODED:
+        raise _Unreadable("is damaged: its data cannot be read or decompressed") from None
 
 
-def _read_stored(block, opened):
-    """Verify the checksum of a block; return all its bytes as they are stored, (n,) uint8."""
-    _verify_checksum(block, opened)
-    return _read_array(block, opened, 0, block.size)[0]
+def _read_bytes(block, opened, start, size):
+    """Return the `size` stored bytes from byte `start` of a block on, (size,) uint8."""
+    return _read_array(block, opened, start, (1, 1, size)).ravel()
 
 
 def _verify_checksum(block, opened):
@@ -552,11 +529,10 @@ def _verify_checksum(block, opened):
         return
     checksum = _value(block.attributes, "checksum").lower()
     name, _, expected = checksum.partition(":")
-    algorithm = _look_up(CHECKSUMS, name, "a checksum of the kind")
-    digest = hashlib.new(algorithm)
+    digest = hashlib.new(_look_up(CHECKSUMS, name, "a checksum of the kind"))
     for start in range(0, block.size, CHECKED_AT_ONCE):
         size = min(CHECKED_AT_ONCE, block.size - start)
-        digest.update(_read_array(block, opened, start, size)[0])
+        digest.update(_read_bytes(block, opened, start, size))
     matches = digest.hexdigest() == expected
     _require(matches, "is damaged: its data do not match their checksum")
 
@@ -567,100 +543,90 @@ def _read_pixels(root, opened):
     _require(images, "holds no image", "open it in the program that wrote it and save it again")
     if len(images) > 1:
         opened.warnings.append(f"holds {len(images)} images: only the first is used and kept")
+    attributes = images[0].attrib
     block = _find_block(images[0], opened)
-    layout = _read_layout(images[0], block)
-    if layout.channels > layout.colors:
-        alpha = layout.channels - layout.colors
-        opened.warnings.append(f"has {alpha} alpha channel(s): dropped")
     _verify_checksum(block, opened)
-    strips = _read_strips(block, opened, layout)
-    dtype = np.float64 if layout.dtype.name == "float64" else np.float32
-    planes = np.empty((layout.colors, layout.height, layout.width), dtype)
-    rows_of_planes = planes.reshape(-1, layout.width)  # (c * h, w)
-    below = above = 0
-    for rows, samples in strips:
-        if layout.interleaved:
-            target = planes[:, rows]  # (c, n, w)
-            samples = samples.reshape(-1, layout.width, layout.channels)
-            samples = np.moveaxis(samples[..., :layout.colors], 2, 0)
-        else:
-            target = rows_of_planes[rows]  # (n, w)
-        clipped = _scale(samples, layout, target)
-        below += clipped[0]
-        above += clipped[1]
-    if below or above:
-        opened.warnings.append(f"has {below} samples below and {above} above its bounds "
-                               f"{layout.lower:g}:{layout.upper:g}: clipped")
-    return planes
-
-
-def _read_layout(image, block):
-    """Return the _Layout of an image."""
-    attributes = image.attrib
     geometry = _integers(_value(attributes, "geometry"), 3, "geometry")
-    _require(len(geometry) == 3 and 0 not in geometry,
-             "is no two-dimensional picture", "save one as .xisf")
+    _require(0 not in geometry, "is a picture without samples")
     width, height, channels = geometry
-    sample_format = _value(attributes, "sampleFormat").lower()
-    sample_type = _look_up(SAMPLE_FORMATS, sample_format, "samples of the kind")
-    byte_order = _value(block.attributes, "byteOrder", "little")
-    dtype = np.dtype(_look_up(BYTE_ORDERS, byte_order, "the byte order") + sample_type)
     color_space = _value(attributes, "colorSpace", "Gray").lower()
     colors = _look_up(COLOR_CHANNELS, color_space, "the color space")
     _require(channels >= colors, f"is called RGB but has {channels} channel(s)")
+    if channels > colors:
+        opened.warnings.append(f"has {channels - colors} alpha channel(s): dropped")
+    dtype = _read_dtype(attributes, block)
+    bounds = _read_bounds(attributes, dtype)
     storage = _value(attributes, "pixelStorage", "Planar").lower()
-    interleaved = _look_up(INTERLEAVED, storage, "its samples in the order")
-    lower, upper = _read_bounds(attributes, dtype)
-    return _Layout(width, height, channels, colors, dtype, interleaved, lower, upper)
+    together = channels  # samples of a pixel that stand together
+    if not _look_up(INTERLEAVED, storage, "its samples in the order"):
+        together = 1
+    size = width * height * channels * dtype.itemsize
+    read_rows = _open_samples(block, opened, size, dtype, (width, together))
+    planes = np.empty((colors, height, width), "f8" if dtype.name == "float64" else "f4")
+    # The same in the file's order: rows of all colors, or rows of one color after those of another
+    table = np.moveaxis(planes, 0, 2) if together > 1 else planes.reshape(-1, width, 1)
+    clipped = np.zeros(2, int)
+    for rows in _strips(len(table), width * together):
+        samples = read_rows(rows)[..., :colors]  # (n, w, c) or (n, w, 1)
+        clipped += _scale(samples, bounds, table[rows])
+    below, above = clipped
+    if below or above:
+        lower, upper = bounds
+        opened.warnings.append(f"has {below} samples below and {above} above its bounds "
+                               f"{lower:g}:{upper:g}: clipped")
+    return planes
+
+
+def _read_dtype(attributes, block):
+    """Return the type of the samples, with their byte order."""
+    sample_format = _value(attributes, "sampleFormat").lower()
+    name = _look_up(SAMPLE_FORMATS, sample_format, "samples of the kind")
+    byte_order = _value(block.attributes, "byteOrder", "little")
+    return np.dtype(_look_up(BYTE_ORDERS, byte_order, "the byte order") + name)
 
 
 def _read_bounds(attributes, dtype):
     """Return the values that mean black and white. Integers may leave them out, floats may not."""
-    largest = math.inf
+    lowest, highest = -math.inf, math.inf
     if dtype.kind == "u":
-        largest = 2.0 ** (8 * dtype.itemsize) - 1
-    text = _value(attributes, "bounds", f"0:{largest}")
+        lowest, highest = 0, 2.0 ** (8 * dtype.itemsize) - 1
+    text = _value(attributes, "bounds", f"0:{highest}")
     try:
-        lower, upper = sorted(float(part) for part in text.split(":", 2)[:2])
+        lower, upper = sorted(map(float, text.split(":", 2)[:2]))
     except ValueError:
         lower = upper = math.nan
-    possible = 0 < upper - lower < math.inf
-    if dtype.kind == "u":
-        possible = possible and lower >= 0 and upper <= largest
-    given = attributes.get("bounds", "")
-    _require(possible, f"has no or impossible bounds, its black and white: {given[:40]!r}")
+    possible = lowest <= lower < upper <= highest and upper - lower < math.inf
+    _require(possible, f"has no or impossible bounds, its black and white: {text!r}")
     return lower, upper
 
 
-def _read_strips(block, opened, layout):
-    """Return an iterator of strips: a slice of rows, and their samples as stored, (n, width).
+def _open_samples(block, opened, size, dtype, row_shape):
+    """Return a function that returns a slice of rows of samples, as stored: (n, *row_shape).
 
-    A row is one of a plane, and the planes stand below each other. Where all channels of a pixel
-    stand together, a row is one of the picture, and has `channels` times as many samples.
+    A row of planes that stand below each other has the shape (w, 1). Where all channels of a pixel
+    stand together, it is (w, c). All samples together have `size` bytes.
     """
-    height, width = layout.colors * layout.height, layout.width
-    if layout.interleaved:
-        height, width = layout.height, layout.width * layout.channels
-    pixels = layout.width * layout.height
-    row_size = width * layout.dtype.itemsize
-    size = pixels * layout.channels * layout.dtype.itemsize
     codec, unpacked_size, item = _read_compression(block)
     # Checked before memory is taken that the stored bytes do not vouch for
     _require(unpacked_size == size,
              f"is damaged: its data hold {unpacked_size} bytes, its samples need {size}")
+    row_size = math.prod(row_shape) * dtype.itemsize
     if codec:
         data = _decompress(block, opened, codec, size)
-        if item > 1:
+        if item != dtype.itemsize:
             data = _unshuffle(data, item)
-        samples = data.view(layout.dtype).reshape(-1, width)
-        return ((rows, samples[rows]) for rows in _strips(height, width))
+            item = 1
+        data = data.reshape(item, -1)  # byte 0 of all samples, byte 1, ...; or all their bytes
 
-    def read(rows):
-        shape = rows.stop - rows.start, width
-        start = rows.start * row_size
-        return _read_array(block, opened, start, shape[0] * row_size, shape, layout.dtype)
+    def read_rows(rows):
+        start, stop = rows.start * row_size, rows.stop * row_size
+        shape = rows.stop - rows.start, *row_shape
+        if not codec:
+            return _read_array(block, opened, start, shape, dtype)
+        part = data[:, start // item:stop // item]
+        return _unshuffle(part.ravel(), item).view(dtype).reshape(shape)
 
-    return ((rows, read(rows)) for rows in _strips(height, width))
+    return read_rows
 
 
 def _read_compression(block):
@@ -671,117 +637,95 @@ def _read_compression(block):
     if "compression" not in block.attributes:
         return None, block.size, 1
     text = _value(block.attributes, "compression").lower()
-    match = COMPRESSION.fullmatch(text)
-    _require(match, f"is compressed in the unknown way {text[:40]!r}")
-    item = 1
-    if match["shuffled"]:
-        _require(match["item"], f"is compressed in the unknown way {text[:40]!r}")
-        item = int(match["item"])
+    match = XISF_COMPRESSION.fullmatch(text)
+    complete = match and (match["item"] or not match["shuffled"])
+    _require(complete, f"is compressed in the unknown way {text!r}")
+    item = int(match["item"]) if match["shuffled"] else 1
     return match["codec"], int(match["size"]), item
 
 
 def _decompress(block, opened, codec, size):
     """Return the `size` bytes that a compressed block holds, (size,) uint8."""
+    sizes = [block.size, size]  # of each piece, as stored and unpacked
+    if "subblocks" in block.attributes:
+        text = _value(block.attributes, "subblocks").replace(",", ":")
+        count = min(1 + text.count(":"), 2 * MAX_SUBBLOCKS)
+        sizes = _integers(text, count, "list of sub-blocks")
+    stored_sizes, unpacked_sizes = sizes[::2], sizes[1::2]
+    consistent = len(sizes) % 2 == 0 and 0 not in sizes
+    totals = sum(stored_sizes), sum(unpacked_sizes)
+    _require(consistent and totals == (block.size, size),
+             "has a compressed block that contradicts itself")
     pieces = []
     start = 0
-    for stored, unpacked in _read_subblocks(block, size):
-        pieces.append(_decompress_piece(block, opened, start, stored, codec, unpacked))
-        start += stored
-    if len(pieces) == 1:
-        return pieces[0]  # not a copy
-    return np.concatenate(pieces)
+    for stored_size, unpacked_size in zip(stored_sizes, unpacked_sizes):
+        piece = _decompress_piece(block, opened, start, stored_size, codec, unpacked_size)
+        pieces.append(piece)
+        start += stored_size
+    return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
 
-def _read_subblocks(block, size):
-    """Return the pieces in which a block was compressed: bytes of each, as stored and unpacked."""
-    if "subblocks" not in block.attributes:
-        return [(block.size, size)]
-    listed = _value(block.attributes, "subblocks").replace(",", ":")
-    sizes = _integers(listed, 2 * MAX_SUBBLOCKS, "list of sub-blocks")
-    stored = sizes[::2]
-    unpacked = sizes[1::2]
-    consistent = (len(stored) == len(unpacked) and 0 not in sizes
-                  and sum(stored) == block.size and sum(unpacked) == size)
-    _require(consistent, "has a compressed block that contradicts itself")
-    return list(zip(stored, unpacked))
+def _decompress_piece(block, opened, start, stored_size, codec, size):
+    """Return the `size` bytes in the stored ones from `start` on; never expand further."""
+    _require(size <= MAX_EXPANSION[codec] * stored_size,
+             "claims more data than its compressed block can hold")
+    if stored_size != size:  # what does not shrink is stored as it was
+        with suppress(NOT_DECODED):
+            return _decode(block, opened, start, stored_size, codec, size)
+        _require(stored_size > size, "is damaged: its data cannot be decompressed")
+        # Other programs keep a stream that is longer than the data, PixInsight never does
+        warning = ("has data that cannot be decompressed and are longer than they should be: "
+                   "taken as uncompressed, as PixInsight does")
+        if warning not in opened.warnings:  # from another piece
+            opened.warnings.append(warning)
+    return _read_bytes(block, opened, start, size)
 
 
-def _decompress_piece(block, opened, start, stored, codec, size):
-    """Return the `size` bytes in the `stored` bytes from `start` on; never expand further."""
-    possible = size <= MAX_EXPANSION[codec] * stored
-    _require(possible, "claims more data than its compressed block can hold")
-    if stored != size:  # what does not shrink is stored as it was
-        try:
-            return _decode(block, opened, start, stored, codec, size)
-        except _Unreadable:
-            if stored < size:
-                raise
-            # Other programs keep a stream that is longer than the data, PixInsight never does
-            warning = ("has data that cannot be decompressed and are longer than they should be: "
-                       "taken as uncompressed, as PixInsight does")
-            if warning not in opened.warnings:  # from another sub-block
-                opened.warnings.append(warning)
-    return _read_array(block, opened, start, size)[0]
-
-
-def _decode(block, opened, start, stored, codec, size):
-    """Return the `size` bytes that a stream stands for, (size,) uint8; refuse more and less."""
-    if codec == "zlib":  # the package's decoder would expand without a limit
-        return _inflate(_read_array(block, opened, start, stored), size)
-    if codec == "zstd":  # so would this one, up to the size that the stream claims
-        head = _read_array(block, opened, start, min(stored, ZSTD_HEADER_BYTES))
-        _require(_zstd_size(head) == size, "is damaged: its data cannot be decompressed")
-    return _read_array(block, opened, start, stored, (1, size), codec=codec)[0]
-
-
-def _inflate(stream, size):
-    """Return the `size` bytes that a zlib stream stands for, (size,) uint8."""
-    decoder = zlib.decompressobj()
-    data = b""
-    with suppress(zlib.error):
+def _decode(block, opened, start, stored_size, codec, size):
+    """Return the `size` bytes that a stream stands for, or raise one of NOT_DECODED."""
+    if codec == "zlib":  # the package would expand it without a limit
+        decoder = zlib.decompressobj()
+        stream = _read_bytes(block, opened, start, stored_size)
         data = decoder.decompress(stream, size + 1)
-    complete = decoder.eof and len(data) == size  # the stream's own checksum stands at its end
-    _require(complete, "is damaged: its data cannot be decompressed")
-    return np.frombuffer(data, np.uint8)
-
-
-def _zstd_size(head):
-    """Return the size of the data that a zstd stream claims, or None."""
-    with suppress(zstandard.ZstdError):
-        return zstandard.frame_content_size(head)
-    return None
+        if not decoder.eof or len(data) != size:  # the stream's own checksum stands at its end
+            raise ValueError
+        return np.frombuffer(data, np.uint8)
+    if codec == "zstd":  # the package would expand it to the size that the stream claims
+        head = _read_bytes(block, opened, start, min(stored_size, ZSTD_HEADER_SIZE))
+        if zstandard.frame_content_size(head) != size:
+            raise ValueError
+    return _read_array(block, opened, start, (1, 1, size), np.uint8, codec, stored_size).ravel()
 
 
 def _unshuffle(data, item):
     """Put byte 0 of every item, then byte 1 of every item, and so on, back into items.
 
-    What is less than an item stays behind them. The package's own way takes four times as long, and
+    What is less than an item stays behind them. The package takes four times as long for it, and
     fails where the items do not fill the data.
     """
     items = data.size // item
-    unshuffled = np.empty_like(data)
     end = items * item
+    unshuffled = np.empty_like(data)
     for byte in range(item):
         unshuffled[byte:end:item] = data[byte * items:(byte + 1) * items]
     unshuffled[end:] = data[end:]
     return unshuffled
 
 
-def _scale(samples, layout, target):
+def _scale(samples, bounds, target):
     """Scale samples from their bounds to [0, 1], into `target`, an array of the same shape.
 
     Returns how many were below the bounds, and how many above.
     """
-    below = above = 0
+    lower, upper = bounds
     with np.errstate(all="ignore"):  # NaNs and infinities stay what they are
-        if (layout.lower, layout.upper) != (0, 1):
-            samples = samples.astype(np.float64) - layout.lower
-            samples /= layout.upper - layout.lower
+        if bounds != (0, 1):
+            samples = (samples.astype(np.float64) - lower) / (upper - lower)
+        below = above = 0
         if not (samples.min() >= 0 and samples.max() <= 1):
             dark = (samples < 0) & (samples > -np.inf)
             bright = (samples > 1) & (samples < np.inf)
-            below = np.count_nonzero(dark)
-            above = np.count_nonzero(bright)
+            below, above = dark.sum(), bright.sum()
             samples = np.where(dark, np.finfo(target.dtype).tiny, samples)  # 0 means missing
             samples = np.where(bright, 1, samples)
         target[...] = samples
@@ -791,24 +735,20 @@ def _scale(samples, layout, target):
 def _read_source(root, opened):
     """Return the Source; what cannot be carried over is left out and named in the warnings."""
     image = root.find("Image")
-    has_checksum = "checksum" in image.attrib or image.find("Data[@checksum]") is not None
+    checksum = "checksum" in image.attrib or image.find("Data[@checksum]") is not None
     metadata = ElementTree.Element("Metadata")
     metadata[:] = root.findall("Metadata/Property")
-    new_root = ElementTree.Element("xisf")
+    namespaces = {name: root.get(name) for name in root.keys() if name.startswith("xmlns:")}
+    new_root = ElementTree.Element("xisf", namespaces)
     new_root[:] = _resolve_references(image, root)
-    too_deep = _is_deeper(image, MAX_HEADER_DEPTH - 1)
-    _require(not too_deep, "has a header nested too deeply to be true")
-    for name, value in root.attrib.items():
-        if name.startswith("xmlns:"):
-            new_root.set(name, value)
+    _refuse_deeper(image, MAX_HEADER_DEPTH - 1)
     for name in STALE_IMAGE_ATTRIBUTES:
         image.attrib.pop(name, None)
     if not XISF_NAME.fullmatch(image.get("id", "_")):
         del image.attrib["id"]
     image.text = image.tail = None  # pixels, if they stood there
-    for element in (new_root, image):
-        bare = ElementTree.Element(element.tag, element.attrib)
-        opened.weight_left -= _weight(_markup(bare))
+    bare = ElementTree.Element("Image", {**namespaces, **image.attrib})
+    opened.weight_left -= _weight(_markup(bare))
     _require(opened.weight_left >= 0, "has a header too large to be true")
     blocks = {}
     for parent in (image, new_root, metadata):
@@ -817,23 +757,21 @@ def _read_source(root, opened):
         opened.warnings.append("is a color filter mosaic: debayer it first, "
                                "or its colors are fitted as one")
     new_root[:] = [image, *new_root, metadata]
-    return Source(new_root, blocks, has_checksum)
+    return Source(new_root, blocks, checksum)
 
 
 def _resolve_references(image, root):
-    """Put elements in the place of references to them, and return the other loose elements.
+    """Put elements in the place of references to them, which PixInsight does not follow.
 
-    Loose are those that stand beside the image. PixInsight does not follow references.
+    Returns the other elements that stand beside the image.
     """
     loose = [child for child in root if child.tag not in ("Image", "Metadata", "Signature")]
-    targets = {element.get("uid"): element for element in loose if "uid" in element.attrib}
-    moved = set()
+    targets = {child.get("uid"): child for child in loose}
     for number, child in enumerate(image):
-        if child.tag == "Reference" and child.get("ref") in targets:
-            target = targets.pop(child.get("ref"))
-            image[number] = target
-            moved.add(target)
-    return [element for element in loose if element not in moved]
+        if child.tag == "Reference":
+            image[number] = targets.pop(child.get("ref", ""), child)
+    children = set(image)
+    return [child for child in loose if child not in children]
 
 
 def _carry_over(elements, blocks, opened):
@@ -847,21 +785,21 @@ def _carry_over(elements, blocks, opened):
         if STALE_PIXEL_METADATA.match(title):
             untrue.append(f"{name[:80]!r}")
             continue
+        _mend(element)
         try:
-            _mend(element)
             weight = _weight(_markup(element))
             _require(weight <= opened.weight_left, "does not fit into a header")
             blocks.update(_attached_bytes(element, blocks, opened))
-            opened.weight_left -= weight
-            kept.append(element)
         except _Unreadable as error:
             lost.append(f"{element.tag} {name[:80]!r}, which {error}")
+        else:
+            opened.weight_left -= weight
+            kept.append(element)
     if lost:
-        names = ", ".join(lost)
-        opened.warnings.append(f"loses {len(lost)} element(s): {names[:300]}")
+        opened.warnings.append(f"loses {len(lost)} element(s): {', '.join(lost)[:300]}")
     if untrue:
-        names = ", ".join(untrue)
-        opened.warnings.append(f"had {names[:200]}: not kept, the new pixels make them untrue")
+        opened.warnings.append(f"had {', '.join(untrue)[:200]}: "
+                               "not kept, because the new pixels make them untrue")
     return kept
 
 
@@ -881,11 +819,12 @@ def _attached_bytes(element, blocks, opened):
     attached = {}
     for part in element.iter():
         location = part.get("location")
-        if location is not None and location not in blocks:  # several elements may share one block
-            block = _find_block(part, opened)
-            stored = _read_stored(block, opened)
-            if block.position is not None:  # others stand in the element itself
-                attached[location] = stored
+        if location is None or location in blocks:  # several elements may share one block
+            continue
+        block = _find_block(part, opened)
+        _verify_checksum(block, opened)
+        if block.position is not None:  # others stand in the element itself
+            attached[location] = _read_bytes(block, opened, 0, block.size)
     return attached
 
 
@@ -899,75 +838,71 @@ def write_xisf(file, planes, source=None, history=(), compress=False):
         source: a Source, whose metadata are kept. It is not changed.
         history: lines, which become HISTORY keywords.
         compress: lz4hc with byte shuffling, or zstd where PixInsight would not read that.
-            The pixels get a checksum then, and where those of the source had one.
 
-    Raises ValueError if the planes could not be read back.
+    The pixels get a checksum if they are to be compressed, or if those of the source had one.
+    Raises ValueError if the planes are of a shape or type that could not be read back.
     """
-    _check_planes(planes)
+    if len(planes.shape) != 3 or planes.shape[0] not in (1, 3) or 0 in planes.shape:
+        raise ValueError(f"planes must be (c, h, w) with c = 1 or 3, not {planes.shape}")
+    if planes.dtype.name not in ("float32", "float64"):
+        raise ValueError(f"planes must be float32 or float64, not {planes.dtype}")
     source = source or Source(ElementTree.XML("<xisf><Image/><Metadata/></xisf>"), {})
     root = _new_header(planes, source, history)
     image = root.find("Image")
     item = planes.dtype.itemsize
     size = math.prod(planes.shape) * item
-    in_file_order = functools.partial(np.ascontiguousarray, dtype=planes.dtype.newbyteorder("<"))
-    pieces = map(in_file_order, planes)
+    pieces = map(_in_file_order, planes)
     if compress:
         codec, packed = _compress(planes)
         if len(packed) < size:
             image.set("compression", f"{codec}+sh:{size}:{item}")
             pieces = [packed]
             size = len(packed)
-    sizes = {location: len(block) for location, block in source.blocks.items()}
-    sizes["pixels"] = size
     if compress or source.checksum:
         image.set("checksum", f"sha1:{hashlib.sha1().hexdigest()}")  # as long as the final one
-    positions = _place_blocks(root, sizes)
-    file.seek(positions["pixels"])
-    digest = _write_pieces(file, pieces, "checksum" in image.attrib)
+    sizes = {location: len(block) for location, block in source.blocks.items()}
+    positions = _place_blocks(root, {**sizes, "pixels": size})
     for location, block in source.blocks.items():
         file.seek(positions[location])
         file.write(block)
+    file.seek(positions["pixels"])
     if "checksum" in image.attrib:
-        image.set("checksum", f"sha1:{digest}")
+        image.set("checksum", f"sha1:{_write_and_hash(file, pieces)}")
+    else:
+        for piece in pieces:
+            file.write(piece)
+            del piece  # before the next plane is made
     header = XML_DECLARATION + _markup(root)
     file.seek(0)
     file.write(b"XISF0100" + len(header).to_bytes(4, "little") + bytes(4) + header)
 
 
-def _write_pieces(file, pieces, with_digest):
-    """Write bytes-like pieces; return their SHA-1 if it is asked for."""
+def _in_file_order(plane):
+    """Return a plane in the order of rows and bytes that the file has."""
+    return np.ascontiguousarray(plane, plane.dtype.newbyteorder("<"))
+
+
+def _write_and_hash(file, pieces):
+    """Write pieces, and return their SHA-1. It is made while the disk takes them."""
     digest = hashlib.sha1()
-    with ThreadPoolExecutor(1) as executor:  # while a piece is on its way to the disk
+    with ThreadPoolExecutor(1) as writer:
         for piece in pieces:
-            if with_digest:
-                hashing = executor.submit(digest.update, memoryview(piece).cast("B"))
-            file.write(piece)
-            if with_digest:
-                hashing.result()
+            writing = writer.submit(file.write, piece)
+            digest.update(piece)
+            writing.result()
             del piece  # before the next plane is made
     return digest.hexdigest()
 
 
-def _check_planes(planes):
-    """Refuse planes that would be written as a file that `read_xisf` does not take."""
-    shape = planes.shape
-    if len(shape) != 3 or shape[0] not in (1, 3) or 0 in shape:
-        raise ValueError(f"planes must be (c, h, w) with c = 1 or 3, not of the shape {shape}")
-    if planes.dtype.name not in ("float32", "float64"):
-        raise ValueError(f"planes must be float32 or float64, not {planes.dtype}")
-
-
 def _new_header(planes, source, history):
-    """Return the header of an output, in which the places of the blocks are still missing."""
+    """Return the root element for an output, in which the places of the blocks are missing."""
     root = copy.deepcopy(source.root)
     root.attrib.update(XISF_ROOT)
     image = root.find("Image")
     channels, height, width = planes.shape
-    image.set("geometry", f"{width}:{height}:{channels}")
-    image.set("sampleFormat", f"Float{8 * planes.dtype.itemsize}")
-    image.set("bounds", "0:1")
-    image.set("colorSpace", "RGB" if channels == 3 else "Gray")
-    image.set("location", "pixels")
+    image.attrib.update(
+        geometry=f"{width}:{height}:{channels}", location="pixels", bounds="0:1",
+        sampleFormat=planes.dtype.name.capitalize(), colorSpace="RGB" if channels == 3 else "Gray")
     lines = []
     for line in history:
         lines += textwrap.wrap(line, HISTORY_COLUMNS)
@@ -976,38 +911,35 @@ def _new_header(planes, source, history):
     for element in image.findall("Property[@id='Processing:History']"):
         if "location" not in element.attrib:  # the specification wants it kept and appended to
             element.text = "\n".join([element.text or "", *lines])
-    now = datetime.now(timezone.utc)
     metadata = root.find("Metadata")
-    time = _add_property(metadata, "XISF:CreationTime", "TimePoint")
-    time.set("value", now.strftime("%Y-%m-%dT%H:%M:%SZ"))
-    creator = _add_property(metadata, "XISF:CreatorApplication", "String")
+    now = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+    ElementTree.SubElement(
+        metadata, "Property", id="XISF:CreationTime", type="TimePoint", value=now)
+    creator = ElementTree.SubElement(
+        metadata, "Property", id="XISF:CreatorApplication", type="String")
     creator.text = f"bgoptimizer {VERSION}"
     return root
-
-
-def _add_property(parent, name, kind):
-    return ElementTree.SubElement(parent, "Property", id=name, type=kind)
 
 
 def _compress(planes):
     """Return the codec, and the compressed planes: byte 0 of every sample, then byte 1, ..."""
     channels, height, width = planes.shape
     item = planes.dtype.itemsize
-    dtype = planes.dtype.newbyteorder("<")
     shuffled = np.empty((item, channels, height * width), np.uint8)
     for channel, plane in enumerate(planes):
-        samples = np.ascontiguousarray(plane, dtype)
-        bytes_of_samples = samples.reshape(-1).view(np.uint8).reshape(-1, item)  # (h * w, item)
-        shuffled[:, channel] = bytes_of_samples.T
+        samples = _in_file_order(plane).view(np.uint8)  # (h, w * item)
+        shuffled[:, channel] = samples.reshape(-1, item).T
     if shuffled.size > LZ4_LIMIT:
-        compressor = zstandard.ZstdCompressor(threads=-1)
-        return "zstd", compressor.compress(shuffled)
+        return "zstd", zstandard.ZstdCompressor(threads=-1).compress(shuffled)
     packed = lz4.block.compress(shuffled, mode="high_compression", store_size=False)
     return "lz4hc", packed
 
 
 def _place_blocks(root, sizes):
-    """Fill in where blocks are, which `sizes` has by location; return their positions likewise."""
+    """Write into the header where the blocks are, whose `sizes` are given by location.
+
+    Returns their positions, by location too.
+    """
     places = [element for element in root.iter() if element.get("location") in sizes]
     # The header stands first, and what is filled in makes it longer: by less than 64 bytes each
     end = 16 + len(XML_DECLARATION) + len(_markup(root)) + 64 * len(places)
