@@ -355,8 +355,7 @@ def read_xisf(path):
         mode = os.stat(path).st_mode
         _require(stat.S_ISREG(mode), "is not a file",  # and opening a FIFO would wait forever
                  "name an XISF file, or save the data to one first")
-        # Unbuffered, because the package shares the position in the file
-        with open(path, "rb", buffering=0) as file:
+        with open(path, "rb") as file:
             root, opened = _read_header(file)
             planes = _read_pixels(root, opened)
             source = _read_source(root, opened)

@@ -471,6 +471,7 @@ def header_rows():
     xml = header_of(file)
     yield good("null-padding", xml=xml + bytes(500))
     yield good("null-padding-and-garbage", xml=xml + bytes(5) + b"<garbage")
+    yield good("null-and-the-end-of-an-older-header", xml=xml + b"\0<older/></xisf>")
     yield good("byte-order-mark", xml=b"\xef\xbb\xbf" + xml)
     yield good("no-namespace", root='<xisf version="1.0">')
     other = '<xisf version="1.0" xmlns="http://example.org/other">'
@@ -589,6 +590,8 @@ def property_rows():
         "big-endian": tag("Property", {**vector, "byteOrder": "big"}, text),
         "wrong-length": tag("Property", {**vector, "length": 7}, text),
         "attached": tag("Property", attached),
+        "attached-empty": tag(
+            "Property", {**attached, "length": 0, "location": "attachment:8192:0"}),
     }
     for name, element in properties.items():
         yield good("property-" + name, children=element)
