@@ -947,8 +947,10 @@ def _place_blocks(root, sizes):
         location = element.get("location")
         size = sizes[location]
         if location not in positions:
-            positions[location] = ALIGNMENT * math.ceil(end / ALIGNMENT)
-            end = positions[location] + size
+            if size:  # else the file may end here
+                end = ALIGNMENT * math.ceil(end / ALIGNMENT)
+            positions[location] = end
+            end += size
         element.set("location", f"attachment:{positions[location]}:{size}")
     return positions
 
