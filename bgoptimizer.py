@@ -65,8 +65,11 @@ if __name__ == "__main__":  # until `main` listens, Ctrl-C ends the command at o
 # get in each other's way (the choices of --auto take 2.7 s with them, 0.8 s without). OpenBLAS looks once, when loaded.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
+import lz4.block  # noqa: E402
 import numpy as np  # noqa: E402
 import scipy  # noqa: E402  (its parts are imported when first used)
+import zstandard  # noqa: E402
+from xisf import XISF  # noqa: E402
 
 VERSION = "1.0.0"
 
@@ -185,44 +188,112 @@ def _quiet(*_):
     """The default listener for a run's messages: nobody."""
 
 
-# ---------------------------------------------------------------------------------------------------------
-# XISF in and out
+# --------------------------------------------------------------------------------------------------
+# Pictures on disk: XISF
 #
-# The specification: https://pixinsight.com/doc/docs/XISF-1.0-spec/XISF-1.0-spec.html; where it is silent or PixInsight
-# reads more, PixInsight's reader decides. lz4 and zstandard come with the `xisf` package but are called directly: the
-# package expands blocks unbounded, and knows no sub-blocks, bounds, byte order, pixel storage or checksums. Error
-# sentences inside begin with their verb; read_xisf puts the file's name before and, where none is given, advice behind.
-# ---------------------------------------------------------------------------------------------------------
+# The specification: https://pixinsight.com/doc/docs/XISF-1.0-spec/XISF-1.0-spec.html. Where it is
+# silent, or where PixInsight reads more than it allows, PixInsight's reader decides.
+#
+# The header is parsed and checked here, because the `xisf` package fails on many real headers. The
+# package then reads and decompresses the blocks that the checked header describes. Files are
+# written here, because the package's writer loses metadata.
+# --------------------------------------------------------------------------------------------------
 
-XISF_ROOT = {"version": "1.0", "xmlns": "http://www.pixinsight.com/xisf",
-             "xmlns:xsi": "http://www.w3.org/2001/XMLSchema-instance",
-             "xsi:schemaLocation": "http://www.pixinsight.com/xisf http://pixinsight.com/xisf/xisf-1.0.xsd"}
-XISF_TYPES = {"uint8": "u1", "uint16": "u2", "uint32": "u4", "uint64": "u8", "float32": "f4", "float64": "f8"}
-CHECKSUMS = {"sha-1": "sha1", "sha1": "sha1", "sha-256": "sha256", "sha256": "sha256", "sha-512": "sha512",
-             "sha512": "sha512", "sha3-256": "sha3_256", "sha3-512": "sha3_512"}  # XISF's names and hashlib's
-CODEC_RATIOS = {"zlib": 1032, "lz4": 255, "lz4hc": 255, "zstd": 1 << 16}  # no stream of that codec expands further
-LZ4_LIMIT = 0x7E000000  # bytes; the largest LZ4 block. PixInsight fails on sub-blocks of more than 2 GiB together
-HEADER_BYTES, HEADER_PARTS, HEADER_DEPTH = 1 << 23, 500_000, 64  # parts: elements, attributes. Real ones are far below
-SAMPLES_AT_ONCE = 1 << 18  # converted together: few enough for the processor's cache
-ALIGNMENT = 4096  # bytes; blocks start at multiples of it, as in PixInsight's own files
-COMPRESSION = re.compile(r"(zlib|lz4|lz4hc|zstd)(\+sh)?:([1-9][0-9]{0,17})(?::([1-9]|1[0-6]))?")
-INTEGER = re.compile(r"\+?(0|[1-9][0-9]{0,17}|0x[0-9a-fA-F]{1,15})")  # no leading zeros: 010 is 8 to PixInsight
-ENCODING = re.compile(r"<\?xml[^>]*\sencoding\s*=\s*[\"'](?!(utf-?8|utf-16|iso-8859-1)[\"'])", re.I)  # it is UTF-8
-# Characters XML 1.0 forbids, bare and as references: PixInsight lets them pass, XML parsers refuse the file
+XML_DECLARATION = b'<?xml version="1.0" encoding="UTF-8"?>'
+XISF_ROOT = {
+    "version": "1.0",
+    "xmlns": "http://www.pixinsight.com/xisf",
+    "xmlns:xsi": "http://www.w3.org/2001/XMLSchema-instance",
+    "xsi:schemaLocation":
+        "http://www.pixinsight.com/xisf http://pixinsight.com/xisf/xisf-1.0.xsd",
+}
+SAMPLE_FORMATS = {  # XISF's names, in lower case, and those of NumPy
+    "uint8": "u1", "uint16": "u2", "uint32": "u4", "uint64": "u8", "float32": "f4", "float64": "f8",
+}
+BYTE_ORDERS = {"little": "<", "big": ">"}
+COLOR_CHANNELS = {"gray": 1, "rgb": 3}
+INTERLEAVED = {"planar": False, "normal": True}
+BOOLEANS = {"1": "true", "t": "true", "0": "false", "f": "false"}
+TEXT_DECODERS = {
+    "base64": functools.partial(base64.b64decode, validate=True), "hex": bytes.fromhex,
+}
+CHECKSUMS = {  # XISF's names and those of hashlib
+    "sha-1": "sha1", "sha1": "sha1", "sha-256": "sha256", "sha256": "sha256",
+    "sha-512": "sha512", "sha512": "sha512", "sha3-256": "sha3_256", "sha3-512": "sha3_512",
+}
+
+PART_WEIGHT = 64
+"""Bytes of memory that a tag or an attribute of a header takes, roughly."""
+
+MAX_HEADER_WEIGHT = 1 << 24
+"""Heaviest header that is read: its bytes, and PART_WEIGHT for each tag and attribute. Real ones
+are far below."""
+
+MAX_KEPT_WEIGHT = 3 << 22
+"""Heaviest metadata that the outputs take over. With HISTORY, their header must stay below
+MAX_HEADER_WEIGHT, so that it can be read again."""
+
+MAX_HEADER_DEPTH = 64
+"""Elements inside each other."""
+
+MAX_EXPANSION = {"zlib": 1032, "lz4": 255, "lz4hc": 255, "zstd": 1 << 16}
+"""Bytes that one byte of a codec's stream can stand for. A block that claims more is a lie."""
+
+MAX_SUBBLOCKS = 10_000
+"""Sub-blocks of one block. Writers make a few for each thread of the processor."""
+
+ZSTD_HEADER_SIZE = 18
+"""Bytes: the longest header of a zstd stream."""
+
+CHECKED_AT_ONCE = 1 << 20
+"""Bytes that are read together for a checksum."""
+
+LZ4_LIMIT = 0x7E000000
+"""Bytes: the largest LZ4 block. More would need sub-blocks, and PixInsight fails on those of more
+than 2 GiB together."""
+
+ALIGNMENT = 4096
+"""Bytes: attached blocks start at multiples of it, as in PixInsight's own files."""
+
+HISTORY_COLUMNS = 72
+"""Characters of text that a HISTORY keyword has room for in a FITS header."""
+
+XISF_NAME = re.compile("[_a-zA-Z][_a-zA-Z0-9]*")
+# Without leading zeros: PixInsight takes 010 for 8
+XISF_INTEGER = re.compile(r"\+?(0|[1-9][0-9]{0,17}|0x[0-9a-fA-F]{1,15})")
+XISF_COMPRESSION = re.compile(
+    r"(?P<codec>zlib|lz4|lz4hc|zstd)(?P<shuffled>\+sh)?"
+    r":(?P<size>[1-9][0-9]{0,17})(:(?P<item>[1-9]|1[0-6]))?")
+# A run of blanks is tried at its start only. Tried at all its characters, a long one takes hours.
+BLANKS_AT_SEPARATORS = re.compile(r"(?<!\s)\s+(?=[:,])|(?<=[:,])\s+")
+# PixInsight takes these labels, and whatever they say, the header is UTF-8
+UNKNOWN_ENCODING = re.compile(
+    r"<\?xml[^>]*\sencoding\s*=\s*[\"'](?!(utf-?8|utf-16|iso-8859-1)[\"'])", re.IGNORECASE)
+# Characters that XML 1.0 forbids, bare and as references. PixInsight lets them pass.
 NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
-NOT_XML_REFERENCE = re.compile("&#(0*([0-8]|1[124-9]|2[0-9]|3[01])|x0*([0-8bcef]|1[0-9a-f]));", re.I)
-# Of "element name": what describes the old file, and what the new pixels make untrue
-OF_THE_FILE = re.compile(r"(Data|Thumbnail) |Property XISF:(Creat|Compress|BlockAlign|MaxInline|Checksum|OutputHint"
-                         r"|InputHint|ResourceURL|Load)")
-OF_THE_PIXELS = re.compile(r"FITSKeyword (BITPIX|NAXIS\d*|BSCALE|BZERO|DATAMIN|DATAMAX|CHECKSUM|DATASUM|PEDESTAL"
-                           r"|NOISE[A-Z]?\d*)$|Property (.*:)?(Statistics|Noise)(:|$)")
+NOT_XML_REFERENCE = re.compile(
+    "&#(0*([0-8]|1[124-9]|2[0-9]|3[01])|x0*([0-8bcef]|1[0-9a-f]));", re.IGNORECASE)
+# Metadata, as "element name", that describe the old file, and those that new pixels make untrue
+STALE_FILE_METADATA = re.compile(
+    "(Data|Thumbnail) |Property XISF:"
+    "(Creat|Compress|BlockAlign|MaxInline|Checksum|OutputHint|InputHint|ResourceURL|Load)")
+STALE_PIXEL_METADATA = re.compile(
+    r"FITSKeyword (BITPIX|NAXIS\d*|BSCALE|BZERO|DATAMIN|DATAMAX|CHECKSUM|DATASUM|PEDESTAL"
+    r"|NOISE[A-Z]?\d*)$|Property (.*:)?(Statistics|Noise)(:|$)")
+STALE_IMAGE_ATTRIBUTES = (
+    "location", "compression", "subblocks", "checksum", "byteOrder", "pixelStorage", "offset")
+
+NOT_DECODED = (
+    ValueError, OverflowError, zlib.error, zstandard.ZstdError, lz4.block.LZ4BlockError)
+"""What the decoders raise on damaged data."""
 
 
 @dataclass
 class Source:
     """What the outputs carry over from a file besides its pixels."""
-    root: ElementTree.Element  # the header, but for what describes the old pixels and the old file
-    blocks: dict  # attached bytes, by the `location` written in their elements
+    root: ElementTree.Element  # the header, without what describes the old pixels and the old file
+    blocks: dict  # attached bytes, by the `location` that stands in their elements
+    checksum: bool = False  # True if the pixels had a checksum: then those of the outputs get one
 
 
 @dataclass
@@ -233,374 +304,691 @@ class Picture:
     warnings: list  # of str, one line each
 
 
+class _Unreadable(ValueError):
+    """What is wrong with a file, in words that go on from its name, and what to do about it."""
+
+    def __init__(self, problem, advice="copy or save it again"):
+        super().__init__(problem[:150])
+        self.advice = advice
+
+
 @dataclass
-class _Opened:
+class _OpenFile:
     """A file whose header has been read."""
     file: object
-    start: int  # where blocks may begin
-    size: int
-    room: int  # bytes of blocks that may still be read: overlapping ones could fill any memory
+    size: int  # bytes
+    header_end: int  # byte at which the first block may start
+    bytes_left: int  # of blocks, that may still be read: overlapping ones could fill any memory
+    weight_left: int  # of metadata that may still be carried over into the outputs
+    warnings: list  # of str, for the user
+
+
+@dataclass
+class _Block:
+    """The bytes that belong to an element, as they are stored."""
+    attributes: dict  # tell how the bytes are packed
+    size: int  # bytes
+    position: int | None = None  # in the file
+    data: bytes = b""  # the bytes themselves, if they stand in the header
+
+
+class _BlockReader(XISF):
+    """The `xisf` package's reader, which is told where a block is, and parses no header itself."""
+
+    def __init__(self, file, block):
+        self._fname = file
+        self._images_meta = [block]
 
 
 def read_xisf(path):
     """Read the first image of a monolithic XISF file.
 
-    Integers are scaled from their full range, or from `bounds` if given, floats from `bounds`. Samples below the lower
-    bound become the smallest normal number, not 0, which would mean "missing"; above the upper bound, 1.
-    Returns a Picture. Raises BgError if the file is damaged, hostile or of a kind that is not read; memory never grows
-    past what an honest file of the same geometry and size needs.
+    Integers are scaled from their full range, or from `bounds` if given, floats from `bounds`.
+    Samples below the lower bound become the smallest normal number, not 0, which would mean
+    "missing". Samples above the upper bound become 1. Memory never grows past what an honest file
+    of the same geometry and size needs.
+
+    Returns a Picture.
+    Raises BgError if the file is damaged, hostile, or of a kind that is not read.
     """
     try:
-        regular = stat.S_ISREG(os.stat(path).st_mode)  # opening a FIFO would wait forever
-        _require(regular, "is not a file; name an XISF file, or save the data to one first")
+        mode = os.stat(path).st_mode
+        _require(stat.S_ISREG(mode), "is not a file",  # and opening a FIFO would wait forever
+                 "name an XISF file, or save the data to one first")
         with open(path, "rb") as file:
             root, opened = _read_header(file)
-            warnings = []
-            planes = _read_pixels(root, opened, warnings)
-            return Picture(planes, _read_source(root, opened, warnings), warnings)
-    except BgError as error:
-        raise BgError(f"{path} {error}" + ("" if ";" in str(error) else "; copy or save it again")) from None
+            planes = _read_pixels(root, opened)
+            source = _read_source(root, opened)
+    except _Unreadable as error:
+        raise BgError(f"{path} {error}; {error.advice}") from None
     except OSError as error:
-        raise BgError(f"{path} cannot be read: {error.strerror or error}; check the path and the disk") from None
+        reason = error.strerror or error
+        raise BgError(f"{path} cannot be read: {reason}; check the path and the disk") from None
     except MemoryError:
-        raise BgError(f"{path} needs more memory than there is; close other programs or crop the picture") from None
+        raise BgError(f"{path} needs more memory than there is; "
+                      "close other programs or crop the picture") from None
+    return Picture(planes, source, opened.warnings)
 
 
-def _require(fact, otherwise):
+def _require(fact, problem, *advice):
     """Refuse what is being read unless `fact` holds."""
     if not fact:
-        raise BgError(otherwise)
+        raise _Unreadable(problem, *advice)
 
 
 def _read_header(file):
-    """Returns the root element, and the file as one whose header has been read."""
-    start, size = file.read(16), os.fstat(file.fileno()).st_size
+    """Return the root element, and the file as an _OpenFile."""
+    size = os.fstat(file.fileno()).st_size
+    start = file.read(16)
+    _require(start[:8] == b"XISF0100", "is not a monolithic XISF file", "save the picture as .xisf")
     length = int.from_bytes(start[8:12], "little")
-    _require(start[:8] == b"XISF0100", "is not a monolithic XISF file; save the picture as .xisf")
-    _require(16 + length <= size, f"is cut short: its header ends at byte {16 + length} of {size}")
-    _require(length <= HEADER_BYTES, "has a header too large to be true")
-    header = file.read(length).split(b"\0", 1)[0]  # some writers count padding in
-    _require(header.count(b"<") + header.count(b"=") <= HEADER_PARTS, "has a header too large to be true")
-    text = header.decode("utf-8-sig", "replace").lstrip()
-    _require(not ENCODING.match(text), "has a header that is not UTF-8")
-    _require(not re.search("<!(ENTITY|ATTLIST)", text), "declares XML entities, which can hide a memory bomb")
-    text = NOT_XML_REFERENCE.sub("", NOT_XML.sub("", text))
-    text = "".join(text.rpartition("</xisf>")[:2]) or text  # a signature may follow
-    builder, parser = ElementTree.TreeBuilder(), expat.ParserCreate()  # without namespaces, as in PixInsight
-    parser.StartElementHandler, parser.EndElementHandler = builder.start, builder.end
-    parser.CharacterDataHandler, parser.buffer_text = builder.data, True
+    end = 16 + length
+    _require(end <= size, f"is cut short: its header ends at byte {end} of {size}")
+    header = file.read(min(length, MAX_HEADER_WEIGHT + 1))
+    header, _, _ = header.partition(b"\0")  # some writers count padding in
+    _require(_weight(header) <= MAX_HEADER_WEIGHT, "has a header too large to be true")
+    root = _parse_header(header.decode("utf-8-sig", "replace"))
+    opened = _OpenFile(file, size, header_end=end, bytes_left=2 * size,
+                       weight_left=MAX_KEPT_WEIGHT, warnings=[])
+    return root, opened
+
+
+def _weight(markup):
+    """Return roughly the bytes of memory that a part of a header takes."""
+    parts = markup.count(b"<") + markup.count(b"=")
+    return len(markup) + PART_WEIGHT * parts
+
+
+def _parse_header(text):
+    """Return the root element of a header."""
+    text = NOT_XML.sub("", text)
+    text = NOT_XML_REFERENCE.sub("", text).lstrip()
+    _require(not UNKNOWN_ENCODING.match(text), "has a header that is not UTF-8")
+    entities = re.search("<!(ENTITY|ATTLIST)", text)
+    _require(not entities, "declares XML entities, which can hide a memory bomb")
+    content, end, _ = text.rpartition("</xisf>")
+    if end:  # what follows is a signature
+        text = content + end
+    builder = ElementTree.TreeBuilder()
+    parser = expat.ParserCreate()  # without namespaces, as in PixInsight
+    parser.buffer_text = True
+    parser.StartElementHandler = builder.start
+    parser.EndElementHandler = builder.end
+    parser.CharacterDataHandler = builder.data
     try:
         parser.Parse(text, True)
     except expat.ExpatError as error:
-        raise BgError(f"has a header that is not well-formed XML ({error})") from None
+        raise _Unreadable(f"has a header that is not well-formed XML ({error})") from None
     root = builder.close()
-    _require(root.tag == "xisf" and _value(root.attrib, "version") == "1.0", "is not XISF version 1.0")
-    _require(root.find("*/" * HEADER_DEPTH + "*") is None, "has a header nested too deeply to be true")
-    return root, _Opened(file, 16 + length, size, 2 * size)
+    version = _value(root.attrib, "version")
+    _require(root.tag == "xisf" and version == "1.0", "is not XISF version 1.0")
+    _refuse_deeper(root, MAX_HEADER_DEPTH)
+    return root
+
+
+def _refuse_deeper(element, depth):
+    """Refuse the file if elements are nested more than `depth` levels below an element."""
+    deepest = element.find("*/" * depth + "*")
+    _require(deepest is None, "has a header nested too deeply to be true")
 
 
 def _value(attributes, name, default=""):
-    """White space around a value and its colons and commas means nothing."""
-    return re.sub(r"\s*([:,])\s*", r"\1", attributes.get(name, default).strip())
+    """Return an attribute without the white space around it, its colons, and its commas."""
+    text = attributes.get(name, default).strip()
+    return BLANKS_AT_SEPARATORS.sub("", text)
 
 
-def _integers(text, what):
-    """The numbers between colons."""
-    _require(all(INTEGER.fullmatch(part) for part in text.split(":")), f"has a malformed {what} {text[:40]!r}")
-    return [int(part, 0) for part in text.split(":")]
+def _integers(text, count, what):
+    """Return the `count` numbers between the colons of `text`."""
+    parts = text.split(":", count)
+    well_formed = all(map(XISF_INTEGER.fullmatch, parts))
+    _require(well_formed and len(parts) == count, f"has the malformed {what} {text!r}")
+    return [int(part, 0) for part in parts]
 
 
-def _one_of(choices, text, what):
-    """What `text` stands for."""
-    _require(text in choices, f"has {what} {text[:40]!r}, which is not read; save it as 32-bit float, grayscale or RGB")
+def _look_up(choices, text, what):
+    """Look up what `text` stands for, or refuse the file."""
+    _require(text in choices, f"has {what} {text!r}, which is not read",
+             "save it as 32-bit float, grayscale or RGB")
     return choices[text]
 
 
-def _read_block(element, opened):
-    """Returns an element's bytes as they are stored, (n,) uint8, and the attributes that tell how they are packed."""
-    location, attributes = _value(element.attrib, "location"), element.attrib
-    method, _, rest = location.partition(":")
-    # url() and path() belong to distributed files: nothing but this file is ever opened
-    _require(method in ("attachment", "inline", "embedded"),
-             f"has its data elsewhere, at {location[:40]!r}; save it as one monolithic .xisf file")
+def _find_block(element, opened):
+    """Return the _Block of an element. No other file is ever opened for it."""
+    attributes = element.attrib
+    location = _value(attributes, "location")
+    method, _, place = location.partition(":")
     if method == "attachment":
-        where = _integers(rest, "location")  # position and size
-        _require(len(where) == 2 and where[0] >= opened.start, f"has an impossible location {rest[:40]!r}")
-        _require(sum(where) <= opened.size, f"is cut short: its data end at byte {sum(where)} of {opened.size}")
-        opened.room -= where[1]
-        _require(opened.room >= 0, "has data that overlap with others")
-        opened.file.seek(where[0])
-        stored = np.fromfile(opened.file, np.uint8, where[1])
+        position, size = _integers(place, 2, "location")
+        end = position + size
+        _require(position >= opened.header_end, f"has the impossible location {place!r}")
+        _require(end <= opened.size, f"is cut short: its data end at byte {end} of {opened.size}")
+        opened.bytes_left -= size
+        _require(opened.bytes_left >= 0, "has data that overlap with others")
+        return _Block(attributes, size, position)
+    encoding = place
+    if method == "embedded":
+        element = element.find("Data")
+        _require(element is not None, "has an embedded data block without data")
+        attributes = {**attributes, **element.attrib}
+        encoding = _value(element.attrib, "encoding", "base64")
     else:
-        data = element if method == "inline" else element.find("Data")
-        _require(data is not None, "has an embedded data block without data")
-        if method == "embedded":
-            attributes, rest = {**attributes, **data.attrib}, _value(data.attrib, "encoding", "base64")
-        decoders = {"base64": lambda text: base64.b64decode(text, validate=True), "hex": bytes.fromhex}
-        decode = _one_of(decoders, rest.lower(), "data in the encoding")
-        try:
-            stored = np.frombuffer(bytearray(decode("".join((data.text or "").split()))), np.uint8)
-        except ValueError:
-            raise BgError(f"has damaged {rest} data") from None
-    if "checksum" in attributes:
-        name, _, digest = _value(attributes, "checksum").lower().partition(":")
-        actual = hashlib.new(_one_of(CHECKSUMS, name, "a checksum of the kind"), stored).hexdigest()
-        _require(actual == digest, "is damaged: its data do not match their checksum")
-    return stored, attributes
+        _require(method == "inline", f"has its data elsewhere, at {location!r}",
+                 "save it as one monolithic .xisf file")
+    data = _decode_text(element.text, encoding)
+    return _Block(attributes, len(data), data=data)
 
 
-def _read_samples(image, opened, kind, count):
-    """Returns the image's `count` samples as they are stored, (count,) of the type `kind` in the file's byte order."""
-    stored, attributes = _read_block(image, opened)
-    order = _one_of({"little": "<", "big": ">"}, _value(attributes, "byteOrder", "little"), "the byte order")
-    dtype = np.dtype(order + kind)
-    codec, size, item = None, len(stored), 1
-    if "compression" in attributes:
-        packing = _value(attributes, "compression").lower()
-        match = COMPRESSION.fullmatch(packing)
-        _require(match and (match[4] or not match[2]), f"is compressed in the unknown way {packing[:40]!r}")
-        codec, size, item = match[1], int(match[3]), int(match[4]) if match[2] else 1
-    # Checked before memory is taken that the stored bytes do not vouch for
-    _require(size == count * dtype.itemsize, f"is damaged: its data hold {size} bytes, not {count} samples")
-    if not codec:
-        return stored.view(dtype)
-    sizes = [len(stored), size]  # of each piece, as stored and in full
-    if "subblocks" in attributes:
-        sizes = _integers(_value(attributes, "subblocks").replace(",", ":"), "list of sub-blocks")
-    fit = len(sizes) % 2 == 0 and 0 not in sizes and sum(sizes[::2]) == len(stored) and sum(sizes[1::2]) == size
-    _require(fit, "has a compressed block that contradicts itself")
-    pieces = np.split(stored, np.cumsum(sizes[:-2:2]))
-    pieces = [_decompress(codec, memoryview(piece), full) for piece, full in zip(pieces, sizes[1::2])]
-    data = np.frombuffer(b"".join(pieces), np.uint8)  # of one piece: that piece itself, not a copy
-    del stored, pieces
-    samples, items = np.empty(size, np.uint8), size // item
-    for byte in range(item):  # shuffled data are byte 0 of every item, then byte 1, ...; then the rest as it was
-        samples[byte:items * item:item] = data[byte * items:(byte + 1) * items]
-    samples[items * item:] = data[items * item:]
-    return samples.view(dtype)
+def _decode_text(text, encoding):
+    """Return the bytes that stand in the header as text."""
+    decode = _look_up(TEXT_DECODERS, encoding.lower(), "data in the encoding")
+    digits = "".join((text or "").split())
+    try:
+        return decode(digits)
+    except ValueError:
+        raise _Unreadable(f"has damaged {encoding} data") from None
 
 
-def _decompress(codec, stored, size):
-    """Returns the `size` bytes that `stored` holds; never expands further."""
-    import lz4.block
-    import zstandard
-    if len(stored) == size:  # what does not shrink is stored as it was
-        return stored
-    _require(size <= CODEC_RATIOS[codec] * len(stored), "claims more data than its compressed block can hold")
-    data = b""
-    with suppress(zlib.error, lz4.block.LZ4BlockError, zstandard.ZstdError, ValueError, OverflowError):
-        if codec == "zlib":
-            decoder = zlib.decompressobj()
-            data = decoder.decompress(stored, size + 1)
-            data = data if decoder.eof else b""  # the stream's own checksum stands at its end
-        elif codec == "zstd":
-            data = zstandard.decompress(stored) if zstandard.frame_content_size(stored) == size else b""
-        else:
-            data = lz4.block.decompress(stored, uncompressed_size=size)
-    if len(data) != size:  # PixInsight takes the first bytes as they are; other programs keep a longer stream
-        _require(len(stored) > size, "is damaged: its data cannot be decompressed")
-        return stored[:size]
-    return data
+def _read_array(block, opened, start, shape, dtype=np.uint8, codec=None, stored_size=None):
+    """Let the `xisf` package read a part of a block, from byte `start` on.
+
+    Returns a read-only array of the three-dimensional `shape`. With a codec, `stored_size` bytes
+    are decompressed for it.
+    """
+    channels, height, width = shape  # to the package
+    dtype = np.dtype(dtype)
+    size = math.prod(shape) * dtype.itemsize
+    described = {"geometry": (width, height, channels), "dtype": dtype}
+    if codec:
+        described["compression"] = codec, size, None
+        size = stored_size
+    if block.position is None:
+        file = None
+        described["location"] = "inline", "base64"
+        described["value"] = base64.b64encode(block.data[start:start + size])
+    else:
+        # The package opens a file by name or descriptor, and closes it. By descriptor it is still
+        # the same file if another one takes over its name.
+        file = os.dup(opened.file.fileno())
+        described["location"] = "attachment", block.position + start, size
+    try:
+        return _BlockReader(file, described).read_image(0, "channels_first")
+    except NOT_DECODED:
+        raise _Unreadable("is damaged: its data cannot be read or decompressed") from None
 
 
-def _read_pixels(root, opened, warnings):
-    """Returns the first image's samples, (c, h, w) in [0, 1]; adds to `warnings`."""
+def _read_bytes(block, opened, start, size):
+    """Return the `size` stored bytes from byte `start` of a block on, (size,) uint8."""
+    return _read_array(block, opened, start, (1, 1, size)).ravel()
+
+
+def _verify_checksum(block, opened):
+    """Refuse a block that does not match its checksum."""
+    if "checksum" not in block.attributes:
+        return
+    checksum = _value(block.attributes, "checksum").lower()
+    name, _, expected = checksum.partition(":")
+    digest = hashlib.new(_look_up(CHECKSUMS, name, "a checksum of the kind"))
+    for start in range(0, block.size, CHECKED_AT_ONCE):
+        size = min(CHECKED_AT_ONCE, block.size - start)
+        digest.update(_read_bytes(block, opened, start, size))
+    matches = digest.hexdigest() == expected
+    _require(matches, "is damaged: its data do not match their checksum")
+
+
+def _read_pixels(root, opened):
+    """Return the first image's samples, (c, h, w) in [0, 1]."""
     images = root.findall("Image")
-    _require(images, "holds no image; open it in the program that wrote it and save the image again")
+    _require(images, "holds no image", "open it in the program that wrote it and save it again")
     if len(images) > 1:
-        warnings.append(f"holds {len(images)} images: only the first is used and kept")
+        opened.warnings.append(f"holds {len(images)} images: only the first is used and kept")
     attributes = images[0].attrib
-    kind = _one_of(XISF_TYPES, _value(attributes, "sampleFormat").lower(), "samples of the kind")
-    colors = _one_of({"gray": 1, "rgb": 3}, _value(attributes, "colorSpace", "Gray").lower(), "the color space")
+    block = _find_block(images[0], opened)
+    _verify_checksum(block, opened)
+    geometry = _integers(_value(attributes, "geometry"), 3, "geometry")
+    _require(0 not in geometry, "is a picture without samples")
+    width, height, channels = geometry
+    color_space = _value(attributes, "colorSpace", "Gray").lower()
+    colors = _look_up(COLOR_CHANNELS, color_space, "the color space")
+    _require(channels >= colors, f"is called RGB but has {channels} channel(s)")
+    if channels > colors:
+        opened.warnings.append(f"has {channels - colors} alpha channel(s): dropped")
+    dtype = _read_dtype(attributes, block)
+    bounds = _read_bounds(attributes, dtype)
     storage = _value(attributes, "pixelStorage", "Planar").lower()
-    normal = _one_of({"planar": False, "normal": True}, storage, "its samples in the order")
-    geometry = _integers(_value(attributes, "geometry"), "geometry")
-    _require(len(geometry) == 3 and 0 not in geometry, "is no two-dimensional picture; save one as .xisf")
-    w, h, c = geometry
-    _require(c >= colors, f"is called RGB but has {c} channel(s)")
-    if c > colors:
-        warnings.append(f"has {c - colors} alpha channel(s): dropped")
-    samples = _read_samples(images[0], opened, kind, w * h * c)
-    lower, upper = _bounds(attributes, samples.dtype)
-    samples = (np.moveaxis(samples.reshape(h, w, c), 2, 0) if normal else samples.reshape(c, h, w))[:colors]
-    dtype, below, above = np.dtype(np.float64 if kind == "f8" else np.float32), 0, 0
-    # Large pictures are mostly planar floats: they stay where they were read
-    planes = samples if samples.dtype == dtype and not normal else np.empty((colors, h, w), dtype)
-    rows = max(1, SAMPLES_AT_ONCE // w)
-    for i, y in itertools.product(range(colors), range(0, h, rows)):
-        values, target = samples[i, y:y + rows], planes[i, y:y + rows]
-        with np.errstate(all="ignore"):  # NaNs and infinities stay what they are
-            if (lower, upper) != (0, 1):
-                values = (values.astype(np.float64) - lower) / (upper - lower)
-            if not (values.min() >= 0 and values.max() <= 1):
-                dark, bright = (values < 0) & (values > -np.inf), (values > 1) & (values < np.inf)
-                values = np.where(dark, np.finfo(dtype).tiny, np.where(bright, 1, values))
-                below, above = below + np.count_nonzero(dark), above + np.count_nonzero(bright)
-            target[...] = values
+    together = channels  # samples of a pixel that stand together
+    if not _look_up(INTERLEAVED, storage, "its samples in the order"):
+        together = 1
+    size = width * height * channels * dtype.itemsize
+    read_rows = _open_samples(block, opened, size, dtype, (width, together))
+    planes = np.empty((colors, height, width), "f8" if dtype.name == "float64" else "f4")
+    # The same in the file's order: rows of all colors, or rows of one color after those of another
+    table = np.moveaxis(planes, 0, 2) if together > 1 else planes.reshape(-1, width, 1)
+    clipped = np.zeros(2, int)
+    for rows in _strips(len(table), width * together):
+        samples = read_rows(rows)[..., :colors]  # (n, w, c) or (n, w, 1)
+        clipped += _scale(samples, bounds, table[rows])
+    below, above = clipped
     if below or above:
-        warnings.append(f"has {below} samples below and {above} above its bounds {lower:g}:{upper:g}: clipped")
+        lower, upper = bounds
+        opened.warnings.append(f"has {below} samples below and {above} above its bounds "
+                               f"{lower:g}:{upper:g}: clipped")
     return planes
 
 
-def _bounds(attributes, dtype):
-    """The values that mean black and white. Integers may leave them out, floats may not."""
-    full = 2.0 ** (8 * dtype.itemsize) - 1 if dtype.kind == "u" else math.inf
+def _read_dtype(attributes, block):
+    """Return the type of the samples, with their byte order."""
+    sample_format = _value(attributes, "sampleFormat").lower()
+    name = _look_up(SAMPLE_FORMATS, sample_format, "samples of the kind")
+    byte_order = _value(block.attributes, "byteOrder", "little")
+    return np.dtype(_look_up(BYTE_ORDERS, byte_order, "the byte order") + name)
+
+
+def _read_bounds(attributes, dtype):
+    """Return the values that mean black and white. Integers may leave them out, floats may not."""
+    lowest, highest = -math.inf, math.inf
+    if dtype.kind == "u":
+        lowest, highest = 0, 2.0 ** (8 * dtype.itemsize) - 1
+    text = _value(attributes, "bounds", f"0:{highest}")
     try:
-        lower, upper = sorted(float(part) for part in _value(attributes, "bounds", f"0:{full}").split(":")[:2])
+        lower, upper = sorted(map(float, text.split(":", 2)[:2]))
     except ValueError:
         lower = upper = math.nan
-    possible = 0 < upper - lower < math.inf and (dtype.kind == "f" or 0 <= lower and upper <= full)
-    _require(possible, f"has no or impossible bounds, its black and white: {attributes.get('bounds', '')[:40]!r}")
+    possible = lowest <= lower < upper <= highest and upper - lower < math.inf
+    _require(possible, f"has no or impossible bounds, its black and white: {text!r}")
     return lower, upper
 
 
-def _read_source(root, opened, warnings):
-    """Returns the Source; what cannot be carried over is left out and named in `warnings`."""
-    image, metadata = root.find("Image"), ElementTree.Element("Metadata")
-    loose = {element.get("uid", number): element for number, element in enumerate(root)
-             if element.tag not in ("Image", "Metadata", "Signature")}
-    for number, child in enumerate(image):  # PixInsight does not follow references: put the element in its place
-        if child.tag == "Reference" and child.get("ref") in loose:
-            image[number] = loose.pop(child.get("ref"))
+def _open_samples(block, opened, size, dtype, row_shape):
+    """Return a function that returns a slice of rows of samples, as stored: (n, *row_shape).
+
+    A row of planes that stand below each other has the shape (w, 1). Where all channels of a pixel
+    stand together, it is (w, c). All samples together have `size` bytes.
+    """
+    codec, unpacked_size, item = _read_compression(block)
+    # Checked before memory is taken that the stored bytes do not vouch for
+    _require(unpacked_size == size,
+             f"is damaged: its data hold {unpacked_size} bytes, its samples need {size}")
+    row_size = math.prod(row_shape) * dtype.itemsize
+    if codec:
+        data = _decompress(block, opened, codec, size)
+        if item != dtype.itemsize:
+            data = _unshuffle(data, item)
+            item = 1
+        data = data.reshape(item, -1)  # byte 0 of all samples, byte 1, ...; or all their bytes
+
+    def read_rows(rows):
+        start, stop = rows.start * row_size, rows.stop * row_size
+        shape = rows.stop - rows.start, *row_shape
+        if not codec:
+            return _read_array(block, opened, start, shape, dtype)
+        part = data[:, start // item:stop // item]
+        return _unshuffle(part.ravel(), item).view(dtype).reshape(shape)
+
+    return read_rows
+
+
+def _read_compression(block):
+    """Return the codec (None: not compressed), the size of the data, and of the shuffled items.
+
+    Sizes are in bytes; items of one byte are not shuffled.
+    """
+    if "compression" not in block.attributes:
+        return None, block.size, 1
+    text = _value(block.attributes, "compression").lower()
+    match = XISF_COMPRESSION.fullmatch(text)
+    complete = match and (match["item"] or not match["shuffled"])
+    _require(complete, f"is compressed in the unknown way {text!r}")
+    item = int(match["item"]) if match["shuffled"] else 1
+    return match["codec"], int(match["size"]), item
+
+
+def _decompress(block, opened, codec, size):
+    """Return the `size` bytes that a compressed block holds, (size,) uint8."""
+    sizes = [block.size, size]  # of each piece, as stored and unpacked
+    if "subblocks" in block.attributes:
+        text = _value(block.attributes, "subblocks").replace(",", ":")
+        count = min(1 + text.count(":"), 2 * MAX_SUBBLOCKS)
+        sizes = _integers(text, count, "list of sub-blocks")
+    stored_sizes, unpacked_sizes = sizes[::2], sizes[1::2]
+    consistent = len(sizes) % 2 == 0 and 0 not in sizes
+    totals = sum(stored_sizes), sum(unpacked_sizes)
+    _require(consistent and totals == (block.size, size),
+             "has a compressed block that contradicts itself")
+    pieces = []
+    start = 0
+    for stored_size, unpacked_size in zip(stored_sizes, unpacked_sizes):
+        piece = _decompress_piece(block, opened, start, stored_size, codec, unpacked_size)
+        pieces.append(piece)
+        start += stored_size
+    return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+
+def _decompress_piece(block, opened, start, stored_size, codec, size):
+    """Return the `size` bytes in the stored ones from `start` on; never expand further."""
+    _require(size <= MAX_EXPANSION[codec] * stored_size,
+             "claims more data than its compressed block can hold")
+    if stored_size != size:  # what does not shrink is stored as it was
+        with suppress(NOT_DECODED):
+            return _decode(block, opened, start, stored_size, codec, size)
+        _require(stored_size > size, "is damaged: its data cannot be decompressed")
+        # Other programs keep a stream that is longer than the data, PixInsight never does
+        warning = ("has data that cannot be decompressed and are longer than they should be: "
+                   "taken as uncompressed, as PixInsight does")
+        if warning not in opened.warnings:  # from another piece
+            opened.warnings.append(warning)
+    return _read_bytes(block, opened, start, size)
+
+
+def _decode(block, opened, start, stored_size, codec, size):
+    """Return the `size` bytes that a stream stands for, or raise one of NOT_DECODED."""
+    if codec == "zlib":  # the package would expand it without a limit
+        decoder = zlib.decompressobj()
+        stream = _read_bytes(block, opened, start, stored_size)
+        data = decoder.decompress(stream, size + 1)
+        if not decoder.eof or len(data) != size:  # the stream's own checksum stands at its end
+            raise ValueError
+        return np.frombuffer(data, np.uint8)
+    if codec == "zstd":  # the package would expand it to the size that the stream claims
+        head = _read_bytes(block, opened, start, min(stored_size, ZSTD_HEADER_SIZE))
+        if zstandard.frame_content_size(head) != size:
+            raise ValueError
+    return _read_array(block, opened, start, (1, 1, size), np.uint8, codec, stored_size).ravel()
+
+
+def _unshuffle(data, item):
+    """Put byte 0 of every item, then byte 1 of every item, and so on, back into items.
+
+    What is less than an item stays behind them. The package takes four times as long for it, and
+    fails where the items do not fill the data.
+    """
+    items = data.size // item
+    end = items * item
+    unshuffled = np.empty_like(data)
+    for byte in range(item):
+        unshuffled[byte:end:item] = data[byte * items:(byte + 1) * items]
+    unshuffled[end:] = data[end:]
+    return unshuffled
+
+
+def _scale(samples, bounds, target):
+    """Scale samples from their bounds to [0, 1], into `target`, an array of the same shape.
+
+    Returns how many were below the bounds, and how many above.
+    """
+    lower, upper = bounds
+    with np.errstate(all="ignore"):  # NaNs and infinities stay what they are
+        if bounds != (0, 1):
+            samples = (samples.astype(np.float64) - lower) / (upper - lower)
+        below = above = 0
+        if not (samples.min() >= 0 and samples.max() <= 1):
+            dark = (samples < 0) & (samples > -np.inf)
+            bright = (samples > 1) & (samples < np.inf)
+            below, above = dark.sum(), bright.sum()
+            samples = np.where(dark, np.finfo(target.dtype).tiny, samples)  # 0 means missing
+            samples = np.where(bright, 1, samples)
+        target[...] = samples
+    return below, above
+
+
+def _read_source(root, opened):
+    """Return the Source; what cannot be carried over is left out and named in the warnings."""
+    image = root.find("Image")
+    checksum = "checksum" in image.attrib or image.find("Data[@checksum]") is not None
+    metadata = ElementTree.Element("Metadata")
     metadata[:] = root.findall("Metadata/Property")
-    root = ElementTree.Element("xisf", {name: root.attrib[name] for name in root.attrib if name.startswith("xmlns:")})
-    root[:] = loose.values()
-    blocks, untrue, lost = {}, [], []
-    for parent in (image, root, metadata):
-        kept = []
-        for element in parent:
-            name = element.get("id") or element.get("name") or ""
-            if OF_THE_PIXELS.match(f"{element.tag} {name}"):
-                untrue.append(name)
-            elif not OF_THE_FILE.match(f"{element.tag} {name}"):
-                try:
-                    blocks.update(_carry(element, opened, blocks))
-                    kept.append(element)
-                except BgError as error:
-                    lost.append(f"{element.tag} {name[:80]!r}, which {error}")
-        parent[:] = kept
-    if lost:
-        warnings.append(f"loses {len(lost)} element(s): {', '.join(lost)[:300]}")
-    if untrue:
-        warnings.append(f"had {', '.join(untrue)[:200]}: not kept, the new pixels make them untrue")
-    if image.find("ColorFilterArray") is not None:
-        warnings.append("is a color filter mosaic: debayer it first, or its colors are fitted as one")
-    for name in ("location", "compression", "subblocks", "checksum", "byteOrder", "pixelStorage", "offset"):
+    namespaces = {name: root.get(name) for name in root.keys() if name.startswith("xmlns:")}
+    new_root = ElementTree.Element("xisf", namespaces)
+    new_root[:] = _resolve_references(image, root)
+    _refuse_deeper(image, MAX_HEADER_DEPTH - 1)
+    for name in STALE_IMAGE_ATTRIBUTES:
         image.attrib.pop(name, None)
-    if not re.fullmatch("[_a-zA-Z][_a-zA-Z0-9]*", image.get("id", "_")):
+    if not XISF_NAME.fullmatch(image.get("id", "_")):
         del image.attrib["id"]
     image.text = image.tail = None  # pixels, if they stood there
-    root[:] = [image, *root, metadata]
-    return Source(root, blocks)
+    bare = ElementTree.Element("Image", {**namespaces, **image.attrib})
+    opened.weight_left -= _weight(_markup(bare))
+    _require(opened.weight_left >= 0, "has a header too large to be true")
+    blocks = {}
+    for parent in (image, new_root, metadata):
+        parent[:] = _carry_over(parent, blocks, opened)
+    if image.find("ColorFilterArray") is not None:
+        opened.warnings.append("is a color filter mosaic: debayer it first, "
+                               "or its colors are fitted as one")
+    new_root[:] = [image, *new_root, metadata]
+    return Source(new_root, blocks, checksum)
 
 
-def _carry(element, opened, blocks):
-    """Mend what is sure to be meant in an element; returns its attached bytes that are not in `blocks` yet."""
+def _resolve_references(image, root):
+    """Put elements in the place of references to them, which PixInsight does not follow.
+
+    Returns the other elements that stand beside the image.
+    """
+    loose = [child for child in root if child.tag not in ("Image", "Metadata", "Signature")]
+    targets = {child.get("uid"): child for child in loose}
+    for number, child in enumerate(image):
+        if child.tag == "Reference":
+            image[number] = targets.pop(child.get("ref", ""), child)
+    children = set(image)
+    return [child for child in loose if child not in children]
+
+
+def _carry_over(elements, blocks, opened):
+    """Return the elements that are kept, and add their attached bytes to `blocks`."""
+    kept, untrue, lost = [], [], []
+    for element in elements:
+        name = element.get("id") or element.get("name") or ""
+        title = f"{element.tag} {name}"
+        if STALE_FILE_METADATA.match(title):
+            continue
+        if STALE_PIXEL_METADATA.match(title):
+            untrue.append(f"{name[:80]!r}")
+            continue
+        _mend(element)
+        try:
+            weight = _weight(_markup(element))
+            _require(weight <= opened.weight_left, "does not fit into a header")
+            blocks.update(_attached_bytes(element, blocks, opened))
+        except _Unreadable as error:
+            lost.append(f"{element.tag} {name[:80]!r}, which {error}")
+        else:
+            opened.weight_left -= weight
+            kept.append(element)
+    if lost:
+        opened.warnings.append(f"loses {len(lost)} element(s): {', '.join(lost)[:300]}")
+    if untrue:
+        opened.warnings.append(f"had {', '.join(untrue)[:200]}: "
+                               "not kept, because the new pixels make them untrue")
+    return kept
+
+
+def _mend(element):
+    """Write down what an element is sure to mean, as strict readers want it."""
+    element.tail = None
     if element.tag == "FITSKeyword":
-        element.attrib.update({"value": "", "comment": "", **element.attrib})
+        element.attrib.setdefault("value", "")
+        element.attrib.setdefault("comment", "")
     if element.tag == "Property" and _value(element.attrib, "type").lower() == "boolean":
         value = _value(element.attrib, "value").lower()
-        element.set("value", {"1": "true", "t": "true", "0": "false", "f": "false"}.get(value, value))
-    element.tail, attached = None, {}
+        element.set("value", BOOLEANS.get(value, value))
+
+
+def _attached_bytes(element, blocks, opened):
+    """Return the attached bytes of an element and its children, by location, but for known ones."""
+    attached = {}
     for part in element.iter():
         location = part.get("location")
-        if location is not None and location not in blocks:  # several elements may share one block
-            stored, _ = _read_block(part, opened)
-            if "attachment" in location:  # others stand in the element itself
-                attached[location] = stored
+        if location is None or location in blocks:  # several elements may share one block
+            continue
+        block = _find_block(part, opened)
+        _verify_checksum(block, opened)
+        if block.position is not None:  # others stand in the element itself
+            attached[location] = _read_bytes(block, opened, 0, block.size)
     return attached
 
 
 def write_xisf(file, planes, source=None, history=(), compress=False):
     """Write a picture as a monolithic XISF file.
 
-    file: binary, writable, seekable, empty. planes: (c, h, w), c = 1 or 3, float32 or float64 in [0, 1]; an array, or
-    anything with `shape` and `dtype` that yields one (h, w) plane after the other. source: a Source, whose metadata are
-    kept; it is not changed. history: lines, added as HISTORY keywords. compress: lz4hc with byte shuffling, or zstd
-    where PixInsight would not read that.
-    """
-    root = copy.deepcopy(source.root) if source else ElementTree.XML("<xisf><Image/><Metadata/></xisf>")
-    image, metadata = root.find("Image"), root.find("Metadata")
-    (c, h, w), item = planes.shape, planes.dtype.itemsize
-    root.attrib.update(XISF_ROOT)
-    image.attrib.update(geometry=f"{w}:{h}:{c}", sampleFormat=f"Float{8 * item}", bounds="0:1", location="pixels",
-                        colorSpace="RGB" if c == 3 else "Gray")
-    lines = [part for line in history for part in textwrap.wrap(line, 72)]
-    for line in lines:
-        ElementTree.SubElement(image, "FITSKeyword", name="HISTORY", value="", comment=line)
-    for element in image.findall("Property[@id='Processing:History']"):  # to be kept and appended to, says the text
-        if "location" not in element.attrib:
-            element.text = "\n".join([element.text or ""] + lines)
-    now = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
-    ElementTree.SubElement(metadata, "Property", id="XISF:CreationTime", type="TimePoint", value=now)
-    creator = ElementTree.SubElement(metadata, "Property", id="XISF:CreatorApplication", type="String")
-    creator.text = f"bgoptimizer {VERSION}"
+    Args:
+        file: binary, writable, seekable, empty.
+        planes: (c, h, w), c = 1 or 3, float32 or float64 in [0, 1]; an array, or anything with
+            `shape` and `dtype` that yields one (h, w) plane after the other.
+        source: a Source, whose metadata are kept. It is not changed.
+        history: lines, which become HISTORY keywords.
+        compress: lz4hc with byte shuffling, or zstd where PixInsight would not read that.
 
-    size, pieces = c * h * w * item, map(functools.partial(np.ascontiguousarray, dtype=f"<f{item}"), planes)
+    The pixels get a checksum if they are to be compressed, or if those of the source had one.
+    Raises ValueError if the planes are of a shape or type that could not be read back.
+    """
+    if len(planes.shape) != 3 or planes.shape[0] not in (1, 3) or 0 in planes.shape:
+        raise ValueError(f"planes must be (c, h, w) with c = 1 or 3, not {planes.shape}")
+    if planes.dtype.name not in ("float32", "float64"):
+        raise ValueError(f"planes must be float32 or float64, not {planes.dtype}")
+    source = source or Source(ElementTree.XML("<xisf><Image/><Metadata/></xisf>"), {})
+    root = _new_header(planes, source, history)
+    image = root.find("Image")
+    item = planes.dtype.itemsize
+    size = math.prod(planes.shape) * item
+    pieces = map(_in_file_order, planes)
     if compress:
-        codec, packed = _compress(planes, size)
+        codec, packed = _compress(planes)
         if len(packed) < size:
             image.set("compression", f"{codec}+sh:{size}:{item}")
-            size, pieces = len(packed), [packed]
-    blocks = {location: (len(block), [block]) for location, block in source.blocks.items()} if source else {}
-    blocks["pixels"] = size, pieces
-    # The header stands first and names where the blocks behind it are: leave room for that, 64 bytes each are plenty
-    places, positions = [element for element in root.iter() if element.get("location") in blocks], {}
-    position = 16 + len(_markup(root)) + 64 * len(places)
+            pieces = [packed]
+            size = len(packed)
+    if compress or source.checksum:
+        image.set("checksum", f"sha1:{hashlib.sha1().hexdigest()}")  # as long as the final one
+    sizes = {location: len(block) for location, block in source.blocks.items()}
+    positions = _place_blocks(root, {**sizes, "pixels": size})
+    for location, block in source.blocks.items():
+        file.seek(positions[location])
+        file.write(block)
+    file.seek(positions["pixels"])
+    if "checksum" in image.attrib:
+        image.set("checksum", f"sha1:{_write_and_hash(file, pieces)}")
+    else:
+        for piece in pieces:
+            file.write(piece)
+            del piece  # before the next plane is made
+    header = XML_DECLARATION + _markup(root)
+    file.seek(0)
+    file.write(b"XISF0100" + len(header).to_bytes(4, "little") + bytes(4) + header)
+
+
+def _in_file_order(plane):
+    """Return a plane in the order of rows and bytes that the file has."""
+    return np.ascontiguousarray(plane, plane.dtype.newbyteorder("<"))
+
+
+def _write_and_hash(file, pieces):
+    """Write pieces, and return their SHA-1. It is made while the disk takes them."""
+    digest = hashlib.sha1()
+    with ThreadPoolExecutor(1) as writer:
+        for piece in pieces:
+            writing = writer.submit(file.write, piece)
+            digest.update(piece)
+            writing.result()
+            del piece  # before the next plane is made
+    return digest.hexdigest()
+
+
+def _new_header(planes, source, history):
+    """Return the root element for an output, in which the places of the blocks are missing."""
+    root = copy.deepcopy(source.root)
+    root.attrib.update(XISF_ROOT)
+    image = root.find("Image")
+    channels, height, width = planes.shape
+    image.attrib.update(
+        geometry=f"{width}:{height}:{channels}", location="pixels", bounds="0:1",
+        sampleFormat=planes.dtype.name.capitalize(), colorSpace="RGB" if channels == 3 else "Gray")
+    lines = []
+    for line in history:
+        lines += textwrap.wrap(line, HISTORY_COLUMNS)
+    for line in lines:
+        ElementTree.SubElement(image, "FITSKeyword", name="HISTORY", value="", comment=line)
+    for element in image.findall("Property[@id='Processing:History']"):
+        if "location" not in element.attrib:  # the specification wants it kept and appended to
+            element.text = "\n".join([element.text or "", *lines])
+    metadata = root.find("Metadata")
+    now = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+    ElementTree.SubElement(
+        metadata, "Property", id="XISF:CreationTime", type="TimePoint", value=now)
+    creator = ElementTree.SubElement(
+        metadata, "Property", id="XISF:CreatorApplication", type="String")
+    creator.text = f"bgoptimizer {VERSION}"
+    return root
+
+
+def _compress(planes):
+    """Return the codec, and the compressed planes: byte 0 of every sample, then byte 1, ..."""
+    channels, height, width = planes.shape
+    item = planes.dtype.itemsize
+    shuffled = np.empty((item, channels, height * width), np.uint8)
+    for channel, plane in enumerate(planes):
+        samples = _in_file_order(plane).view(np.uint8)  # (h, w * item)
+        shuffled[:, channel] = samples.reshape(-1, item).T
+    if shuffled.size > LZ4_LIMIT:
+        return "zstd", zstandard.ZstdCompressor(threads=-1).compress(shuffled)
+    packed = lz4.block.compress(shuffled, mode="high_compression", store_size=False)
+    return "lz4hc", packed
+
+
+def _place_blocks(root, sizes):
+    """Write into the header where the blocks are, whose `sizes` are given by location.
+
+    Returns their positions, by location too.
+    """
+    places = [element for element in root.iter() if element.get("location") in sizes]
+    # The header stands first, and what is filled in makes it longer: by less than 64 bytes each
+    end = 16 + len(XML_DECLARATION) + len(_markup(root)) + 64 * len(places)
+    positions = {}
     for element in places:
         location = element.get("location")
+        size = sizes[location]
         if location not in positions:
-            positions[location] = position + -position % ALIGNMENT
-            position = positions[location] + blocks[location][0]
-        element.set("location", f"attachment:{positions[location]}:{blocks[location][0]}")
-    header = _markup(root)
-    file.write(b"XISF0100" + len(header).to_bytes(4, "little") + bytes(4) + header)
-    for location, position in positions.items():
-        file.seek(position)
-        for piece in blocks[location][1]:
-            file.write(piece)
-            del piece  # the next plane is made when this one is gone
+            if size:  # else the file may end here
+                end = ALIGNMENT * math.ceil(end / ALIGNMENT)
+            positions[location] = end
+            end += size
+        element.set("location", f"attachment:{positions[location]}:{size}")
+    return positions
 
 
-def _compress(planes, size):
-    """Returns the codec, and the compressed planes: byte 0 of every sample, then byte 1, ..."""
-    import lz4.block
-    import zstandard
-    (c, h, w), item = planes.shape, planes.dtype.itemsize
-    shuffled = np.empty((item, c, h * w), np.uint8)
-    for channel, plane in enumerate(planes):
-        shuffled[:, channel] = np.ascontiguousarray(plane, f"<f{item}").reshape(-1).view(np.uint8).reshape(-1, item).T
-    if size > LZ4_LIMIT:
-        return "zstd", zstandard.ZstdCompressor(threads=-1).compress(shuffled)
-    return "lz4hc", lz4.block.compress(shuffled, mode="high_compression", store_size=False)
-
-
-def _markup(root):
-    """Returns the header. Parsers would turn a bare carriage return or tab into something else."""
-    text = '<?xml version="1.0" encoding="UTF-8"?>' + ElementTree.tostring(root, encoding="unicode")
-    return NOT_XML.sub("", text).replace("\r", "&#13;").replace("\t", "&#9;").encode()
+def _markup(element):
+    """Return an element as it is written."""
+    text = ElementTree.tostring(element, encoding="unicode")
+    text = NOT_XML.sub("", text)
+    # Parsers would turn a bare carriage return or tab into something else
+    return text.replace("\r", "&#13;").replace("\t", "&#9;").encode()
 
 
 @contextmanager
 def atomic_outputs(*paths):
-    """Open files for writing that take the names `paths` only once all are whole, and else leave nothing behind.
+    """Open files that take the names `paths` once all are whole, and else leave nothing behind.
 
     Raises BgError if they cannot be written.
     """
-    # Names nobody else has: two runs may write into one folder. open(), not mkstemp(): the results are for all to read
-    temps = [os.path.join(os.path.dirname(path), f".bgoptimizer-{secrets.token_hex(8)}.tmp") for path in paths]
+    temporary = []
+    for path in paths:
+        # Two runs may write into one folder, so nobody else may have this name. `mkstemp` would
+        # hide the results from other users.
+        name = f".bgoptimizer-{secrets.token_hex(8)}.tmp"
+        temporary.append(os.path.join(os.path.dirname(path), name))
     try:
         with ExitStack() as stack:
-            yield [stack.enter_context(open(temp, "x+b")) for temp in temps]
-        for temp, path in zip(temps, paths):
-            os.replace(temp, path)
+            yield [stack.enter_context(open(name, "x+b")) for name in temporary]
+        for name, path in zip(temporary, paths):
+            os.replace(name, path)
     except OSError as error:
-        folder, reason = os.path.dirname(paths[0]) or ".", error.strerror or error
-        raise BgError(f"cannot write to {folder}: {reason}; free space or choose another folder") from None
+        folder = os.path.dirname(paths[0]) or "."
+        reason = error.strerror or error
+        raise BgError(f"cannot write to {folder}: {reason}; "
+                      "free space or choose another folder") from None
     finally:
-        for temp in temps:
+        for name in temporary:
             with suppress(OSError):
-                os.unlink(temp)
+                os.unlink(name)
 
 
 # ---------------------------------------------------------------------------------------------------------
