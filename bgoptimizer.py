@@ -35,6 +35,7 @@ import hashlib
 import importlib.util
 import io
 import itertools
+import logging
 import math
 import numbers
 import os
@@ -108,9 +109,19 @@ STRIP_PIXELS = 1 << 18
 TRACK_EVERY = 10
 """Epochs between two recordings of the control points."""
 
+INTERPOLATION_WEIGHT = 1e-3
+"""Regularization of the fit's interpolation: keeps it solvable where control points come close to each other. What makes
+a surface stiff is the bending energy in the loss."""
+
 STIFFEST_FIT = 10.0
-"""Largest smoothing of the fit with --auto, which starts from a surface that is stiff already: beyond, the equations
-lose their digits in Float32."""
+"""Largest weight of the bending energy in the loss, as a smoothing. The fit starts from a surface of the smoothing asked
+for; beyond this weight Adam's steps only shake it."""
+
+BENDING_NODES = 18
+"""Nodes along the longer side on which the fit's surface is watched: for its bending, and whether it still moves."""
+
+STILL_EPOCHS, STILL_CHANGE = 50, 2e-4
+"""The fit ends when its surface has moved by less than this part of its range (rms on the nodes) in so many epochs."""
 
 HELD_BACK = 0.25
 """The surface may exceed the range of values that it has over the sky by this fraction, and no further: a corner
@@ -126,6 +137,9 @@ WORKERS = min(4, os.cpu_count() or 1)
 # ---------------------------------------------------------------------------------------------------------
 # Settings and errors
 # ---------------------------------------------------------------------------------------------------------
+
+logger = logging.getLogger("bgoptimizer")
+
 
 class BgError(Exception):
     """The job cannot be done. The text is one sentence: what is wrong, and what to do about it."""
@@ -1060,6 +1074,13 @@ class Stretch:
         x = np.clip((linear - self.pedestal) / self.scale, 0, 1)
         return (1 - m) * x / ((1 - 4 * m) * x + 3 * m)
 
+    def extend(self, linear: np.ndarray) -> np.ndarray:
+        """As `apply`, but outside [0, 1] it goes on with its end slopes instead of being clipped: what `invert` undoes."""
+        m = self.midtones
+        x = (linear - self.pedestal) / self.scale
+        below, above = (1 - m) / (3 * m), 3 * m / (1 - m)  # slopes at 0 and at 1
+        return self.apply(linear) + below * np.minimum(x, 0) + above * np.maximum(x - 1, 0)
+
     def invert(self, stretched: np.ndarray) -> np.ndarray:
         """Stretched samples (..., c), any range -> linear samples (..., c)."""
         m = self.midtones
@@ -1068,12 +1089,6 @@ class Stretch:
         below, above = 3 * m / (1 - m), (1 - m) / (3 * m)  # slopes of the inverse at 0 and at 1
         x = x + below * np.minimum(stretched, 0) + above * np.maximum(stretched - 1, 0)
         return x * self.scale + self.pedestal
-
-    def slope(self, linear: np.ndarray) -> np.ndarray:
-        """Derivative of `apply`, without its clipping, at linear samples (..., c): what noise is stretched by."""
-        m = self.midtones
-        x = np.clip((linear - self.pedestal) / self.scale, 0, 1)
-        return 3 * m * (1 - m) / ((1 - 4 * m) * x + 3 * m)**2 / self.scale
 
     def channel(self, k: int) -> "Stretch":
         """The same stretch for channel k alone."""
@@ -1148,16 +1163,6 @@ def reduce_plane(plane: np.ndarray, factor: int, func: str = "median", transform
 
 
 @dataclass(frozen=True)
-class ExpectedSky:
-    """The sky that --auto expects, and the further reduced picture, (h, w) cells, that it was found on."""
-
-    surface: Callable[[np.ndarray], np.ndarray]  # frame coordinates (..., 2) -> stretched sky (..., c)
-    image: np.ndarray  # (h, w, c) stretched
-    weight: np.ndarray  # (h, w, c) in [0, 1]; 0 where a cell is not sky
-    centers: np.ndarray  # (h, w, 2), as in `Prepared`
-
-
-@dataclass(frozen=True)
 class Prepared:
     """What the fit sees of a picture: reduced, stretched, masked. Shapes: (h, w) the reduced frame, c channels."""
 
@@ -1170,7 +1175,7 @@ class Prepared:
     linear: np.ndarray  # (h, w, c) block medians in the picture's own units; NaN where missing
     full_shape: tuple[int, int]  # (h, w) of the full-size picture
     user_mask: np.ndarray | None = None  # (h, w, 1 or c) the mask file, reduced
-    expected: ExpectedSky | None = None  # with auto
+    sky: Sky | None = None  # as it was found; None if it could not be looked for
 
     @property
     def used(self) -> np.ndarray:
@@ -1288,6 +1293,897 @@ def shares(prepared: Prepared) -> dict[str, float]:
     missing = 1 - np.count_nonzero(prepared.present) / prepared.present.size
     return {"missing": missing, "masked": max(0.0, 1 - missing - used), "used": used,
             "clipped": np.count_nonzero(clipped_by_stretch(prepared)) / prepared.present.size}
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Find the sky: what is sky, its surface, how stiff it is, and how sure that is
+# ---------------------------------------------------------------------------------------------------------
+#
+# Light adds up in linear data, so the sky is found there, on a coarse copy of the picture: the cells. Three facts
+# tell the sky from objects, and none of them is a threshold on brightness.
+#
+# 1. The sky is smooth. What has fine structure (arms, filaments, dust lanes, stars) is an object. Hills and trees are
+#    told by their step down from the sky.
+# 2. Glow comes from outside the frame and grows towards an edge. A smooth patch of light that is closed, that is,
+#    surrounded by darker picture on all sides, is an object too: a nebula drowned in noise, a globular cluster.
+# 3. An object's light falls off with the distance from it. Around each object, what stands above a candidate surface
+#    and falls off from the object may be its outskirts, and does not count against that surface.
+#
+# A surface pays for bending, not for a tilt or for a bowl (vignetting). The stiffest surface that explains the sky
+# nearly as well as the best one does is the answer: it bulges least where no sky is seen.
+
+FIND_CELLS, FEWEST_CELLS = 130, 64
+"""Cells along the longer side. Small pictures get fewer, so that a cell still is the median of several pixels: in the
+noise of single pixels a faint nebula looks smooth."""
+
+SKY_POINTS = 96
+"""Control points of the surface on the cells. Its stiffness, not their number, decides how it bends."""
+
+STIFFNESS_UNIT = 1e-4
+"""Weight of the bending energy beside the mean squared residual at a smoothing of 1. Values are in units of three
+times the sky's median above its darkest part, energy is for the frame's longer side as the unit of length."""
+
+SMOOTHINGS = (1e4, 1e3, 1e2, 1e1, 1.0, 1e-1, 1e-2, 1e-3)
+"""Candidates, the stiffest first: a plane, then a plane with a bowl, then ever more flexible surfaces."""
+
+PLANE = 1e4
+"""From this smoothing on a bowl costs as much as any other bending, and the surface is a plane."""
+
+BOWL_SMOOTHING = 1e-3
+"""What the three quadratic terms cost below that: next to nothing. Vignetting and most glows have such a part."""
+
+GOOD_ENOUGH, GOOD_ENOUGH_CLOSED, PLANE_MARGIN = 0.016, 0.03, 0.006
+"""The stiffest surface wins whose loss, the mean log(1 + residual in units of the noise), is this close to the best:
+about the scatter of that loss. It may be farther off where closed patches of light are taken for objects, because a
+simple sky is part of that explanation. A plane must be closer to a plane with a bowl."""
+
+ROUGH_SIGMA, ROUGH_SCALE, ROUGH_DENSITY, ROUGH_WINDOW = 3.5, 1.4, 0.2, 0.05
+"""A cell is rough if it stands so many sigma off the Gaussian mean of so many cells about it. A region is an object if
+so many of its cells are rough, within a window of this part of the longer side: lone stars stay single cells, nebulae
+and galaxies close up."""
+
+FOLLOWING = 1e-3
+"""Smoothing of the surface that follows everything smooth, so that only structure is left."""
+
+FOREGROUND_GAP, FOREGROUND_DROP, FOREGROUND_SIZE = 0.1, 0.8, 0.003
+"""Hills begin within this part of the longer side from the sky, fall below it by so much of its own range at once, and
+cover so much of the picture. The dark sky beyond a band of the Milky Way is farther off, and falls less."""
+
+GLOW_SIZE, GLOW_CORNER, GLOW_HEIGHT = 0.05, 0.02, 0.3
+"""An amplifier's glow covers at most this part of the picture, is brightest within this part of the longer side from a
+corner, and rises by more than this part of the picture's range (5th to 95th percentile)."""
+
+CLOSED_SCALES = (2.5, 5.0, 10.0, 16.0)
+"""Cells: scales at which patches of light are looked for. Structure is found at finer ones."""
+
+CLOSED_SIGMA, CLOSED_ROUNDNESS, CLOSED_VIEW, CLOSED_FOOT = 5.0, 0.25, 2.5, 0.15
+"""A patch curves down by so many sigma in all directions, along the one that curves least by this part of the other
+(a band of airglow curves along one only). Its height is measured on a Gaussian mean of so many cells, and it reaches
+down to this part of its height."""
+
+CLOSED_STEPS = ((0.35, 10.0), (0.6, 1.0))
+"""How closed a patch must be (1 - level of its highest way out / its height), and the least smoothing that the sky must
+then have: patches that are open on one side are objects only if the rest of the sky is simple."""
+
+STAR_SIGMA, STAR_REACH = 30.0, 2.0
+"""A star of more than so many sigma may have a halo; it is looked for within so many times sigma^0.4 cells."""
+
+HALO_SIGMA, HALO_SMOOTHING = 3.0, 3e-3
+"""Light so many sigma above a surface of this smoothing belongs to the object that it touches."""
+
+OUTSKIRTS_REACH, OUTSKIRTS_MOST = 1.5, 0.35
+"""Outskirts reach so many times as far as a surface of that smoothing averages over: it cannot tell what is wider. They
+never reach beyond this part of the longer side."""
+
+OUTSKIRTS_SIGMA, OUTSKIRTS_SCALES = 3.0, (1.0, 2.5, 5.0)
+"""Outskirts stand so many sigma above the surface in a Gaussian mean of so many cells."""
+
+FALL_OFF, FALL_OFF_OBJECTS = (0.12, 0.3, 0.75), 6
+"""Lengths over which an object's light may fall off, in units of its radius. Beyond the largest so many objects the
+rest share theirs."""
+
+CEILING_WEIGHT = 0.5
+"""Weight of 'the sky is not above the picture' under an object, beside 1 for a cell of sky."""
+
+PLAIN_STIFFER, PLAIN_MOST = 2.5, 1.5
+"""A plain run leaves no object out, so its surface must be stiffer than the sky's: by so many powers of ten for the part
+of the picture that is not sky, and at most by so many (measured on the truth bench, `tests/truth.py`)."""
+
+PURE_NOISE = {1: 0.535, 3: 0.632}
+"""The loss of a surface that leaves nothing but Gaussian noise, by the number of channels."""
+
+UNEXPLAINED, LITTLE_SKY, DISAGREEMENT, BULGE, HOLE = 1.28, 0.15, 0.15, 0.15, 0.33
+"""Where the sky is not known: a loss so many times that of pure noise; so little sky; surfaces that explain the sky
+alike and differ by so much of its range (rms); a closed top of this part of the range in the surface itself; a hole
+in the sky of this radius, of the longer side, under a flexible surface."""
+
+
+@dataclass(frozen=True)
+class _Cells:
+    """The picture, further reduced. (h, w) cells, c channels; a cell is size x size reduced pixels."""
+
+    values: np.ndarray  # (h, w, c) linear, less the pedestal, in units of `scale`
+    usable: np.ndarray  # (h, w) bool: not missing, not masked by the user
+    noise: np.ndarray  # (h, w, c) standard deviation of `values`
+    centers: np.ndarray  # (h, w, 2) frame coordinates
+    size: int
+    pedestal: np.ndarray  # (c,)
+    scale: np.ndarray  # (c,)
+
+    @property
+    def longer(self) -> int:
+        return max(self.usable.shape)
+
+    def smooth(self, image: np.ndarray, sigma: float, where: np.ndarray | None = None) -> np.ndarray:
+        """Gaussian mean of (h, w) or (h, w, c) over the cells `where` (h, w), or all usable ones."""
+        where = self.usable if where is None else where
+        if image.ndim == 3:
+            planes = [self.smooth(plane, sigma, where) for plane in np.moveaxis(image, -1, 0)]
+            return np.stack(planes, -1)
+        total = scipy.ndimage.gaussian_filter(np.where(where, image, 0), sigma)
+        share = scipy.ndimage.gaussian_filter(where.astype(float), sigma)
+        return total / np.maximum(share, 1e-6)
+
+    def rim(self, width: int = 2) -> np.ndarray:
+        """(h, w) bool: usable cells at the edge of what is usable."""
+        inner = scipy.ndimage.binary_erosion(self.usable, iterations=width, border_value=0)
+        return self.usable & ~inner
+
+
+def _make_cells(prepared: Prepared) -> _Cells:
+    usable = prepared.present.all(-1)
+    if prepared.user_mask is not None:
+        usable &= (prepared.user_mask > 0).any(-1)
+    longer = max(usable.shape)
+    most = max(1, min(2, longer // FEWEST_CELLS))
+    size = max(most, round(longer / FIND_CELLS))
+    channels = np.moveaxis(np.where(usable[..., None], prepared.linear, 0), -1, 0)  # 0: missing
+    light = np.stack([reduce_plane(channel, size) for channel in channels], -1).astype(float)
+    enough = (_block_means(usable.astype(np.float32), size) > 0.5) & np.isfinite(light).all(-1)
+    # Cells beside a border mix with it and are left out as well.
+    usable = scipy.ndimage.minimum_filter(enough, 3, mode="nearest")
+    light = np.where(usable[..., None], light, 0)
+    noise = _cell_noise(light, usable)
+    seen = light[usable] if usable.any() else np.zeros((1, light.shape[-1]))
+    dark, median = np.percentile(seen, (0.5, 50), axis=0)  # (c,) each
+    scale = np.maximum(3 * (median - dark), 1e-9)
+    values = np.where(usable[..., None], (light - dark) / scale, 0)
+    centers = _block_means(prepared.centers, size).astype(float)
+    return _Cells(values, usable, noise / scale, centers, size, dark, scale)
+
+
+def _cell_noise(light: np.ndarray, usable: np.ndarray) -> np.ndarray:
+    """Noise of the cells, (h, w, c), from the differences between neighbors where the picture is smoothest.
+
+    Photon noise grows with the light: variance = floor + slope x light, and the quietest tiles at each level of light
+    follow that line. Levels that only objects have are never quiet; they are dropped.
+    """
+    noise = np.full_like(light, 1e-6)  # if there is no tile to measure it in
+    for k in range(light.shape[-1]):
+        levels, variances = _quiet_levels(np.where(usable, light[..., k], np.nan))
+        if not levels.size:
+            continue
+        kept = np.full(levels.shape, True)
+        terms = np.stack([np.ones_like(levels), levels - levels.min()], 1)
+        for _ in range(4):
+            relative = terms / variances[:, None]
+            line, _ = scipy.optimize.nnls(relative[kept], np.ones(kept.sum()))
+            excess = variances / np.maximum(terms @ line, 1e-30)
+            second = np.sort(excess)[:2].max()  # two levels stay at least
+            kept = excess <= max(2.0, second)
+        above = np.maximum(light[..., k] - levels.min(), 0)
+        noise[..., k] = np.sqrt(line[0] + line[1] * above)
+    return np.maximum(noise, 1e-9)
+
+
+def _quiet_levels(light: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Up to eight levels of light (h, w) with NaNs, and the variance of the quietest tiles of 7 x 7 cells at each."""
+    nothing = np.empty(0), np.empty(0)
+    inner = light[1:-1, 1:-1]
+    vertical = light[:-2, 1:-1] + light[2:, 1:-1]
+    horizontal = light[1:-1, :-2] + light[1:-1, 2:]
+    detail = np.abs(inner - (vertical + horizontal) / 4)
+    side = min(7, *detail.shape)
+    if side < 1:  # a strip: no cell has neighbors on all sides
+        return nothing
+
+    def tiles(image):  # (tiles, side**2)
+        rows, columns = image.shape[0] // side, image.shape[1] // side
+        cut = image[:rows * side, :columns * side]
+        return cut.reshape(rows, side, columns, side).swapaxes(1, 2).reshape(-1, side**2)
+
+    detail, inner = tiles(detail), tiles(inner)
+    whole = np.isfinite(detail).mean(1) > 0.5
+    if not whole.any():
+        return nothing
+    # Median absolute value -> deviation; four neighbors add a quarter of the variance.
+    sigma = np.nanmedian(detail[whole], 1) * 1.4826 / math.sqrt(1.25)
+    level = np.nanmedian(inner[whole], 1)
+    bins = np.array_split(np.argsort(level), min(8, max(1, level.size // 6)))
+    # The lower quartile of deviations that are measured on 49 cells is 7 % low.
+    quiet = np.array([1.07 * np.percentile(sigma[chosen], 25) for chosen in bins])
+    levels = np.array([np.median(level[chosen]) for chosen in bins])
+    return levels, quiet**2 + 1e-18
+
+
+class _Surfaces:
+    """All surfaces that the sky may have on the cells: thin plates and bowls that pay for bending.
+
+    A surface is a linear function of its coefficients (m, c). `halos` are further columns, (cells, k), for light that
+    falls off from objects: their coefficients are at least 0, and their light is no sky.
+    """
+
+    def __init__(self, cells: _Cells, shape: tuple[int, int]):
+        self.cells = cells
+        self.sides = np.array(shape) / max(shape)
+        wanted = math.sqrt(SKY_POINTS * self.sides[0] / self.sides[1])
+        rows = int(np.clip(round(wanted), 3, SKY_POINTS // 3))
+        columns = round(SKY_POINTS / rows)
+        row = np.linspace(0, self.sides[0], rows)
+        column = np.linspace(0, self.sides[1], columns)
+        self.positions = _grid(row, column).reshape(-1, 2)
+        n = len(self.positions)
+        weights = _spline_coefficients(self.positions, 2, 0.0)[:-3]
+        self.matrix = self.terms(cells.centers.reshape(-1, 2))  # (cells, m)
+        self.count = self.matrix.shape[1]
+        self.bending = np.zeros((self.count, self.count))
+        self.bending[:n, :n] = weights.T @ _kernel(self.positions, self.positions, 2) @ weights
+        self.bending[:n, :n] += 1e-6 * np.eye(n)  # keeps the equations solvable
+        self.bowl = np.diag(np.arange(self.count) >= n).astype(float)
+        self.inverse = 1 / (cells.noise**2).mean(-1).ravel()  # (cells,)
+        self.flat = cells.values.reshape(len(self.inverse), -1)  # (cells, c)
+        self.halos = np.zeros((len(self.inverse), 0))
+
+    def terms(self, places: np.ndarray) -> np.ndarray:
+        """(n, 2) frame coordinates -> (n, m): every term's value there."""
+        plate = spline_surface(places, self.positions, np.eye(len(self.positions)), 2, 0.0)
+        y, x = (places - self.sides / 2).T
+        return np.column_stack([plate, x * x, x * y, y * y])
+
+    def with_halos(self, halos: np.ndarray) -> "_Surfaces":
+        """The same surfaces beside light that falls off from objects, (cells, k)."""
+        other = copy.copy(self)
+        other.halos = halos
+        return other
+
+    def normal(self, weight: np.ndarray, below: np.ndarray | None = None) -> list:
+        """Normal equations: for each channel the matrix, the right side, and the sum of weights.
+
+        Args:
+            weight: (h, w) of the squared residuals over the noise.
+            below: (h, w, c) further weights of the surface alone, 0 nearly everywhere.
+        """
+        w = weight.ravel() * self.inverse
+        rows = np.flatnonzero(w)
+        columns = np.hstack([self.matrix[rows], self.halos[rows]])
+        weighted = columns * w[rows, None]
+        gram = weighted.T @ columns
+        right = weighted.T @ self.flat[rows]
+        equations = []
+        for k in range(self.flat.shape[1]):
+            equation = [gram, right[:, k], w.sum()]
+            if below is not None and below[..., k].any():
+                equation = self._add_ceiling(equation, below[..., k], k)
+            equations.append(equation)
+        return equations
+
+    def _add_ceiling(self, equation: list, below: np.ndarray, k: int) -> list:
+        gram, right, total = equation
+        w = below.ravel() * self.inverse
+        rows = np.flatnonzero(w)
+        weighted = self.matrix[rows] * w[rows, None]
+        gram, right = gram.copy(), right.copy()
+        gram[:self.count, :self.count] += weighted.T @ self.matrix[rows]
+        right[:self.count] += weighted.T @ self.flat[rows, k]
+        return [gram, right, total + w.sum()]
+
+    def solve(self, equations: list, smoothing: float) -> np.ndarray:
+        """(m + k, c): the coefficients of the best surface of this smoothing, and of the halos beside it."""
+        bowl = smoothing if smoothing >= PLANE else BOWL_SMOOTHING
+        energy = STIFFNESS_UNIT * (smoothing * self.bending + bowl * self.bowl)
+        energy += 1e-10 * np.eye(self.count)
+        return np.stack([self._solve_channel(*equation, energy) for equation in equations], -1)
+
+    def _solve_channel(self, gram, right, total, energy) -> np.ndarray:
+        m = self.count
+        system = gram[:m, :m] / total + energy
+        if gram.shape[0] == m:
+            return np.linalg.solve(system, right / total)
+        # The surface is eliminated, and a small problem for the halos' light is left, which must not be negative.
+        coupling = gram[:m, m:] / total
+        both = np.linalg.solve(system, np.column_stack([right[:m] / total, coupling]))
+        alone, response = both[:, 0], both[:, 1:]
+        rest = gram[m:, m:] / total - coupling.T @ response
+        wanted = right[m:] / total - coupling.T @ alone
+        values, vectors = np.linalg.eigh((rest + rest.T) / 2)
+        floor = 1e-9 * np.trace(gram[m:, m:]) / total / len(wanted)
+        root = np.sqrt(np.maximum(values, 0) + max(floor, 1e-14))
+        try:
+            light, _ = scipy.optimize.nnls((vectors * root).T, (vectors / root).T @ wanted)
+        except RuntimeError:  # it did not converge
+            light = np.zeros(len(wanted))
+        return np.concatenate([alone - response @ light, light])
+
+    def surface(self, found: np.ndarray) -> np.ndarray:
+        """(h, w, c): the surface on the cells, without the light of halos."""
+        return (self.matrix @ found[:self.count]).reshape(self.cells.values.shape)
+
+    def excess(self, found: np.ndarray) -> np.ndarray:
+        """(h, w, c): picture less surface, in units of the noise."""
+        return (self.cells.values - self.surface(found)) / self.cells.noise
+
+    def residual(self, found: np.ndarray) -> np.ndarray:
+        """(h, w, c): what neither the surface nor the halos explain, in units of the noise."""
+        halos = (self.halos @ found[self.count:]).reshape(self.cells.values.shape)
+        return self.excess(found) - halos / self.cells.noise
+
+    def follow(self, weight: np.ndarray, smoothing: float) -> np.ndarray:
+        """Coefficients of a robust fit that lets go of what it cannot meet. weight: (h, w)."""
+        now = weight
+        for k in range(15):
+            found = self.solve(self.normal(now), smoothing)
+            residual = self.excess(found)
+            spread = np.median(np.abs(residual.mean(-1))[weight > 0])
+            scale = max(1.5, spread * (1 + 3 * 0.7**k))  # narrowed step by step, or the start decides
+            now = weight / (scale**2 + (residual**2).mean(-1))
+        return found
+
+    def fit_below(self, sky: np.ndarray, ceiling: np.ndarray, smoothing: float, rounds: int = 6) -> np.ndarray:
+        """Coefficients of a fit to the sky's cells, held below the picture elsewhere.
+
+        Args:
+            sky: (h, w) weights of cells of sky.
+            ceiling: (h, w) bool: cells that only bound the sky from above.
+            smoothing: see `SMOOTHINGS`.
+        """
+        kept, below = sky, None
+        for _ in range(rounds):
+            found = self.solve(self.normal(kept, below), smoothing)
+            distance = np.sqrt((self.residual(found)**2).mean(-1))
+            limit = 2.5 * max(1.0, 1.2 * np.median(distance[sky > 0]))
+            kept = sky * np.minimum(1, limit / np.maximum(distance, 1e-9))  # Huber: no cell pulls harder
+            pierced = self.excess(found) < 0
+            below = CEILING_WEIGHT * (ceiling[..., None] & pierced)
+        return found
+
+
+def _rough_cells(cells: _Cells, usable: np.ndarray, excess: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(h, w) bool each: cells with detail that the noise does not explain, and regions dense with them."""
+    detail = excess - cells.smooth(excess, ROUGH_SCALE, usable)
+    rough = (np.abs(detail).max(-1) > ROUGH_SIGMA) & usable
+    window = _odd(ROUGH_WINDOW * cells.longer)
+    share = scipy.ndimage.uniform_filter(usable.astype(float), window)
+    density = scipy.ndimage.uniform_filter(rough.astype(float), window) / np.maximum(share, 0.2)
+    return rough, (density > ROUGH_DENSITY) & usable
+
+
+def _odd(length: float) -> int:
+    return max(3, int(length) | 1)
+
+
+def _dark_foreground(cells: _Cells, objects: np.ndarray) -> np.ndarray:
+    """(h, w) bool: hills, trees, a dome. The one thing that takes light away, and so lies below the sky by a step.
+
+    The largest region without structure is taken for sky. A region at the frame's edge that begins close to that sky
+    and is darker than the nearest of it, at once and by most of the sky's own range, is foreground.
+    """
+    foreground = np.zeros_like(objects)
+    near_objects = scipy.ndimage.binary_dilation(objects, iterations=2)
+    regions, _ = scipy.ndimage.label(cells.usable & ~near_objects)
+    if not regions.any():
+        return foreground
+    sky = regions == np.bincount(regions.ravel())[1:].argmax() + 1
+    distance, nearest = scipy.ndimage.distance_transform_edt(~sky, return_indices=True)
+    drop = cells.values[tuple(nearest)] - cells.values  # (h, w, c)
+    high, low = np.percentile(cells.values[sky], (95, 5), axis=0)
+    least = np.maximum(10 * cells.noise, 0.15 * (high - low))
+    dark = cells.usable & ~sky & (drop > least).all(-1)
+    parts, count = scipy.ndimage.label(scipy.ndimage.binary_opening(dark))
+    rim = cells.rim()
+    for part in range(1, count + 1):
+        inside = parts == part
+        gap = distance[inside].min()
+        edge = inside & (distance < gap + 5)
+        large = inside.sum() > FOREGROUND_SIZE * cells.usable.sum() and edge.sum() > 0.02 * cells.longer
+        close = gap <= FOREGROUND_GAP * cells.longer and (inside & rim).any()
+        if large and close and (np.median(drop[edge], axis=0) > FOREGROUND_DROP * (high - low)).all():
+            foreground |= inside
+    return scipy.ndimage.binary_dilation(foreground, iterations=2) & cells.usable
+
+
+def _corner_glow(cells: _Cells, rough: np.ndarray, objects: np.ndarray) -> np.ndarray:
+    """(h, w) bool: regions called rough only because they rise so steeply to a corner: an amplifier's glow is sky."""
+    glow = np.zeros_like(objects)
+    unit = np.sqrt((cells.noise**2).mean((0, 1)))
+    light = (cells.values / unit).mean(-1)  # in units of the noise
+    flat = np.where(cells.usable, light, np.median(light[cells.usable]))
+    view = cells.smooth(scipy.ndimage.median_filter(flat, 5), 1.0)  # without stars
+    view = np.where(cells.usable, view, view[cells.usable].min())
+    way_out = _way_out(view, cells.rim())
+    high, low = np.percentile(view[cells.usable], (95, 5))
+    row, column = np.nonzero(cells.usable)
+    corners = [(y, x) for y in (row.min(), row.max()) for x in (column.min(), column.max())]
+    regions, count = scipy.ndimage.label(objects | scipy.ndimage.binary_closing(rough))
+    for region in range(1, count + 1):
+        inside = regions == region
+        if not 12 <= inside.sum() <= GLOW_SIZE * cells.usable.sum():
+            continue
+        around = scipy.ndimage.binary_dilation(inside, iterations=8) & cells.usable
+        around &= ~scipy.ndimage.binary_dilation(inside)
+        ring = around & scipy.ndimage.binary_dilation(inside, iterations=3)
+        alone = (objects & around).sum() <= 0.3 * around.sum()
+        if not alone or not ring.any():
+            continue
+        peak = np.unravel_index(np.where(inside, view, -np.inf).argmax(), view.shape)
+        to_corner = min(math.hypot(peak[0] - y, peak[1] - x) for y, x in corners)
+        height = view[peak] - np.median(view[ring])
+        closed = (view - way_out)[inside].max()
+        steep = height > GLOW_HEIGHT * (high - low) and height > 5
+        if steep and to_corner <= GLOW_CORNER * cells.longer and closed < 0.1 * height:
+            glow |= inside
+    return glow
+
+
+def _way_out(view: np.ndarray, rim: np.ndarray) -> np.ndarray:
+    """(h, w): for each cell the height of the lowest point on its highest way to the rim; the cell's own if it only
+    has to climb. Morphological reconstruction from the rim."""
+    from skimage.morphology import reconstruction
+    return reconstruction(np.where(rim, view, view.min()), view)
+
+
+def _curvatures(view: np.ndarray) -> np.ndarray:
+    """(3, h, w): second derivatives of a smooth (h, w) along y, along both, along x; per cell squared."""
+    down, along = np.gradient(view)
+    down_down, down_along = np.gradient(down)
+    along_down, along_along = np.gradient(along)
+    return np.stack([down_down, (down_along + along_down) / 2, along_along])
+
+
+def _curves_down(second: np.ndarray, least: float) -> np.ndarray:
+    """(h, w) bool: where a surface of these second derivatives (3, h, w) is a round top in all directions."""
+    mean = (second[0] + second[2]) / 2
+    spread = np.hypot((second[0] - second[2]) / 2, second[1])
+    flattest, steepest = mean + spread, mean - spread
+    return (flattest < -least) & (flattest < CLOSED_ROUNDNESS * steepest)
+
+
+def _closed_patches(surfaces: _Surfaces, usable: np.ndarray, rough: np.ndarray, objects: np.ndarray,
+                    closed: float) -> np.ndarray:
+    """(h, w) bool: smooth patches of light that are surrounded by darker picture on all sides.
+
+    A patch must curve down in all directions, in the picture itself (glow that fades from an edge does not) and above
+    a stiff surface through the rest of the sky (vignetting does not). Height and way out are measured above that
+    surface, which is fitted again without the patches until they no longer change: a glow's top then sinks.
+
+    Args:
+        usable, rough, objects: (h, w) bool.
+        closed: least 1 - level of the highest way to the rim / height of the patch.
+    """
+    cells = surfaces.cells
+    plain = usable & ~objects & ~rough
+    unit = np.sqrt((cells.noise**2).mean((0, 1))) * math.sqrt(cells.values.shape[-1])
+    rim = cells.rim()
+    found, before = np.zeros_like(usable), np.zeros_like(usable)
+    for attempt in range(5):
+        sky = plain & ~found
+        if sky.sum() < 0.15 * usable.sum():
+            break
+        stiff = surfaces.fit_below(sky.astype(float), found | objects, 1e3, rounds=5)
+        surface = (surfaces.surface(stiff) / unit).sum(-1)
+        above = (cells.values / unit).sum(-1) - surface  # (h, w) in units of the noise, channels together
+        fine = (above - cells.smooth(above, ROUGH_SCALE, plain))[plain]
+        noise = 1.07 * 1.4826 * np.median(np.abs(fine))  # the mean takes 7 % of it away
+        view = cells.smooth(above, CLOSED_VIEW, plain)
+        view = np.where(usable, view, view[usable].min())
+        way_out = np.maximum(_way_out(view, rim), 0)
+        least = 4 * noise / (math.sqrt(4 * math.pi) * CLOSED_VIEW)
+        before, found = found, np.zeros_like(usable)
+        for scale in CLOSED_SCALES:
+            if 4 * scale > min(usable.shape):
+                continue
+            second = _curvatures(cells.smooth(above, scale, plain))
+            # White noise has second derivatives of 0.244 sigma / scale^3; stars and gaps add a third.
+            steep = CLOSED_SIGMA * 0.32 * noise / scale**3
+            tops = _curves_down(second, steep) & _curves_down(second + _curvatures(surface), steep)
+            regions, count = scipy.ndimage.label(tops & usable)
+            for region in range(1, count + 1):
+                inside = regions == region
+                if inside.sum() < max(4, scale**2):
+                    continue
+                peak = np.unravel_index(np.where(inside, view, -np.inf).argmax(), view.shape)
+                height, level = view[peak], way_out[peak]
+                if height > least and 1 - level / height >= closed:
+                    feet, _ = scipy.ndimage.label(usable & (view > max(level, CLOSED_FOOT * height)))
+                    found |= inside | (feet == feet[peak])
+        if attempt and (before != found).sum() < 10:
+            break
+    patches, _ = scipy.ndimage.label(found)
+    lasting = np.unique(patches[before & found])
+    return found & np.isin(patches, lasting[lasting > 0])
+
+
+def _surroundings(objects: np.ndarray, rough: np.ndarray, excess: np.ndarray) -> np.ndarray:
+    """(h, w) bool: cells where the faint outskirts of objects may be: within half of their size, and farther about
+    bright stars, whose halos fall off so (distance^-2.5) that the noise drowns them where STAR_REACH says.
+
+    Args:
+        objects, rough: (h, w) bool. excess: (h, w), picture less surface in units of the noise.
+    """
+    labels, _ = scipy.ndimage.label(objects)
+    size = np.sqrt(np.bincount(labels.ravel()))
+    reach = 0.5 * size[labels] * objects
+    stars, count = scipy.ndimage.label(rough, np.ones((3, 3)))
+    peaks = np.append(0, scipy.ndimage.maximum(excess, stars, range(1, count + 1)))
+    of_stars = np.where(peaks > STAR_SIGMA, STAR_REACH * np.maximum(peaks, 0)**0.4, 0)
+    reach = np.maximum(reach, of_stars[stars])
+    return _within(reach, 0.1 * max(objects.shape)) | objects
+
+
+def _within(reach: np.ndarray, most: float) -> np.ndarray:
+    """(h, w) bool: cells within the reach (h, w) of some cell, in cells; no reach counts beyond `most`."""
+    around = reach > 0
+    for radius in range(1, int(min(reach.max(), most)) + 1):
+        around |= scipy.ndimage.distance_transform_edt(reach < radius) <= radius
+    return around
+
+
+@dataclass(frozen=True)
+class _Scenery:
+    """What stands before the sky, on the cells; (h, w) bool each."""
+
+    objects: np.ndarray  # not sky, the foreground included
+    foreground: np.ndarray  # with its surroundings: bounds nothing, and has no outskirts
+    glow: np.ndarray  # steep glow in a corner: sky
+
+    @property
+    def light(self) -> np.ndarray:
+        """(h, w) bool: objects that add light, so that the sky is below the picture there."""
+        return self.objects & ~self.foreground
+
+
+class _Looker:
+    """Tells objects from sky on the cells. What does not depend on a guess is found once."""
+
+    def __init__(self, surfaces: _Surfaces):
+        self.surfaces, self.cells = surfaces, surfaces.cells
+        usable = self.cells.usable
+        self._look(usable)
+        self.foreground = _dark_foreground(self.cells, self.objects)
+        if self.foreground.any():  # it has bent the surface, and made the sky along its edge look rough
+            self._look(usable & ~self.foreground)
+        width = _odd(ROUGH_WINDOW * self.cells.longer) + 1
+        self.near_foreground = scipy.ndimage.binary_dilation(self.foreground, iterations=width)
+        self.glow = _corner_glow(self.cells, self.rough, self.objects) & ~self.near_foreground
+        not_glow = ~scipy.ndimage.binary_dilation(self.glow)
+        self.rough &= not_glow
+        self.objects &= not_glow
+
+    def _look(self, usable: np.ndarray) -> None:
+        found = self.surfaces.follow(usable.astype(float), FOLLOWING)
+        self.excess = self.surfaces.excess(found)
+        self.rough, self.objects = _rough_cells(self.cells, usable, self.excess)
+
+    def patches(self, closed: float) -> np.ndarray:
+        usable = self.cells.usable & ~self.foreground
+        return _closed_patches(self.surfaces, usable, self.rough, self.objects, closed)
+
+    def scenery(self, patches: np.ndarray) -> _Scenery:
+        """Objects with their halos. `patches`, (h, w) bool, are objects, too.
+
+        Smooth cells between an object's rough ones may be gaps that show the sky: they are judged with its
+        surroundings. All of these take part in the fit at first, and leave it as they prove to stand above the rest.
+        """
+        usable, near = self.cells.usable, self.near_foreground
+        compact = scipy.ndimage.binary_opening(self.objects & ~near) | patches
+        around = self.objects | _surroundings(compact, self.rough & ~near, self.excess.max(-1))
+        objects = self.rough | self.foreground | patches
+        touched = around | scipy.ndimage.binary_dilation(objects)
+        halo = touched & usable & ~objects & ~near
+        sky = (usable & ~objects).astype(float)
+        weight = sky
+        for k in range(10):
+            if not weight.any():
+                break
+            found = self.surfaces.fit_below(weight, objects & ~near, HALO_SMOOTHING, rounds=3)
+            mean = self.cells.smooth(self.surfaces.excess(found), 1.0)
+            above = (mean * math.sqrt(4 * math.pi)).max(-1)  # in sigma of that mean
+            limit = HALO_SIGMA * (1 + 6 * 0.6**k)
+            trust = np.minimum(1, limit / np.maximum(above, limit))**4
+            weight = sky * np.where(halo, trust, 1)
+        else:
+            objects = objects | (halo & (above > HALO_SIGMA))
+        objects = scipy.ndimage.binary_dilation(objects) & usable
+        return _Scenery(objects, near | self.foreground, self.glow)
+
+
+def _averaging_length(smoothing: float) -> float:
+    """Length, in units of the longer side, over which a surface of this smoothing averages: where the energy of a bump
+    of that size equals its squared height over two thirds of a square, the area of a frame."""
+    return (smoothing * STIFFNESS_UNIT / (8 * math.pi) * 2 / 3)**0.25
+
+
+def _falling_light(light: np.ndarray, longest: float) -> np.ndarray:
+    """Columns (cells, k) of light that falls off exponentially from the objects in light, (h, w) bool.
+
+    `longest`: the largest length of the fall, in cells.
+    """
+    labels, count = scipy.ndimage.label(scipy.ndimage.binary_opening(light))
+    if not count:
+        return np.zeros((light.size, 0))
+    sizes = np.bincount(labels.ravel())[1:]
+    order = np.argsort(sizes)[::-1] + 1
+    groups = [[label] for label in order[:FALL_OFF_OBJECTS]]
+    if count > FALL_OFF_OBJECTS:
+        groups.append(list(order[FALL_OFF_OBJECTS:]))
+    columns = []
+    for group in groups:
+        distance = scipy.ndimage.distance_transform_edt(~np.isin(labels, group))
+        radius = math.sqrt(max(sizes[label - 1] for label in group) / math.pi)
+        last = 0.0
+        for part in FALL_OFF:
+            length = max(1.0, min(part * radius, longest))
+            if length <= 1.05 * last:
+                continue
+            last = length
+            fall = np.exp(-np.maximum(distance - 1, 0) / length)
+            columns.append(np.where(light, 0, fall).ravel())
+    return np.stack(columns, -1)
+
+
+def _downhill(start: np.ndarray, view: np.ndarray, allowed: np.ndarray, tolerance: float) -> np.ndarray:
+    """(h, w) bool: allowed cells that can be reached from `start` (h, w) without view (h, w) rising on the way by more
+    than `tolerance` above its lowest point so far."""
+    lowest = np.where(start, np.inf, -np.inf)
+    for _ in range(2 * max(view.shape)):
+        padded = np.pad(lowest, 1, constant_values=-np.inf)
+        windows = np.lib.stride_tricks.sliding_window_view(padded, (3, 3))  # (h, w, 3, 3)
+        best = windows.max((2, 3))
+        reached = np.where(view <= best + tolerance, np.minimum(best, view), -np.inf)
+        now = np.where(allowed & ~start, np.maximum(lowest, reached), lowest)
+        if (now == lowest).all():
+            break
+        lowest = now
+    return (lowest > -np.inf) & allowed & ~start
+
+
+def _outskirts(surfaces: _Surfaces, found: np.ndarray, light: np.ndarray, free: np.ndarray,
+               reach: float) -> np.ndarray:
+    """(h, w) bool: cells about objects that may show their outskirts: above the surface, and falling off from them.
+
+    Args:
+        found: coefficients of the surface. light: (h, w) bool, objects that add light.
+        free: (h, w) bool, cells that are called sky. reach: cells.
+    """
+    cells = surfaces.cells
+    channels = math.sqrt(cells.values.shape[-1])
+    excess = channels * surfaces.excess(found).mean(-1)
+    rest = channels * surfaces.residual(found).mean(-1)[free]
+    spread = max(1.0, 1.4826 * np.median(np.abs(rest))) if rest.size else 1.0
+    labels, _ = scipy.ndimage.label(light)
+    radius = np.sqrt(np.bincount(labels.ravel()) / math.pi)[labels] * light
+    most = min(reach, OUTSKIRTS_MOST * cells.longer)
+    near = _within(np.minimum(radius, most), most)
+    outskirts = np.zeros_like(light)
+    for scale in OUTSKIRTS_SCALES:
+        view = cells.smooth(excess, scale, cells.usable & ~light)
+        sigma = spread / (math.sqrt(4 * math.pi) * scale)
+        allowed = near & cells.usable & (view > OUTSKIRTS_SIGMA * sigma)
+        outskirts |= _downhill(light, view, allowed, sigma)
+    return outskirts & ~light
+
+
+class _Candidate(NamedTuple):
+    """A surface that the sky may have, and how well it explains the cells."""
+
+    smoothing: float
+    found: np.ndarray  # (m + k, c) coefficients
+    outskirts: np.ndarray  # (h, w) bool: light that it leaves to objects
+    loss: float  # mean log(1 + residual in units of the noise) over the rest of the sky
+
+
+def _try_smoothing(surfaces: _Surfaces, scenery: _Scenery, sky: np.ndarray, smoothing: float) -> _Candidate:
+    """The surface of one smoothing. sky: (h, w) weights."""
+    cells = surfaces.cells
+    length = _averaging_length(smoothing) * cells.longer
+    beside = surfaces.with_halos(_falling_light(scenery.light, length))
+    free = sky > 0
+    found = beside.fit_below(sky, scenery.light, smoothing)
+    reach = OUTSKIRTS_REACH * length
+    outskirts = _outskirts(beside, found, scenery.light, free, reach)
+    # A stiff surface can be trusted to judge wide outskirts, and is fitted again without them while enough sky is left.
+    for _ in range(3 if smoothing >= 10 else 0):
+        rest = sky * ~outskirts
+        if rest.sum() < 0.5 * sky.sum():
+            break
+        found = beside.fit_below(rest, scenery.light | outskirts, smoothing)
+        before, outskirts = outskirts, _outskirts(beside, found, scenery.light, free, reach)
+        if (before != outskirts).sum() < 20:
+            break
+    distance = np.sqrt((beside.residual(found)**2).mean(-1))
+    counted = free & ~outskirts
+    loss = np.log1p(distance[counted]).mean() if counted.any() else math.inf
+    return _Candidate(smoothing, found, outskirts, loss)
+
+
+def _choose(candidates: list[_Candidate], margin: float) -> int:
+    """Index of the stiffest candidate whose loss is within `margin` of the best."""
+    losses = np.array([candidate.loss for candidate in candidates])
+    good = losses <= losses.min() + margin
+    chosen = int(good.argmax())
+    if chosen == 0 and len(losses) > 1 and losses[0] > losses[1] + PLANE_MARGIN:
+        chosen = 1 + int(good[1:].argmax()) if good[1:].any() else 0
+    return chosen
+
+
+@dataclass(frozen=True)
+class Sky:
+    """What was found out about the sky of a picture, on cells of the reduced frame; (h, w) cells, c channels."""
+
+    surface: Callable[[np.ndarray], np.ndarray]  # frame coordinates (..., 2) -> linear sky (..., c)
+    start: Callable[[np.ndarray], np.ndarray]  # the same: where the fit begins. In a plain run no object is left out
+    weight: np.ndarray  # (h, w) float: 1 where a cell shows sky
+    below: np.ndarray  # (h, w) bool: objects that add light, so that the sky is not above the picture
+    image: np.ndarray  # (h, w, c) linear cells; 0 where missing
+    centers: np.ndarray  # (h, w, 2) frame coordinates
+    size: int  # reduced pixels along a cell's side
+    share: float  # of the usable cells, that show sky
+    smoothing: float
+    range: np.ndarray  # (c,) from the 1st to the 99th percentile of the surface, linear
+    unsure: str  # why the sky cannot be known, in words; empty if it can
+    why: str  # this smoothing
+
+
+def find_sky(prepared: Prepared, settings: Settings) -> Sky | None:
+    """Find what is sky, its surface, how stiff it is, and how sure that is.
+
+    Args:
+        prepared: `linear` counts, and what was masked by thresholds or mask file is treated like an object.
+        settings: `smoothing` if given by hand, and `auto`: only then do objects decide where the fit starts.
+
+    Returns:
+        None if the picture is too small or too much of it is left out.
+    """
+    cells = _make_cells(prepared)
+    if min(cells.usable.shape) < 12 or cells.usable.sum() < 150:
+        return None
+    surfaces = _Surfaces(cells, prepared.full_shape)
+    used = (_block_means(prepared.used.astype(np.float32), cells.size) > 0.5) & cells.usable
+    if not used.any():
+        return None
+    looker = _Looker(surfaces)
+    smoothings = SMOOTHINGS if settings.smoothing is None else (settings.smoothing,)
+    scenery, candidates, chosen = _look_for_sky(looker, used, smoothings)
+    best = candidates[chosen]
+    sky = used & ~scenery.objects
+    share = sky.sum() / cells.usable.sum()
+    why = "given by hand" if settings.smoothing is not None else f"loss {best.loss:.3f}, pure noise has {_pure_noise(cells):g}"
+    unsure = ""
+    if settings.smoothing is None:
+        best, unsure = _judge(surfaces, scenery, candidates, chosen, sky)
+    smoothing, start = best.smoothing, best.found
+    if not settings.auto:
+        if settings.smoothing is None:
+            smoothing *= 10**min(PLAIN_MOST, PLAIN_STIFFER * (1 - share))
+        start = surfaces.follow(used.astype(float), smoothing)
+
+    def linear(found):
+        coefficients = found[:surfaces.count]
+
+        def surface(places):
+            terms = surfaces.terms(places.reshape(-1, 2))
+            values = terms @ coefficients * cells.scale + cells.pedestal
+            return values.reshape(*places.shape[:-1], -1)
+        return surface
+
+    shown = surfaces.surface(best.found)[cells.usable]
+    high, low = np.percentile(shown, (99, 1), axis=0)
+    image = np.where(cells.usable[..., None], cells.values * cells.scale + cells.pedestal, 0)
+    return Sky(linear(best.found), linear(start), (sky & ~best.outskirts).astype(float),
+               scenery.light | best.outskirts, image, cells.centers, cells.size, share, smoothing,
+               (high - low) * cells.scale, unsure, why)
+
+
+def _pure_noise(cells: _Cells) -> float:
+    return PURE_NOISE[cells.values.shape[-1]]
+
+
+def _look_for_sky(looker: _Looker, used: np.ndarray, smoothings: Sequence[float]):
+    """Scenery, candidates, and the index of the one chosen; with closed patches as objects if that explains the
+    picture by a simple sky, else without."""
+    usable = looker.cells.usable
+    tried = None
+    steps = [(closed, least, GOOD_ENOUGH_CLOSED) for closed, least in CLOSED_STEPS] + [(None, 0.0, GOOD_ENOUGH)]
+    for closed, least, margin in steps:
+        patches = np.zeros_like(usable) if closed is None else looker.patches(closed)
+        same = tried is not None and (patches != tried).sum() < 5
+        if closed is not None and (same or not patches.any()):
+            continue
+        tried = patches
+        scenery = looker.scenery(patches)
+        sky = used & ~scenery.objects
+        if sky.sum() < 30:  # hardly any: then whatever is used is sky
+            sky = used
+        weight = sky.astype(float)
+        candidates = [_try_smoothing(looker.surfaces, scenery, weight, smoothing) for smoothing in smoothings]
+        chosen = _choose(candidates, margin)
+        if looker.glow.any():
+            chosen = max(chosen, _meets_glow(looker, candidates, sky))
+        if candidates[chosen].smoothing >= least:
+            break
+    return scenery, candidates, chosen
+
+
+def _meets_glow(looker: _Looker, candidates: list[_Candidate], sky: np.ndarray) -> int:
+    """Index of the stiffest candidate that follows the steep glow in a corner nearly as well as the best does: its few
+    cells count little in the loss, and much in the sky's range."""
+    inside = looker.glow & sky
+    if not inside.any():
+        return 0
+    squares = [(looker.surfaces.excess(candidate.found)[inside]**2).mean(-1) for candidate in candidates]
+    losses = np.array([np.log1p(np.sqrt(square)).mean() for square in squares])
+    return int((losses <= losses.min() + 0.25).argmax())
+
+
+def _judge(surfaces: _Surfaces, scenery: _Scenery, candidates: list[_Candidate], chosen: int,
+           sky: np.ndarray) -> tuple[_Candidate, str]:
+    """The candidate to take, and why the sky cannot be known, in words; empty if it can."""
+    cells = surfaces.cells
+    best = candidates[chosen]
+    if best.loss > UNEXPLAINED * _pure_noise(cells) and not scenery.glow.any():
+        return candidates[0], "no smooth surface explains what looks like sky"
+    bulge, hidden = _closed_top(surfaces, best, scenery.objects)
+    if hidden and bulge > BULGE:
+        while chosen > 0 and _closed_top(surfaces, candidates[chosen], scenery.objects)[0] > BULGE:
+            chosen -= 1
+        return candidates[chosen], "the sky would be brightest behind an object"
+    share = sky.sum() / cells.usable.sum()
+    if share < LITTLE_SKY:
+        return best, f"only {100 * share:.0f} % of the picture shows sky"
+    if bulge > BULGE:
+        return best, "the sky would have a bright patch inside the frame"
+    if _disagreement(surfaces, candidates, best) > DISAGREEMENT:
+        return best, "stiffer and more flexible surfaces explain it alike, and differ"
+    seen = sky & ~best.outskirts
+    hole = scipy.ndimage.distance_transform_edt(~seen)[cells.usable].max() / cells.longer
+    if hole > HOLE and best.smoothing < 1:
+        return best, "a flexible surface must bridge a large part of the frame where no sky is seen"
+    return best, ""
+
+
+def _closed_top(surfaces: _Surfaces, candidate: _Candidate, objects: np.ndarray) -> tuple[float, bool]:
+    """The height of the highest closed top of a surface, over its range, and whether it lies behind objects.
+
+    Where sky is seen, a top counts only if it is small: vignetting's covers much of the frame.
+    """
+    cells = surfaces.cells
+    frame = np.zeros_like(objects)
+    frame[[0, -1]] = True
+    frame[:, [0, -1]] = True
+    highest, hidden = 0.0, False
+    for view in np.moveaxis(surfaces.surface(candidate.found), -1, 0):
+        high, low = np.percentile(view[cells.usable], (99, 1))
+        closed = view - _way_out(view, frame)
+        height = closed.max() / max(high - low, 1e-12)
+        core = closed > 0.5 * closed.max()
+        behind = (objects & core).sum() > 0.6 * core.sum()
+        if height > highest and (behind or core.mean() < 0.2):
+            highest, hidden = height, behind
+    return highest, hidden
+
+
+def _disagreement(surfaces: _Surfaces, candidates: list[_Candidate], best: _Candidate) -> float:
+    """How far surfaces that explain the sky about as well lie from the best: rms over the frame, part of the range."""
+    usable = surfaces.cells.usable
+    chosen = surfaces.surface(best.found)[usable]  # (n, c)
+    high, low = np.percentile(chosen, (99, 1), axis=0)
+    most = 0.0
+    for candidate in candidates:
+        if candidate.loss <= best.loss + 0.05:
+            error = surfaces.surface(candidate.found)[usable] - chosen
+            error -= np.median(error, axis=0)
+            relative = error / np.maximum(high - low, 1e-12)
+            most = max(most, float(np.sqrt((relative**2).mean())))
+    return most
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -1438,7 +2334,7 @@ def spline_layer(positions: np.ndarray, values: np.ndarray, order: int, smoothin
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Loss: four terms per pixel, each [m] from the weighted residual r or the surface b, [m, c]
+# Loss: four terms per pixel, each [m] from the weighted residual r or the surface b, [m, c], and the bending
 # ---------------------------------------------------------------------------------------------------------
 
 def loss_error(tf, r):
@@ -1461,7 +2357,19 @@ def loss_negative(tf, b):
     return tf.reduce_mean(tf.abs(b) - b, -1)
 
 
-LOSS_TERMS = ("error", "color", "overshoot", "negative")
+def loss_bending(tf, nodes, spacing):
+    """Bending energy of the surface on nodes [rows, columns, c], `spacing` apart along both axes: the squared second
+    derivatives, integrated over the frame, over 8 pi as for a thin plate; mean over the channels."""
+    down, along = spacing
+    down_down = (nodes[2:, 1:-1] - 2 * nodes[1:-1, 1:-1] + nodes[:-2, 1:-1]) / down**2
+    along_along = (nodes[1:-1, 2:] - 2 * nodes[1:-1, 1:-1] + nodes[1:-1, :-2]) / along**2
+    corners = nodes[2:, 2:] - nodes[2:, :-2] - nodes[:-2, 2:] + nodes[:-2, :-2]
+    down_along = corners / (4 * down * along)
+    square = down_down**2 + along_along**2 + 2 * down_along**2
+    return tf.reduce_mean(tf.reduce_sum(square, (0, 1))) * (down * along / (8 * math.pi))
+
+
+LOSS_TERMS = ("error", "color", "overshoot", "negative", "bending")
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -1476,13 +2384,13 @@ class Fit:
     values: np.ndarray  # (n, c) final values there, stretched units
     order: int
     smoothing: float
-    history: np.ndarray  # (epochs, 5): loss, then the terms in the order of LOSS_TERMS, each a mean over pixels
+    history: np.ndarray  # (epochs, 6): loss, then the terms in the order of LOSS_TERMS, each a mean over pixels
     stopped: str  # why the fit ended, in words
     track: list[tuple[int, np.ndarray, np.ndarray]]  # (epoch, positions, values) now and then, the start first
 
     def surface(self, query: np.ndarray) -> np.ndarray:
         """Stretched surface (..., c) at query (..., 2), float64."""
-        return spline_surface(query, self.positions.astype(float), self.values, self.order, self.smoothing)
+        return spline_surface(query, self.positions.astype(float), self.values, self.order, INTERPOLATION_WEIGHT)
 
 
 def start_positions(settings: Settings, shape: tuple[int, int]) -> np.ndarray:
@@ -1514,21 +2422,27 @@ def start_positions(settings: Settings, shape: tuple[int, int]) -> np.ndarray:
     return (_grid(row, column).reshape(-1, 2) * sides).astype(np.float32)
 
 
-def start_values(prepared: Prepared, positions: np.ndarray, order: int, smoothing: float) -> np.ndarray:
+def start_values(prepared: Prepared, positions: np.ndarray, order: int) -> np.ndarray:
     """First values at the control points (n, 2): (n, c) float32.
 
-    The reduced image there, blended by mask weight with the channel's median. With an expected sky (--auto) the values
-    that bring the surface closest to it: the fit then starts from the sky, wherever its control points stand.
+    The values that bring the surface closest to the sky that was found: the fit then starts from it, wherever its
+    control points stand. If no sky could be looked for, the reduced image there, blended by mask weight with the
+    channel's median.
     """
-    if prepared.expected is not None:
-        centers = prepared.expected.centers.reshape(-1, 2)
-        matrix = spline_surface(centers, positions.astype(float), np.eye(len(positions)), order, smoothing)
-        return np.linalg.lstsq(matrix, prepared.expected.surface(centers), rcond=1e-9)[0].astype(np.float32)
+    if prepared.sky is not None:
+        centers = prepared.sky.centers.reshape(-1, 2)
+        unit = np.eye(len(positions))
+        matrix = spline_surface(centers, positions.astype(float), unit, order, INTERPOLATION_WEIGHT)
+        wanted = prepared.stretch.extend(prepared.sky.start(centers))
+        return np.linalg.lstsq(matrix, wanted, rcond=1e-9)[0].astype(np.float32)
     block = 2 * prepared.centers[0, 0]  # its two sides
     row, column = np.minimum((positions / block).astype(int), np.array(prepared.used.shape) - 1).T
     weight = prepared.weight[row, column]
-    typical = [np.median(channel[used > 0]) if (used > 0).any() else MIDTONES_TARGET
-               for channel, used in zip(np.moveaxis(prepared.image, -1, 0), np.moveaxis(prepared.weight, -1, 0))]
+    typical = np.full(prepared.image.shape[-1], MIDTONES_TARGET)
+    for k in range(len(typical)):
+        used = prepared.weight[..., k] > 0
+        if used.any():
+            typical[k] = np.median(prepared.image[..., k][used])
     return (weight * prepared.image[row, column] + (1 - weight) * typical).astype(np.float32)
 
 
@@ -1550,25 +2464,33 @@ def sample_pixels(usable: np.ndarray, wanted: int, seed: int) -> np.ndarray:
     return row * width + column
 
 
-def sky_sample(prepared: Prepared, settings: Settings) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """What the fit sees: places (m, 2), image (m, c) and weight (m, c), drawn once, so that losses compare over epochs.
+class Sample(NamedTuple):
+    """What the fit sees of a picture: m places, drawn once, so that losses compare over epochs."""
 
-    With an expected sky (--auto) the sample is of its cells, over the whole frame, and what is masked or missing is
-    replaced by the sky expected there, with noise like the rest: the loss's logarithm would cling to pixels without.
-    """
-    expected, seen = prepared.expected, prepared.expected or prepared
-    usable = prepared.used if expected is None else np.ones(expected.centers.shape[:2], bool)
-    count = SAMPLE_PIXELS * settings.batch * (1 if expected is None else 4)  # so that two seeds agree to 0.5 %
-    pick = sample_pixels(usable, count, settings.seed)
-    places, image, weight = (a.reshape(-1, a.shape[-1])[pick] for a in (seen.centers, seen.image, seen.weight))
-    if expected is not None:
-        sky = expected.surface(places)
-        spread = [1.4826 * np.median(np.abs(image - sky)[used, k]) if used.any() else 0.0
-                  for k, used in enumerate(weight.T > 0)]
-        noise = np.random.default_rng(settings.seed).normal(size=image.shape) * spread
-        image = np.where(weight > 0, image, sky + noise)
-        weight = np.where(weight > 0, weight, 1)
-    return places, image, weight
+    places: np.ndarray  # (m, 2) frame coordinates
+    image: np.ndarray  # (m, c) stretched
+    weight: np.ndarray  # (m, c) in [0, 1]
+    ceiling: np.ndarray  # (m, 1) 1 where the image only bounds the sky from above, else 0
+
+
+def sky_sample(prepared: Prepared, settings: Settings) -> Sample:
+    """Draw the sample. With --auto it is of the cells that the sky was found on, and objects only bound the sky."""
+    if not settings.auto or prepared.sky is None:
+        pick = sample_pixels(prepared.used, SAMPLE_PIXELS * settings.batch, settings.seed)
+        places, image, weight = (
+            array.reshape(-1, array.shape[-1])[pick]
+            for array in (prepared.centers, prepared.image, prepared.weight))
+        return Sample(places, image, weight, np.zeros((len(pick), 1)))
+    sky = prepared.sky
+    # Four times as many, so that two seeds agree to 0.5 %.
+    count = 4 * SAMPLE_PIXELS * settings.batch
+    pick = sample_pixels((sky.weight > 0) | sky.below, count, settings.seed)
+    image = prepared.stretch.apply(sky.image).reshape(-1, sky.image.shape[-1])[pick]
+    # What the user's mask counts less counts less here, too.
+    trust = _block_means(prepared.weight, sky.size).reshape(-1, image.shape[-1])[pick]
+    below = sky.below.ravel()[pick, None]
+    weight = np.where(below, CEILING_WEIGHT, trust)
+    return Sample(sky.centers.reshape(-1, 2)[pick], image, weight, below.astype(float))
 
 
 def fit_surface(prepared: Prepared, settings: Settings, start: tuple[np.ndarray, np.ndarray],
@@ -1586,15 +2508,17 @@ def fit_surface(prepared: Prepared, settings: Settings, start: tuple[np.ndarray,
         BgError: the spline cannot be computed at all from this start.
     """
     tf = import_tensorflow()
-    step, adam, layer, best = _training(tf, prepared, settings, start)
-    history, track, rate = [], [(0, *start)], settings.learning_rate
+    training = _training(tf, prepared, settings, start)
+    history, track = [], [(0, *start)]
+    rate = settings.learning_rate
     mark, waited, waited_rate = math.inf, 0, 0
+    still = training.nodes().numpy()
     stopped = f"all {settings.epochs} epochs done"
     for epoch in range(1, settings.epochs + 1):
         try:
-            now = step().numpy()
+            now = training.step().numpy()
         except tf.errors.InvalidArgumentError:  # "Input matrix is not invertible": control points have met
-            now = np.full(5, np.nan)
+            now = np.full(1 + len(LOSS_TERMS), np.nan)
         if not np.isfinite(now).all():
             stopped = (f"stopped at epoch {epoch}: the spline's equations became singular; "
                        "best surface so far taken (try a larger --smoothing)")
@@ -1602,49 +2526,108 @@ def fit_surface(prepared: Prepared, settings: Settings, start: tuple[np.ndarray,
         history.append(now)
         on_epoch(epoch, float(now[0]))
         if epoch % TRACK_EVERY == 0:
-            track.append((epoch, *(w.numpy() for w in layer.trainable_weights)))
+            track.append((epoch, *(weight.numpy() for weight in training.layer.trainable_weights)))
         improved = now[0] < mark - STOP_DELTA
-        mark = now[0] if improved else mark
-        waited, waited_rate = (0, 0) if improved else (waited + 1, waited_rate + 1)
+        if improved:
+            mark, waited, waited_rate = now[0], 0, 0
+        else:
+            waited, waited_rate = waited + 1, waited_rate + 1
         if waited >= STOP_PATIENCE:
             stopped = f"stopped at epoch {epoch}: no improvement in {STOP_PATIENCE} epochs"
             break
         if waited_rate >= RATE_PATIENCE and rate > RATE_FLOOR:
             rate, waited_rate = max(rate / 2, RATE_FLOOR), 0
-            adam.learning_rate = rate
+            training.adam.learning_rate = rate
+        if epoch % STILL_EPOCHS == 0:
+            before, still = still, training.nodes().numpy()
+            if _stands_still(before, still, training.noise):
+                stopped = f"stopped at epoch {epoch}: the surface no longer moves"
+                break
     if not history:
         raise BgError("the spline's equations cannot be solved from these control points; "
                       "raise --smoothing, lower -N, or choose another --seed")
-    positions, values = (v.numpy() for v in best)
+    positions, values = (variable.numpy() for variable in training.best)
     return Fit(positions, values, settings.order, settings.smoothing, np.array(history), stopped, track)
 
 
-def _training(tf, prepared: Prepared, settings: Settings, start: tuple[np.ndarray, np.ndarray]):
-    """What a fit needs: the function that does one step, its optimizer, its layer, and the best weights so far."""
-    places, image, weight = (tf.constant(a, tf.float32) for a in sky_sample(prepared, settings))
-    layer = spline_layer(*start, settings.order, settings.smoothing)
-    best = [tf.Variable(w) for w in layer.trainable_weights]
+def _stands_still(before: np.ndarray, now: np.ndarray, noise: float) -> bool:
+    """Whether a surface on nodes, (n, c), has moved by next to nothing of its range, or of the noise of a pixel."""
+    span = max(float(np.ptp(now, axis=0).mean()), noise)
+    moved = now - before
+    moved = moved - moved.mean(0)  # a constant is the pedestal's affair
+    return float(np.sqrt((moved**2).mean())) < STILL_CHANGE * span
+
+
+class _Training(NamedTuple):
+    """What a fit needs."""
+
+    step: Callable  # does one step; gives the loss and its terms, as in Fit.history
+    nodes: Callable  # gives the surface on its nodes, [n, c]
+    adam: object
+    layer: object
+    best: list  # of variables: the weights at the least loss so far
+    noise: float  # standard deviation of the sample about the start, stretched units
+
+
+def _training(tf, prepared: Prepared, settings: Settings, start: tuple[np.ndarray, np.ndarray]) -> _Training:
+    sample = sky_sample(prepared, settings)
+    places, image, weight, ceiling = (tf.constant(array, tf.float32) for array in sample)
+    layer = spline_layer(*start, settings.order, INTERPOLATION_WEIGHT)
+    best = [tf.Variable(variable) for variable in layer.trainable_weights]
     best_loss = tf.Variable(np.float32(np.inf))
     adam = tf.keras.optimizers.Adam(settings.learning_rate)
     adam.build(layer.trainable_weights)
 
+    nodes, spacing = _bending_nodes(prepared.full_shape)
+    shape = nodes.shape[:2]
+    nodes = tf.constant(nodes.reshape(-1, 2), tf.float32)
+    noise = _noise_about(sample, start, settings.order)
+    # As in finding the sky, where the mean squared residual stands beside the bending: the loss is a logarithm of it.
+    stiffness = STIFFNESS_UNIT * min(settings.smoothing, STIFFEST_FIT) / (2 * noise**2)
+    clipped = sample.image >= 1  # as bright as the stretch can tell: a sky above it is no overshoot
+    count = len(sample.places)
+
     @tf.function(autograph=False)  # nothing in it needs rewriting, which costs time and would reach into the drop-in
     def step():
         with tf.GradientTape() as tape:
-            surface = layer(places)  # [m, c]
-            residual = weight * (image - surface)
+            both = layer(tf.concat([places, nodes], 0))
+            surface, on_nodes = both[:count], both[count:]  # [m, c], [n, c]
+            seen = tf.where(clipped, tf.maximum(image, surface), image)
+            residual = weight * (seen - surface)
+            residual = ceiling * tf.minimum(residual, 0) + (1 - ceiling) * residual
             terms = [loss_error(tf, residual), loss_color(tf, residual),
                      loss_overshoot(tf, residual), loss_negative(tf, surface)]  # [m] each
+            bending = loss_bending(tf, tf.reshape(on_nodes, (*shape, -1)), spacing)
             total = terms[0] + terms[1] + settings.alpha * (terms[2] + terms[3])
-            loss = tf.reduce_mean(tf.math.log(LOSS_FLOOR + total))
+            loss = tf.reduce_mean(tf.math.log(LOSS_FLOOR + total)) + stiffness * bending
         better = loss < best_loss
         for variable, now in zip(best + [best_loss], layer.trainable_weights + [loss]):
             variable.assign(tf.where(better, now, variable))
         gradients = tape.gradient(loss, layer.trainable_weights)
         adam.apply_gradients(zip(gradients, layer.trainable_weights))
-        return tf.stack([loss] + [tf.reduce_mean(term) for term in terms])  # in the order of Fit.history
+        means = [tf.reduce_mean(term) for term in terms]
+        return tf.stack([loss, *means, stiffness * bending])  # in the order of Fit.history
 
-    return step, adam, layer, best
+    return _Training(step, lambda: layer(nodes), adam, layer, best, noise)
+
+
+def _bending_nodes(full_shape: tuple[int, int]) -> tuple[np.ndarray, tuple[float, float]]:
+    """Nodes over the frame, (rows, columns, 2) in frame coordinates, and their distances along both axes."""
+    sides = np.array(full_shape) / max(full_shape)
+    counts = np.maximum(4, np.round(BENDING_NODES * sides)).astype(int)
+    down, along = (np.linspace(0, side, count) for side, count in zip(sides, counts))
+    return _grid(down, along), (down[1], along[1])
+
+
+def _noise_about(sample: Sample, start: tuple[np.ndarray, np.ndarray], order: int) -> float:
+    """Standard deviation of the sample about the surface that the fit starts from, robust, stretched units."""
+    positions, values = start
+    surface = spline_surface(sample.places, positions.astype(float), values, order, INTERPOLATION_WEIGHT)
+    sky = (sample.ceiling[:, 0] == 0) & (sample.weight > 0).all(-1)
+    if not sky.any():
+        return LOSS_FLOOR
+    deviation = 1.4826 * np.median(np.abs(sample.image - surface)[sky])
+    return max(float(deviation), LOSS_FLOOR)
 
 
 class Device(NamedTuple):
@@ -1686,7 +2669,7 @@ def fit_sky(prepared: Prepared, settings: Settings, say: Callable[[str], None] =
             on_epoch: Callable[[int, float], None] = _quiet) -> Fit:
     """Fit the surface to what `examine` gave. `on_epoch` is called with each epoch's number and loss."""
     positions = start_positions(settings, prepared.full_shape)
-    values = start_values(prepared, positions, settings.order, settings.smoothing)
+    values = start_values(prepared, positions, settings.order)
     devices = compute_devices(say)
     say(f"fitting {len(positions)} control points, smoothing {settings.smoothing:g}, on {devices[0].name}")
     return on_first_that_works(devices, lambda: fit_surface(prepared, settings, (positions, values), on_epoch), say)
@@ -1806,402 +2789,6 @@ def _keep_median(before: np.ndarray, after: np.ndarray) -> np.ndarray:
 
 
 # ---------------------------------------------------------------------------------------------------------
-# Choose: object mask, first sky and smoothing, from the picture itself
-# ---------------------------------------------------------------------------------------------------------
-#
-# Sky and object differ in one thing that needs no threshold on brightness: the sky is smooth. A flexible surface
-# follows whatever is smooth, glows and wide halos too, and leaves what has structure: arms, filaments, dust lanes, star
-# halos, tree tops. Where such structure is dense there is an object. Objects are grown into their own faint
-# surroundings as far as these lie above the sky's own surface. Under them the surface is determined by the sky around,
-# and never above the picture, for an object only adds light. How stiff that surface must be, cross-validation tells.
-
-CELLS, FEWEST_CELLS = 130, 64
-"""About so many cells stand along the longer side of the copy that the choices are made on. In small pictures fewer, so
-that a cell still is the median of several pixels: in the noise of single ones a faint nebula (M27 in half a minute of
-light) looks smooth."""
-
-SKY_POINTS = 96
-"""Control points of the surface on the cells. Its stiffness, not their number, decides how it bends."""
-
-STIFFNESS_UNIT = 1e-4
-"""Weight of the bending energy beside the mean squared residual, in units of the noise, at a smoothing of 1. (In the
-fit, smoothing is the regularization of the interpolation: it cannot keep trained values from bending a surface, but
-makes Adam slow to.)"""
-
-SMOOTHINGS = (1e4, 1e2, 1e1, 1.0, 1e-1, 1e-2, 1e-3)
-"""Tried by cross-validation, the stiffest (a plane) first."""
-
-TOLERANCE = 0.012
-"""The largest smoothing wins whose held-out loss, the mean log(1 + residual in units of the noise), is this close to
-the best: about the scatter of that loss."""
-
-FOLD_TILES, FOLDS = 96, 4
-"""Cross-validation holds out tiles, 8 x 12 of them, and not pixels: neighbors are too alike to test each other."""
-
-ROUGH_SIGMA, ROUGH_SCALE, ROUGH_DENSITY, ROUGH_WINDOW = 3.5, 1.4, 0.2, 0.05
-"""A cell is rough if it stands so many sigma off the Gaussian mean of so many cells about it. A region is an object if
-so many of its cells are rough, within a window of this part of the longer side: lone stars stay single cells, nebulae
-and galaxies close up."""
-
-STAR_SIGMA, STAR_REACH = 30.0, 2.0
-"""A star of more than so many sigma may have a halo; it is looked for within so many times sigma^0.4 cells."""
-
-HALO_SIGMA, HALO_SMOOTHING = 3.0, 0.003
-"""Light so many sigma above the sky's surface, fitted with this smoothing, belongs to the object that it touches."""
-
-PLAIN_SMOOTHING = (0.03, 1.0)
-"""Range of the smoothing chosen for a plain run, whose control points start on the picture itself and have `-e` epochs
-to settle: above 1 they do not get there, below 0.03 they dig into objects. Within it the best one goes with the square
-root of the smoothing that the sky alone would have, but is not below the share of the picture that is not sky: nothing
-else keeps a plain surface out of a nebula (measured on the truth bench, `tests/truth.py`)."""
-
-LITTLE_SKY = 0.1
-"""Below this share of sky the surface is kept nearly flat: there is too little to tell glow from object."""
-
-CEILING_WEIGHT = 0.5
-"""Weight of 'the sky is not above the picture' under an object, beside 1 for a cell of sky."""
-
-
-@dataclass(frozen=True)
-class _Cells:
-    """A further reduced copy of the picture. (h, w) cells, c channels; a cell is size x size reduced pixels."""
-
-    values: np.ndarray  # (h, w, c) stretched
-    usable: np.ndarray  # (h, w) bool: not missing, not masked by the user
-    noise: np.ndarray  # (h, w, c) standard deviation of `values`
-    centers: np.ndarray  # (h, w, 2) frame coordinates
-    size: int
-
-    def smooth(self, image: np.ndarray, sigma: float) -> np.ndarray:
-        """Gaussian mean of (h, w, c) over usable cells."""
-        total = scipy.ndimage.gaussian_filter(image * self.usable[..., None], (sigma, sigma, 0))
-        return total / np.maximum(scipy.ndimage.gaussian_filter(self.usable.astype(float), sigma), 1e-6)[..., None]
-
-
-def _make_cells(prepared: Prepared, threshold_max: float) -> _Cells:
-    # What is too dark for the fit stays in: a dark foreground is told by its step from the sky.
-    usable = (prepared.present & (prepared.image <= threshold_max)).all(-1)
-    if prepared.user_mask is not None:
-        usable &= (prepared.user_mask > 0).any(-1)
-    size = max(1, min(2, max(usable.shape) // FEWEST_CELLS), round(max(usable.shape) / CELLS))
-    channels = np.moveaxis(np.where(usable[..., None], prepared.image, 0), -1, 0)  # 0: missing
-    values = np.stack([reduce_plane(channel, size) for channel in channels], -1).astype(float)
-    share = _block_means(usable.astype(np.float32), size)
-    # Cells beside a border mix with it and are left out as well.
-    usable = scipy.ndimage.minimum_filter((share > 0.5) & np.isfinite(values).all(-1), 3, mode="nearest")
-    values = np.where(usable[..., None], values, 0)
-    centers = _block_means(prepared.centers, size).astype(float)
-    return _Cells(values, usable, _cell_noise(values, usable, prepared.stretch), centers, size)
-
-
-def _cell_noise(values: np.ndarray, usable: np.ndarray, stretch: Stretch) -> np.ndarray:
-    """Noise of the cells, (h, w, c), from the differences between neighbors where the picture is smoothest.
-
-    Photon noise grows with the light: in linear units variance = floor + slope x light, and the quietest tiles at each
-    level of light follow that line. Levels that only objects have are never quiet; they are dropped.
-    """
-    linear = stretch.invert(values)
-    noise = np.full_like(values, 1e-3)  # if there is no tile to measure it in
-    for k in range(values.shape[-1]):
-        light = np.where(usable & (values[..., k] < 1), linear[..., k], np.nan)  # what is clipped has no noise
-        levels, variances = _quiet_levels(light)
-        kept = np.full(levels.shape, True)
-        for _ in range(4 if levels.size else 0):
-            terms = np.stack([np.ones_like(levels), levels - levels.min()], 1)
-            line, _ = scipy.optimize.nnls((terms / variances[:, None])[kept], np.ones(kept.sum()))
-            excess = variances / np.maximum(terms @ line, 1e-30)
-            kept = excess <= max(2.0, np.sort(excess)[:2].max())  # two levels stay at least
-        if levels.size:
-            linear_noise = np.sqrt(line[0] + line[1] * np.maximum(linear[..., k] - levels.min(), 0))
-            noise[..., k] = np.maximum(linear_noise * stretch.channel(k).slope(linear[..., k:k + 1])[..., 0], 2e-5)
-    return noise
-
-
-def _quiet_levels(light: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Up to eight levels of light (h, w) with NaNs, and the variance of the quietest tiles of 7 x 7 cells at each."""
-    inner = light[1:-1, 1:-1]
-    detail = np.abs(inner - (light[:-2, 1:-1] + light[2:, 1:-1] + light[1:-1, :-2] + light[1:-1, 2:]) / 4)
-    side = min(7, *detail.shape)
-    if side < 1:  # a strip: no cell has neighbors on all sides
-        return np.empty(0), np.empty(0)
-    rows, columns = (n // side for n in detail.shape)
-    tiles = [image[:rows * side, :columns * side].reshape(rows, side, columns, side).swapaxes(1, 2).reshape(-1, side**2)
-             for image in (detail, inner)]
-    whole = np.isfinite(tiles[0]).mean(1) > 0.5
-    if not whole.any():
-        return np.empty(0), np.empty(0)
-    sigma, level = (np.nanmedian(tile[whole], 1) for tile in tiles)
-    sigma *= 1.4826 / math.sqrt(1.25)  # median absolute value -> deviation; four neighbors add a quarter
-    bins = np.array_split(np.argsort(level), min(8, max(1, level.size // 6)))
-    quiet = np.array([1.07 * np.percentile(sigma[b], 25) for b in bins])  # a lower quartile of 49 cells' is 7 % low
-    return np.array([np.median(level[b]) for b in bins]), quiet**2 + 1e-18
-
-
-class _ThinPlate:
-    """A thin-plate surface on the cells that pays for bending: `values` at its own control points describe it."""
-
-    def __init__(self, cells: _Cells, shape: tuple[int, int]):
-        sides = np.array(shape) / max(shape)
-        rows = int(np.clip(round(math.sqrt(SKY_POINTS * sides[0] / sides[1])), 3, SKY_POINTS // 3))
-        points = (np.linspace(0, side, n) for side, n in zip(sides, (rows, round(SKY_POINTS / rows))))
-        self.positions = _grid(*points).reshape(-1, 2)
-        weights = _spline_coefficients(self.positions, 2, 0.0)[:-3]
-        self.energy = weights.T @ _kernel(self.positions, self.positions, 2) @ weights + 1e-6 * np.eye(len(weights))
-        self.cells = cells
-        unit = np.eye(len(self.positions))
-        self.matrix = spline_surface(cells.centers.reshape(-1, 2), self.positions, unit, 2, 0.0)  # (cells, n)
-
-    def normal(self, weight: np.ndarray, below: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Normal equations: grams (c, n, n), right sides (c, n), sums of weights (c,).
-
-        Args:
-            weight: (h, w) of squared residuals over noise; alike for all channels, so that they share one product.
-            below: (h, w, c) further weights, 0 nearly everywhere.
-        """
-        count = self.cells.values.shape[-1]
-        values = self.cells.values.reshape(-1, count)
-        inverse = 1 / (self.cells.noise**2).mean(-1).ravel()
-        w = weight.ravel() * inverse
-        weighted = self.matrix * w[:, None]
-        grams, right = np.repeat((weighted.T @ self.matrix)[None], count, 0), (weighted.T @ values).T
-        total = np.full(count, w.sum())
-        for k in range(count if below is not None else 0):
-            rows = np.flatnonzero(below[..., k])
-            w = below[..., k].ravel()[rows] * inverse[rows]
-            weighted = self.matrix[rows] * w[:, None]
-            grams[k] += weighted.T @ self.matrix[rows]
-            right[k] += weighted.T @ values[rows, k]
-            total[k] += w.sum()
-        return grams, right, total
-
-    def solve(self, normal: tuple[np.ndarray, np.ndarray, np.ndarray], smoothing: float) -> np.ndarray:
-        """(n, c) values at the control points."""
-        grams, right, total = normal
-        energy = smoothing * STIFFNESS_UNIT * self.energy + 1e-10 * np.eye(len(self.energy))
-        return np.linalg.solve(grams / total[:, None, None] + energy, right[..., None] / total[:, None, None])[..., 0].T
-
-    def residual(self, values: np.ndarray) -> np.ndarray:
-        """(h, w, c) picture less surface, in units of the noise."""
-        return (self.cells.values - (self.matrix @ values).reshape(self.cells.values.shape)) / self.cells.noise
-
-    def follow(self, weight: np.ndarray, smoothing: float, rounds: int = 15) -> np.ndarray:
-        """Robust fit that lets go of what it cannot meet: (h, w, c) residual. weight: (h, w)."""
-        now = weight
-        for k in range(rounds):
-            residual = self.residual(self.solve(self.normal(now), smoothing))
-            spread = np.median(np.abs(residual.mean(-1))[weight > 0])
-            scale = max(1.5, spread * (1 + 3 * 0.7**k))  # narrowed step by step, or the start decides
-            now = weight / (scale**2 + (residual**2).mean(-1))
-        return residual
-
-    def fit_below(self, sky: np.ndarray, ceiling: np.ndarray, smoothing: float,
-                  rounds: int = 6) -> tuple[np.ndarray, tuple]:
-        """Fit to the sky's cells, held below the picture elsewhere.
-
-        Args:
-            sky: (h, w) weights of cells of sky. ceiling: (h, w) weights of cells that only bound the sky from above.
-            smoothing: see `SMOOTHINGS`.
-
-        Returns:
-            (n, c) values at the control points, and the weights for `normal` that they are the solution for.
-        """
-        kept, below = sky, None
-        for _ in range(rounds):
-            values = self.solve(self.normal(kept, below), smoothing)
-            residual = self.residual(values)
-            distance = np.sqrt((residual**2).mean(-1))
-            spread = max(1.0, 1.2 * np.median(distance[sky > 0]))
-            kept = sky * np.minimum(1, 2.5 * spread / np.maximum(distance, 1e-9))  # Huber: no cell pulls harder
-            below = ceiling[..., None] * (residual < 0)
-        return values, (kept, below)
-
-
-def _rough_cells(cells: _Cells, residual: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(h, w) bool each: cells with detail that the noise does not explain, and regions dense with them."""
-    detail = residual - cells.smooth(residual, ROUGH_SCALE)
-    rough = (np.abs(detail).max(-1) > ROUGH_SIGMA) & cells.usable
-    window = _odd(ROUGH_WINDOW * max(rough.shape))
-    density = scipy.ndimage.uniform_filter(rough.astype(float), window) / np.maximum(
-        scipy.ndimage.uniform_filter(cells.usable.astype(float), window), 0.2)
-    return rough, (density > ROUGH_DENSITY) & cells.usable
-
-
-def _odd(length: float) -> int:
-    return max(3, int(length) | 1)
-
-
-def _dark_foreground(cells: _Cells, objects: np.ndarray) -> np.ndarray:
-    """(h, w) bool: hills, trees, a dome. The one thing that takes light away, and so lies below the sky by a step.
-
-    The largest region without structure is taken for sky. A region near it whose edge is already darker than the
-    nearest of that sky, by half of the sky's own range, is foreground: no sky falls so much so fast.
-    """
-    regions, _ = scipy.ndimage.label(cells.usable & ~scipy.ndimage.binary_dilation(objects, iterations=2))
-    foreground = np.zeros_like(objects)
-    if not regions.any():
-        return foreground
-    sky = regions == np.bincount(regions.ravel())[1:].argmax() + 1
-    distance, nearest = scipy.ndimage.distance_transform_edt(~sky, return_indices=True)
-    drop = cells.values[tuple(nearest)] - cells.values
-    span = np.subtract(*np.percentile(cells.values[sky], (95, 5), axis=0))
-    dark = cells.usable & ~sky & (drop > np.maximum(10 * cells.noise, 0.15 * span)).all(-1)
-    parts, count = scipy.ndimage.label(scipy.ndimage.binary_opening(dark))
-    longer = max(sky.shape)
-    for part in range(1, count + 1):
-        inside = parts == part
-        gap = distance[inside].min()
-        edge = inside & (distance < gap + 5)
-        large = inside.sum() > 0.003 * cells.usable.sum() and edge.sum() > 0.02 * longer
-        if large and gap < 0.25 * longer and (np.median(drop[edge], axis=0) > 0.5 * span).all():
-            foreground |= inside
-    return scipy.ndimage.binary_dilation(foreground, iterations=2) & cells.usable
-
-
-def _surroundings(objects: np.ndarray, rough: np.ndarray, residual: np.ndarray) -> np.ndarray:
-    """(h, w) bool: cells where the faint outskirts of objects may be: within half of their size, and farther about
-    bright stars, whose halos fall off so (distance^-2.5) that the noise drowns them where STAR_REACH says.
-
-    Args:
-        objects, rough: (h, w) bool. residual: (h, w), picture less surface in units of the noise.
-    """
-    labels, _ = scipy.ndimage.label(objects)
-    reach = 0.5 * np.sqrt(np.bincount(labels.ravel()))[labels] * objects
-    stars, count = scipy.ndimage.label(rough, np.ones((3, 3)))
-    peaks = np.append(0, scipy.ndimage.maximum(residual, stars, range(1, count + 1)))
-    reach = np.maximum(reach, np.where(peaks > STAR_SIGMA, STAR_REACH * np.maximum(peaks, 0)**0.4, 0)[stars])
-    around = objects.copy()
-    for radius in range(1, int(min(reach.max(), 0.1 * max(objects.shape))) + 1):
-        around |= scipy.ndimage.distance_transform_edt(reach < radius) <= radius
-    return around
-
-
-def _find_objects(cells: _Cells, surface: _ThinPlate) -> tuple[np.ndarray, np.ndarray]:
-    """(h, w) bool each: what is not sky (foreground included), and which of it bounds the sky from above."""
-    residual = surface.follow(cells.usable.astype(float), SMOOTHINGS[-1])
-    rough, objects = _rough_cells(cells, residual)
-    foreground = _dark_foreground(cells, objects)
-    if foreground.any():  # it has bent the surface, and made the sky along its edge look rough
-        rest = replace(cells, usable=cells.usable & ~foreground)
-        residual = surface.follow(rest.usable.astype(float), SMOOTHINGS[-1])
-        rough, objects = _rough_cells(rest, residual)
-    near_foreground = scipy.ndimage.binary_dilation(foreground, iterations=_odd(ROUGH_WINDOW * max(rough.shape)) + 1)
-    # The smooth cells between an object's rough ones may be gaps that show the sky: judged with its surroundings. Along
-    # a ridge they are sky, and its brightest strip: there the rough cells alone are the object.
-    compact = scipy.ndimage.binary_opening(objects & ~near_foreground)
-    around = objects | _surroundings(compact, rough & ~near_foreground, residual.max(-1))
-    objects = rough | foreground
-    halo = (around | scipy.ndimage.binary_dilation(objects)) & cells.usable & ~objects & ~near_foreground
-    sky, ceiling = (cells.usable & ~objects).astype(float), CEILING_WEIGHT * (objects & ~near_foreground)
-    weight = sky
-    for k in range(10):
-        values, _ = surface.fit_below(weight, ceiling, HALO_SMOOTHING, rounds=3)
-        above = (cells.smooth(surface.residual(values), 1.0) * math.sqrt(4 * math.pi)).max(-1)  # in sigma of the mean
-        limit = HALO_SIGMA * (1 + 6 * 0.6**k)
-        # All of the surroundings take part at first, and leave as they prove to stand above the rest.
-        weight = sky * np.where(halo, np.minimum(1, limit / np.maximum(above, limit))**4, 1)
-    objects = scipy.ndimage.binary_dilation(objects | (halo & (above > HALO_SIGMA))) & cells.usable
-    return objects, objects & ~near_foreground
-
-
-def _cross_validate(surface: _ThinPlate, sky: np.ndarray, weights: tuple) -> tuple[float, np.ndarray]:
-    """The largest smoothing that predicts held-out tiles of sky nearly as well as the best does, and all losses.
-
-    Args:
-        sky: (h, w), above 0 where a cell is sky. weights: of `fit_below`.
-    """
-    height, width = sky.shape
-    down, across = (8, 12) if height <= width else (12, 8)
-    row, column = np.indices(sky.shape)
-    tile = (row * down // height) * across + column * across // width
-    fold = (np.random.default_rng(0).permutation(FOLD_TILES) % FOLDS)[tile]
-    kept, below = weights
-    shares = [surface.normal(kept * (fold == k), below * (fold == k)[..., None]) for k in range(FOLDS)]
-    losses = np.zeros(len(SMOOTHINGS))
-    for held in range(FOLDS):
-        normal = tuple(sum(part) for part in zip(*(shares[k] for k in range(FOLDS) if k != held)))
-        test = (sky > 0) & (fold == held)
-        if normal[2].min() <= 0:
-            continue
-        for k, smoothing in enumerate(SMOOTHINGS):
-            distance = np.sqrt((surface.residual(surface.solve(normal, smoothing))[test]**2).mean(-1))
-            losses[k] += np.log1p(distance).sum()
-    losses /= max(1, np.count_nonzero(sky))
-    return SMOOTHINGS[int(np.flatnonzero(losses <= losses.min() + TOLERANCE)[0])], losses
-
-
-class _SkyOnCells(NamedTuple):
-    """What is sky, found on the cells, and how stiff it is."""
-
-    surface: _ThinPlate
-    sky: np.ndarray  # (h, w) weights: 1 where a cell is sky
-    ceiling: np.ndarray  # (h, w) weights of the cells that bound the sky from above
-    share: float  # of the usable cells, that are sky
-    smoothing: float
-    why: str  # this smoothing
-
-
-def _find_sky(prepared: Prepared, settings: Settings) -> _SkyOnCells | None:
-    """Tell objects from sky and choose the smoothing; None if the picture is too small for that."""
-    cells = _make_cells(prepared, settings.threshold_max)
-    if min(cells.usable.shape) < 12 or cells.usable.sum() < 150:
-        return None
-    surface = _ThinPlate(cells, prepared.full_shape)
-    objects, lighter = _find_objects(cells, surface)
-    used = _block_means(prepared.used.astype(np.float32), cells.size) > 0.5
-    sky = (cells.usable & used & ~objects).astype(float)
-    share = sky.sum() / cells.usable.sum()
-    if sky.sum() < 30:
-        sky, lighter = (cells.usable & used).astype(float), np.zeros_like(objects)
-    if not sky.any():
-        return None
-    ceiling = CEILING_WEIGHT * lighter
-    if settings.smoothing is not None:
-        return _SkyOnCells(surface, sky, ceiling, share, settings.smoothing, "given by hand")
-    chosen, losses = _cross_validate(surface, sky, surface.fit_below(sky, ceiling, 0.01)[1])
-    why = f"held-out loss {losses[SMOOTHINGS.index(chosen)]:.3f}, best {losses.min():.3f}"
-    if share < LITTLE_SKY:
-        chosen, why = max(chosen, 1e2), "too little sky to tell glow from object, so the surface is kept nearly flat"
-    return _SkyOnCells(surface, sky, ceiling, share, chosen, why)
-
-
-def choose_sky(prepared: Prepared, settings: Settings, say: Callable[[str], None] = _quiet) -> tuple[Prepared, float]:
-    """The choices of --auto: mask what is not sky, and find the sky to expect there and how stiff it is.
-
-    Args:
-        prepared: picture and mask by thresholds and mask file; what they leave out is treated like an object.
-        settings: `threshold_max` counts, and `smoothing` if given by hand.
-        say: called with a line on each choice.
-
-    Returns:
-        `prepared` with objects out of `weight` and with `expected` set, and the smoothing of the fit.
-    """
-    found = _find_sky(prepared, settings)
-    if found is None:
-        say("auto: too small or too much left out to tell objects from sky; fitted as it is (a smaller -dx may help)")
-        return prepared, 1.0 if settings.smoothing is None else settings.smoothing
-    say(f"auto: {100 * found.share:.0f} % of the picture is sky; stretch quantile {stretch_quantile(settings):g}; "
-        f"smoothing {found.smoothing:g} ({found.why})")
-    surface, cells = found.surface, found.surface.cells
-    values, _ = surface.fit_below(found.sky, found.ceiling, found.smoothing)
-    height, width = prepared.used.shape
-    kept = (found.sky > 0)[np.arange(height) // cells.size][:, np.arange(width) // cells.size]
-    masked = prepared.weight * kept[..., None]
-    weight = _block_means(masked, cells.size) * (found.sky > 0)[..., None]
-    expected = ExpectedSky(lambda places: spline_surface(places, surface.positions, values, 2, 0.0),
-                           cells.values, weight, cells.centers)
-    return replace(prepared, weight=masked, expected=expected), min(found.smoothing, STIFFEST_FIT)
-
-
-def choose_smoothing(prepared: Prepared, settings: Settings, say: Callable[[str], None] = _quiet) -> float:
-    """The smoothing of a plain run: found as for --auto, on the sky that --auto would see, but nothing is masked."""
-    found = _find_sky(prepared, settings)
-    best = 1.0 if found is None else max(math.sqrt(found.smoothing), 1 - found.share)
-    chosen = float(f"{np.clip(best, *PLAIN_SMOOTHING):.2g}")
-    say(f"smoothing {chosen:g}, by cross-validation")
-    return chosen
-
-
-# ---------------------------------------------------------------------------------------------------------
 # The whole job on arrays
 # ---------------------------------------------------------------------------------------------------------
 
@@ -2214,14 +2801,31 @@ def examine(planes: np.ndarray, settings: Settings, mask: np.ndarray | None = No
     Returns:
         What the fit sees, and the settings with the values really used in place of every None.
     """
-    prepared, smoothing = prepare(planes, settings, mask), settings.smoothing
-    if settings.auto:
-        prepared, smoothing = choose_sky(prepared, settings, say)
-    elif smoothing is None:
-        smoothing = choose_smoothing(prepared, settings, say)
+    prepared = prepare(planes, settings, mask)
+    sky = find_sky(prepared, settings)
+    if sky is None:
+        say("too small or too much left out to tell objects from sky; fitted as it is (a smaller -dx may help)")
+        smoothing = 1.0 if settings.smoothing is None else settings.smoothing
+    else:
+        smoothing = sky.smoothing
+        say(f"sky: {100 * sky.share:.0f} % of the picture; smoothing {smoothing:.3g} ({sky.why})")
+        if sky.unsure:
+            logger.warning(f"the sky of this picture cannot be told from objects: {sky.unsure}. Take the result as a "
+                           "guess, mask objects with -m, or keep the surface stiff with --smoothing 1e4")
+    prepared = replace(prepared, sky=sky)
+    if settings.auto and sky is not None:
+        prepared = replace(prepared, weight=prepared.weight * _on_reduced(prepared, sky.weight > 0)[..., None])
     return prepared, replace(
         settings, delinearization_quantile=stretch_quantile(settings), smoothing=smoothing,
         points=settings.points or (AUTO_POINTS if settings.auto else DEFAULT_POINTS))
+
+
+def _on_reduced(prepared: Prepared, cells: np.ndarray) -> np.ndarray:
+    """(h, w) of the sky's cells -> (h, w) of the reduced frame."""
+    height, width = prepared.used.shape
+    rows = np.arange(height) // prepared.sky.size
+    columns = np.arange(width) // prepared.sky.size
+    return cells[rows][:, columns]
 
 
 @dataclass(frozen=True)
