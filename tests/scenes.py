@@ -1,21 +1,24 @@
-"""Pictures for the tests: synthetic linear astrophotos whose sky is known, and what puts them into files and back.
+"""Pictures for the tests: synthetic linear astrophotos with a known sky, and files of them.
 
-A background model is only right or wrong against a known sky: a fit with a lower loss can be the falser one
-(it has dug into the galaxy). So every scene here is made of three parts that are kept apart until the end,
+A background model is only right or wrong against a known sky: a fit with a lower loss can be the
+falser one (it has dug into the galaxy). So every scene here is made of three parts that are kept
+apart until the end,
 
-    image = pedestal + sky + light of the objects + noise        (0 in the registration border: missing)
+    image = pedestal + sky + light of the objects + noise    (0 in the registration border: missing)
 
 and the test or bench compares a model with `pedestal + sky` alone.
 
     scene = make_scene("galaxy", seed=3, height=400, width=600, channels=3, border=True)
     rms, p999 = score(model, scene)          # both in percent
+    kept, ring = object_score(model, scene)  # both in percent
     image, sky = sloping_sky()               # where a bent slope, noise and a few stars will do
     path = save("sky.xisf", image)
 
-Lengths inside this file are fractions of the longer side, angles are radians, brightnesses are fractions of the
-scene's sky level, so a scene of 400 x 600 pixels is the one of 2000 x 3000 seen small. Only what belongs to the
-pixel stays as it is: the noise of one pixel and the size of a star (1.5-2.5 pixels FWHM). One seed gives the same
-sky and objects in mono and in color; mono is the mean of the colors.
+Lengths inside this file are fractions of the longer side, angles are radians, brightnesses are
+fractions of the scene's sky level, so a scene of 400 x 600 pixels is the one of 2000 x 3000 seen
+small. Only what belongs to the pixel stays as it is: the noise of one pixel and the size of a star
+(1.5-2.5 pixels FWHM). One seed gives the same sky and objects in mono and in color; mono is the
+mean of the colors.
 """
 import os
 import zlib
@@ -27,83 +30,181 @@ from scipy import ndimage
 
 import bgoptimizer
 
-FAMILIES = ("galaxy", "nebula", "city_glows", "airglow", "dust", "moon", "hills", "stars", "flat",
-            "big_nebula", "full_object")
-
-NEUTRAL = np.ones(3)
-FRACTAL_SIZE = 1536     # samples along a fractal's side; of fixed size, so that a seed has one texture at every scale
-FRACTAL_CROP = 1152     # samples along the frame's longer side: the rest is cut off because an FFT's edges wrap around
+FAMILIES = (
+    "galaxy", "nebula", "city_glows", "airglow", "dust", "moon", "hills", "stars", "flat",
+    "big_nebula", "full_object", "short_stack", "milky_way", "large_galaxy", "clipped", "mosaic",
+    "edge_nebula", "amp_glow", "cluster", "vignetting", "star_halos", "narrowband", "pedestal",
+    "plane_galaxy",
+)
 
 
 @dataclass
 class Scene:
     """One picture and what is true about it."""
-    image: np.ndarray         # (h, w, c) float32, linear, in [0, 1]; exactly 0 in the border = missing
-    sky: np.ndarray           # (h, w, c) float64, the true background: smooth, with the pedestal, everywhere
-    valid: np.ndarray         # (h, w) bool, True inside the border
-    object_mask: np.ndarray   # (h, w) bool, True where objects change the light by over half the pixel noise
-    noise: np.ndarray         # (c,) float64, standard deviation of a pixel of typical sky
+    image: np.ndarray  # (h, w, c) float32, linear, in [0, 1]; exactly 0 in the border = missing
+    sky: np.ndarray  # (h, w, c) float64, the true background with the pedestal, everywhere
+    valid: np.ndarray  # (h, w) bool, True inside the border
+    object_mask: np.ndarray  # (h, w) bool, True where objects add over half the pixel noise
+    light: np.ndarray  # (h, w, c) float32, extended objects' part of the image: no stars, no noise
+    noise: np.ndarray  # (c,) float64, standard deviation of a pixel of typical sky
     family: str
     seed: int
 
 
 def make_scene(family, seed=0, height=400, width=600, channels=3, border=False):
-    """Make one scene of a family; a seed (an integer from 0 on) varies all that can differ inside the family.
+    """Make one scene of a family; a seed (an integer from 0 on) varies all that can differ in it.
 
-    `border` adds the zeros that registration leaves at 1-3 % of some sides, with noisier partial coverage inside.
-    Raises ValueError for an unknown family or a number of channels other than 1 and 3.
+    `border` adds the zeros that registration leaves at 1-3 % of some sides, with noisier partial
+    coverage inside. Raises ValueError for an unknown family, and for a number of channels other
+    than 1 and 3.
     """
     if family not in FAMILIES:
-        raise ValueError("unknown family %r; there are: %s" % (family, ", ".join(FAMILIES)))
+        known = ", ".join(FAMILIES)
+        raise ValueError("unknown family %r; there are: %s" % (family, known))
     if channels not in (1, 3):
         raise ValueError("a scene has 1 or 3 channels, not %r" % (channels,))
     canvas = _Canvas(family, seed, height, width)
-    globals()["_" + family](canvas)
+    paint = globals()["_" + family]
+    paint(canvas)
     return canvas.finish(channels, border)
 
 
-def score(model, scene):
-    """Error of a model (h, w, c) -> (rms, 99.9th percentile of the absolute error), both in percent.
+# ------------------------------------------------------------------------------------------------
+# How good a model is
+# ------------------------------------------------------------------------------------------------
 
-    Per channel over the valid pixels: model - truth, less its median (an offset is the pedestal's affair, and the
-    tool fixes it by the median too), in units of that channel's true range, p99 - p1 of the truth. Then the root
-    mean square over channels, and the percentile over all of them together. A weakly lit channel so counts as much
-    as a strong one. For the family "flat", whose range is next to nothing, the unit is the pixel noise.
+OBJECT_SHARE = 0.002
+"""Of the picture. What became of less extended light than that is not asked."""
+
+BACKGROUND_SHARE = 0.01
+"""Of the picture. With less background a constant cannot be told from an object."""
+
+RING = 0.04
+"""Width of the ring around objects, in units of the longer side."""
+
+
+def score_unit(scene):
+    """What an error is compared with (c,): the sky's range, or the noise where there is none."""
+    if scene.family == "flat":
+        return scene.noise
+    seen = scene.sky[scene.valid]  # (valid pixels, c)
+    low = np.percentile(seen, 1, axis=0)
+    high = np.percentile(seen, 99, axis=0)
+    return high - low
+
+
+def score(model, scene):
+    """Error of a model (h, w, c) -> (rms, 99.9th percentile of the absolute error), in percent.
+
+    Per channel over the valid pixels: model - truth, less its median (an offset is the pedestal's
+    affair, and the tool fixes it by the median too), in units of that channel's true range, p99 -
+    p1 of the truth. Then the root mean square over channels, and the percentile over all of them
+    together. A weakly lit channel so counts as much as a strong one. For the family "flat", whose
+    range is next to nothing, the unit is the pixel noise.
     """
     errors = []
-    for channel in range(scene.sky.shape[2]):
-        truth = scene.sky[..., channel][scene.valid]
-        error = np.asarray(model[..., channel], np.float64)[scene.valid] - truth
-        if scene.family == "flat":
-            unit = scene.noise[channel]
-        else:
-            unit = np.subtract(*np.percentile(truth, (99, 1)))
-        errors.append((error - np.median(error)) * (100 / unit))
-    errors = np.abs(errors)
-    return float(np.sqrt(np.mean(errors ** 2))), float(np.percentile(errors, 99.9))
+    for k, unit in enumerate(score_unit(scene)):
+        truth = scene.sky[..., k]
+        truth = truth[scene.valid]
+        found = np.asarray(model[..., k], np.float64)
+        error = found[scene.valid] - truth
+        error = error - np.median(error)
+        percent = 100 / unit
+        errors.append(error * percent)
+    errors = np.abs(errors)  # (c, valid pixels)
+    rms = np.sqrt(np.mean(errors ** 2))
+    p999 = np.percentile(errors, 99.9)
+    return float(rms), float(p999)
+
+
+def object_score(model, scene):
+    """What a model does to the extended objects -> (light kept, ring error), in percent, or NaN.
+
+    An object's pixels are those where its light is over half the pixel noise. The light kept is
+    100 % less the share of their light that the model has taken for sky; over 100 % it has dug a
+    hole. The ring error is the rms of model - truth within RING of them, in units of the sky's
+    range. For both, the median of model - truth over the pixels without objects is taken off. NaN
+    where there is next to no extended light, or next to no pixel without.
+    """
+    found = np.asarray(model, np.float64)
+    error = found - scene.sky  # (h, w, c)
+    background = scene.valid & ~scene.object_mask  # (h, w)
+    bright = scene.light > 0.5 * scene.noise
+    core = bright & scene.valid[..., None]  # (h, w, c)
+    touched = core.any(axis=2)  # (h, w)
+    present = scene.valid.sum()
+    too_little_object = touched.sum() < OBJECT_SHARE * present
+    too_little_background = background.sum() < BACKGROUND_SHARE * present
+    if too_little_object or too_little_background:
+        return np.nan, np.nan
+
+    constant = np.median(error[background], axis=0)
+    error = error - constant
+    light = scene.light[core]
+    there = light.sum(dtype=np.float64)
+    taken = error[core].sum()
+    kept = 100 * (1 - taken / there)
+
+    distance = ndimage.distance_transform_edt(~touched)  # (h, w) pixels
+    reach = RING * max(touched.shape)
+    near = distance <= reach
+    ring = near & ~touched & scene.valid
+    if not ring.any():
+        return kept, np.nan
+    relative = error[ring] / score_unit(scene)
+    rms = np.sqrt(np.mean(relative ** 2))
+    return kept, 100 * rms
 
 
 def sloping_sky(height=96, width=144, channels=3, noise=0.0005, seed=1):
-    """A simple picture and its sky, (h, w, c) each: a bent slope of its own per channel, noise, a few stars."""
+    """A simple picture and its sky, (h, w, c) each: a bent slope a channel, noise, a few stars."""
     rng = np.random.default_rng(seed)
-    y, x = (np.indices((height, width)) + 0.5) / max(height, width)
-    slopes = ((0.04, 0.03), (-0.02, 0.04), (0.03, -0.03))[:channels]
-    sky = np.stack([0.05 + 0.02 * k + a * x + b * y + 0.03 * (x - 0.4)**2 for k, (a, b) in enumerate(slopes)], -1)
+    centers = np.indices((height, width)) + 0.5
+    y, x = centers / max(height, width)
+    slopes_x = 0.04, -0.02, 0.03
+    slopes_y = 0.03, 0.04, -0.03
+    bend = 0.03 * (x - 0.4) ** 2
+    planes = []
+    for k in range(channels):
+        level = 0.05 + 0.02 * k
+        along_x = slopes_x[k] * x
+        along_y = slopes_y[k] * y
+        plane = level + along_x + along_y
+        planes.append(plane + bend)
+    sky = np.stack(planes, axis=-1)
     image = sky + rng.normal(0, noise, sky.shape)
-    image[rng.integers(0, height, 40), rng.integers(0, width, 40)] += 0.4
+    rows = rng.integers(0, height, 40)
+    columns = rng.integers(0, width, 40)
+    image[rows, columns] += 0.4
     return image.astype(np.float32), sky
 
 
-# ---------------------------------------------------------------------------------------------- files
+# ------------------------------------------------------------------------------------------------
+# Files
+# ------------------------------------------------------------------------------------------------
 
-_BESIDE = [folder / "shared" / "real" for folder in Path(__file__).resolve().parents]
-# Files of cameras and of PixInsight, which are no part of the project; tests of them are skipped where they are not.
-REAL = Path(os.environ.get("BGOPTIMIZER_REAL") or next(filter(Path.is_dir, _BESIDE), _BESIDE[0]))
+def _real_pictures():
+    """The folder that BGOPTIMIZER_REAL names, or else shared/real beside a folder above this."""
+    named = os.environ.get("BGOPTIMIZER_REAL")
+    if named:
+        return Path(named)
+    here = Path(__file__).resolve()
+    for folder in here.parents:
+        beside = folder / "shared" / "real"
+        if beside.is_dir():
+            return beside
+    return here.parent / "shared" / "real"  # none: the name says so, and nothing is there
+
+
+REAL = _real_pictures()
+"""Files of cameras and of PixInsight. They are no part of the project; where they are not, the
+tests of them are skipped."""
 
 
 def to_planes(image):
     """(h, w, c), as the tests have pictures -> (c, h, w), as the stages take them."""
-    return np.ascontiguousarray(np.moveaxis(image, -1, 0))
+    planes = np.moveaxis(image, -1, 0)
+    return np.ascontiguousarray(planes)
 
 
 def save(path, image):
@@ -115,294 +216,648 @@ def save(path, image):
 
 def load(path):
     """Read an XISF file -> (h, w, c)."""
-    return np.moveaxis(bgoptimizer.read_xisf(str(path)).planes, 0, -1)
+    picture = bgoptimizer.read_xisf(str(path))
+    return np.moveaxis(picture.planes, 0, -1)
 
 
-# ---------------------------------------------------------------------------------------------- the canvas
+# ------------------------------------------------------------------------------------------------
+# The canvas
+# ------------------------------------------------------------------------------------------------
+
+NEUTRAL = np.ones(3)
+MIDDLE = 0, 0
+
+FRACTAL_SIZE = 1536
+"""Samples along a fractal's side. It is fixed, so that a seed has one texture at every scale."""
+
+FRACTAL_CROP = 1152
+"""Samples along the frame's longer side. The rest is cut off: an FFT's edges wrap around."""
+
+RED = 1.9, 0.55, 0.55
+"""Hydrogen's light, relative to the mean of the colors."""
+
+TEAL = 0.4, 1.25, 1.35
+"""The light of doubly ionized oxygen."""
+
+OLD_STARS = 1.2, 1.0, 0.75
+YOUNG_STARS = 0.85, 1.0, 1.1
+DUST = 1.1, 1.0, 0.9
+
+
+def _color(rng, around, spread):
+    """A color (3,) near `around`, each channel off by up to `spread` (a fraction)."""
+    factors = rng.uniform(1 - spread, 1 + spread, 3)
+    return np.asarray(around) * factors
+
+
+def _turn(x, y, angle, point):
+    """Coordinates of (x, y) from a point along and across `angle`."""
+    from_x, from_y = point
+    dx = x - from_x
+    dy = y - from_y
+    cos = np.cos(angle)
+    sin = np.sin(angle)
+    along = dx * cos + dy * sin
+    across = dy * cos - dx * sin
+    return along, across
+
+
+def _gaussian(r):
+    """A bell (h, w) at a distance in standard deviations."""
+    return np.exp(-r ** 2 / 2)
+
+
+def _exponential(r, blunt):
+    """exp(-r) without a cusp: air, or an optic, has scattered it away within `blunt`."""
+    blunted = np.sqrt(r ** 2 + blunt ** 2)
+    return np.exp(-blunted)
+
+
+def _sersic(r, n, steep):
+    """Sersic's profile of index `n`, 1 at r = 1 and exp(steep) in the middle, where it is blunt."""
+    blunt = np.sqrt(r ** 2 + 0.005 ** 2)
+    return np.exp(steep * (1 - blunt ** (1 / n)))
+
+
+def _with_peak(light, peak):
+    """Light (h, w) scaled so that its brightest 1 % has `peak`."""
+    brightest = np.quantile(light, 0.99)
+    return light * (peak / brightest)
+
+
+def _above(field, level):
+    """What a field (h, w) has over a level, or 0."""
+    return np.clip(field - level, 0, None)
+
+
+def _seen(color, channels):
+    """A color (3,) as a camera of 1 or 3 channels sees it -> (c,)."""
+    if channels == 3:
+        return np.asarray(color)
+    return np.asarray([np.mean(color)])
+
 
 class _Canvas:
     """Sky and object light of a scene being made, each as (h, w) maps times a color (3,).
 
-    x (1, w) and y (h, 1) are pixel centers, origin in the frame's center, in units of the longer side; the frame
-    ends at +-half_x and +-half_y. Separate random streams for the plan, the textures, the stars and the pixels keep
-    the plan the same at every size.
+    x (1, w) and y (h, 1) are pixel centers, origin in the frame's center, in units of the longer
+    side; the frame ends at +-half_x and +-half_y. Separate random streams for the plan, the
+    textures, the stars, the pixels and the border keep the plan the same at every size.
     """
 
     def __init__(self, family, seed, height, width):
-        self.family, self.seed, self.shape = family, seed, (height, width)
+        self.family, self.seed = family, seed
+        self.shape = height, width
         stable = zlib.crc32(family.encode())
-        self.rng, self.texture_rng, self.star_rng, self.pixel_rng, self.border_rng = (
-            np.random.default_rng([stable, seed, stream]) for stream in range(5))
+        streams = []
+        for stream in range(5):
+            streams.append(np.random.default_rng([stable, seed, stream]))
+        self.rng, self.texture_rng, self.star_rng = streams[:3]
+        self.pixel_rng, self.border_rng = streams[3:]
+        self.uniform = self.rng.uniform
+
         self.longer = max(height, width)
-        self.x = ((np.arange(width) + 0.5 - width / 2) / self.longer)[None, :]
-        self.y = ((np.arange(height) + 0.5 - height / 2) / self.longer)[:, None]
-        self.half_x, self.half_y = width / 2 / self.longer, height / 2 / self.longer
-        rng = self.rng
-        self.level = np.exp(rng.uniform(np.log(0.01), np.log(0.1)))      # sky over the pedestal, part of full scale
-        self.pedestal = rng.uniform(0.005, 0.02) * rng.uniform(0.95, 1.05, 3)
-        self.sky_color = _color(rng, NEUTRAL, 0.25)
-        # A deep stack has 1-4 % of the sky as noise in a pixel, and one picture in four is a few short exposures.
-        self.noise_fraction = rng.uniform(0.04, 0.10) if rng.random() < 0.25 else rng.uniform(0.01, 0.04)
-        self.read_share = rng.uniform(0.1, 0.5)          # part of the sky noise's variance that light does not change
-        self.vignette = None                             # (h, w) or None: dims sky and objects, not the pedestal
-        self.sky_parts, self.light_parts = [], []        # [((h, w) map, (3,) color)]
-        self.hill = None                                 # ((h, w) coverage, (h, w) brightness, (3,) color) or None
-        self.star_count = np.exp(rng.uniform(np.log(100), np.log(900)))   # at 400 x 600
-        self.star_density = None                         # (h, w) relative chance of a star, or None: even
-        self.halo_count = rng.integers(0, 4)
+        columns = np.arange(width) + 0.5
+        columns = columns - width / 2
+        rows = np.arange(height) + 0.5
+        rows = rows - height / 2
+        self.x = (columns / self.longer)[None, :]
+        self.y = (rows / self.longer)[:, None]
+        self.half_x = width / 2 / self.longer
+        self.half_y = height / 2 / self.longer
+
+        # Of the sky over the pedestal, as a part of full scale
+        self.level = self.log_uniform(0.01, 0.1)
+        pedestal = self.uniform(0.005, 0.02)
+        self.pedestal = pedestal * self.uniform(0.95, 1.05, 3)
+        self.sky_color = _color(self.rng, NEUTRAL, 0.25)
+        if self.chance(0.25):  # a few short exposures
+            noise_fraction = 0.04, 0.10
+        else:  # a deep stack
+            noise_fraction = 0.01, 0.04
+        # Noise of a pixel, as a part of the typical sky
+        self.noise_fraction = self.uniform(*noise_fraction)
+        # Part of the sky noise's variance that light does not change
+        self.read_share = self.uniform(0.1, 0.5)
+        # (h, w) or None: dims sky and objects, not the pedestal
+        self.vignette = None
+        # [((h, w) map, (3,) color)]; star_parts are cores of stars, which are not extended light
+        self.sky_parts = []
+        self.light_parts = []
+        self.star_parts = []
+        # ((h, w) coverage, (h, w) brightness, (3,) color) or None
+        self.hill = None
+        # At 400 x 600 pixels
+        self.star_count = self.log_uniform(100, 900)
+        # (h, w) relative chance of a star, or None: even
+        self.star_density = None
+        self.halo_count = self.rng.integers(0, 4)
+        # Of the frames in the picture where it is large, in radians; None: a little at random
+        self.turn = None
+        # Pixel noises from 0 to the darkest sky, in a picture clipped at 0; None: not clipped
+        self.headroom = None
+
+    # -- random numbers of the plan, beside self.uniform(low, high)
+
+    def log_uniform(self, low, high):
+        """A number between two; each factor is as likely as any other."""
+        low = np.log(low)
+        high = np.log(high)
+        return np.exp(self.uniform(low, high))
+
+    def chance(self, probability):
+        """True with a probability."""
+        return self.rng.random() < probability
+
+    def sign(self):
+        """-1 or 1."""
+        return self.rng.choice((-1, 1))
 
     # -- maps (h, w) over the frame
 
-    def distance(self, x, y, angle=0.0, ratio=1.0):
-        """Elliptical distance from (x, y); `ratio` <= 1 shortens the axis across `angle`."""
-        dx, dy = self.x - x, self.y - y
-        along = dx * np.cos(angle) + dy * np.sin(angle)
-        across = dy * np.cos(angle) - dx * np.sin(angle)
+    def turned(self, angle, point=MIDDLE):
+        """Coordinates (h, w) from a point along and across `angle`."""
+        return _turn(self.x, self.y, angle, point)
+
+    def distance(self, point, angle=0.0, ratio=1.0):
+        """Elliptical distance from a point; `ratio` <= 1 shortens the axis across `angle`."""
+        along, across = self.turned(angle, point)
         return np.hypot(along, across / ratio)
+
+    def random_distance(self, point, flattest):
+        """The same at a random angle, with a ratio from `flattest` to 1."""
+        angle = self.uniform(0, np.pi)
+        ratio = self.uniform(flattest, 1)
+        return self.distance(point, angle, ratio)
 
     def place(self, spread):
         """A random point in the middle `spread` (0-1) of the frame."""
-        u, v = self.rng.uniform(-spread, spread, 2)
+        u, v = self.uniform(-spread, spread, 2)
         return u * self.half_x, v * self.half_y
 
     def at_edge(self, outside):
         """A random point on the frame's edge, moved out by `outside` times the half frame."""
-        angle = self.rng.uniform(0, 2 * np.pi)
+        angle = self.uniform(0, 2 * np.pi)
         u, v = np.cos(angle), np.sin(angle)
-        reach = (1 + outside) / max(abs(u), abs(v))
-        return u * reach * self.half_x, v * reach * self.half_y
+        longer = max(abs(u), abs(v))
+        reach = (1 + outside) / longer
+        x = u * reach * self.half_x
+        y = v * reach * self.half_y
+        return x, y
+
+    def random_band(self):
+        """A line through the frame's middle part -> (distance from it (h, w), angle, offset)."""
+        angle = self.uniform(0, np.pi)
+        offset = self.uniform(-0.15, 0.15)
+        _, across = self.turned(angle)
+        return across - offset, angle, offset
+
+    def blob(self, point, width, soft=2.0):
+        """A smooth cloud (h, w): 1 at its top, half that `width` across; a Gaussian if soft = 2."""
+        radius = width / 2
+        r = self.random_distance(point, 0.5) / radius
+        return np.exp(-np.log(2) * r ** soft)
 
     def fractal(self, slope, stretch=1.0):
-        """A random texture with power ~ frequency^-slope; mean 0, standard deviation 1 over the frame."""
+        """A random texture with power ~ frequency^-slope; mean 0, standard deviation 1."""
         n = FRACTAL_SIZE
-        fy, fx = np.fft.fftfreq(n)[:, None], np.fft.rfftfreq(n)[None, :]
-        frequency = np.hypot(fy * stretch, fx)
-        frequency[0, 0] = np.inf                                            # no mean
-        spectrum = np.fft.rfft2(self.texture_rng.standard_normal((n, n))) * frequency ** (-slope / 2)
-        texture = np.fft.irfft2(spectrum, (n, n)).astype(np.float32)
+        fy = np.fft.fftfreq(n)[:, None]
+        fx = np.fft.rfftfreq(n)[None, :]
+        frequency = np.hypot(fy * stretch, fx)  # (n, n // 2 + 1)
+        frequency[0, 0] = np.inf  # no mean
+        white = self.texture_rng.standard_normal((n, n))
+        power = -slope / 2  # of the amplitude
+        spectrum = np.fft.rfft2(white) * frequency ** power
+        texture = np.fft.irfft2(spectrum, (n, n))
+        texture = texture.astype(np.float32)
+
         rows = (self.y + 0.5) * (FRACTAL_CROP - 1)
         columns = (self.x + 0.5) * (FRACTAL_CROP - 1)
-        out = ndimage.map_coordinates(texture, np.broadcast_arrays(rows, columns), order=1)
+        places = np.broadcast_arrays(rows, columns)
+        out = ndimage.map_coordinates(texture, places, order=1)
         return (out - out.mean()) / out.std()
 
     # -- sky
 
     def brighten(self, shape, amount, spread=0.4):
-        """Add light pollution: `shape` (h, w) scaled to 0..1 over the frame, times `amount`, in a color of its own."""
-        low, high = shape.min(), shape.max()
-        self.sky_parts.append(((shape - low) / (high - low), amount * _color(self.rng, self.sky_color, spread)))
+        """Add `shape` (h, w), scaled to 0..1 over the frame, times `amount`, in its own color."""
+        low = shape.min()
+        high = shape.max()
+        scaled = (shape - low) / (high - low)
+        color = _color(self.rng, self.sky_color, spread)
+        self.sky_parts.append((scaled, amount * color))
 
     def tilt(self, low=0.2, high=1.0, curvature=0.25):
-        """A tilted plane, a little bent, as most skies are; amplitude `low` to `high` of the sky level."""
-        rng = self.rng
-        angle, bend_angle = rng.uniform(0, 2 * np.pi, 2)
-        plane = self.x * np.cos(angle) + self.y * np.sin(angle)
-        bend = self.x * np.cos(bend_angle) + self.y * np.sin(bend_angle)
-        self.brighten(plane + rng.uniform(-curvature, curvature) * bend ** 2 * 2, rng.uniform(low, high))
+        """A tilted plane, a little bent, as most skies are; `low` to `high` sky levels strong."""
+        angle, bend_angle = self.uniform(0, 2 * np.pi, 2)
+        plane, _ = self.turned(angle)
+        bend, _ = self.turned(bend_angle)
+        curve = self.uniform(-curvature, curvature)
+        curve = curve * bend ** 2 * 2
+        amount = self.uniform(low, high)
+        self.brighten(plane + curve, amount)
 
     def city_glow(self, low=0.2, high=0.8):
-        """The glow of a town beyond a random edge: a blunt exponential or a Gaussian, often longer along one axis."""
-        rng = self.rng
-        x, y = self.at_edge(rng.uniform(-0.05, 0.25))
-        r = self.distance(x, y, rng.uniform(0, np.pi), rng.uniform(0.5, 1)) / rng.uniform(0.2, 0.5)
-        if rng.random() < 0.5:
-            glow = np.exp(-np.sqrt(r ** 2 + 0.3 ** 2))      # without a cusp: real air has scattered it away
+        """The glow of a town beyond a random edge: a blunt exponential or a Gaussian."""
+        outside = self.uniform(-0.05, 0.25)
+        town = self.at_edge(outside)
+        r = self.random_distance(town, 0.5)
+        r = r / self.uniform(0.2, 0.5)
+        if self.chance(0.5):
+            glow = _exponential(r, 0.3)
         else:
-            glow = np.exp(-r ** 2 / 2)
-        self.brighten(glow, rng.uniform(low, high))
+            glow = _gaussian(r)
+        amount = self.uniform(low, high)
+        self.brighten(glow, amount)
 
     def dim_corners(self, low, high):
         """What flat fielding has left of the vignetting: corners darker by `low` to `high`."""
-        rng = self.rng
-        x, y = self.place(0.15)
-        r2 = (self.distance(x, y) / np.hypot(self.half_x, self.half_y)) ** 2
-        self.vignette = 1 - rng.uniform(low, high) * r2 ** rng.uniform(1, 1.6)
+        center = self.place(0.15)
+        corner = np.hypot(self.half_x, self.half_y)
+        r = self.distance(center) / corner
+        depth = self.uniform(low, high)
+        power = self.uniform(1, 1.6)
+        self.vignette = 1 - depth * (r ** 2) ** power
+
+    def gradient(self):
+        """The sky so far, over its even level (h, w), in units of the level, mean of the colors."""
+        return sum(shape * color.mean() for shape, color in self.sky_parts)
+
+    def span(self):
+        """From the darkest to the brightest of that."""
+        return np.ptp(self.gradient())
 
     # -- objects
 
-    def shine(self, light, color):
-        """Add object light (h, w), in units of the sky level."""
-        self.light_parts.append((np.asarray(light, np.float32), np.asarray(color, np.float64)))
+    def shine(self, light, color, spread=None):
+        """Add object light (h, w), in units of the sky level, in a color or one near it."""
+        light = np.asarray(light, np.float32)
+        color = np.asarray(color, np.float64)
+        if spread is not None:
+            color = _color(self.rng, color, spread)
+        self.light_parts.append((light, color))
 
-    def galaxy(self, x, y, width, brightness):
-        """A spiral or an elliptical: `width` across where it has `brightness` (of the sky level), fainter beyond."""
+    def random_galaxy(self, within, width, brightness):
+        """A galaxy in the middle `within` of the frame; a width and a brightness from ranges."""
+        center = self.place(within)
+        self.galaxy(
+            center,
+            width=self.uniform(*width),
+            brightness=self.uniform(*brightness),
+        )
+
+    def galaxy(self, center, width, brightness):
+        """A spiral or an elliptical, `width` across where it has `brightness`, fainter beyond."""
         rng = self.rng
-        angle, ratio = rng.uniform(0, np.pi), rng.uniform(0.3, 0.95)
-        r = self.distance(x, y, angle, ratio) / (width / 2)
-        warm, blue = _color(rng, (1.2, 1.0, 0.75), 0.1), _color(rng, (0.85, 1.0, 1.1), 0.1)
-        if rng.random() < 0.35:                             # elliptical: one Sersic profile
-            n = rng.uniform(1.5, 3)
-            steep = rng.uniform(4.5, 6.0)                   # magnitudes of e between the center and r = 1
-            self.shine(brightness * np.exp(steep * (1 - np.sqrt(r ** 2 + 0.005 ** 2) ** (1 / n))), warm)
-            return
-        lengths = rng.uniform(3.0, 4.5)                     # disk scale lengths out to r = 1
+        angle = self.uniform(0, np.pi)
+        ratio = self.uniform(0.3, 0.95)
+        warm = _color(rng, OLD_STARS, 0.1)
+        blue = _color(rng, YOUNG_STARS, 0.1)
+        if self.chance(0.35):
+            radius = width / 2
+            r = self.distance(center, angle, ratio) / radius
+            n = self.uniform(1.5, 3)
+            steep = self.uniform(4.5, 6.0)
+            light = brightness * _sersic(r, n, steep)
+            self.shine(light, warm)
+        else:
+            self.spiral(center, width, brightness, angle, ratio, warm, blue)
+
+    def spiral(self, center, width, brightness, angle, ratio, warm, blue):
+        """A spiral galaxy: a disk with arms and clumps in `blue`, a bulge in `warm`."""
+        radius = width / 2
+        r = self.distance(center, angle, ratio) / radius
+        lengths = self.uniform(3.0, 4.5)  # scale lengths of the disk out to r = 1
         disk = brightness * np.exp(lengths * (1 - r))
-        dx, dy = self.x - x, self.y - y
-        theta = np.arctan2((dy * np.cos(angle) - dx * np.sin(angle)) / ratio, dx * np.cos(angle) + dy * np.sin(angle))
-        phase = theta * 2 - np.log(r + 0.05) * 2 / np.tan(rng.uniform(0.25, 0.6)) * rng.choice((-1, 1))
-        contrast = rng.uniform(0.2, 0.6) * np.clip(r / 0.25, 0, 1)          # no arms in the bulge
-        arms = 1 + contrast * np.cos(phase + 0.5 * self.fractal(2.5))
-        clumps = np.exp(0.35 * np.clip(r / 0.25, 0, 1) * self.fractal(2.5) - 0.06)
+
+        along, across = self.turned(angle, center)
+        theta = np.arctan2(across / ratio, along)
+        pitch = self.uniform(0.25, 0.6)
+        winding = np.log(r + 0.05) * 2
+        winding = winding / np.tan(pitch)
+        handedness = self.sign()
+        phase = theta * 2 - winding * handedness
+        outside_bulge = np.clip(r / 0.25, 0, 1)  # no arms and no clumps in the bulge
+        contrast = self.uniform(0.2, 0.6)
+        contrast = contrast * outside_bulge
+        wobble = 0.5 * self.fractal(2.5)
+        arms = 1 + contrast * np.cos(phase + wobble)
+        uneven = 0.35 * outside_bulge
+        uneven = uneven * self.fractal(2.5)
+        clumps = np.exp(uneven - 0.06)
         self.shine(disk * arms * clumps, blue)
-        core = brightness * rng.uniform(20, 150) * np.exp(-np.sqrt(r ** 2 + 0.01 ** 2) / rng.uniform(0.05, 0.1))
-        self.shine(core, warm)
+
+        peak = self.uniform(20, 150)
+        length = self.uniform(0.05, 0.1)
+        blunt = np.sqrt(r ** 2 + 0.01 ** 2)
+        core = np.exp(-blunt / length)
+        self.shine(brightness * peak * core, warm)
 
     def nebula(self, coverage, brightness, sharpness=0.15):
-        """Diffuse light with filaments, irregular, over `coverage` of the frame; its brightest 1 % has `brightness`."""
-        rng = self.rng
-        x, y = self.place(0.5 * (1 - coverage))
-        r = self.distance(x, y, rng.uniform(0, np.pi), rng.uniform(0.6, 1))
-        field = -r / 0.2 + rng.uniform(0.7, 1.3) * self.fractal(rng.uniform(2.9, 4.0))
+        """An irregular nebula over `coverage` of the frame; its brightest 1 % has `brightness`."""
+        spread = 0.5 * (1 - coverage)
+        center = self.place(spread)
+        r = self.random_distance(center, 0.6)
+        ragged = self.uniform(0.7, 1.3)
+        slope = self.uniform(2.9, 4.0)
+        field = -r / 0.2 + ragged * self.fractal(slope)
+        self.filaments(field, coverage, brightness, sharpness)
+
+    def filaments(self, field, coverage, brightness, sharpness=0.15):
+        """Light with filaments where `field` (h, w) is in its highest `coverage` (0-1)."""
         edge = np.quantile(field, 1 - coverage)
-        inside = np.clip(field - edge, 0, None)
-        body = inside ** rng.uniform(1.0, 2.5)              # fades to nothing at its edge, from crisp to very soft
-        filaments = np.exp(-np.abs(self.fractal(rng.uniform(2.8, 3.3))) / sharpness) * rng.uniform(0.5, 2.0)
-        knots = np.exp(0.5 * self.fractal(rng.uniform(2.6, 3.2)))
-        red, teal = _color(rng, (1.9, 0.55, 0.55), 0.15), _color(rng, (0.4, 1.25, 1.35), 0.15)
+        inside = _above(field, edge)
+        # It fades to nothing at its edge, from crisp to very soft.
+        body = inside ** self.uniform(1.0, 2.5)
+        slope = self.uniform(2.8, 3.3)
+        ridges = np.abs(self.fractal(slope))
+        strength = self.uniform(0.5, 2.0)
+        filaments = np.exp(-ridges / sharpness)
+        filaments = filaments * strength
+        slope = self.uniform(2.6, 3.2)
+        knots = np.exp(0.5 * self.fractal(slope))
+        red = _color(self.rng, RED, 0.15)
+        teal = _color(self.rng, TEAL, 0.15)
         glow = body * knots * (1 + filaments)
-        glow *= brightness / np.quantile(glow, 0.99)
+        glow = _with_peak(glow, brightness)
         self.shine(glow, red)
-        if rng.random() < 0.6:                              # doubly ionized oxygen or reflected starlight
-            core = body ** 1.5 * np.exp(0.6 * self.fractal(2.8))
-            self.shine(core * (brightness * rng.uniform(0.15, 0.6) / np.quantile(core, 0.99)), teal)
+        if self.chance(0.6):  # doubly ionized oxygen or reflected starlight
+            knots = np.exp(0.6 * self.fractal(2.8))
+            core = body ** 1.5 * knots
+            peak = brightness * self.uniform(0.15, 0.6)
+            core = _with_peak(core, peak)
+            self.shine(core, teal)
 
     def small_galaxies(self):
         """None to six distant galaxies, as most deep pictures have."""
         for _ in range(self.rng.integers(0, 7)):
-            x, y = self.place(1.0)
-            width, ratio, angle = self.rng.uniform(0.004, 0.02), self.rng.uniform(0.3, 1), self.rng.uniform(0, np.pi)
-            r = self.distance(x, y, angle, ratio) / (width / 2)
-            self.shine(self.rng.uniform(0.02, 0.2) * np.exp(3 * (1 - r)), _color(self.rng, (1.1, 1.0, 0.9), 0.1))
+            center = self.place(1.0)
+            width = self.uniform(0.004, 0.02)
+            ratio = self.uniform(0.3, 1)
+            angle = self.uniform(0, np.pi)
+            radius = width / 2
+            r = self.distance(center, angle, ratio) / radius
+            brightness = self.uniform(0.02, 0.2)
+            light = brightness * np.exp(3 * (1 - r))
+            self.shine(light, DUST, 0.1)
+
+    def add_elliptical(self, light, center, width, brightness):
+        """Add an elliptical galaxy to `light` (h, w), out to 5 times where it has `brightness`.
+
+        It is drawn in a stamp: a cluster has dozens of them.
+        """
+        angle = self.uniform(0, np.pi)
+        ratio = self.uniform(0.55, 1)
+        n = self.uniform(1, 2)
+        steep = self.uniform(3.5, 5)
+        x, y = center
+        radius = width / 2
+        reach = 5 * radius
+        dx = np.abs(self.x[0] - x)
+        dy = np.abs(self.y[:, 0] - y)
+        columns = np.flatnonzero(dx < reach)
+        rows = np.flatnonzero(dy < reach)
+        if len(rows) == 0 or len(columns) == 0:
+            return
+
+        stamp_x = self.x[:, columns]
+        stamp_y = self.y[rows]
+        along, across = _turn(stamp_x, stamp_y, angle, center)
+        seeing = 0.7 / self.longer  # it blurs the tip
+        squares = along ** 2 + (across / ratio) ** 2
+        r = np.sqrt(squares + seeing ** 2) / radius
+        profile = np.exp(steep * (1 - r ** (1 / n)))
+        rim = np.exp(steep * (1 - 5 ** (1 / n)))
+        stamp = brightness * _above(profile, rim)
+        light[np.ix_(rows, columns)] += stamp
 
     # -- the picture
 
     def finish(self, channels, border):
         """Put sky, objects, stars and noise together -> Scene."""
-        height, width = self.shape
-
-        def seen(color):                                    # (3,) -> (c,)
-            return np.asarray(color) if channels == 3 else np.asarray([np.mean(color)])
-
-        sky = np.empty((height, width, channels))           # over the pedestal
-        sky[:] = self.level * seen(self.sky_color)
-        for shape, color in self.sky_parts:
-            sky += shape[..., None] * (self.level * seen(color))
-        light = np.zeros((height, width, channels), np.float32)
-        for shape, color in self.light_parts:
-            light += shape[..., None] * (self.level * seen(color)).astype(np.float32)
-        typical = np.median(sky[::4, ::4], axis=(0, 1))     # (c,)
-        noise = self.noise_fraction * typical
-        for channel, star_light in enumerate(self.stars(noise.mean(), seen)):
-            light[..., channel] += star_light
+        sky = self.sky_over_pedestal(channels)  # (h, w, c)
+        typical = np.median(sky[::4, ::4], axis=(0, 1))  # (c,)
+        noise = self.noise_fraction * typical  # (c,)
+        extended = np.zeros(sky.shape, np.float32)
+        self.add(extended, self.light_parts)
+        light = extended.copy()
+        for k, star_light in enumerate(self.stars(noise.mean(), channels)):
+            light[..., k] += star_light
+        self.add(light, self.star_parts)
         if self.vignette is not None:
-            sky *= self.vignette[..., None]
-            light *= self.vignette[..., None].astype(np.float32)
+            dimmed = self.vignette[..., None]
+            sky *= dimmed
+            dimmed = dimmed.astype(np.float32)
+            light *= dimmed
+            extended *= dimmed
 
-        object_mask = (light > 0.5 * noise).any(axis=2)
-        clean = sky + light                                 # (h, w, c)
-        if self.hill is not None:                           # hills stand in front of the sky and of the stars
+        bright = light > 0.5 * noise
+        object_mask = bright.any(axis=2)
+        clean = sky + light
+        if self.hill is not None:  # hills stand in front of the sky and of the stars
             cover, brightness, color = self.hill
-            dark = brightness[..., None] * (self.level * seen(color))
-            clean += cover[..., None] * (dark - clean)
+            color = self.level * _seen(color, channels)
+            dark = brightness[..., None] * color
+            hidden = cover[..., None]
+            clean += hidden * (dark - clean)
+            extended *= (1 - hidden).astype(np.float32)
             object_mask |= cover > 0
-        coverage = self.coverage() if border else np.ones(self.shape)
+
+        coverage = np.ones(self.shape)
+        if border or self.turn is not None:
+            coverage = self.coverage()
         valid = coverage > 0
-        # Photon noise grows with the light; the mean of fewer frames is noisier.
-        variance = self.read_share + (1 - self.read_share) * clean / typical
-        variance /= np.maximum(coverage, 1e-9)[..., None]
-        pixels = self.pixel_rng.standard_normal(sky.shape, np.float32)
-        if self.pixel_rng.random() < 0.5:                   # registration interpolates: neighbors share their noise
-            pixels = ndimage.uniform_filter(pixels, (2, 2, 1)) * 2
-        pedestal = seen(self.pedestal)
-        image = clean + pedestal + pixels * np.sqrt(variance) * noise
-        image = np.clip(image, 1e-6, 1).astype(np.float32)  # not 0: that is what missing means
+        pedestal = _seen(self.pedestal, channels)
+        darkest = 1e-6  # not 0: that is what missing means
+        if self.headroom is not None:  # too much was subtracted: the dark end is in the noise
+            lowest = sky.min(axis=(0, 1))
+            pedestal = self.headroom * noise - lowest
+            darkest = 0
+        grain = self.grain(clean / typical, coverage)
+        image = clean + pedestal + grain * noise
+        image = np.clip(image, darkest, 1)
+        image = image.astype(np.float32)
         image[~valid] = 0
-        return Scene(image, sky + pedestal, valid, object_mask, noise, self.family, self.seed)
+        return Scene(
+            image=image,
+            sky=sky + pedestal,
+            valid=valid,
+            object_mask=object_mask,
+            light=extended,
+            noise=noise,
+            family=self.family,
+            seed=self.seed,
+        )
 
-    def stars(self, noise, seen):
-        """Light of all stars, one (h, w) map per channel, full scale = 1 (a star may exceed it: saturated).
+    def sky_over_pedestal(self, channels):
+        """The sky's even level and its parts -> (h, w, c)."""
+        sky = np.empty(self.shape + (channels,))
+        sky[:] = self.level * _seen(self.sky_color, channels)
+        self.add(sky, self.sky_parts)
+        return sky
 
-        Number counts follow a power law; profiles are Moffat's. Stars of like size are drawn together in stamps.
+    def add(self, picture, parts):
+        """Add maps times colors to a picture (h, w, c), in its own precision."""
+        channels = picture.shape[2]
+        for shape, color in parts:
+            color = self.level * _seen(color, channels)
+            color = color.astype(picture.dtype)
+            picture += shape[..., None] * color
+
+    def grain(self, relative, coverage):
+        """Noise (h, w, c) of pixels with `relative` light, 1 = typical sky, in units of its noise.
+
+        Photon noise grows with the light; the mean of fewer frames is noisier.
+        """
+        photon_share = 1 - self.read_share
+        variance = self.read_share + photon_share * relative
+        frames = np.maximum(coverage, 1e-9)
+        variance /= frames[..., None]
+        rng = self.pixel_rng
+        pixels = rng.standard_normal(relative.shape, np.float32)
+        if rng.random() < 0.5:  # registration interpolates: neighbors share noise
+            pixels = ndimage.uniform_filter(pixels, (2, 2, 1))
+            pixels = pixels * 2
+        return pixels * np.sqrt(variance)
+
+    def stars(self, noise, channels):
+        """Light of all stars: one (h, w) map a channel, full scale = 1 (saturated stars exceed it).
+
+        Number counts follow a power law; profiles are Moffat's.
         """
         height, width = self.shape
         rng = self.star_rng
-        slope, fwhm, beta = rng.uniform(0.6, 0.9), rng.uniform(1.5, 2.5), rng.uniform(2.5, 4.5)
-        # A larger picture of the same field goes deeper, but its stars do not simply multiply with its pixels.
-        count = int(self.star_count * (height * width / 240000) ** 0.6)
-        draws = rng.random((count, 5))                      # one row a star: a larger frame only adds rows
-        x, y = draws[:, 0] * width, draws[:, 1] * height
+        slope = rng.uniform(0.6, 0.9)
+        fwhm = rng.uniform(1.5, 2.5)  # pixels
+        beta = rng.uniform(2.5, 4.5)
+        # A larger picture of a field goes deeper, but its stars do not multiply with its pixels.
+        larger = height * width / 240000
+        count = int(self.star_count * larger ** 0.6)
+        draws = rng.random((count, 5))  # one row a star: a larger frame only adds rows
+        x = draws[:, 0] * width
+        y = draws[:, 1] * height
         if self.star_density is not None:
-            keep = draws[:, 2] < self.star_density[y.astype(int), x.astype(int)]
-            x, y, draws = x[keep], y[keep], draws[keep]
-        peak = np.minimum(2 * noise * (1 - draws[:, 3]) ** (-1 / slope), 4.0)
-        brightest = np.argsort(peak)[::-1][:self.halo_count]
-        peak[brightest] = np.maximum(peak[brightest], rng.uniform(1, 6, len(brightest)))  # saturated
-        warmth = 0.35 * (draws[:, 4] - 0.5)
-        colors = np.stack([1 + warmth, np.ones_like(warmth), 1 - warmth], 1)            # (count, 3)
-        colors = np.stack([seen(color) for color in colors]) if len(colors) else np.ones((0, len(seen(NEUTRAL))))
+            rows, columns = y.astype(int), x.astype(int)
+            chance = self.star_density[rows, columns]
+            keep = draws[:, 2] < chance
+            x = x[keep]
+            y = y[keep]
+            draws = draws[keep]
 
-        core = fwhm / 2 / np.sqrt(2 ** (1 / beta) - 1)
-        reach = core * np.sqrt((peak / (0.05 * noise)) ** (1 / beta) - 1)               # pixels, to 1/20 of the noise
-        maps = [np.zeros(height * width) for _ in range(colors.shape[1])]
+        rarity = 1 - draws[:, 3]
+        peak = 2 * noise * rarity ** (-1 / slope)
+        peak = np.minimum(peak, 4.0)
+        brightest = np.argsort(peak)[::-1]
+        brightest = brightest[:self.halo_count]
+        saturated = rng.uniform(1, 6, len(brightest))
+        peak[brightest] = np.maximum(peak[brightest], saturated)
+        warmth = 0.35 * (draws[:, 4] - 0.5)
+        green = np.ones_like(warmth)
+        colors = np.stack([1 + warmth, green, 1 - warmth], 1)  # (count, 3)
+        colors = [_seen(color, channels) for color in colors]
+        colors = np.reshape(colors, (-1, channels))  # (count, c), of none as well
+
+        half = 2 ** (1 / beta) - 1  # (r / core)^2 where a profile has half its peak
+        core = fwhm / 2 / np.sqrt(half)
+        maps = self.star_maps(x, y, peak, colors, noise, core, beta)
+        for star in brightest:  # scattered light: wide, faint, and no sky
+            scale = rng.uniform(0.005, 0.03)
+            strength = rng.uniform(0.05, 0.6)
+            strength = strength * self.level
+            halo_x = x[star] / self.longer - self.half_x
+            halo_y = y[star] / self.longer - self.half_y
+            r = self.distance((halo_x, halo_y))
+            halo = strength * np.exp(-r / scale)
+            for k, star_map in enumerate(maps):
+                star_map += halo * colors[star, k]
+        return maps
+
+    def star_maps(self, x, y, peak, colors, noise, core, beta):
+        """Moffat profiles of stars -> one (h, w) map a channel.
+
+        x, y (n,) are in pixels, colors (n, c). Stars of like size are drawn together in stamps of
+        (s, s) pixels.
+        """
+        height, width = self.shape
+        contrast = peak / (0.05 * noise)
+        squares = contrast ** (1 / beta) - 1
+        reach = core * np.sqrt(squares)  # pixels, to a 20th of the noise
+        flat_maps = [np.zeros(height * width) for _ in colors.T]
         smaller = 0
         for size in (8, 16, 32, 64, 128, 256):
-            group = (reach > smaller) & ((reach <= size) | (size == 256))
+            fits = (reach <= size) | (size == 256)
+            group = (reach > smaller) & fits
             smaller = size
             if not group.any():
                 continue
+            star_x = x[group][:, None, None]
+            star_y = y[group][:, None, None]
+            star_peak = peak[group][:, None, None]
             offset = np.arange(-size, size + 1)
-            columns = x[group].astype(int)[:, None, None] + offset[None, None, :]       # (k, 1, s)
-            rows = y[group].astype(int)[:, None, None] + offset[None, :, None]          # (k, s, 1)
-            r2 = (columns + 0.5 - x[group][:, None, None]) ** 2 + (rows + 0.5 - y[group][:, None, None]) ** 2
-            profile = (1 + r2 / core ** 2) ** -beta - (1 + (size / core) ** 2) ** -beta  # ends at 0: no square rims
-            profile = np.clip(profile, 0, None) * peak[group][:, None, None]
-            inside = (columns >= 0) & (columns < width) & (rows >= 0) & (rows < height)
-            index = (rows * width + columns)[inside]
-            for channel, flat in enumerate(maps):
-                weights = (profile * colors[group, channel][:, None, None])[inside]
-                flat += np.bincount(index, weights, minlength=flat.size)
-        maps = [flat.reshape(height, width) for flat in maps]
+            columns = star_x.astype(int) + offset[None, None, :]  # (n, 1, s)
+            rows = star_y.astype(int) + offset[None, :, None]  # (n, s, 1)
+            dx = columns + 0.5 - star_x
+            dy = rows + 0.5 - star_y
+            r2 = dx ** 2 + dy ** 2  # (n, s, s)
+            rim = (1 + (size / core) ** 2) ** -beta
+            profile = (1 + r2 / core ** 2) ** -beta
+            profile = _above(profile, rim)  # ends at 0: no square rims
+            profile = profile * star_peak
 
-        for star in brightest:                              # scattered light: wide, faint, and no sky
-            scale, strength = rng.uniform(0.005, 0.03), rng.uniform(0.05, 0.6) * self.level
-            r = self.distance(x[star] / self.longer - self.half_x, y[star] / self.longer - self.half_y)
-            halo = strength * np.exp(-r / scale)
-            for channel, star_map in enumerate(maps):
-                star_map += halo * colors[star, channel]
-        return maps
+            in_width = (columns >= 0) & (columns < width)
+            in_height = (rows >= 0) & (rows < height)
+            inside = in_width & in_height  # (n, s, s)
+            index = rows * width + columns
+            index = index[inside]
+            for k, flat in enumerate(flat_maps):
+                color = colors[group, k]
+                light = profile * color[:, None, None]
+                flat += np.bincount(index, light[inside], minlength=flat.size)
+        return [flat.reshape(height, width) for flat in flat_maps]
 
     def coverage(self):
-        """Share of the stacked frames that cover each pixel (h, w), 0 to 1: frames shifted and turned a little."""
+        """Share (h, w), 0 to 1, of the stacked frames, a little shifted and turned, on a pixel."""
         rng = self.border_rng
         drift = rng.uniform(0, 2 * np.pi)
-        shift = rng.uniform(0.012, 0.025) * np.array([np.cos(drift), np.sin(drift)])
+        direction = np.array([np.cos(drift), np.sin(drift)])
+        shift = rng.uniform(0.012, 0.025)
+        shift = shift * direction
         turn = rng.uniform(-0.012, 0.012)
-        frames = 1 if rng.random() < 0.4 else 6             # one: the hard edge of a cropped-to-reference stack
+        if self.turn is not None:
+            turn += self.turn
+        if rng.random() < 0.4:  # the hard edge of a stack cropped to its reference
+            frames, wander, wobble = 1, 0, 0
+        else:
+            frames, wander, wobble = 6, 0.008, 0.004
         covered = np.zeros(self.shape)
         for _ in range(frames):
-            x, y = shift + rng.uniform(-0.008, 0.008, 2) * (frames > 1)
-            angle = turn + rng.uniform(-0.004, 0.004) * (frames > 1)
-            along = (self.x - x) * np.cos(angle) + (self.y - y) * np.sin(angle)
-            across = (self.y - y) * np.cos(angle) - (self.x - x) * np.sin(angle)
-            covered += (np.abs(along) <= self.half_x) & (np.abs(across) <= self.half_y)
+            center = shift + rng.uniform(-wander, wander, 2)
+            angle = turn + rng.uniform(-wobble, wobble)
+            along, across = self.turned(angle, center)
+            in_width = np.abs(along) <= self.half_x
+            in_height = np.abs(across) <= self.half_y
+            covered += in_width & in_height
         return covered / frames
 
 
-def _color(rng, around, spread):
-    """A color (3,) near `around`, each channel off by up to `spread` (a fraction)."""
-    return np.asarray(around) * rng.uniform(1 - spread, 1 + spread, 3)
-
-
-# ---------------------------------------------------------------------------------------------- the families
+# ------------------------------------------------------------------------------------------------
+# The families
+# ------------------------------------------------------------------------------------------------
 
 def _galaxy(canvas):
     """A large galaxy, its outskirts fading into a tilted sky."""
-    rng = canvas.rng
     canvas.tilt(0.2, 1.0)
-    canvas.galaxy(*canvas.place(0.35), width=rng.uniform(0.15, 0.35),
-                  brightness=rng.uniform(0.02, 0.08))
-    if rng.random() < 0.4:                                  # a companion
-        canvas.galaxy(*canvas.place(0.8), width=rng.uniform(0.03, 0.07), brightness=rng.uniform(0.03, 0.1))
+    canvas.random_galaxy(
+        within=0.35,
+        width=(0.15, 0.35),
+        brightness=(0.02, 0.08),
+    )
+    if canvas.chance(0.4):  # a companion
+        canvas.random_galaxy(
+            within=0.8,
+            width=(0.03, 0.07),
+            brightness=(0.03, 0.1),
+        )
     canvas.small_galaxies()
 
 
@@ -410,7 +865,9 @@ def _nebula(canvas):
     """An emission nebula over about a third of the frame, between the glows of two towns."""
     canvas.city_glow()
     canvas.city_glow()
-    canvas.nebula(canvas.rng.uniform(0.25, 0.40), np.exp(canvas.rng.uniform(np.log(0.3), np.log(3))))
+    coverage = canvas.uniform(0.25, 0.40)
+    brightness = canvas.log_uniform(0.3, 3)
+    canvas.nebula(coverage, brightness)
 
 
 def _city_glows(canvas):
@@ -423,98 +880,495 @@ def _city_glows(canvas):
 
 def _airglow(canvas):
     """A wavy band across the frame and a small bright glow in one corner."""
-    rng = canvas.rng
-    angle, offset = rng.uniform(0, np.pi), rng.uniform(-0.2, 0.2)
-    along = canvas.x * np.cos(angle) + canvas.y * np.sin(angle)
-    across = canvas.y * np.cos(angle) - canvas.x * np.sin(angle) - offset
-    across = across + rng.uniform(0.02, 0.07) * np.sin(2 * np.pi * along / rng.uniform(0.5, 1.1) + rng.uniform(0, 6.28))
-    canvas.brighten(np.exp(-across ** 2 / 2 / rng.uniform(0.08, 0.2) ** 2), rng.uniform(0.15, 0.5))
-    side_x, side_y = rng.choice((-1, 1), 2)
-    r = canvas.distance(side_x * canvas.half_x * rng.uniform(0.95, 1.1),
-                        side_y * canvas.half_y * rng.uniform(0.95, 1.1))
-    canvas.brighten(np.exp(-(r / rng.uniform(0.10, 0.15)) ** 2 / 2), rng.uniform(0.4, 1.5))
+    uniform = canvas.uniform
+    angle = uniform(0, np.pi)
+    offset = uniform(-0.2, 0.2)
+    along, across = canvas.turned(angle)
+    height = uniform(0.02, 0.07)
+    length = uniform(0.5, 1.1)
+    phase = uniform(0, 6.28)
+    wave = np.sin(2 * np.pi * along / length + phase)
+    across = across - offset + height * wave
+    width = uniform(0.08, 0.2)
+    band = np.exp(-across ** 2 / 2 / width ** 2)
+    amount = uniform(0.15, 0.5)
+    canvas.brighten(band, amount)
+
+    side_x, side_y = canvas.rng.choice((-1, 1), 2)
+    corner_x = side_x * canvas.half_x
+    corner_x = corner_x * uniform(0.95, 1.1)
+    corner_y = side_y * canvas.half_y
+    corner_y = corner_y * uniform(0.95, 1.1)
+    r = canvas.distance((corner_x, corner_y))
+    r = r / uniform(0.10, 0.15)
+    amount = uniform(0.4, 1.5)
+    canvas.brighten(_gaussian(r), amount)
     canvas.tilt(0.05, 0.3)
     canvas.small_galaxies()
 
 
 def _dust(canvas):
     """Faint dust lit by the Milky Way over most of the frame; the truth is the sky without it."""
-    rng = canvas.rng
-    if rng.random() < 0.5:
+    uniform = canvas.uniform
+    if canvas.chance(0.5):
         canvas.city_glow(0.3, 0.8)
     canvas.tilt(0.3, 0.8)
-    gradient = sum(shape * color.mean() for shape, color in canvas.sky_parts)
-    cirrus = canvas.fractal(rng.uniform(2.6, 3.3), stretch=rng.uniform(0.6, 1.6))
-    wisps = np.exp(-np.abs(canvas.fractal(2.8)) / 0.3)
-    cirrus = np.clip(cirrus - np.quantile(cirrus, rng.uniform(0.1, 0.35)), 0, None) ** 1.3 * (1 + 0.6 * wisps)
-    cirrus *= rng.uniform(0.1, 0.3) * np.ptp(gradient) / np.quantile(cirrus, 0.99)
-    canvas.shine(cirrus, _color(rng, (1.1, 1.0, 0.9), 0.1))
+    slope = uniform(2.6, 3.3)
+    stretch = uniform(0.6, 1.6)
+    cirrus = canvas.fractal(slope, stretch)
+    ridges = np.abs(canvas.fractal(2.8))
+    wisps = np.exp(-ridges / 0.3)
+    clear_share = uniform(0.1, 0.35)
+    clear = np.quantile(cirrus, clear_share)
+    cirrus = _above(cirrus, clear) ** 1.3
+    cirrus = cirrus * (1 + 0.6 * wisps)
+    peak = uniform(0.1, 0.3)
+    peak = peak * canvas.span()
+    cirrus = _with_peak(cirrus, peak)
+    canvas.shine(cirrus, DUST, 0.1)
     canvas.small_galaxies()
 
 
 def _moon(canvas):
     """Moonlight from beyond a side or corner: the brightest sky 6 to 10 times the darkest."""
-    rng = canvas.rng
-    x, y = canvas.at_edge(rng.uniform(0.1, 0.6))
-    r = canvas.distance(x, y)
-    if rng.random() < 0.5:
-        glow = np.exp(-np.sqrt(r ** 2 + 0.1 ** 2) / rng.uniform(0.25, 0.5))
+    uniform = canvas.uniform
+    outside = uniform(0.1, 0.6)
+    r = canvas.distance(canvas.at_edge(outside))
+    if canvas.chance(0.5):
+        blunt = np.sqrt(r ** 2 + 0.1 ** 2)
+        glow = np.exp(-blunt / uniform(0.25, 0.5))
     else:
-        glow = np.exp(-(r / rng.uniform(0.4, 0.7)) ** 2 / 2)
-    canvas.level = np.exp(rng.uniform(np.log(0.008), np.log(0.04)))        # the dark end: 8 times that is still linear
-    canvas.brighten(glow, rng.uniform(5, 9), spread=0.15)
-    if rng.random() < 0.4:
-        canvas.galaxy(*canvas.place(0.6), width=rng.uniform(0.06, 0.15), brightness=rng.uniform(0.05, 0.2))
+        glow = _gaussian(r / uniform(0.4, 0.7))
+    canvas.level = canvas.log_uniform(0.008, 0.04)  # the dark end: 8 times that is still linear
+    amount = uniform(5, 9)
+    canvas.brighten(glow, amount, spread=0.15)
+    if canvas.chance(0.4):
+        canvas.random_galaxy(
+            within=0.6,
+            width=(0.06, 0.15),
+            brightness=(0.05, 0.2),
+        )
     canvas.small_galaxies()
 
 
 def _hills(canvas):
-    """Dark hills before the lower 10-25 % of a sky that brightens to the horizon; upside down in one of four."""
-    rng = canvas.rng
-    upside = -1 if rng.random() < 0.25 else 1
-    up = (canvas.half_y - upside * canvas.y) + 0 * canvas.x                 # height over the frame's lower edge
+    """Dark hills before the lower 10-25 % of a sky that brightens to the horizon.
+
+    One in four is upside down.
+    """
+    uniform = canvas.uniform
+    upside = -1 if canvas.chance(0.25) else 1
+    up = canvas.half_y - upside * canvas.y  # (h, 1) over the frame's lower edge
+    up = up + 0 * canvas.x  # (h, w)
     reach = 2 * canvas.half_y
-    canvas.brighten(np.exp(-up / (reach * rng.uniform(0.25, 0.6))), rng.uniform(0.5, 2.0))
+    length = reach * uniform(0.25, 0.6)
+    glow = np.exp(-up / length)
+    amount = uniform(0.5, 2.0)
+    canvas.brighten(glow, amount)
     canvas.tilt(0.05, 0.4)
-    if rng.random() < 0.5:
+    if canvas.chance(0.5):
         canvas.city_glow(0.2, 0.5)
-    ridge = canvas.fractal(rng.uniform(2.6, 3.4))[canvas.shape[0] // 2]     # (w,) one line of a texture is a skyline
-    trees = np.abs(canvas.fractal(1.4)[canvas.shape[0] // 3])
+
+    # One line of a texture is a skyline.
+    rows = canvas.shape[0]
+    slope = uniform(2.6, 3.4)
+    ridge = canvas.fractal(slope)[rows // 2]  # (w,)
+    trees = canvas.fractal(1.4)[rows // 3]  # (w,)
+    trees = np.abs(trees)
     ridge = ridge - ridge.mean()
-    ridge = reach * (rng.uniform(0.10, 0.25) + 0.03 * ridge / max(ridge.std(), 1e-9) + rng.uniform(0, 0.006) * trees)
-    cover = np.clip((ridge[None, :] - up) * canvas.longer + 0.5, 0, 1)      # an edge one pixel soft
-    ground = rng.uniform(0.03, 0.5) * np.exp(rng.uniform(0.1, 0.5) * canvas.fractal(1.8))
-    canvas.hill = cover, ground, _color(rng, (1.0, 1.0, 0.9), 0.2)
+    height = uniform(0.10, 0.25)
+    roughness = max(ridge.std(), 1e-9)
+    bumps = 0.03 * ridge / roughness
+    tree_height = uniform(0, 0.006)
+    ridge = reach * (height + bumps + tree_height * trees)
+    below = (ridge[None, :] - up) * canvas.longer  # pixels
+    cover = np.clip(below + 0.5, 0, 1)  # an edge one pixel soft
+    brightness = uniform(0.03, 0.5)
+    uneven = uniform(0.1, 0.5)
+    rocks = np.exp(uneven * canvas.fractal(1.8))
+    color = _color(canvas.rng, (1.0, 1.0, 0.9), 0.2)
+    canvas.hill = cover, brightness * rocks, color
 
 
 def _stars(canvas):
     """A dense Milky Way field: thousands of stars, the unresolved ones a faint band."""
-    rng = canvas.rng
+    uniform = canvas.uniform
     canvas.tilt(0.3, 1.0)
-    if rng.random() < 0.5:
+    if canvas.chance(0.5):
         canvas.city_glow(0.2, 0.5)
-    canvas.star_count = rng.uniform(2500, 6000)
-    angle = rng.uniform(0, np.pi)
-    across = canvas.y * np.cos(angle) - canvas.x * np.sin(angle) - rng.uniform(-0.2, 0.2)
-    band = np.exp(-across ** 2 / 2 / rng.uniform(0.15, 0.35) ** 2) * np.exp(0.3 * canvas.fractal(2.8))
+    canvas.star_count = uniform(2500, 6000)
+    angle = uniform(0, np.pi)
+    _, across = canvas.turned(angle)
+    across = across - uniform(-0.2, 0.2)
+    width = uniform(0.15, 0.35)
+    band = np.exp(-across ** 2 / 2 / width ** 2)
+    patches = np.exp(0.3 * canvas.fractal(2.8))
+    band = band * patches
     band /= band.max()
     canvas.star_density = 0.5 + 0.5 * band
-    canvas.shine(rng.uniform(0.002, 0.01) * band, _color(rng, (1.1, 1.0, 0.9), 0.05))
+    brightness = uniform(0.002, 0.01)
+    canvas.shine(brightness * band, DUST, 0.05)
 
 
 def _flat(canvas):
     """Nearly nothing to remove: a gradient of 3-25 % of the pixel noise."""
-    canvas.tilt(0.03 * canvas.noise_fraction, 0.25 * canvas.noise_fraction)
+    noise = canvas.noise_fraction
+    canvas.tilt(0.03 * noise, 0.25 * noise)
     canvas.small_galaxies()
 
 
 def _big_nebula(canvas):
     """A nebula over more than 60 % of the frame, on a plane."""
     canvas.tilt(0.2, 0.8)
-    canvas.nebula(canvas.rng.uniform(0.6, 0.8), np.exp(canvas.rng.uniform(np.log(0.3), np.log(2))))
+    coverage = canvas.uniform(0.6, 0.8)
+    brightness = canvas.log_uniform(0.3, 2)
+    canvas.nebula(coverage, brightness)
 
 
 def _full_object(canvas):
     """An object over nearly the whole frame: too little sky to tell."""
     canvas.tilt(0.2, 0.6)
-    canvas.nebula(canvas.rng.uniform(0.93, 0.99), np.exp(canvas.rng.uniform(np.log(0.3), np.log(2))), sharpness=0.3)
+    coverage = canvas.uniform(0.93, 0.99)
+    brightness = canvas.log_uniform(0.3, 2)
+    canvas.nebula(coverage, brightness, sharpness=0.3)
+
+
+def _short_stack(canvas):
+    """A few minutes of a smart telescope: a soft nebula in much noise.
+
+    The frame is turned, so that wedges are missing, with and without `border`.
+    """
+    uniform = canvas.uniform
+    canvas.tilt(0.15, 0.6, curvature=0.5)
+    if canvas.chance(0.5):
+        canvas.city_glow(0.1, 0.4)
+    gradient = canvas.gradient()
+    low, middle, high = np.percentile(gradient, (1, 50, 99))
+    span = high - low
+    noise = uniform(0.3, 0.7) * span
+    canvas.noise_fraction = noise / (1 + middle)
+    side = canvas.sign()
+    degrees = uniform(5, 12)
+    canvas.turn = side * np.deg2rad(degrees)
+
+    x, y = canvas.place(0.35)
+    width = uniform(0.2, 0.45)
+    soft = uniform(1.4, 2.2)
+    cloud = canvas.blob((x, y), width, soft)
+    for _ in range(canvas.rng.integers(1, 4)):
+        dx, dy = canvas.rng.normal(0, 0.35 * width, 2)
+        strength = uniform(0.2, 0.8)
+        smaller = width * uniform(0.3, 0.8)
+        part = canvas.blob((x + dx, y + dy), smaller)
+        cloud = cloud + strength * part
+    uneven = uniform(0.1, 0.35)
+    slope = uniform(3.5, 4.5)
+    cloud *= np.exp(uneven * canvas.fractal(slope))
+    color = 0.8, 1.0, 1.25  # reflected starlight
+    if canvas.chance(0.5):
+        color = 1.5, 0.75, 0.75  # emission
+    peak = uniform(0.3, 1.5) * span
+    cloud = cloud * (peak / cloud.max())
+    canvas.shine(cloud, color, 0.15)
+
+
+def _milky_way(canvas):
+    """Star clouds cut by dark lanes across half of the frame, and two towns.
+
+    The truth is the sky without the clouds; beyond the band it is seen as it is.
+    """
+    uniform = canvas.uniform
+    canvas.city_glow(0.3, 0.8)
+    canvas.city_glow(0.3, 0.8)
+    across, angle, offset = canvas.random_band()
+    across = across + 0.04 * canvas.fractal(3.5)
+    cos, sin = np.cos(angle), np.sin(angle)
+    reach_y = canvas.half_y * np.abs(cos)
+    reach_x = canvas.half_x * np.abs(sin)
+    width = uniform(0.25, 0.4)
+    width = width * (reach_y + reach_x)  # half of the band's
+    power = uniform(2.5, 4)
+    band = np.exp(-np.abs(across / width) ** power)
+    uneven = uniform(0.3, 0.6)
+    slope = uniform(2.8, 3.4)
+    patches = np.exp(uneven * canvas.fractal(slope))
+    clouds = band * patches
+
+    # Dust lies in a thinner layer than the stars, a little beside their middle, and in fingers.
+    beside = uniform(-0.4, 0.4) * width
+    from_layer = (across - beside) / width / 0.35
+    layer = np.exp(-from_layer ** 2)
+    slope = uniform(2.8, 3.3)
+    fingers = 1.3 * canvas.fractal(slope)
+    depth = fingers + uniform(0.3, 1.2) * layer
+    thickness = uniform(1, 3)
+    opacity = thickness * _above(depth, 0.4)
+    clouds *= np.exp(-opacity)
+
+    brightest = np.quantile(clouds, 0.99)
+    peak = uniform(0.2, 1.0)
+    light = clouds * (peak / brightest)
+    canvas.shine(light, (1.1, 1.0, 0.85), 0.07)
+    canvas.star_count = uniform(2500, 6000)
+    crowded = np.clip(clouds / brightest, 0, 1)
+    canvas.star_density = 0.2 + 0.8 * crowded
+    if canvas.chance(0.5):  # a glowing nebula in the arm
+        center = offset * -sin, offset * cos
+        width = uniform(0.03, 0.08)
+        glow = canvas.blob(center, width, 1.2)
+        glow = glow * np.exp(0.5 * canvas.fractal(2.8))
+        brightness = uniform(0.1, 0.5)
+        canvas.shine(glow * brightness, (1.9, 0.6, 0.7), 0.1)
+
+
+def _large_galaxy(canvas):
+    """An inclined spiral over most of the longer side, its outskirts fading into the sky."""
+    uniform = canvas.uniform
+    canvas.tilt(0.2, 0.8, curvature=0.2)
+    is_landscape = canvas.half_x >= canvas.half_y
+    longer_axis = 0 if is_landscape else np.pi / 2
+    angle = longer_axis + uniform(-0.6, 0.6)
+    warm = _color(canvas.rng, OLD_STARS, 0.05)
+    blue = _color(canvas.rng, (0.9, 1.0, 1.15), 0.05)
+    center = canvas.place(0.12)
+    width = uniform(0.55, 0.85)
+    brightness = uniform(0.015, 0.06)
+    ratio = uniform(0.25, 0.55)
+    canvas.spiral(center, width, brightness, angle, ratio, warm, blue)
+    canvas.small_galaxies()
+
+
+def _clipped(canvas):
+    """A dark frame too bright was subtracted: the dark end of the sky is clipped in the noise.
+
+    A galaxy with wide faint wings stands on it.
+    """
+    uniform = canvas.uniform
+    canvas.tilt(0.1, 0.5)
+    gradient = canvas.gradient()
+    noise = canvas.log_uniform(0.3, 1.1)
+    noise = noise * np.ptp(gradient)
+    canvas.noise_fraction = noise / (1 + np.median(gradient))
+    canvas.headroom = uniform(0.0, 0.25)
+    center = canvas.place(0.5)
+    width = uniform(0.08, 0.2)
+    radius = width / 2
+    r = canvas.random_distance(center, 0.5) / radius
+    n = uniform(2, 4)
+    steep = uniform(5.0, 7.0)
+    brightness = noise * uniform(0.5, 1.5)
+    light = brightness * _sersic(r, n, steep)
+    canvas.shine(light, (1.2, 1.0, 0.8), 0.1)
+    canvas.small_galaxies()
+
+
+def _mosaic(canvas):
+    """Three panels side by side, their levels and slopes not quite matched.
+
+    The steps are part of the true sky, though no smooth surface can follow them.
+    """
+    rng = canvas.rng
+    canvas.tilt(0.3, 1.0)
+    if canvas.chance(0.5):
+        position, half, other = canvas.x, canvas.half_x, canvas.y
+    else:
+        position, half, other = canvas.y, canvas.half_y, canvas.x
+    lean = canvas.uniform(-0.02, 0.02)
+    position = position + lean * other  # (h, w); panels are never quite upright
+    feather = canvas.uniform(0, 0.01)
+    feather = max(feather, 0.5 / canvas.longer)
+    thirds = np.array([-1, 1]) / 3
+    seams = thirds + canvas.uniform(-0.08, 0.08, 2)
+    beyond = []  # (h, w) each: 0 before a seam, 1 behind it
+    for seam in half * seams:
+        steps = (position - seam) / feather
+        beyond.append(np.clip(steps + 0.5, 0, 1))
+    first, second = beyond
+    weights = 1 - first, first - second, second  # of the panels; their sum is 1
+    levels = rng.permutation(3) / 2
+    levels = levels + canvas.uniform(-0.2, 0.2, 3)
+    panels = 0
+    for weight, level in zip(weights, levels):
+        along = position * rng.normal(0, 0.5)
+        across = other * rng.normal(0, 0.5)
+        panel = level + (along + across) / half
+        panels = panels + weight * panel
+    amount = canvas.uniform(0.12, 0.35)
+    amount = amount * canvas.span()
+    canvas.brighten(panels, amount)
+    canvas.small_galaxies()
+    for _ in range(rng.integers(0, 3)):
+        canvas.random_galaxy(
+            within=0.8,
+            width=(0.02, 0.06),
+            brightness=(0.03, 0.1),
+        )
+
+
+def _edge_nebula(canvas):
+    """A faint nebula from one edge of the frame to the other, and a gradient across it."""
+    uniform = canvas.uniform
+    canvas.tilt(0.3, 1.0)
+    if canvas.chance(0.4):
+        canvas.city_glow(0.2, 0.5)
+    across, _, _ = canvas.random_band()
+    width = uniform(0.1, 0.2)
+    band = -np.abs(across) / width
+    ragged = uniform(0.5, 1.0)
+    slope = uniform(2.9, 3.8)
+    field = band + ragged * canvas.fractal(slope)
+    coverage = uniform(0.4, 0.7)
+    brightness = uniform(0.12, 0.45)
+    brightness = brightness * canvas.span()
+    canvas.filaments(field, coverage, brightness)
+
+
+def _amp_glow(canvas):
+    """The sensor's amplifier glows in a corner or two, on a tilted plane; few objects."""
+    uniform = canvas.uniform
+    canvas.tilt(0.2, 0.8, curvature=0.1)
+    corners = canvas.rng.permutation([
+        (-1, -1),
+        (-1, 1),
+        (1, -1),
+        (1, 1),
+    ])
+    count = 2 if canvas.chance(0.3) else 1
+    for side_x, side_y in corners[:count]:
+        reach = uniform(0.03, 0.08)
+        outside_x = uniform(0, 0.03)
+        outside_y = uniform(0, 0.03)
+        x = side_x * (canvas.half_x + outside_x)
+        y = side_y * (canvas.half_y + outside_y)
+        angle = canvas.rng.choice((0, np.pi / 2))
+        ratio = uniform(0.6, 1)
+        r = canvas.distance((x, y), angle, ratio)
+        glow = _exponential(r / reach, 0.2)
+        amount = uniform(0.5, 3)
+        canvas.brighten(glow, amount, spread=0.25)
+    if canvas.chance(0.4):
+        canvas.random_galaxy(
+            within=0.5,
+            width=(0.04, 0.1),
+            brightness=(0.03, 0.1),
+        )
+    canvas.small_galaxies()
+
+
+def _cluster(canvas):
+    """A cluster of galaxies around a giant one, in the light of stars that belong to none."""
+    rng = canvas.rng
+    uniform = canvas.uniform
+    canvas.tilt(0.2, 0.8, curvature=0.4)
+    x, y = canvas.place(0.3)
+    width = uniform(0.15, 0.35)
+    radius = width / 2
+    r = canvas.random_distance((x, y), 0.6) / radius
+    power = uniform(1.3, 2.0)
+    between = 1 / (1 + r ** 2) ** power
+    peak = uniform(0.1, 0.2)
+    peak = peak * canvas.span()
+    canvas.shine(peak * between, (1.15, 1.0, 0.85), 0.05)
+
+    members = np.zeros(canvas.shape)
+    for _ in range(rng.integers(30, 90)):
+        distance = np.abs(rng.standard_t(2.5))  # most are near, some far out
+        distance = radius * distance
+        direction = uniform(0, 2 * np.pi)
+        member_x = x + distance * np.cos(direction)
+        member_y = y + distance * np.sin(direction)
+        size = canvas.log_uniform(0.005, 0.025)
+        brightness = uniform(0.01, 0.06)
+        canvas.add_elliptical(members, (member_x, member_y), size, brightness)
+    size = uniform(0.04, 0.08)
+    brightness = uniform(0.05, 0.1)
+    canvas.add_elliptical(members, (x, y), size, brightness)
+    canvas.shine(members, OLD_STARS, 0.05)
+    canvas.small_galaxies()
+
+
+def _vignetting(canvas):
+    """A flat field that did not fit: the sky is brightest near the middle; few objects."""
+    canvas.tilt(0.03, 0.12)
+    canvas.dim_corners(0.2, 0.5)
+    if canvas.chance(0.5):
+        canvas.random_galaxy(
+            within=0.5,
+            width=(0.03, 0.1),
+            brightness=(0.03, 0.1),
+        )
+    canvas.small_galaxies()
+
+
+def _star_halos(canvas):
+    """Very bright stars, whose scattered light reaches far, on a tilted sky with a little dust."""
+    uniform = canvas.uniform
+    canvas.tilt(0.3, 1.0)
+    slope = uniform(2.7, 3.4)
+    cirrus = canvas.fractal(slope)
+    clear = uniform(-0.5, 0.5)
+    cirrus = _above(cirrus, clear) ** 1.3
+    peak = uniform(0.03, 0.1)
+    peak = peak * canvas.span()
+    cirrus = _with_peak(cirrus, peak)
+    canvas.shine(cirrus, DUST, 0.1)
+
+    slope = uniform(2, 3)  # of the wings; the same optics scatter every star
+    fwhm = uniform(1.5, 2.5) / canvas.longer
+    for _ in range(canvas.rng.integers(2, 7)):
+        star = canvas.place(0.95)
+        r = canvas.distance(star)
+        core_radius = uniform(0.003, 0.008)
+        color = _color(canvas.rng, NEUTRAL, 0.3)
+        strength = canvas.log_uniform(1, 15)
+        wings = (1 + (r / core_radius) ** 2) ** (-slope / 2)
+        canvas.shine(strength * wings, color)
+        peak = uniform(3, 30) / canvas.level  # saturated
+        core = (1 + (r / fwhm) ** 2) ** -3
+        core = core * peak
+        canvas.star_parts.append((core.astype(np.float32), color))
+    canvas.small_galaxies()
+
+
+def _narrowband(canvas):
+    """Through a narrow filter: hardly any sky, and a nebula over 60 % of the frame."""
+    uniform = canvas.uniform
+    canvas.level = canvas.log_uniform(0.002, 0.01)
+    canvas.noise_fraction = uniform(0.04, 0.15)
+    canvas.tilt(0.15, 0.5)
+    coverage = uniform(0.5, 0.7)
+    brightness = canvas.log_uniform(0.5, 5)
+    sharpness = uniform(0.08, 0.2)
+    canvas.nebula(coverage, brightness, sharpness)
+
+
+def _pedestal(canvas):
+    """A pedestal of a fifth of full scale under a gradient of 0.4 %; one small object."""
+    uniform = canvas.uniform
+    pedestal = uniform(0.15, 0.25)
+    canvas.pedestal = pedestal * uniform(0.98, 1.02, 3)
+    canvas.level = uniform(0.01, 0.03)
+    span = uniform(0.003, 0.005) / canvas.level
+    canvas.tilt(span, span)
+    if canvas.chance(0.5):
+        canvas.random_galaxy(
+            within=0.6,
+            width=(0.05, 0.15),
+            brightness=(0.02, 0.08),
+        )
+    else:
+        coverage = uniform(0.04, 0.12)
+        brightness = uniform(0.1, 0.5)
+        canvas.nebula(coverage, brightness)
+    canvas.small_galaxies()
+
+
+def _plane_galaxy(canvas):
+    """A galaxy on a sky that is a perfect plane."""
+    canvas.tilt(0.2, 1.0, curvature=0)
+    canvas.random_galaxy(
+        within=0.5,
+        width=(0.15, 0.35),
+        brightness=(0.02, 0.08),
+    )
+    canvas.small_galaxies()
