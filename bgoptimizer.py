@@ -914,8 +914,8 @@ def _new_header(planes, source, history):
     image = root.find("Image")
     channels, height, width = planes.shape
     image.attrib.update(
-        geometry=f"{width}:{height}:{channels}", location="pixels", bounds="0:1",
-        sampleFormat=planes.dtype.name.capitalize(), colorSpace="RGB" if channels == 3 else "Gray")
+        geometry=f"{width}:{height}:{channels}", sampleFormat=planes.dtype.name.capitalize(),
+        bounds="0:1", location="pixels", colorSpace="RGB" if channels == 3 else "Gray")
     lines = []
     for line in history:
         lines += textwrap.wrap(line, HISTORY_COLUMNS)
