@@ -113,7 +113,7 @@ INTERPOLATION_WEIGHT = 1e-3
 """Regularization of the fit's interpolation: keeps it solvable where control points come close to each other. What makes
 a surface stiff is the bending energy in the loss."""
 
-STIFFEST_FIT = 10.0
+STIFFEST_FIT = 100.0
 """Largest weight of the bending energy in the loss, as a smoothing. The fit starts from a surface of the smoothing asked
 for; beyond this weight Adam's steps only shake it."""
 
@@ -1090,6 +1090,14 @@ class Stretch:
         x = x + below * np.minimum(stretched, 0) + above * np.maximum(stretched - 1, 0)
         return x * self.scale + self.pedestal
 
+    def invert_tensor(self, tf, stretched):
+        """`invert` for a tensor [..., c] of TensorFlow's, in units of `scale` above the pedestal."""
+        m = tf.constant(self.midtones, tf.float32)
+        y = tf.clip_by_value(stretched, 0.0, 1.0)
+        x = 3 * m * y / ((1 - m) - (1 - 4 * m) * y)
+        below, above = 3 * m / (1 - m), (1 - m) / (3 * m)
+        return x + below * tf.minimum(stretched, 0.0) + above * tf.maximum(stretched - 1, 0.0)
+
     def channel(self, k: int) -> "Stretch":
         """The same stretch for channel k alone."""
         return Stretch(*(np.asarray(v)[k:k + 1] for v in (self.pedestal, self.scale, self.midtones)))
@@ -2024,6 +2032,7 @@ class Sky:
     weight: np.ndarray  # (h, w) float: 1 where a cell shows sky
     below: np.ndarray  # (h, w) bool: objects that add light, so that the sky is not above the picture
     image: np.ndarray  # (h, w, c) linear cells; 0 where missing
+    noise: np.ndarray  # (h, w, c) standard deviation of `image`
     centers: np.ndarray  # (h, w, 2) frame coordinates
     size: int  # reduced pixels along a cell's side
     share: float  # of the usable cells, that show sky
@@ -2079,7 +2088,7 @@ def find_sky(prepared: Prepared, settings: Settings) -> Sky | None:
     high, low = np.percentile(shown, (99, 1), axis=0)
     image = np.where(cells.usable[..., None], cells.values * cells.scale + cells.pedestal, 0)
     return Sky(linear(best.found), linear(start), (sky & ~best.outskirts).astype(float),
-               scenery.light | best.outskirts, image, cells.centers, cells.size, share, smoothing,
+               scenery.light | best.outskirts, image, cells.noise * cells.scale, cells.centers, cells.size, share, smoothing,
                (high - low) * cells.scale, unsure, why)
 
 
@@ -2357,16 +2366,29 @@ def loss_negative(tf, b):
     return tf.reduce_mean(tf.abs(b) - b, -1)
 
 
-def loss_bending(tf, nodes, spacing):
-    """Bending energy of the surface on nodes [rows, columns, c], `spacing` apart along both axes: the squared second
-    derivatives, integrated over the frame, over 8 pi as for a thin plate; mean over the channels."""
+def log_loss(tf, terms, alpha):
+    """The loss of pixels with these four terms: mean log, which forgives what no smooth surface can meet."""
+    error, color, overshoot, negative = terms
+    total = error + color + alpha * (overshoot + negative)
+    return tf.reduce_mean(tf.math.log(LOSS_FLOOR + total))
+
+
+def loss_bending(tf, nodes, spacing, bowl):
+    """Bending energy of the linear surface on nodes [rows, columns, c], `spacing` apart along both axes: the squared
+    second derivatives, integrated over the frame, over 8 pi as for a thin plate; mean over the channels. `bowl`: what
+    their means over the frame, the part of a bowl, count beside the rest."""
     down, along = spacing
     down_down = (nodes[2:, 1:-1] - 2 * nodes[1:-1, 1:-1] + nodes[:-2, 1:-1]) / down**2
     along_along = (nodes[1:-1, 2:] - 2 * nodes[1:-1, 1:-1] + nodes[1:-1, :-2]) / along**2
     corners = nodes[2:, 2:] - nodes[2:, :-2] - nodes[:-2, 2:] + nodes[:-2, :-2]
-    down_along = corners / (4 * down * along)
-    square = down_down**2 + along_along**2 + 2 * down_along**2
-    return tf.reduce_mean(tf.reduce_sum(square, (0, 1))) * (down * along / (8 * math.pi))
+    total = 0.0
+    for derivative, count in ((down_down, 1), (along_along, 1), (corners / (4 * down * along), 2)):
+        mean = tf.reduce_mean(derivative, (0, 1))
+        rest = tf.reduce_mean((derivative - mean)**2, (0, 1))
+        total += count * tf.reduce_mean(rest + bowl * mean**2)
+    rows, columns = nodes.shape[:2]
+    area = (rows - 1) * down * (columns - 1) * along
+    return total * (area / (8 * math.pi))
 
 
 LOSS_TERMS = ("error", "color", "overshoot", "negative", "bending")
@@ -2387,10 +2409,13 @@ class Fit:
     history: np.ndarray  # (epochs, 6): loss, then the terms in the order of LOSS_TERMS, each a mean over pixels
     stopped: str  # why the fit ended, in words
     track: list[tuple[int, np.ndarray, np.ndarray]]  # (epoch, positions, values) now and then, the start first
+    rest: Callable[[np.ndarray], np.ndarray]  # (..., 2) -> (..., c) of the found sky, what the points cannot show
 
     def surface(self, query: np.ndarray) -> np.ndarray:
         """Stretched surface (..., c) at query (..., 2), float64."""
-        return spline_surface(query, self.positions.astype(float), self.values, self.order, INTERPOLATION_WEIGHT)
+        positions = self.positions.astype(float)
+        spline = spline_surface(query, positions, self.values, self.order, INTERPOLATION_WEIGHT)
+        return spline + self.rest(query)
 
 
 def start_positions(settings: Settings, shape: tuple[int, int]) -> np.ndarray:
@@ -2464,8 +2489,22 @@ def sample_pixels(usable: np.ndarray, wanted: int, seed: int) -> np.ndarray:
     return row * width + column
 
 
+def unshown(prepared: Prepared, settings: Settings, start: tuple[np.ndarray, np.ndarray]) -> Callable:
+    """With --auto, of the sky that was found, what a spline through the first values cannot show: a function of places,
+    (..., 2) -> (..., c) stretched. It stays as it is while the spline is trained, so that few control points do not
+    make the sky less true. In a plain run the points are all there is, and it is 0."""
+    if not settings.auto or prepared.sky is None:
+        return lambda places: 0.0
+    positions, values = start
+
+    def rest(places):
+        spline = spline_surface(places, positions.astype(float), values, settings.order, INTERPOLATION_WEIGHT)
+        return prepared.stretch.extend(prepared.sky.start(places)) - spline
+    return rest
+
+
 class Sample(NamedTuple):
-    """What the fit sees of a picture: m places, drawn once, so that losses compare over epochs."""
+    """What the fit sees of a picture: m places in random order, drawn once, so that losses compare over epochs."""
 
     places: np.ndarray  # (m, 2) frame coordinates
     image: np.ndarray  # (m, c) stretched
@@ -2475,22 +2514,39 @@ class Sample(NamedTuple):
 
 def sky_sample(prepared: Prepared, settings: Settings) -> Sample:
     """Draw the sample. With --auto it is of the cells that the sky was found on, and objects only bound the sky."""
+    count = 2 * SAMPLE_PIXELS * settings.batch
+    shuffle = np.random.default_rng(settings.seed).permutation
     if not settings.auto or prepared.sky is None:
-        pick = sample_pixels(prepared.used, SAMPLE_PIXELS * settings.batch, settings.seed)
+        pick = shuffle(sample_pixels(prepared.used, count, settings.seed))
         places, image, weight = (
             array.reshape(-1, array.shape[-1])[pick]
             for array in (prepared.centers, prepared.image, prepared.weight))
         return Sample(places, image, weight, np.zeros((len(pick), 1)))
     sky = prepared.sky
-    # Four times as many, so that two seeds agree to 0.5 %.
-    count = 4 * SAMPLE_PIXELS * settings.batch
-    pick = sample_pixels((sky.weight > 0) | sky.below, count, settings.seed)
-    image = prepared.stretch.apply(sky.image).reshape(-1, sky.image.shape[-1])[pick]
+    pick = shuffle(sample_pixels((sky.weight > 0) | sky.below, count, settings.seed))
+    image = prepared.stretch.apply(sky.image)
+    # The loss puts the surface to the low side of the noise. Where noise differs over the frame that would bend it.
+    noise = prepared.stretch.extend(sky.image + sky.noise) - prepared.stretch.extend(sky.image)
+    image = image + _low_side(settings.alpha, float(np.median(noise)), image.shape[-1]) * noise
+    image = image.reshape(-1, image.shape[-1])[pick]
     # What the user's mask counts less counts less here, too.
     trust = _block_means(prepared.weight, sky.size).reshape(-1, image.shape[-1])[pick]
     below = sky.below.ravel()[pick, None]
     weight = np.where(below, CEILING_WEIGHT, trust)
     return Sample(sky.centers.reshape(-1, 2)[pick], image, weight, below.astype(float))
+
+
+def _low_side(alpha: float, noise: float, channels: int) -> float:
+    """How far below the middle of the noise the loss has its minimum, in units of the noise (stretched)."""
+    draws = noise * np.random.default_rng(0).normal(size=(4096, channels))
+    shifts = np.linspace(0, 2.5, 51)
+    losses = []
+    for shift in shifts:
+        residual = draws + shift * noise
+        overshoot = np.abs(residual) - residual
+        total = np.abs(residual).mean(-1) + residual.var(-1) + alpha * overshoot.mean(-1)
+        losses.append(np.log(LOSS_FLOOR + total).mean())
+    return float(shifts[np.argmin(losses)])
 
 
 def fit_surface(prepared: Prepared, settings: Settings, start: tuple[np.ndarray, np.ndarray],
@@ -2508,7 +2564,8 @@ def fit_surface(prepared: Prepared, settings: Settings, start: tuple[np.ndarray,
         BgError: the spline cannot be computed at all from this start.
     """
     tf = import_tensorflow()
-    training = _training(tf, prepared, settings, start)
+    rest = unshown(prepared, settings, start)
+    training = _training(tf, prepared, settings, start, rest)
     history, track = [], [(0, *start)]
     rate = settings.learning_rate
     mark, waited, waited_rate = math.inf, 0, 0
@@ -2518,18 +2575,18 @@ def fit_surface(prepared: Prepared, settings: Settings, start: tuple[np.ndarray,
         try:
             now = training.step().numpy()
         except tf.errors.InvalidArgumentError:  # "Input matrix is not invertible": control points have met
-            now = np.full(1 + len(LOSS_TERMS), np.nan)
+            now = np.full(2 + len(LOSS_TERMS), np.nan)
         if not np.isfinite(now).all():
             stopped = (f"stopped at epoch {epoch}: the spline's equations became singular; "
                        "best surface so far taken (try a larger --smoothing)")
             break
+        now, judged = now[:-1], now[-1]
         history.append(now)
         on_epoch(epoch, float(now[0]))
         if epoch % TRACK_EVERY == 0:
             track.append((epoch, *(weight.numpy() for weight in training.layer.trainable_weights)))
-        improved = now[0] < mark - STOP_DELTA
-        if improved:
-            mark, waited, waited_rate = now[0], 0, 0
+        if judged < mark - STOP_DELTA:
+            mark, waited, waited_rate = judged, 0, 0
         else:
             waited, waited_rate = waited + 1, waited_rate + 1
         if waited >= STOP_PATIENCE:
@@ -2547,7 +2604,7 @@ def fit_surface(prepared: Prepared, settings: Settings, start: tuple[np.ndarray,
         raise BgError("the spline's equations cannot be solved from these control points; "
                       "raise --smoothing, lower -N, or choose another --seed")
     positions, values = (variable.numpy() for variable in training.best)
-    return Fit(positions, values, settings.order, settings.smoothing, np.array(history), stopped, track)
+    return Fit(positions, values, settings.order, settings.smoothing, np.array(history), stopped, track, rest)
 
 
 def _stands_still(before: np.ndarray, now: np.ndarray, noise: float) -> bool:
@@ -2561,7 +2618,7 @@ def _stands_still(before: np.ndarray, now: np.ndarray, noise: float) -> bool:
 class _Training(NamedTuple):
     """What a fit needs."""
 
-    step: Callable  # does one step; gives the loss and its terms, as in Fit.history
+    step: Callable  # does one step; gives loss and terms as in Fit.history, then the loss on pixels it is not fitted to
     nodes: Callable  # gives the surface on its nodes, [n, c]
     adam: object
     layer: object
@@ -2569,9 +2626,10 @@ class _Training(NamedTuple):
     noise: float  # standard deviation of the sample about the start, stretched units
 
 
-def _training(tf, prepared: Prepared, settings: Settings, start: tuple[np.ndarray, np.ndarray]) -> _Training:
+def _training(tf, prepared: Prepared, settings: Settings, start: tuple[np.ndarray, np.ndarray],
+              rest: Callable) -> _Training:
     sample = sky_sample(prepared, settings)
-    places, image, weight, ceiling = (tf.constant(array, tf.float32) for array in sample)
+    image, weight, ceiling = (tf.constant(array, tf.float32) for array in sample[1:])
     layer = spline_layer(*start, settings.order, INTERPOLATION_WEIGHT)
     best = [tf.Variable(variable) for variable in layer.trainable_weights]
     best_loss = tf.Variable(np.float32(np.inf))
@@ -2580,33 +2638,45 @@ def _training(tf, prepared: Prepared, settings: Settings, start: tuple[np.ndarra
 
     nodes, spacing = _bending_nodes(prepared.full_shape)
     shape = nodes.shape[:2]
-    nodes = tf.constant(nodes.reshape(-1, 2), tf.float32)
-    noise = _noise_about(sample, start, settings.order)
+    nodes = nodes.reshape(-1, 2)
+    queried = np.concatenate([sample.places, nodes])
+    unchanging = tf.constant(rest(queried) + np.zeros((1, image.shape[-1])), tf.float32)  # [m + n or 1, c]
+    noise = _noise_about(sample, rest, start, settings.order)
+    queried, nodes = (tf.constant(array, tf.float32) for array in (queried, nodes))
     # As in finding the sky, where the mean squared residual stands beside the bending: the loss is a logarithm of it.
     stiffness = STIFFNESS_UNIT * min(settings.smoothing, STIFFEST_FIT) / (2 * noise**2)
+    bowl = float(settings.smoothing >= PLANE)
+    # A third of the way from black to the median: the unit of the cells, nearly.
+    unit = tf.constant(3 * prepared.stretch.midtones, tf.float32)
     clipped = sample.image >= 1  # as bright as the stretch can tell: a sky above it is no overshoot
     count = len(sample.places)
+    fitted = count // 2  # the other half judges: the fit is kept as far as it is truer for pixels it has not seen
 
     @tf.function(autograph=False)  # nothing in it needs rewriting, which costs time and would reach into the drop-in
     def step():
         with tf.GradientTape() as tape:
-            both = layer(tf.concat([places, nodes], 0))
+            both = layer(queried) + unchanging
             surface, on_nodes = both[:count], both[count:]  # [m, c], [n, c]
             seen = tf.where(clipped, tf.maximum(image, surface), image)
             residual = weight * (seen - surface)
             residual = ceiling * tf.minimum(residual, 0) + (1 - ceiling) * residual
             terms = [loss_error(tf, residual), loss_color(tf, residual),
                      loss_overshoot(tf, residual), loss_negative(tf, surface)]  # [m] each
-            bending = loss_bending(tf, tf.reshape(on_nodes, (*shape, -1)), spacing)
-            total = terms[0] + terms[1] + settings.alpha * (terms[2] + terms[3])
-            loss = tf.reduce_mean(tf.math.log(LOSS_FLOOR + total)) + stiffness * bending
-        better = loss < best_loss
-        for variable, now in zip(best + [best_loss], layer.trainable_weights + [loss]):
+            judged = [term[fitted:] for term in terms]
+            terms = [term[:fitted] for term in terms]
+            linear = prepared.stretch.invert_tensor(tf, on_nodes) / unit
+            linear = tf.reshape(linear, (*shape, image.shape[-1]))
+            bending = loss_bending(tf, linear, spacing, bowl)
+            stiff = stiffness * bending
+            loss = log_loss(tf, terms, settings.alpha) + stiff
+        unseen = log_loss(tf, judged, settings.alpha) + stiff
+        better = unseen < best_loss
+        for variable, now in zip(best + [best_loss], layer.trainable_weights + [unseen]):
             variable.assign(tf.where(better, now, variable))
         gradients = tape.gradient(loss, layer.trainable_weights)
         adam.apply_gradients(zip(gradients, layer.trainable_weights))
         means = [tf.reduce_mean(term) for term in terms]
-        return tf.stack([loss, *means, stiffness * bending])  # in the order of Fit.history
+        return tf.stack([loss, *means, stiff, unseen])
 
     return _Training(step, lambda: layer(nodes), adam, layer, best, noise)
 
@@ -2619,10 +2689,11 @@ def _bending_nodes(full_shape: tuple[int, int]) -> tuple[np.ndarray, tuple[float
     return _grid(down, along), (down[1], along[1])
 
 
-def _noise_about(sample: Sample, start: tuple[np.ndarray, np.ndarray], order: int) -> float:
+def _noise_about(sample: Sample, rest: Callable, start: tuple[np.ndarray, np.ndarray], order: int) -> float:
     """Standard deviation of the sample about the surface that the fit starts from, robust, stretched units."""
     positions, values = start
     surface = spline_surface(sample.places, positions.astype(float), values, order, INTERPOLATION_WEIGHT)
+    surface = surface + rest(sample.places)
     sky = (sample.ceiling[:, 0] == 0) & (sample.weight > 0).all(-1)
     if not sky.any():
         return LOSS_FLOOR
