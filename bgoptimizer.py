@@ -34,7 +34,6 @@ import functools
 import hashlib
 import importlib.util
 import io
-import itertools
 import logging
 import math
 import numbers
@@ -89,6 +88,9 @@ SAMPLE_PIXELS = 2048
 """Reduced pixels in one independent sample (`-B` of them in a step). The surface has some hundred degrees of
 freedom: at a block noise of 1 % of the gradient, 2048 pixels pin 36 control points to 0.13 %, a quarter of what the
 rest of the method leaves."""
+
+FEWEST_TO_SPLIT = 512
+"""Pixels of a sample: smaller ones are fitted and judged whole."""
 
 STOP_PATIENCE, STOP_DELTA = 100, 5e-5
 """Epochs without so much improvement of the loss after which the fit stops."""
@@ -1009,6 +1011,62 @@ def atomic_outputs(*paths):
 # What the stages share
 # ---------------------------------------------------------------------------------------------------------
 
+DEAD_TILES = 4
+"""Tiles of 8 pixels in a row: so long a run of zeros along a row or column is missing data, not chance."""
+
+
+def keep_dark_samples(planes: np.ndarray) -> int:
+    """Make lone zeros the smallest number above 0, in place: in a noisy sky near black they are dark samples.
+
+    Missing data come in regions, rows, columns and borders, and stay 0.
+
+    Args:
+        planes: (c, h, w).
+
+    Returns:
+        How many samples were lone zeros.
+    """
+    return sum(_each(_keep_dark_samples, list(planes)))
+
+
+def _keep_dark_samples(plane: np.ndarray) -> int:
+    zero = plane == 0
+    if not zero.any():
+        return 0
+    height, width = plane.shape
+    padded = np.pad(zero, ((0, -height % 8), (0, -width % 8)), mode="edge")
+    rows, columns = padded.shape[0] // 8, padded.shape[1] // 8
+    down = padded.reshape(rows, 8, -1).all(1)  # (rows, w) zero over the height of a tile
+    along = padded.reshape(-1, columns, 8).all(2)  # (h, columns) zero over the width of a tile
+    full = down.reshape(rows, columns, 8).all(2)  # (rows, columns)
+    near_full = scipy.ndimage.binary_dilation(full, np.ones((3, 3)))
+    # A run ends somewhere inside a tile: the tiles at its ends belong to it.
+    down = _long_runs(down, 0)
+    along = _long_runs(along, 1)
+    lone = 0
+    for row in range(rows):
+        strip = slice(8 * row, min(8 * row + 8, height))
+        missing = np.repeat(near_full[row], 8) | down[row]  # (w,)
+        missing = missing | np.repeat(along[8 * row:8 * row + 8], 8, axis=1)  # (8, w)
+        dark = zero[strip] & ~missing[:strip.stop - strip.start, :width]
+        lone += np.count_nonzero(dark)
+        plane[strip][dark] = np.finfo(plane.dtype).tiny
+    return lone
+
+
+def _long_runs(tiles: np.ndarray, axis: int) -> np.ndarray:
+    """True where `tiles` is True at least DEAD_TILES times in a row along the axis, and one tile beyond."""
+    shape = (DEAD_TILES, 1) if axis == 0 else (1, DEAD_TILES)
+    beyond = (3, 1) if axis == 0 else (1, 3)
+    # What touches the edge goes on beyond it.
+    width = [(DEAD_TILES, DEAD_TILES) if k == axis else (0, 0) for k in (0, 1)]
+    padded = np.pad(tiles, width, mode="edge")
+    runs = scipy.ndimage.binary_opening(padded, np.ones(shape))
+    runs = scipy.ndimage.binary_dilation(runs, np.ones(beyond))
+    inner = slice(DEAD_TILES, -DEAD_TILES)
+    return runs[inner] if axis == 0 else runs[:, inner]
+
+
 def _present(samples: np.ndarray) -> np.ndarray:
     """True where a sample is data: finite and not exactly 0 (what is black but real was read as > 0)."""
     return (samples > 0) & (samples < np.inf)
@@ -1404,6 +1462,9 @@ UNEXPLAINED, LITTLE_SKY, DISAGREEMENT, BULGE, HOLE = 1.28, 0.15, 0.15, 0.15, 0.3
 """Where the sky is not known: a loss so many times that of pure noise; so little sky; surfaces that explain the sky
 alike and differ by so much of its range (rms); a closed top of this part of the range in the surface itself; a hole
 in the sky of this radius, of the longer side, under a flexible surface."""
+
+PIXEL_NOISE = 15
+"""The noise of a pixel, about, in that of a cell: what differs by less than that nobody can see."""
 
 
 @dataclass(frozen=True)
@@ -2041,6 +2102,13 @@ class Sky:
     unsure: str  # why the sky cannot be known, in words; empty if it can
     why: str  # this smoothing
 
+    def seen(self, places: np.ndarray) -> np.ndarray:
+        """(...) bool: where the picture shows sky, at frame coordinates (..., 2)."""
+        side = 2 * self.centers[0, 0]
+        row, column = np.moveaxis((places / side).astype(int), -1, 0)
+        height, width = self.weight.shape
+        return self.weight[np.minimum(row, height - 1), np.minimum(column, width - 1)] > 0
+
 
 def find_sky(prepared: Prepared, settings: Settings) -> Sky | None:
     """Find what is sky, its surface, how stiff it is, and how sure that is.
@@ -2113,7 +2181,8 @@ def _look_for_sky(looker: _Looker, used: np.ndarray, smoothings: Sequence[float]
         if sky.sum() < 30:  # hardly any: then whatever is used is sky
             sky = used
         weight = sky.astype(float)
-        candidates = [_try_smoothing(looker.surfaces, scenery, weight, smoothing) for smoothing in smoothings]
+        attempt = functools.partial(_try_smoothing, looker.surfaces, scenery, weight)
+        candidates = list(_each(attempt, smoothings))
         chosen = _choose(candidates, margin)
         if looker.glow.any():
             chosen = max(chosen, _meets_glow(looker, candidates, sky))
@@ -2185,12 +2254,13 @@ def _disagreement(surfaces: _Surfaces, candidates: list[_Candidate], best: _Cand
     usable = surfaces.cells.usable
     chosen = surfaces.surface(best.found)[usable]  # (n, c)
     high, low = np.percentile(chosen, (99, 1), axis=0)
+    span = np.maximum(high - low, PIXEL_NOISE * np.median(surfaces.cells.noise, axis=(0, 1)))
     most = 0.0
     for candidate in candidates:
         if candidate.loss <= best.loss + 0.05:
             error = surfaces.surface(candidate.found)[usable] - chosen
             error -= np.median(error, axis=0)
-            relative = error / np.maximum(high - low, 1e-12)
+            relative = error / span
             most = max(most, float(np.sqrt((relative**2).mean())))
     return most
 
@@ -2489,16 +2559,16 @@ def sample_pixels(usable: np.ndarray, wanted: int, seed: int) -> np.ndarray:
     return row * width + column
 
 
-def unshown(prepared: Prepared, settings: Settings, start: tuple[np.ndarray, np.ndarray]) -> Callable:
-    """With --auto, of the sky that was found, what a spline through the first values cannot show: a function of places,
+def unshown(prepared: Prepared, order: int, start: tuple[np.ndarray, np.ndarray]) -> Callable:
+    """Of the sky that was found, what a spline through the first values cannot show: a function of places,
     (..., 2) -> (..., c) stretched. It stays as it is while the spline is trained, so that few control points do not
-    make the sky less true. In a plain run the points are all there is, and it is 0."""
-    if not settings.auto or prepared.sky is None:
+    make the sky less true."""
+    if prepared.sky is None:
         return lambda places: 0.0
     positions, values = start
 
     def rest(places):
-        spline = spline_surface(places, positions.astype(float), values, settings.order, INTERPOLATION_WEIGHT)
+        spline = spline_surface(places, positions.astype(float), values, order, INTERPOLATION_WEIGHT)
         return prepared.stretch.extend(prepared.sky.start(places)) - spline
     return rest
 
@@ -2564,7 +2634,7 @@ def fit_surface(prepared: Prepared, settings: Settings, start: tuple[np.ndarray,
         BgError: the spline cannot be computed at all from this start.
     """
     tf = import_tensorflow()
-    rest = unshown(prepared, settings, start)
+    rest = unshown(prepared, settings.order, start)
     training = _training(tf, prepared, settings, start, rest)
     history, track = [], [(0, *start)]
     rate = settings.learning_rate
@@ -2650,7 +2720,8 @@ def _training(tf, prepared: Prepared, settings: Settings, start: tuple[np.ndarra
     unit = tf.constant(3 * prepared.stretch.midtones, tf.float32)
     clipped = sample.image >= 1  # as bright as the stretch can tell: a sky above it is no overshoot
     count = len(sample.places)
-    fitted = count // 2  # the other half judges: the fit is kept as far as it is truer for pixels it has not seen
+    # One half is fitted, the other judges: the fit is kept as far as it is truer for pixels that it has not seen.
+    fitted, first_judge = (count // 2, count // 2) if count >= FEWEST_TO_SPLIT else (count, 0)
 
     @tf.function(autograph=False)  # nothing in it needs rewriting, which costs time and would reach into the drop-in
     def step():
@@ -2662,7 +2733,7 @@ def _training(tf, prepared: Prepared, settings: Settings, start: tuple[np.ndarra
             residual = ceiling * tf.minimum(residual, 0) + (1 - ceiling) * residual
             terms = [loss_error(tf, residual), loss_color(tf, residual),
                      loss_overshoot(tf, residual), loss_negative(tf, surface)]  # [m] each
-            judged = [term[fitted:] for term in terms]
+            judged = [term[first_judge:] for term in terms]
             terms = [term[:fitted] for term in terms]
             linear = prepared.stretch.invert_tensor(tf, on_nodes) / unit
             linear = tf.reshape(linear, (*shape, image.shape[-1]))
@@ -2884,19 +2955,13 @@ def examine(planes: np.ndarray, settings: Settings, mask: np.ndarray | None = No
             logger.warning(f"the sky of this picture cannot be told from objects: {sky.unsure}. Take the result as a "
                            "guess, mask objects with -m, or keep the surface stiff with --smoothing 1e4")
     prepared = replace(prepared, sky=sky)
+    for sentence in doubts(planes, prepared):
+        logger.warning(sentence)
     if settings.auto and sky is not None:
-        prepared = replace(prepared, weight=prepared.weight * _on_reduced(prepared, sky.weight > 0)[..., None])
+        prepared = replace(prepared, weight=prepared.weight * sky.seen(prepared.centers)[..., None])
     return prepared, replace(
         settings, delinearization_quantile=stretch_quantile(settings), smoothing=smoothing,
         points=settings.points or (AUTO_POINTS if settings.auto else DEFAULT_POINTS))
-
-
-def _on_reduced(prepared: Prepared, cells: np.ndarray) -> np.ndarray:
-    """(h, w) of the sky's cells -> (h, w) of the reduced frame."""
-    height, width = prepared.used.shape
-    rows = np.arange(height) // prepared.sky.size
-    columns = np.arange(width) // prepared.sky.size
-    return cells[rows][:, columns]
 
 
 @dataclass(frozen=True)
@@ -2949,7 +3014,9 @@ def _to_planes(image: np.ndarray, name: str) -> np.ndarray:
     full = np.iinfo(image.dtype).max if image.dtype.kind in "iu" else 1
     dtype = np.float64 if image.dtype == np.float64 else np.float32
     planes = image[None] if image.ndim == 2 else np.moveaxis(image, -1, 0)
-    return np.array(planes, dtype, order="C") / dtype(full)
+    planes = np.array(planes, dtype, order="C") / dtype(full)
+    keep_dark_samples(planes)
+    return planes
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -2959,11 +3026,18 @@ def _to_planes(image: np.ndarray, name: str) -> np.ndarray:
 VIEW_PIXELS = 600
 """Reduced pixels along the longer side that are looked at for numbers and pictures; more could not be seen."""
 
-BLOWN_SHARE, BLOWN_TEXTURE, BLOWN_PEAK = 0.01, 0.08, 1.0
-"""Clipped sky is one connected area of more than 1 % of the frame that a quadratic surface fits to within 8 % of its
-range (or of its height above the median), and that is brightest at the frame's edge, for the light stands outside, or
-does not rise above the clipping point by more than that lies above the median. A galaxy's core peaks inside, and more
-steeply."""
+BLOWN_SHARE = 0.01
+"""Part of the frame: where less sky than that is clipped, nobody needs to know."""
+
+MOST_CLIPPED = 0.01
+"""Part of the samples: where more than that are clipped by the subtraction, something is wrong."""
+
+STRETCHED_TOP, STRETCHED_MEDIAN = 0.6, 0.15
+"""A picture looks stretched if its brightest thousandth is above the first and its median above the second part of the
+way from black to there. In linear pictures the sky is far below the stars."""
+
+MOSAIC_DIFFERENCE = 0.03
+"""Part of the median's height above black by which the four phases of a mosaic differ, at least."""
 
 
 def thinned(prepared: Prepared, most: int = VIEW_PIXELS) -> Prepared:
@@ -2975,70 +3049,75 @@ def thinned(prepared: Prepared, most: int = VIEW_PIXELS) -> Prepared:
 
 
 def blown_out(prepared: Prepared) -> np.ndarray:
-    """Where the stretch clips what looks like sky: (h, w) bool. The fit loses the sky there."""
-    blown = np.zeros(prepared.image.shape[:2], bool)
-    clipped = clipped_by_stretch(prepared)
-    for k in range(clipped.shape[-1]):
-        labels, _ = scipy.ndimage.label(clipped[..., k])
-        sizes = np.bincount(labels.ravel())
-        for label in 1 + np.flatnonzero(sizes[1:] > BLOWN_SHARE * labels.size):
-            area = labels == label
-            if _looks_like_sky(prepared, k, area):
-                blown |= area
-    return blown
+    """Where the stretch clips sky: (h, w) bool. The fit loses the sky there."""
+    if prepared.sky is None:
+        return np.zeros(prepared.image.shape[:2], bool)
+    top = prepared.stretch.pedestal + prepared.stretch.scale
+    above = (prepared.sky.surface(prepared.centers) > top) & clipped_by_stretch(prepared)
+    blown = above.any(-1) & prepared.sky.seen(prepared.centers)
+    return blown if blown.mean() > BLOWN_SHARE else np.zeros_like(blown)
 
 
-def _looks_like_sky(prepared: Prepared, k: int, area: np.ndarray) -> bool:
-    """Whether channel k is as smooth in this area (h, w) as sky is, and peaks where sky peaks."""
-    values, terms = prepared.linear[area, k].astype(float), _quadratic(prepared.centers[area])
-    smooth = terms @ np.linalg.lstsq(terms, values, rcond=None)[0]
-    low, high = np.quantile(smooth, (0.01, 0.99))
-    top = prepared.stretch.pedestal[k] + prepared.stretch.scale[k]
-    texture = np.median(np.abs(values - smooth)) / max(high - low, top - prepared.median[k], 1e-12)
-    brightest = prepared.centers[area][smooth >= np.quantile(smooth, 0.95)]
-    there = prepared.centers[prepared.present.any(-1)]
-    to_edge = np.minimum(brightest - there.min(0), there.max(0) - brightest).min(-1)
-    blunt = np.quantile(values, 0.95) - top < BLOWN_PEAK * (top - prepared.median[k])
-    return texture < BLOWN_TEXTURE and (np.median(to_edge) < 0.05 or blunt)
-
-
-def _quadratic(places: np.ndarray) -> np.ndarray:
-    """(n, 2) -> (n, 6): the terms of a quadratic surface, about its middle."""
-    y, x = (places - places.mean(0)).T
-    return np.stack([np.ones_like(y), y, x, y * y, y * x, x * x], -1)
-
-
-def gradient(linear: np.ndarray, used: np.ndarray) -> float:
-    """How uneven a sky is: the range of its quadratic course over some 8 x 12 tiles, over its level.
-
-    The course is the one with the least absolute deviations from the tiles' medians, so that objects hardly count.
+def doubts(planes: np.ndarray, prepared: Prepared) -> list[str]:
+    """What makes one doubt that a picture is one to run the tool on, a sentence each.
 
     Args:
-        linear: (h, w, c) reduced picture, NaN where missing. used: (h, w) bool, where it shows sky.
+        planes: (c, h, w) linear samples.
+    """
+    sentences = []
+    linear = prepared.linear[prepared.present.all(-1)]  # (n, c)
+    low, median, high = np.quantile(linear, (0, 0.5, 0.999), axis=0)
+    stretched = (high > STRETCHED_TOP) & (median - low > STRETCHED_MEDIAN * (high - low))
+    if stretched.all():
+        sentences.append("the picture looks stretched; light can be subtracted only while the data are linear")
+    if len(planes) == 1 and _looks_like_mosaic(planes[0]):
+        sentences.append("the picture looks like an undebayered color picture; debayer it first")
+    missing = 1 - prepared.present.mean()
+    if missing > 0.5:
+        sentences.append(f"{missing:.0%} of the picture is missing (0 or not finite); check that it is the right one")
+    return sentences
+
+
+def _looks_like_mosaic(plane: np.ndarray) -> bool:
+    """Whether pixels of one phase of a 2 x 2 mosaic agree better than pixels of two."""
+    rows, columns = (4 * max(1, side // 2000) for side in plane.shape)  # a few Mpix are enough
+    phases = [plane[y::rows, x::columns] for y in (0, 1) for x in (0, 1)]
+    phases = [phase[_present(phase)] for phase in phases]
+    if min(phase.size for phase in phases) < 1000:
+        return False
+    medians = np.array([np.median(phase) for phase in phases])
+    spread = max(1.4826 * np.median(np.abs(phase - np.median(phase))) for phase in phases)
+    error = 1.25 * spread / math.sqrt(min(phase.size for phase in phases))
+    dark = min(np.quantile(phase, 0.01) for phase in phases)
+    difference = np.ptp(medians)
+    return difference > 10 * error and difference > MOSAIC_DIFFERENCE * (np.median(medians) - dark)
+
+
+def gradient(prepared: Prepared, taken: Callable | None = None) -> float:
+    """How uneven the sky is: the range of the sky that was found over its level; mean of the channels.
+
+    Args:
+        taken: frame coordinates (..., 2) -> (..., c) linear sky that was taken out; medians stay.
 
     Returns:
-        The mean over the channels; NaN if fewer than 12 tiles show enough sky (`_percent` says so).
+        NaN if no sky could be looked for.
     """
-    side = -(-max(used.shape) // 12)
-    sky = [np.where(used, plane, 0) for plane in np.moveaxis(linear, -1, 0)]  # 0: missing
-    tiles = np.stack([reduce_plane(plane, side) for plane in sky], -1).astype(float)
-    enough = (_block_means(used, side) >= 0.25) & np.isfinite(tiles).all(-1)
-    if enough.sum() < 12:
+    if prepared.sky is None:
         return math.nan
-    terms, ranges = _quadratic(np.argwhere(enough) / max(enough.shape)), []
-    for values in tiles[enough].T:
-        weight = np.ones_like(values)
-        for _ in range(20):  # least squares, reweighted until it is least absolute deviations
-            course = terms @ np.linalg.lstsq(terms * weight[:, None], values * weight, rcond=None)[0]
-            weight = 1 / np.sqrt(np.maximum(np.abs(values - course), 1e-6 * values.max()))
-        ranges.append((course.max() - course.min()) / np.median(values))
-    return float(np.mean(ranges))
+    sky = prepared.sky
+    places = sky.centers[sky.weight > 0]
+    left = sky.surface(places)  # (n, c)
+    level = np.maximum(np.median(left, axis=0), 1e-12)
+    if taken is not None:
+        left = left - taken(places)
+    high, low = np.percentile(left, (99, 1), axis=0)
+    return float(np.mean((high - low) / level))
 
 
 def gradients(prepared: Prepared, fit: Fit) -> str:
     """The gradient before and after, in words."""
-    prepared = thinned(prepared)
-    before, after = (gradient(linear, prepared.used) for linear in (prepared.linear, reduced_sky(prepared, fit)[1]))
+    before = gradient(prepared)
+    after = gradient(prepared, linear_sky(prepared, fit))
     return f"gradient {_percent(before)} of the sky's level before, {_percent(after)} after"
 
 
@@ -3124,7 +3203,7 @@ def _numbers(prepared: Prepared, reasons: dict[str, np.ndarray], blown: np.ndarr
     rows += [("  " + OVERLAYS[name][2].replace("left out ", ""), reasons[name].mean(), "of the frame")
              for name in ("threshold", "mask file", "auto") if reasons[name].any()]
     rows += [("missing", part["missing"], ""),
-             ("gradient", gradient(prepared.linear, prepared.used), "of the sky's level")]
+             ("gradient", gradient(prepared), "of the sky's level")]
     rows += [("blown out", blown.mean(), "sky: raise -dq")] if blown.any() else []
     return lines + [""] + [f"{name:<13}{_percent(value):>7}  {what}" for name, value, what in rows]
 
@@ -3155,18 +3234,19 @@ def _draw_histogram(axes, prepared: Prepared, settings: Settings, k: int) -> Non
 
 
 def _draw_hints(axes, prepared: Prepared, blown: np.ndarray) -> None:
-    """The picture less its own large-scale course: what is not sky, and may be mistaken for it unless it is masked."""
-    values, known = prepared.linear.mean(-1), prepared.present.all(-1)
-    center = np.median(values[known]) if known.any() else 0.0
-    capped = np.where(known, np.minimum(values, np.nanquantile(values, 0.9)), 0)  # bright things hardly count as course
-    width = max(values.shape) / 8
-    weight = np.maximum(scipy.ndimage.gaussian_filter(known.astype(float), width), 1e-9)
-    residual = values - scipy.ndimage.gaussian_filter(capped, width) / weight
-    residual = scipy.ndimage.gaussian_filter(np.where(known, residual, 0), max(values.shape) / 300)
-    spread = 6 * np.median(np.abs(residual[known] - np.median(residual[known]))) if known.any() else 1.0
-    image = axes.imshow(np.where(known, residual, np.nan), cmap="PuOr_r", vmin=-spread or -1, vmax=spread or 1,
+    """The picture less the sky that was found: what is not sky, and may be mistaken for it unless it is masked."""
+    known = prepared.present.all(-1)
+    sky = np.nanmedian(prepared.linear, axis=(0, 1))  # (c,)
+    if prepared.sky is not None:
+        sky = prepared.sky.surface(prepared.centers)  # (h, w, c)
+    center = float(np.mean(sky))
+    residual = np.where(known, (prepared.linear - sky).mean(-1), 0)
+    residual = scipy.ndimage.gaussian_filter(residual, max(known.shape) / 300)
+    spread = 6 * np.median(np.abs(residual[known])) if known.any() else 1.0
+    spread = float(spread) or 1.0
+    image = axes.imshow(np.where(known, residual, np.nan), cmap="PuOr_r", vmin=-spread, vmax=spread,
                         interpolation="nearest")
-    axes.set_title("orange above, purple below surroundings")
+    axes.set_title("less the sky that was found: orange above, purple below")
     axes.set(xticks=[], yticks=[])
     bar = _draw_scale(axes, image, [-spread, 0, spread])
     bar.set_xticklabels([f"{v / center:+.0%}" if center else "" for v in (-spread, 0, spread)])
@@ -3504,7 +3584,7 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Settings]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code. Whatever goes wrong is said in one line on stderr."""
     try:
-        with _Interrupts() as interrupts:
+        with _OnTerminal(), _Interrupts() as interrupts:
             _run(*_parse(argv), interrupts)
         return 0
     except SystemExit as stop:  # argparse has said why
@@ -3532,8 +3612,19 @@ def _fail(message: str, code: int = 1) -> int:
     return code
 
 
-def _warn(message: str) -> None:
-    print(f"bgoptimizer: warning: {message}", file=sys.stderr)
+class _OnTerminal(logging.Handler):
+    """Writes warnings as the command does: on stderr, wherever that leads when it happens."""
+
+    def __enter__(self):
+        self.setLevel(logging.WARNING)
+        logger.addHandler(self)
+        return self
+
+    def emit(self, record):
+        print(f"bgoptimizer: warning: {record.getMessage()}", file=sys.stderr)
+
+    def __exit__(self, *_):
+        logger.removeHandler(self)
 
 
 def _run(options: argparse.Namespace, settings: Settings, interrupts: _Interrupts) -> None:
@@ -3544,9 +3635,10 @@ def _run(options: argparse.Namespace, settings: Settings, interrupts: _Interrupt
     say = _quiet if options.quiet else lambda text: print(text, flush=True)
     paths, where = _check_paths(options), _place_for_pictures(options)
     planes, source = _read(options.input_file, say)
-    if options.preview:  # a plain run's smoothing takes a second to choose, and is not shown
-        settings = settings if settings.auto else replace(settings, smoothing=0.0)
-    else:
+    lone = keep_dark_samples(planes)
+    if lone:
+        say(f"{lone} lone samples of 0 are taken for dark sky, not for missing data")
+    if not options.preview:
         _check_room(planes, options)
         _start_importing()
     prepared, settings = examine(
@@ -3592,6 +3684,10 @@ def _subtract_and_write(planes: np.ndarray, source: Source, prepared: Prepared, 
     say(gradients(prepared, fit))
     say("offsets: " + ", ".join(map("{} {:.6f}".format, _channel_letters(prepared), offsets)))
     say(f"clipped: {below.sum()} samples at 0, {above.sum()} at 1, of {planes.size}")
+    share = (below.sum() + above.sum()) / planes.size
+    if share > MOST_CLIPPED:
+        logger.warning(f"{share:.1%} of the samples were clipped: the sky leaves no room below or above it; "
+                       "add a pedestal to the picture, or use a stiffer surface (--smoothing)")
     pictures = {"model": (sky, source, "the sky"), "subtracted": (planes, source, "the picture without the sky")}
     if options.save_mask:
         pictures["mask"] = full_mask(prepared, settings), None, "the mask, 1 = sky"
@@ -3707,7 +3803,7 @@ def _import_silently() -> None:
 def _read(path: str, say: Callable[[str], None]) -> tuple[np.ndarray, Source]:
     picture = read_xisf(path)
     for text in picture.warnings:
-        _warn(f"{path} {text}")
+        logger.warning(f"{path} {text}")
     count, height, width = picture.planes.shape
     say(f"{path}: {width} x {height}, {'gray' if count == 1 else 'RGB'}, {picture.planes.dtype}")
     return picture.planes, picture.source
@@ -3729,7 +3825,7 @@ def _check_room(planes: np.ndarray, options: argparse.Namespace) -> None:
         with open("/sys/fs/cgroup/memory.max") as limit, open("/sys/fs/cgroup/memory.current") as used:
             free = min(free, int(limit.read()) - int(used.read()))
     if free < needed:
-        _warn(f"about {needed / 1e9:.1f} GB more memory is needed and {free / 1e9:.1f} GB are free; "
+        logger.warning(f"about {needed / 1e9:.1f} GB more memory is needed and {free / 1e9:.1f} GB are free; "
               "if the run dies, close other programs, or crop the picture or split its channels")
 
 
@@ -3743,7 +3839,7 @@ def _report(prepared: Prepared, settings: Settings, say: Callable[[str], None]) 
         say(f"  {letter}: minimum {low:.6f}, median {prepared.median[k]:.6f}, clipped above {low + scale:.6f}")
     share = blown_out(thinned(prepared)).mean()
     if share:
-        _warn(f"the stretch clips a smooth part of the picture ({share:.1%} of the frame), most likely sky, "
+        logger.warning(f"the stretch clips a smooth part of the picture ({share:.1%} of the frame), most likely sky, "
               f"and the fit loses it there; raise -dq (now {quantile:g})")
 
 

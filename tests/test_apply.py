@@ -2,7 +2,7 @@
 import numpy as np
 import pytest
 
-from bgoptimizer import BgError, Settings, SkySurface, frame_coordinates, optimize, prepare, spline_surface
+from bgoptimizer import BgError, Settings, SkySurface, frame_coordinates, optimize, prepare, spline_surface, keep_dark_samples
 from runner import QUICK, quick
 from scenes import sloping_sky
 
@@ -85,11 +85,24 @@ def test_model_plus_subtracted_is_the_picture_and_a_constant(fitted):
 def test_missing_samples_come_out_as_they_went_in(missing):
     image = sloping_sky()[0]
     image[:10] = missing
-    image[40, 60, 1] = missing
+    image[:, 60, 1] = missing  # a dead column
     result = optimize(image, quick(epochs=20))
     np.testing.assert_array_equal(result.subtracted[:10], image[:10])
-    np.testing.assert_array_equal(result.subtracted[40, 60, 1], image[40, 60, 1])
+    np.testing.assert_array_equal(result.subtracted[:, 60, 1], image[:, 60, 1])
     assert np.isfinite(result.model).all() and (result.subtracted[20:, :, 0] > 0).any()
+
+
+def test_lone_zeros_in_a_noisy_dark_sky_are_dark_samples_and_not_missing():
+    rng = np.random.default_rng(0)
+    noisy = np.clip(rng.normal(0.01, 0.01, (1, 120, 160)), 0, 1).astype(np.float32)
+    noisy[0, :20], noisy[0, :, 70], noisy[0, 60:90, 100:130] = 0, 0, 0  # border, dead column, hole
+    missing = np.zeros((120, 160), bool)
+    missing[:20], missing[:, 70], missing[60:90, 100:130] = True, True, True
+    lone = (noisy[0] == 0) & ~missing
+    count = keep_dark_samples(noisy)
+    assert 0.1 < lone[20:].mean() < 0.2 and count == pytest.approx(lone.sum(), rel=0.03)
+    assert (noisy[0][missing] == 0).all()
+    assert (noisy[0][lone] > 0).mean() > 0.97  # but for those beside what is missing
 
 
 # ------------------------------------------------------------------------------------------------ the whole job

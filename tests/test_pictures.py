@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bgoptimizer import Settings, blown_out, mask_reasons, prepare, shares
+from bgoptimizer import Settings, blown_out, examine, mask_reasons, prepare, shares
 from runner import FAST, command, python, refused, run
 from scenes import make_scene, save, sloping_sky, to_planes
 
@@ -31,9 +31,9 @@ def test_missing_masked_and_used_add_up_and_have_their_reasons():
 def test_blown_out_sky_is_told_from_blown_out_objects(family, warned):
     seed = {"galaxy": 3, "stars": 2}.get(family, 0)  # other seeds have a bright corner of sky besides
     scene = make_scene(family, seed, 400, 600, 3)
-    prepared = prepare(to_planes(scene.image), Settings(downscaling_factor=4))
+    prepared, _ = examine(to_planes(scene.image), Settings(downscaling_factor=4))
     assert blown_out(prepared).any() == warned
-    weak = prepare(to_planes(scene.image), Settings(downscaling_factor=4, delinearization_quantile=0.999))
+    weak, _ = examine(to_planes(scene.image), Settings(downscaling_factor=4, delinearization_quantile=0.999))
     assert not blown_out(weak).any()  # what the warning asks for helps
 
 
@@ -45,13 +45,14 @@ def test_preview_warns_when_the_stretch_clips_sky(folder, capsys):
     assert capsys.readouterr().err == ""
 
 
-def test_a_small_patch_of_data_warns_of_nothing_and_is_not_called_nan(folder, capsys):
+def test_a_small_patch_of_data_is_warned_about_once_and_not_called_nan(folder, capsys):
     image = np.zeros((64, 80, 1), np.float32)
     image[8:16, 16:24] = sloping_sky(8, 8, 1)[0]  # one block at an odd place
     save(folder / "patch.xisf", image)
     assert run("patch.xisf", "-e", "2", "--smoothing", "1", "-dq", "1") == 0
     said = capsys.readouterr()
-    assert said.err == "" and "nan" not in said.out and "unknown" in said.out
+    assert said.err.count("warning") == 1 and "missing" in said.err
+    assert "nan" not in said.out and "unknown" in said.out
 
 
 # ------------------------------------------------------------------------------------------------ drawing
