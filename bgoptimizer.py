@@ -996,45 +996,65 @@ def atomic_outputs(*paths):
 # ---------------------------------------------------------------------------------------------------------
 
 def _present(samples: np.ndarray) -> np.ndarray:
-    """True where a sample is data: finite and not exactly 0 (what is black but real was read as > 0)."""
+    """Return True where a sample is data: finite, and not 0.
+
+    Black data are above 0, because the reader sets them to the smallest number that is.
+    """
     return (samples > 0) & (samples < np.inf)
 
 
 def _strips(height: int, width: int, multiple: int = 1) -> list[slice]:
-    """Slices of rows that cover a plane in strips of about STRIP_PIXELS, each a `multiple` of rows high."""
-    rows = max(multiple, STRIP_PIXELS // max(1, width) // multiple * multiple)
-    return [slice(top, min(top + rows, height)) for top in range(0, height, rows)]
+    """Return slices of rows that cut a plane into strips of about STRIP_PIXELS.
+
+    The height of each strip but the last is a multiple of `multiple` rows.
+    """
+    rows = STRIP_PIXELS // max(1, width)
+    rows -= rows % multiple
+    rows = max(rows, multiple)
+    tops = range(0, height, rows)
+    return [slice(top, min(top + rows, height)) for top in tops]
 
 
 def _each(work: Callable, items: Sequence) -> Iterator:
-    """Results of work(item), in order, computed by WORKERS threads."""
+    """Yield work(item) for all items, in order, computed by WORKERS threads."""
     with ThreadPoolExecutor(WORKERS) as pool:
         yield from pool.map(work, items)
 
 
 def _grid(rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    """Coordinates along two axes, (h,) and (w,) -> of all their crossings, (h, w, 2)."""
-    return np.stack(np.meshgrid(rows, columns, indexing="ij"), -1)
+    """Return all pairs of a row (h,) and a column (w,) coordinate, (h, w, 2)."""
+    row, column = np.meshgrid(rows, columns, indexing="ij")  # (h, w) each
+    return np.stack((row, column), -1)
 
 
 def _quantiles(plane: np.ndarray, present: np.ndarray, quantiles: Sequence[float]) -> np.ndarray:
-    """Quantiles of the present samples, each one of them (the lower of the two middle ones).
+    """Return quantiles of the present samples: each is a sample, the lower one of two.
 
-    Exact up to 16 Mpix, of every k-th sample beyond: 8 million give the median to a thousandth of the noise.
+    They are exact up to 16 Mpix. Of larger planes only every k-th sample is taken: 8 million
+    samples give the median to a thousandth of the noise.
 
     Args:
-        plane: (h, w). present: (h, w) bool, somewhere True.
+        plane: (h, w).
+        present: (h, w) bool, True somewhere.
+        quantiles: in [0, 1].
     """
-    every = slice(None, None, plane.size // QUANTILE_SAMPLES | 1)  # odd, to meet all pixels of a mosaic
-    values = plane.ravel()[every][present.ravel()[every]]
-    values = values if values.size else plane[present]
-    ranks = [int(q * (values.size - 1)) for q in quantiles]
+    step = plane.size // QUANTILE_SAMPLES
+    step |= 1  # odd, so that it meets all the colors of a sensor's mosaic
+    some = plane.ravel()[::step]
+    values = some[present.ravel()[::step]]
+    if values.size == 0:
+        values = plane[present]
+    last = values.size - 1
+    ranks = [int(quantile * last) for quantile in quantiles]
     values.partition(ranks)
     return values[ranks].astype(float)
 
 
 def _channel_name(k: int, count: int) -> str:
-    return "the picture" if count == 1 else f"channel {'RGB'[k]}"
+    """Return what messages call channel `k` of `count`."""
+    if count == 1:
+        return "the picture"
+    return f"channel {'RGB'[k]}"
 
 
 # ---------------------------------------------------------------------------------------------------------
