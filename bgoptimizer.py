@@ -1057,17 +1057,26 @@ def _channel_name(k: int, count: int) -> str:
     return f"channel {'RGB'[k]}"
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Stretch: linear to 'stretched' (delinearized) and exactly back
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+
+MIDTONES_MARGIN = 1e-4
+"""The midtones stay this far from 0 and 1, where the midtones function degenerates. The median of a
+coarsely quantized picture can lie there."""
+
 
 @dataclass(frozen=True)
 class Stretch:
-    """Per-channel constants of the stretch, each an array (c,), for images with the channel last.
+    """The constants of the stretch, one for each channel: arrays (c,), for images (..., c).
 
-    `apply`: x -> (x - pedestal) / scale, clipped to [0, 1], then the midtones transfer function that takes
-    `midtones` to 0.25. `invert` is exact on [0, 1] and goes on with its end slopes outside: the formula
-    itself has a pole above 1, where a spline may well wander.
+    `apply` takes a linear x to (x - pedestal) / scale, clips it to [0, 1], and takes the result to
+
+        f(x) = (1 - m) x / ((1 - 4 m) x + 3 m)
+
+    with the midtones m. This is the midtones transfer function that takes m to MIDTONES_TARGET.
+    `invert` is exact on [0, 1]. Outside it goes on with the slopes at the ends, because the inverse
+    of f has a pole above 1, and a spline may well get there.
     """
 
     pedestal: np.ndarray
@@ -1075,18 +1084,23 @@ class Stretch:
     midtones: np.ndarray
 
     def apply(self, linear: np.ndarray) -> np.ndarray:
-        """Linear samples (..., c), any range -> stretched samples (..., c) in [0, 1]; NaN stays NaN."""
+        """Stretch linear samples (..., c) of any range to (..., c) in [0, 1]; NaN stays NaN."""
         m = self.midtones
-        x = np.clip((linear - self.pedestal) / self.scale, 0, 1)
-        return (1 - m) * x / ((1 - 4 * m) * x + 3 * m)
+        x = (linear - self.pedestal) / self.scale
+        x = np.clip(x, 0, 1)
+        denominator = (1 - 4 * m) * x + 3 * m
+        return (1 - m) * x / denominator
 
     def invert(self, stretched: np.ndarray) -> np.ndarray:
-        """Stretched samples (..., c), any range -> linear samples (..., c)."""
+        """Take stretched samples (..., c) of any range back to linear ones, (..., c)."""
         m = self.midtones
         y = np.clip(stretched, 0, 1)
         x = 3 * m * y / ((1 - m) - (1 - 4 * m) * y)
-        below, above = 3 * m / (1 - m), (1 - m) / (3 * m)  # slopes of the inverse at 0 and at 1
-        x = x + below * np.minimum(stretched, 0) + above * np.maximum(stretched - 1, 0)
+        slope_at_0 = 3 * m / (1 - m)
+        slope_at_1 = (1 - m) / (3 * m)
+        below_0 = np.minimum(stretched, 0)
+        above_1 = np.maximum(stretched - 1, 0)
+        x = x + slope_at_0 * below_0 + slope_at_1 * above_1
         return x * self.scale + self.pedestal
 
     def slope(self, linear: np.ndarray) -> np.ndarray:
@@ -1096,39 +1110,48 @@ class Stretch:
         return 3 * m * (1 - m) / ((1 - 4 * m) * x + 3 * m)**2 / self.scale
 
     def channel(self, k: int) -> "Stretch":
-        """The same stretch for channel k alone."""
-        return Stretch(*(np.asarray(v)[k:k + 1] for v in (self.pedestal, self.scale, self.midtones)))
+        """Return the same stretch for channel `k` alone."""
+        only = slice(k, k + 1)
+        return Stretch(self.pedestal[only], self.scale[only], self.midtones[only])
 
 
 def measure_stretch(planes: np.ndarray, quantile: float) -> tuple[Stretch, np.ndarray]:
-    """The stretch of a picture, from its present samples.
+    """Measure the stretch of a picture from its present samples.
 
     Args:
         planes: (c, h, w) linear samples.
-        quantile: the share of samples below what the stretch maps to 1.
+        quantile: share of the samples that lie below the one that the stretch takes to 1.
 
     Returns:
-        The stretch, and the channels' medians (c,) in linear units.
+        The stretch, and the medians of the channels, (c,) in linear units.
 
     Raises:
         BgError: a channel has no present sample, or only one value.
     """
-    def measure(k):
-        present = _present(planes[k])
-        if not present.any():
-            raise BgError(f"{_channel_name(k, len(planes))} holds no data (every sample is 0 or not finite); "
-                          "remove that channel, or save the picture again")
-        low = float(np.min(planes[k], where=present, initial=np.inf))
-        median, high = _quantiles(planes[k], present, (0.5, quantile))
-        if high - low < np.finfo(np.float32).tiny:  # less than the fit, in Float32, could tell apart
-            raise BgError(f"{_channel_name(k, len(planes))} has the same value everywhere ({low:.6g}), so it shows no "
-                          "sky; raise -dq if a bright object fills the frame, else give a picture with content")
-        return low, high - low, median
+    count = len(planes)
 
-    low, scale, median = np.array(list(_each(measure, range(len(planes))))).T
-    # Coarsely quantized pictures can have their median at an end, where the function would degenerate.
-    midtones = np.clip((median - low) / scale, 1e-4, 1 - 1e-4)
-    return Stretch(low, scale, midtones), median
+    def measure(k):
+        plane = planes[k]
+        present = _present(plane)
+        if not present.any():
+            raise BgError(
+                f"{_channel_name(k, count)} holds no data (every sample is 0 or not finite); "
+                "remove that channel, or save the picture again")
+        low = float(np.min(plane, where=present, initial=np.inf))
+        median, high = _quantiles(plane, present, (0.5, quantile))
+        scale = high - low
+        if scale < np.finfo(np.float32).tiny:  # 0 to the fit, which computes in Float32
+            raise BgError(
+                f"{_channel_name(k, count)} has the same value everywhere ({low:.6g}), so it shows "
+                "no sky; raise -dq if a bright object fills the frame, else give a picture with "
+                "content")
+        return low, scale, median
+
+    measured = _each(measure, range(count))
+    pedestal, scale, median = np.array(list(measured)).T  # (c,) each
+    midtones = (median - pedestal) / scale
+    midtones = np.clip(midtones, MIDTONES_MARGIN, 1 - MIDTONES_MARGIN)
+    return Stretch(pedestal, scale, midtones), median
 
 
 # ---------------------------------------------------------------------------------------------------------
