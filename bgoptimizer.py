@@ -1154,40 +1154,67 @@ def measure_stretch(planes: np.ndarray, quantile: float) -> tuple[Stretch, np.nd
     return Stretch(pedestal, scale, midtones), median
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Reduce and mask
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
-def reduce_plane(plane: np.ndarray, factor: int, func: str = "median", transform: Callable | None = None) -> np.ndarray:
-    """Blocks of factor x factor samples -> their median or mean over the samples present.
+def reduce_plane(plane: np.ndarray, factor: int, func: str = "median",
+                 transform: Callable | None = None) -> np.ndarray:
+    """Reduce blocks of factor x factor samples to the median or mean of their present samples.
 
     Args:
         plane: (h, w); missing samples are 0 or not finite.
-        factor: side of a block; blocks at the right and lower edge use what they have.
+        factor: side of a block. Blocks at the right and the lower edge use the samples they have.
         func: "median" or "mean".
-        transform: applied to the samples before the mean (a median can wait until after).
+        transform: applied to the samples before the mean; a median can wait until after.
 
     Returns:
         (ceil(h / factor), ceil(w / factor)) float32; NaN where a block has nothing present.
     """
-    height, width = plane.shape
-    down, across = min(factor, height), min(factor, width)  # a block larger than the picture takes no memory
-    columns = -(-width // across)
-
-    def reduce_strip(rows):
-        strip = plane[rows]
-        strip = np.pad(strip, ((0, -len(strip) % down), (0, -width % across)))  # with 0: missing
-        blocks = strip.reshape(-1, down, columns, across).swapaxes(1, 2).reshape(-1, columns, down * across)
-        present = _present(blocks)
+    def reduce_blocks(blocks, axis):  # (rows, columns, height, width) -> (rows, columns)
+        samples = blocks.reshape(*blocks.shape[:2], -1)  # (rows, columns, samples)
+        present = _present(samples)
         count = present.sum(-1)
         if func == "mean":
-            blocks = blocks if transform is None else transform(blocks)
-            return np.where(present, blocks, 0).sum(-1) / np.where(count, count, np.nan)
-        blocks = np.sort(np.where(present, blocks, np.nan), axis=-1)  # quicker here than a partition; NaN goes last
-        middle = np.stack([np.maximum(count - 1, 0) // 2, count // 2], -1)
-        return np.take_along_axis(blocks, middle, -1).mean(-1)
+            if transform is not None:
+                samples = transform(samples)
+            total = np.where(present, samples, 0).sum(-1)
+            return total / np.where(count > 0, count, np.nan)
+        samples = np.where(present, samples, np.nan)
+        samples.sort(-1)  # NaN goes last; for so few samples it is faster than a partition
+        lower = np.maximum(count - 1, 0) // 2
+        upper = count // 2
+        middle = np.stack((lower, upper), -1)  # (rows, columns, 2): the same sample if odd
+        return np.take_along_axis(samples, middle, -1).mean(-1)
 
-    return np.concatenate(list(_each(reduce_strip, _strips(height, width, down)))).astype(np.float32)
+    return _reduce_blocks(plane, factor, reduce_blocks)
+
+
+def _reduce_blocks(image, factor, func):
+    """Reduce blocks of factor x factor floats by a function, as scikit-image does, but in strips.
+
+    Blocks at the right and the lower edge are filled up with NaN.
+
+    Args:
+        image: (h, w) or (h, w, k).
+        factor: side of a block.
+        func: takes blocks, and the axes of the samples in them, which are the last ones.
+
+    Returns:
+        (ceil(h / factor), ceil(w / factor)), and k if there is one; float32.
+    """
+    from skimage.measure import block_reduce
+    height, width = image.shape[:2]
+    down = min(factor, height)  # a block that is larger than the picture would take memory
+    across = min(factor, width)
+    block = (down, across, 1)[:image.ndim]
+
+    def reduce_strip(rows):
+        return block_reduce(image[rows], block, func, cval=np.nan)
+
+    strips = _strips(height, width, down)
+    reduced = np.concatenate(list(_each(reduce_strip, strips)))
+    return reduced.astype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -1202,7 +1229,10 @@ class ExpectedSky:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What the fit sees of a picture: reduced, stretched, masked. Shapes: (h, w) the reduced frame, c channels."""
+    """What the fit sees of a picture: it is reduced, stretched, and masked.
+
+    In the shapes, (h, w) is the reduced frame, and c is the number of channels.
+    """
 
     image: np.ndarray  # (h, w, c) stretched, in [0, 1]; 0 where missing
     weight: np.ndarray  # (h, w, c) in [0, 1]; 0 where masked or missing
@@ -1217,22 +1247,25 @@ class Prepared:
 
     @property
     def used(self) -> np.ndarray:
-        """(h, w) bool: pixels that take part in the fit."""
+        """The pixels that take part in the fit, (h, w) bool."""
         return (self.weight > 0).any(-1)
 
 
 def frame_coordinates(height: int, width: int, factor: int = 1) -> np.ndarray:
-    """Centers of the blocks of a full-size frame, both axes divided by its longer side.
+    """Return the centers of the blocks of a full-size frame, divided by its longer side.
 
-    A block's center and the full-size pixels that it came from share this frame, so the surface is not shifted
-    by half a block, and bending costs the same along both axes.
+    A block and the full-size pixels that it came from share these coordinates, so the surface is
+    not shifted by half a block. Both axes have the same unit, so bending costs the same along both.
 
     Returns:
-        (ceil(height / factor), ceil(width / factor), 2) float64, (row, column), inside [0, 1].
+        (ceil(height / factor), ceil(width / factor), 2) float64: row and column, inside [0, 1].
     """
+    longer = max(height, width)
+
     def centers(length):
         start = np.arange(0, length, factor)
-        return (start + np.minimum(start + factor, length)) / 2 / max(height, width)
+        stop = np.minimum(start + factor, length)
+        return (start + stop) / 2 / longer
 
     return _grid(centers(height), centers(width))
 
@@ -1282,55 +1315,87 @@ def prepare(planes: np.ndarray, settings: Settings, mask: np.ndarray | None = No
 
 
 def _inside_thresholds(image: np.ndarray, settings: Settings) -> np.ndarray:
+    """Return True where a stretched sample is neither too dark nor too bright."""
     return (settings.threshold_min <= image) & (image <= settings.threshold_max)
 
 
 def _block_means(weights: np.ndarray, factor: int) -> np.ndarray:
-    """(h, w) or (h, w, k) values in [0, 1] -> means of blocks; what is not finite counts as 0."""
-    weights = np.clip(np.nan_to_num(weights), 0, 1)
-    for axis in (0, 1):
-        starts = np.arange(0, weights.shape[axis], factor)
-        sizes = np.diff(np.append(starts, weights.shape[axis]))
-        weights = np.add.reduceat(weights, starts, axis) / sizes.reshape(-1, *[1] * (weights.ndim - 1 - axis))
-    return weights.astype(np.float32)
+    """Reduce blocks of factor x factor values in [0, 1] to their means; NaN counts as 0.
+
+    Args:
+        weights: (h, w) or (h, w, k), floats or booleans.
+        factor: side of a block. Blocks at the right and the lower edge use the values they have.
+
+    Returns:
+        (ceil(h / factor), ceil(w / factor)), and k if there is one; float32.
+    """
+    weights = np.clip(np.nan_to_num(weights), 0.0, 1.0)  # booleans become floats
+    mean = functools.partial(np.nanmean, dtype=np.float64)  # of what a block at an edge has
+    return _reduce_blocks(weights, factor, mean)
 
 
 def _size(planes: np.ndarray) -> str:
-    return f"{planes.shape[2]} x {planes.shape[1]} with {planes.shape[0]} channel{'s' if len(planes) > 1 else ''}"
+    """Return the size of planes (c, h, w) in words."""
+    count, height, width = planes.shape
+    channels = "1 channel" if count == 1 else f"{count} channels"
+    return f"{width} x {height} with {channels}"
 
 
 def full_mask(prepared: Prepared, settings: Settings) -> np.ndarray:
-    """The mask in force at full size, (1 or c, h, w) float32, 1 = sky: one channel if all have the same."""
+    """Return the mask of the fit at full size, (1 or c, h, w) float32, 1 = sky.
+
+    It has one channel if all channels have the same mask.
+    """
+    weight = np.moveaxis(prepared.weight, -1, 0)  # (c, rows, columns)
+    if (weight == weight[:1]).all():
+        weight = weight[:1]
     height, width = prepared.full_shape
-    weight = np.moveaxis(prepared.weight, -1, 0)
-    weight = weight[:1] if (weight == weight[:1]).all() else weight
-    row, column = (np.arange(n) // settings.downscaling_factor for n in (height, width))
-    return np.ascontiguousarray(weight[:, row[:, None], column], np.float32)
+    row = np.arange(height) // settings.downscaling_factor
+    column = np.arange(width) // settings.downscaling_factor
+    mask = weight[:, row[:, None], column]  # (1 or c, h, w)
+    return np.ascontiguousarray(mask, np.float32)
 
 
 def mask_reasons(prepared: Prepared, settings: Settings) -> dict[str, np.ndarray]:
-    """Why pixels of the reduced frame are left out: reason -> (h, w) bool. A pixel has one reason at most."""
+    """Tell why pixels of the reduced frame are left out.
+
+    Returns:
+        Reason -> (h, w) bool. A pixel that is left out has exactly one reason.
+    """
     missing = ~prepared.present.any(-1)
     left_out = ~prepared.used & ~missing
-    inside = _inside_thresholds(prepared.image, settings) & prepared.present
-    reasons = {"missing": missing, "threshold": left_out & ~inside.any(-1)}
-    left_out &= ~reasons["threshold"]
-    by_file = np.zeros_like(left_out) if prepared.user_mask is None else left_out & (prepared.user_mask == 0).any(-1)
-    return {**reasons, "mask file": by_file, "auto": left_out & ~by_file}
+    inside = prepared.present & _inside_thresholds(prepared.image, settings)
+    by_threshold = left_out & ~inside.any(-1)
+    left_out &= ~by_threshold
+    by_file = np.zeros_like(left_out)
+    if prepared.user_mask is not None:
+        by_file = left_out & (prepared.user_mask == 0).any(-1)
+    by_auto = left_out & ~by_file
+    return {
+        "missing": missing,
+        "threshold": by_threshold,
+        "mask file": by_file,
+        "auto": by_auto,
+    }
 
 
 def clipped_by_stretch(prepared: Prepared) -> np.ndarray:
-    """(h, w, c) bool: where the stretch ends at 1 and the fit cannot see how bright the picture is."""
+    """Return True, (h, w, c), where the stretch ends at 1, so that the fit sees no brightness."""
+    white = prepared.stretch.pedestal + prepared.stretch.scale  # (c,)
     with np.errstate(invalid="ignore"):  # NaN where missing
-        return prepared.linear >= prepared.stretch.pedestal + prepared.stretch.scale
+        return prepared.linear >= white
 
 
 def shares(prepared: Prepared) -> dict[str, float]:
-    """Shares of the reduced samples, all channels together; missing, masked and used add up to 1."""
-    used = np.count_nonzero(prepared.weight) / prepared.weight.size
-    missing = 1 - np.count_nonzero(prepared.present) / prepared.present.size
-    return {"missing": missing, "masked": max(0.0, 1 - missing - used), "used": used,
-            "clipped": np.count_nonzero(clipped_by_stretch(prepared)) / prepared.present.size}
+    """Return the shares of the reduced samples, of all channels together.
+
+    "missing", "masked", and "used" add up to 1. "clipped" is the share that the stretch clips at 1.
+    """
+    missing = 1 - np.mean(prepared.present)
+    used = np.mean(prepared.weight > 0)
+    masked = max(0.0, 1 - missing - used)  # not below 0 by rounding
+    clipped = np.mean(clipped_by_stretch(prepared))
+    return {"missing": missing, "masked": masked, "used": used, "clipped": clipped}
 
 
 # ---------------------------------------------------------------------------------------------------------
