@@ -1403,55 +1403,75 @@ def shares(prepared: Prepared) -> dict[str, float]:
 # ---------------------------------------------------------------------------------------------------------
 
 _TINY_SQUARED_DISTANCE = 1e-10
-"""Guards log(0), and the square root at 0, whose gradient is infinite. The value that tensorflow-addons has."""
+"""Replaces smaller squared distances, for which the logarithm and the gradient of the square root
+grow without bound. The value is that of tensorflow-addons."""
 
 
 def spline_surface(query: np.ndarray, positions: np.ndarray, values: np.ndarray, order: int,
                    smoothing: float) -> np.ndarray:
-    """The surface through values at control points, in Float64: `interpolate_spline` where no gradient is needed.
+    """Evaluate the surface through values at control points, in Float64.
 
-    It is linear in the values: with np.eye(n) for them it is the matrix that takes values to the surface.
+    It is that of `interpolate_spline`, for where no gradient is needed. It is linear in the values:
+    for the values np.eye(n), it is the matrix that takes any values to their surface.
 
     Args:
         query: (..., 2) where to evaluate.
-        positions: (n, 2) control points. values: (n, k) there.
-        order: of the kernel phi: r^order if odd, r^order log r if even.
-        smoothing: weight on the diagonal of the interpolation system, 0 = through the values exactly.
+        positions: (n, 2) control points.
+        values: (n, k) at the control points.
+        order: of the kernel phi, which is r^order if odd and r^order log r if even.
+        smoothing: weight on the diagonal of the interpolation system, 0 = through the values.
 
     Returns:
         (..., k).
     """
-    weights, slopes, level = np.split(_spline_coefficients(positions, order, smoothing) @ values, (-3, -1))
-    points = query.reshape(-1, 2)
-    # In parts: the kernels of all points at once would be the largest array of a run.
-    parts = np.array_split(points, 1 + len(points) * len(positions) // STRIP_PIXELS)
-    surface = [_kernel(part, positions, order) @ weights + part @ slopes + level for part in parts]
-    return np.concatenate(surface).reshape(*query.shape[:-1], -1)
+    coefficients = _spline_coefficients(positions, order, smoothing) @ values
+    weights, slopes, level = np.split(coefficients, (-3, -1))  # (n, k), (2, k), (1, k)
+    points = query.reshape(-1, 2)  # (m, 2)
+    # In parts: the kernels of all points at once would be the largest array of a run
+    count = 1 + len(points) * len(positions) // STRIP_PIXELS
+    surface = []
+    for part in np.array_split(points, count):
+        kernels = _kernel(part, positions, order)
+        surface.append(kernels @ weights + part @ slopes + level)
+    surface = np.concatenate(surface)  # (m, k)
+    return surface.reshape(*query.shape[:-1], -1)
 
 
 def _spline_coefficients(positions: np.ndarray, order: int, smoothing: float) -> np.ndarray:
-    """(n + 3, n): values at the control points -> weights of the kernels, then two slopes, then the level."""
+    """Return the matrix that takes values at control points to the spline's coefficients.
+
+    It has the shape (n + 3, n). The coefficients are n weights of kernels, two slopes, and a level.
+    """
     n = len(positions)
+    kernels = _kernel(positions, positions, order)  # (n, n)
+    plane = np.c_[positions, np.ones(n)]  # (n, 3)
     system = np.zeros((n + 3, n + 3))
-    system[:n, :n] = _kernel(positions, positions, order) + smoothing * np.eye(n)
-    system[:n, n:] = np.c_[positions, np.ones(n)]
-    system[n:, :n] = system[:n, n:].T
+    system[:n, :n] = kernels + smoothing * np.eye(n)
+    system[:n, n:] = plane
+    system[n:, :n] = plane.T
+    values = np.eye(n + 3, n)
     try:
-        return np.linalg.solve(system, np.eye(n + 3, n))
-    except np.linalg.LinAlgError:  # control points on one line or on top of each other: the smallest coefficients
-        return np.linalg.lstsq(system, np.eye(n + 3, n), rcond=None)[0]
+        return np.linalg.solve(system, values)
+    except np.linalg.LinAlgError:
+        # Control points stand on one line or on top of each other: take the smallest coefficients
+        return np.linalg.lstsq(system, values, rcond=None)[0]
 
 
 def _kernel(query: np.ndarray, positions: np.ndarray, order: int) -> np.ndarray:
-    """phi_k of the distances, (..., n) for query (..., 2) and positions (n, 2)."""
-    squared = ((query[..., None, 0] - positions[:, 0])**2 + (query[..., None, 1] - positions[:, 1])**2)
+    """Return phi_k of the distances of query (m, 2) from positions (n, 2): (m, n)."""
+    from scipy.spatial.distance import cdist
+    squared = cdist(query, positions, "sqeuclidean")
     squared = np.maximum(squared, _TINY_SQUARED_DISTANCE)
-    return squared**(order / 2) if order % 2 else 0.5 * squared**(order // 2) * np.log(squared)
+    if order % 2:
+        return squared**(order / 2)
+    return 0.5 * squared**(order // 2) * np.log(squared)
 
 
 def interpolate_spline(train_points, train_values, query_points, order, regularization_weight=0.0,
                        name="interpolate_spline"):
-    """Drop-in for `tfa.image.interpolate_spline` where tensorflow-addons does not exist: same values, same gradients.
+    """Do what `tfa.image.interpolate_spline` does, where tensorflow-addons does not exist.
+
+    It is a drop-in with the same values and the same gradients.
 
     Args:
         train_points: `[b, n, d]` float tensor of control points.
@@ -1467,68 +1487,110 @@ def interpolate_spline(train_points, train_values, query_points, order, regulari
     Source: https://en.wikipedia.org/wiki/Polyharmonic_spline; notation (c, f, w, v, A, B) as there.
     """
     tf = import_tensorflow()
-
-    def squared_distances(x, y):  # [b, n, d], [b, m, d] -> [b, n, m]
-        product = tf.matmul(x, y, transpose_b=True)
-        if x is y:  # norms rounded as the product is: the diagonal, where the kernel is steepest, is then exactly 0
-            x_norm = y_norm = tf.linalg.diag_part(product)
-        else:
-            x_norm, y_norm = tf.reduce_sum(tf.square(x), 2), tf.reduce_sum(tf.square(y), 2)
-        return x_norm[:, :, None] - 2 * product + y_norm[:, None, :]
-
-    def phi(r2):
-        guarded = tf.maximum(r2, _TINY_SQUARED_DISTANCE)
-        if order % 2:
-            return tf.sqrt(guarded) if order == 1 else tf.pow(guarded, order / 2)
-        # The guard sits in the logarithm alone for orders 2 and 4: r2 may be 0, or slightly below from rounding.
-        powered = r2 if order == 2 else tf.square(r2) if order == 4 else tf.pow(guarded, order / 2)
-        return 0.5 * powered * tf.math.log(guarded)
-
     with tf.name_scope(name):
-        c, f, q = (tf.convert_to_tensor(x) for x in (train_points, train_values, query_points))
-        b, n, d = tf.shape(c)[0], tf.shape(c)[1], c.shape[-1]
-        matrix_a = phi(squared_distances(c, c))  # [b, n, n]
+        c = tf.convert_to_tensor(train_points)
+        f = tf.convert_to_tensor(train_values)
+        q = tf.convert_to_tensor(query_points)
+        b, n = tf.shape(c)[0], tf.shape(c)[1]
+        d = c.shape[-1]
+
+        r2 = _squared_distances(tf, c, c)
+        matrix_a = _phi(tf, r2, order)  # [b, n, n]
         if regularization_weight > 0:
             matrix_a += regularization_weight * tf.eye(n, dtype=c.dtype)
         matrix_b = tf.concat([c, tf.ones_like(c[..., :1])], 2)  # [b, n, d + 1]
-        system = tf.concat([tf.concat([matrix_a, matrix_b], 2),
-                            tf.concat([tf.transpose(matrix_b, [0, 2, 1]), tf.zeros([b, d + 1, d + 1], c.dtype)], 2)], 1)
-        w_v = tf.linalg.solve(system, tf.concat([f, tf.zeros([b, d + 1, f.shape[-1]], f.dtype)], 1))
+        transposed_b = tf.transpose(matrix_b, [0, 2, 1])
+        corner = tf.zeros([b, d + 1, d + 1], c.dtype)
+        upper = tf.concat([matrix_a, matrix_b], 2)  # [b, n, n + d + 1]
+        lower = tf.concat([transposed_b, corner], 2)  # [b, d + 1, n + d + 1]
+        system = tf.concat([upper, lower], 1)
+
+        no_plane = tf.zeros([b, d + 1, f.shape[-1]], f.dtype)
+        right_side = tf.concat([f, no_plane], 1)  # [b, n + d + 1, k]
+        w_v = tf.linalg.solve(system, right_side)
+        w = w_v[:, :n]
+        v = w_v[:, n:]  # with b of the formula in the last row
+
+        r2 = _squared_distances(tf, q, c)
+        kernels = _phi(tf, r2, order)  # [b, m, n]
         linear = tf.concat([q, tf.ones_like(q[..., :1])], 2)  # [b, m, d + 1]
-        return tf.matmul(phi(squared_distances(q, c)), w_v[:, :n]) + tf.matmul(linear, w_v[:, n:])
+        return tf.matmul(kernels, w) + tf.matmul(linear, v)
+
+
+def _squared_distances(tf, x, y):
+    """Return the squared distances of x `[b, n, d]` from y `[b, m, d]`: `[b, n, m]`."""
+    product = tf.matmul(x, y, transpose_b=True)
+    if x is y:
+        # These norms are rounded as the product is, so the diagonal, where the kernel is steepest,
+        # is exactly 0
+        x_norm = y_norm = tf.linalg.diag_part(product)
+    else:
+        x_norm = tf.reduce_sum(tf.square(x), 2)
+        y_norm = tf.reduce_sum(tf.square(y), 2)
+    return x_norm[:, :, None] - 2 * product + y_norm[:, None, :]
+
+
+def _phi(tf, r2, order):
+    """Return the kernel for squared distances r2, of any shape."""
+    guarded = tf.maximum(r2, _TINY_SQUARED_DISTANCE)
+    if order == 1:
+        return tf.sqrt(guarded)
+    if order % 2:
+        return tf.pow(guarded, order / 2)
+    # For orders 2 and 4, r2 may be 0, or slightly below by rounding, outside the logarithm
+    if order == 2:
+        powered = r2
+    elif order == 4:
+        powered = tf.square(r2)
+    else:
+        powered = tf.pow(guarded, order / 2)
+    return 0.5 * powered * tf.math.log(guarded)
 
 
 def import_tensorflow():
-    """TensorFlow, imported where it is first needed: it takes seconds, and help, errors and preview need none of it."""
+    """Import TensorFlow where it is first needed.
+
+    It takes seconds, and help, errors, and previews do not need it.
+    """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")  # else it takes all of a GPU's memory at once
+    # Or else it takes all memory of a GPU at once
+    os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
     try:
         return importlib.import_module("tensorflow")
-    except Exception as error:  # missing, or broken in one of many ways: it fails with almost any error
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise BgError(f"TensorFlow cannot be imported ({reason}); "
+    except Exception as error:  # missing, or broken: then it fails with almost any error
+        lines = str(error).splitlines() or [type(error).__name__]
+        raise BgError(f"TensorFlow cannot be imported ({lines[0]}); "
                       "install it with: python -m pip install -r requirements.txt") from None
 
 
 def _import_interpolate_spline() -> Callable:
-    """tensorflow-addons' function where it exists (Python up to 3.11, TensorFlow up to 2.15), else the drop-in."""
+    """Return tensorflow-addons' function where it exists, else the drop-in.
+
+    It exists for Python up to 3.11 and TensorFlow up to 2.15.
+    """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # its farewell notice, and which TensorFlow it was tested with
+        # It warns that its development has ended, and which TensorFlow it was tested with
+        warnings.simplefilter("ignore")
         try:
-            return importlib.import_module("tensorflow_addons.image.interpolate_spline").interpolate_spline
+            module = importlib.import_module("tensorflow_addons.image.interpolate_spline")
+            return module.interpolate_spline
         except Exception:  # not installed, or installed beside a TensorFlow that it does not know
             return interpolate_spline
 
 
 def spline_layer(positions: np.ndarray, values: np.ndarray, order: int, smoothing: float):
-    """A Keras layer: query points [m, 2] -> surface [m, c]; its weights are the control points.
+    """Return a Keras layer, query points [m, 2] -> surface [m, c].
+
+    Its trainable weights are the control points: first their positions, then their values.
 
     Args:
-        positions: (n, 2) where the control points start, trainable.
-        values: (n, c) the surface's values there, trainable.
-        order: of the spline. smoothing: regularization weight of its interpolation.
+        positions: (n, 2) where the control points start.
+        values: (n, c) of the surface there, at the start.
+        order: of the spline.
+        smoothing: regularization weight of its interpolation.
     """
-    tf, interpolate = import_tensorflow(), _import_interpolate_spline()
+    tf = import_tensorflow()
+    interpolate = _import_interpolate_spline()
 
     class SplineSurface(tf.keras.layers.Layer):
         def __init__(self):
@@ -1537,10 +1599,13 @@ def spline_layer(positions: np.ndarray, values: np.ndarray, order: int, smoothin
             self.values = self._control_points("values", values)
 
         def _control_points(self, name, start):
-            return self.add_weight(name=name, shape=start.shape, initializer=tf.keras.initializers.Constant(start))
+            constant = tf.keras.initializers.Constant(start)
+            return self.add_weight(name=name, shape=start.shape, initializer=constant)
 
         def call(self, query):
-            return interpolate(self.positions[None], self.values[None], query[None], order, smoothing)[0]
+            surface = interpolate(
+                self.positions[None], self.values[None], query[None], order, smoothing)
+            return surface[0]
 
     return SplineSurface()
 
