@@ -1615,22 +1615,28 @@ def spline_layer(positions: np.ndarray, values: np.ndarray, order: int, smoothin
 # ---------------------------------------------------------------------------------------------------------
 
 def loss_error(tf, r):
-    """How far the surface is from the picture: mean |r| over the channels."""
+    """Return how far the surface is from the picture: the mean |r| of the channels."""
     return tf.reduce_mean(tf.abs(r), -1)
 
 
 def loss_color(tf, r):
-    """How far the channels disagree: variance of r over the channels. Keeps the background neutral; 0 for mono."""
+    """Return how far the channels disagree: the variance of r over them, 0 for a gray picture.
+
+    It keeps the background neutral.
+    """
     return tf.math.reduce_variance(r, -1)
 
 
 def loss_overshoot(tf, r):
-    """How far the surface lies above the picture. Subtracting more light than there is leaves dark holes."""
+    """Return how far the surface lies above the picture.
+
+    Subtracting more light than there is leaves dark holes.
+    """
     return tf.reduce_mean(tf.abs(r) - r, -1)
 
 
 def loss_negative(tf, b):
-    """How far the surface lies below zero: there is no negative sky."""
+    """Return how far the surface lies below zero: there is no negative sky."""
     return tf.reduce_mean(tf.abs(b) - b, -1)
 
 
