@@ -1871,46 +1871,87 @@ def fit_sky(prepared: Prepared, settings: Settings, say: Callable[[str], None] =
     return on_first_that_works(devices, lambda: fit_surface(prepared, settings, (positions, values), on_epoch), say)
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Apply: the surface at full size, and the picture without it
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 class SkySurface:
-    """The sky at full size, (c, h, w) in linear units, made strip by strip: it never stands in memory unless asked for.
+    """The sky at full size, (c, h, w) in linear units, made in strips of rows.
 
-    The spline is evaluated on nodes a few pixels apart, brought back to linear there, and interpolated between
-    them by the cubic through four nodes along each axis. That is exact for planes, and the spline bends over
-    hundreds of pixels, so between nodes nothing is lost (tests hold it to 2e-5); but the cost of a pixel is a
-    few multiplications, however many control points there are.
+    It is never in memory as a whole, unless somebody asks for that. The spline is evaluated at
+    nodes a few pixels apart, brought back to linear there, and interpolated between them by the
+    cubic through four nodes along each axis. That is exact for planes, and the spline bends over
+    hundreds of pixels, so nothing is lost between the nodes (tests hold it to 2e-5). But a pixel
+    costs only a few multiplications, however many control points there are.
     """
 
-    def __init__(self, surface: Callable[[np.ndarray], np.ndarray], shape: tuple[int, int], dtype=np.float32):
-        """surface: (..., 2) frame coordinates -> (..., c) linear sky; shape: (h, w) of the full-size picture."""
-        self.step = step = max(1, max(shape) // SURFACE_NODES)
-        # Node k stands on pixel (k - 1) * step: one node before the frame, and two behind its last cell.
-        rows, columns = ((np.arange(-(-n // step) + 3) - 1) * step for n in shape)
-        row, column = ((pixel + 0.5) / max(shape) for pixel in (rows, columns))
-        nodes = surface(_grid(row, column))
-        self.nodes = np.moveaxis(nodes, -1, 0).astype(dtype)  # (c, rows, columns)
-        self.shape, self.dtype = (len(self.nodes), *shape), self.nodes.dtype
-        u = np.arange(step)[:, None] / step
-        self.taps = np.hstack([-u * (u - 1) * (u - 2) / 6, (u + 1) * (u - 1) * (u - 2) / 2,
-                               -(u + 1) * u * (u - 2) / 2, (u + 1) * u * (u - 1) / 6]).astype(dtype)  # (step, 4)
+    def __init__(self, surface: Callable[[np.ndarray], np.ndarray], shape: tuple[int, int],
+                 dtype=np.float32):
+        """Evaluate the nodes.
+
+        Args:
+            surface: takes frame coordinates (..., 2) to the linear sky there, (..., c).
+            shape: (h, w) of the full-size picture.
+            dtype: of the sky.
+        """
+        height, width = shape
+        longer = max(shape)
+        self.step = max(1, longer // SURFACE_NODES)  # pixels of a cell, from node to node
+
+        def place_nodes(length):
+            # Each cell needs the two nodes at its ends, and one more on either side
+            cells = math.ceil(length / self.step)
+            pixel = self.step * np.arange(-1, cells + 2)
+            return (pixel + 0.5) / longer
+
+        places = _grid(place_nodes(height), place_nodes(width))
+        nodes = surface(places)  # (rows, columns, c)
+        nodes = np.moveaxis(nodes, -1, 0)  # (c, rows, columns)
+        self.nodes = nodes.astype(dtype)
+        self.shape = (len(self.nodes), height, width)
+        self.dtype = self.nodes.dtype
+
+        # How far, in cells, the pixels of a cell are from each of its four nodes, (step, 1)
+        second = np.arange(self.step)[:, None] / self.step
+        first = second + 1
+        third = second - 1
+        fourth = second - 2
+        taps = (  # Lagrange's cubic: what each node weighs at the pixels
+            -second * third * fourth / 6,
+            first * third * fourth / 2,
+            -first * second * fourth / 2,
+            first * second * third / 6,
+        )
+        self.taps = np.hstack(taps).astype(dtype)  # (step, 4)
 
     def strip(self, channel: int, rows: slice) -> np.ndarray:
-        """Linear sky of one channel in these rows, (rows, w). rows.start must be a multiple of `step`."""
-        first, cells = rows.start // self.step, -(-(rows.stop - rows.start) // self.step)
-        nodes = self.nodes[channel, first:first + cells + 3]
-        tall = np.einsum("st,ktc->ksc", self.taps, np.lib.stride_tricks.sliding_window_view(nodes, 4, 0).swapaxes(1, 2))
-        tall = tall.reshape(cells * self.step, -1)[:rows.stop - rows.start]  # (rows, node columns)
-        windows = np.lib.stride_tricks.sliding_window_view(tall, 4, 1)  # (rows, cells, 4)
-        return np.clip((windows @ self.taps.T).reshape(len(tall), -1)[:, :self.shape[2]], 0, 1)
+        """Return the linear sky of one channel in some rows, (rows, w).
+
+        rows.start must be a multiple of `step`.
+        """
+        from numpy.lib.stride_tricks import sliding_window_view
+        height = rows.stop - rows.start
+        cells = math.ceil(height / self.step)
+        first = rows.start // self.step
+        last = first + cells + 2
+        nodes = self.nodes[channel, first:last + 1]  # (cells + 3, columns)
+        around = sliding_window_view(nodes, 4, 0)  # (cells, columns, 4)
+        tall = np.einsum("st,kct->ksc", self.taps, around)  # (cells, step, columns)
+        columns = tall.shape[2]
+        tall = tall.reshape(-1, columns)[:height]  # (rows, columns)
+        around = sliding_window_view(tall, 4, 1)  # (rows, cells, 4)
+        strip = around @ self.taps.T  # (rows, cells, step)
+        strip = strip.reshape(height, -1)  # (rows, w or more)
+        width = self.shape[2]
+        return np.clip(strip[:, :width], 0, 1)
 
     def strips(self) -> list[slice]:
-        return _strips(*self.shape[1:], self.step)
+        """Return the rows of all strips."""
+        _, height, width = self.shape
+        return _strips(height, width, self.step)
 
     def plane(self, channel: int) -> np.ndarray:
-        """Linear sky of one channel, (h, w)."""
+        """Return the linear sky of one channel, (h, w)."""
         plane = np.empty(self.shape[1:], self.dtype)
 
         def fill(rows):
@@ -1920,68 +1961,112 @@ class SkySurface:
         return plane
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        """The channels' planes, each made when it is asked for: what `write_xisf` takes."""
-        return (self.plane(k) for k in range(len(self.nodes)))
+        """Yield the planes of the channels, as `write_xisf` takes them.
+
+        Each one is made when it is asked for.
+        """
+        return map(self.plane, range(len(self.nodes)))
 
 
 def linear_sky(prepared: Prepared, fit: Fit) -> Callable[[np.ndarray], np.ndarray]:
-    """The fitted sky in the picture's own units, held back where there was no sky to fit.
+    """Return the fitted sky in the picture's own units, as a function.
+
+    Where there was no sky to fit, it is held back (see HELD_BACK).
 
     Returns:
-        A function: frame coordinates (..., 2) -> sky (..., c), clipped to [0, 1].
+        A function that takes frame coordinates (..., 2) to the sky there, (..., c) in [0, 1].
     """
-    seen = fit.surface(prepared.centers.reshape(-1, 2)[sample_pixels(prepared.used, SAMPLE_PIXELS, 0)])
-    low, high = seen.min(0), seen.max(0)
-    low, high = low - HELD_BACK * (high - low), high + HELD_BACK * (high - low)
-    return lambda places: np.clip(prepared.stretch.invert(np.clip(fit.surface(places), low, high)), 0, 1)
+    sample = sample_pixels(prepared.used, SAMPLE_PIXELS, seed=0)
+    centers = prepared.centers.reshape(-1, 2)[sample]
+    seen = fit.surface(centers)  # (samples, c)
+    low = seen.min(0)
+    high = seen.max(0)
+    beyond = HELD_BACK * (high - low)
+    lowest = low - beyond
+    highest = high + beyond
+
+    def sky(places):
+        stretched = np.clip(fit.surface(places), lowest, highest)
+        linear = prepared.stretch.invert(stretched)
+        return np.clip(linear, 0, 1)
+
+    return sky
 
 
 def full_size_sky(prepared: Prepared, fit: Fit, dtype=np.float32) -> SkySurface:
-    """The fitted sky at full size."""
-    return SkySurface(linear_sky(prepared, fit), prepared.full_shape, dtype)
+    """Return the fitted sky at full size."""
+    surface = linear_sky(prepared, fit)
+    return SkySurface(surface, prepared.full_shape, dtype)
 
 
-def subtract(planes: np.ndarray, sky: SkySurface, median: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def subtract(planes: np.ndarray, sky: SkySurface,
+             median: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Take the sky out of a picture, in place: image - model + offset, clipped to [0, 1].
 
-    The offset of a channel is what its median over present samples would lose, so the background stays neutral, and
-    a black border or one bad pixel cannot decide a color. Missing samples stay as they are.
+    The offset of a channel is what the median of its present samples would lose. So the background
+    stays neutral, and a black border or one bad pixel cannot decide a color. Missing samples stay
+    as they are.
 
     Args:
         planes: (c, h, w) linear samples; changed.
-        sky: the model. median: (c,) of the present samples of planes.
+        sky: the model.
+        median: (c,) of the present samples of planes.
 
     Returns:
         The offsets, and the counts of samples clipped at 0 and at 1; (c,) each.
     """
+    strips = sky.strips()
+
     def work(k):
-        plane, strips, below, above = planes[k], sky.strips(), 0, 0
+        plane = planes[k]
         present = _present(plane)
         for rows in strips:
-            np.subtract(plane[rows], sky.strip(k, rows), out=plane[rows], where=present[rows])
-        offset = median[k] - _quantiles(plane, present, (0.5,))[0]
+            samples = plane[rows]  # changed in place
+            model = sky.strip(k, rows)
+            np.subtract(samples, model, out=samples, where=present[rows])
+        median_left = _quantiles(plane, present, (0.5,))[0]
+        offset = median[k] - median_left
+        shift = plane.dtype.type(offset)
+        below = above = 0
         for rows in strips:
-            values = plane[rows] + plane.dtype.type(offset)
-            below += np.count_nonzero((values < 0) & present[rows])
-            above += np.count_nonzero((values > 1) & present[rows])
-            np.copyto(plane[rows], np.clip(values, 0, 1), where=present[rows])
+            samples = plane[rows]
+            here = present[rows]
+            values = samples + shift
+            below += np.count_nonzero(here & (values < 0))
+            above += np.count_nonzero(here & (values > 1))
+            np.clip(values, 0, 1, out=samples, where=here)
         return offset, below, above
 
-    return tuple(map(np.array, zip(*_each(work, range(len(planes))))))
+    results = _each(work, range(len(planes)))
+    offsets, below, above = map(np.array, zip(*results))
+    return offsets, below, above
 
 
 def reduced_sky(prepared: Prepared, fit: Fit) -> tuple[np.ndarray, np.ndarray]:
-    """The sky and the picture without it on the reduced frame, linear, (h, w, c) each; medians stay."""
-    sky = linear_sky(prepared, fit)(prepared.centers).astype(np.float32)
-    return sky, _keep_median(prepared.linear, prepared.linear - sky)
+    """Return the sky, and the picture without it, on the reduced frame: linear, (h, w, c) each.
+
+    The medians of the picture's channels stay what they were.
+    """
+    surface = linear_sky(prepared, fit)
+    sky = surface(prepared.centers).astype(np.float32)
+    after = prepared.linear - sky
+    return sky, _keep_median(prepared.linear, after)
 
 
 def _keep_median(before: np.ndarray, after: np.ndarray) -> np.ndarray:
-    """`after`, each channel shifted to the median of `before`; (h, w, c), NaN where missing."""
-    def medians(image):  # of every fourth sample: enough for the eye
-        return np.array([np.median(plane[np.isfinite(plane)][::4]) for plane in np.moveaxis(image, -1, 0)], after.dtype)
+    """Return `after`, with each channel shifted to the median of `before`.
 
-    return after + (medians(before) - medians(after))
+    All are (h, w, c), NaN where missing.
+    """
+    def medians(image):
+        found = []
+        for plane in np.moveaxis(image, -1, 0):
+            present = plane[np.isfinite(plane)]
+            found.append(np.median(present[::4]))  # every fourth sample: enough for the eye
+        return np.array(found, after.dtype)
+
+    shift = medians(before) - medians(after)  # (c,)
+    return after + shift
 
 
 # ---------------------------------------------------------------------------------------------------------
