@@ -2635,38 +2635,101 @@ def _percent(share: float) -> str:
     return "unknown" if math.isnan(share) else f"{share:.1%}"
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Pictures: preview, figures, animation
 #
 # All are drawn from the reduced picture, so a large frame costs no more than a small one.
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 FIGURE_SIZE = (13.6, 7.6)
 """Inches, at 100 pixels each: fits a laptop's screen."""
 
 INK, PAPER, FAINT = "#e6e6e6", "#16191d", "#4a5058"
-STYLE = {"figure.facecolor": PAPER, "savefig.facecolor": PAPER, "axes.facecolor": "#1e2227", "axes.edgecolor": FAINT,
-         "axes.labelcolor": INK, "axes.titlecolor": INK, "axes.titlesize": 10, "axes.titlelocation": "left",
-         "text.color": INK, "xtick.color": INK, "ytick.color": INK, "font.size": 9, "figure.dpi": 100,
-         "hatch.linewidth": 1.5, "legend.frameon": False, "legend.fontsize": 8}
-"""Ink and paper of our own, so that pictures look the same in light and in dark terminals and notebooks."""
+STYLE = {
+    "figure.facecolor": PAPER,
+    "savefig.facecolor": PAPER,
+    "axes.facecolor": "#1e2227",
+    "axes.edgecolor": FAINT,
+    "axes.labelcolor": INK,
+    "axes.titlecolor": INK,
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "font.size": 9,
+    "figure.dpi": 100,
+    "hatch.linewidth": 1.5,
+    "lines.linewidth": 1.2,
+    "grid.color": FAINT,
+    "grid.linewidth": 0.4,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+}
+"""Ink and paper of our own, so that pictures look the same in light and in dark terminals and
+notebooks."""
 
-CHANNEL_INKS = {1: (INK,), 3: ("#e8703a", "#2fb58a", "#5ab0ee")}
-"""Red, green, blue as the color-blind tell them apart (after Okabe and Ito)."""
+RED, GREEN, BLUE = "#e8703a", "#2fb58a", "#5ab0ee"
+CHANNEL_INKS = {1: (INK,), 3: (RED, GREEN, BLUE)}
+"""Red, green, and blue as the color-blind tell them apart (after Okabe and Ito)."""
 
-OVERLAYS = {"missing": ("#6b7077", "", "missing"), "threshold": ("#e69f00", "/////", "left out by -tm, -tM"),
-            "mask file": ("#56b4e9", "\\\\\\\\\\", "left out by -m"), "auto": ("#cc79a7", "///", "left out by --auto"),
-            "clipped": ("#f0e442", "\\\\\\", "clipped by -dq")}
-"""Reason -> its color, its hatching (none: solid), its name. The hatching tells them apart without color."""
+TERM_INKS = ("#56b4e9", "#2fb58a", "#e69f00", "#cc79a7")
+"""The same for LOSS_TERMS."""
+
+OVERLAYS = {
+    "missing": ("#6b7077", "", "missing"),
+    "threshold": ("#e69f00", "/////", "left out by -tm, -tM"),
+    "mask file": ("#56b4e9", "\\\\\\\\\\", "left out by -m"),
+    "auto": ("#cc79a7", "///", "left out by --auto"),
+    "clipped": ("#f0e442", "\\\\\\", "clipped by -dq"),
+}
+"""Reason -> its color, its hatching (none: solid), its name. The hatching tells them apart without
+color."""
+
+START_INK, END_INK = "#56b4e9", "#f0e442"
+"""Colors of a control point where it starts, and where it ends."""
+
+DISPLAY_QUANTILES = (0.002, 0.5, 0.9995)
+"""Quantiles of a channel that the eye is shown as nearly black, as the background, and as white: so
+nearly nothing is clipped, and no single star decides how dark the rest is."""
+
+HISTOGRAM_BINS = 128
+HISTOGRAM_EDGES = (-0.02, 1.02)
+"""Where the axis of stretched values ends: a little beyond 0 and 1, so that the ends are seen."""
+
+FRAMES = 24
+"""Most frames in an animation."""
+
+FRAME_GAP, FRAME_HEAD = 8, 22
+"""Pixels around the two halves of a frame, and above them, for the words."""
+
+HALF_FRAME_PIXELS = 110_000
+"""Most pixels in one half of a frame, so that a GIF of the usual noise stays below 3 MB."""
+
+NODE_SPACING = 8
+"""Pixels between the places where an animation's surfaces are evaluated: fine enough for the eye."""
+
+FRAME_PAUSE, LAST_PAUSE = 130, 1500
+"""Milliseconds that a frame is shown, and the last one: 24 of them take some 4 seconds."""
+
+PALETTE_SIZES = (255, 128, 64, 32, 16)
+"""Numbers of colors that are tried for a GIF, until it is small enough."""
 
 
 def display_stretch(linear: np.ndarray) -> Stretch:
-    """A stretch for the eye, of a reduced picture (h, w, c): nearly nothing clipped, every channel's median at 0.25."""
-    low, median, high = np.nanquantile(linear, (0.002, 0.5, 0.9995), axis=(0, 1))
-    pedestal = low - 0.1 * (median - low)
-    scale = np.maximum(high - pedestal, 1e-9)
-    constants = pedestal, scale, np.clip((median - pedestal) / scale, 1e-4, 0.5)
-    return Stretch(*(np.asarray(constant, np.float32) for constant in constants))
+    """Return a stretch for the eye of a reduced picture (h, w, c).
+
+    Nearly nothing is clipped, and the median of every channel is at 0.25, unless it is very bright.
+    """
+    low, median, high = np.nanquantile(linear, DISPLAY_QUANTILES, axis=(0, 1))  # (c,) each
+    pedestal = low - 0.1 * (median - low)  # darker than `low`, so that faint structure stays
+    scale = np.maximum(high - pedestal, 1e-9)  # not 0 where the picture is flat
+    midtones = (median - pedestal) / scale
+    midtones = np.clip(midtones, MIDTONES_MARGIN, 0.5)  # 0.5 is a straight line
+    constants = np.float32([pedestal, scale, midtones])  # (3, c)
+    return Stretch(*constants)
 
 
 def draw_preview(figure, prepared: Prepared, settings: Settings, title: str) -> None:
@@ -2692,12 +2755,17 @@ def draw_preview(figure, prepared: Prepared, settings: Settings, title: str) -> 
                linespacing=1.35)
 
 
-def _lay_out(figure, title: str, ratio: float):
-    """A title, three axes beside each other, and below, in 1 : ratio of their height, a cell. Returns axes and cell."""
+def _lay_out(figure, title, ratio):
+    """Give a figure a title, three axes beside each other, and a cell below them.
+
+    The heights of axes and cell are as ratio : 1. Returns the axes and the cell.
+    """
     figure.suptitle(title, x=0.015, ha="left", fontsize=11)
-    top, bottom = figure.add_gridspec(2, 1, height_ratios=(ratio, 1), left=0.02, right=0.985, top=0.915, bottom=0.085,
-                                      hspace=0.3)
-    return [figure.add_subplot(cell) for cell in top.subgridspec(1, 3, wspace=0.03)], bottom
+    top, bottom = figure.add_gridspec(
+        2, 1, height_ratios=(ratio, 1),
+        left=0.02, right=0.985, top=0.915, bottom=0.085, hspace=0.3)
+    cells = top.subgridspec(1, 3, wspace=0.03)
+    return [figure.add_subplot(cell) for cell in cells], bottom
 
 
 def _numbers(prepared: Prepared, reasons: dict[str, np.ndarray], blown: np.ndarray) -> list[str]:
@@ -2718,29 +2786,44 @@ def _numbers(prepared: Prepared, reasons: dict[str, np.ndarray], blown: np.ndarr
     return lines + [""] + [f"{name:<13}{_percent(value):>7}  {what}" for name, value, what in rows]
 
 
-def _draw_histogram(axes, prepared: Prepared, settings: Settings, k: int) -> None:
-    """Stretched values of one channel, with the thresholds and the points that the stretch is made from."""
+def _draw_histogram(axes, prepared, settings, k):
+    """Draw how often the stretched values of one channel occur, and what is made of them."""
     values = prepared.image[..., k]
-    ink = CHANNEL_INKS[prepared.image.shape[-1]][k]
-    used, _ = np.histogram(values[prepared.weight[..., k] > 0], 128, (0, 1))
-    counts, edges = np.histogram(values[prepared.present[..., k]], 128, (0, 1))
-    axes.fill_between(edges[:-1], used, step="post", color=ink, alpha=0.45, linewidth=0)
-    axes.step(edges[:-1], counts, where="post", color=ink, linewidth=1)
+    present = values[prepared.present[..., k]]
+    used = values[prepared.weight[..., k] > 0]
+    counts, edges = np.histogram(present, HISTOGRAM_BINS, (0, 1))
+    used_counts, _ = np.histogram(used, HISTOGRAM_BINS, (0, 1))
+    starts = edges[:-1]
+    letters = _channel_letters(prepared)
+    ink = CHANNEL_INKS[len(letters)][k]
+    axes.fill_between(starts, used_counts, step="post", color=ink, alpha=0.45, linewidth=0)
+    axes.step(starts, counts, where="post", color=ink, linewidth=1)
+    axes.set_title(f"{letters[k]}: how often a value occurs (filled: used)", fontsize=8)
     axes.set_yscale("symlog", linthresh=1)
-    axes.set_ylim(0, 4 * counts.max())
-    axes.set_xlim(-0.02, 1.02)
+    highest = counts.max()
+    axes.set_ylim(0, 4 * highest)
     axes.yaxis.set_visible(False)
-    for low, high in ((-0.02, settings.threshold_min), (settings.threshold_max, 1.02)):
-        if high > low:
-            axes.axvspan(low, high, facecolor="none", edgecolor=OVERLAYS["threshold"][0], hatch="///", linewidth=0)
-            axes.axvline(high if low < 0 else low, color=OVERLAYS["threshold"][0], linewidth=1)
+
+    left, right = HISTOGRAM_EDGES
+    axes.set_xlim(left, right)
+    color = OVERLAYS["threshold"][0]
+    darkest = settings.threshold_min
+    brightest = settings.threshold_max
+    for low, high in ((left, darkest), (brightest, right)):
+        if low < high:
+            axes.axvspan(low, high, facecolor="none", edgecolor=color, hatch="///", linewidth=0)
+    for threshold in (darkest, brightest):
+        axes.axvline(threshold, color=color, linewidth=1)
+
     axes.axvline(MIDTONES_TARGET, color=INK, linewidth=0.8, linestyle=":")
-    axes.text(MIDTONES_TARGET + 0.01, 2 * counts.max(), "median", fontsize=7)
-    axes.text(0.985, 2 * counts.max(), f"-dq {stretch_quantile(settings):g}", fontsize=7, ha="right")
-    ticks = (0, 0.25, 0.5, 0.75, 1)
-    linear = prepared.stretch.channel(k).invert(np.array(ticks)[:, None])[:, 0]
-    axes.set_xticks(ticks, [f"{tick:g}\n{value:.4f}" for tick, value in zip(ticks, linear)], fontsize=7)
-    axes.set_title(f"{_channel_letters(prepared)[k]}: how often a value occurs (filled: used)", fontsize=8)
+    axes.text(MIDTONES_TARGET + 0.01, 2 * highest, "median", fontsize=7)
+    quantile = stretch_quantile(settings)
+    axes.text(0.985, 2 * highest, f"-dq {quantile:g}", fontsize=7, ha="right")
+    ticks = np.linspace(0, 1, 5)
+    stretch = prepared.stretch.channel(k)
+    linear = stretch.invert(ticks[:, None]).ravel()
+    labels = map("{:g}\n{:.4f}".format, ticks, linear)
+    axes.set_xticks(ticks, list(labels), fontsize=7)
 
 
 def _draw_hints(axes, prepared: Prepared, blown: np.ndarray) -> None:
@@ -2765,7 +2848,7 @@ def _draw_hints(axes, prepared: Prepared, blown: np.ndarray) -> None:
 
 
 def draw_figures(figure, prepared: Prepared, settings: Settings, fit: Fit, title: str) -> None:
-    """The result: before, model, after in one stretch; where the control points went; how the loss fell."""
+    """Draw the result: before, model, and after, the control points, and the loss."""
     figure.text(0.015, 0.012, facts(prepared, settings, fit), fontsize=8)
     prepared = thinned(prepared)
     sky, after = reduced_sky(prepared, fit)
@@ -2777,171 +2860,279 @@ def draw_figures(figure, prepared: Prepared, settings: Settings, fit: Fit, title
     _show(panels[2], stretch.apply(after), "after, same stretch")
 
     cells = bottom.subgridspec(1, 2, width_ratios=(1, 2.1), wspace=0.1)
-    points = figure.add_subplot(cells[0])
-    _show(points, np.where(prepared.used[..., None], 0.75 * prepared.image, np.nan),
-          "control points, from ring to dot; brown: left out", blank=(0.30, 0.24, 0.12))
-    stations = [positions for _, positions, _ in fit.track] + [fit.positions]
-    row, column = np.moveaxis([_pixel_positions(prepared, positions) for positions in stations], -1, 0)  # (steps, n)
-    points.plot(column, row, color="#56b4e9", linewidth=0.9, alpha=0.8)
-    points.plot(column[0], row[0], "o", color="none", markeredgecolor="#56b4e9", markersize=3.5)
-    points.plot(column[-1], row[-1], "o", color="#f0e442", markeredgecolor="black", markersize=5)
-    height, width = prepared.image.shape[:2]
-    points.set(xlim=(-0.5 - 0.04 * width, width * 1.04 - 0.5), ylim=(height * 1.04 - 0.5, -0.5 - 0.04 * height))
+    _draw_control_points(figure.add_subplot(cells[0]), prepared, fit)
+    charts = cells[1].subgridspec(1, 3, width_ratios=(1, 1, 0.2), wspace=0.2)  # a legend at the end
+    loss = figure.add_subplot(charts[0])
+    terms = figure.add_subplot(charts[1])
+    _draw_loss(loss, terms, fit.history)
 
-    charts = cells[1].subgridspec(1, 3, width_ratios=(1, 1, 0.2), wspace=0.2)
-    loss, terms = figure.add_subplot(charts[0]), figure.add_subplot(charts[1])
-    epochs = np.arange(1, len(fit.history) + 1)
-    loss.plot(epochs, fit.history[:, 0], color=INK, linewidth=1.2)
+
+def _draw_control_points(axes, prepared, fit):
+    """Draw the paths of the control points over what the fit saw."""
+    used = prepared.used[..., None]
+    image = np.where(used, 0.75 * prepared.image, np.nan)  # darker, so that points stand out
+    brown = (0.30, 0.24, 0.12)
+    _show(axes, image, "control points, from ring to dot; brown: left out", blank=brown)
+    stations = [positions for _, positions, _ in fit.track]
+    stations.append(fit.positions)
+    paths = [_pixel_positions(prepared, positions) for positions in stations]
+    row, column = np.moveaxis(paths, -1, 0)  # (steps, n) each
+    axes.plot(column, row, color=START_INK, linewidth=0.9, alpha=0.8)
+    axes.plot(column[0], row[0], "o", color="none", markeredgecolor=START_INK, markersize=3.5)
+    axes.plot(column[-1], row[-1], "o", color=END_INK, markeredgecolor="black", markersize=5)
+
+    def around(length):  # points may leave the picture a little
+        margin = 0.04 * length
+        return -0.5 - margin, length - 0.5 + margin
+
+    height, width, _ = image.shape
+    axes.set_xlim(around(width))
+    axes.set_ylim(around(height)[::-1])  # the first row on top
+
+
+def _draw_loss(loss, terms, history):
+    """Draw in two axes how the loss and its terms fell; `history` is that of `Fit`."""
+    epochs = np.arange(1, len(history) + 1)
+    total, *parts = history.T
+    loss.plot(epochs, total, color=INK)
     loss.set_title("loss")
-    for name, values, ink in zip(LOSS_TERMS, fit.history[:, 1:].T, ("#56b4e9", "#2fb58a", "#e69f00", "#cc79a7")):
-        values = np.where(values > 0, values, np.nan)
-        if np.isfinite(values).any():
-            terms.plot(epochs, values, color=ink, linewidth=1.2, label=name)
+    for name, values, ink in zip(LOSS_TERMS, parts, TERM_INKS):
+        positive = values > 0  # the axis is logarithmic
+        if positive.any():
+            values = np.where(positive, values, np.nan)
+            terms.plot(epochs, values, color=ink, label=name)
         else:
             terms.plot([], [], color=ink, label=f"{name} (0)")
     terms.set_yscale("log")
-    terms.legend(title="its terms:", alignment="left", loc="upper left", bbox_to_anchor=(1, 1), borderpad=0)
+    terms.legend(title="its terms:", alignment="left", loc="upper left", bbox_to_anchor=(1, 1),
+                 borderpad=0)
     for axes in (loss, terms):
         axes.set_xlabel("epoch", labelpad=1)
-        axes.grid(color=FAINT, linewidth=0.4)
-        axes.tick_params(labelsize=8)
+        axes.grid()
 
 
 def facts(prepared: Prepared, settings: Settings, fit: Fit) -> str:
-    """One line on the run: settings, epochs, loss, share of sky, gradient before and after."""
-    return "   |   ".join((
-        f"-dq {stretch_quantile(settings):g}, {len(fit.positions)} points ({settings.initializer}), "
-        f"order {settings.order}, smoothing {fit.smoothing:g}, alpha {settings.alpha:g}, seed {settings.seed}",
-        f"{len(fit.history)} epochs, loss {fit.history[:, 0].min():.4f}",
-        f"{shares(prepared)['used']:.1%} used as sky", gradients(prepared, fit)))
+    """Return one line on the run: settings, epochs, loss, share of sky, gradient."""
+    quantile = stretch_quantile(settings)
+    how = (f"-dq {quantile:g}, {len(fit.positions)} points ({settings.initializer}), "
+           f"order {settings.order}, smoothing {fit.smoothing:g}, alpha {settings.alpha:g}, "
+           f"seed {settings.seed}")
+    best = fit.history[:, 0].min()
+    fitted = f"{len(fit.history)} epochs, loss {best:.4f}"
+    used = shares(prepared)["used"]
+    return f"{how}   |   {fitted}   |   {used:.1%} used as sky   |   {gradients(prepared, fit)}"
 
 
 def animation_frames(prepared: Prepared, fit: Fit, width: int = 800) -> np.ndarray:
-    """How the surface and its control points settle, and the picture that it leaves.
+    """Show how the surface and its control points settle, and the picture that they leave.
 
     Args:
-        prepared: what was fitted. fit: with its path.
+        prepared: what was fitted.
+        fit: with its path.
         width: of a frame, pixels; a portrait's frames are narrower.
 
     Returns:
-        (n, h, w, 3) bytes, n up to 24: the first frame at the start, the last with the final surface.
+        (n, h, w, 3) bytes, n up to FRAMES: the first frame at the start, the last with the final
+        surface.
     """
     from PIL import Image, ImageDraw
-    gap, head = 8, 22  # pixels around the two halves, and above them for the words
-    rows, columns = prepared.image.shape[:2]
-    wide = max(1, min((width - 3 * gap) // 2, int(math.sqrt(110_000 * columns / rows))))
-    tall = max(1, wide * rows // columns)
-    prepared = thinned(prepared, max(wide, tall))
-    stretch, (rows, columns) = display_stretch(prepared.linear), prepared.image.shape[:2]
-    # Each surface on every 8th pixel or so, and straight lines between: quick, and enough for the eye.
-    corners, coarse = (prepared.centers[0, 0], prepared.centers[-1, -1]), (max(2, rows // 8), max(2, columns // 8))
-    places = _grid(*map(np.linspace, *corners, coarse))
-    down, along = (scipy.ndimage.zoom(np.eye(nodes, dtype=np.float32), (pixels / nodes, 1), order=1)
-                   for nodes, pixels in zip(coarse, (rows, columns)))  # (pixels, nodes)
+    tall, wide = _half_frame(prepared, width)
+    prepared = thinned(prepared, max(tall, wide))
+    before = prepared.linear
+    stretch = display_stretch(before)
+    pixels = np.array(before.shape[:2])
+    enlarged = (np.array((tall, wide)) - 1) / np.maximum(pixels - 1, 1)
+    nodes = np.maximum(2, pixels // NODE_SPACING)
+    places = _frame_nodes(prepared, nodes)
+    down, across = map(_interpolation, nodes, pixels)
 
-    def half(linear):
-        return Image.fromarray(_drawable(stretch.apply(linear))).resize((wide, tall), Image.BICUBIC)
+    def draw_half(linear):
+        stretched = stretch.apply(linear)
+        picture = Image.fromarray(_drawable(stretched))
+        return picture.resize((wide, tall), Image.BICUBIC)
 
-    steps = fit.track + [(len(fit.history), fit.positions, fit.values)]
-    # Most happens early: steps at equal distances of the square root of the epoch.
-    chosen = sorted({int(k) for k in np.round(np.linspace(0, 1, 24)**2 * (len(steps) - 1))})
-    frames = np.empty((len(chosen), head + tall + gap, 3 * gap + 2 * wide, 3), np.uint8)
-    for frame, k in zip(frames, chosen):
-        epoch, positions, values = steps[k]
-        nodes = linear_sky(prepared, replace(fit, positions=positions, values=values))(places).astype(np.float32)
-        sky = np.einsum("yn,nmc,xm->yxc", down, nodes, along, optimize=True)
-        model = half(sky)
+    left = FRAME_GAP  # where the two halves start
+    right = left + wide + FRAME_GAP
+    size = (right + wide + FRAME_GAP, FRAME_HEAD + tall + FRAME_GAP)
+    frames = []
+    for when, positions, values in _settling(fit):
+        step = replace(fit, positions=positions, values=values)
+        surface = linear_sky(prepared, step)
+        sky = surface(places).astype(np.float32)
+        sky = np.einsum("yn,nmc,xm->yxc", down, sky, across, optimize=True)
+        after = _keep_median(before, before - sky)
+        model = draw_half(sky)
         pen = ImageDraw.Draw(model)
-        scale = np.array((tall - 1, wide - 1)) / np.maximum((rows - 1, columns - 1), 1)
-        for y, x in _pixel_positions(prepared, positions) * scale:
-            pen.ellipse((x - 3, y - 3, x + 3, y + 3), fill="#f0e442", outline="black")
-        canvas = Image.new("RGB", frame.shape[1::-1], PAPER)
-        canvas.paste(model, (gap, head))
-        canvas.paste(half(_keep_median(prepared.linear, prepared.linear - sky)), (2 * gap + wide, head))
+        points = enlarged * _pixel_positions(prepared, positions)
+        for y, x in points:
+            pen.ellipse((x - 3, y - 3, x + 3, y + 3), fill=END_INK, outline="black")
+        canvas = Image.new("RGB", size, PAPER)
+        canvas.paste(model, (left, FRAME_HEAD))
+        canvas.paste(draw_half(after), (right, FRAME_HEAD))
         pen = ImageDraw.Draw(canvas)
-        last = k == len(steps) - 1
-        pen.text((gap, 5), f"sky model, best of {epoch} epochs" if last else f"sky model, epoch {epoch}", INK)
-        pen.text((2 * gap + wide, 5), "the picture without it", INK)
-        frame[:] = canvas
-    return frames
+        pen.text((left, 5), f"sky model, {when}", INK)
+        pen.text((right, 5), "the picture without it", INK)
+        frames.append(np.array(canvas))
+    return np.stack(frames)
+
+
+def _half_frame(prepared, width):
+    """Return the height and width of one half of a frame that is at most `width` wide."""
+    rows, columns = prepared.image.shape[:2]
+    limit = math.sqrt(HALF_FRAME_PIXELS * columns / rows)
+    room = (width - 3 * FRAME_GAP) // 2
+    wide = max(1, min(room, int(limit)))
+    tall = max(1, wide * rows // columns)
+    return tall, wide
+
+
+def _frame_nodes(prepared, shape):
+    """Return frame coordinates of nodes that cover a thinned picture, (*shape, 2)."""
+    start = prepared.centers[0, 0]
+    end = prepared.centers[-1, -1]
+    row, column = map(np.linspace, start, end, shape)
+    return _grid(row, column)
+
+
+def _interpolation(nodes, pixels):
+    """Return the matrix that draws straight lines between nodes, (pixels, nodes)."""
+    unit = np.eye(nodes, dtype=np.float32)
+    return scipy.ndimage.zoom(unit, (pixels / nodes, 1), order=1)
+
+
+def _settling(fit):
+    """Return what to show of a fit: when it was, in words, positions, and values.
+
+    Most happens early, so the steps are at equal distances of the square root of the epoch.
+    """
+    last = len(fit.track)
+    chosen = np.round(last * np.linspace(0, 1, FRAMES)**2)
+    chosen = np.unique(chosen.astype(int))
+    shown = []
+    for k in chosen[:-1]:  # the last one is the result
+        epoch, positions, values = fit.track[k]
+        shown.append((f"epoch {epoch}", positions, values))
+    epochs = len(fit.history)
+    shown.append((f"best of {epochs} epochs", fit.positions, fit.values))
+    return shown
 
 
 def write_animation(file, frames: np.ndarray, most_bytes: int = 2_900_000) -> None:
-    """Write frames, (n, h, w, 3) bytes, as a GIF that repeats: some 4 seconds, in fewer colors if it gets too large."""
+    """Write frames, (n, h, w, 3) bytes, as a GIF that repeats.
+
+    It has fewer colors if it would be larger than `most_bytes`.
+    """
     from PIL import Image
-    pause = [130] * (len(frames) - 1) + [1500]  # milliseconds
-    # One palette for all frames, from the first, a middle, and the last: what does not change stays the same. Most
-    # colors where most pixels are (no bands in the sky), the rest where few are (the bright stay colored).
-    sample = Image.fromarray(np.concatenate(frames[[0, len(frames) // 3, -1], ::3, ::3]))
-    for colors in (255, 128, 64, 32, 16):
-        palette = Image.new("P", (1, 1))
-        palette.putpalette(sum((sample.quantize(count, method).getpalette()[:3 * count]
-                                for count, method in ((3 * colors // 4, 0), (colors // 4, 1))), []))
-        first, *others = (Image.fromarray(frame).quantize(palette=palette, dither=0) for frame in frames)
+    pauses = [FRAME_PAUSE] * len(frames)
+    pauses[-1] = LAST_PAUSE
+    # Colors are taken from some pixels of the first frame, one from the middle, and the last
+    some = frames[[0, len(frames) // 3, -1], ::3, ::3]  # (3, h / 3, w / 3, 3)
+    sample = Image.fromarray(np.concatenate(some))
+    pictures = [Image.fromarray(frame) for frame in frames]
+    for colors in PALETTE_SIZES:
+        palette = _common_palette(sample, colors)
+        first, *others = (picture.quantize(palette=palette, dither=0) for picture in pictures)
         packed = io.BytesIO()
-        first.save(packed, "GIF", save_all=True, append_images=others, duration=pause, loop=0, optimize=False)
+        first.save(packed, "GIF", save_all=True, append_images=others, duration=pauses, loop=0,
+                   optimize=False)
         if packed.tell() <= most_bytes:
             break
     file.write(packed.getvalue())
 
 
-def _pixel_positions(prepared: Prepared, positions: np.ndarray) -> np.ndarray:
-    """Control points (n, 2) in frame coordinates -> (row, column) in pixels of the (thinned) reduced frame."""
-    first, last = prepared.centers[0, 0], prepared.centers[-1, -1]
-    return (positions - first) / np.maximum(last - first, 1e-9) * (np.array(prepared.image.shape[:2]) - 1)
+def _common_palette(sample, colors):
+    """Return an image with the palette for all frames, so that what does not change stays the same.
+
+    Most colors are where most pixels are, so that the sky has no bands. The rest are where few are,
+    so that what is bright keeps its color.
+    """
+    from PIL import Image
+    usual = 3 * colors // 4
+    rare = colors // 4
+    of_most = sample.quantize(usual, Image.MEDIANCUT).getpalette()
+    of_few = sample.quantize(rare, Image.MAXCOVERAGE).getpalette()
+    palette = Image.new("P", (1, 1))
+    palette.putpalette(of_most[:3 * usual] + of_few[:3 * rare])  # three bytes each
+    return palette
 
 
-def _channel_letters(prepared: Prepared) -> str:
+def _pixel_positions(prepared, positions):
+    """Take control points (n, 2) from frame coordinates to rows and columns of the reduced frame.
+
+    The frame may be thinned.
+    """
+    start = prepared.centers[0, 0]
+    end = prepared.centers[-1, -1]
+    share = (positions - start) / np.maximum(end - start, 1e-9)  # a side of one pixel has no length
+    last = np.array(prepared.image.shape[:2]) - 1
+    return share * last
+
+
+def _channel_letters(prepared):
+    """Return a letter for each channel."""
     return "RGB" if prepared.image.shape[-1] == 3 else "L"
 
 
-def _drawable(image: np.ndarray) -> np.ndarray:
-    """(h, w, c) in [0, 1], NaN where nothing is -> (h, w, 3) bytes."""
-    image = np.round(255 * np.clip(np.nan_to_num(image), 0, 1)).astype(np.uint8)
-    return np.broadcast_to(image, image.shape[:2] + (3,))
+def _drawable(image):
+    """Take a picture (h, w, c) in [0, 1], NaN where nothing is, to bytes (h, w, 3)."""
+    image = np.clip(np.nan_to_num(image), 0, 1)
+    image = np.round(255 * image).astype(np.uint8)
+    height, width = image.shape[:2]
+    return np.broadcast_to(image, (height, width, 3))
 
 
-def _show(axes, image: np.ndarray, title: str, blank=(0, 0, 0)) -> None:
+def _show(axes, image, title, blank=(0, 0, 0)):
     """Draw a stretched picture; NaN in the color `blank`."""
     blank = np.round(255 * np.array(blank)).astype(np.uint8)
-    colors = np.where(np.isfinite(image).all(-1, keepdims=True), _drawable(image), blank)
-    axes.imshow(colors, interpolation="bicubic" if max(colors.shape) < 300 else "antialiased")
+    known = np.isfinite(image).all(-1, keepdims=True)
+    colors = np.where(known, _drawable(image), blank)
+    small = max(colors.shape) < 300  # pixels: it is enlarged, and should not look like a mosaic
+    axes.imshow(colors, interpolation="bicubic" if small else "antialiased")
     axes.set_title(title)
     axes.set(xticks=[], yticks=[])
 
 
-def _overlay(axes, reasons: dict[str, np.ndarray]) -> None:
-    """Hatch what is left out, in colors and slopes that tell the reasons apart, with a legend of those that occur."""
+def _overlay(axes, reasons):
+    """Hatch what is left out, with a legend of the reasons that occur.
+
+    Colors and slopes tell the reasons apart.
+    """
     from matplotlib import rc_context
     from matplotlib.patches import Patch
     legend = []
     for reason, (color, hatch, label) in OVERLAYS.items():
         area = reasons[reason]
-        if area.any():
-            legend.append(Patch(facecolor=color, edgecolor=PAPER, hatch=hatch, label=label))
-            if min(area.shape) > 1:
-                with rc_context({"hatch.color": color}):
-                    dark = (0, 0, 0, 0.35)  # between the lines, so that these are seen on any color
-                    axes.contourf(area, (0.5, 1.5), colors=[dark if hatch else color], hatches=[hatch])
-                axes.contour(area, (0.5,), colors=[color], linewidths=1)
+        if not area.any():
+            continue
+        legend.append(Patch(facecolor=color, edgecolor=PAPER, hatch=hatch, label=label))
+        if min(area.shape) == 1:  # contours need two rows and two columns
+            continue
+        # Darker between the lines, so that these are seen on any color
+        filling = (0, 0, 0, 0.35) if hatch else color
+        with rc_context({"hatch.color": color}):
+            axes.contourf(area, (0.5, 1.5), colors=[filling], hatches=[hatch])
+        axes.contour(area, (0.5,), colors=[color], linewidths=1)
     axes.legend(handles=legend, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=3)
 
 
-def _draw_contours(axes, values: np.ndarray) -> None:
-    """Lines of equal brightness (h, w), with their scale in the picture's own units."""
+def _draw_contours(axes, values):
+    """Draw lines of equal brightness (h, w), with their scale in the picture's own units."""
     low, high = np.quantile(values, (0.005, 0.995))
-    if high - low < 1e-9 or min(values.shape) < 2:
+    if high - low < 1e-9 or min(values.shape) == 1:  # flat, or too narrow for contours
         return
     from matplotlib import colormaps
     from matplotlib.ticker import MaxNLocator
     levels = MaxNLocator(8).tick_values(low, high)
-    lines = axes.contour(values, levels, colors=colormaps["plasma"](np.linspace(0.4, 1, len(levels))), linewidths=1.3)
-    for line in _draw_scale(axes, lines, levels[::2]).collections:
+    brightness = np.linspace(0.4, 1, len(levels))  # without the dark colors of the map
+    colors = colormaps["plasma"](brightness)
+    lines = axes.contour(values, levels, colors=colors, linewidths=1.3)
+    bar = _draw_scale(axes, lines, levels[::2])
+    for line in bar.collections:
         line.set_linewidth(5)
 
 
 def _draw_scale(axes, drawn, ticks):
-    """A color bar below a panel; returns its axes."""
+    """Draw a color bar below a panel; returns its axes."""
     bar = axes.inset_axes([0.02, -0.06, 0.96, 0.025])
     axes.figure.colorbar(drawn, cax=bar, orientation="horizontal", ticks=ticks)
     bar.tick_params(labelsize=7, length=0, pad=2)
@@ -2949,50 +3140,66 @@ def _draw_scale(axes, drawn, ticks):
 
 
 def _import_matplotlib():
-    """matplotlib, also where a notebook has handed down the name of a backend that this Python does not have."""
+    """Import matplotlib, also where a notebook has handed down the name of its own backend.
+
+    This Python may not have that backend.
+    """
     backend = os.environ.get("MPLBACKEND", "")
-    if backend.startswith("module://") and importlib.util.find_spec(backend[9:].split(".")[0]) is None:
+    scheme, _, module = backend.partition("://")
+    package, _, _ = module.partition(".")
+    if scheme == "module" and importlib.util.find_spec(package) is None:
         del os.environ["MPLBACKEND"]
     import matplotlib
     return matplotlib
 
 
 def display_kind() -> str | None:
-    """Where a picture can be shown: "notebook" (an IPython kernel), "window", or None."""
-    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
-    if hasattr(shell, "kernel"):
-        return "notebook"
-    if sys.platform.startswith("linux") and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
+    """Return where a picture can be shown: "notebook" (an IPython kernel), "window", or None."""
+    if "IPython" in sys.modules:
+        shell = sys.modules["IPython"].get_ipython()
+        if hasattr(shell, "kernel"):
+            return "notebook"
+    screen = os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
+    if sys.platform.startswith("linux") and not screen:
         return None
     try:
         _import_matplotlib()
         from matplotlib import pyplot
         canvas = pyplot.figure().canvas
         pyplot.close()
-        return "window" if getattr(canvas, "required_interactive_framework", None) else None
     except Exception:  # no toolkit, no screen, or a notebook's backend handed down to a subprocess
         return None
+    if getattr(canvas, "required_interactive_framework", None):
+        return "window"
+    return None
 
 
 def put_picture(draw: Callable, where: str, path: str) -> None:
-    """Draw and show, or save. `draw` gets the empty figure; `where` is "notebook", "window" or "file"."""
+    """Draw and show, or save.
+
+    Args:
+        draw: gets the empty figure.
+        where: "notebook", "window" or "file".
+        path: of the file.
+    """
     matplotlib = _import_matplotlib()
-    from matplotlib.figure import Figure
     with matplotlib.rc_context(STYLE):
         if where == "window":
             from matplotlib import pyplot
             draw(pyplot.figure(figsize=FIGURE_SIZE))
             return
-        figure = Figure(FIGURE_SIZE)  # without pyplot it needs no display and touches no setting of the user's
+        # Without pyplot it needs no display and touches no setting of the user's
+        from matplotlib.figure import Figure
+        figure = Figure(FIGURE_SIZE)
         draw(figure)
-        if where == "notebook":
-            from IPython.display import Image, display
-            packed = io.BytesIO()
-            figure.savefig(packed, format="png")
-            display(Image(packed.getvalue()))
-        else:
+        if where == "file":
             with atomic_outputs(path) as (file,):
                 figure.savefig(file, format="png", pil_kwargs={"compress_level": 3})
+            return
+        from IPython.display import Image, display
+        packed = io.BytesIO()
+        figure.savefig(packed, format="png")
+        display(Image(packed.getvalue()))
 
 
 # ---------------------------------------------------------------------------------------------------------
