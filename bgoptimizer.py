@@ -3221,23 +3221,27 @@ _smoothing.__name__ = "number or auto"  # argparse names it in its message
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line; every default is the one of `Settings`."""
+    """Build the parser of the command line; every default is the one of `Settings`."""
     default = Settings()
     purpose, heading, examples = (__doc__ or "").partition("examples:")
-    parser = _Parser(prog="bgoptimizer.py", description=purpose, epilog=heading + examples, allow_abbrev=False,
-                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = _Parser(
+        prog="bgoptimizer.py", description=purpose, epilog=heading + examples, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("input_file", help="linear XISF picture, gray or RGB")
-    add("output_path", nargs="?", default=".", help="folder for what is written; made if missing (default: .)")
-    add("-c", "--compress", action="store_true", help="compress the outputs: lz4hc with byte shuffling (default: off)")
+    add("output_path", nargs="?", default=".",
+        help="folder for what is written; made if missing (default: .)")
+    add("-c", "--compress", action="store_true",
+        help="compress the outputs: lz4hc with byte shuffling (default: off)")
     add("-dx", "--downscaling-factor", type=int, default=default.downscaling_factor,
         help="side of the pixel blocks that the fit sees as one pixel (default: %(default)s)")
     add("-df", "--downscaling-func", choices=("median", "mean"), default=default.downscaling_func,
         metavar="DOWNSCALING_FUNC",
-        help="what a block is reduced to, median or mean; the median drops small stars (default: %(default)s)")
+        help="what a block is reduced to, median or mean; the median drops small stars "
+             "(default: %(default)s)")
     add("-dq", "--delinearization-quantile", type=float,
-        help="quantile of the picture that the stretch takes to 1; what is brighter is clipped for the fit. Lower "
-             "stretches more; raise it when the preview shows blown out sky "
+        help="quantile of the picture that the stretch takes to 1; what is brighter is clipped for "
+             "the fit. Lower stretches more; raise it when the preview shows blown out sky "
              f"(default: {DEFAULT_QUANTILE}, with --auto {AUTO_QUANTILE})")
     add("-p", "--preview", action="store_true",
         help="show stretch, mask and histograms, fit nothing, write no XISF (default: off)")
@@ -3249,18 +3253,22 @@ def build_parser() -> argparse.ArgumentParser:
     add("-tm", "--threshold-min", type=float, default=default.threshold_min,
         help="leave out what is darker in the stretched picture (default: %(default)s)")
     add("-tM", "--threshold-max", type=float, default=default.threshold_max,
-        help="leave out what is brighter in the stretched picture; lower it to mask objects (default: %(default)s)")
+        help="leave out what is brighter in the stretched picture; lower it to mask objects "
+             "(default: %(default)s)")
     add("-m", "--mask",
-        help="XISF mask of the picture's height and width, 1 channel or as many: 1 = use, 0 = leave out, "
-             "between = weight (default: none)")
-    add("-i", "--initializer", choices=("random", "grid"), default=default.initializer, metavar="INITIALIZER",
+        help="XISF mask of the picture's height and width, 1 channel or as many: 1 = use, "
+             "0 = leave out, between = weight (default: none)")
+    add("-i", "--initializer", choices=("random", "grid"), default=default.initializer,
+        metavar="INITIALIZER",
         help="where the control points start, random or grid (default: %(default)s)")
     add("-e", "--epochs", type=int, default=default.epochs,
         help="most epochs; the fit stops before when nothing improves (default: %(default)s)")
     add("-a", "--alpha", type=float, default=default.alpha,
-        help="weight of the penalties on a sky that is negative or brighter than the picture (default: %(default)g)")
+        help="weight of the penalties on a sky that is negative or brighter than the picture "
+             "(default: %(default)g)")
     add("-B", dest="batch", metavar="B", type=int, default=default.batch,
-        help=f"batch size: independent samples of {SAMPLE_PIXELS} pixels that the fit sees (default: %(default)s)")
+        help=f"batch size: independent samples of {SAMPLE_PIXELS} pixels that the fit sees "
+             "(default: %(default)s)")
     add("-lr", dest="learning_rate", metavar="LR", type=float, default=default.learning_rate,
         help="learning rate at the start (default: %(default)s)")
 
@@ -3271,12 +3279,15 @@ def build_parser() -> argparse.ArgumentParser:
         help="stiffness of the surface: 0 goes through every control point, 10 is nearly a plane "
              "(default: auto, chosen from the picture)")
     add("--seed", type=int, default=default.seed,
-        help="of all random numbers; the same command gives the same pictures (default: %(default)s)")
+        help="of all random numbers; the same command gives the same pictures "
+             "(default: %(default)s)")
     add("--save-mask", action="store_true",
-        help="also write <name>_mask.xisf, the mask in force, to edit and give back with -m (default: off)")
+        help="also write <name>_mask.xisf, the mask in force, to edit and give back with -m "
+             "(default: off)")
     add("--figures", choices=("auto", "show", "save", "none"), default="auto",
-        help="result figure or preview: show it in a window or notebook, save it as PNG, or neither; auto shows it "
-             "where it can, and saves the preview where it cannot (default: %(default)s)")
+        help="result figure or preview: show it in a window or notebook, save it as PNG, or "
+             "neither; auto shows it where it can, and saves the preview where it cannot "
+             "(default: %(default)s)")
     add("--animate", action="store_true",
         help="also write <name>_optimization.gif: how the surface settles (default: off)")
     add("--quiet", action="store_true", help="print warnings and errors only (default: off)")
@@ -3439,45 +3450,69 @@ class _Interrupts:
 
 
 def _check_paths(options: argparse.Namespace) -> dict[str, str]:
-    """Everything about paths that can fail is tried before the work, so that nobody waits for what cannot be saved.
+    """Try all of the paths that may fail, so that nobody waits for what cannot be saved.
 
     Returns:
         What the run may write -> its path.
     """
-    given = [path for path in (options.input_file, options.mask) if path is not None]
+    given = [options.input_file]
+    if options.mask is not None:
+        given.append(options.mask)
     for path in given:
         if not os.path.exists(path):
             raise BgError(f"{path or 'a file without a name'} does not exist; check the name")
         if os.path.isdir(path):
             raise BgError(f"{path} is a folder; name an XISF file in it")
-    folder, stem = options.output_path, os.path.splitext(os.path.basename(options.input_file))[0]
+    folder = options.output_path
     if os.path.exists(folder) and not os.path.isdir(folder):
         raise BgError(f"{folder} is a file, not a folder; name a folder for the outputs")
-    kinds = (("preview", "preview.png", options.preview), ("model", "bgModel.xisf", not options.preview),
-             ("subtracted", "bgSubtracted.xisf", not options.preview), ("mask", "mask.xisf", options.save_mask),
-             ("animation", "optimization.gif", options.animate), ("figures", "figures.png", not options.preview))
-    paths = {kind: os.path.join(folder, f"{stem}_{ending}") for kind, ending, wanted in kinds if wanted}
-    if os.path.isdir(folder) or not (options.preview and options.figures in ("show", "none")):
+    never_written = options.preview and options.figures in ("show", "none")
+    if os.path.isdir(folder) or not never_written:
         try:
             os.makedirs(folder, exist_ok=True)
             tempfile.TemporaryFile(dir=folder).close()
         except OSError as error:
-            raise BgError(f"cannot write to {folder}: {error.strerror}; choose another folder") from None
-    for path in paths.values():
+            reason = error.strerror
+            raise BgError(f"cannot write to {folder}: {reason}; choose another folder") from None
+    paths = _output_paths(options)
+    for path in filter(os.path.exists, paths.values()):
         for kept in given:
-            if os.path.exists(path) and os.path.samefile(path, kept):
-                raise BgError(f"{path} would be overwritten, and you gave it to read; choose another output folder")
+            if os.path.samefile(path, kept):
+                raise BgError(f"{path} would be overwritten, and you gave it to read; "
+                              "choose another output folder")
     return paths
 
 
+def _output_paths(options):
+    """Return the paths of what the run may write: kind -> path."""
+    if options.preview:
+        endings = {"preview": "preview.png"}
+    else:
+        endings = {"model": "bgModel.xisf", "subtracted": "bgSubtracted.xisf"}
+        if options.save_mask:
+            endings["mask"] = "mask.xisf"
+        if options.animate:
+            endings["animation"] = "optimization.gif"
+        endings["figures"] = "figures.png"
+    name = os.path.basename(options.input_file)
+    stem, _ = os.path.splitext(name)
+    start = os.path.join(options.output_path, stem)
+    return {kind: f"{start}_{ending}" for kind, ending in endings.items()}
+
+
 def _place_for_pictures(options: argparse.Namespace) -> str | None:
-    """Where the preview or the figures go: "notebook", "window", "file", or None."""
-    if options.figures in ("save", "none"):
-        return {"save": "file", "none": None}[options.figures]
+    """Return where the preview or the figures go: "notebook", "window", "file", or None."""
+    if options.figures == "none":
+        return None
+    if options.figures == "save":
+        return "file"
     kind = display_kind()
-    if kind is None and options.figures == "show":
-        raise BgError("there is neither a notebook nor a window to show figures in; use --figures save")
-    return kind or ("file" if options.preview else None)
+    if kind is not None:
+        return kind
+    if options.figures == "show":
+        raise BgError(
+            "there is neither a notebook nor a window to show figures in; use --figures save")
+    return "file" if options.preview else None
 
 
 def _start_importing() -> None:
@@ -3512,21 +3547,39 @@ def _read(path: str, say: Callable[[str], None]) -> tuple[np.ndarray, Source]:
 def _check_room(planes: np.ndarray, options: argparse.Namespace) -> None:
     """Refuse if the outputs do not fit on the disk; warn if the memory may not suffice.
 
-    A system short of memory ends the run without a word. Linux tells how much is free.
+    A system that is short of memory ends the run without a word.
     """
-    needed, free = (2 + options.save_mask) * planes.nbytes, shutil.disk_usage(options.output_path).free
+    outputs = 3 if options.save_mask else 2
+    needed = outputs * planes.nbytes
+    free = shutil.disk_usage(options.output_path).free
     if free < needed and not options.compress:
-        raise BgError(f"{options.output_path} has {free / 1e6:.0f} MB free and the outputs need {needed / 1e6:.0f} MB; "
-                      "free space, choose another folder, or try --compress")
-    needed, free = 0.6e9 + 2 * planes[0].nbytes, math.inf  # TensorFlow, and two planes while writing
-    with suppress(OSError, ValueError, IndexError):
-        with open("/proc/meminfo") as file:
-            free = 1024 * [int(line.split()[1]) for line in file if line.startswith("MemAvailable")][0]
-        with open("/sys/fs/cgroup/memory.max") as limit, open("/sys/fs/cgroup/memory.current") as used:
-            free = min(free, int(limit.read()) - int(used.read()))
+        raise BgError(
+            f"{options.output_path} has {free / 1e6:.0f} MB free and the outputs need "
+            f"{needed / 1e6:.0f} MB; free space, choose another folder, or try --compress")
+    tensorflow = 0.6e9  # bytes
+    needed = tensorflow + 2 * planes[0].nbytes  # two planes while the outputs are written
+    free = _free_memory()
     if free < needed:
-        _warn(f"about {needed / 1e9:.1f} GB more memory is needed and {free / 1e9:.1f} GB are free; "
-              "if the run dies, close other programs, or crop the picture or split its channels")
+        _warn(f"about {needed / 1e9:.1f} GB more memory is needed and {free / 1e9:.1f} GB are "
+              "free; if the run dies, close other programs, or crop the picture or split its "
+              "channels")
+
+
+def _free_memory():
+    """Return the bytes of memory that are free; without end where only Linux could tell."""
+    free = math.inf
+    with suppress(OSError, ValueError, LookupError):
+        with open("/proc/meminfo") as file:
+            table = dict(line.split(":") for line in file)
+        kibibytes, _ = table["MemAvailable"].split()
+        free = 1024 * int(kibibytes)
+        # A container may have less
+        with open("/sys/fs/cgroup/memory.max") as file:
+            limit = int(file.read())
+        with open("/sys/fs/cgroup/memory.current") as file:
+            used = int(file.read())
+        free = min(free, limit - used)
+    return free
 
 
 def _report(prepared: Prepared, settings: Settings, say: Callable[[str], None]) -> None:
@@ -3544,17 +3597,25 @@ def _report(prepared: Prepared, settings: Settings, say: Callable[[str], None]) 
 
 
 @contextmanager
-def _progress(epochs: int, quiet: bool, say: Callable[[str], None]) -> Iterator[Callable[[int, float], None]]:
-    """Yields what is called after each epoch: it moves a bar on a terminal, and says every 100th epoch elsewhere."""
-    if quiet or not (sys.stderr and sys.stderr.isatty()):  # None: closed by the caller
-        yield lambda epoch, loss: say(f"epoch {epoch:4d}  loss {loss:.4f}") if epoch % 100 == 0 else None
+def _progress(epochs: int, quiet: bool, say: Callable) -> Iterator[Callable[[int, float], None]]:
+    """Yield a function to call after each epoch, with its number and its loss.
+
+    On a terminal it moves a bar. Elsewhere it says every 100th epoch.
+    """
+    terminal = sys.stderr and sys.stderr.isatty()  # None if the caller has closed it
+    if quiet or not terminal:
+        def say_epoch(epoch, loss):
+            if epoch % 100 == 0:
+                say(f"epoch {epoch:4d}  loss {loss:.4f}")
+        yield say_epoch
         return
+
     from tqdm import tqdm
     with tqdm(total=epochs, desc="fitting", unit="epoch", leave=False) as bar:
-        def on_epoch(epoch, loss):
+        def move_bar(epoch, loss):
             bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
             bar.update()
-        yield on_epoch
+        yield move_bar
 
 
 if __name__ == "__main__":
