@@ -73,9 +73,9 @@ from xisf import XISF  # noqa: E402
 
 VERSION = "1.0.0"
 
-# ---------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------
 # Constants
-# ---------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------
 
 MIDTONES_TARGET = 0.25
 """Stretched value that the median of a channel is taken to: PixInsight's own choice for a readable sky."""
@@ -115,10 +115,6 @@ INTERPOLATION_WEIGHT = 1e-3
 """Regularization of the fit's interpolation: keeps it solvable where control points come close to each other. What makes
 a surface stiff is the bending energy in the loss."""
 
-STIFFEST_FIT = 100.0
-"""Largest weight of the bending energy in the loss, as a smoothing. The fit starts from a surface of the smoothing asked
-for; beyond this weight Adam's steps only shake it."""
-
 BENDING_NODES = 18
 """Nodes along the longer side on which the fit's surface is watched: for its bending, and whether it still moves."""
 
@@ -136,9 +132,9 @@ WORKERS = min(4, os.cpu_count() or 1)
 """Threads for full-size work. NumPy frees the interpreter lock in it, and memory bandwidth ends the gain at 4."""
 
 
-# ---------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------
 # Settings and errors
-# ---------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------
 
 logger = logging.getLogger("bgoptimizer")
 
@@ -1007,9 +1003,9 @@ def atomic_outputs(*paths):
                 os.unlink(name)
 
 
-# ---------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------
 # What the stages share
-# ---------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------
 
 DEAD_TILES = 4
 """Tiles of 8 pixels in a row: so long a run of zeros along a row or column is missing data, not chance."""
@@ -1068,58 +1064,87 @@ def _long_runs(tiles: np.ndarray, axis: int) -> np.ndarray:
 
 
 def _present(samples: np.ndarray) -> np.ndarray:
-    """True where a sample is data: finite and not exactly 0 (what is black but real was read as > 0)."""
+    """Return True where a sample is data: finite, and not 0.
+
+    Black data are above 0, because the reader sets them to the smallest number that is.
+    """
     return (samples > 0) & (samples < np.inf)
 
 
 def _strips(height: int, width: int, multiple: int = 1) -> list[slice]:
-    """Slices of rows that cover a plane in strips of about STRIP_PIXELS, each a `multiple` of rows high."""
-    rows = max(multiple, STRIP_PIXELS // max(1, width) // multiple * multiple)
-    return [slice(top, min(top + rows, height)) for top in range(0, height, rows)]
+    """Return slices of rows that cut a plane into strips of about STRIP_PIXELS.
+
+    The height of each strip but the last is a multiple of `multiple` rows.
+    """
+    rows = STRIP_PIXELS // max(1, width)
+    rows -= rows % multiple
+    rows = max(rows, multiple)
+    tops = range(0, height, rows)
+    return [slice(top, min(top + rows, height)) for top in tops]
 
 
 def _each(work: Callable, items: Sequence) -> Iterator:
-    """Results of work(item), in order, computed by WORKERS threads."""
+    """Yield work(item) for all items, in order, computed by WORKERS threads."""
     with ThreadPoolExecutor(WORKERS) as pool:
         yield from pool.map(work, items)
 
 
 def _grid(rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    """Coordinates along two axes, (h,) and (w,) -> of all their crossings, (h, w, 2)."""
-    return np.stack(np.meshgrid(rows, columns, indexing="ij"), -1)
+    """Return all pairs of a row (h,) and a column (w,) coordinate, (h, w, 2)."""
+    row, column = np.meshgrid(rows, columns, indexing="ij")  # (h, w) each
+    return np.stack((row, column), -1)
 
 
 def _quantiles(plane: np.ndarray, present: np.ndarray, quantiles: Sequence[float]) -> np.ndarray:
-    """Quantiles of the present samples, each one of them (the lower of the two middle ones).
+    """Return quantiles of the present samples: each is a sample, the lower one of two.
 
-    Exact up to 16 Mpix, of every k-th sample beyond: 8 million give the median to a thousandth of the noise.
+    They are exact up to 16 Mpix. Of larger planes only every k-th sample is taken: 8 million
+    samples give the median to a thousandth of the noise.
 
     Args:
-        plane: (h, w). present: (h, w) bool, somewhere True.
+        plane: (h, w).
+        present: (h, w) bool, True somewhere.
+        quantiles: in [0, 1].
     """
-    every = slice(None, None, plane.size // QUANTILE_SAMPLES | 1)  # odd, to meet all pixels of a mosaic
-    values = plane.ravel()[every][present.ravel()[every]]
-    values = values if values.size else plane[present]
-    ranks = [int(q * (values.size - 1)) for q in quantiles]
+    step = plane.size // QUANTILE_SAMPLES
+    step |= 1  # odd, so that it meets all the colors of a sensor's mosaic
+    some = plane.ravel()[::step]
+    values = some[present.ravel()[::step]]
+    if values.size == 0:
+        values = plane[present]
+    last = values.size - 1
+    ranks = [int(quantile * last) for quantile in quantiles]
     values.partition(ranks)
     return values[ranks].astype(float)
 
 
 def _channel_name(k: int, count: int) -> str:
-    return "the picture" if count == 1 else f"channel {'RGB'[k]}"
+    """Return what messages call channel `k` of `count`."""
+    if count == 1:
+        return "the picture"
+    return f"channel {'RGB'[k]}"
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Stretch: linear to 'stretched' (delinearized) and exactly back
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+
+MIDTONES_MARGIN = 1e-4
+"""The midtones stay this far from 0 and 1, where the midtones function degenerates. The median of a
+coarsely quantized picture can lie there."""
+
 
 @dataclass(frozen=True)
 class Stretch:
-    """Per-channel constants of the stretch, each an array (c,), for images with the channel last.
+    """The constants of the stretch, one for each channel: arrays (c,), for images (..., c).
 
-    `apply`: x -> (x - pedestal) / scale, clipped to [0, 1], then the midtones transfer function that takes
-    `midtones` to 0.25. `invert` is exact on [0, 1] and goes on with its end slopes outside: the formula
-    itself has a pole above 1, where a spline may well wander.
+    `apply` takes a linear x to (x - pedestal) / scale, clips it to [0, 1], and takes the result to
+
+        f(x) = (1 - m) x / ((1 - 4 m) x + 3 m)
+
+    with the midtones m. This is the midtones transfer function that takes m to MIDTONES_TARGET.
+    `invert` is exact on [0, 1]. Outside it goes on with the slopes at the ends, because the inverse
+    of f has a pole above 1, and a spline may well get there.
     """
 
     pedestal: np.ndarray
@@ -1127,10 +1152,12 @@ class Stretch:
     midtones: np.ndarray
 
     def apply(self, linear: np.ndarray) -> np.ndarray:
-        """Linear samples (..., c), any range -> stretched samples (..., c) in [0, 1]; NaN stays NaN."""
+        """Stretch linear samples (..., c) of any range to (..., c) in [0, 1]; NaN stays NaN."""
         m = self.midtones
-        x = np.clip((linear - self.pedestal) / self.scale, 0, 1)
-        return (1 - m) * x / ((1 - 4 * m) * x + 3 * m)
+        x = (linear - self.pedestal) / self.scale
+        x = np.clip(x, 0, 1)
+        denominator = (1 - 4 * m) * x + 3 * m
+        return (1 - m) * x / denominator
 
     def extend(self, linear: np.ndarray) -> np.ndarray:
         """As `apply`, but outside [0, 1] it goes on with its end slopes instead of being clipped: what `invert` undoes."""
@@ -1140,12 +1167,15 @@ class Stretch:
         return self.apply(linear) + below * np.minimum(x, 0) + above * np.maximum(x - 1, 0)
 
     def invert(self, stretched: np.ndarray) -> np.ndarray:
-        """Stretched samples (..., c), any range -> linear samples (..., c)."""
+        """Take stretched samples (..., c) of any range back to linear ones, (..., c)."""
         m = self.midtones
         y = np.clip(stretched, 0, 1)
         x = 3 * m * y / ((1 - m) - (1 - 4 * m) * y)
-        below, above = 3 * m / (1 - m), (1 - m) / (3 * m)  # slopes of the inverse at 0 and at 1
-        x = x + below * np.minimum(stretched, 0) + above * np.maximum(stretched - 1, 0)
+        slope_at_0 = 3 * m / (1 - m)
+        slope_at_1 = (1 - m) / (3 * m)
+        below_0 = np.minimum(stretched, 0)
+        above_1 = np.maximum(stretched - 1, 0)
+        x = x + slope_at_0 * below_0 + slope_at_1 * above_1
         return x * self.scale + self.pedestal
 
     def invert_tensor(self, tf, stretched):
@@ -1157,80 +1187,119 @@ class Stretch:
         return x + below * tf.minimum(stretched, 0.0) + above * tf.maximum(stretched - 1, 0.0)
 
     def channel(self, k: int) -> "Stretch":
-        """The same stretch for channel k alone."""
-        return Stretch(*(np.asarray(v)[k:k + 1] for v in (self.pedestal, self.scale, self.midtones)))
+        """Return the same stretch for channel `k` alone."""
+        only = slice(k, k + 1)
+        return Stretch(self.pedestal[only], self.scale[only], self.midtones[only])
 
 
 def measure_stretch(planes: np.ndarray, quantile: float) -> tuple[Stretch, np.ndarray]:
-    """The stretch of a picture, from its present samples.
+    """Measure the stretch of a picture from its present samples.
 
     Args:
         planes: (c, h, w) linear samples.
-        quantile: the share of samples below what the stretch maps to 1.
+        quantile: share of the samples that lie below the one that the stretch takes to 1.
 
     Returns:
-        The stretch, and the channels' medians (c,) in linear units.
+        The stretch, and the medians of the channels, (c,) in linear units.
 
     Raises:
         BgError: a channel has no present sample, or only one value.
     """
+    count = len(planes)
+
     def measure(k):
-        present = _present(planes[k])
+        plane = planes[k]
+        present = _present(plane)
         if not present.any():
-            raise BgError(f"{_channel_name(k, len(planes))} holds no data (every sample is 0 or not finite); "
-                          "remove that channel, or save the picture again")
-        low = float(np.min(planes[k], where=present, initial=np.inf))
-        median, high = _quantiles(planes[k], present, (0.5, quantile))
-        if high - low < np.finfo(np.float32).tiny:  # less than the fit, in Float32, could tell apart
-            raise BgError(f"{_channel_name(k, len(planes))} has the same value everywhere ({low:.6g}), so it shows no "
-                          "sky; raise -dq if a bright object fills the frame, else give a picture with content")
-        return low, high - low, median
+            raise BgError(
+                f"{_channel_name(k, count)} holds no data (every sample is 0 or not finite); "
+                "remove that channel, or save the picture again")
+        low = float(np.min(plane, where=present, initial=np.inf))
+        median, high = _quantiles(plane, present, (0.5, quantile))
+        scale = high - low
+        if scale < np.finfo(np.float32).tiny:  # 0 to the fit, which computes in Float32
+            raise BgError(
+                f"{_channel_name(k, count)} has the same value everywhere ({low:.6g}), so it shows "
+                "no sky; raise -dq if a bright object fills the frame, else give a picture with "
+                "content")
+        return low, scale, median
 
-    low, scale, median = np.array(list(_each(measure, range(len(planes))))).T
-    # Coarsely quantized pictures can have their median at an end, where the function would degenerate.
-    midtones = np.clip((median - low) / scale, 1e-4, 1 - 1e-4)
-    return Stretch(low, scale, midtones), median
+    measured = _each(measure, range(count))
+    pedestal, scale, median = np.array(list(measured)).T  # (c,) each
+    midtones = (median - pedestal) / scale
+    midtones = np.clip(midtones, MIDTONES_MARGIN, 1 - MIDTONES_MARGIN)
+    return Stretch(pedestal, scale, midtones), median
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Reduce and mask
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
-def reduce_plane(plane: np.ndarray, factor: int, func: str = "median", transform: Callable | None = None) -> np.ndarray:
-    """Blocks of factor x factor samples -> their median or mean over the samples present.
+def reduce_plane(plane: np.ndarray, factor: int, func: str = "median",
+                 transform: Callable | None = None) -> np.ndarray:
+    """Reduce blocks of factor x factor samples to the median or mean of their present samples.
 
     Args:
         plane: (h, w); missing samples are 0 or not finite.
-        factor: side of a block; blocks at the right and lower edge use what they have.
+        factor: side of a block. Blocks at the right and the lower edge use the samples they have.
         func: "median" or "mean".
-        transform: applied to the samples before the mean (a median can wait until after).
+        transform: applied to the samples before the mean; a median can wait until after.
 
     Returns:
         (ceil(h / factor), ceil(w / factor)) float32; NaN where a block has nothing present.
     """
-    height, width = plane.shape
-    down, across = min(factor, height), min(factor, width)  # a block larger than the picture takes no memory
-    columns = -(-width // across)
-
-    def reduce_strip(rows):
-        strip = plane[rows]
-        strip = np.pad(strip, ((0, -len(strip) % down), (0, -width % across)))  # with 0: missing
-        blocks = strip.reshape(-1, down, columns, across).swapaxes(1, 2).reshape(-1, columns, down * across)
-        present = _present(blocks)
+    def reduce_blocks(blocks, axis):  # (rows, columns, height, width) -> (rows, columns)
+        samples = blocks.reshape(*blocks.shape[:2], -1)  # (rows, columns, samples)
+        present = _present(samples)
         count = present.sum(-1)
         if func == "mean":
-            blocks = blocks if transform is None else transform(blocks)
-            return np.where(present, blocks, 0).sum(-1) / np.where(count, count, np.nan)
-        blocks = np.sort(np.where(present, blocks, np.nan), axis=-1)  # quicker here than a partition; NaN goes last
-        middle = np.stack([np.maximum(count - 1, 0) // 2, count // 2], -1)
-        return np.take_along_axis(blocks, middle, -1).mean(-1)
+            if transform is not None:
+                samples = transform(samples)
+            total = np.where(present, samples, 0).sum(-1)
+            return total / np.where(count > 0, count, np.nan)
+        samples = np.where(present, samples, np.nan)
+        samples.sort(-1)  # NaN goes last; for so few samples it is faster than a partition
+        lower = np.maximum(count - 1, 0) // 2
+        upper = count // 2
+        middle = np.stack((lower, upper), -1)  # (rows, columns, 2): the same sample if odd
+        return np.take_along_axis(samples, middle, -1).mean(-1)
 
-    return np.concatenate(list(_each(reduce_strip, _strips(height, width, down)))).astype(np.float32)
+    return _reduce_blocks(plane, factor, reduce_blocks)
+
+
+def _reduce_blocks(image, factor, func):
+    """Reduce blocks of factor x factor floats by a function, as scikit-image does, but in strips.
+
+    Blocks at the right and the lower edge are filled up with NaN.
+
+    Args:
+        image: (h, w) or (h, w, k).
+        factor: side of a block.
+        func: takes blocks, and the axes of the samples in them, which are the last ones.
+
+    Returns:
+        (ceil(h / factor), ceil(w / factor)), and k if there is one; float32.
+    """
+    from skimage.measure import block_reduce
+    height, width = image.shape[:2]
+    down = min(factor, height)  # a block that is larger than the picture would take memory
+    across = min(factor, width)
+    block = (down, across, 1)[:image.ndim]
+
+    def reduce_strip(rows):
+        return block_reduce(image[rows], block, func, cval=np.nan)
+
+    strips = _strips(height, width, down)
+    reduced = np.concatenate(list(_each(reduce_strip, strips)))
+    return reduced.astype(np.float32)
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """What the fit sees of a picture: reduced, stretched, masked. Shapes: (h, w) the reduced frame, c channels."""
+    """What the fit sees of a picture: it is reduced, stretched, and masked.
+
+    In the shapes, (h, w) is the reduced frame, and c is the number of channels.
+    """
 
     image: np.ndarray  # (h, w, c) stretched, in [0, 1]; 0 where missing
     weight: np.ndarray  # (h, w, c) in [0, 1]; 0 where masked or missing
@@ -1245,22 +1314,25 @@ class Prepared:
 
     @property
     def used(self) -> np.ndarray:
-        """(h, w) bool: pixels that take part in the fit."""
+        """The pixels that take part in the fit, (h, w) bool."""
         return (self.weight > 0).any(-1)
 
 
 def frame_coordinates(height: int, width: int, factor: int = 1) -> np.ndarray:
-    """Centers of the blocks of a full-size frame, both axes divided by its longer side.
+    """Return the centers of the blocks of a full-size frame, divided by its longer side.
 
-    A block's center and the full-size pixels that it came from share this frame, so the surface is not shifted
-    by half a block, and bending costs the same along both axes.
+    A block and the full-size pixels that it came from share these coordinates, so the surface is
+    not shifted by half a block. Both axes have the same unit, so bending costs the same along both.
 
     Returns:
-        (ceil(height / factor), ceil(width / factor), 2) float64, (row, column), inside [0, 1].
+        (ceil(height / factor), ceil(width / factor), 2) float64: row and column, inside [0, 1].
     """
+    longer = max(height, width)
+
     def centers(length):
         start = np.arange(0, length, factor)
-        return (start + np.minimum(start + factor, length)) / 2 / max(height, width)
+        stop = np.minimum(start + factor, length)
+        return (start + stop) / 2 / longer
 
     return _grid(centers(height), centers(width))
 
@@ -1310,60 +1382,92 @@ def prepare(planes: np.ndarray, settings: Settings, mask: np.ndarray | None = No
 
 
 def _inside_thresholds(image: np.ndarray, settings: Settings) -> np.ndarray:
+    """Return True where a stretched sample is neither too dark nor too bright."""
     return (settings.threshold_min <= image) & (image <= settings.threshold_max)
 
 
 def _block_means(weights: np.ndarray, factor: int) -> np.ndarray:
-    """(h, w) or (h, w, k) values in [0, 1] -> means of blocks; what is not finite counts as 0."""
-    weights = np.clip(np.nan_to_num(weights), 0, 1)
-    for axis in (0, 1):
-        starts = np.arange(0, weights.shape[axis], factor)
-        sizes = np.diff(np.append(starts, weights.shape[axis]))
-        weights = np.add.reduceat(weights, starts, axis) / sizes.reshape(-1, *[1] * (weights.ndim - 1 - axis))
-    return weights.astype(np.float32)
+    """Reduce blocks of factor x factor values in [0, 1] to their means; NaN counts as 0.
+
+    Args:
+        weights: (h, w) or (h, w, k), floats or booleans.
+        factor: side of a block. Blocks at the right and the lower edge use the values they have.
+
+    Returns:
+        (ceil(h / factor), ceil(w / factor)), and k if there is one; float32.
+    """
+    weights = np.clip(np.nan_to_num(weights), 0.0, 1.0)  # booleans become floats
+    mean = functools.partial(np.nanmean, dtype=np.float64)  # of what a block at an edge has
+    return _reduce_blocks(weights, factor, mean)
 
 
 def _size(planes: np.ndarray) -> str:
-    return f"{planes.shape[2]} x {planes.shape[1]} with {planes.shape[0]} channel{'s' if len(planes) > 1 else ''}"
+    """Return the size of planes (c, h, w) in words."""
+    count, height, width = planes.shape
+    channels = "1 channel" if count == 1 else f"{count} channels"
+    return f"{width} x {height} with {channels}"
 
 
 def full_mask(prepared: Prepared, settings: Settings) -> np.ndarray:
-    """The mask in force at full size, (1 or c, h, w) float32, 1 = sky: one channel if all have the same."""
+    """Return the mask of the fit at full size, (1 or c, h, w) float32, 1 = sky.
+
+    It has one channel if all channels have the same mask.
+    """
+    weight = np.moveaxis(prepared.weight, -1, 0)  # (c, rows, columns)
+    if (weight == weight[:1]).all():
+        weight = weight[:1]
     height, width = prepared.full_shape
-    weight = np.moveaxis(prepared.weight, -1, 0)
-    weight = weight[:1] if (weight == weight[:1]).all() else weight
-    row, column = (np.arange(n) // settings.downscaling_factor for n in (height, width))
-    return np.ascontiguousarray(weight[:, row[:, None], column], np.float32)
+    row = np.arange(height) // settings.downscaling_factor
+    column = np.arange(width) // settings.downscaling_factor
+    mask = weight[:, row[:, None], column]  # (1 or c, h, w)
+    return np.ascontiguousarray(mask, np.float32)
 
 
 def mask_reasons(prepared: Prepared, settings: Settings) -> dict[str, np.ndarray]:
-    """Why pixels of the reduced frame are left out: reason -> (h, w) bool. A pixel has one reason at most."""
+    """Tell why pixels of the reduced frame are left out.
+
+    Returns:
+        Reason -> (h, w) bool. A pixel that is left out has exactly one reason.
+    """
     missing = ~prepared.present.any(-1)
     left_out = ~prepared.used & ~missing
-    inside = _inside_thresholds(prepared.image, settings) & prepared.present
-    reasons = {"missing": missing, "threshold": left_out & ~inside.any(-1)}
-    left_out &= ~reasons["threshold"]
-    by_file = np.zeros_like(left_out) if prepared.user_mask is None else left_out & (prepared.user_mask == 0).any(-1)
-    return {**reasons, "mask file": by_file, "auto": left_out & ~by_file}
+    inside = prepared.present & _inside_thresholds(prepared.image, settings)
+    by_threshold = left_out & ~inside.any(-1)
+    left_out &= ~by_threshold
+    by_file = np.zeros_like(left_out)
+    if prepared.user_mask is not None:
+        by_file = left_out & (prepared.user_mask == 0).any(-1)
+    by_auto = left_out & ~by_file
+    return {
+        "missing": missing,
+        "threshold": by_threshold,
+        "mask file": by_file,
+        "auto": by_auto,
+    }
 
 
 def clipped_by_stretch(prepared: Prepared) -> np.ndarray:
-    """(h, w, c) bool: where the stretch ends at 1 and the fit cannot see how bright the picture is."""
+    """Return True, (h, w, c), where the stretch ends at 1, so that the fit sees no brightness."""
+    white = prepared.stretch.pedestal + prepared.stretch.scale  # (c,)
     with np.errstate(invalid="ignore"):  # NaN where missing
-        return prepared.linear >= prepared.stretch.pedestal + prepared.stretch.scale
+        return prepared.linear >= white
 
 
 def shares(prepared: Prepared) -> dict[str, float]:
-    """Shares of the reduced samples, all channels together; missing, masked and used add up to 1."""
-    used = np.count_nonzero(prepared.weight) / prepared.weight.size
-    missing = 1 - np.count_nonzero(prepared.present) / prepared.present.size
-    return {"missing": missing, "masked": max(0.0, 1 - missing - used), "used": used,
-            "clipped": np.count_nonzero(clipped_by_stretch(prepared)) / prepared.present.size}
+    """Return the shares of the reduced samples, of all channels together.
+
+    "missing", "masked", and "used" add up to 1. "clipped" is the share that the stretch clips at 1.
+    """
+    missing = 1 - np.mean(prepared.present)
+    used = np.mean(prepared.weight > 0)
+    masked = max(0.0, 1 - missing - used)  # not below 0 by rounding
+    clipped = np.mean(clipped_by_stretch(prepared))
+    return {"missing": missing, "masked": masked, "used": used, "clipped": clipped}
 
 
-# ---------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------
 # Find the sky: what is sky, its surface, how stiff it is, and how sure that is
-# ---------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------
 #
 # Light adds up in linear data, so the sky is found there, on a coarse copy of the picture: the cells. Three facts
 # tell the sky from objects, and none of them is a threshold on brightness.
@@ -2265,60 +2369,80 @@ def _disagreement(surfaces: _Surfaces, candidates: list[_Candidate], best: _Cand
     return most
 
 
-# ---------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------
 # Spline: f(q) = sum_i w_i phi_k(|q - c_i|) + v.q + b
-# ---------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------
 
 _TINY_SQUARED_DISTANCE = 1e-10
-"""Guards log(0), and the square root at 0, whose gradient is infinite. The value that tensorflow-addons has."""
+"""Replaces smaller squared distances, for which the logarithm and the gradient of the square root
+grow without bound. The value is that of tensorflow-addons."""
 
 
 def spline_surface(query: np.ndarray, positions: np.ndarray, values: np.ndarray, order: int,
                    smoothing: float) -> np.ndarray:
-    """The surface through values at control points, in Float64: `interpolate_spline` where no gradient is needed.
+    """Evaluate the surface through values at control points, in Float64.
 
-    It is linear in the values: with np.eye(n) for them it is the matrix that takes values to the surface.
+    It is that of `interpolate_spline`, for where no gradient is needed. It is linear in the values:
+    for the values np.eye(n), it is the matrix that takes any values to their surface.
 
     Args:
         query: (..., 2) where to evaluate.
-        positions: (n, 2) control points. values: (n, k) there.
-        order: of the kernel phi: r^order if odd, r^order log r if even.
-        smoothing: weight on the diagonal of the interpolation system, 0 = through the values exactly.
+        positions: (n, 2) control points.
+        values: (n, k) at the control points.
+        order: of the kernel phi, which is r^order if odd and r^order log r if even.
+        smoothing: weight on the diagonal of the interpolation system, 0 = through the values.
 
     Returns:
         (..., k).
     """
-    weights, slopes, level = np.split(_spline_coefficients(positions, order, smoothing) @ values, (-3, -1))
-    points = query.reshape(-1, 2)
-    # In parts: the kernels of all points at once would be the largest array of a run.
-    parts = np.array_split(points, 1 + len(points) * len(positions) // STRIP_PIXELS)
-    surface = [_kernel(part, positions, order) @ weights + part @ slopes + level for part in parts]
-    return np.concatenate(surface).reshape(*query.shape[:-1], -1)
+    coefficients = _spline_coefficients(positions, order, smoothing) @ values
+    weights, slopes, level = np.split(coefficients, (-3, -1))  # (n, k), (2, k), (1, k)
+    points = query.reshape(-1, 2)  # (m, 2)
+    # In parts: the kernels of all points at once would be the largest array of a run
+    count = 1 + len(points) * len(positions) // STRIP_PIXELS
+    surface = []
+    for part in np.array_split(points, count):
+        kernels = _kernel(part, positions, order)
+        surface.append(kernels @ weights + part @ slopes + level)
+    surface = np.concatenate(surface)  # (m, k)
+    return surface.reshape(*query.shape[:-1], -1)
 
 
 def _spline_coefficients(positions: np.ndarray, order: int, smoothing: float) -> np.ndarray:
-    """(n + 3, n): values at the control points -> weights of the kernels, then two slopes, then the level."""
+    """Return the matrix that takes values at control points to the spline's coefficients.
+
+    It has the shape (n + 3, n). The coefficients are n weights of kernels, two slopes, and a level.
+    """
     n = len(positions)
+    kernels = _kernel(positions, positions, order)  # (n, n)
+    plane = np.c_[positions, np.ones(n)]  # (n, 3)
     system = np.zeros((n + 3, n + 3))
-    system[:n, :n] = _kernel(positions, positions, order) + smoothing * np.eye(n)
-    system[:n, n:] = np.c_[positions, np.ones(n)]
-    system[n:, :n] = system[:n, n:].T
+    system[:n, :n] = kernels + smoothing * np.eye(n)
+    system[:n, n:] = plane
+    system[n:, :n] = plane.T
+    values = np.eye(n + 3, n)
     try:
-        return np.linalg.solve(system, np.eye(n + 3, n))
-    except np.linalg.LinAlgError:  # control points on one line or on top of each other: the smallest coefficients
-        return np.linalg.lstsq(system, np.eye(n + 3, n), rcond=None)[0]
+        return np.linalg.solve(system, values)
+    except np.linalg.LinAlgError:
+        # Control points stand on one line or on top of each other: take the smallest coefficients
+        return np.linalg.lstsq(system, values, rcond=None)[0]
 
 
 def _kernel(query: np.ndarray, positions: np.ndarray, order: int) -> np.ndarray:
-    """phi_k of the distances, (..., n) for query (..., 2) and positions (n, 2)."""
-    squared = ((query[..., None, 0] - positions[:, 0])**2 + (query[..., None, 1] - positions[:, 1])**2)
+    """Return phi_k of the distances of query (m, 2) from positions (n, 2): (m, n)."""
+    from scipy.spatial.distance import cdist
+    squared = cdist(query, positions, "sqeuclidean")
     squared = np.maximum(squared, _TINY_SQUARED_DISTANCE)
-    return squared**(order / 2) if order % 2 else 0.5 * squared**(order // 2) * np.log(squared)
+    if order % 2:
+        return squared**(order / 2)
+    return 0.5 * squared**(order // 2) * np.log(squared)
 
 
 def interpolate_spline(train_points, train_values, query_points, order, regularization_weight=0.0,
                        name="interpolate_spline"):
-    """Drop-in for `tfa.image.interpolate_spline` where tensorflow-addons does not exist: same values, same gradients.
+    """Do what `tfa.image.interpolate_spline` does, where tensorflow-addons does not exist.
+
+    It is a drop-in with the same values and the same gradients.
 
     Args:
         train_points: `[b, n, d]` float tensor of control points.
@@ -2334,68 +2458,110 @@ def interpolate_spline(train_points, train_values, query_points, order, regulari
     Source: https://en.wikipedia.org/wiki/Polyharmonic_spline; notation (c, f, w, v, A, B) as there.
     """
     tf = import_tensorflow()
-
-    def squared_distances(x, y):  # [b, n, d], [b, m, d] -> [b, n, m]
-        product = tf.matmul(x, y, transpose_b=True)
-        if x is y:  # norms rounded as the product is: the diagonal, where the kernel is steepest, is then exactly 0
-            x_norm = y_norm = tf.linalg.diag_part(product)
-        else:
-            x_norm, y_norm = tf.reduce_sum(tf.square(x), 2), tf.reduce_sum(tf.square(y), 2)
-        return x_norm[:, :, None] - 2 * product + y_norm[:, None, :]
-
-    def phi(r2):
-        guarded = tf.maximum(r2, _TINY_SQUARED_DISTANCE)
-        if order % 2:
-            return tf.sqrt(guarded) if order == 1 else tf.pow(guarded, order / 2)
-        # The guard sits in the logarithm alone for orders 2 and 4: r2 may be 0, or slightly below from rounding.
-        powered = r2 if order == 2 else tf.square(r2) if order == 4 else tf.pow(guarded, order / 2)
-        return 0.5 * powered * tf.math.log(guarded)
-
     with tf.name_scope(name):
-        c, f, q = (tf.convert_to_tensor(x) for x in (train_points, train_values, query_points))
-        b, n, d = tf.shape(c)[0], tf.shape(c)[1], c.shape[-1]
-        matrix_a = phi(squared_distances(c, c))  # [b, n, n]
+        c = tf.convert_to_tensor(train_points)
+        f = tf.convert_to_tensor(train_values)
+        q = tf.convert_to_tensor(query_points)
+        b, n = tf.shape(c)[0], tf.shape(c)[1]
+        d = c.shape[-1]
+
+        r2 = _squared_distances(tf, c, c)
+        matrix_a = _phi(tf, r2, order)  # [b, n, n]
         if regularization_weight > 0:
             matrix_a += regularization_weight * tf.eye(n, dtype=c.dtype)
         matrix_b = tf.concat([c, tf.ones_like(c[..., :1])], 2)  # [b, n, d + 1]
-        system = tf.concat([tf.concat([matrix_a, matrix_b], 2),
-                            tf.concat([tf.transpose(matrix_b, [0, 2, 1]), tf.zeros([b, d + 1, d + 1], c.dtype)], 2)], 1)
-        w_v = tf.linalg.solve(system, tf.concat([f, tf.zeros([b, d + 1, f.shape[-1]], f.dtype)], 1))
+        transposed_b = tf.transpose(matrix_b, [0, 2, 1])
+        corner = tf.zeros([b, d + 1, d + 1], c.dtype)
+        upper = tf.concat([matrix_a, matrix_b], 2)  # [b, n, n + d + 1]
+        lower = tf.concat([transposed_b, corner], 2)  # [b, d + 1, n + d + 1]
+        system = tf.concat([upper, lower], 1)
+
+        no_plane = tf.zeros([b, d + 1, f.shape[-1]], f.dtype)
+        right_side = tf.concat([f, no_plane], 1)  # [b, n + d + 1, k]
+        w_v = tf.linalg.solve(system, right_side)
+        w = w_v[:, :n]
+        v = w_v[:, n:]  # with b of the formula in the last row
+
+        r2 = _squared_distances(tf, q, c)
+        kernels = _phi(tf, r2, order)  # [b, m, n]
         linear = tf.concat([q, tf.ones_like(q[..., :1])], 2)  # [b, m, d + 1]
-        return tf.matmul(phi(squared_distances(q, c)), w_v[:, :n]) + tf.matmul(linear, w_v[:, n:])
+        return tf.matmul(kernels, w) + tf.matmul(linear, v)
+
+
+def _squared_distances(tf, x, y):
+    """Return the squared distances of x `[b, n, d]` from y `[b, m, d]`: `[b, n, m]`."""
+    product = tf.matmul(x, y, transpose_b=True)
+    if x is y:
+        # These norms are rounded as the product is, so the diagonal, where the kernel is steepest,
+        # is exactly 0
+        x_norm = y_norm = tf.linalg.diag_part(product)
+    else:
+        x_norm = tf.reduce_sum(tf.square(x), 2)
+        y_norm = tf.reduce_sum(tf.square(y), 2)
+    return x_norm[:, :, None] - 2 * product + y_norm[:, None, :]
+
+
+def _phi(tf, r2, order):
+    """Return the kernel for squared distances r2, of any shape."""
+    guarded = tf.maximum(r2, _TINY_SQUARED_DISTANCE)
+    if order == 1:
+        return tf.sqrt(guarded)
+    if order % 2:
+        return tf.pow(guarded, order / 2)
+    # For orders 2 and 4, r2 may be 0, or slightly below by rounding, outside the logarithm
+    if order == 2:
+        powered = r2
+    elif order == 4:
+        powered = tf.square(r2)
+    else:
+        powered = tf.pow(guarded, order / 2)
+    return 0.5 * powered * tf.math.log(guarded)
 
 
 def import_tensorflow():
-    """TensorFlow, imported where it is first needed: it takes seconds, and help, errors and preview need none of it."""
+    """Import TensorFlow where it is first needed.
+
+    It takes seconds, and help, errors, and previews do not need it.
+    """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")  # else it takes all of a GPU's memory at once
+    # Or else it takes all memory of a GPU at once
+    os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
     try:
         return importlib.import_module("tensorflow")
-    except Exception as error:  # missing, or broken in one of many ways: it fails with almost any error
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise BgError(f"TensorFlow cannot be imported ({reason}); "
+    except Exception as error:  # missing, or broken: then it fails with almost any error
+        lines = str(error).splitlines() or [type(error).__name__]
+        raise BgError(f"TensorFlow cannot be imported ({lines[0]}); "
                       "install it with: python -m pip install -r requirements.txt") from None
 
 
 def _import_interpolate_spline() -> Callable:
-    """tensorflow-addons' function where it exists (Python up to 3.11, TensorFlow up to 2.15), else the drop-in."""
+    """Return tensorflow-addons' function where it exists, else the drop-in.
+
+    It exists for Python up to 3.11 and TensorFlow up to 2.15.
+    """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # its farewell notice, and which TensorFlow it was tested with
+        # It warns that its development has ended, and which TensorFlow it was tested with
+        warnings.simplefilter("ignore")
         try:
-            return importlib.import_module("tensorflow_addons.image.interpolate_spline").interpolate_spline
+            module = importlib.import_module("tensorflow_addons.image.interpolate_spline")
+            return module.interpolate_spline
         except Exception:  # not installed, or installed beside a TensorFlow that it does not know
             return interpolate_spline
 
 
 def spline_layer(positions: np.ndarray, values: np.ndarray, order: int, smoothing: float):
-    """A Keras layer: query points [m, 2] -> surface [m, c]; its weights are the control points.
+    """Return a Keras layer, query points [m, 2] -> surface [m, c].
+
+    Its trainable weights are the control points: first their positions, then their values.
 
     Args:
-        positions: (n, 2) where the control points start, trainable.
-        values: (n, c) the surface's values there, trainable.
-        order: of the spline. smoothing: regularization weight of its interpolation.
+        positions: (n, 2) where the control points start.
+        values: (n, c) of the surface there, at the start.
+        order: of the spline.
+        smoothing: regularization weight of its interpolation.
     """
-    tf, interpolate = import_tensorflow(), _import_interpolate_spline()
+    tf = import_tensorflow()
+    interpolate = _import_interpolate_spline()
 
     class SplineSurface(tf.keras.layers.Layer):
         def __init__(self):
@@ -2404,35 +2570,44 @@ def spline_layer(positions: np.ndarray, values: np.ndarray, order: int, smoothin
             self.values = self._control_points("values", values)
 
         def _control_points(self, name, start):
-            return self.add_weight(name=name, shape=start.shape, initializer=tf.keras.initializers.Constant(start))
+            constant = tf.keras.initializers.Constant(start)
+            return self.add_weight(name=name, shape=start.shape, initializer=constant)
 
         def call(self, query):
-            return interpolate(self.positions[None], self.values[None], query[None], order, smoothing)[0]
+            surface = interpolate(
+                self.positions[None], self.values[None], query[None], order, smoothing)
+            return surface[0]
 
     return SplineSurface()
 
 
-# ---------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------
 # Loss: four terms per pixel, each [m] from the weighted residual r or the surface b, [m, c], and the bending
-# ---------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------
 
 def loss_error(tf, r):
-    """How far the surface is from the picture: mean |r| over the channels."""
+    """Return how far the surface is from the picture: the mean |r| of the channels."""
     return tf.reduce_mean(tf.abs(r), -1)
 
 
 def loss_color(tf, r):
-    """How far the channels disagree: variance of r over the channels. Keeps the background neutral; 0 for mono."""
+    """Return how far the channels disagree: the variance of r over them, 0 for a gray picture.
+
+    It keeps the background neutral.
+    """
     return tf.math.reduce_variance(r, -1)
 
 
 def loss_overshoot(tf, r):
-    """How far the surface lies above the picture. Subtracting more light than there is leaves dark holes."""
+    """Return how far the surface lies above the picture.
+
+    Subtracting more light than there is leaves dark holes.
+    """
     return tf.reduce_mean(tf.abs(r) - r, -1)
 
 
 def loss_negative(tf, b):
-    """How far the surface lies below zero: there is no negative sky."""
+    """Return how far the surface lies below zero: there is no negative sky."""
     return tf.reduce_mean(tf.abs(b) - b, -1)
 
 
@@ -2464,9 +2639,9 @@ def loss_bending(tf, nodes, spacing, bowl):
 LOSS_TERMS = ("error", "color", "overshoot", "negative", "bending")
 
 
-# ---------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------
 # Fit
-# ---------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------
 
 @dataclass
 class Fit:
@@ -2714,7 +2889,7 @@ def _training(tf, prepared: Prepared, settings: Settings, start: tuple[np.ndarra
     noise = _noise_about(sample, rest, start, settings.order)
     queried, nodes = (tf.constant(array, tf.float32) for array in (queried, nodes))
     # As in finding the sky, where the mean squared residual stands beside the bending: the loss is a logarithm of it.
-    stiffness = STIFFNESS_UNIT * min(settings.smoothing, STIFFEST_FIT) / (2 * noise**2)
+    stiffness = STIFFNESS_UNIT * settings.smoothing / (2 * noise**2)
     bowl = float(settings.smoothing >= PLANE)
     # A third of the way from black to the median: the unit of the cells, nearly.
     unit = tf.constant(3 * prepared.stretch.midtones, tf.float32)
@@ -2817,46 +2992,87 @@ def fit_sky(prepared: Prepared, settings: Settings, say: Callable[[str], None] =
     return on_first_that_works(devices, lambda: fit_surface(prepared, settings, (positions, values), on_epoch), say)
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Apply: the surface at full size, and the picture without it
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 class SkySurface:
-    """The sky at full size, (c, h, w) in linear units, made strip by strip: it never stands in memory unless asked for.
+    """The sky at full size, (c, h, w) in linear units, made in strips of rows.
 
-    The spline is evaluated on nodes a few pixels apart, brought back to linear there, and interpolated between
-    them by the cubic through four nodes along each axis. That is exact for planes, and the spline bends over
-    hundreds of pixels, so between nodes nothing is lost (tests hold it to 2e-5); but the cost of a pixel is a
-    few multiplications, however many control points there are.
+    It is never in memory as a whole, unless somebody asks for that. The spline is evaluated at
+    nodes a few pixels apart, brought back to linear there, and interpolated between them by the
+    cubic through four nodes along each axis. That is exact for planes, and the spline bends over
+    hundreds of pixels, so nothing is lost between the nodes (tests hold it to 2e-5). But a pixel
+    costs only a few multiplications, however many control points there are.
     """
 
-    def __init__(self, surface: Callable[[np.ndarray], np.ndarray], shape: tuple[int, int], dtype=np.float32):
-        """surface: (..., 2) frame coordinates -> (..., c) linear sky; shape: (h, w) of the full-size picture."""
-        self.step = step = max(1, max(shape) // SURFACE_NODES)
-        # Node k stands on pixel (k - 1) * step: one node before the frame, and two behind its last cell.
-        rows, columns = ((np.arange(-(-n // step) + 3) - 1) * step for n in shape)
-        row, column = ((pixel + 0.5) / max(shape) for pixel in (rows, columns))
-        nodes = surface(_grid(row, column))
-        self.nodes = np.moveaxis(nodes, -1, 0).astype(dtype)  # (c, rows, columns)
-        self.shape, self.dtype = (len(self.nodes), *shape), self.nodes.dtype
-        u = np.arange(step)[:, None] / step
-        self.taps = np.hstack([-u * (u - 1) * (u - 2) / 6, (u + 1) * (u - 1) * (u - 2) / 2,
-                               -(u + 1) * u * (u - 2) / 2, (u + 1) * u * (u - 1) / 6]).astype(dtype)  # (step, 4)
+    def __init__(self, surface: Callable[[np.ndarray], np.ndarray], shape: tuple[int, int],
+                 dtype=np.float32):
+        """Evaluate the nodes.
+
+        Args:
+            surface: takes frame coordinates (..., 2) to the linear sky there, (..., c).
+            shape: (h, w) of the full-size picture.
+            dtype: of the sky.
+        """
+        height, width = shape
+        longer = max(shape)
+        self.step = max(1, longer // SURFACE_NODES)  # pixels of a cell, from node to node
+
+        def place_nodes(length):
+            # Each cell needs the two nodes at its ends, and one more on either side
+            cells = math.ceil(length / self.step)
+            pixel = self.step * np.arange(-1, cells + 2)
+            return (pixel + 0.5) / longer
+
+        places = _grid(place_nodes(height), place_nodes(width))
+        nodes = surface(places)  # (rows, columns, c)
+        nodes = np.moveaxis(nodes, -1, 0)  # (c, rows, columns)
+        self.nodes = nodes.astype(dtype)
+        self.shape = (len(self.nodes), height, width)
+        self.dtype = self.nodes.dtype
+
+        # How far, in cells, the pixels of a cell are from each of its four nodes, (step, 1)
+        second = np.arange(self.step)[:, None] / self.step
+        first = second + 1
+        third = second - 1
+        fourth = second - 2
+        taps = (  # Lagrange's cubic: what each node weighs at the pixels
+            -second * third * fourth / 6,
+            first * third * fourth / 2,
+            -first * second * fourth / 2,
+            first * second * third / 6,
+        )
+        self.taps = np.hstack(taps).astype(dtype)  # (step, 4)
 
     def strip(self, channel: int, rows: slice) -> np.ndarray:
-        """Linear sky of one channel in these rows, (rows, w). rows.start must be a multiple of `step`."""
-        first, cells = rows.start // self.step, -(-(rows.stop - rows.start) // self.step)
-        nodes = self.nodes[channel, first:first + cells + 3]
-        tall = np.einsum("st,ktc->ksc", self.taps, np.lib.stride_tricks.sliding_window_view(nodes, 4, 0).swapaxes(1, 2))
-        tall = tall.reshape(cells * self.step, -1)[:rows.stop - rows.start]  # (rows, node columns)
-        windows = np.lib.stride_tricks.sliding_window_view(tall, 4, 1)  # (rows, cells, 4)
-        return np.clip((windows @ self.taps.T).reshape(len(tall), -1)[:, :self.shape[2]], 0, 1)
+        """Return the linear sky of one channel in some rows, (rows, w).
+
+        rows.start must be a multiple of `step`.
+        """
+        from numpy.lib.stride_tricks import sliding_window_view
+        height = rows.stop - rows.start
+        cells = math.ceil(height / self.step)
+        first = rows.start // self.step
+        last = first + cells + 2
+        nodes = self.nodes[channel, first:last + 1]  # (cells + 3, columns)
+        around = sliding_window_view(nodes, 4, 0)  # (cells, columns, 4)
+        tall = np.einsum("st,kct->ksc", self.taps, around)  # (cells, step, columns)
+        columns = tall.shape[2]
+        tall = tall.reshape(-1, columns)[:height]  # (rows, columns)
+        around = sliding_window_view(tall, 4, 1)  # (rows, cells, 4)
+        strip = around @ self.taps.T  # (rows, cells, step)
+        strip = strip.reshape(height, -1)  # (rows, w or more)
+        width = self.shape[2]
+        return np.clip(strip[:, :width], 0, 1)
 
     def strips(self) -> list[slice]:
-        return _strips(*self.shape[1:], self.step)
+        """Return the rows of all strips."""
+        _, height, width = self.shape
+        return _strips(height, width, self.step)
 
     def plane(self, channel: int) -> np.ndarray:
-        """Linear sky of one channel, (h, w)."""
+        """Return the linear sky of one channel, (h, w)."""
         plane = np.empty(self.shape[1:], self.dtype)
 
         def fill(rows):
@@ -2866,73 +3082,116 @@ class SkySurface:
         return plane
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        """The channels' planes, each made when it is asked for: what `write_xisf` takes."""
-        return (self.plane(k) for k in range(len(self.nodes)))
+        """Yield the planes of the channels, as `write_xisf` takes them.
+
+        Each one is made when it is asked for.
+        """
+        return map(self.plane, range(len(self.nodes)))
 
 
 def linear_sky(prepared: Prepared, fit: Fit) -> Callable[[np.ndarray], np.ndarray]:
-    """The fitted sky in the picture's own units, held back where there was no sky to fit.
+    """Return the fitted sky in the picture's own units, as a function.
+
+    Where there was no sky to fit, it is held back (see HELD_BACK).
 
     Returns:
-        A function: frame coordinates (..., 2) -> sky (..., c), clipped to [0, 1].
+        A function that takes frame coordinates (..., 2) to the sky there, (..., c) in [0, 1].
     """
-    seen = fit.surface(prepared.centers.reshape(-1, 2)[sample_pixels(prepared.used, SAMPLE_PIXELS, 0)])
-    low, high = seen.min(0), seen.max(0)
-    low, high = low - HELD_BACK * (high - low), high + HELD_BACK * (high - low)
-    return lambda places: np.clip(prepared.stretch.invert(np.clip(fit.surface(places), low, high)), 0, 1)
+    sample = sample_pixels(prepared.used, SAMPLE_PIXELS, seed=0)
+    centers = prepared.centers.reshape(-1, 2)[sample]
+    seen = prepared.stretch.invert(fit.surface(centers))  # (samples, c) linear
+    low = seen.min(0)
+    high = seen.max(0)
+    beyond = HELD_BACK * (high - low)
+    lowest = np.maximum(low - beyond, 0)
+    highest = np.minimum(high + beyond, 1)
+
+    def sky(places):
+        linear = prepared.stretch.invert(fit.surface(places))
+        return np.clip(linear, lowest, highest)
+
+    return sky
 
 
 def full_size_sky(prepared: Prepared, fit: Fit, dtype=np.float32) -> SkySurface:
-    """The fitted sky at full size."""
-    return SkySurface(linear_sky(prepared, fit), prepared.full_shape, dtype)
+    """Return the fitted sky at full size."""
+    surface = linear_sky(prepared, fit)
+    return SkySurface(surface, prepared.full_shape, dtype)
 
 
-def subtract(planes: np.ndarray, sky: SkySurface, median: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def subtract(planes: np.ndarray, sky: SkySurface,
+             median: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Take the sky out of a picture, in place: image - model + offset, clipped to [0, 1].
 
-    The offset of a channel is what its median over present samples would lose, so the background stays neutral, and
-    a black border or one bad pixel cannot decide a color. Missing samples stay as they are.
+    The offset of a channel is what the median of its present samples would lose. So the background
+    stays neutral, and a black border or one bad pixel cannot decide a color. Missing samples stay
+    as they are.
 
     Args:
         planes: (c, h, w) linear samples; changed.
-        sky: the model. median: (c,) of the present samples of planes.
+        sky: the model.
+        median: (c,) of the present samples of planes.
 
     Returns:
         The offsets, and the counts of samples clipped at 0 and at 1; (c,) each.
     """
+    strips = sky.strips()
+
     def work(k):
-        plane, strips, below, above = planes[k], sky.strips(), 0, 0
+        plane = planes[k]
         present = _present(plane)
         for rows in strips:
-            np.subtract(plane[rows], sky.strip(k, rows), out=plane[rows], where=present[rows])
-        offset = median[k] - _quantiles(plane, present, (0.5,))[0]
+            samples = plane[rows]  # changed in place
+            model = sky.strip(k, rows)
+            np.subtract(samples, model, out=samples, where=present[rows])
+        median_left = _quantiles(plane, present, (0.5,))[0]
+        offset = median[k] - median_left
+        shift = plane.dtype.type(offset)
+        below = above = 0
         for rows in strips:
-            values = plane[rows] + plane.dtype.type(offset)
-            below += np.count_nonzero((values < 0) & present[rows])
-            above += np.count_nonzero((values > 1) & present[rows])
-            np.copyto(plane[rows], np.clip(values, 0, 1), where=present[rows])
+            samples = plane[rows]
+            here = present[rows]
+            values = samples + shift
+            below += np.count_nonzero(here & (values < 0))
+            above += np.count_nonzero(here & (values > 1))
+            np.clip(values, 0, 1, out=samples, where=here)
         return offset, below, above
 
-    return tuple(map(np.array, zip(*_each(work, range(len(planes))))))
+    results = _each(work, range(len(planes)))
+    offsets, below, above = map(np.array, zip(*results))
+    return offsets, below, above
 
 
 def reduced_sky(prepared: Prepared, fit: Fit) -> tuple[np.ndarray, np.ndarray]:
-    """The sky and the picture without it on the reduced frame, linear, (h, w, c) each; medians stay."""
-    sky = linear_sky(prepared, fit)(prepared.centers).astype(np.float32)
-    return sky, _keep_median(prepared.linear, prepared.linear - sky)
+    """Return the sky, and the picture without it, on the reduced frame: linear, (h, w, c) each.
+
+    The medians of the picture's channels stay what they were.
+    """
+    surface = linear_sky(prepared, fit)
+    sky = surface(prepared.centers).astype(np.float32)
+    after = prepared.linear - sky
+    return sky, _keep_median(prepared.linear, after)
 
 
 def _keep_median(before: np.ndarray, after: np.ndarray) -> np.ndarray:
-    """`after`, each channel shifted to the median of `before`; (h, w, c), NaN where missing."""
-    def medians(image):  # of every fourth sample: enough for the eye
-        return np.array([np.median(plane[np.isfinite(plane)][::4]) for plane in np.moveaxis(image, -1, 0)], after.dtype)
+    """Return `after`, with each channel shifted to the median of `before`.
 
-    return after + (medians(before) - medians(after))
+    All are (h, w, c), NaN where missing.
+    """
+    def medians(image):
+        found = []
+        for plane in np.moveaxis(image, -1, 0):
+            present = plane[np.isfinite(plane)]
+            found.append(np.median(present[::4]))  # every fourth sample: enough for the eye
+        return np.array(found, after.dtype)
+
+    shift = medians(before) - medians(after)  # (c,)
+    return after + shift
 
 
-# ---------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------
 # The whole job on arrays
-# ---------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------
 
 def examine(planes: np.ndarray, settings: Settings, mask: np.ndarray | None = None,
             say: Callable[[str], None] = _quiet) -> tuple[Prepared, Settings]:
@@ -3019,9 +3278,9 @@ def _to_planes(image: np.ndarray, name: str) -> np.ndarray:
     return planes
 
 
-# ---------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------
 # What can be said about a picture
-# ---------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------
 
 VIEW_PIXELS = 600
 """Reduced pixels along the longer side that are looked at for numbers and pictures; more could not be seen."""
@@ -3125,38 +3384,101 @@ def _percent(share: float) -> str:
     return "unknown" if math.isnan(share) else f"{share:.1%}"
 
 
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Pictures: preview, figures, animation
 #
 # All are drawn from the reduced picture, so a large frame costs no more than a small one.
-# ---------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 FIGURE_SIZE = (13.6, 7.6)
 """Inches, at 100 pixels each: fits a laptop's screen."""
 
 INK, PAPER, FAINT = "#e6e6e6", "#16191d", "#4a5058"
-STYLE = {"figure.facecolor": PAPER, "savefig.facecolor": PAPER, "axes.facecolor": "#1e2227", "axes.edgecolor": FAINT,
-         "axes.labelcolor": INK, "axes.titlecolor": INK, "axes.titlesize": 10, "axes.titlelocation": "left",
-         "text.color": INK, "xtick.color": INK, "ytick.color": INK, "font.size": 9, "figure.dpi": 100,
-         "hatch.linewidth": 1.5, "legend.frameon": False, "legend.fontsize": 8}
-"""Ink and paper of our own, so that pictures look the same in light and in dark terminals and notebooks."""
+STYLE = {
+    "figure.facecolor": PAPER,
+    "savefig.facecolor": PAPER,
+    "axes.facecolor": "#1e2227",
+    "axes.edgecolor": FAINT,
+    "axes.labelcolor": INK,
+    "axes.titlecolor": INK,
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "font.size": 9,
+    "figure.dpi": 100,
+    "hatch.linewidth": 1.5,
+    "lines.linewidth": 1.2,
+    "grid.color": FAINT,
+    "grid.linewidth": 0.4,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+}
+"""Ink and paper of our own, so that pictures look the same in light and in dark terminals and
+notebooks."""
 
-CHANNEL_INKS = {1: (INK,), 3: ("#e8703a", "#2fb58a", "#5ab0ee")}
-"""Red, green, blue as the color-blind tell them apart (after Okabe and Ito)."""
+RED, GREEN, BLUE = "#e8703a", "#2fb58a", "#5ab0ee"
+CHANNEL_INKS = {1: (INK,), 3: (RED, GREEN, BLUE)}
+"""Red, green, and blue as the color-blind tell them apart (after Okabe and Ito)."""
 
-OVERLAYS = {"missing": ("#6b7077", "", "missing"), "threshold": ("#e69f00", "/////", "left out by -tm, -tM"),
-            "mask file": ("#56b4e9", "\\\\\\\\\\", "left out by -m"), "auto": ("#cc79a7", "///", "left out by --auto"),
-            "clipped": ("#f0e442", "\\\\\\", "clipped by -dq")}
-"""Reason -> its color, its hatching (none: solid), its name. The hatching tells them apart without color."""
+TERM_INKS = ("#56b4e9", "#2fb58a", "#e69f00", "#cc79a7")
+"""The same for LOSS_TERMS."""
+
+OVERLAYS = {
+    "missing": ("#6b7077", "", "missing"),
+    "threshold": ("#e69f00", "/////", "left out by -tm, -tM"),
+    "mask file": ("#56b4e9", "\\\\\\\\\\", "left out by -m"),
+    "auto": ("#cc79a7", "///", "left out by --auto"),
+    "clipped": ("#f0e442", "\\\\\\", "clipped by -dq"),
+}
+"""Reason -> its color, its hatching (none: solid), its name. The hatching tells them apart without
+color."""
+
+START_INK, END_INK = "#56b4e9", "#f0e442"
+"""Colors of a control point where it starts, and where it ends."""
+
+DISPLAY_QUANTILES = (0.002, 0.5, 0.9995)
+"""Quantiles of a channel that the eye is shown as nearly black, as the background, and as white: so
+nearly nothing is clipped, and no single star decides how dark the rest is."""
+
+HISTOGRAM_BINS = 128
+HISTOGRAM_EDGES = (-0.02, 1.02)
+"""Where the axis of stretched values ends: a little beyond 0 and 1, so that the ends are seen."""
+
+FRAMES = 24
+"""Most frames in an animation."""
+
+FRAME_GAP, FRAME_HEAD = 8, 22
+"""Pixels around the two halves of a frame, and above them, for the words."""
+
+HALF_FRAME_PIXELS = 110_000
+"""Most pixels in one half of a frame, so that a GIF of the usual noise stays below 3 MB."""
+
+NODE_SPACING = 8
+"""Pixels between the places where an animation's surfaces are evaluated: fine enough for the eye."""
+
+FRAME_PAUSE, LAST_PAUSE = 130, 1500
+"""Milliseconds that a frame is shown, and the last one: 24 of them take some 4 seconds."""
+
+PALETTE_SIZES = (255, 128, 64, 32, 16)
+"""Numbers of colors that are tried for a GIF, until it is small enough."""
 
 
 def display_stretch(linear: np.ndarray) -> Stretch:
-    """A stretch for the eye, of a reduced picture (h, w, c): nearly nothing clipped, every channel's median at 0.25."""
-    low, median, high = np.nanquantile(linear, (0.002, 0.5, 0.9995), axis=(0, 1))
-    pedestal = low - 0.1 * (median - low)
-    scale = np.maximum(high - pedestal, 1e-9)
-    constants = pedestal, scale, np.clip((median - pedestal) / scale, 1e-4, 0.5)
-    return Stretch(*(np.asarray(constant, np.float32) for constant in constants))
+    """Return a stretch for the eye of a reduced picture (h, w, c).
+
+    Nearly nothing is clipped, and the median of every channel is at 0.25, unless it is very bright.
+    """
+    low, median, high = np.nanquantile(linear, DISPLAY_QUANTILES, axis=(0, 1))  # (c,) each
+    pedestal = low - 0.1 * (median - low)  # darker than `low`, so that faint structure stays
+    scale = np.maximum(high - pedestal, 1e-9)  # not 0 where the picture is flat
+    midtones = (median - pedestal) / scale
+    midtones = np.clip(midtones, MIDTONES_MARGIN, 0.5)  # 0.5 is a straight line
+    constants = np.float32([pedestal, scale, midtones])  # (3, c)
+    return Stretch(*constants)
 
 
 def draw_preview(figure, prepared: Prepared, settings: Settings, title: str) -> None:
@@ -3182,12 +3504,17 @@ def draw_preview(figure, prepared: Prepared, settings: Settings, title: str) -> 
                linespacing=1.35)
 
 
-def _lay_out(figure, title: str, ratio: float):
-    """A title, three axes beside each other, and below, in 1 : ratio of their height, a cell. Returns axes and cell."""
+def _lay_out(figure, title, ratio):
+    """Give a figure a title, three axes beside each other, and a cell below them.
+
+    The heights of axes and cell are as ratio : 1. Returns the axes and the cell.
+    """
     figure.suptitle(title, x=0.015, ha="left", fontsize=11)
-    top, bottom = figure.add_gridspec(2, 1, height_ratios=(ratio, 1), left=0.02, right=0.985, top=0.915, bottom=0.085,
-                                      hspace=0.3)
-    return [figure.add_subplot(cell) for cell in top.subgridspec(1, 3, wspace=0.03)], bottom
+    top, bottom = figure.add_gridspec(
+        2, 1, height_ratios=(ratio, 1),
+        left=0.02, right=0.985, top=0.915, bottom=0.085, hspace=0.3)
+    cells = top.subgridspec(1, 3, wspace=0.03)
+    return [figure.add_subplot(cell) for cell in cells], bottom
 
 
 def _numbers(prepared: Prepared, reasons: dict[str, np.ndarray], blown: np.ndarray) -> list[str]:
@@ -3208,29 +3535,44 @@ def _numbers(prepared: Prepared, reasons: dict[str, np.ndarray], blown: np.ndarr
     return lines + [""] + [f"{name:<13}{_percent(value):>7}  {what}" for name, value, what in rows]
 
 
-def _draw_histogram(axes, prepared: Prepared, settings: Settings, k: int) -> None:
-    """Stretched values of one channel, with the thresholds and the points that the stretch is made from."""
+def _draw_histogram(axes, prepared, settings, k):
+    """Draw how often the stretched values of one channel occur, and what is made of them."""
     values = prepared.image[..., k]
-    ink = CHANNEL_INKS[prepared.image.shape[-1]][k]
-    used, _ = np.histogram(values[prepared.weight[..., k] > 0], 128, (0, 1))
-    counts, edges = np.histogram(values[prepared.present[..., k]], 128, (0, 1))
-    axes.fill_between(edges[:-1], used, step="post", color=ink, alpha=0.45, linewidth=0)
-    axes.step(edges[:-1], counts, where="post", color=ink, linewidth=1)
+    present = values[prepared.present[..., k]]
+    used = values[prepared.weight[..., k] > 0]
+    counts, edges = np.histogram(present, HISTOGRAM_BINS, (0, 1))
+    used_counts, _ = np.histogram(used, HISTOGRAM_BINS, (0, 1))
+    starts = edges[:-1]
+    letters = _channel_letters(prepared)
+    ink = CHANNEL_INKS[len(letters)][k]
+    axes.fill_between(starts, used_counts, step="post", color=ink, alpha=0.45, linewidth=0)
+    axes.step(starts, counts, where="post", color=ink, linewidth=1)
+    axes.set_title(f"{letters[k]}: how often a value occurs (filled: used)", fontsize=8)
     axes.set_yscale("symlog", linthresh=1)
-    axes.set_ylim(0, 4 * counts.max())
-    axes.set_xlim(-0.02, 1.02)
+    highest = counts.max()
+    axes.set_ylim(0, 4 * highest)
     axes.yaxis.set_visible(False)
-    for low, high in ((-0.02, settings.threshold_min), (settings.threshold_max, 1.02)):
-        if high > low:
-            axes.axvspan(low, high, facecolor="none", edgecolor=OVERLAYS["threshold"][0], hatch="///", linewidth=0)
-            axes.axvline(high if low < 0 else low, color=OVERLAYS["threshold"][0], linewidth=1)
+
+    left, right = HISTOGRAM_EDGES
+    axes.set_xlim(left, right)
+    color = OVERLAYS["threshold"][0]
+    darkest = settings.threshold_min
+    brightest = settings.threshold_max
+    for low, high in ((left, darkest), (brightest, right)):
+        if low < high:
+            axes.axvspan(low, high, facecolor="none", edgecolor=color, hatch="///", linewidth=0)
+    for threshold in (darkest, brightest):
+        axes.axvline(threshold, color=color, linewidth=1)
+
     axes.axvline(MIDTONES_TARGET, color=INK, linewidth=0.8, linestyle=":")
-    axes.text(MIDTONES_TARGET + 0.01, 2 * counts.max(), "median", fontsize=7)
-    axes.text(0.985, 2 * counts.max(), f"-dq {stretch_quantile(settings):g}", fontsize=7, ha="right")
-    ticks = (0, 0.25, 0.5, 0.75, 1)
-    linear = prepared.stretch.channel(k).invert(np.array(ticks)[:, None])[:, 0]
-    axes.set_xticks(ticks, [f"{tick:g}\n{value:.4f}" for tick, value in zip(ticks, linear)], fontsize=7)
-    axes.set_title(f"{_channel_letters(prepared)[k]}: how often a value occurs (filled: used)", fontsize=8)
+    axes.text(MIDTONES_TARGET + 0.01, 2 * highest, "median", fontsize=7)
+    quantile = stretch_quantile(settings)
+    axes.text(0.985, 2 * highest, f"-dq {quantile:g}", fontsize=7, ha="right")
+    ticks = np.linspace(0, 1, 5)
+    stretch = prepared.stretch.channel(k)
+    linear = stretch.invert(ticks[:, None]).ravel()
+    labels = map("{:g}\n{:.4f}".format, ticks, linear)
+    axes.set_xticks(ticks, list(labels), fontsize=7)
 
 
 def _draw_hints(axes, prepared: Prepared, blown: np.ndarray) -> None:
@@ -3256,7 +3598,7 @@ def _draw_hints(axes, prepared: Prepared, blown: np.ndarray) -> None:
 
 
 def draw_figures(figure, prepared: Prepared, settings: Settings, fit: Fit, title: str) -> None:
-    """The result: before, model, after in one stretch; where the control points went; how the loss fell."""
+    """Draw the result: before, model, and after, the control points, and the loss."""
     figure.text(0.015, 0.012, facts(prepared, settings, fit), fontsize=8)
     prepared = thinned(prepared)
     sky, after = reduced_sky(prepared, fit)
@@ -3268,171 +3610,279 @@ def draw_figures(figure, prepared: Prepared, settings: Settings, fit: Fit, title
     _show(panels[2], stretch.apply(after), "after, same stretch")
 
     cells = bottom.subgridspec(1, 2, width_ratios=(1, 2.1), wspace=0.1)
-    points = figure.add_subplot(cells[0])
-    _show(points, np.where(prepared.used[..., None], 0.75 * prepared.image, np.nan),
-          "control points, from ring to dot; brown: left out", blank=(0.30, 0.24, 0.12))
-    stations = [positions for _, positions, _ in fit.track] + [fit.positions]
-    row, column = np.moveaxis([_pixel_positions(prepared, positions) for positions in stations], -1, 0)  # (steps, n)
-    points.plot(column, row, color="#56b4e9", linewidth=0.9, alpha=0.8)
-    points.plot(column[0], row[0], "o", color="none", markeredgecolor="#56b4e9", markersize=3.5)
-    points.plot(column[-1], row[-1], "o", color="#f0e442", markeredgecolor="black", markersize=5)
-    height, width = prepared.image.shape[:2]
-    points.set(xlim=(-0.5 - 0.04 * width, width * 1.04 - 0.5), ylim=(height * 1.04 - 0.5, -0.5 - 0.04 * height))
+    _draw_control_points(figure.add_subplot(cells[0]), prepared, fit)
+    charts = cells[1].subgridspec(1, 3, width_ratios=(1, 1, 0.2), wspace=0.2)  # a legend at the end
+    loss = figure.add_subplot(charts[0])
+    terms = figure.add_subplot(charts[1])
+    _draw_loss(loss, terms, fit.history)
 
-    charts = cells[1].subgridspec(1, 3, width_ratios=(1, 1, 0.2), wspace=0.2)
-    loss, terms = figure.add_subplot(charts[0]), figure.add_subplot(charts[1])
-    epochs = np.arange(1, len(fit.history) + 1)
-    loss.plot(epochs, fit.history[:, 0], color=INK, linewidth=1.2)
+
+def _draw_control_points(axes, prepared, fit):
+    """Draw the paths of the control points over what the fit saw."""
+    used = prepared.used[..., None]
+    image = np.where(used, 0.75 * prepared.image, np.nan)  # darker, so that points stand out
+    brown = (0.30, 0.24, 0.12)
+    _show(axes, image, "control points, from ring to dot; brown: left out", blank=brown)
+    stations = [positions for _, positions, _ in fit.track]
+    stations.append(fit.positions)
+    paths = [_pixel_positions(prepared, positions) for positions in stations]
+    row, column = np.moveaxis(paths, -1, 0)  # (steps, n) each
+    axes.plot(column, row, color=START_INK, linewidth=0.9, alpha=0.8)
+    axes.plot(column[0], row[0], "o", color="none", markeredgecolor=START_INK, markersize=3.5)
+    axes.plot(column[-1], row[-1], "o", color=END_INK, markeredgecolor="black", markersize=5)
+
+    def around(length):  # points may leave the picture a little
+        margin = 0.04 * length
+        return -0.5 - margin, length - 0.5 + margin
+
+    height, width, _ = image.shape
+    axes.set_xlim(around(width))
+    axes.set_ylim(around(height)[::-1])  # the first row on top
+
+
+def _draw_loss(loss, terms, history):
+    """Draw in two axes how the loss and its terms fell; `history` is that of `Fit`."""
+    epochs = np.arange(1, len(history) + 1)
+    total, *parts = history.T
+    loss.plot(epochs, total, color=INK)
     loss.set_title("loss")
-    for name, values, ink in zip(LOSS_TERMS, fit.history[:, 1:].T, ("#56b4e9", "#2fb58a", "#e69f00", "#cc79a7")):
-        values = np.where(values > 0, values, np.nan)
-        if np.isfinite(values).any():
-            terms.plot(epochs, values, color=ink, linewidth=1.2, label=name)
+    for name, values, ink in zip(LOSS_TERMS, parts, TERM_INKS):
+        positive = values > 0  # the axis is logarithmic
+        if positive.any():
+            values = np.where(positive, values, np.nan)
+            terms.plot(epochs, values, color=ink, label=name)
         else:
             terms.plot([], [], color=ink, label=f"{name} (0)")
     terms.set_yscale("log")
-    terms.legend(title="its terms:", alignment="left", loc="upper left", bbox_to_anchor=(1, 1), borderpad=0)
+    terms.legend(title="its terms:", alignment="left", loc="upper left", bbox_to_anchor=(1, 1),
+                 borderpad=0)
     for axes in (loss, terms):
         axes.set_xlabel("epoch", labelpad=1)
-        axes.grid(color=FAINT, linewidth=0.4)
-        axes.tick_params(labelsize=8)
+        axes.grid()
 
 
 def facts(prepared: Prepared, settings: Settings, fit: Fit) -> str:
-    """One line on the run: settings, epochs, loss, share of sky, gradient before and after."""
-    return "   |   ".join((
-        f"-dq {stretch_quantile(settings):g}, {len(fit.positions)} points ({settings.initializer}), "
-        f"order {settings.order}, smoothing {fit.smoothing:g}, alpha {settings.alpha:g}, seed {settings.seed}",
-        f"{len(fit.history)} epochs, loss {fit.history[:, 0].min():.4f}",
-        f"{shares(prepared)['used']:.1%} used as sky", gradients(prepared, fit)))
+    """Return one line on the run: settings, epochs, loss, share of sky, gradient."""
+    quantile = stretch_quantile(settings)
+    how = (f"-dq {quantile:g}, {len(fit.positions)} points ({settings.initializer}), "
+           f"order {settings.order}, smoothing {fit.smoothing:g}, alpha {settings.alpha:g}, "
+           f"seed {settings.seed}")
+    best = fit.history[:, 0].min()
+    fitted = f"{len(fit.history)} epochs, loss {best:.4f}"
+    used = shares(prepared)["used"]
+    return f"{how}   |   {fitted}   |   {used:.1%} used as sky   |   {gradients(prepared, fit)}"
 
 
 def animation_frames(prepared: Prepared, fit: Fit, width: int = 800) -> np.ndarray:
-    """How the surface and its control points settle, and the picture that it leaves.
+    """Show how the surface and its control points settle, and the picture that they leave.
 
     Args:
-        prepared: what was fitted. fit: with its path.
+        prepared: what was fitted.
+        fit: with its path.
         width: of a frame, pixels; a portrait's frames are narrower.
 
     Returns:
-        (n, h, w, 3) bytes, n up to 24: the first frame at the start, the last with the final surface.
+        (n, h, w, 3) bytes, n up to FRAMES: the first frame at the start, the last with the final
+        surface.
     """
     from PIL import Image, ImageDraw
-    gap, head = 8, 22  # pixels around the two halves, and above them for the words
-    rows, columns = prepared.image.shape[:2]
-    wide = max(1, min((width - 3 * gap) // 2, int(math.sqrt(110_000 * columns / rows))))
-    tall = max(1, wide * rows // columns)
-    prepared = thinned(prepared, max(wide, tall))
-    stretch, (rows, columns) = display_stretch(prepared.linear), prepared.image.shape[:2]
-    # Each surface on every 8th pixel or so, and straight lines between: quick, and enough for the eye.
-    corners, coarse = (prepared.centers[0, 0], prepared.centers[-1, -1]), (max(2, rows // 8), max(2, columns // 8))
-    places = _grid(*map(np.linspace, *corners, coarse))
-    down, along = (scipy.ndimage.zoom(np.eye(nodes, dtype=np.float32), (pixels / nodes, 1), order=1)
-                   for nodes, pixels in zip(coarse, (rows, columns)))  # (pixels, nodes)
+    tall, wide = _half_frame(prepared, width)
+    prepared = thinned(prepared, max(tall, wide))
+    before = prepared.linear
+    stretch = display_stretch(before)
+    pixels = np.array(before.shape[:2])
+    enlarged = (np.array((tall, wide)) - 1) / np.maximum(pixels - 1, 1)
+    nodes = np.maximum(2, pixels // NODE_SPACING)
+    places = _frame_nodes(prepared, nodes)
+    down, across = map(_interpolation, nodes, pixels)
 
-    def half(linear):
-        return Image.fromarray(_drawable(stretch.apply(linear))).resize((wide, tall), Image.BICUBIC)
+    def draw_half(linear):
+        stretched = stretch.apply(linear)
+        picture = Image.fromarray(_drawable(stretched))
+        return picture.resize((wide, tall), Image.BICUBIC)
 
-    steps = fit.track + [(len(fit.history), fit.positions, fit.values)]
-    # Most happens early: steps at equal distances of the square root of the epoch.
-    chosen = sorted({int(k) for k in np.round(np.linspace(0, 1, 24)**2 * (len(steps) - 1))})
-    frames = np.empty((len(chosen), head + tall + gap, 3 * gap + 2 * wide, 3), np.uint8)
-    for frame, k in zip(frames, chosen):
-        epoch, positions, values = steps[k]
-        nodes = linear_sky(prepared, replace(fit, positions=positions, values=values))(places).astype(np.float32)
-        sky = np.einsum("yn,nmc,xm->yxc", down, nodes, along, optimize=True)
-        model = half(sky)
+    left = FRAME_GAP  # where the two halves start
+    right = left + wide + FRAME_GAP
+    size = (right + wide + FRAME_GAP, FRAME_HEAD + tall + FRAME_GAP)
+    frames = []
+    for when, positions, values in _settling(fit):
+        step = replace(fit, positions=positions, values=values)
+        surface = linear_sky(prepared, step)
+        sky = surface(places).astype(np.float32)
+        sky = np.einsum("yn,nmc,xm->yxc", down, sky, across, optimize=True)
+        after = _keep_median(before, before - sky)
+        model = draw_half(sky)
         pen = ImageDraw.Draw(model)
-        scale = np.array((tall - 1, wide - 1)) / np.maximum((rows - 1, columns - 1), 1)
-        for y, x in _pixel_positions(prepared, positions) * scale:
-            pen.ellipse((x - 3, y - 3, x + 3, y + 3), fill="#f0e442", outline="black")
-        canvas = Image.new("RGB", frame.shape[1::-1], PAPER)
-        canvas.paste(model, (gap, head))
-        canvas.paste(half(_keep_median(prepared.linear, prepared.linear - sky)), (2 * gap + wide, head))
+        points = enlarged * _pixel_positions(prepared, positions)
+        for y, x in points:
+            pen.ellipse((x - 3, y - 3, x + 3, y + 3), fill=END_INK, outline="black")
+        canvas = Image.new("RGB", size, PAPER)
+        canvas.paste(model, (left, FRAME_HEAD))
+        canvas.paste(draw_half(after), (right, FRAME_HEAD))
         pen = ImageDraw.Draw(canvas)
-        last = k == len(steps) - 1
-        pen.text((gap, 5), f"sky model, best of {epoch} epochs" if last else f"sky model, epoch {epoch}", INK)
-        pen.text((2 * gap + wide, 5), "the picture without it", INK)
-        frame[:] = canvas
-    return frames
+        pen.text((left, 5), f"sky model, {when}", INK)
+        pen.text((right, 5), "the picture without it", INK)
+        frames.append(np.array(canvas))
+    return np.stack(frames)
+
+
+def _half_frame(prepared, width):
+    """Return the height and width of one half of a frame that is at most `width` wide."""
+    rows, columns = prepared.image.shape[:2]
+    limit = math.sqrt(HALF_FRAME_PIXELS * columns / rows)
+    room = (width - 3 * FRAME_GAP) // 2
+    wide = max(1, min(room, int(limit)))
+    tall = max(1, wide * rows // columns)
+    return tall, wide
+
+
+def _frame_nodes(prepared, shape):
+    """Return frame coordinates of nodes that cover a thinned picture, (*shape, 2)."""
+    start = prepared.centers[0, 0]
+    end = prepared.centers[-1, -1]
+    row, column = map(np.linspace, start, end, shape)
+    return _grid(row, column)
+
+
+def _interpolation(nodes, pixels):
+    """Return the matrix that draws straight lines between nodes, (pixels, nodes)."""
+    unit = np.eye(nodes, dtype=np.float32)
+    return scipy.ndimage.zoom(unit, (pixels / nodes, 1), order=1)
+
+
+def _settling(fit):
+    """Return what to show of a fit: when it was, in words, positions, and values.
+
+    Most happens early, so the steps are at equal distances of the square root of the epoch.
+    """
+    last = len(fit.track)
+    chosen = np.round(last * np.linspace(0, 1, FRAMES)**2)
+    chosen = np.unique(chosen.astype(int))
+    shown = []
+    for k in chosen[:-1]:  # the last one is the result
+        epoch, positions, values = fit.track[k]
+        shown.append((f"epoch {epoch}", positions, values))
+    epochs = len(fit.history)
+    shown.append((f"best of {epochs} epochs", fit.positions, fit.values))
+    return shown
 
 
 def write_animation(file, frames: np.ndarray, most_bytes: int = 2_900_000) -> None:
-    """Write frames, (n, h, w, 3) bytes, as a GIF that repeats: some 4 seconds, in fewer colors if it gets too large."""
+    """Write frames, (n, h, w, 3) bytes, as a GIF that repeats.
+
+    It has fewer colors if it would be larger than `most_bytes`.
+    """
     from PIL import Image
-    pause = [130] * (len(frames) - 1) + [1500]  # milliseconds
-    # One palette for all frames, from the first, a middle, and the last: what does not change stays the same. Most
-    # colors where most pixels are (no bands in the sky), the rest where few are (the bright stay colored).
-    sample = Image.fromarray(np.concatenate(frames[[0, len(frames) // 3, -1], ::3, ::3]))
-    for colors in (255, 128, 64, 32, 16):
-        palette = Image.new("P", (1, 1))
-        palette.putpalette(sum((sample.quantize(count, method).getpalette()[:3 * count]
-                                for count, method in ((3 * colors // 4, 0), (colors // 4, 1))), []))
-        first, *others = (Image.fromarray(frame).quantize(palette=palette, dither=0) for frame in frames)
+    pauses = [FRAME_PAUSE] * len(frames)
+    pauses[-1] = LAST_PAUSE
+    # Colors are taken from some pixels of the first frame, one from the middle, and the last
+    some = frames[[0, len(frames) // 3, -1], ::3, ::3]  # (3, h / 3, w / 3, 3)
+    sample = Image.fromarray(np.concatenate(some))
+    pictures = [Image.fromarray(frame) for frame in frames]
+    for colors in PALETTE_SIZES:
+        palette = _common_palette(sample, colors)
+        first, *others = (picture.quantize(palette=palette, dither=0) for picture in pictures)
         packed = io.BytesIO()
-        first.save(packed, "GIF", save_all=True, append_images=others, duration=pause, loop=0, optimize=False)
+        first.save(packed, "GIF", save_all=True, append_images=others, duration=pauses, loop=0,
+                   optimize=False)
         if packed.tell() <= most_bytes:
             break
     file.write(packed.getvalue())
 
 
-def _pixel_positions(prepared: Prepared, positions: np.ndarray) -> np.ndarray:
-    """Control points (n, 2) in frame coordinates -> (row, column) in pixels of the (thinned) reduced frame."""
-    first, last = prepared.centers[0, 0], prepared.centers[-1, -1]
-    return (positions - first) / np.maximum(last - first, 1e-9) * (np.array(prepared.image.shape[:2]) - 1)
+def _common_palette(sample, colors):
+    """Return an image with the palette for all frames, so that what does not change stays the same.
+
+    Most colors are where most pixels are, so that the sky has no bands. The rest are where few are,
+    so that what is bright keeps its color.
+    """
+    from PIL import Image
+    usual = 3 * colors // 4
+    rare = colors // 4
+    of_most = sample.quantize(usual, Image.MEDIANCUT).getpalette()
+    of_few = sample.quantize(rare, Image.MAXCOVERAGE).getpalette()
+    palette = Image.new("P", (1, 1))
+    palette.putpalette(of_most[:3 * usual] + of_few[:3 * rare])  # three bytes each
+    return palette
 
 
-def _channel_letters(prepared: Prepared) -> str:
+def _pixel_positions(prepared, positions):
+    """Take control points (n, 2) from frame coordinates to rows and columns of the reduced frame.
+
+    The frame may be thinned.
+    """
+    start = prepared.centers[0, 0]
+    end = prepared.centers[-1, -1]
+    share = (positions - start) / np.maximum(end - start, 1e-9)  # a side of one pixel has no length
+    last = np.array(prepared.image.shape[:2]) - 1
+    return share * last
+
+
+def _channel_letters(prepared):
+    """Return a letter for each channel."""
     return "RGB" if prepared.image.shape[-1] == 3 else "L"
 
 
-def _drawable(image: np.ndarray) -> np.ndarray:
-    """(h, w, c) in [0, 1], NaN where nothing is -> (h, w, 3) bytes."""
-    image = np.round(255 * np.clip(np.nan_to_num(image), 0, 1)).astype(np.uint8)
-    return np.broadcast_to(image, image.shape[:2] + (3,))
+def _drawable(image):
+    """Take a picture (h, w, c) in [0, 1], NaN where nothing is, to bytes (h, w, 3)."""
+    image = np.clip(np.nan_to_num(image), 0, 1)
+    image = np.round(255 * image).astype(np.uint8)
+    height, width = image.shape[:2]
+    return np.broadcast_to(image, (height, width, 3))
 
 
-def _show(axes, image: np.ndarray, title: str, blank=(0, 0, 0)) -> None:
+def _show(axes, image, title, blank=(0, 0, 0)):
     """Draw a stretched picture; NaN in the color `blank`."""
     blank = np.round(255 * np.array(blank)).astype(np.uint8)
-    colors = np.where(np.isfinite(image).all(-1, keepdims=True), _drawable(image), blank)
-    axes.imshow(colors, interpolation="bicubic" if max(colors.shape) < 300 else "antialiased")
+    known = np.isfinite(image).all(-1, keepdims=True)
+    colors = np.where(known, _drawable(image), blank)
+    small = max(colors.shape) < 300  # pixels: it is enlarged, and should not look like a mosaic
+    axes.imshow(colors, interpolation="bicubic" if small else "antialiased")
     axes.set_title(title)
     axes.set(xticks=[], yticks=[])
 
 
-def _overlay(axes, reasons: dict[str, np.ndarray]) -> None:
-    """Hatch what is left out, in colors and slopes that tell the reasons apart, with a legend of those that occur."""
+def _overlay(axes, reasons):
+    """Hatch what is left out, with a legend of the reasons that occur.
+
+    Colors and slopes tell the reasons apart.
+    """
     from matplotlib import rc_context
     from matplotlib.patches import Patch
     legend = []
     for reason, (color, hatch, label) in OVERLAYS.items():
         area = reasons[reason]
-        if area.any():
-            legend.append(Patch(facecolor=color, edgecolor=PAPER, hatch=hatch, label=label))
-            if min(area.shape) > 1:
-                with rc_context({"hatch.color": color}):
-                    dark = (0, 0, 0, 0.35)  # between the lines, so that these are seen on any color
-                    axes.contourf(area, (0.5, 1.5), colors=[dark if hatch else color], hatches=[hatch])
-                axes.contour(area, (0.5,), colors=[color], linewidths=1)
+        if not area.any():
+            continue
+        legend.append(Patch(facecolor=color, edgecolor=PAPER, hatch=hatch, label=label))
+        if min(area.shape) == 1:  # contours need two rows and two columns
+            continue
+        # Darker between the lines, so that these are seen on any color
+        filling = (0, 0, 0, 0.35) if hatch else color
+        with rc_context({"hatch.color": color}):
+            axes.contourf(area, (0.5, 1.5), colors=[filling], hatches=[hatch])
+        axes.contour(area, (0.5,), colors=[color], linewidths=1)
     axes.legend(handles=legend, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=3)
 
 
-def _draw_contours(axes, values: np.ndarray) -> None:
-    """Lines of equal brightness (h, w), with their scale in the picture's own units."""
+def _draw_contours(axes, values):
+    """Draw lines of equal brightness (h, w), with their scale in the picture's own units."""
     low, high = np.quantile(values, (0.005, 0.995))
-    if high - low < 1e-9 or min(values.shape) < 2:
+    if high - low < 1e-9 or min(values.shape) == 1:  # flat, or too narrow for contours
         return
     from matplotlib import colormaps
     from matplotlib.ticker import MaxNLocator
     levels = MaxNLocator(8).tick_values(low, high)
-    lines = axes.contour(values, levels, colors=colormaps["plasma"](np.linspace(0.4, 1, len(levels))), linewidths=1.3)
-    for line in _draw_scale(axes, lines, levels[::2]).collections:
+    brightness = np.linspace(0.4, 1, len(levels))  # without the dark colors of the map
+    colors = colormaps["plasma"](brightness)
+    lines = axes.contour(values, levels, colors=colors, linewidths=1.3)
+    bar = _draw_scale(axes, lines, levels[::2])
+    for line in bar.collections:
         line.set_linewidth(5)
 
 
 def _draw_scale(axes, drawn, ticks):
-    """A color bar below a panel; returns its axes."""
+    """Draw a color bar below a panel; returns its axes."""
     bar = axes.inset_axes([0.02, -0.06, 0.96, 0.025])
     axes.figure.colorbar(drawn, cax=bar, orientation="horizontal", ticks=ticks)
     bar.tick_params(labelsize=7, length=0, pad=2)
@@ -3440,55 +3890,71 @@ def _draw_scale(axes, drawn, ticks):
 
 
 def _import_matplotlib():
-    """matplotlib, also where a notebook has handed down the name of a backend that this Python does not have."""
+    """Import matplotlib, also where a notebook has handed down the name of its own backend.
+
+    This Python may not have that backend.
+    """
     backend = os.environ.get("MPLBACKEND", "")
-    if backend.startswith("module://") and importlib.util.find_spec(backend[9:].split(".")[0]) is None:
+    scheme, _, module = backend.partition("://")
+    package, _, _ = module.partition(".")
+    if scheme == "module" and importlib.util.find_spec(package) is None:
         del os.environ["MPLBACKEND"]
     import matplotlib
     return matplotlib
 
 
 def display_kind() -> str | None:
-    """Where a picture can be shown: "notebook" (an IPython kernel), "window", or None."""
-    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
-    if hasattr(shell, "kernel"):
-        return "notebook"
-    if sys.platform.startswith("linux") and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
+    """Return where a picture can be shown: "notebook" (an IPython kernel), "window", or None."""
+    if "IPython" in sys.modules:
+        shell = sys.modules["IPython"].get_ipython()
+        if hasattr(shell, "kernel"):
+            return "notebook"
+    screen = os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
+    if sys.platform.startswith("linux") and not screen:
         return None
     try:
         _import_matplotlib()
         from matplotlib import pyplot
         canvas = pyplot.figure().canvas
         pyplot.close()
-        return "window" if getattr(canvas, "required_interactive_framework", None) else None
     except Exception:  # no toolkit, no screen, or a notebook's backend handed down to a subprocess
         return None
+    if getattr(canvas, "required_interactive_framework", None):
+        return "window"
+    return None
 
 
 def put_picture(draw: Callable, where: str, path: str) -> None:
-    """Draw and show, or save. `draw` gets the empty figure; `where` is "notebook", "window" or "file"."""
+    """Draw and show, or save.
+
+    Args:
+        draw: gets the empty figure.
+        where: "notebook", "window" or "file".
+        path: of the file.
+    """
     matplotlib = _import_matplotlib()
-    from matplotlib.figure import Figure
     with matplotlib.rc_context(STYLE):
         if where == "window":
             from matplotlib import pyplot
             draw(pyplot.figure(figsize=FIGURE_SIZE))
             return
-        figure = Figure(FIGURE_SIZE)  # without pyplot it needs no display and touches no setting of the user's
+        # Without pyplot it needs no display and touches no setting of the user's
+        from matplotlib.figure import Figure
+        figure = Figure(FIGURE_SIZE)
         draw(figure)
-        if where == "notebook":
-            from IPython.display import Image, display
-            packed = io.BytesIO()
-            figure.savefig(packed, format="png")
-            display(Image(packed.getvalue()))
-        else:
+        if where == "file":
             with atomic_outputs(path) as (file,):
                 figure.savefig(file, format="png", pil_kwargs={"compress_level": 3})
+            return
+        from IPython.display import Image, display
+        packed = io.BytesIO()
+        figure.savefig(packed, format="png")
+        display(Image(packed.getvalue()))
 
 
-# ---------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------
 # Command line
-# ---------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------
 
 class _Parser(argparse.ArgumentParser):
     """An argument parser that says what is wrong in one line."""
@@ -3505,23 +3971,27 @@ _smoothing.__name__ = "number or auto"  # argparse names it in its message
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The command line; every default is the one of `Settings`."""
+    """Build the parser of the command line; every default is the one of `Settings`."""
     default = Settings()
     purpose, heading, examples = (__doc__ or "").partition("examples:")
-    parser = _Parser(prog="bgoptimizer.py", description=purpose, epilog=heading + examples, allow_abbrev=False,
-                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = _Parser(
+        prog="bgoptimizer.py", description=purpose, epilog=heading + examples, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("input_file", help="linear XISF picture, gray or RGB")
-    add("output_path", nargs="?", default=".", help="folder for what is written; made if missing (default: .)")
-    add("-c", "--compress", action="store_true", help="compress the outputs: lz4hc with byte shuffling (default: off)")
+    add("output_path", nargs="?", default=".",
+        help="folder for what is written; made if missing (default: .)")
+    add("-c", "--compress", action="store_true",
+        help="compress the outputs: lz4hc with byte shuffling (default: off)")
     add("-dx", "--downscaling-factor", type=int, default=default.downscaling_factor,
         help="side of the pixel blocks that the fit sees as one pixel (default: %(default)s)")
     add("-df", "--downscaling-func", choices=("median", "mean"), default=default.downscaling_func,
         metavar="DOWNSCALING_FUNC",
-        help="what a block is reduced to, median or mean; the median drops small stars (default: %(default)s)")
+        help="what a block is reduced to, median or mean; the median drops small stars "
+             "(default: %(default)s)")
     add("-dq", "--delinearization-quantile", type=float,
-        help="quantile of the picture that the stretch takes to 1; what is brighter is clipped for the fit. Lower "
-             "stretches more; raise it when the preview shows blown out sky "
+        help="quantile of the picture that the stretch takes to 1; what is brighter is clipped for "
+             "the fit. Lower stretches more; raise it when the preview shows blown out sky "
              f"(default: {DEFAULT_QUANTILE}, with --auto {AUTO_QUANTILE})")
     add("-p", "--preview", action="store_true",
         help="show stretch, mask and histograms, fit nothing, write no XISF (default: off)")
@@ -3533,18 +4003,22 @@ def build_parser() -> argparse.ArgumentParser:
     add("-tm", "--threshold-min", type=float, default=default.threshold_min,
         help="leave out what is darker in the stretched picture (default: %(default)s)")
     add("-tM", "--threshold-max", type=float, default=default.threshold_max,
-        help="leave out what is brighter in the stretched picture; lower it to mask objects (default: %(default)s)")
+        help="leave out what is brighter in the stretched picture; lower it to mask objects "
+             "(default: %(default)s)")
     add("-m", "--mask",
-        help="XISF mask of the picture's height and width, 1 channel or as many: 1 = use, 0 = leave out, "
-             "between = weight (default: none)")
-    add("-i", "--initializer", choices=("random", "grid"), default=default.initializer, metavar="INITIALIZER",
+        help="XISF mask of the picture's height and width, 1 channel or as many: 1 = use, "
+             "0 = leave out, between = weight (default: none)")
+    add("-i", "--initializer", choices=("random", "grid"), default=default.initializer,
+        metavar="INITIALIZER",
         help="where the control points start, random or grid (default: %(default)s)")
     add("-e", "--epochs", type=int, default=default.epochs,
         help="most epochs; the fit stops before when nothing improves (default: %(default)s)")
     add("-a", "--alpha", type=float, default=default.alpha,
-        help="weight of the penalties on a sky that is negative or brighter than the picture (default: %(default)g)")
+        help="weight of the penalties on a sky that is negative or brighter than the picture "
+             "(default: %(default)g)")
     add("-B", dest="batch", metavar="B", type=int, default=default.batch,
-        help=f"batch size: independent samples of {SAMPLE_PIXELS} pixels that the fit sees (default: %(default)s)")
+        help=f"batch size: independent samples of {SAMPLE_PIXELS} pixels that the fit sees "
+             "(default: %(default)s)")
     add("-lr", dest="learning_rate", metavar="LR", type=float, default=default.learning_rate,
         help="learning rate at the start (default: %(default)s)")
 
@@ -3555,12 +4029,15 @@ def build_parser() -> argparse.ArgumentParser:
         help="stiffness of the surface: 0 goes through every control point, 10 is nearly a plane "
              "(default: auto, chosen from the picture)")
     add("--seed", type=int, default=default.seed,
-        help="of all random numbers; the same command gives the same pictures (default: %(default)s)")
+        help="of all random numbers; the same command gives the same pictures "
+             "(default: %(default)s)")
     add("--save-mask", action="store_true",
-        help="also write <name>_mask.xisf, the mask in force, to edit and give back with -m (default: off)")
+        help="also write <name>_mask.xisf, the mask in force, to edit and give back with -m "
+             "(default: off)")
     add("--figures", choices=("auto", "show", "save", "none"), default="auto",
-        help="result figure or preview: show it in a window or notebook, save it as PNG, or neither; auto shows it "
-             "where it can, and saves the preview where it cannot (default: %(default)s)")
+        help="result figure or preview: show it in a window or notebook, save it as PNG, or "
+             "neither; auto shows it where it can, and saves the preview where it cannot "
+             "(default: %(default)s)")
     add("--animate", action="store_true",
         help="also write <name>_optimization.gif: how the surface settles (default: off)")
     add("--quiet", action="store_true", help="print warnings and errors only (default: off)")
@@ -3739,45 +4216,69 @@ class _Interrupts:
 
 
 def _check_paths(options: argparse.Namespace) -> dict[str, str]:
-    """Everything about paths that can fail is tried before the work, so that nobody waits for what cannot be saved.
+    """Try all of the paths that may fail, so that nobody waits for what cannot be saved.
 
     Returns:
         What the run may write -> its path.
     """
-    given = [path for path in (options.input_file, options.mask) if path is not None]
+    given = [options.input_file]
+    if options.mask is not None:
+        given.append(options.mask)
     for path in given:
         if not os.path.exists(path):
             raise BgError(f"{path or 'a file without a name'} does not exist; check the name")
         if os.path.isdir(path):
             raise BgError(f"{path} is a folder; name an XISF file in it")
-    folder, stem = options.output_path, os.path.splitext(os.path.basename(options.input_file))[0]
+    folder = options.output_path
     if os.path.exists(folder) and not os.path.isdir(folder):
         raise BgError(f"{folder} is a file, not a folder; name a folder for the outputs")
-    kinds = (("preview", "preview.png", options.preview), ("model", "bgModel.xisf", not options.preview),
-             ("subtracted", "bgSubtracted.xisf", not options.preview), ("mask", "mask.xisf", options.save_mask),
-             ("animation", "optimization.gif", options.animate), ("figures", "figures.png", not options.preview))
-    paths = {kind: os.path.join(folder, f"{stem}_{ending}") for kind, ending, wanted in kinds if wanted}
-    if os.path.isdir(folder) or not (options.preview and options.figures in ("show", "none")):
+    never_written = options.preview and options.figures in ("show", "none")
+    if os.path.isdir(folder) or not never_written:
         try:
             os.makedirs(folder, exist_ok=True)
             tempfile.TemporaryFile(dir=folder).close()
         except OSError as error:
-            raise BgError(f"cannot write to {folder}: {error.strerror}; choose another folder") from None
-    for path in paths.values():
+            reason = error.strerror
+            raise BgError(f"cannot write to {folder}: {reason}; choose another folder") from None
+    paths = _output_paths(options)
+    for path in filter(os.path.exists, paths.values()):
         for kept in given:
-            if os.path.exists(path) and os.path.samefile(path, kept):
-                raise BgError(f"{path} would be overwritten, and you gave it to read; choose another output folder")
+            if os.path.samefile(path, kept):
+                raise BgError(f"{path} would be overwritten, and you gave it to read; "
+                              "choose another output folder")
     return paths
 
 
+def _output_paths(options):
+    """Return the paths of what the run may write: kind -> path."""
+    if options.preview:
+        endings = {"preview": "preview.png"}
+    else:
+        endings = {"model": "bgModel.xisf", "subtracted": "bgSubtracted.xisf"}
+        if options.save_mask:
+            endings["mask"] = "mask.xisf"
+        if options.animate:
+            endings["animation"] = "optimization.gif"
+        endings["figures"] = "figures.png"
+    name = os.path.basename(options.input_file)
+    stem, _ = os.path.splitext(name)
+    start = os.path.join(options.output_path, stem)
+    return {kind: f"{start}_{ending}" for kind, ending in endings.items()}
+
+
 def _place_for_pictures(options: argparse.Namespace) -> str | None:
-    """Where the preview or the figures go: "notebook", "window", "file", or None."""
-    if options.figures in ("save", "none"):
-        return {"save": "file", "none": None}[options.figures]
+    """Return where the preview or the figures go: "notebook", "window", "file", or None."""
+    if options.figures == "none":
+        return None
+    if options.figures == "save":
+        return "file"
     kind = display_kind()
-    if kind is None and options.figures == "show":
-        raise BgError("there is neither a notebook nor a window to show figures in; use --figures save")
-    return kind or ("file" if options.preview else None)
+    if kind is not None:
+        return kind
+    if options.figures == "show":
+        raise BgError(
+            "there is neither a notebook nor a window to show figures in; use --figures save")
+    return "file" if options.preview else None
 
 
 def _start_importing() -> None:
@@ -3812,21 +4313,39 @@ def _read(path: str, say: Callable[[str], None]) -> tuple[np.ndarray, Source]:
 def _check_room(planes: np.ndarray, options: argparse.Namespace) -> None:
     """Refuse if the outputs do not fit on the disk; warn if the memory may not suffice.
 
-    A system short of memory ends the run without a word. Linux tells how much is free.
+    A system that is short of memory ends the run without a word.
     """
-    needed, free = (2 + options.save_mask) * planes.nbytes, shutil.disk_usage(options.output_path).free
+    outputs = 3 if options.save_mask else 2
+    needed = outputs * planes.nbytes
+    free = shutil.disk_usage(options.output_path).free
     if free < needed and not options.compress:
-        raise BgError(f"{options.output_path} has {free / 1e6:.0f} MB free and the outputs need {needed / 1e6:.0f} MB; "
-                      "free space, choose another folder, or try --compress")
-    needed, free = 0.6e9 + 2 * planes[0].nbytes, math.inf  # TensorFlow, and two planes while writing
-    with suppress(OSError, ValueError, IndexError):
-        with open("/proc/meminfo") as file:
-            free = 1024 * [int(line.split()[1]) for line in file if line.startswith("MemAvailable")][0]
-        with open("/sys/fs/cgroup/memory.max") as limit, open("/sys/fs/cgroup/memory.current") as used:
-            free = min(free, int(limit.read()) - int(used.read()))
+        raise BgError(
+            f"{options.output_path} has {free / 1e6:.0f} MB free and the outputs need "
+            f"{needed / 1e6:.0f} MB; free space, choose another folder, or try --compress")
+    tensorflow = 0.6e9  # bytes
+    needed = tensorflow + 2 * planes[0].nbytes  # two planes while the outputs are written
+    free = _free_memory()
     if free < needed:
-        logger.warning(f"about {needed / 1e9:.1f} GB more memory is needed and {free / 1e9:.1f} GB are free; "
-              "if the run dies, close other programs, or crop the picture or split its channels")
+        logger.warning(f"about {needed / 1e9:.1f} GB more memory is needed and {free / 1e9:.1f} GB are "
+              "free; if the run dies, close other programs, or crop the picture or split its "
+              "channels")
+
+
+def _free_memory():
+    """Return the bytes of memory that are free; without end where only Linux could tell."""
+    free = math.inf
+    with suppress(OSError, ValueError, LookupError):
+        with open("/proc/meminfo") as file:
+            table = dict(line.split(":") for line in file)
+        kibibytes, _ = table["MemAvailable"].split()
+        free = 1024 * int(kibibytes)
+        # A container may have less
+        with open("/sys/fs/cgroup/memory.max") as file:
+            limit = int(file.read())
+        with open("/sys/fs/cgroup/memory.current") as file:
+            used = int(file.read())
+        free = min(free, limit - used)
+    return free
 
 
 def _report(prepared: Prepared, settings: Settings, say: Callable[[str], None]) -> None:
@@ -3844,17 +4363,25 @@ def _report(prepared: Prepared, settings: Settings, say: Callable[[str], None]) 
 
 
 @contextmanager
-def _progress(epochs: int, quiet: bool, say: Callable[[str], None]) -> Iterator[Callable[[int, float], None]]:
-    """Yields what is called after each epoch: it moves a bar on a terminal, and says every 100th epoch elsewhere."""
-    if quiet or not (sys.stderr and sys.stderr.isatty()):  # None: closed by the caller
-        yield lambda epoch, loss: say(f"epoch {epoch:4d}  loss {loss:.4f}") if epoch % 100 == 0 else None
+def _progress(epochs: int, quiet: bool, say: Callable) -> Iterator[Callable[[int, float], None]]:
+    """Yield a function to call after each epoch, with its number and its loss.
+
+    On a terminal it moves a bar. Elsewhere it says every 100th epoch.
+    """
+    terminal = sys.stderr and sys.stderr.isatty()  # None if the caller has closed it
+    if quiet or not terminal:
+        def say_epoch(epoch, loss):
+            if epoch % 100 == 0:
+                say(f"epoch {epoch:4d}  loss {loss:.4f}")
+        yield say_epoch
         return
+
     from tqdm import tqdm
     with tqdm(total=epochs, desc="fitting", unit="epoch", leave=False) as bar:
-        def on_epoch(epoch, loss):
+        def move_bar(epoch, loss):
             bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
             bar.update()
-        yield on_epoch
+        yield move_bar
 
 
 if __name__ == "__main__":

