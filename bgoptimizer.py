@@ -1559,6 +1559,9 @@ PLAIN_STIFFER, PLAIN_MOST = 2.5, 1.5
 """A plain run leaves no object out, so its surface must be stiffer than the sky's: by so many powers of ten for the part
 of the picture that is not sky, and at most by so many (measured on the truth bench, `tests/truth.py`)."""
 
+LEAST_SEEN = 0.05
+"""Part of what is called sky that must be left beside the outskirts of objects."""
+
 PURE_NOISE = {1: 0.535, 3: 0.632}
 """The loss of a surface that leaves nothing but Gaussian noise, by the number of channels."""
 
@@ -2237,9 +2240,9 @@ def find_sky(prepared: Prepared, settings: Settings) -> Sky | None:
     best = candidates[chosen]
     sky = used & ~scenery.objects
     share = sky.sum() / cells.usable.sum()
-    why = "given by hand" if settings.smoothing is not None else f"loss {best.loss:.3f}, pure noise has {_pure_noise(cells):g}"
-    unsure = ""
+    why, unsure = "given by hand", ""
     if settings.smoothing is None:
+        why = f"loss {best.loss:.3f}, pure noise has {_pure_noise(cells):g}"
         best, unsure = _judge(surfaces, scenery, candidates, chosen, sky)
     smoothing, start = best.smoothing, best.found
     if not settings.auto:
@@ -2256,11 +2259,14 @@ def find_sky(prepared: Prepared, settings: Settings) -> Sky | None:
             return values.reshape(*places.shape[:-1], -1)
         return surface
 
+    seen = sky & ~best.outskirts
+    if seen.sum() < max(30, LEAST_SEEN * sky.sum()):  # nearly all may be outskirts: then nothing is known of them
+        seen = sky if sky.any() else used
+    below = (scenery.light | best.outskirts) & ~seen
     shown = surfaces.surface(best.found)[cells.usable]
     high, low = np.percentile(shown, (99, 1), axis=0)
     image = np.where(cells.usable[..., None], cells.values * cells.scale + cells.pedestal, 0)
-    return Sky(linear(best.found), linear(start), (sky & ~best.outskirts).astype(float),
-               scenery.light | best.outskirts, image, cells.noise * cells.scale, cells.centers, cells.size, share, smoothing,
+    return Sky(linear(best.found), linear(start), seen.astype(float), below, image, cells.noise * cells.scale, cells.centers, cells.size, share, smoothing,
                (high - low) * cells.scale, unsure, why)
 
 
@@ -2315,9 +2321,7 @@ def _judge(surfaces: _Surfaces, scenery: _Scenery, candidates: list[_Candidate],
         return candidates[0], "no smooth surface explains what looks like sky"
     bulge, hidden = _closed_top(surfaces, best, scenery.objects)
     if hidden and bulge > BULGE:
-        while chosen > 0 and _closed_top(surfaces, candidates[chosen], scenery.objects)[0] > BULGE:
-            chosen -= 1
-        return candidates[chosen], "the sky would be brightest behind an object"
+        return candidates[0], "the sky would be brightest behind an object"
     share = sky.sum() / cells.usable.sum()
     if share < LITTLE_SKY:
         return best, f"only {100 * share:.0f} % of the picture shows sky"
@@ -2988,7 +2992,7 @@ def fit_sky(prepared: Prepared, settings: Settings, say: Callable[[str], None] =
     positions = start_positions(settings, prepared.full_shape)
     values = start_values(prepared, positions, settings.order)
     devices = compute_devices(say)
-    say(f"fitting {len(positions)} control points, smoothing {settings.smoothing:g}, on {devices[0].name}")
+    say(f"fitting {len(positions)} control points, smoothing {settings.smoothing:.3g}, on {devices[0].name}")
     return on_first_that_works(devices, lambda: fit_surface(prepared, settings, (positions, values), on_epoch), say)
 
 
