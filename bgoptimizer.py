@@ -1204,7 +1204,7 @@ def _white(dtype, step, zero):
 def _finite_range(values):
     """Return the smallest and the largest of the finite values; inf and -inf without any."""
     low, high = values.min(), values.max()
-    if not math.isfinite(high - low):
+    if not (math.isfinite(low) and math.isfinite(high)):
         finite = values[np.isfinite(values)]
         if not finite.size:
             return math.inf, -math.inf
@@ -1257,7 +1257,7 @@ def mask_weights(planes):
     So 255 means "use" in floats, and 1 does in integers, whose full range is far larger.
     """
     largest = _finite_range(planes)[1]
-    if largest > 1 or 0 < largest <= 1 / 255:
+    if largest > 1 or 0 < largest < 1 / 254:  # as floats, 1 / 255 is a little more than that
         return planes / planes.dtype.type(largest)
     return planes
 
@@ -1271,11 +1271,18 @@ def _in_own_unit(plane, unit):
     return values
 
 
-def _card(name, value, comment=""):
-    """Return a FITS card, or several for a long text, as strings of 80 characters."""
+@contextmanager
+def _lenient_fits():
+    """Give astropy's FITS module, which keeps to itself what it thinks of a header."""
     from astropy.io import fits
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # long comments are cut
+        warnings.simplefilter("ignore")
+        yield fits
+
+
+def _card(name, value, comment=""):
+    """Return a FITS card, or several for a long text, as strings of 80 characters."""
+    with _lenient_fits() as fits:  # long comments are cut
         return _split_cards(str(fits.Card(name, value, comment)))
 
 
@@ -1318,20 +1325,23 @@ def _cards_of_xisf(source):
 
 def _keywords(cards):
     """Return FITS cards as attributes of XISF's FITSKeyword elements."""
-    from astropy.io import fits
     keywords = []
-    header = fits.Header.fromstring("".join(cards))
-    for card in header.cards:
-        with suppress(ValueError, fits.VerifyError):  # a malformed card is lost
-            name, value = card.keyword, card.value
-            if name in FITS_TEXT_NAMES:
-                keywords.append({"name": name, "value": "", "comment": str(value)})
-                continue
-            text = card.image[10:].partition("/")[0].strip()  # all digits as they stand there
-            if isinstance(value, str):
-                text = "'" + value.replace("'", "''") + "'"
-            keywords.append({"name": name, "value": text, "comment": card.comment})
+    with _lenient_fits() as fits:
+        for card in fits.Header.fromstring("".join(cards)).cards:
+            with suppress(ValueError, fits.VerifyError):  # a malformed card is lost
+                keywords.append(_keyword(card))
     return keywords
+
+
+def _keyword(card):
+    """Return one of astropy's cards as attributes of a FITSKeyword element."""
+    name, value = card.keyword, card.value
+    if name in FITS_TEXT_NAMES:
+        return {"name": name, "value": "", "comment": str(value)}
+    text = card.image.partition("=")[2].partition("/")[0].strip()  # all digits, as they stand there
+    if isinstance(value, str):
+        text = "'" + value.replace("'", "''") + "'"
+    return {"name": name, "value": text, "comment": card.comment}
 
 
 def _icc_of_xisf(source):
@@ -1554,7 +1564,7 @@ def _fits_source(file, parts, number, notes):
     after = file.read(parts[-1].end - part.end)
     icc = b""
     for other in parts:
-        if other.header.get("EXTNAME") == "ICCProfile" and other.header.get("BITPIX") == 8:
+        if str(other.header.get("EXTNAME")).lower() == "iccprofile":
             length = _fits_data_size(other.header)
             file.seek(other.end - FITS_BLOCK * math.ceil(length / FITS_BLOCK))
             icc = file.read(length)
@@ -1664,22 +1674,20 @@ def _fits_checksum(value):
 
 def _compressed_fits(planes, shape, cards, source, unit):
     """Return the bytes of a compressed picture, with an empty HDU in front where one is needed."""
-    from astropy.io import fits
     data = np.stack([_in_own_unit(plane, unit) for plane in planes]).reshape(shape)
-    good = []
-    header = fits.Header.fromstring("".join(cards))
-    for card in header.cards:
-        with suppress(ValueError, fits.VerifyError):  # astropy writes no malformed card
-            card.verify("exception")
-            good.append(card)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    made = io.BytesIO()
+    made.close = lambda: None  # astropy closes what it wrote
+    with _lenient_fits() as fits:
+        header = fits.Header()
+        for card in fits.Header.fromstring("".join(cards)).cards:
+            with suppress(ValueError, fits.VerifyError):  # astropy writes no malformed card
+                card.verify("exception")
+                str(card).encode("ascii")
+                header.append(card)
         picture = fits.CompImageHDU(
-            data, fits.Header(good), name=header.get("EXTNAME"), compression_type="GZIP_2",
-            quantize_level=0)
-        made = io.BytesIO()
-        made.close = lambda: None  # astropy closes what it wrote
-        fits.HDUList([fits.PrimaryHDU(), picture]).writeto(made, checksum=source.checksum)
+            data, header, name=header.get("EXTNAME"), compression_type="GZIP_2", quantize_level=0)
+        hdus = fits.HDUList([fits.PrimaryHDU(), picture])
+        hdus.writeto(made, checksum=source.checksum)
     written = made.getbuffer()
     return written[FITS_BLOCK:] if source.before else written
 
