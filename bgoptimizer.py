@@ -36,6 +36,7 @@ import hashlib
 import importlib.util
 import io
 import itertools
+import logging
 import math
 import numbers
 import os
@@ -1025,6 +1026,11 @@ MAX_TILES = 1_000_000
 """Tiles or strips of a picture, each of which takes a call to decompress. Real ones hold a row or
 more."""
 
+HARMLESS_TILE = 1 << 28
+"""Bytes that a tile may expand to without a closer look."""
+
+GZIP_START, GZIP_WINDOW = b"\x1f\x8b", 31  # how gzip data begin, and what zlib calls them
+
 MAX_TIFF_TAGS = 1000
 """Tags of a TIFF file's first directory. Real ones have some twenty."""
 
@@ -1050,6 +1056,8 @@ TIFF_EXPANSION = {1: 1, 5: 4096, 8: 1032, 32946: 1032, 32773: 64, 50000: 1 << 16
 can stand for."""
 
 TIFF_GRAY, TIFF_RGB = 1, 2
+TIFF_INCH = 2
+TIFF_RESOLUTION_UNITS = 1, 2, 3  # none, inch, centimeter
 TIFF_KEPT = {271: "s", 272: "s", 306: "s", 315: "s", 33432: "s", 274: "H", 700: "B"}
 """Tags that are carried over, and their types: camera, date, author, rights, orientation, XMP."""
 
@@ -1396,7 +1404,13 @@ def read_fits(path):
             notes.append(f"holds {len(pictures)} images: only the first is used")
         number = pictures[0]
         header = parts[number].header
-        stored = _color_first(_fits_samples(file, number, header))
+        if header.get("ZIMAGE") is True:
+            stored = _decompressed_fits(file, number, header)
+        else:
+            dtype = ">" + FITS_TYPES[header["BITPIX"]]
+            shape = tuple(_fits_shape(header))
+            stored = np.memmap(file, dtype, "r", parts[number].data, shape)
+        stored = _color_first(stored)
         step, zero = header.get("BSCALE", 1), header.get("BZERO", 0)
         numeric = isinstance(step, (int, float)) and isinstance(zero, (int, float))
         _require(numeric and math.isfinite(step) and math.isfinite(zero) and step,
@@ -1414,6 +1428,7 @@ class _FitsPart(NamedTuple):
     header: object  # astropy's
     cards: list
     start: int  # byte at which the header starts
+    data: int  # byte at which the data start
     end: int  # byte behind the data and their padding
 
 
@@ -1455,7 +1470,7 @@ def _fits_part(file, position, size, used):
     end = start_of_data + length
     _require(end <= size, f"is cut short: its data end at byte {end} of {size}")
     padded = start_of_data + FITS_BLOCK * math.ceil(length / FITS_BLOCK)
-    return _FitsPart(header, cards, position, padded), used
+    return _FitsPart(header, cards, position, start_of_data, padded), used
 
 
 def _fits_number(header, name, *default):
@@ -1498,27 +1513,49 @@ def _fits_shape(header):
     return shape if len(shape) >= 2 and 0 not in shape else None
 
 
-def _fits_samples(file, number, header):
-    """Return the samples of a HDU as stored: mapped from the file, or decompressed."""
-    from astropy.io import fits
+def _decompressed_fits(file, number, header):
+    """Return the samples of a compressed picture, HDU `number`, as they were before that."""
     shape = _fits_shape(header)
-    if header.get("ZIMAGE") is True:
-        bits = header.get("ZBITPIX")
-        _require(bits in FITS_TYPES, f"has the impossible ZBITPIX {bits!r}")
-        needed = math.prod(shape) * abs(bits) // 8
-        possible = MAX_EXPANSION["zlib"] * _fits_data_size(header)
-        tiles = _fits_number(header, "NAXIS2")
-        _require(needed <= possible and 0 < tiles <= MAX_TILES,
-                 "claims more data than its compressed block can hold")
-        for axis, length in enumerate(_fits_axes(header, "Z")[::-1], 1):
-            tile = _fits_number(header, f"ZTILE{axis}", 1)
-            _require(0 < tile <= length or axis == 1 and tile == 1,
-                     f"has the impossible ZTILE{axis} {tile}")
-    # astropy closes the file that it is given; the samples stay mapped
-    with fits.open(os.fdopen(os.dup(file.fileno()), "rb"), memmap=True, lazy_load_hdus=True,
-                   do_not_scale_image_data=True) as hdus:
-        data = hdus[number].data
-    return data.reshape(shape)
+    bits = header.get("ZBITPIX")
+    _require(bits in FITS_TYPES, f"has the impossible ZBITPIX {bits!r}")
+    needed = math.prod(shape) * abs(bits) // 8
+    possible = MAX_EXPANSION["zlib"] * _fits_data_size(header)
+    tiles = _fits_number(header, "NAXIS2")
+    _require(needed <= possible and 0 < tiles <= MAX_TILES,
+             "claims more data than its compressed block can hold")
+    for axis, length in enumerate(_fits_axes(header, "Z")[::-1], 1):
+        tile = _fits_number(header, f"ZTILE{axis}", length if axis == 1 else 1)
+        _require(0 < tile <= length, f"has the impossible ZTILE{axis} {tile}")
+    with _open_fits(file, disable_image_compression=True) as hdus:
+        _refuse_gzip_bombs(hdus[number].data, needed)
+    with _open_fits(file, do_not_scale_image_data=True) as hdus:
+        return hdus[number].data.reshape(shape)
+
+
+@contextmanager
+def _open_fits(file, **options):
+    """Let astropy open a file that is open already. It closes what it is given: a duplicate."""
+    again = os.fdopen(os.dup(file.fileno()), "rb")
+    again.seek(0)
+    with _lenient_fits() as fits, fits.open(again, **options) as hdus:
+        yield hdus
+
+
+def _refuse_gzip_bombs(table, most):
+    """Refuse a compressed picture if one of its tiles expands to more than `most` bytes.
+
+    astropy expands them without a limit. Most tiles are so small that they can do no harm.
+    """
+    for column in table.columns.names:
+        if column not in ("COMPRESSED_DATA", "GZIP_COMPRESSED_DATA"):
+            continue
+        for stream in table[column]:
+            if len(stream) * MAX_EXPANSION["zlib"] <= HARMLESS_TILE:
+                continue
+            stream = stream.tobytes()
+            if stream.startswith(GZIP_START):
+                data = zlib.decompressobj(GZIP_WINDOW).decompress(stream, most + 1)
+                _require(len(data) <= most, "has a tile that holds more than the picture")
 
 
 def _color_first(stored):
@@ -1565,9 +1602,8 @@ def _fits_source(file, parts, number, notes):
     icc = b""
     for other in parts:
         if str(other.header.get("EXTNAME")).lower() == "iccprofile":
-            length = _fits_data_size(other.header)
-            file.seek(other.end - FITS_BLOCK * math.ceil(length / FITS_BLOCK))
-            icc = file.read(length)
+            file.seek(other.data)
+            icc = file.read(_fits_data_size(other.header))
     checksum = "DATASUM" in part.header or "CHECKSUM" in part.header
     return FitsSource(cards, before, _padded(after), checksum, icc)
 
@@ -1629,10 +1665,11 @@ def write_fits(file, planes, source=None, history=(), compress=False, unit=None)
     file.write(_fits_header(cards + blank))
     total = 0
     for plane in planes:
-        plane = np.ascontiguousarray(_in_own_unit(plane, unit), stored)
-        if source.checksum:
-            total = _fits_sum(plane, total)
-        file.write(plane)
+        for rows in _strips(*plane.shape):
+            samples = np.ascontiguousarray(_in_own_unit(plane[rows], unit), stored)
+            if source.checksum:
+                total = _fits_sum(samples, total)
+            file.write(samples)
         del plane  # before the next one is made
     file.write(bytes(-math.prod(shape) * stored.itemsize % FITS_BLOCK))
     file.write(source.after)
@@ -1645,10 +1682,7 @@ def write_fits(file, planes, source=None, history=(), compress=False, unit=None)
 
 
 def _fits_sum(data, total):
-    """Add data to the ones' complement sum of 32-bit words that FITS takes as a checksum.
-
-    An odd number of words is no trouble, but the planes of a picture of 16-bit samples would be.
-    """
+    """Add data to the ones' complement sum of 32-bit words that FITS takes as a checksum."""
     words = data.reshape(-1).view(">u4")
     total += int(words.sum(dtype=np.uint64))
     while total >> 32:
@@ -1698,6 +1732,7 @@ def read_tiff(path):
     """Read the first picture of a TIFF file; see `read_picture`."""
     with _refusals(path):
         import tifffile
+        logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # it would print what it repairs
         with open(path, "rb") as file:
             _check_tiff_directory(file)
         with tifffile.TiffFile(path, _multifile=False) as tiff:
@@ -1796,8 +1831,9 @@ def _tiff_source(page):
         count = {"H": 1, "s": 0, "B": len(kept) if kind == "B" else 0}[kind]
         tags.append((code, kind, count, kept, True))
     resolution = ()
-    if value(282) and value(283):
-        resolution = tuple(value(282)), tuple(value(283)), int(value(296) or 2)
+    unit = value(296) or TIFF_INCH
+    if value(282) and value(283) and unit in TIFF_RESOLUTION_UNITS:
+        resolution = tuple(value(282)), tuple(value(283)), int(unit)
     icc = value(34675)
     return TiffSource(text(270), bytes(icc) if isinstance(icc, bytes) else b"", resolution,
                       tuple(tags))
@@ -3996,7 +4032,7 @@ def _read_mask(path):
     picture = _read(path, _quiet)
     if picture.unit.offset:
         raise BgError(f"{path} has negative values; a mask has 0 = leave out to 1 = use")
-    return mask_weights(picture.planes)
+    return mask_weights(picture.planes * picture.planes.dtype.type(picture.unit.scale))
 
 
 def _check_room(planes: np.ndarray, options: argparse.Namespace) -> None:

@@ -7,6 +7,7 @@ import subprocess
 import time
 import tracemalloc
 import warnings
+import zlib
 
 import numpy as np
 import pytest
@@ -513,6 +514,29 @@ def test_a_hostile_file_is_refused_in_one_line_quickly_and_without_memory(name, 
     assert time.perf_counter() - started < 10 and peak < 64e6
     assert run("bad.fits", "-p", "--figures", "none") == 1
     assert "bad.fits" in refused(capsys)
+
+
+def test_a_gzip_bomb_in_a_compressed_fits_is_refused(folder):
+    path = save_compressed("a.fz", np.zeros((700, 700), np.int16), "GZIP_1", tile_shape=(700, 700))
+    packer = zlib.compressobj(9, zlib.DEFLATED, 31)
+    pieces = [packer.compress(bytes(1 << 20)) for _ in range(400)] + [packer.flush()]
+    bomb = b"".join(pieces)
+    with fits.open(path, disable_image_compression=True) as hdus:
+        head = bytearray(hdus[1].header.tostring().encode())
+        where = hdus.fileinfo(1)["hdrLoc"]
+    start = open(path, "rb").read()[:where]
+    at = head.index(b"PCOUNT  =")
+    head[at:at + 30] = b"PCOUNT  =" + str(len(bomb)).rjust(21).encode()
+    body = struct.pack(">ii", len(bomb), 0) + bomb
+    with open("bomb.fz", "wb") as file:
+        file.write(start + head + body + bytes(-len(body) % 2880))
+    tracemalloc.start()
+    try:
+        with pytest.raises(bg.BgError, match="more than the picture"):
+            bg.read_picture("bomb.fz")
+        assert tracemalloc.get_traced_memory()[1] < 64e6
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_loop_of_tiff_directories_ends(folder):
