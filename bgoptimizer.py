@@ -1194,7 +1194,9 @@ def _to_unit_range(stored, step=1.0, zero=0.0, blank=None):
     _require(largest < LARGEST_VALUE, f"has values up to {largest:.3g}, which cannot be light",
              "look at it in another program")
     unit = _own_unit(planes, lowest, highest)
-    return planes, unit, f"from {lowest:.6g} to {highest:.6g}, written back in this unit"
+    note = (f"from {lowest:.6g} to {highest:.6g}, written back in this unit; "
+            f"the levels below are (value {-unit.offset:+.6g}) / {unit.scale:g}")
+    return planes, unit, note
 
 
 def _white(dtype, step, zero):
@@ -3737,7 +3739,7 @@ def build_parser() -> argparse.ArgumentParser:
              "stretches more; raise it when the preview shows blown out sky "
              f"(default: {DEFAULT_QUANTILE}, with --auto {AUTO_QUANTILE})")
     add("-p", "--preview", action="store_true",
-        help="show stretch, mask and histograms, fit nothing, write no pictures (default: off)")
+        help="show stretch, mask and histograms, fit nothing, write no model (default: off)")
     add("-N", dest="points", metavar="N", type=int,
         help="number of control points; more follow a more complicated sky, and objects too "
              f"(default: {DEFAULT_POINTS}, with --auto {AUTO_POINTS})")
