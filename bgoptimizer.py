@@ -1055,6 +1055,8 @@ TIFF_EXPANSION = {1: 1, 5: 4096, 8: 1032, 32946: 1032, 32773: 64, 50000: 1 << 16
 """The compressions that are read (none, LZW, deflate, PackBits, zstd), and how many bytes one byte
 can stand for."""
 
+TIFF_ICC = 34675  # the tag
+TIFF_BYTES = 7  # its type
 TIFF_GRAY, TIFF_RGB = 1, 2
 TIFF_INCH = 2
 TIFF_RESOLUTION_UNITS = 1, 2, 3  # none, inch, centimeter
@@ -1523,7 +1525,8 @@ def _decompressed_fits(file, number, header):
     needed = math.prod(shape) * abs(bits) // 8
     possible = MAX_EXPANSION["zlib"] * _fits_data_size(header)
     tiles = _fits_number(header, "NAXIS2")
-    _require(needed <= possible and 0 < tiles <= MAX_TILES,
+    heap = _fits_number(header, "PCOUNT")  # bytes
+    _require(needed <= possible and 0 < tiles <= MAX_TILES and heap,
              "claims more data than its compressed block can hold")
     for axis, length in enumerate(_fits_axes(header, "Z")[::-1], 1):
         tile = _fits_number(header, f"ZTILE{axis}", length if axis == 1 else 1)
@@ -1836,7 +1839,7 @@ def _tiff_source(page):
     unit = value(296) or TIFF_INCH
     if value(282) and value(283) and unit in TIFF_RESOLUTION_UNITS:
         resolution = tuple(value(282)), tuple(value(283)), int(unit)
-    icc = value(34675)
+    icc = value(TIFF_ICC)
     return TiffSource(text(270), bytes(icc) if isinstance(icc, bytes) else b"", resolution,
                       tuple(tags))
 
@@ -1862,6 +1865,9 @@ def write_tiff(file, planes, source=None, history=(), compress=False, unit=None)
         data = data[..., 0]
         photometric = "minisblack"
     description = _tiff_description(source.description, history)
+    tags = source.tags
+    if source.icc:
+        tags += ((TIFF_ICC, TIFF_BYTES, len(source.icc), source.icc, True),)
     options = {}
     if source.resolution:
         *values, resolution_unit = source.resolution
@@ -1872,8 +1878,7 @@ def write_tiff(file, planes, source=None, history=(), compress=False, unit=None)
     with tifffile.TiffWriter(file, bigtiff=big) as writer:
         writer.write(
             data, photometric=photometric, description=description, metadata=None,
-            iccprofile=source.icc or None, software=f"bgoptimizer {VERSION}",
-            extratags=source.tags, **options)
+            software=f"bgoptimizer {VERSION}", extratags=tags, **options)
 
 
 def _tiff_description(description, history):
