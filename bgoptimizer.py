@@ -16,6 +16,7 @@ examples:
   bgoptimizer.py m31.xisf -p                look first; nothing is fitted
   bgoptimizer.py m31.xisf -p -dq 0.99       ... with a weaker stretch
   bgoptimizer.py m31.xisf out -m mask.xisf  your own mask: 1 = sky, 0 = leave out
+  bgoptimizer.py m31.fits out --format tiff FITS and TIFF too; m31_bgModel.tif ...
   bgoptimizer.py m31.xisf out --auto --save-mask --animate
                                             also the mask, to edit, and a GIF
 
@@ -167,6 +168,7 @@ class Settings:
     batch: int = 1  # samples of SAMPLE_PIXELS; one is enough
     learning_rate: float = 0.001
     smoothing: float | None = None  # chosen by cross-validation
+    correction: str = "subtract"  # or "divide", for what dims the light instead of adding to it
     auto: bool = False
     seed: int = 0
 
@@ -189,6 +191,7 @@ class Settings:
             ("-B", whole(self.batch, 1), "1 or more"),
             ("-lr", 0 < self.learning_rate <= 1e9, "above 0, at most 1e9"),
             ("--smoothing", self.smoothing is None or 0 <= self.smoothing <= 1e9, "auto, or 0 to 1e9"),
+            ("--correction", self.correction in ("subtract", "divide"), "subtract or divide"),
             ("--seed", whole(self.seed, 0, 2**32 - 1), "0 to 4294967295"),
         )
         for flag, good, wanted in checks:
@@ -308,12 +311,21 @@ class Source:
     checksum: bool = False  # True if the pixels had a checksum: then those of the outputs get one
 
 
+class Unit(NamedTuple):
+    """A picture's own unit: its values are samples * scale + offset."""
+    scale: float = 1.0
+    offset: float = 0.0
+
+
 @dataclass
 class Picture:
     """An image in [0, 1]. Samples that are exactly 0 or not finite are missing."""
     planes: np.ndarray  # (c, h, w), c = 1 or 3; float32, or float64 if the file holds Float64
-    source: Source
+    source: Source  # or a FitsSource, or a TiffSource
     warnings: list  # of str, one line each
+    unit: Unit = Unit()
+    format: str = "xisf"  # a name in FORMATS
+    note: str = ""  # what the samples were, in words
 
 
 class _Unreadable(ValueError):
@@ -1001,6 +1013,918 @@ def atomic_outputs(*paths):
         for name in temporary:
             with suppress(OSError):
                 os.unlink(name)
+
+
+# --------------------------------------------------------------------------------------------------
+# Pictures on disk: FITS and TIFF, and the table of formats
+#
+# astropy understands the values in FITS headers and compresses, tifffile does TIFF. Both trust what
+# a file says about its size, so that is checked here before they take memory for it.
+# FITS: https://fits.gsfc.nasa.gov/fits_standard.html. Astro-TIFF, a FITS header in the description
+# of a TIFF file: https://astro-tiff.sourceforge.io.
+# --------------------------------------------------------------------------------------------------
+
+FITS_BLOCK = 2880
+"""Bytes: headers and data of FITS files fill whole blocks."""
+
+FITS_CARD = 80
+"""Characters of a card, a line of a FITS header."""
+
+MAX_FITS_HEADERS = 1 << 22
+"""Bytes of all headers in a FITS file together; 52 thousand cards. Real ones are far below."""
+
+MAX_TILES = 1_000_000
+"""Tiles or strips of a picture, each of which takes a call to decompress. Real ones hold a row or
+more."""
+
+HARMLESS_TILE = 1 << 28
+"""Bytes that a tile may expand to without a closer look."""
+
+GZIP_START, GZIP_WINDOW = b"\x1f\x8b", 31  # how gzip data begin, and what zlib calls them
+
+MAX_TIFF_TAGS = 1000
+"""Tags of a TIFF file's first directory. Real ones have some twenty."""
+
+LARGEST_VALUE = 1e30
+"""Floating point beyond it is no light: it is damage, or means something else."""
+
+END_CARD = "END".ljust(FITS_CARD)
+FITS_TYPES = {8: "u1", 16: "i2", 32: "i4", 64: "i8", -32: "f4", -64: "f8"}  # by BITPIX
+FITS_NAME = re.compile("[A-Z0-9_-]{1,8}")
+FITS_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([EDed][-+]?\d+)?|[TF]")
+FITS_TEXT_NAMES = ("COMMENT", "HISTORY", "")  # cards without a value
+# Keywords that every writer makes anew, and those of the table that a compressed picture stands in
+FITS_STRUCTURE = re.compile(
+    r"SIMPLE|XTENSION|EXTEND|BITPIX|NAXIS\d*|PCOUNT|GCOUNT|BSCALE|BZERO|BLANK|END|GROUPS")
+FITS_COMPRESSION = re.compile(
+    r"TFIELDS|THEAP|T(TYPE|FORM|UNIT|SCAL|ZERO|NULL|DISP|DIM)\d+|Z(IMAGE|TENSION|BITPIX|PCOUNT"
+    r"|GCOUNT|SIMPLE|EXTEND|BLOCKED|CMPTYPE|QUANTIZ|DITHER0|BLANK|MASKCMP|HECKSUM|DATASUM|SCALE"
+    r"|ZERO|(NAXIS|TILE|NAME|VAL)\d*)")
+
+TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+TIFF_EXPANSION = {1: 1, 5: 4096, 8: 1032, 32946: 1032, 32773: 64, 50000: 1 << 16}
+"""The compressions that are read (none, LZW, deflate, PackBits, zstd), and how many bytes one byte
+can stand for."""
+
+TIFF_ICC = 34675  # the tag
+TIFF_BYTES = 7  # its type
+TIFF_GRAY, TIFF_RGB = 1, 2
+TIFF_INCH = 2
+TIFF_RESOLUTION_UNITS = 1, 2, 3  # none, inch, centimeter
+TIFF_KEPT = {271: "s", 272: "s", 306: "s", 315: "s", 33432: "s", 274: "H", 700: "B"}
+"""Tags that are carried over, and their types: camera, date, author, rights, orientation, XMP."""
+
+
+@dataclass
+class FitsSource:
+    """What a FITS file has besides its pixels, in the bytes that stood in it."""
+    cards: list  # of str, 80 characters each, without those that the pixels decide
+    before: bytes = b""  # HDUs in front of the picture; empty if it is the first
+    after: bytes = b""  # HDUs behind it
+    checksum: bool = False  # True if the picture had a DATASUM or CHECKSUM
+    icc: bytes = b""  # color profile; it also stands in one of the HDUs
+
+
+@dataclass
+class TiffSource:
+    """What a TIFF file has besides its pixels."""
+    description: bytes = b""
+    icc: bytes = b""  # color profile
+    resolution: tuple = ()  # horizontal and vertical, and the unit
+    tags: tuple = ()  # others that are kept, as tifffile's writer takes them
+
+
+class Format(NamedTuple):
+    """A kind of file."""
+    ending: str
+    read: Callable  # path -> Picture
+    write: Callable  # file, planes, source, history, compress, unit
+
+
+def picture_format(path):
+    """Return the name in FORMATS of a file's format, by its content; None for another one."""
+    if not stat.S_ISREG(os.stat(path).st_mode):  # opening a FIFO would wait forever
+        return None
+    with open(path, "rb") as file:
+        start = file.read(16)
+    if start.startswith(b"XISF"):
+        return "xisf"
+    if start.startswith(b"SIMPLE  ="):
+        return "fits"
+    return "tiff" if start[:4] in TIFF_STARTS else None
+
+
+def read_picture(path):
+    """Read the first picture of an XISF, FITS, or TIFF file, whatever its name ends with.
+
+    Unsigned integers are scaled from their full range to [0, 1], and floats that lie in [0, 1] are
+    taken as they are. Anything else, such as ADU or electrons, is brought into [0, 1] for the work;
+    `Picture.unit` tells the writers the way back.
+
+    Returns a Picture.
+    Raises BgError if the file is damaged, hostile, or of a kind that is not read.
+    """
+    with _refusals(path):
+        name = picture_format(path)
+    if name is None:
+        raise BgError(f"{path} is not an XISF, FITS, or TIFF file; "
+                      "save the picture as one of them")
+    picture = FORMATS[name].read(path)
+    picture.format = name
+    return picture
+
+
+def picture_stem(path):
+    """Return a file's name without folder and without the endings of pictures."""
+    name = os.path.basename(path)
+    stem = re.sub(r"(?i)(?<=.)(\.(xisf|fits?|fts|fz|tiff?))+$", "", name)
+    return stem if stem != name else os.path.splitext(name)[0]
+
+
+@contextmanager
+def _refusals(path):
+    """Turn all that goes wrong while a file is read into a BgError."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the libraries' own, on headers not quite right
+            yield
+    except BgError:
+        raise
+    except _Unreadable as error:
+        raise BgError(f"{path} {error}; {error.advice}") from None
+    except MemoryError:
+        raise BgError(f"{path} needs more memory than there is; "
+                      "close other programs or crop the picture") from None
+    except OSError as error:
+        reason = error.strerror or error
+        raise BgError(f"{path} cannot be read: {reason}; check the path and the disk") from None
+    except ImportError as error:
+        raise BgError(f"{path} cannot be read without {error.name}; install it with: "
+                      "python -m pip install -r requirements.txt") from None
+    except Exception as error:  # the libraries raise anything on damaged files
+        reason = " ".join(str(error).split())[:100]
+        raise BgError(f"{path} is damaged, or of a kind that is not read ({reason}); "
+                      "copy or save it again") from None
+
+
+# What the formats share: units, and metadata that they agree on
+
+def _to_unit_range(stored, step=1.0, zero=0.0, blank=None):
+    """Bring samples as a file has them into [0, 1].
+
+    Args:
+        stored: (c, h, w) of any type of number.
+        step, zero: what they mean is stored * step + zero.
+        blank: the integer that means "missing".
+
+    Returns planes (c, h, w) that are float64 if `stored` is, else float32; the Unit; and a sentence
+    on it.
+    """
+    planes = np.empty(stored.shape, "f8" if stored.dtype.itemsize == 8 and stored.dtype.kind == "f"
+                      else "f4")
+    white = _white(stored.dtype, step, zero)
+    calculated = planes.dtype if stored.dtype.kind == "f" else np.float64
+    lowest, highest = math.inf, -math.inf
+    for plane, target in zip(stored, planes):
+        for rows in _strips(*plane.shape):
+            raw = plane[rows]
+            values = raw.astype(calculated)
+            if (step, zero) != (1, 0):
+                values = values * step + zero
+            if white:
+                values /= white
+            if blank is not None:
+                values[raw == blank] = np.nan
+            target[rows] = values
+            low, high = _finite_range(values)
+            lowest = min(lowest, low)
+            highest = max(highest, high)
+    if white:
+        return planes, Unit(), f"integers, {white} = white"
+    if lowest >= 0 and highest <= 1 or lowest > highest:
+        return planes, Unit(), "from 0 to 1"
+    largest = max(abs(lowest), abs(highest))
+    _require(largest < LARGEST_VALUE, f"has values up to {largest:.3g}, which cannot be light",
+             "look at it in another program")
+    unit = _own_unit(planes, lowest, highest)
+    note = (f"from {lowest:.6g} to {highest:.6g}, written back in this unit; "
+            f"the levels below are (value {-unit.offset:+.6g}) / {unit.scale:g}")
+    return planes, unit, note
+
+
+def _white(dtype, step, zero):
+    """Return the largest value of unsigned integers, and None for other numbers.
+
+    FITS has no unsigned integers of more than 8 bits: it stores signed ones and adds half the
+    range.
+    """
+    if dtype.kind not in "iu" or step != 1:
+        return None
+    numbers_of = np.iinfo(dtype)
+    return int(numbers_of.max + zero) if numbers_of.min + zero == 0 else None
+
+
+def _finite_range(values):
+    """Return the smallest and the largest of the finite values; inf and -inf without any."""
+    low, high = values.min(), values.max()
+    if not (math.isfinite(low) and math.isfinite(high)):
+        finite = values[np.isfinite(values)]
+        if not finite.size:
+            return math.inf, -math.inf
+        low, high = finite.min(), finite.max()
+    return float(low), float(high)
+
+
+def _own_unit(planes, lowest, highest):
+    """Scale planes in their own unit into [0, 1], in place, and return the Unit.
+
+    Room is left where the corrected picture may need it: above the brightest star, and below the
+    noise of the darkest sky, so that negative values stay what they are.
+    """
+    offset = 0.0
+    if lowest < 0:
+        every = max(1, planes[0].shape[0] * planes[0].shape[1] >> 20)
+        sample = planes.reshape(len(planes), -1)[:, ::every | 1]
+        sample = sample[np.isfinite(sample) & (sample != 0)]
+        middle, bright = np.quantile(sample, (0.5, 0.999)) if sample.size else (lowest, highest)
+        room = max(2 * (middle - lowest), bright - middle, -lowest / 1000)
+        offset = float(lowest - room)
+    # A power of two: without an offset, all digits stay
+    scale = 2.0 ** (math.ceil(math.log2(highest - offset)) + 1)
+    for plane in planes:
+        for rows in _strips(*plane.shape):
+            values = plane[rows]
+            missing = values == 0
+            values = (values - offset) / scale
+            values[missing] = 0
+            plane[rows] = values
+    return Unit(scale, offset)
+
+
+def array_unit(planes):
+    """Bring planes outside [0, 1] into it, in place, and return their Unit. Raises BgError."""
+    ranges = [_finite_range(plane) for plane in planes]
+    lowest = min(low for low, _ in ranges)
+    highest = max(high for _, high in ranges)
+    if lowest >= 0 and highest <= 1 or lowest > highest:
+        return Unit()
+    if max(abs(lowest), abs(highest)) >= LARGEST_VALUE:
+        raise BgError(f"the image has values from {lowest:.3g} to {highest:.3g}, which cannot be "
+                      "light; look at it, and at what was done to it")
+    return _own_unit(planes, lowest, highest)
+
+
+def mask_weights(planes):
+    """Scale the weights of a mask to [0, 1], if they are not yet, so that the largest is 1.
+
+    So 255 means "use" in floats, and 1 does in integers, whose full range is far larger.
+    """
+    largest = _finite_range(planes)[1]
+    if largest > 1 or 0 < largest < 1 / 254:  # as floats, 1 / 255 is a little more than that
+        return planes / planes.dtype.type(largest)
+    return planes
+
+
+def _in_own_unit(plane, unit):
+    """Return a plane's samples in the unit of their picture. Missing ones stay 0."""
+    if unit == Unit():
+        return plane
+    values = plane * plane.dtype.type(unit.scale) + plane.dtype.type(unit.offset)
+    values[plane == 0] = 0
+    return values
+
+
+@contextmanager
+def _lenient_fits():
+    """Give astropy's FITS module, which keeps to itself what it thinks of a header."""
+    from astropy.io import fits
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield fits
+
+
+def _card(name, value, comment=""):
+    """Return a FITS card, or several for a long text, as strings of 80 characters."""
+    with _lenient_fits() as fits:  # long comments are cut
+        return _split_cards(str(fits.Card(name, value, comment)))
+
+
+def _split_cards(text):
+    return [text[start:start + FITS_CARD] for start in range(0, len(text), FITS_CARD)]
+
+
+def _printable(text):
+    """Return what a FITS header can hold of a text."""
+    return "".join(letter if " " <= letter <= "~" else "?" for letter in text)
+
+
+def _text_cards(name, text):
+    """Return cards without a value, such as HISTORY, that hold a text."""
+    lines = textwrap.wrap(_printable(text), HISTORY_COLUMNS) or [""]
+    return [f"{name:8}{line}".ljust(FITS_CARD) for line in lines]
+
+
+def _cards_of_xisf(source):
+    """Return the FITSKeyword elements of an XISF file as FITS cards."""
+    cards = []
+    for element in source.root.findall("Image/FITSKeyword"):
+        name = _printable(element.get("name", "").strip().upper())
+        value = element.get("value", "").strip()
+        comment = _printable(element.get("comment", ""))
+        if FITS_STRUCTURE.fullmatch(name) or name == "CONTINUE":
+            continue
+        if name in FITS_TEXT_NAMES:
+            cards += _text_cards(name, comment or value)
+        elif FITS_NAME.fullmatch(name) and FITS_NUMBER.fullmatch(value):
+            cards.append(f"{name:8}= {value:>20} / {comment}"[:FITS_CARD].ljust(FITS_CARD))
+        elif value.startswith("'") or value:
+            text = value[1:-1].replace("''", "'").rstrip() if value.startswith("'") else value
+            with suppress(ValueError):  # a name that no card can have
+                cards += _card(name, _printable(text), comment)
+        else:
+            cards.append(f"{name:8}=".ljust(31) + f" / {comment}"[:49].ljust(49))
+    return cards
+
+
+def _keywords(cards):
+    """Return FITS cards as attributes of XISF's FITSKeyword elements."""
+    keywords = []
+    with _lenient_fits() as fits:
+        for card in fits.Header.fromstring("".join(cards)).cards:
+            with suppress(ValueError, fits.VerifyError):  # a malformed card is lost
+                keywords.append(_keyword(card))
+    return keywords
+
+
+def _keyword(card):
+    """Return one of astropy's cards as attributes of a FITSKeyword element."""
+    name, value = card.keyword, card.value
+    if name in FITS_TEXT_NAMES:
+        return {"name": name, "value": "", "comment": str(value)}
+    text = card.image.partition("=")[2].partition("/")[0].strip()  # all digits, as they stand there
+    if isinstance(value, str):
+        text = "'" + value.replace("'", "''") + "'"
+    return {"name": name, "value": text, "comment": card.comment}
+
+
+def _icc_of_xisf(source):
+    """Return the color profile of an XISF file, b"" without one."""
+    element = source.root.find("Image/ICCProfile")
+    if element is None:
+        return b""
+    location = element.get("location", "")
+    attributes = element.attrib
+    data = source.blocks.get(location)
+    if data is None:
+        encoding = location.partition(":")[2]
+        if location.startswith("embedded"):
+            element = element.find("Data")
+            encoding = element.get("encoding", "base64")
+            attributes = {**attributes, **element.attrib}
+        data = _decode_text(element.text, encoding)
+    block = _Block(attributes, len(data), data=bytes(data))
+    codec, size, item = _read_compression(block)
+    if codec:
+        data = _decompress(block, None, codec, size)
+        data = _unshuffle(data, item) if item > 1 else data
+    return bytes(data)
+
+
+def _shared_metadata(source):
+    """Return what all formats can hold of a file's metadata: FITS cards, and the color profile."""
+    if isinstance(source, Source):
+        icc = b""
+        with suppress(_Unreadable, AttributeError):  # a damaged profile is lost, not the picture
+            icc = _icc_of_xisf(source)
+        return _cards_of_xisf(source), icc
+    if isinstance(source, FitsSource):
+        return source.cards, source.icc
+    return [], source.icc if source else b""
+
+
+# FITS
+
+def read_fits(path):
+    """Read the first picture of a FITS file, which may be compressed (.fz); see `read_picture`.
+
+    Planes (3, h, w) and (h, w, 3) are color, and lone axes count for nothing. The rows stay in the
+    file's order: the sky does not care which end is up.
+    """
+    with _refusals(path), open(path, "rb") as file:
+        notes = []
+        parts = _fits_parts(file, notes)
+        pictures = [number for number, part in enumerate(parts) if _fits_shape(part.header)]
+        _require(pictures, "holds no picture of two or three axes", "name another file")
+        if len(pictures) > 1:
+            notes.append(f"holds {len(pictures)} images: only the first is used")
+        number = pictures[0]
+        header = parts[number].header
+        if header.get("ZIMAGE") is True:
+            stored = _decompressed_fits(file, number, header)
+        else:
+            dtype = ">" + FITS_TYPES[header["BITPIX"]]
+            shape = tuple(_fits_shape(header))
+            stored = np.memmap(file, dtype, "r", parts[number].data, shape)
+        stored = _color_first(stored)
+        step, zero = header.get("BSCALE", 1), header.get("BZERO", 0)
+        numeric = isinstance(step, (int, float)) and isinstance(zero, (int, float))
+        _require(numeric and math.isfinite(step) and math.isfinite(zero) and step,
+                 f"has the impossible BSCALE {step!r} or BZERO {zero!r}")
+        blank = header.get("BLANK") if stored.dtype.kind in "iu" else None
+        planes, unit, note = _to_unit_range(stored, step, zero, blank)
+        if len(planes) == 1 and ("BAYERPAT" in header or "COLORTYP" in header):
+            notes.append("seems to be a color filter mosaic: if it is, debayer it first")
+        source = _fits_source(file, parts, number, notes)
+    return Picture(planes, source, notes, unit, note=note)
+
+
+class _FitsPart(NamedTuple):
+    """An HDU: a header and its data."""
+    header: object  # astropy's
+    cards: list
+    start: int  # byte at which the header starts
+    data: int  # byte at which the data start
+    end: int  # byte behind the data and their padding
+
+
+def _fits_parts(file, notes):
+    """Return a file's HDUs; what cannot be understood behind the first picture is left out."""
+    size = os.fstat(file.fileno()).st_size
+    parts = []
+    position = room = 0
+    found = False
+    while position < size:
+        try:
+            part, room = _fits_part(file, position, size, room)
+        except Exception:
+            if not found:
+                raise
+            notes.append(f"has {size - position} bytes at its end that are not FITS: not kept")
+            break
+        parts.append(part)
+        found = found or bool(_fits_shape(part.header))
+        position = part.end
+    return parts
+
+
+def _fits_part(file, position, size, used):
+    """Return the HDU at a position, and the bytes of all headers until its end."""
+    from astropy.io import fits
+    file.seek(position)
+    cards = []
+    while END_CARD not in cards[-FITS_BLOCK // FITS_CARD:]:
+        block = file.read(FITS_BLOCK)
+        used += len(block)
+        _require(len(block) == FITS_BLOCK, "is cut short: a header has no end")
+        _require(used <= MAX_FITS_HEADERS, "has a header too large to be true")
+        cards += _split_cards(block.decode("latin-1"))
+    start_of_data = file.tell()
+    cards = cards[:cards.index(END_CARD)]
+    header = fits.Header.fromstring("".join(cards))
+    length = _fits_data_size(header)
+    end = start_of_data + length
+    _require(end <= size, f"is cut short: its data end at byte {end} of {size}")
+    padded = start_of_data + FITS_BLOCK * math.ceil(length / FITS_BLOCK)
+    return _FitsPart(header, cards, position, start_of_data, padded), used
+
+
+def _fits_number(header, name, *default):
+    """Return a whole number, not negative, from a header."""
+    value = header.get(name, *default)
+    whole = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 48
+    _require(whole, f"has the impossible {name} {value!r}")
+    return value
+
+
+def _fits_axes(header, prefix=""):
+    """Return the lengths of the axes, the last named first, as NumPy has them."""
+    count = _fits_number(header, prefix + "NAXIS")
+    _require(count <= 999, f"has the impossible NAXIS {count}")
+    return [_fits_number(header, f"{prefix}NAXIS{axis}") for axis in range(count, 0, -1)]
+
+
+def _fits_data_size(header):
+    """Return how many bytes the data behind a header take, without their padding."""
+    axes = _fits_axes(header)
+    bits = header.get("BITPIX")
+    _require(bits in FITS_TYPES, f"has the impossible BITPIX {bits!r}")
+    if axes and axes[-1] == 0 and header.get("GROUPS") is True:
+        axes.pop()  # random groups, an old form of tables
+    samples = math.prod(axes) if axes else 0
+    samples = _fits_number(header, "PCOUNT", 0) + samples
+    return samples * _fits_number(header, "GCOUNT", 1) * abs(bits) // 8
+
+
+def _fits_shape(header):
+    """Return the shape of an HDU's picture, without lone axes in front; None if it has none."""
+    if header.get("ZIMAGE") is True:
+        shape = _fits_axes(header, "Z")
+    elif header.get("XTENSION", "IMAGE") == "IMAGE" and not header.get("GROUPS"):
+        shape = _fits_axes(header)
+    else:
+        return None
+    while len(shape) > 2 and shape[0] == 1:
+        shape = shape[1:]
+    return shape if len(shape) >= 2 and 0 not in shape else None
+
+
+def _decompressed_fits(file, number, header):
+    """Return the samples of a compressed picture, HDU `number`, as they were before that."""
+    shape = _fits_shape(header)
+    bits = header.get("ZBITPIX")
+    _require(bits in FITS_TYPES, f"has the impossible ZBITPIX {bits!r}")
+    needed = math.prod(shape) * abs(bits) // 8
+    possible = MAX_EXPANSION["zlib"] * _fits_data_size(header)
+    tiles = _fits_number(header, "NAXIS2")
+    heap = _fits_number(header, "PCOUNT")  # bytes
+    _require(needed <= possible and 0 < tiles <= MAX_TILES and heap,
+             "claims more data than its compressed block can hold")
+    for axis, length in enumerate(_fits_axes(header, "Z")[::-1], 1):
+        tile = _fits_number(header, f"ZTILE{axis}", length if axis == 1 else 1)
+        _require(0 < tile <= length, f"has the impossible ZTILE{axis} {tile}")
+    with _open_fits(file, disable_image_compression=True) as hdus:
+        _refuse_gzip_bombs(hdus[number].data, needed)
+    with _open_fits(file, do_not_scale_image_data=True) as hdus:
+        return hdus[number].data.reshape(shape)
+
+
+@contextmanager
+def _open_fits(file, **options):
+    """Let astropy open a file that is open already. It closes what it is given: a duplicate."""
+    again = os.fdopen(os.dup(file.fileno()), "rb")
+    again.seek(0)
+    with _lenient_fits() as fits, fits.open(again, **options) as hdus:
+        yield hdus
+
+
+def _refuse_gzip_bombs(table, most):
+    """Refuse a compressed picture if one of its tiles expands to more than `most` bytes.
+
+    astropy expands them without a limit. Most tiles are so small that they can do no harm.
+    """
+    for column in table.columns.names:
+        if column not in ("COMPRESSED_DATA", "GZIP_COMPRESSED_DATA"):
+            continue
+        for stream in table[column]:
+            if len(stream) * MAX_EXPANSION["zlib"] <= HARMLESS_TILE:
+                continue
+            stream = stream.tobytes()
+            if stream.startswith(GZIP_START):
+                data = zlib.decompressobj(GZIP_WINDOW).decompress(stream, most + 1)
+                _require(len(data) <= most, "has a tile that holds more than the picture")
+
+
+def _color_first(stored):
+    """Return samples as (c, h, w) with 1 or 3 channels, or refuse them."""
+    if stored.ndim == 2:
+        return stored[None]
+    if stored.ndim == 3 and len(stored) == 3:
+        return stored
+    if stored.ndim == 3 and stored.shape[2] == 3:
+        return np.moveaxis(stored, 2, 0)
+    shape = " x ".join(map(str, stored.shape[::-1][:8]))
+    raise _Unreadable(f"is a picture of {shape}, neither gray nor RGB",
+                      "save its planes as pictures of their own")
+
+
+def _fits_source(file, parts, number, notes):
+    """Return what the outputs keep of a file besides the samples of HDU `number`."""
+    part = parts[number]
+    compressed = part.header.get("ZIMAGE") is True
+    cards, untrue = [], []
+    for card in part.cards:
+        name = card[:8].rstrip()
+        made_anew = FITS_STRUCTURE.fullmatch(name) or name in ("DATASUM", "CHECKSUM")
+        if compressed:
+            made_anew = (made_anew or FITS_COMPRESSION.fullmatch(name)
+                         or card.startswith("EXTNAME = 'COMPRESSED_IMAGE'"))
+        if made_anew:
+            continue
+        if STALE_PIXEL_METADATA.match(f"FITSKeyword {name}"):
+            untrue.append(name)
+        else:
+            cards.append(card)
+    if untrue:
+        notes.append(f"had {', '.join(untrue)[:200]}: "
+                     "not kept, because the new pixels make them untrue")
+    file.seek(0)
+    before = file.read(part.start)
+    first = [card[:8].rstrip() for card in parts[0].cards]
+    says_nothing = all(FITS_STRUCTURE.fullmatch(name) or name in FITS_TEXT_NAMES for name in first)
+    if compressed and number == 1 and says_nothing:
+        before = b""  # it is there because a compressed picture cannot be the first
+    file.seek(part.end)
+    after = file.read(parts[-1].end - part.end)
+    icc = b""
+    for other in parts:
+        if str(other.header.get("EXTNAME")).lower() == "iccprofile":
+            file.seek(other.data)
+            icc = file.read(_fits_data_size(other.header))
+    checksum = "DATASUM" in part.header or "CHECKSUM" in part.header
+    return FitsSource(cards, before, _padded(after), checksum, icc)
+
+
+def _padded(data, filling=b"\0"):
+    return data + filling * (-len(data) % FITS_BLOCK)
+
+
+def _fits_header(cards):
+    """Return the bytes of a header."""
+    return _padded("".join([*cards, END_CARD]).encode("latin-1"), b" ")
+
+
+def _fits_shape_cards(shape, bits, first):
+    """Return the cards that tell what the data are; `first`: of the first HDU."""
+    axes = shape[::-1]
+    cards = _card("SIMPLE", True) if first else _card("XTENSION", "IMAGE")
+    cards += _card("BITPIX", bits) + _card("NAXIS", len(axes))
+    for number, length in enumerate(axes, 1):
+        cards += _card(f"NAXIS{number}", length)
+    if first:
+        return cards + _card("EXTEND", True)
+    return cards + _card("PCOUNT", 0) + _card("GCOUNT", 1)
+
+
+def _as_fits_source(source):
+    """Return a FitsSource that holds what FITS can hold of another one."""
+    if isinstance(source, FitsSource):
+        return source
+    cards, icc = _shared_metadata(source)
+    after = b""
+    if icc:
+        header = _fits_shape_cards((len(icc),), 8, first=False) + _card("EXTNAME", "ICCProfile")
+        after = _fits_header(header) + _padded(icc)
+    return FitsSource(cards, after=after, icc=icc)
+
+
+def write_fits(file, planes, source=None, history=(), compress=False, unit=None):
+    """Write a picture as FITS; the arguments are those of `write_xisf`, and its Unit.
+
+    All cards of a FITS source are written as they stood there, and its other HDUs too. `compress`
+    makes a compressed image (GZIP_2, nothing is lost), with the ending .fits all the same.
+    """
+    unit = unit or Unit()
+    source = _as_fits_source(source)
+    channels, *size = planes.shape
+    shape = planes.shape if channels > 1 else tuple(size)
+    cards = source.cards + [card for line in history for card in _text_cards("HISTORY", line)]
+    file.write(source.before)
+    if compress:
+        file.write(_compressed_fits(planes, shape, cards, source, unit))
+        file.write(source.after)
+        return
+    stored = planes.dtype.newbyteorder(">")
+    structure = _fits_shape_cards(shape, -8 * stored.itemsize, first=not source.before)
+    cards = structure + cards
+    start = file.tell()
+    blank = _card("DATASUM", "0") + _card("CHECKSUM", "0" * 16) if source.checksum else []
+    file.write(_fits_header(cards + blank))
+    total = 0
+    for plane in planes:
+        for rows in _strips(*plane.shape):
+            samples = np.ascontiguousarray(_in_own_unit(plane[rows], unit), stored)
+            if source.checksum:
+                total = _fits_sum(samples, total)
+            file.write(samples)
+        del plane  # before the next one is made
+    file.write(bytes(-math.prod(shape) * stored.itemsize % FITS_BLOCK))
+    file.write(source.after)
+    if source.checksum:
+        sum_card = _card("DATASUM", str(total))
+        header = _fits_header(cards + sum_card + _card("CHECKSUM", "0" * 16))
+        rest = _fits_sum(np.frombuffer(header, np.uint8), total) ^ 0xFFFFFFFF
+        file.seek(start)
+        file.write(_fits_header(cards + sum_card + _card("CHECKSUM", _fits_checksum(rest))))
+
+
+def _fits_sum(data, total):
+    """Add data to the ones' complement sum of 32-bit words that FITS takes as a checksum."""
+    words = data.reshape(-1).view(">u4")
+    total += int(words.sum(dtype=np.uint64))
+    while total >> 32:
+        total = (total & 0xFFFFFFFF) + (total >> 32)
+    return total
+
+
+def _fits_checksum(value):
+    """Return a 32-bit number as the 16 letters of CHECKSUM, as appendix J of the standard says."""
+    punctuation = set(range(0x3A, 0x41)) | set(range(0x5B, 0x61))
+    letters = bytearray(16)
+    for number, byte in enumerate(value.to_bytes(4, "big")):
+        quotient, rest = divmod(byte, 4)
+        column = [quotient + rest + 48, quotient + 48, quotient + 48, quotient + 48]
+        while punctuation.intersection(column):
+            for left in (0, 2):
+                if punctuation.intersection(column[left:left + 2]):
+                    column[left] += 1
+                    column[left + 1] -= 1
+        letters[number::4] = bytes(column)
+    return (letters[-1:] + letters[:-1]).decode()
+
+
+def _compressed_fits(planes, shape, cards, source, unit):
+    """Return the bytes of a compressed picture, with an empty HDU in front where one is needed."""
+    data = np.stack([_in_own_unit(plane, unit) for plane in planes]).reshape(shape)
+    made = io.BytesIO()
+    made.close = lambda: None  # astropy closes what it wrote
+    with _lenient_fits() as fits:
+        header = fits.Header()
+        for card in fits.Header.fromstring("".join(cards)).cards:
+            with suppress(ValueError, fits.VerifyError):  # astropy writes no malformed card
+                card.verify("exception")
+                str(card).encode("ascii")
+                header.append(card)
+        picture = fits.CompImageHDU(
+            data, header, name=header.get("EXTNAME"), compression_type="GZIP_2", quantize_level=0)
+        hdus = fits.HDUList([fits.PrimaryHDU(), picture])
+        hdus.writeto(made, checksum=source.checksum)
+    written = made.getbuffer()
+    return written[FITS_BLOCK:] if source.before else written
+
+
+# TIFF
+
+def read_tiff(path):
+    """Read the first picture of a TIFF file; see `read_picture`."""
+    with _refusals(path):
+        import tifffile
+        logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # it would print what it repairs
+        with open(path, "rb") as file:
+            _check_tiff_directory(file)
+        with tifffile.TiffFile(path, _multifile=False) as tiff:
+            page = tiff.pages[0]
+            notes = []
+            with suppress(IndexError, tifffile.TiffFileError):
+                if tiff.pages[1]:
+                    notes.append("holds several images: only the first is used and kept")
+            colors = _check_tiff_page(page, os.path.getsize(path))
+            if page.samplesperpixel > colors:
+                notes.append(f"has {page.samplesperpixel - colors} alpha channel(s): dropped")
+            if page.is_memmappable:
+                dtype = page.dtype.newbyteorder(tiff.byteorder)
+                samples = np.memmap(path, dtype, "r", page.dataoffsets[0], page.shape)
+            else:
+                samples = page.asarray()
+            samples = samples.reshape(page.shaped)  # (planes, 1, h, w, samples together)
+            if len(samples) > 1:
+                stored = samples[:colors, 0, :, :, 0]
+            else:
+                stored = np.moveaxis(samples[0, 0], 2, 0)[:colors]
+            planes, unit, note = _to_unit_range(stored)
+            source = _tiff_source(page)
+    return Picture(planes, source, notes, unit, note=note)
+
+
+def _check_tiff_directory(file):
+    """Refuse a TIFF file whose first directory claims more than the file can hold."""
+    size = os.fstat(file.fileno()).st_size
+    start = file.read(16)
+    order = "little" if start[:2] == b"II" else "big"
+    big = 43 in start[2:4]
+    word = 8 if big else 4  # bytes of a position
+    position = int.from_bytes(start[8:16] if big else start[4:8], order)
+    _require(8 <= position < size, "is cut short: its directory is missing")
+    file.seek(position)
+    count = int.from_bytes(file.read(8 if big else 2), order)
+    _require(0 < count <= MAX_TIFF_TAGS, f"has a directory of {count} tags")
+    entries = file.read(count * (4 + 2 * word))
+    _require(len(entries) == count * (4 + 2 * word), "is cut short: its directory has no end")
+    sizes = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4,
+             16: 8, 17: 8, 18: 8}  # bytes, by type of tag
+    total = 0
+    for entry in range(0, len(entries), 4 + 2 * word):
+        kind = int.from_bytes(entries[entry + 2:entry + 4], order)
+        values = int.from_bytes(entries[entry + 4:entry + 4 + word], order)
+        total += values * sizes.get(kind, 1)
+    _require(total <= size + 16 * count, "has tags that claim more than the file holds")
+
+
+def _check_tiff_page(page, size):
+    """Refuse a page that is not read, or that lies about its size; return its number of colors."""
+    advice = "save it as 32-bit float or 16-bit, grayscale or RGB"
+    photometric = int(page.photometric)
+    name = getattr(page.photometric, "name", photometric)
+    _require(photometric in (TIFF_GRAY, TIFF_RGB), f"is neither gray nor RGB, but {name}", advice)
+    compression = int(page.compression)
+    name = getattr(page.compression, "name", compression)
+    _require(compression in TIFF_EXPANSION, f"is compressed with {name}, which is not read",
+             "save it uncompressed")
+    bits = page.bitspersample
+    kind = page.dtype and page.dtype.kind
+    _require(kind and kind in "iuf" and bits == 8 * page.dtype.itemsize,
+             f"has samples of {bits} bits, which are not read", advice)
+    planes, depth, height, width, together = page.shaped
+    colors = 3 if photometric == TIFF_RGB else 1
+    _require(depth == 1 and height and width, "is not a flat picture", advice)
+    _require(page.samplesperpixel >= colors and planes * together == page.samplesperpixel,
+             f"is called RGB but has {page.samplesperpixel} channel(s)", advice)
+    needed = math.prod(page.shaped) * page.dtype.itemsize
+    stored = min(sum(page.databytecounts), size)
+    _require(len(page.dataoffsets) <= MAX_TILES, "has too many strips to be true")
+    last = max(map(sum, zip(page.dataoffsets, page.databytecounts)), default=0)
+    _require(last <= size, f"is cut short: its data end at byte {last} of {size}")
+    _require(needed <= TIFF_EXPANSION[compression] * stored, "claims more data than it holds")
+    _require(math.prod(page.chunks) * page.dtype.itemsize <= 4 * needed + (1 << 20),
+             "has tiles larger than the picture")
+    return colors
+
+
+def _tiff_source(page):
+    """Return what the outputs keep of a page."""
+    def value(code):
+        tag = page.tags.get(code)
+        return None if tag is None else tag.value
+
+    def text(code):
+        found = value(code) or b""
+        return found if isinstance(found, bytes) else str(found).encode("utf-8", "replace")
+
+    tags = []
+    for code, kind in TIFF_KEPT.items():
+        if value(code) is None:
+            continue
+        kept = int(value(code)) if kind == "H" else text(code)
+        count = {"H": 1, "s": 0, "B": len(kept) if kind == "B" else 0}[kind]
+        tags.append((code, kind, count, kept, True))
+    resolution = ()
+    unit = value(296) or TIFF_INCH
+    if value(282) and value(283) and unit in TIFF_RESOLUTION_UNITS:
+        resolution = tuple(value(282)), tuple(value(283)), int(unit)
+    icc = value(TIFF_ICC)
+    return TiffSource(text(270), bytes(icc) if isinstance(icc, bytes) else b"", resolution,
+                      tuple(tags))
+
+
+def write_tiff(file, planes, source=None, history=(), compress=False, unit=None):
+    """Write a picture as 32-bit float TIFF; the arguments are those of `write_fits`.
+
+    The FITS cards of another source become a description, as Astro-TIFF has it. HISTORY is appended
+    to the description. `compress` is deflate with the floating point predictor.
+    """
+    import tifffile
+    unit = unit or Unit()
+    if not isinstance(source, TiffSource):
+        cards, icc = _shared_metadata(source)
+        description = "\n".join(card.rstrip() for card in cards).encode("latin-1", "replace")
+        source = TiffSource(description, icc)
+    channels, height, width = planes.shape
+    data = np.empty((height, width, channels), np.float32)
+    for channel, plane in enumerate(planes):
+        data[..., channel] = _in_own_unit(plane, unit)
+    photometric = "rgb"
+    if channels == 1:
+        data = data[..., 0]
+        photometric = "minisblack"
+    description = _tiff_description(source.description, history)
+    tags = source.tags
+    if source.icc:
+        tags += ((TIFF_ICC, TIFF_BYTES, len(source.icc), source.icc, True),)
+    options = {}
+    if source.resolution:
+        *values, resolution_unit = source.resolution
+        options = {"resolution": tuple(values), "resolutionunit": resolution_unit}
+    if compress:
+        options.update(compression="adobe_deflate", predictor=3)
+    big = data.nbytes + len(source.description) + len(source.icc) > 0xF0000000
+    with tifffile.TiffWriter(file, bigtiff=big) as writer:
+        writer.write(
+            data, photometric=photometric, description=description, metadata=None,
+            software=f"bgoptimizer {VERSION}", extratags=tags, **options)
+
+
+def _tiff_description(description, history):
+    """Return a description with HISTORY at its end, but before the END of a FITS header."""
+    lines = description.rstrip(b"\0 \r\n").split(b"\n") if description else []
+    end = lines[-1:] if lines and lines[-1].strip() == b"END" else []
+    added = [card.rstrip().encode() for line in history for card in _text_cards("HISTORY", line)]
+    return b"\n".join([*lines[:len(lines) - len(end)], *added, *end])
+
+
+# The table of formats
+
+def _write_xisf_of_any(file, planes, source=None, history=(), compress=False, unit=None):
+    """Write a picture as XISF, whose samples stay in [0, 1]; HISTORY tells its own unit."""
+    if unit not in (None, Unit()):
+        history = [*history, f"bgoptimizer: the picture's own unit is sample * {unit.scale:.17g} "
+                             f"{unit.offset:+.17g}"]
+    if source is not None and not isinstance(source, Source):
+        cards, icc = _shared_metadata(source)
+        root = ElementTree.XML("<xisf><Image/><Metadata/></xisf>")
+        image = root.find("Image")
+        for keyword in _keywords(cards):
+            ElementTree.SubElement(image, "FITSKeyword", keyword)
+        if icc:
+            profile = ElementTree.SubElement(image, "ICCProfile", location="inline:base64")
+            profile.text = base64.b64encode(icc).decode()
+        source = Source(root, {})
+    write_xisf(file, planes, source, history, compress)
+
+
+FORMATS = {
+    "xisf": Format(".xisf", read_xisf, _write_xisf_of_any),
+    "fits": Format(".fits", read_fits, write_fits),
+    "tiff": Format(".tif", read_tiff, write_tiff),
+}
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -3166,13 +4090,54 @@ def subtract(planes: np.ndarray, sky: SkySurface,
     return offsets, below, above
 
 
-def reduced_sky(prepared: Prepared, fit: Fit) -> tuple[np.ndarray, np.ndarray]:
+def divide(planes, sky, black=0.0):
+    """Divide a picture by its model, in place: picture / model * the model's median.
+
+    That is right where something dims the light, such as vignetting. The rest is as in `subtract`.
+
+    Args:
+        planes: (c, h, w) linear samples; changed.
+        sky: the model, a SkySurface.
+        black: the sample that no light at all would give. It is not 0 in a picture with a unit of
+            its own that has negative values.
+
+    Returns the model's medians, above black, and the counts of samples clipped at 0 and at 1; (c,)
+    each.
+    Raises BgError where the model is not above black.
+    """
+    inside = slice(1, -2)  # nodes in the frame
+    levels = np.median(sky.nodes[:, inside, inside], (1, 2)) - black
+    for channel, nodes in enumerate(sky.nodes):
+        if nodes.min() <= black:
+            name = _channel_name(channel, len(planes))
+            raise BgError(f"the model of {name} is not above 0 everywhere, and nothing can be "
+                          "divided by it; use --correction subtract")
+
+    def work(channel):
+        plane = planes[channel]
+        below = above = 0
+        for rows in sky.strips():
+            present = _present(plane[rows])
+            gain = levels[channel] / (sky.strip(channel, rows) - black)
+            values = (plane[rows] - black) * gain + black
+            below += np.count_nonzero((values < 0) & present)
+            above += np.count_nonzero((values > 1) & present)
+            np.copyto(plane[rows], np.clip(values, 0, 1), where=present, casting="same_kind")
+        return levels[channel], below, above
+
+    return tuple(map(np.array, zip(*_each(work, range(len(planes))))))
+
+
+def reduced_sky(prepared: Prepared, fit: Fit,
+                correction: str = "subtract") -> tuple[np.ndarray, np.ndarray]:
     """Return the sky, and the picture without it, on the reduced frame: linear, (h, w, c) each.
 
     The medians of the picture's channels stay what they were.
     """
     surface = linear_sky(prepared, fit)
     sky = surface(prepared.centers).astype(np.float32)
+    if correction == "divide":
+        return sky, prepared.linear / sky * np.median(sky, (0, 1))
     after = prepared.linear - sky
     return sky, _keep_median(prepared.linear, after)
 
@@ -3245,10 +4210,10 @@ def optimize(image: np.ndarray, settings: Settings = Settings(), mask: np.ndarra
     """Model the sky of a linear picture and take it out.
 
     Args:
-        image: (h, w), (h, w, 1) or (h, w, 3), linear, in [0, 1]; 0 and what is not finite count as missing. Integers
-            count over their full range. Not changed.
+        image: (h, w), (h, w, 1) or (h, w, 3), linear; 0 and what is not finite count as missing. Integers
+            count over their full range, floats in any unit: the results are in the same. Not changed.
         settings: see `Settings`.
-        mask: (h, w), (h, w, 1) or (h, w, c) weights in [0, 1], 1 = use, 0 = ignore.
+        mask: (h, w), (h, w, 1) or (h, w, c) weights in [0, 1], 1 = use, 0 = ignore; or integers.
         say: called with a line of text now and then; `print` will do.
         on_epoch: called with each epoch's number, from 1, and its loss.
 
@@ -3261,11 +4226,19 @@ def optimize(image: np.ndarray, settings: Settings = Settings(), mask: np.ndarra
     planes = _to_planes(image, "the image")
     if len(planes) not in (1, 3):
         raise BgError(f"the image has shape {np.shape(image)}; give (h, w), (h, w, 1) or (h, w, 3)")
-    prepared, settings = examine(planes, settings, None if mask is None else _to_planes(mask, "the mask"), say)
+    unit = array_unit(planes)
+    prepared, settings = examine(planes, settings, None if mask is None else mask_weights(_to_planes(mask, "the mask")),
+                                 say)
     fit = fit_sky(prepared, settings, say, on_epoch)
     sky = full_size_sky(prepared, fit, planes.dtype)
-    offsets, _, _ = subtract(planes, sky, prepared.median)
-    return Result(np.moveaxis(np.stack(list(sky)), 0, -1), np.moveaxis(planes, 0, -1), offsets,
+    if settings.correction == "divide":
+        offsets, _, _ = divide(planes, sky, -unit.offset / unit.scale)
+        offsets = offsets * unit.scale
+    else:
+        offsets, _, _ = subtract(planes, sky, prepared.median)
+        offsets = offsets * unit.scale + unit.offset
+    model, corrected = (np.stack([_in_own_unit(plane, unit) for plane in part], -1) for part in (sky, planes))
+    return Result(model, corrected, offsets,
                   dict(zip(("loss",) + LOSS_TERMS, fit.history.T)), settings, prepared, fit)
 
 
@@ -3605,7 +4578,7 @@ def draw_figures(figure, prepared: Prepared, settings: Settings, fit: Fit, title
     """Draw the result: before, model, and after, the control points, and the loss."""
     figure.text(0.015, 0.012, facts(prepared, settings, fit), fontsize=8)
     prepared = thinned(prepared)
-    sky, after = reduced_sky(prepared, fit)
+    sky, after = reduced_sky(prepared, fit, settings.correction)
     stretch = display_stretch(prepared.linear)
     panels, bottom = _lay_out(figure, title, 1.25)
     _show(panels[0], stretch.apply(prepared.linear), "before")
@@ -3982,11 +4955,12 @@ def build_parser() -> argparse.ArgumentParser:
         prog="bgoptimizer.py", description=purpose, epilog=heading + examples, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("input_file", help="linear XISF picture, gray or RGB")
+    add("input_file", help="linear XISF, FITS or TIFF picture, gray or RGB")
     add("output_path", nargs="?", default=".",
         help="folder for what is written; made if missing (default: .)")
     add("-c", "--compress", action="store_true",
-        help="compress the outputs: lz4hc with byte shuffling (default: off)")
+        help="compress the outputs without loss: lz4hc with byte shuffling, in FITS GZIP_2, in TIFF "
+             "deflate (default: off)")
     add("-dx", "--downscaling-factor", type=int, default=default.downscaling_factor,
         help="side of the pixel blocks that the fit sees as one pixel (default: %(default)s)")
     add("-df", "--downscaling-func", choices=("median", "mean"), default=default.downscaling_func,
@@ -3998,7 +4972,7 @@ def build_parser() -> argparse.ArgumentParser:
              "the fit. Lower stretches more; raise it when the preview shows blown out sky "
              f"(default: {DEFAULT_QUANTILE}, with --auto {AUTO_QUANTILE})")
     add("-p", "--preview", action="store_true",
-        help="show stretch, mask and histograms, fit nothing, write no XISF (default: off)")
+        help="show stretch, mask and histograms, fit nothing, write no model (default: off)")
     add("-N", dest="points", metavar="N", type=int,
         help="number of control points; more follow a more complicated sky, and objects too "
              f"(default: {DEFAULT_POINTS}, with --auto {AUTO_POINTS})")
@@ -4010,8 +4984,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="leave out what is brighter in the stretched picture; lower it to mask objects "
              "(default: %(default)s)")
     add("-m", "--mask",
-        help="XISF mask of the picture's height and width, 1 channel or as many: 1 = use, "
-             "0 = leave out, between = weight (default: none)")
+        help="mask, XISF, FITS or TIFF, of the picture's height and width, 1 channel or as many: "
+             "1 = use, 0 = leave out, between = weight (default: none)")
     add("-i", "--initializer", choices=("random", "grid"), default=default.initializer,
         metavar="INITIALIZER",
         help="where the control points start, random or grid (default: %(default)s)")
@@ -4032,6 +5006,10 @@ def build_parser() -> argparse.ArgumentParser:
     add("--smoothing", type=_smoothing, default=None, metavar="{auto,NUMBER}",
         help="stiffness of the surface: 0 goes through every control point, 10 is nearly a plane "
              "(default: auto, chosen from the picture)")
+    add("--correction", choices=("subtract", "divide"), default=default.correction,
+        help="what is done with the sky: subtract it, or divide by it, against vignetting (default: %(default)s)")
+    add("--format", choices=tuple(FORMATS), default=None,
+        help="format of the outputs (default: the one of the input)")
     add("--seed", type=int, default=default.seed,
         help="of all random numbers; the same command gives the same pictures "
              "(default: %(default)s)")
@@ -4115,7 +5093,8 @@ def _run(options: argparse.Namespace, settings: Settings, interrupts: _Interrupt
         sys.stdout.reconfigure(errors="backslashreplace")
     say = _quiet if options.quiet else lambda text: print(text, flush=True)
     paths, where = _check_paths(options), _place_for_pictures(options)
-    planes, source = _read(options.input_file, say)
+    picture_read = _read(options.input_file, say)
+    planes = picture_read.planes
     lone = keep_dark_samples(planes)
     if lone:
         say(f"{lone} lone samples of 0 are taken for dark sky, not for missing data")
@@ -4123,7 +5102,7 @@ def _run(options: argparse.Namespace, settings: Settings, interrupts: _Interrupt
         _check_room(planes, options)
         _start_importing()
     prepared, settings = examine(
-        planes, settings, None if options.mask is None else _read(options.mask, _quiet)[0], say)
+        planes, settings, _read_mask(options.mask), say)
     _report(prepared, settings, say)
     title = os.path.basename(options.input_file).encode("utf-8", "replace").decode().replace("$", r"\$")  # no formula
     if options.preview:
@@ -4131,7 +5110,7 @@ def _run(options: argparse.Namespace, settings: Settings, interrupts: _Interrupt
         draw = functools.partial(draw_preview, prepared=prepared, settings=settings, title=title)
     else:
         fit = _fit(prepared, settings, options.quiet, interrupts, say)
-        written = _subtract_and_write(planes, source, prepared, settings, fit, options, paths, say)
+        written = _subtract_and_write(picture_read, prepared, settings, fit, options, paths, say)
         picture = paths["figures"]
         draw = functools.partial(draw_figures, prepared=prepared, settings=settings, fit=fit, title=title)
     if where:
@@ -4157,27 +5136,37 @@ def _fit(prepared: Prepared, settings: Settings, quiet: bool, interrupts: _Inter
     return fit
 
 
-def _subtract_and_write(planes: np.ndarray, source: Source, prepared: Prepared, settings: Settings, fit: Fit,
+def _subtract_and_write(picture_read: Picture, prepared: Prepared, settings: Settings, fit: Fit,
                         options: argparse.Namespace, paths: dict[str, str], say: Callable[[str], None]) -> list[str]:
-    """Take the sky out of `planes` and write what was asked for; returns the paths."""
+    """Take the sky out of a picture's planes and write what was asked for; returns the paths."""
+    planes, source, unit = picture_read.planes, picture_read.source, picture_read.unit
     sky = full_size_sky(prepared, fit, planes.dtype)
-    offsets, below, above = subtract(planes, sky, prepared.median)
+    if settings.correction == "divide":
+        offsets, below, above = divide(planes, sky, -unit.offset / unit.scale)
+        offsets = offsets * unit.scale  # the model's medians
+    else:
+        offsets, below, above = subtract(planes, sky, prepared.median)
+        offsets = offsets * unit.scale + unit.offset  # so that picture - model + offset holds in the own unit too
     say(gradients(prepared, fit))
-    say("offsets: " + ", ".join(map("{} {:.6f}".format, _channel_letters(prepared), offsets)))
+    words = "offsets: " if settings.correction == "subtract" else "divided by the sky, times its median: "
+    say(words + ", ".join(map("{} {:.6f}".format, _channel_letters(prepared), offsets)))
     say(f"clipped: {below.sum()} samples at 0, {above.sum()} at 1, of {planes.size}")
     share = (below.sum() + above.sum()) / planes.size
     if share > MOST_CLIPPED:
         logger.warning(f"{share:.1%} of the samples were clipped: the sky leaves no room below or above it; "
                        "add a pedestal to the picture, or use a stiffer surface (--smoothing)")
-    pictures = {"model": (sky, source, "the sky"), "subtracted": (planes, source, "the picture without the sky")}
+    pictures = {"model": (sky, source, "the sky", unit),
+                "subtracted": (planes, source, "the picture without the sky", unit)}
     if options.save_mask:
-        pictures["mask"] = full_mask(prepared, settings), None, "the mask, 1 = sky"
+        pictures["mask"] = full_mask(prepared, settings), None, "the mask, 1 = sky", Unit()
     outputs = {kind: path for kind, path in paths.items() if kind != "figures"}
     history = _history(options, settings, fit, offsets)
     with atomic_outputs(*outputs.values()) as opened:
         files = dict(zip(outputs, opened))
-        for kind, (picture, metadata, what) in pictures.items():
-            write_xisf(files[kind], picture, metadata, history + [f"bgoptimizer: this is {what}"], options.compress)
+        write = FORMATS[options.format or picture_read.format].write
+        for kind, (picture, metadata, what, own) in pictures.items():
+            lines = history + [f"bgoptimizer: this is {what}"]
+            write(files[kind], picture, metadata, lines, options.compress, own)
         if options.animate:
             write_animation(files["animation"], animation_frames(prepared, fit))
     return list(outputs.values())
@@ -4190,7 +5179,8 @@ def _history(options: argparse.Namespace, settings: Settings, fit: Fit, offsets:
     lines += [f"bgoptimizer: {item.name} = {getattr(settings, item.name)}" for item in fields(settings)]
     lines += [f"bgoptimizer: mask = {os.path.basename(options.mask) if options.mask else None}",
               f"bgoptimizer: control points used = {len(fit.positions)}", f"bgoptimizer: {fit.stopped}"]
-    return lines + [f"bgoptimizer: offset of channel {k} = {offset:.9g}" for k, offset in enumerate(offsets)]
+    what = "offset" if settings.correction == "subtract" else "model's median"
+    return lines + [f"bgoptimizer: {what} of channel {k} = {offset:.9g}" for k, offset in enumerate(offsets)]
 
 
 class _Interrupts:
@@ -4232,7 +5222,7 @@ def _check_paths(options: argparse.Namespace) -> dict[str, str]:
         if not os.path.exists(path):
             raise BgError(f"{path or 'a file without a name'} does not exist; check the name")
         if os.path.isdir(path):
-            raise BgError(f"{path} is a folder; name an XISF file in it")
+            raise BgError(f"{path} is a folder; name an XISF, FITS or TIFF file in it")
     folder = options.output_path
     if os.path.exists(folder) and not os.path.isdir(folder):
         raise BgError(f"{folder} is a file, not a folder; name a folder for the outputs")
@@ -4258,15 +5248,16 @@ def _output_paths(options):
     if options.preview:
         endings = {"preview": "preview.png"}
     else:
-        endings = {"model": "bgModel.xisf", "subtracted": "bgSubtracted.xisf"}
+        kind = options.format or picture_format(options.input_file) or "xisf"
+        ending = FORMATS[kind].ending
+        corrected = "bgSubtracted" if options.correction == "subtract" else "bgDivided"
+        endings = {"model": "bgModel" + ending, "subtracted": corrected + ending}
         if options.save_mask:
-            endings["mask"] = "mask.xisf"
+            endings["mask"] = "mask" + ending
         if options.animate:
             endings["animation"] = "optimization.gif"
         endings["figures"] = "figures.png"
-    name = os.path.basename(options.input_file)
-    stem, _ = os.path.splitext(name)
-    start = os.path.join(options.output_path, stem)
+    start = os.path.join(options.output_path, picture_stem(options.input_file))
     return {kind: f"{start}_{ending}" for kind, ending in endings.items()}
 
 
@@ -4305,13 +5296,24 @@ def _import_silently() -> None:
             os.close(nowhere)
 
 
-def _read(path: str, say: Callable[[str], None]) -> tuple[np.ndarray, Source]:
-    picture = read_xisf(path)
+def _read(path: str, say: Callable[[str], None]) -> Picture:
+    picture = read_picture(path)
     for text in picture.warnings:
         logger.warning(f"{path} {text}")
     count, height, width = picture.planes.shape
-    say(f"{path}: {width} x {height}, {'gray' if count == 1 else 'RGB'}, {picture.planes.dtype}")
-    return picture.planes, picture.source
+    say(f"{path}: {width} x {height}, {'gray' if count == 1 else 'RGB'}, {picture.planes.dtype}"
+        + (f"; {picture.note}" if picture.note else ""))
+    return picture
+
+
+def _read_mask(path):
+    """Return the weights that a mask file gives, (c, h, w); None without a file."""
+    if path is None:
+        return None
+    picture = _read(path, _quiet)
+    if picture.unit.offset:
+        raise BgError(f"{path} has negative values; a mask has 0 = leave out to 1 = use")
+    return mask_weights(picture.planes * picture.planes.dtype.type(picture.unit.scale))
 
 
 def _check_room(planes: np.ndarray, options: argparse.Namespace) -> None:

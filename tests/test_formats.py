@@ -1,0 +1,680 @@
+"""FITS and TIFF: the same picture in all formats, nothing lost between them, nothing hostile let in."""
+import io
+import os
+import shutil
+import struct
+import subprocess
+import time
+import tracemalloc
+import warnings
+import zlib
+
+import numpy as np
+import pytest
+import tifffile
+from astropy.io import fits
+from astropy.wcs import WCS
+from PIL import Image
+
+import bgoptimizer as bg
+from make_demo import DEMO
+from runner import FAST, quick, refused, run
+from scenes import sloping_sky
+
+FEW = ["-e", "2", "-N", "6", "-i", "grid", "--smoothing", "1", "-dx", "2", "--quiet", "-dq", "1"]
+ICC = b"\0\0\2\x0cprofile" + bytes(range(256)) * 2
+
+
+# ------------------------------------------------------------------------------------ helpers
+
+@pytest.fixture(scope="module")
+def demo():
+    """The demo picture's planes, (3, h, w) uint16."""
+    planes = bg.read_xisf(str(DEMO)).planes
+    return np.rint(planes * 65535).astype(np.uint16)
+
+
+@pytest.fixture
+def small():
+    """A color picture, (3, 40, 60) uint16, that is not square; one sample is missing."""
+    planes = np.moveaxis(sloping_sky(40, 60)[0], -1, 0)
+    planes = np.rint(planes * 65535).astype(np.uint16)
+    planes[1, 3, 4] = 0
+    return planes
+
+
+def header():
+    """A header with all that tends to get lost."""
+    cards = fits.Header()
+    cards["OBJECT"] = "M 31"
+    cards["SERIAL"] = ("0042", "text, not a number")
+    cards["EXPTIME"] = (180.0, "seconds")
+    cards["STACKCNT"] = 40
+    cards["FLIPPED"] = True
+    cards["LONGTEXT"] = "it's a 'long' text; " * 12
+    cards["HIERARCH ESO DET CHIP"] = "CCD"
+    cards["ROWORDER"] = "TOP-DOWN"
+    cards["CTYPE1"], cards["CTYPE2"] = "RA---TAN-SIP", "DEC--TAN-SIP"
+    cards["CRVAL1"], cards["CRVAL2"] = 10.68470833, 41.26875
+    cards["CRPIX1"], cards["CRPIX2"] = 30.5, 20.25
+    cards["CD1_1"], cards["CD1_2"] = -0.00031, 0.00002
+    cards["CD2_1"], cards["CD2_2"] = 0.00002, 0.00031
+    cards["A_ORDER"], cards["A_2_0"], cards["A_1_1"], cards["A_0_2"] = 2, 1e-5, 2e-6, 3e-6
+    cards["B_ORDER"], cards["B_2_0"], cards["B_1_1"], cards["B_0_2"] = 2, 3e-6, 2e-6, 1e-5
+    cards["AP_ORDER"], cards["BP_ORDER"] = 0, 0
+    cards["COMMENT"] = "a comment"
+    cards["HISTORY"] = "stacked"
+    cards["HISTORY"] = "cropped"
+    return cards
+
+
+def icc_hdu():
+    return fits.ImageHDU(np.frombuffer(ICC, np.uint8), name="ICCProfile")
+
+
+def save_fits(path, data, cards=None, more=(), **options):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        fits.HDUList([fits.PrimaryHDU(data, cards), *more]).writeto(path, overwrite=True, **options)
+    return str(path)
+
+
+def save_compressed(path, data, kind, cards=None, **options):
+    hdus = [fits.PrimaryHDU(), fits.CompImageHDU(data, cards, compression_type=kind, **options)]
+    fits.HDUList(hdus).writeto(path, overwrite=True)
+    return str(path)
+
+
+def save_tiff(path, planes, **options):
+    tifffile.imwrite(path, np.moveaxis(planes, 0, -1), photometric="rgb", metadata=None, **options)
+    return str(path)
+
+
+def written(name, picture, planes=None, folder=None, **options):
+    """Write what was read in a format of this name; returns the path."""
+    path = os.path.join(str(folder or "."), "again" + bg.FORMATS[name].ending)
+    with open(path, "w+b") as file:
+        bg.FORMATS[name].write(file, picture.planes if planes is None else planes, picture.source,
+                               **options)
+    return path
+
+
+def cards_of(path, number=0):
+    """The cards of a header, but for those of its structure: (keyword, value, comment)."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with fits.open(path) as hdus:
+            cards = [(card.keyword, card.value, card.comment) for card in hdus[number].header.cards]
+    structure = ("SIMPLE", "BITPIX", "EXTEND", "BSCALE", "BZERO", "XTENSION", "PCOUNT", "GCOUNT")
+    return [card for card in cards if card[0] not in structure and not card[0].startswith("NAXIS")]
+
+
+def has_imagemagick():
+    if not shutil.which("convert"):
+        return False
+    about = subprocess.run(["convert", "-version"], stdout=subprocess.PIPE, timeout=60)
+    return b"Version: ImageMagick" in about.stdout
+
+
+def own_part(cards):
+    return [card for card in cards if "bgoptimizer" not in str(card[1])]
+
+
+# ------------------------------------------------------------------------------------ reading
+
+def as_bytes(planes):
+    return np.rint(planes / 257).astype(np.uint8)
+
+
+FITS_KINDS = {
+    "u8": (as_bytes, 0.5 / 255),
+    "u16": (lambda u: u, 1e-6),
+    "u32": (lambda u: u.astype(np.uint32) * 65537, 1e-6),
+    "f32": (lambda u: (u / 65535).astype(np.float32), 1e-6),
+    "f64": (lambda u: u / 65535, 1e-6),
+}
+
+
+@pytest.mark.parametrize("kind", FITS_KINDS)
+def test_the_demo_as_fits_reads_to_the_same_planes(kind, demo, folder):
+    make, most = FITS_KINDS[kind]
+    picture = bg.read_picture(save_fits("demo.fit", make(demo)))
+    assert picture.format == "fits" and picture.warnings == [] and picture.unit == bg.Unit()
+    assert picture.planes.dtype == (np.float64 if kind == "f64" else np.float32)
+    assert np.abs(picture.planes - bg.read_xisf(str(DEMO)).planes).max() <= most
+
+
+@pytest.mark.parametrize("kind", ["RICE_1", "GZIP_1", "GZIP_2", "HCOMPRESS_1"])
+def test_a_compressed_fits_reads_to_the_same_planes(kind, demo, folder):
+    picture = bg.read_picture(save_compressed("demo.fits.fz", demo[:, :200, :300], kind))
+    assert np.array_equal(picture.planes, bg.read_xisf(str(DEMO)).planes[:, :200, :300])
+    assert picture.source.before == b""
+
+
+@pytest.mark.parametrize("make, most, options", [
+    (as_bytes, 0.5 / 255, {}), (lambda u: u, 1e-6, {}),
+    (lambda u: u.astype(np.uint32) * 65537, 1e-6, {}),
+    (lambda u: (u / 65535).astype(np.float32), 1e-6, {}), (lambda u: u / 65535, 1e-6, {}),
+    (lambda u: (u / 65535).astype(np.float16), 3e-4, {}),
+    (lambda u: u, 1e-6, {"compression": "lzw", "predictor": True}),
+    (lambda u: u, 1e-6, {"compression": "zstd"}),
+    (lambda u: (u / 65535).astype(np.float32), 1e-6, {"compression": "zlib", "predictor": True}),
+    (lambda u: u, 1e-6, {"tile": (64, 64), "compression": "deflate"}),
+    (lambda u: u, 1e-6, {"rowsperstrip": 7}), (lambda u: u, 1e-6, {"byteorder": ">"}),
+    (lambda u: u, 1e-6, {"bigtiff": True})])
+def test_the_demo_as_tiff_reads_to_the_same_planes(make, most, options, demo, folder):
+    picture = bg.read_picture(save_tiff("demo.tif", make(demo), **options))
+    assert picture.format == "tiff" and picture.warnings == []
+    assert np.abs(picture.planes - bg.read_xisf(str(DEMO)).planes).max() <= most
+
+
+def test_a_planar_tiff_and_alpha(small, folder):
+    tifffile.imwrite("planar.tif", small, photometric="rgb", planarconfig="separate")
+    truth = small / np.float32(65535)
+    assert np.allclose(bg.read_picture("planar.tif").planes, truth, atol=1e-7)
+    four = np.concatenate([small, small[:1]])
+    save_tiff("alpha.tif", four, extrasamples=["unassalpha"])
+    picture = bg.read_picture("alpha.tif")
+    assert np.allclose(picture.planes, truth, atol=1e-7)
+    assert "1 alpha channel(s): dropped" in picture.warnings[0]
+
+
+@pytest.mark.parametrize("arrange", [
+    lambda u: u[0], lambda u: u[:1], lambda u: u[None, :1], lambda u: u, lambda u: u[None],
+    lambda u: np.moveaxis(u, 0, -1)])
+def test_axes_of_a_fits(arrange, small, folder):
+    data = arrange(small)
+    planes = bg.read_picture(save_fits("a.fits", np.ascontiguousarray(data))).planes
+    count = 1 if data.size == small[0].size else 3
+    assert np.allclose(planes, small[:count] / 65535, atol=1e-7)
+
+
+def test_the_content_decides_and_not_the_ending(small, folder):
+    save_fits("really.tif", small)
+    save_tiff("really.fits", small)
+    assert bg.read_picture("really.tif").format == "fits"
+    assert bg.read_picture("really.fits").format == "tiff"
+
+
+def test_what_is_missing_stays_missing(small, folder):
+    values = (small / 65535).astype(np.float32)
+    values[0, 5, 6] = np.nan
+    picture = bg.read_picture(save_fits("a.fits", values))
+    assert np.isnan(picture.planes[0, 5, 6]) and picture.planes[1, 3, 4] == 0
+    blank = small.astype(np.int16)
+    cards = fits.Header()
+    cards["BLANK"] = -5
+    blank[2, 7, 8] = -5
+    assert np.isnan(bg.read_picture(save_fits("b.fits", blank, cards)).planes[2, 7, 8])
+
+
+def test_a_picture_in_an_extension_stays_there(small, folder):
+    main = fits.PrimaryHDU()
+    main.header["OBSERVER"] = "me"
+    picture_hdu = fits.ImageHDU(small, name="SCI")
+    table = fits.BinTableHDU.from_columns([fits.Column("x", "D", array=np.arange(5.0))])
+    fits.HDUList([main, picture_hdu, table, fits.ImageHDU(small[0], name="ERR")]).writeto("a.fits")
+    picture = bg.read_picture("a.fits")
+    assert picture.warnings == ["holds 2 images: only the first is used"]
+    for compress in (False, True):
+        with fits.open(written("fits", picture, compress=compress)) as hdus:
+            assert hdus[0].header["OBSERVER"] == "me"
+            assert hdus[1].header["EXTNAME"] == "SCI"
+            assert np.array_equal(hdus[1].data, picture.planes)
+            assert np.array_equal(hdus[2].data["x"], np.arange(5.0))
+            assert np.array_equal(hdus[3].data, small[0])
+
+
+def test_warnings_of_mosaics_and_of_keywords_that_become_untrue(small, folder):
+    cards = fits.Header()
+    cards["BAYERPAT"], cards["PEDESTAL"] = "RGGB", 100
+    picture = bg.read_picture(save_fits("a.fits", small[0], cards))
+    assert any("mosaic" in text for text in picture.warnings)
+    assert any("PEDESTAL" in text for text in picture.warnings)
+    assert bg.read_picture(save_fits("b.fits", small, cards)).warnings[0].startswith("had PEDESTAL")
+
+
+# ------------------------------------------------------------------------------------ units
+
+@pytest.mark.parametrize("unit", ["electrons", "negatives", "signed", "bscale"])
+def test_a_picture_comes_back_in_its_own_unit(unit, small, folder):
+    cards = fits.Header()
+    truth = small.astype(np.float32)
+    stored = truth
+    if unit == "negatives":
+        stored = truth = np.where(small == 0, 0, truth - 3000)
+    elif unit == "signed":
+        truth = truth // 4
+        stored = truth.astype(np.int16)
+    elif unit == "bscale":
+        stored = (small // 4).astype(np.int16)
+        cards["BSCALE"], cards["BZERO"] = 0.5, 0.0
+        truth = stored * np.float32(0.5)
+    path = save_fits("a.fits", stored, cards)
+    if unit == "bscale":
+        with open(path, "r+b") as file:  # astropy would scale the data
+            data = bytearray(file.read())
+            data[data.index(b"END  ") :][:0]
+            file.seek(0)
+            plain = fits.Header.fromfile(path)
+            plain["BSCALE"], plain["BZERO"] = 0.5, 0.0
+            file.write(plain.tostring().encode())
+            file.write(stored.astype(">i2").tobytes().ljust(-(-stored.nbytes // 2880) * 2880, b"\0"))
+            file.truncate()
+    picture = bg.read_picture(path)
+    assert (picture.planes >= 0).all() and (picture.planes <= 1).all()
+    assert picture.planes[1, 3, 4] == 0 and "written back in this unit" in picture.note
+    for name in ("fits", "tiff"):
+        again = written(name, picture, unit=picture.unit)
+        back = fits.getdata(again) if name == "fits" else np.moveaxis(tifffile.imread(again), -1, 0)
+        tolerance = 0 if unit != "negatives" else 0.01
+        assert np.abs(back - truth).max() <= tolerance
+
+
+def test_optimize_gives_floats_back_in_their_own_unit():
+    image = sloping_sky(64, 96)[0]
+    plain = bg.optimize(image, quick(epochs=20))
+    for scale, zero in ((60000, 0), (60000, -5000)):
+        result = bg.optimize(image * scale + zero, quick(epochs=20))
+        span = np.ptp(plain.model) * scale
+        assert np.abs(result.model - (plain.model * scale + zero)).max() < 0.1 * span
+        whole = result.model + result.subtracted - result.offsets
+        assert np.abs(whole - (image * scale + zero)).max() < 0.05
+
+
+def test_masks_of_any_unit_mean_the_same(small, folder):
+    mask = (np.indices(small.shape[1:]).sum(0) % 7 > 0)
+    save_fits("a.fits", mask.astype(np.uint8))
+    save_fits("b.fits", mask * np.float32(255))
+    tifffile.imwrite("c.tif", mask.astype(np.uint16) * 65535)
+    tifffile.imwrite("d.tif", mask.astype(np.uint16))
+    for name in ("a.fits", "b.fits", "c.tif", "d.tif"):
+        assert np.array_equal(bg._read_mask(name)[0], mask), name
+
+
+# ------------------------------------------------------------------------------------ writing
+
+@pytest.mark.parametrize("compress", [False, True])
+def test_a_fits_keeps_its_header_card_by_card(compress, small, folder):
+    path = save_fits("a.fits", small, header(), [icc_hdu()], checksum=True)
+    picture = bg.read_picture(path)
+    again = written("fits", picture, history=["bgoptimizer: a line"], compress=compress)
+    number = 1 if compress else 0
+    sums = ("CHECKSUM", "DATASUM", "EXTNAME")
+    kept = [card for card in own_part(cards_of(again, number)) if card[0] not in sums]
+    assert kept == [card for card in cards_of(path) if card[0] not in sums]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # of checksums that do not match
+        with fits.open(again, checksum=True) as hdus:
+            assert np.array_equal(hdus[number].data, picture.planes)
+            assert hdus[number + 1].data.tobytes() == ICC
+            assert "bgoptimizer: a line" in str(hdus[number].header["HISTORY"])
+            hdus.verify("exception")
+        with fits.open(again, disable_image_compression=True) as hdus:
+            assert {"CHECKSUM", "DATASUM"} <= set(hdus[number].header)
+
+
+def test_a_solved_picture_has_the_same_sky_positions(small, folder):
+    path = save_fits("a.fits", small, header())
+    picture = bg.read_picture(path)
+    places = [[0, 0], [59, 39], [30, 20]]
+    for name in ("fits", "xisf"):
+        again = bg.read_picture(written(name, picture))
+        solved = written("fits", again)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            before = WCS(fits.getheader(path), naxis=2).all_pix2world(places, 0)
+            after = WCS(fits.getheader(solved), naxis=2).all_pix2world(places, 0)
+        np.testing.assert_allclose(after, before, atol=1e-9)
+
+
+def test_malformed_cards_survive_as_they_are(small, folder):
+    path = save_fits("a.fits", small)
+    odd = [b"OBJECT  = 'no end", b"lower   = 3", b"BAD = = 3 /", b"\xb5\xe9 not ASCII"]
+    data = open(path, "rb").read()
+    end = data.index(b"END".ljust(80))
+    cards = b"".join(card.ljust(80) for card in odd)
+    with open(path, "wb") as file:
+        file.write((data[:end] + cards).ljust(2800) + b"END".ljust(80) + data[2880:])
+    picture = bg.read_picture(path)
+    assert cards in open(written("fits", picture), "rb").read()
+    for name in bg.FORMATS:
+        for compress in (False, True):
+            again = bg.read_picture(written(name, picture, compress=compress))
+            assert np.array_equal(again.planes, picture.planes)
+
+
+@pytest.mark.parametrize("compress", [False, True])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_tiff_keeps_what_it_has(compress, channels, small, folder):
+    tifffile.imwrite(
+        "a.tif", np.moveaxis(small, 0, -1)[..., :channels].squeeze(), metadata=None,
+        photometric="rgb" if channels > 1 else "minisblack",
+        description="SIMPLE  =                    T\nOBJECT  = 'M 31'\nEND", iccprofile=ICC,
+        resolution=(300, 301), resolutionunit=2,
+        extratags=[(315, "s", 0, "me", True), (700, "B", 4, b"<x/>", True)])
+    picture = bg.read_picture("a.tif")
+    again = written("tiff", picture, history=["bgoptimizer: a line"], compress=compress)
+    with tifffile.TiffFile(again) as tiff:
+        tags = tiff.pages[0].tags
+        assert tiff.pages[0].dtype == np.float32
+        lines = tags[270].value.split("\n")
+        assert lines[1] == "OBJECT  = 'M 31'" and lines[-1] == "END"
+        assert lines[-2] == "HISTORY bgoptimizer: a line"
+        assert tags[34675].value == ICC and tags[315].value == "me" and tags[700].value == b"<x/>"
+        assert tags[282].value == (300, 1) and tags[296].value == 2
+        assert (tiff.pages[0].predictor == 3) == compress
+    assert np.array_equal(bg.read_picture(again).planes, picture.planes)
+
+
+def test_pillow_and_imagemagick_read_our_tiff(small, folder):
+    save_tiff("a.tif", small)
+    color = bg.read_picture("a.tif")
+    gray = written("tiff", color, planes=color.planes[:1])
+    with Image.open(gray) as image:
+        assert np.array_equal(np.asarray(image), color.planes[0])
+    if has_imagemagick():
+        path = written("tiff", color)
+        subprocess.run(["convert", path, "-depth", "16", "rgb.ppm"], check=True, timeout=60,
+                       stderr=subprocess.DEVNULL)
+        with open("rgb.ppm", "rb") as file:
+            data = file.read()
+        if len(data) > small.nbytes:  # else a build of 8 bits
+            pixels = np.frombuffer(data[-small.nbytes:], ">u2").reshape(40, 60, 3)
+            assert np.abs(np.moveaxis(pixels, -1, 0).astype(int) - small).max() <= 1
+
+
+@pytest.mark.parametrize("first", ["xisf", "fits", "tiff"])
+@pytest.mark.parametrize("second", ["xisf", "fits", "tiff"])
+def test_round_trips_between_all_formats(first, second, small, folder):
+    path = save_fits("start.fits", small, header(), [icc_hdu()])
+    start = bg.read_picture(path)
+    one = bg.read_picture(written(first, start))
+    two = bg.read_picture(written(second, one))
+    back = bg.read_picture(written("fits", two))
+    for picture in (one, two, back):
+        assert np.array_equal(picture.planes, start.planes)
+        assert bg._shared_metadata(picture.source)[1] == ICC
+    if "tiff" not in (first, second):  # its description is kept, and not understood
+        expected = [card[:2] for card in cards_of(path)]
+        assert [card[:2] for card in cards_of("again.fits")] == expected
+
+
+def test_xisf_keywords_become_cards(folder, small):
+    root = bg.ElementTree.XML(
+        "<xisf><Image><FITSKeyword name='TEXT' value=\"'it''s'\" comment='c'/>"
+        "<FITSKeyword name='NUMBER' value='1.50' comment='digits'/>"
+        "<FITSKeyword name='HISTORY' value='' comment='done'/>"
+        "<FITSKeyword name='EMPTY' value='' comment='x'/>"
+        "<FITSKeyword name='NAXIS1' value='7' comment=''/>"
+        "<FITSKeyword name='BARE' value='word' comment='\u00b5m'/></Image><Metadata/></xisf>")
+    picture = bg.Picture(small / np.float32(65535), bg.Source(root, {}), [])
+    cards = fits.getheader(written("fits", picture))
+    assert cards["TEXT"] == "it's" and cards.comments["TEXT"] == "c"
+    assert cards["NUMBER"] == 1.5 and "1.50" in str(cards.cards["NUMBER"])
+    assert cards["HISTORY"][0] == "done" and cards["BARE"] == "word" and cards["NAXIS1"] == 60
+    assert "EMPTY" in cards and cards.comments["BARE"] == "?m"
+
+
+def test_writing_changes_neither_planes_nor_source(small, folder):
+    picture = bg.read_picture(save_fits("a.fits", small, header()))
+    planes, cards = picture.planes.copy(), list(picture.source.cards)
+    for name in bg.FORMATS:
+        written(name, picture, history=["a"], unit=bg.Unit(2.0, -1.0))
+    assert np.array_equal(planes, picture.planes) and cards == picture.source.cards
+
+
+# ------------------------------------------------------------------------------------ hostile files
+
+def fits_header(*cards, data=0):
+    text = "".join(card.ljust(80) for card in [*cards, "END"])
+    return text.ljust(-(-len(text) // 2880) * 2880).encode() + bytes(data)
+
+
+def plain(bits=16, *axes, more=()):
+    lines = [f"NAXIS{k}  = {length}" for k, length in enumerate(axes, 1)]
+    return ["SIMPLE  = T", f"BITPIX  = {bits}", f"NAXIS   = {len(axes)}", *lines, *more]
+
+
+def tiff_file(entries, tail=b"", next_ifd=0, count=None):
+    """A little-endian TIFF file of one directory; entries are (tag, type, count, value)."""
+    packed = b"".join(struct.pack("<HHII", *entry) for entry in entries)
+    number = len(entries) if count is None else count
+    return b"II*\0\x08\0\0\0" + struct.pack("<H", number) + packed + struct.pack("<I", next_ifd) + tail
+
+
+def tiff_tags(width=8, height=8, offset=200, size=64, **changes):
+    tags = {256: (4, 1, width), 257: (4, 1, height), 258: (3, 1, 8), 259: (3, 1, 1), 262: (3, 1, 1),
+            273: (4, 1, offset), 277: (3, 1, 1), 278: (4, 1, height), 279: (4, 1, size)}
+    tags.update({int(name[1:]): value for name, value in changes.items()})
+    return [(tag, *values) for tag, values in sorted(tags.items())]
+
+
+COMPRESSED = ["XTENSION= 'BINTABLE'", "BITPIX  = 8", "NAXIS   = 2", "NAXIS1  = 8", "NAXIS2  = 4",
+              "PCOUNT  = 0", "GCOUNT  = 1", "TFIELDS = 1", "TTYPE1  = 'COMPRESSED_DATA'",
+              "TFORM1  = '1PB(9)'", "ZIMAGE  = T", "ZBITPIX = 16", "ZNAXIS  = 2",
+              "ZCMPTYPE= 'GZIP_1'"]
+HOSTILE = {
+    "an empty file": b"",
+    "a text": b"this is no picture at all",
+    "a JPEG": b"\xff\xd8\xff\xe0" + bytes(100),
+    "FITS that ends in the header": fits_header(*plain(16, 60, 40))[:1000],
+    "FITS without END": b"SIMPLE  =                    T".ljust(80) + b" " * (2880 * 4 - 80),
+    "FITS with a header bomb": b"SIMPLE  =                    T".ljust(80) + b" " * (2880 * 3000 - 80),
+    "FITS without pixels": fits_header(*plain(8)),
+    "FITS cut short": fits_header(*plain(16, 60, 40), data=2880),
+    "FITS with absurd axes": fits_header(*plain(-64, 10**9, 10**9, 3), data=2880),
+    "FITS with negative axes": fits_header(*plain(16, -60, 40), data=2880),
+    "FITS with axes in words": fits_header(*plain(16, "'x'", 40), data=2880),
+    "FITS with NAXIS 999": fits_header("SIMPLE  = T", "BITPIX  = 8", "NAXIS   = 999", data=2880),
+    "FITS with NAXIS 10^9": fits_header("SIMPLE  = T", "BITPIX  = 8", "NAXIS   = 1000000000"),
+    "FITS without NAXIS2": fits_header("SIMPLE  = T", "BITPIX  = 8", "NAXIS   = 2", "NAXIS1  = 8"),
+    "FITS with BITPIX 7": fits_header(*plain(7, 60, 40), data=2880 * 2),
+    "FITS with BSCALE 0": fits_header(*plain(16, 60, 40, more=["BSCALE  = 0"]), data=2880 * 2),
+    "FITS with BZERO in words": fits_header(*plain(16, 60, 40, more=["BZERO   = 'a'"]), data=5760),
+    "FITS with five planes": fits_header(*plain(8, 60, 40, 5), data=2880 * 5),
+    "FITS with absurd tiles": fits_header(*plain(8)) + fits_header(
+        *COMPRESSED, "ZNAXIS1 = 1000000", "ZNAXIS2 = 1000000", data=2880),
+    "FITS with a tile of 0": fits_header(*plain(8)) + fits_header(
+        *COMPRESSED, "ZNAXIS1 = 8", "ZNAXIS2 = 4", "ZTILE1  = 0", data=2880),
+    "FITS with unknown compression": fits_header(*plain(8)) + fits_header(
+        *COMPRESSED[:-1], "ZCMPTYPE= 'MAGIC'", "ZNAXIS1 = 8", "ZNAXIS2 = 4", data=2880),
+    "FITS with descriptors out of the file": fits_header(*plain(8)) + fits_header(
+        *COMPRESSED, "ZNAXIS1 = 8", "ZNAXIS2 = 4", data=0) + b"\x7f\xff\xff\xff" * 8 + bytes(2848),
+    "FITS with descriptors out of the heap": fits_header(*plain(8)) + fits_header(
+        *COMPRESSED[:5], "PCOUNT  = 2000", *COMPRESSED[6:], "ZNAXIS1 = 8", "ZNAXIS2 = 4",
+        "ZTILE1  = 8", "ZTILE2  = 1") + b"\x7f\xff\xff\xff" * 8 + bytes(2848),
+    "TIFF of 8 bytes": b"II*\0\x08\0\0\0",
+    "TIFF with its directory outside": b"II*\0\xff\xff\xff\x7f" + bytes(100),
+    "TIFF with a directory of 65535": tiff_file(tiff_tags(), bytes(300), count=65535),
+    "TIFF with tags larger than it": tiff_file(tiff_tags(_270=(2, 0x7fffffff, 0)), bytes(300)),
+    "TIFF with absurd axes": tiff_file(tiff_tags(0x7fffffff, 0x7fffffff), bytes(300)),
+    "TIFF with a zlib bomb": tiff_file(tiff_tags(1 << 20, 1 << 20, _259=(3, 1, 8)), bytes(300)),
+    "TIFF with a strip outside": tiff_file(tiff_tags(offset=10**9), bytes(300)),
+    "TIFF with damaged LZW": tiff_file(tiff_tags(_259=(3, 1, 5)), b"\xff" * 300),
+    "TIFF with damaged deflate": tiff_file(tiff_tags(_259=(3, 1, 8)), b"\xff" * 300),
+    "TIFF with a palette": tiff_file(tiff_tags(_262=(3, 1, 3)), bytes(300)),
+    "TIFF in JPEG": tiff_file(tiff_tags(_259=(3, 1, 7)), bytes(300)),
+    "TIFF of 12 bits": tiff_file(tiff_tags(_258=(3, 1, 12)), bytes(300)),
+    "TIFF of width 0": tiff_file(tiff_tags(width=0), bytes(300)),
+    "TIFF with huge tiles": tiff_file(
+        tiff_tags(_322=(4, 1, 1 << 30), _323=(4, 1, 1 << 30), _324=(4, 1, 200), _325=(4, 1, 64)),
+        bytes(300)),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_file_is_refused_in_one_line_quickly_and_without_memory(name, folder, capsys):
+    with open("bad.fits", "wb") as file:
+        file.write(HOSTILE[name])
+    tracemalloc.start()
+    started = time.perf_counter()
+    try:
+        with pytest.raises(bg.BgError, match="bad.fits"):
+            bg.read_picture("bad.fits")
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert time.perf_counter() - started < 10 and peak < 64e6
+    assert run("bad.fits", "-p", "--figures", "none") == 1
+    assert "bad.fits" in refused(capsys)
+
+
+def test_a_gzip_bomb_in_a_compressed_fits_is_refused(folder):
+    path = save_compressed("a.fz", np.zeros((700, 700), np.int16), "GZIP_1", tile_shape=(700, 700))
+    packer = zlib.compressobj(9, zlib.DEFLATED, 31)
+    pieces = [packer.compress(bytes(1 << 20)) for _ in range(400)] + [packer.flush()]
+    bomb = b"".join(pieces)
+    with fits.open(path, disable_image_compression=True) as hdus:
+        head = bytearray(hdus[1].header.tostring().encode())
+        where = hdus.fileinfo(1)["hdrLoc"]
+    start = open(path, "rb").read()[:where]
+    at = head.index(b"PCOUNT  =")
+    head[at:at + 30] = b"PCOUNT  =" + str(len(bomb)).rjust(21).encode()
+    body = struct.pack(">ii", len(bomb), 0) + bomb
+    with open("bomb.fz", "wb") as file:
+        file.write(start + head + body + bytes(-len(body) % 2880))
+    tracemalloc.start()
+    try:
+        with pytest.raises(bg.BgError, match="more than the picture"):
+            bg.read_picture("bomb.fz")
+        assert tracemalloc.get_traced_memory()[1] < 64e6
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_loop_of_tiff_directories_ends(folder):
+    with open("loop.tif", "wb") as file:
+        file.write(tiff_file(tiff_tags(), bytes(range(64)) * 5, next_ifd=8))
+    assert bg.read_picture("loop.tif").planes.shape == (1, 8, 8)
+
+
+def mutants(data, count, seed):
+    random = np.random.default_rng(seed)
+    for _ in range(count):
+        changed = bytearray(data)
+        for _ in range(random.integers(1, 6)):
+            near = min(len(data), 6000) if random.random() < 0.8 else len(data)
+            changed[random.integers(near)] = random.integers(256)
+        if random.random() < 0.3:
+            del changed[random.integers(len(data)):]
+        yield bytes(changed)
+
+
+@pytest.mark.parametrize("kind", ["fits", "fz", "tiff", "lzw"])
+def test_mutants_are_read_or_refused(kind, small, folder):
+    many = int(os.environ.get("BGOPT_FUZZ", 100))
+    if kind == "fits":
+        path = save_fits("a", small, header(), [icc_hdu()])
+    elif kind == "fz":
+        path = save_compressed("a", small, "GZIP_2")
+    else:
+        path = save_tiff("a", small, compression=None if kind == "tiff" else "lzw", iccprofile=ICC)
+    data = open(path, "rb").read()
+    for changed in mutants(data, many, seed=len(kind)):
+        with open("mutant", "wb") as file:
+            file.write(changed)
+        try:
+            picture = bg.read_picture("mutant")
+        except bg.BgError as error:
+            assert "\n" not in str(error)
+            continue
+        for name in bg.FORMATS:
+            written(name, picture, history=["a"], unit=picture.unit)
+
+
+# ------------------------------------------------------------------------------------ the command
+
+@pytest.mark.parametrize("name, stem", [
+    ("m31.fits.fz", "m31"), ("m31.fit.fits", "m31"), ("m31.FIT", "m31"), ("m31.tiff", "m31"),
+    ("a/b.c.xisf", "b.c"), ("m31.dat", "m31"), (".fits", ".fits"), ("fits", "fits")])
+def test_names_of_outputs(name, stem):
+    assert bg.picture_stem(name) == stem
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("source, wanted, ending", [
+    ("fits", None, ".fits"), ("tiff", None, ".tif"), ("xisf", "fits", ".fits"),
+    ("fits", "tiff", ".tif"), ("tiff", "xisf", ".xisf")])
+def test_the_command_writes_the_format_of_the_input_or_another(source, wanted, ending, small, folder):
+    first = bg.read_picture(save_fits("first.fits", small))
+    os.rename(written(source, first), "sky" + bg.FORMATS[source].ending)
+    original = open("sky" + bg.FORMATS[source].ending, "rb").read()
+    more = ["--format", wanted] if wanted else []
+    assert run("sky" + bg.FORMATS[source].ending, "out", *FEW, "--save-mask", *more) == 0
+    names = sorted(f"sky_{kind}{ending}" for kind in ("bgModel", "bgSubtracted", "mask"))
+    assert sorted(os.listdir("out")) == names
+    model, subtracted, mask = (bg.read_picture("out/" + name).planes for name in names)
+    constant = model + subtracted - first.planes
+    kept = (subtracted > 0) & (subtracted < 1) & (first.planes > 0)
+    for channel in range(3):
+        assert np.ptp(constant[channel][kept[channel]]) < 2e-5
+    assert subtracted[1, 3, 4] == 0 and mask.max() == 1
+    assert open("sky" + bg.FORMATS[source].ending, "rb").read() == original
+    assert run("sky" + bg.FORMATS[source].ending, "out2", *FEW, "-m", "out/" + names[2]) == 0
+
+
+@pytest.mark.slow
+def test_the_same_picture_in_all_formats_gives_the_same_model(demo, folder):
+    cut = np.ascontiguousarray(demo[:, ::2, ::2])
+    save_fits("a.fits", cut)
+    save_compressed("b.fits.fz", cut, "RICE_1")
+    save_tiff("c.tif", cut)
+    written("xisf", bg.read_picture("a.fits"))
+    os.rename("again.xisf", "d.xisf")
+    models = []
+    for name, stem in (("a.fits", "a"), ("b.fits.fz", "b"), ("c.tif", "c"), ("d.xisf", "d")):
+        assert run(name, "out", *FAST, "--quiet", "--format", "xisf") == 0
+        models.append(bg.read_picture(f"out/{stem}_bgModel.xisf").planes)
+    for model in models[1:]:
+        assert np.abs(model - models[0]).max() < 1e-6
+
+
+@pytest.mark.slow
+def test_negatives_of_a_photometrist_are_kept_by_the_command(small, folder):
+    values = np.where(small == 0, 0, small.astype(np.float32) - np.float32(small[0].mean()))
+    save_fits("sky.fits", values)
+    assert run("sky.fits", "out", *FEW) == 0
+    model, subtracted = map(fits.getdata, ("out/sky_bgModel.fits", "out/sky_bgSubtracted.fits"))
+    assert subtracted.min() < 0 and subtracted[1, 3, 4] == 0
+    lines = [line for line in fits.getheader("out/sky_bgSubtracted.fits")["HISTORY"] if "offset of" in line]
+    for channel, line in enumerate(lines):
+        offset = float(line.split("=")[1])
+        left = model[channel] + subtracted[channel] - values[channel] - offset
+        assert np.abs(left[values[channel] != 0]).max() < 0.1
+
+
+# ------------------------------------------------------------------------------------ division
+
+def test_division_takes_vignetting_out():
+    y, x = np.indices((96, 144))
+    falloff = 1 - 0.4 * (np.hypot(y - 48, x - 72) / 87) ** 2
+    noise = np.random.default_rng(3).normal(0, 0.0005, (96, 144, 1))
+    image = ((0.2 + noise) * falloff[..., None]).astype(np.float32)
+    image[5, 6] = 0
+    result = bg.optimize(image, quick(correction="divide", epochs=100))
+    flat = result.subtracted[image[..., 0] > 0]
+    assert flat.std() / flat.mean() < 0.02 < 0.1 < image.std() / image.mean()
+    assert result.subtracted[5, 6] == 0
+    expected = image / result.model * np.median(result.model)
+    np.testing.assert_allclose(result.subtracted, expected, rtol=5e-3)
+
+
+def test_division_by_nothing_is_refused():
+    image = sloping_sky(64, 96)[0]
+    with pytest.raises(bg.BgError, match="--correction subtract"):
+        bg.optimize(image * 1000 - 1000 * image.mean(), quick(correction="divide", epochs=5))
+    with pytest.raises(ValueError, match="--correction"):
+        bg.Settings(correction="add")
+
+
+@pytest.mark.slow
+def test_the_command_divides(small, folder):
+    save_fits("sky.fits", small)
+    assert run("sky.fits", "out", *FEW, "--correction", "divide") == 0
+    assert sorted(os.listdir("out")) == ["sky_bgDivided.fits", "sky_bgModel.fits"]
+    model, divided = (bg.read_picture(f"out/sky_{kind}.fits").planes for kind in ("bgModel", "bgDivided"))
+    truth = small[0] / 65535 / model[0] * np.median(model[0])
+    np.testing.assert_allclose(divided[0], truth, rtol=0.02)
+    history = str(fits.getheader("out/sky_bgDivided.fits")["HISTORY"])
+    assert "correction = divide" in history and "model's median of channel 0" in history
