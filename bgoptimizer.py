@@ -1126,6 +1126,8 @@ def read_picture(path):
     """
     with _refusals(path):
         name = picture_format(path)
+    if name is None and not os.path.isfile(path):
+        raise BgError(f"{path} is not a file; name a picture, or save the data to one first")
     if name is None:
         raise BgError(f"{path} is not an XISF, FITS, or TIFF file; "
                       "save the picture as one of them")
@@ -1935,6 +1937,10 @@ DEAD_TILES = 4
 """Tiles of 8 pixels in a row: so long a run of zeros along a row or column is missing data, not chance."""
 
 
+NEAR_BLACK = 0.2
+"""A lone zero is a dark sample where the darkest of its neighbors is below this part of their mean."""
+
+
 def keep_dark_samples(planes: np.ndarray) -> int:
     """Make lone zeros the smallest number above 0, in place: in a noisy sky near black they are dark samples.
 
@@ -1969,9 +1975,24 @@ def _keep_dark_samples(plane: np.ndarray) -> int:
         missing = np.repeat(near_full[row], 8) | down[row]  # (w,)
         missing = missing | np.repeat(along[8 * row:8 * row + 8], 8, axis=1)  # (8, w)
         dark = zero[strip] & ~missing[:strip.stop - strip.start, :width]
+        if not dark.any():
+            continue
+        dark &= np.repeat(_near_black(plane[strip]), 8)[:width]
         lone += np.count_nonzero(dark)
         plane[strip][dark] = np.finfo(plane.dtype).tiny
     return lone
+
+
+def _near_black(strip: np.ndarray) -> np.ndarray:
+    """(columns,) bool for a strip (8, w): tiles whose samples come so close to 0 that one may well be 0 by chance. In
+    any other a 0 is a dead pixel, and missing."""
+    padded = np.pad(strip, ((0, 0), (0, -strip.shape[1] % 8)), mode="edge")
+    tiles = padded.reshape(len(strip), -1, 8)
+    present = _present(tiles)
+    low = np.min(tiles, axis=(0, 2), where=present, initial=np.inf)
+    count = np.maximum(present.sum((0, 2)), 1)
+    mean = np.sum(tiles, axis=(0, 2), where=present) / count
+    return low < NEAR_BLACK * mean
 
 
 def _long_runs(tiles: np.ndarray, axis: int) -> np.ndarray:
