@@ -119,6 +119,9 @@ a surface stiff is the bending energy in the loss."""
 BENDING_NODES = 18
 """Nodes along the longer side on which the fit's surface is watched: for its bending, and whether it still moves."""
 
+UNSEEN_WEIGHT = 0.5
+"""Weight of the sky that was found, in the fit, where the picture shows none."""
+
 STILL_EPOCHS, STILL_CHANGE = 50, 2e-4
 """The fit ends when its surface has moved by less than this part of its range (rms on the nodes) in so many epochs."""
 
@@ -3703,31 +3706,38 @@ class Sample(NamedTuple):
     places: np.ndarray  # (m, 2) frame coordinates
     image: np.ndarray  # (m, c) stretched
     weight: np.ndarray  # (m, c) in [0, 1]
-    ceiling: np.ndarray  # (m, 1) 1 where the image only bounds the sky from above, else 0
+    seen: np.ndarray  # (m,) bool; where it is False no sky is seen, and the image is the sky that was found
 
 
 def sky_sample(prepared: Prepared, settings: Settings) -> Sample:
-    """Draw the sample. With --auto it is of the cells that the sky was found on, and objects only bound the sky."""
+    """Draw the sample. With --auto it is of the cells that the sky was found on, all over the frame. Where they show no
+    sky there is nothing to learn, and the sky that was found stands there for the picture."""
     count = 2 * SAMPLE_PIXELS * settings.batch
     shuffle = np.random.default_rng(settings.seed).permutation
     if not settings.auto or prepared.sky is None:
         pick = shuffle(sample_pixels(prepared.used, count, settings.seed))
-        places, image, weight = (
-            array.reshape(-1, array.shape[-1])[pick]
-            for array in (prepared.centers, prepared.image, prepared.weight))
-        return Sample(places, image, weight, np.zeros((len(pick), 1)))
+        channels = prepared.image.shape[-1]
+        places = prepared.centers.reshape(-1, 2)[pick]
+        image = prepared.image.reshape(-1, channels)[pick]
+        weight = prepared.weight.reshape(-1, channels)[pick]
+        return Sample(places, image, weight, np.full(len(pick), True))
     sky = prepared.sky
-    pick = shuffle(sample_pixels((sky.weight > 0) | sky.below, count, settings.seed))
-    image = prepared.stretch.apply(sky.image)
+    everywhere = np.full(sky.weight.shape, True)
+    pick = shuffle(sample_pixels(everywhere, count, settings.seed))
+    channels = sky.image.shape[-1]
+    light = sky.image.reshape(-1, channels)[pick]
+    noise = sky.noise.reshape(-1, channels)[pick]
+    image = prepared.stretch.apply(light)
     # The loss puts the surface to the low side of the noise. Where noise differs over the frame that would bend it.
-    noise = prepared.stretch.extend(sky.image + sky.noise) - prepared.stretch.extend(sky.image)
-    image = image + _low_side(settings.alpha, float(np.median(noise)), image.shape[-1]) * noise
-    image = image.reshape(-1, image.shape[-1])[pick]
+    noise = prepared.stretch.extend(light + noise) - prepared.stretch.extend(light)
+    image = image + _low_side(settings.alpha, float(np.median(noise)), channels) * noise
     # What the user's mask counts less counts less here, too.
-    trust = _block_means(prepared.weight, sky.size).reshape(-1, image.shape[-1])[pick]
-    below = sky.below.ravel()[pick, None]
-    weight = np.where(below, CEILING_WEIGHT, trust)
-    return Sample(sky.centers.reshape(-1, 2)[pick], image, weight, below.astype(float))
+    trust = _block_means(prepared.weight, sky.size).reshape(-1, channels)[pick]
+    places = sky.centers.reshape(-1, 2)[pick]
+    seen = (sky.weight.ravel()[pick] > 0) & (trust > 0).all(-1)
+    image = np.where(seen[:, None], image, prepared.stretch.extend(sky.start(places)))
+    weight = np.where(seen[:, None], trust, UNSEEN_WEIGHT)
+    return Sample(places, image, weight, seen)
 
 
 def _low_side(alpha: float, noise: float, channels: int) -> float:
@@ -3823,7 +3833,7 @@ class _Training(NamedTuple):
 def _training(tf, prepared: Prepared, settings: Settings, start: tuple[np.ndarray, np.ndarray],
               rest: Callable) -> _Training:
     sample = sky_sample(prepared, settings)
-    image, weight, ceiling = (tf.constant(array, tf.float32) for array in sample[1:])
+    image, weight = (tf.constant(array, tf.float32) for array in (sample.image, sample.weight))
     layer = spline_layer(*start, settings.order, INTERPOLATION_WEIGHT)
     best = [tf.Variable(variable) for variable in layer.trainable_weights]
     best_loss = tf.Variable(np.float32(np.inf))
@@ -3842,7 +3852,7 @@ def _training(tf, prepared: Prepared, settings: Settings, start: tuple[np.ndarra
     bowl = float(settings.smoothing >= PLANE)
     # A third of the way from black to the median: the unit of the cells, nearly.
     unit = tf.constant(3 * prepared.stretch.midtones, tf.float32)
-    clipped = sample.image >= 1  # as bright as the stretch can tell: a sky above it is no overshoot
+    clipped = (sample.image >= 1) & sample.seen[:, None]  # as bright as the stretch can tell: a sky above it is no overshoot
     count = len(sample.places)
     # One half is fitted, the other judges: the fit is kept as far as it is truer for pixels that it has not seen.
     fitted, first_judge = (count // 2, count // 2) if count >= FEWEST_TO_SPLIT else (count, 0)
@@ -3854,7 +3864,6 @@ def _training(tf, prepared: Prepared, settings: Settings, start: tuple[np.ndarra
             surface, on_nodes = both[:count], both[count:]  # [m, c], [n, c]
             seen = tf.where(clipped, tf.maximum(image, surface), image)
             residual = weight * (seen - surface)
-            residual = ceiling * tf.minimum(residual, 0) + (1 - ceiling) * residual
             terms = [loss_error(tf, residual), loss_color(tf, residual),
                      loss_overshoot(tf, residual), loss_negative(tf, surface)]  # [m] each
             judged = [term[first_judge:] for term in terms]
@@ -3889,7 +3898,7 @@ def _noise_about(sample: Sample, rest: Callable, start: tuple[np.ndarray, np.nda
     positions, values = start
     surface = spline_surface(sample.places, positions.astype(float), values, order, INTERPOLATION_WEIGHT)
     surface = surface + rest(sample.places)
-    sky = (sample.ceiling[:, 0] == 0) & (sample.weight > 0).all(-1)
+    sky = sample.seen & (sample.weight > 0).all(-1)
     if not sky.any():
         return LOSS_FLOOR
     deviation = 1.4826 * np.median(np.abs(sample.image - surface)[sky])
@@ -4048,6 +4057,9 @@ def linear_sky(prepared: Prepared, fit: Fit) -> Callable[[np.ndarray], np.ndarra
     """
     sample = sample_pixels(prepared.used, SAMPLE_PIXELS, seed=0)
     centers = prepared.centers.reshape(-1, 2)[sample]
+    if prepared.sky is not None:  # under objects that add light, the picture holds the sky from above
+        held = (prepared.sky.weight > 0) | prepared.sky.below
+        centers = np.concatenate([centers, prepared.sky.centers[held]])
     seen = prepared.stretch.invert(fit.surface(centers))  # (samples, c) linear
     low = seen.min(0)
     high = seen.max(0)
@@ -4995,8 +5007,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("-p", "--preview", action="store_true",
         help="show stretch, mask and histograms, fit nothing, write no model (default: off)")
     add("-N", dest="points", metavar="N", type=int,
-        help="number of control points; more follow a more complicated sky, and objects too "
-             f"(default: {DEFAULT_POINTS}, with --auto {AUTO_POINTS})")
+        help="number of control points that the fit trains; how stiff the surface is, --smoothing "
+             f"decides (default: {DEFAULT_POINTS}, with --auto {AUTO_POINTS})")
     add("-O", dest="order", metavar="O", type=int, choices=(1, 2, 3, 4), default=default.order,
         help="order of the spline, 1 to 4; 2 is a thin plate, 3 is cubic (default: %(default)s)")
     add("-tm", "--threshold-min", type=float, default=default.threshold_min,
@@ -5025,8 +5037,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--auto", action="store_true",
         help="find objects and leave them out; what you give by hand stays (default: off)")
     add("--smoothing", type=_smoothing, default=None, metavar="{auto,NUMBER}",
-        help="stiffness of the surface: 0 goes through every control point, 10 is nearly a plane "
-             "(default: auto, chosen from the picture)")
+        help="stiffness of the surface: 10000 is a plane, 1000 a plane with a bowl, 0.001 follows all "
+             "that is smooth (default: auto, found from the picture)")
     add("--correction", choices=("subtract", "divide"), default=default.correction,
         help="what is done with the sky: subtract it, or divide by it, against vignetting (default: %(default)s)")
     add("--format", choices=tuple(FORMATS), default=None,

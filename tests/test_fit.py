@@ -68,10 +68,10 @@ def test_the_fit_sees_pixels_from_everywhere_but_none_that_is_masked(batch):
     image[:100] = 0
     settings = Settings(downscaling_factor=2, batch=batch)
     prepared = prepare(to_planes(image), settings)
-    query, seen, weight, ceiling = sky_sample(prepared, settings)
+    query, seen, weight, sky = sky_sample(prepared, settings)
     # As many again to judge by.
     assert len(query) == len(seen) == 2 * bgoptimizer.SAMPLE_PIXELS * batch and weight.min() > 0
-    assert not ceiling.any()
+    assert sky.all()
     assert len(set(map(tuple, query))) == len(query)  # no pixel twice
     counts = np.histogram2d(*query.T, (6, 8), ((100 / 600, 400 / 600), (0, 1)))[0]
     assert counts.min() > 0.7 * counts.mean()
