@@ -4323,7 +4323,7 @@ def blown_out(prepared: Prepared) -> np.ndarray:
         return np.zeros(prepared.image.shape[:2], bool)
     top = prepared.stretch.pedestal + prepared.stretch.scale
     above = (prepared.sky.surface(prepared.centers) > top) & clipped_by_stretch(prepared)
-    blown = above.any(-1) & prepared.sky.seen(prepared.centers)
+    blown = above.any(-1)
     return blown if blown.mean() > BLOWN_SHARE else np.zeros_like(blown)
 
 
