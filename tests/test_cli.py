@@ -327,7 +327,10 @@ def test_generated_files_end_in_a_true_subtraction_or_one_sentence(part, folder,
         done = folder / row.name.replace("/", "-")
         if row.planes is None or code:
             said = refused(capsys)
-            assert code == 1 and re.search(row.says if row.planes is None else SHOWS_NO_SKY, said), row.name
+            says = row.says if row.planes is None else SHOWS_NO_SKY
+            if row.name == "fits-file":  # the command reads these, too, and this one is only a beginning
+                says = "cut short"
+            assert code == 1 and re.search(says, said), row.name
             assert not done.exists() or not os.listdir(done)
             continue
         capsys.readouterr()
