@@ -125,7 +125,7 @@ UNSEEN_WEIGHT = 0.5
 STILL_EPOCHS, STILL_CHANGE = 50, 2e-4
 """The fit ends when its surface has moved by less than this part of its range (rms on the nodes) in so many epochs."""
 
-HELD_BACK = 0.25
+HELD_BACK = 0.5
 """The surface may exceed the range of values that it has over the sky by this fraction, and no further: a corner
 without sky, or hills, cannot make it run away."""
 
