@@ -3145,7 +3145,8 @@ class Sky:
 
     surface: Callable[[np.ndarray], np.ndarray]  # frame coordinates (..., 2) -> linear sky (..., c)
     start: Callable[[np.ndarray], np.ndarray]  # the same: where the fit begins. In a plain run no object is left out
-    weight: np.ndarray  # (h, w) float: 1 where a cell shows sky
+    open: np.ndarray  # (h, w) bool: no object; what may be outskirts of one is in
+    weight: np.ndarray  # (h, w) float: 1 where a cell shows sky and nothing else
     below: np.ndarray  # (h, w) bool: objects that add light, so that the sky is not above the picture
     image: np.ndarray  # (h, w, c) linear cells; 0 where missing
     noise: np.ndarray  # (h, w, c) standard deviation of `image`
@@ -3158,11 +3159,11 @@ class Sky:
     why: str  # this smoothing
 
     def seen(self, places: np.ndarray) -> np.ndarray:
-        """(...) bool: where the picture shows sky, at frame coordinates (..., 2)."""
+        """(...) bool: where the picture shows sky, outskirts of objects included, at frame coordinates (..., 2)."""
         side = 2 * self.centers[0, 0]
         row, column = np.moveaxis((places / side).astype(int), -1, 0)
-        height, width = self.weight.shape
-        return self.weight[np.minimum(row, height - 1), np.minimum(column, width - 1)] > 0
+        height, width = self.open.shape
+        return self.open[np.minimum(row, height - 1), np.minimum(column, width - 1)]
 
 
 def find_sky(prepared: Prepared, settings: Settings) -> Sky | None:
@@ -3214,8 +3215,11 @@ def find_sky(prepared: Prepared, settings: Settings) -> Sky | None:
     shown = surfaces.surface(best.found)[cells.usable]
     high, low = np.percentile(shown, (99, 1), axis=0)
     image = np.where(cells.usable[..., None], cells.values * cells.scale + cells.pedestal, 0)
-    return Sky(linear(best.found), linear(start), seen.astype(float), below, image, cells.noise * cells.scale, cells.centers, cells.size, share, smoothing,
-               (high - low) * cells.scale, unsure, why)
+    return Sky(
+        surface=linear(best.found), start=linear(start), open=sky | seen, weight=seen.astype(float),
+        below=below, image=image, noise=cells.noise * cells.scale, centers=cells.centers,
+        size=cells.size, share=share, smoothing=smoothing, range=(high - low) * cells.scale,
+        unsure=unsure, why=why)
 
 
 def _pure_noise(cells: _Cells) -> float:
