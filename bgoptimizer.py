@@ -2447,6 +2447,9 @@ SMOOTHINGS = (1e4, 1e3, 1e2, 1e1, 1.0, 1e-1, 1e-2, 1e-3)
 PLANE = 1e4
 """From this smoothing on a bowl costs as much as any other bending, and the surface is a plane."""
 
+WITH_BOWL = 1e3
+"""At this smoothing the surface is a plane with a bowl, and nothing else."""
+
 BOWL_SMOOTHING = 1e-3
 """What the three quadratic terms cost below that: next to nothing. Vignetting and most glows have such a part."""
 
@@ -2661,8 +2664,18 @@ class _Surfaces:
     def terms(self, places: np.ndarray) -> np.ndarray:
         """(n, 2) frame coordinates -> (n, m): every term's value there."""
         plate = spline_surface(places, self.positions, np.eye(len(self.positions)), 2, 0.0)
+        return np.hstack([plate, self.bowls(places)])
+
+    def bowls(self, places: np.ndarray) -> np.ndarray:
+        """(n, 2) frame coordinates -> (n, 3): the quadratic terms about the middle of the frame."""
         y, x = (places - self.sides / 2).T
-        return np.column_stack([plate, x * x, x * y, y * y])
+        return np.stack([x * x, x * y, y * y], -1)
+
+    def at(self, places: np.ndarray, found: np.ndarray) -> np.ndarray:
+        """(n, c): the surface at frame coordinates (n, 2), without the light of halos; little memory for many."""
+        n = len(self.positions)
+        plate = spline_surface(places, self.positions, found[:n], 2, 0.0)
+        return plate + self.bowls(places) @ found[n:self.count]
 
     def with_halos(self, halos: np.ndarray) -> "_Surfaces":
         """The same surfaces beside light that falls off from objects, (cells, k)."""
@@ -3200,11 +3213,8 @@ def find_sky(prepared: Prepared, settings: Settings) -> Sky | None:
         start = surfaces.follow(used.astype(float), smoothing)
 
     def linear(found):
-        coefficients = found[:surfaces.count]
-
         def surface(places):
-            terms = surfaces.terms(places.reshape(-1, 2))
-            values = terms @ coefficients * cells.scale + cells.pedestal
+            values = surfaces.at(places.reshape(-1, 2), found) * cells.scale + cells.pedestal
             return values.reshape(*places.shape[:-1], -1)
         return surface
 
@@ -3270,10 +3280,10 @@ def _judge(surfaces: _Surfaces, scenery: _Scenery, candidates: list[_Candidate],
     cells = surfaces.cells
     best = candidates[chosen]
     if best.loss > UNEXPLAINED * _pure_noise(cells) and not scenery.glow.any():
-        return candidates[0], "no smooth surface explains what looks like sky"
+        return _bowl(surfaces, scenery, sky), "no smooth surface explains what looks like sky"
     bulge, hidden = _closed_top(surfaces, best, scenery.objects)
     if hidden and bulge > BULGE:
-        return candidates[0], "the sky would be brightest behind an object"
+        return _bowl(surfaces, scenery, sky), "the sky would be brightest behind an object"
     share = sky.sum() / cells.usable.sum()
     if share < LITTLE_SKY:
         return best, f"only {100 * share:.0f} % of the picture shows sky"
@@ -3286,6 +3296,14 @@ def _judge(surfaces: _Surfaces, scenery: _Scenery, candidates: list[_Candidate],
     if hole > HOLE and best.smoothing < 1:
         return best, "a flexible surface must bridge a large part of the frame where no sky is seen"
     return best, ""
+
+
+def _bowl(surfaces: _Surfaces, scenery: _Scenery, sky: np.ndarray) -> _Candidate:
+    """A plane with a bowl through all that is called sky, (h, w) bool: what is left where nothing better is known. (A
+    plane alone was worse than doing nothing on some skies, and kept objects hardly better.)"""
+    weight = sky if sky.any() else surfaces.cells.usable
+    found = surfaces.fit_below(weight.astype(float), scenery.light, WITH_BOWL)
+    return _Candidate(WITH_BOWL, found, np.zeros_like(sky), math.inf)
 
 
 def _closed_top(surfaces: _Surfaces, candidate: _Candidate, objects: np.ndarray) -> tuple[float, bool]:
@@ -4391,7 +4409,8 @@ def gradients(prepared: Prepared, fit: Fit) -> str:
     """The gradient before and after, in words."""
     before = gradient(prepared)
     after = gradient(prepared, linear_sky(prepared, fit))
-    return f"gradient {_percent(before)} of the sky's level before, {_percent(after)} after"
+    doubt = ", if that was the sky" if prepared.sky is not None and prepared.sky.unsure else ""
+    return f"gradient {_percent(before)} of the sky's level before, {_percent(after)} after{doubt}"
 
 
 def _percent(share: float) -> str:
