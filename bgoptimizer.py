@@ -3167,7 +3167,6 @@ class Sky:
     size: int  # reduced pixels along a cell's side
     share: float  # of the usable cells, that show sky
     smoothing: float
-    range: np.ndarray  # (c,) from the 1st to the 99th percentile of the surface, linear
     unsure: str  # why the sky cannot be known, in words; empty if it can
     why: str  # this smoothing
 
@@ -3222,13 +3221,11 @@ def find_sky(prepared: Prepared, settings: Settings) -> Sky | None:
     if seen.sum() < max(30, LEAST_SEEN * sky.sum()):  # nearly all may be outskirts: then nothing is known of them
         seen = sky if sky.any() else used
     below = (scenery.light | best.outskirts) & ~seen
-    shown = surfaces.surface(best.found)[cells.usable]
-    high, low = np.percentile(shown, (99, 1), axis=0)
     image = np.where(cells.usable[..., None], cells.values * cells.scale + cells.pedestal, 0)
     return Sky(
         surface=linear(best.found), start=linear(start), open=sky | seen, weight=seen.astype(float),
         below=below, image=image, noise=cells.noise * cells.scale, centers=cells.centers,
-        size=cells.size, share=share, smoothing=smoothing, range=(high - low) * cells.scale,
+        size=cells.size, share=share, smoothing=smoothing,
         unsure=unsure, why=why)
 
 
@@ -3632,9 +3629,12 @@ class Fit:
 
     def surface(self, query: np.ndarray) -> np.ndarray:
         """Stretched surface (..., c) at query (..., 2), float64."""
-        positions = self.positions.astype(float)
-        spline = spline_surface(query, positions, self.values, self.order, INTERPOLATION_WEIGHT)
-        return spline + self.rest(query)
+        return _fit_spline(query, self.positions, self.values, self.order) + self.rest(query)
+
+
+def _fit_spline(query: np.ndarray, positions: np.ndarray, values: np.ndarray, order: int) -> np.ndarray:
+    """(..., k): the spline of the fit's layer through values (n, k), at query (..., 2), in Float64."""
+    return spline_surface(query, positions.astype(float), values, order, INTERPOLATION_WEIGHT)
 
 
 def start_positions(settings: Settings, shape: tuple[int, int]) -> np.ndarray:
@@ -3675,8 +3675,7 @@ def start_values(prepared: Prepared, positions: np.ndarray, order: int) -> np.nd
     """
     if prepared.sky is not None:
         centers = prepared.sky.centers.reshape(-1, 2)
-        unit = np.eye(len(positions))
-        matrix = spline_surface(centers, positions.astype(float), unit, order, INTERPOLATION_WEIGHT)
+        matrix = _fit_spline(centers, positions, np.eye(len(positions)), order)
         wanted = prepared.stretch.extend(prepared.sky.start(centers))
         return np.linalg.lstsq(matrix, wanted, rcond=1e-9)[0].astype(np.float32)
     block = 2 * prepared.centers[0, 0]  # its two sides
@@ -3717,8 +3716,7 @@ def unshown(prepared: Prepared, order: int, start: tuple[np.ndarray, np.ndarray]
     positions, values = start
 
     def rest(places):
-        spline = spline_surface(places, positions.astype(float), values, order, INTERPOLATION_WEIGHT)
-        return prepared.stretch.extend(prepared.sky.start(places)) - spline
+        return prepared.stretch.extend(prepared.sky.start(places)) - _fit_spline(places, positions, values, order)
     return rest
 
 
@@ -3917,9 +3915,7 @@ def _bending_nodes(full_shape: tuple[int, int]) -> tuple[np.ndarray, tuple[float
 
 def _noise_about(sample: Sample, rest: Callable, start: tuple[np.ndarray, np.ndarray], order: int) -> float:
     """Standard deviation of the sample about the surface that the fit starts from, robust, stretched units."""
-    positions, values = start
-    surface = spline_surface(sample.places, positions.astype(float), values, order, INTERPOLATION_WEIGHT)
-    surface = surface + rest(sample.places)
+    surface = _fit_spline(sample.places, *start, order) + rest(sample.places)
     sky = sample.seen & (sample.weight > 0).all(-1)
     if not sky.any():
         return LOSS_FLOOR
