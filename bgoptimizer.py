@@ -2474,6 +2474,12 @@ GLOW_SIZE, GLOW_CORNER, GLOW_HEIGHT = 0.05, 0.02, 0.3
 """An amplifier's glow covers at most this part of the picture, is brightest within this part of the longer side from a
 corner, and rises by more than this part of the picture's range (5th to 95th percentile)."""
 
+GLOW_LENGTHS, GLOW_RATIOS = (0.015, 0.03, 0.06, 0.12), (0.6, 1.0, 1.6)
+"""Lengths over which the glow falls off, in units of the longer side, and along which side it falls faster."""
+
+GLOW_SMOOTHING = 1e-3
+"""What the terms of a glow cost."""
+
 CLOSED_SCALES = (2.5, 5.0, 10.0, 16.0)
 """Cells: scales at which patches of light are looked for. Structure is found at finer ones."""
 
@@ -2482,9 +2488,13 @@ CLOSED_SIGMA, CLOSED_ROUNDNESS, CLOSED_VIEW, CLOSED_FOOT = 5.0, 0.25, 2.5, 0.15
 (a band of airglow curves along one only). Its height is measured on a Gaussian mean of so many cells, and it reaches
 down to this part of its height."""
 
-CLOSED_STEPS = ((0.35, 10.0), (0.6, 1.0))
-"""How closed a patch must be (1 - level of its highest way out / its height), and the least smoothing that the sky must
-then have: patches that are open on one side are objects only if the rest of the sky is simple."""
+CLOSED_LEAST = (0.35, 0.6)
+"""How closed a patch must be: 1 - level of its highest way out / its height. First all patches are tried, then those
+that are well closed."""
+
+SIMPLE_SKY, CLOSED_FLEXIBLE, CLOSED_GAIN = 10.0, 1.0, 0.004
+"""Patches are objects if the sky beside them has at least the first smoothing. Well closed ones may leave a sky of the
+second, if that explains the rest better by so much loss."""
 
 STAR_SIGMA, STAR_REACH = 30.0, 2.0
 """A star of more than so many sigma may have a halo; it is looked for within so many times sigma^0.4 cells."""
@@ -2638,10 +2648,16 @@ class _Surfaces:
 
     A surface is a linear function of its coefficients (m, c). `halos` are further columns, (cells, k), for light that
     falls off from objects: their coefficients are at least 0, and their light is no sky.
+
+    Args:
+        shape: of the full picture. Only its ratio counts.
+        glows: (g, 2) frame coordinates of corners in which an amplifier glows.
     """
 
-    def __init__(self, cells: _Cells, shape: tuple[int, int]):
+    def __init__(self, cells: _Cells, shape: tuple[int, int], glows: np.ndarray = np.zeros((0, 2))):
         self.cells = cells
+        self.shape = shape
+        self.glows = glows
         self.sides = np.array(shape) / max(shape)
         wanted = math.sqrt(SKY_POINTS * self.sides[0] / self.sides[1])
         rows = int(np.clip(round(wanted), 3, SKY_POINTS // 3))
@@ -2656,7 +2672,9 @@ class _Surfaces:
         self.bending = np.zeros((self.count, self.count))
         self.bending[:n, :n] = weights.T @ _kernel(self.positions, self.positions, 2) @ weights
         self.bending[:n, :n] += 1e-6 * np.eye(n)  # keeps the equations solvable
-        self.bowl = np.diag(np.arange(self.count) >= n).astype(float)
+        term = np.arange(self.count)
+        self.bowl = np.diag((term >= n) & (term < n + 3)).astype(float)
+        self.glow = np.diag(term >= n + 3).astype(float)
         self.inverse = 1 / (cells.noise**2).mean(-1).ravel()  # (cells,)
         self.flat = cells.values.reshape(len(self.inverse), -1)  # (cells, c)
         self.halos = np.zeros((len(self.inverse), 0))
@@ -2664,18 +2682,33 @@ class _Surfaces:
     def terms(self, places: np.ndarray) -> np.ndarray:
         """(n, 2) frame coordinates -> (n, m): every term's value there."""
         plate = spline_surface(places, self.positions, np.eye(len(self.positions)), 2, 0.0)
-        return np.hstack([plate, self.bowls(places)])
+        return np.hstack([plate, self.simple_terms(places)])
 
-    def bowls(self, places: np.ndarray) -> np.ndarray:
-        """(n, 2) frame coordinates -> (n, 3): the quadratic terms about the middle of the frame."""
+    def simple_terms(self, places: np.ndarray) -> np.ndarray:
+        """(n, 2) frame coordinates -> (n, 3 + k): a bowl about the middle of the frame, and glows in corners."""
         y, x = (places - self.sides / 2).T
-        return np.stack([x * x, x * y, y * y], -1)
+        terms = [x * x, x * y, y * y]
+        for corner in self.glows:
+            down, along = np.abs(places - corner).T
+            for stretched in GLOW_RATIOS:
+                distance = np.hypot(down, stretched * along)
+                terms += [np.exp(-distance / length) for length in GLOW_LENGTHS]
+        return np.stack(terms, -1)
 
     def at(self, places: np.ndarray, found: np.ndarray) -> np.ndarray:
         """(n, c): the surface at frame coordinates (n, 2), without the light of halos; little memory for many."""
         n = len(self.positions)
         plate = spline_surface(places, self.positions, found[:n], 2, 0.0)
-        return plate + self.bowls(places) @ found[n:self.count]
+        return plate + self.simple_terms(places) @ found[n:self.count]
+
+    def glow_at(self, places: np.ndarray, found: np.ndarray) -> np.ndarray:
+        """(n, c): the light of the glows in corners, at frame coordinates (n, 2)."""
+        first = len(self.positions) + 3
+        return self.simple_terms(places)[:, 3:] @ found[first:self.count]
+
+    def with_glows(self, glows: np.ndarray) -> "_Surfaces":
+        """The same surfaces beside light that falls off from corners, (g, 2) frame coordinates."""
+        return _Surfaces(self.cells, self.shape, glows)
 
     def with_halos(self, halos: np.ndarray) -> "_Surfaces":
         """The same surfaces beside light that falls off from objects, (cells, k)."""
@@ -2717,7 +2750,7 @@ class _Surfaces:
     def solve(self, equations: list, smoothing: float) -> np.ndarray:
         """(m + k, c): the coefficients of the best surface of this smoothing, and of the halos beside it."""
         bowl = smoothing if smoothing >= PLANE else BOWL_SMOOTHING
-        energy = STIFFNESS_UNIT * (smoothing * self.bending + bowl * self.bowl)
+        energy = STIFFNESS_UNIT * (smoothing * self.bending + bowl * self.bowl + GLOW_SMOOTHING * self.glow)
         energy += 1e-10 * np.eye(self.count)
         return np.stack([self._solve_channel(*equation, energy) for equation in equations], -1)
 
@@ -2828,9 +2861,11 @@ def _dark_foreground(cells: _Cells, objects: np.ndarray) -> np.ndarray:
     return scipy.ndimage.binary_dilation(foreground, iterations=2) & cells.usable
 
 
-def _corner_glow(cells: _Cells, rough: np.ndarray, objects: np.ndarray) -> np.ndarray:
-    """(h, w) bool: regions called rough only because they rise so steeply to a corner: an amplifier's glow is sky."""
+def _corner_glow(cells: _Cells, rough: np.ndarray, objects: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(h, w) bool: regions called rough only because they rise so steeply to a corner: an amplifier's glow is sky.
+    And the corners, (g, 2) frame coordinates."""
     glow = np.zeros_like(objects)
+    lit = set()
     unit = np.sqrt((cells.noise**2).mean((0, 1)))
     light = (cells.values / unit).mean(-1)  # in units of the noise
     flat = np.where(cells.usable, light, np.median(light[cells.usable]))
@@ -2852,13 +2887,15 @@ def _corner_glow(cells: _Cells, rough: np.ndarray, objects: np.ndarray) -> np.nd
         if not alone or not ring.any():
             continue
         peak = np.unravel_index(np.where(inside, view, -np.inf).argmax(), view.shape)
-        to_corner = min(math.hypot(peak[0] - y, peak[1] - x) for y, x in corners)
+        to_corner, corner = min((math.hypot(peak[0] - y, peak[1] - x), (y, x)) for y, x in corners)
         height = view[peak] - np.median(view[ring])
         closed = (view - way_out)[inside].max()
         steep = height > GLOW_HEIGHT * (high - low) and height > 5
         if steep and to_corner <= GLOW_CORNER * cells.longer and closed < 0.1 * height:
             glow |= inside
-    return glow
+            lit.add(corner)
+    places = [cells.centers[corner] for corner in sorted(lit)]
+    return glow, np.array(places).reshape(-1, 2)
 
 
 def _way_out(view: np.ndarray, rim: np.ndarray) -> np.ndarray:
@@ -2970,7 +3007,6 @@ class _Scenery:
 
     objects: np.ndarray  # not sky, the foreground included
     foreground: np.ndarray  # with its surroundings: bounds nothing, and has no outskirts
-    glow: np.ndarray  # steep glow in a corner: sky
 
     @property
     def light(self) -> np.ndarray:
@@ -2990,8 +3026,11 @@ class _Looker:
             self._look(usable & ~self.foreground)
         width = _odd(ROUGH_WINDOW * self.cells.longer) + 1
         self.near_foreground = scipy.ndimage.binary_dilation(self.foreground, iterations=width)
-        self.glow = _corner_glow(self.cells, self.rough, self.objects) & ~self.near_foreground
-        not_glow = ~scipy.ndimage.binary_dilation(self.glow)
+        glow, corners = _corner_glow(self.cells, self.rough, self.objects)
+        if len(corners):
+            self.surfaces = surfaces.with_glows(corners)
+            self._look(usable & ~self.foreground)
+        not_glow = ~scipy.ndimage.binary_dilation(glow & ~self.near_foreground)
         self.rough &= not_glow
         self.objects &= not_glow
 
@@ -3030,7 +3069,7 @@ class _Looker:
         else:
             objects = objects | (halo & (above > HALO_SIGMA))
         objects = scipy.ndimage.binary_dilation(objects) & usable
-        return _Scenery(objects, near | self.foreground, self.glow)
+        return _Scenery(objects, near | self.foreground)
 
 
 def _averaging_length(smoothing: float) -> float:
@@ -3158,6 +3197,7 @@ class Sky:
 
     surface: Callable[[np.ndarray], np.ndarray]  # frame coordinates (..., 2) -> linear sky (..., c)
     start: Callable[[np.ndarray], np.ndarray]  # the same: where the fit begins. In a plain run no object is left out
+    glow: Callable[[np.ndarray], np.ndarray]  # likewise: amplifiers' glow in the start. Its bending costs nothing
     open: np.ndarray  # (h, w) bool: no object; what may be outskirts of one is in
     weight: np.ndarray  # (h, w) float: 1 where a cell shows sky and nothing else
     below: np.ndarray  # (h, w) bool: objects that add light, so that the sky is not above the picture
@@ -3196,6 +3236,7 @@ def find_sky(prepared: Prepared, settings: Settings) -> Sky | None:
     if not used.any():
         return None
     looker = _Looker(surfaces)
+    surfaces = looker.surfaces
     smoothings = SMOOTHINGS if settings.smoothing is None else (settings.smoothing,)
     scenery, candidates, chosen = _look_for_sky(looker, used, smoothings)
     best = candidates[chosen]
@@ -3217,13 +3258,17 @@ def find_sky(prepared: Prepared, settings: Settings) -> Sky | None:
             return values.reshape(*places.shape[:-1], -1)
         return surface
 
+    def glow(places):
+        light = surfaces.glow_at(places.reshape(-1, 2), start) * cells.scale
+        return light.reshape(*places.shape[:-1], -1)
+
     seen = sky & ~best.outskirts
     if seen.sum() < max(30, LEAST_SEEN * sky.sum()):  # nearly all may be outskirts: then nothing is known of them
         seen = sky if sky.any() else used
     below = (scenery.light | best.outskirts) & ~seen
     image = np.where(cells.usable[..., None], cells.values * cells.scale + cells.pedestal, 0)
     return Sky(
-        surface=linear(best.found), start=linear(start), open=sky | seen, weight=seen.astype(float),
+        surface=linear(best.found), start=linear(start), glow=glow, open=sky | seen, weight=seen.astype(float),
         below=below, image=image, noise=cells.noise * cells.scale, centers=cells.centers,
         size=cells.size, share=share, smoothing=smoothing,
         unsure=unsure, why=why)
@@ -3233,42 +3278,52 @@ def _pure_noise(cells: _Cells) -> float:
     return PURE_NOISE[cells.values.shape[-1]]
 
 
-def _look_for_sky(looker: _Looker, used: np.ndarray, smoothings: Sequence[float]):
-    """Scenery, candidates, and the index of the one chosen; with closed patches as objects if that explains the
-    picture by a simple sky, else without."""
-    usable = looker.cells.usable
-    tried = None
-    steps = [(closed, least, GOOD_ENOUGH_CLOSED) for closed, least in CLOSED_STEPS] + [(None, 0.0, GOOD_ENOUGH)]
-    for closed, least, margin in steps:
-        patches = np.zeros_like(usable) if closed is None else looker.patches(closed)
-        same = tried is not None and (patches != tried).sum() < 5
-        if closed is not None and (same or not patches.any()):
+class _Explanation(NamedTuple):
+    """What may be objects, and the surfaces that the rest may be."""
+
+    scenery: _Scenery
+    candidates: list  # of _Candidate, the stiffest first
+    chosen: int  # index into them
+
+    @property
+    def best(self) -> _Candidate:
+        return self.candidates[self.chosen]
+
+
+def _look_for_sky(looker: _Looker, used: np.ndarray, smoothings: Sequence[float]) -> _Explanation:
+    """The picture explained with closed patches of light as objects if they earn it, else without.
+
+    Patches that are open on one side are objects only if the rest is then a simple sky. Patches that are well closed
+    may leave a more flexible sky, but it must explain the rest better than a sky as flexible that includes them.
+    """
+    explain = functools.partial(_explain, looker, used, smoothings)
+    closed = None
+    for least in CLOSED_LEAST:
+        patches = looker.patches(least)
+        if not patches.any():
             continue
-        tried = patches
-        scenery = looker.scenery(patches)
-        sky = used & ~scenery.objects
-        if sky.sum() < 30:  # hardly any: then whatever is used is sky
-            sky = used
-        weight = sky.astype(float)
-        attempt = functools.partial(_try_smoothing, looker.surfaces, scenery, weight)
-        candidates = list(_each(attempt, smoothings))
-        chosen = _choose(candidates, margin)
-        if looker.glow.any():
-            chosen = max(chosen, _meets_glow(looker, candidates, sky))
-        if candidates[chosen].smoothing >= least:
-            break
-    return scenery, candidates, chosen
+        closed = explain(patches, GOOD_ENOUGH_CLOSED)
+        if closed.best.smoothing >= SIMPLE_SKY:
+            return closed
+    nothing = np.zeros_like(used)
+    smooth = explain(nothing, GOOD_ENOUGH)
+    if closed is not None and closed.best.smoothing >= CLOSED_FLEXIBLE and patches.any():
+        with_patches = closed.best.loss
+        as_flexible = smooth.candidates[closed.chosen].loss
+        if with_patches < as_flexible - CLOSED_GAIN:
+            return closed
+    return smooth
 
 
-def _meets_glow(looker: _Looker, candidates: list[_Candidate], sky: np.ndarray) -> int:
-    """Index of the stiffest candidate that follows the steep glow in a corner nearly as well as the best does: its few
-    cells count little in the loss, and much in the sky's range."""
-    inside = looker.glow & sky
-    if not inside.any():
-        return 0
-    squares = [(looker.surfaces.excess(candidate.found)[inside]**2).mean(-1) for candidate in candidates]
-    losses = np.array([np.log1p(np.sqrt(square)).mean() for square in squares])
-    return int((losses <= losses.min() + 0.25).argmax())
+def _explain(looker: _Looker, used: np.ndarray, smoothings: Sequence[float], patches: np.ndarray,
+             margin: float) -> _Explanation:
+    scenery = looker.scenery(patches)
+    sky = used & ~scenery.objects
+    if sky.sum() < 30:  # hardly any: then whatever is used is sky
+        sky = used
+    attempt = functools.partial(_try_smoothing, looker.surfaces, scenery, sky.astype(float))
+    candidates = list(_each(attempt, smoothings))
+    return _Explanation(scenery, candidates, _choose(candidates, margin))
 
 
 def _judge(surfaces: _Surfaces, scenery: _Scenery, candidates: list[_Candidate], chosen: int,
@@ -3276,7 +3331,7 @@ def _judge(surfaces: _Surfaces, scenery: _Scenery, candidates: list[_Candidate],
     """The candidate to take, and why the sky cannot be known, in words; empty if it can."""
     cells = surfaces.cells
     best = candidates[chosen]
-    if best.loss > UNEXPLAINED * _pure_noise(cells) and not scenery.glow.any():
+    if best.loss > UNEXPLAINED * _pure_noise(cells):
         return _bowl(surfaces, scenery, sky), "no smooth surface explains what looks like sky"
     bulge, hidden = _closed_top(surfaces, best, scenery.objects)
     if hidden and bulge > BULGE:
@@ -3676,7 +3731,8 @@ def start_values(prepared: Prepared, positions: np.ndarray, order: int) -> np.nd
     if prepared.sky is not None:
         centers = prepared.sky.centers.reshape(-1, 2)
         matrix = _fit_spline(centers, positions, np.eye(len(positions)), order)
-        wanted = prepared.stretch.extend(prepared.sky.start(centers))
+        # A glow in a corner is steeper than what the points can show: it stays in what is `unshown`.
+        wanted = prepared.stretch.extend(prepared.sky.start(centers) - prepared.sky.glow(centers))
         return np.linalg.lstsq(matrix, wanted, rcond=1e-9)[0].astype(np.float32)
     block = 2 * prepared.centers[0, 0]  # its two sides
     row, column = np.minimum((positions / block).astype(int), np.array(prepared.used.shape) - 1).T
@@ -3863,6 +3919,8 @@ def _training(tf, prepared: Prepared, settings: Settings, start: tuple[np.ndarra
     nodes, spacing = _bending_nodes(prepared.full_shape)
     shape = nodes.shape[:2]
     nodes = nodes.reshape(-1, 2)
+    glow = 0.0 if prepared.sky is None else prepared.sky.glow(nodes) / prepared.stretch.scale
+    glow = tf.constant(glow, tf.float32)  # [n, c] or a scalar
     queried = np.concatenate([sample.places, nodes])
     unchanging = tf.constant(rest(queried) + np.zeros((1, image.shape[-1])), tf.float32)  # [m + n or 1, c]
     noise = _noise_about(sample, rest, start, settings.order)
@@ -3888,7 +3946,7 @@ def _training(tf, prepared: Prepared, settings: Settings, start: tuple[np.ndarra
                      loss_overshoot(tf, residual), loss_negative(tf, surface)]  # [m] each
             judged = [term[first_judge:] for term in terms]
             terms = [term[:fitted] for term in terms]
-            linear = prepared.stretch.invert_tensor(tf, on_nodes) / unit
+            linear = (prepared.stretch.invert_tensor(tf, on_nodes) - glow) / unit
             linear = tf.reshape(linear, (*shape, image.shape[-1]))
             bending = loss_bending(tf, linear, spacing, bowl)
             stiff = stiffness * bending
