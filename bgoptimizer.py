@@ -2470,9 +2470,10 @@ FOREGROUND_GAP, FOREGROUND_DROP, FOREGROUND_SIZE = 0.1, 0.8, 0.003
 """Hills begin within this part of the longer side from the sky, fall below it by so much of its own range at once, and
 cover so much of the picture. The dark sky beyond a band of the Milky Way is farther off, and falls less."""
 
-GLOW_SIZE, GLOW_CORNER, GLOW_HEIGHT = 0.05, 0.02, 0.3
-"""An amplifier's glow covers at most this part of the picture, is brightest within this part of the longer side from a
-corner, and rises by more than this part of the picture's range (5th to 95th percentile)."""
+GLOW_CORNER, GLOW_HALF, GLOW_REACH, GLOW_HEIGHT = 0.02, 0.1, 0.3, 0.65
+"""An amplifier's glow is brightest within the first part of the longer side from a corner, has fallen to half within
+the second and to a tenth within the third, and rises by this part of the picture's range (5th to 95th percentile)
+above a plane with a bowl."""
 
 GLOW_LENGTHS, GLOW_RATIOS = (0.015, 0.03, 0.06, 0.12), (0.6, 1.0, 1.6)
 """Lengths over which the glow falls off, in units of the longer side, and along which side it falls faster."""
@@ -2530,6 +2531,9 @@ UNEXPLAINED, LITTLE_SKY, DISAGREEMENT, BULGE, HOLE = 1.28, 0.15, 0.15, 0.15, 0.3
 """Where the sky is not known: a loss so many times that of pure noise; so little sky; surfaces that explain the sky
 alike and differ by so much of its range (rms); a closed top of this part of the range in the surface itself; a hole
 in the sky of this radius, of the longer side, under a flexible surface."""
+
+SEAM_SIGMA, SEAM_HEIGHT, SEAM_ALIKE = 12.0, 0.05, 0.9
+"""Panels of a mosaic differ by so many sigma, by this part of the picture's range, and along this part of the seam."""
 
 PIXEL_NOISE = 15
 """The noise of a pixel, about, in that of a cell: what differs by less than that nobody can see."""
@@ -2861,41 +2865,44 @@ def _dark_foreground(cells: _Cells, objects: np.ndarray) -> np.ndarray:
     return scipy.ndimage.binary_dilation(foreground, iterations=2) & cells.usable
 
 
-def _corner_glow(cells: _Cells, rough: np.ndarray, objects: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(h, w) bool: regions called rough only because they rise so steeply to a corner: an amplifier's glow is sky.
-    And the corners, (g, 2) frame coordinates."""
+def _corner_glow(surfaces: _Surfaces, rough: np.ndarray, objects: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Light that rises too steeply to a corner for a plate, and has its top there: an amplifier's glow is sky.
+
+    Args:
+        rough, objects: (h, w) bool.
+
+    Returns:
+        The cells of such glows, (h, w) bool, and their corners, (g, 2) frame coordinates.
+    """
+    cells = surfaces.cells
     glow = np.zeros_like(objects)
-    lit = set()
-    unit = np.sqrt((cells.noise**2).mean((0, 1)))
-    light = (cells.values / unit).mean(-1)  # in units of the noise
-    flat = np.where(cells.usable, light, np.median(light[cells.usable]))
-    view = cells.smooth(scipy.ndimage.median_filter(flat, 5), 1.0)  # without stars
-    view = np.where(cells.usable, view, view[cells.usable].min())
-    way_out = _way_out(view, cells.rim())
-    high, low = np.percentile(view[cells.usable], (95, 5))
-    row, column = np.nonzero(cells.usable)
-    corners = [(y, x) for y in (row.min(), row.max()) for x in (column.min(), column.max())]
-    regions, count = scipy.ndimage.label(objects | scipy.ndimage.binary_closing(rough))
-    for region in range(1, count + 1):
-        inside = regions == region
-        if not 12 <= inside.sum() <= GLOW_SIZE * cells.usable.sum():
-            continue
-        around = scipy.ndimage.binary_dilation(inside, iterations=8) & cells.usable
-        around &= ~scipy.ndimage.binary_dilation(inside)
-        ring = around & scipy.ndimage.binary_dilation(inside, iterations=3)
-        alone = (objects & around).sum() <= 0.3 * around.sum()
-        if not alone or not ring.any():
-            continue
-        peak = np.unravel_index(np.where(inside, view, -np.inf).argmax(), view.shape)
-        to_corner, corner = min((math.hypot(peak[0] - y, peak[1] - x), (y, x)) for y, x in corners)
-        height = view[peak] - np.median(view[ring])
-        closed = (view - way_out)[inside].max()
-        steep = height > GLOW_HEIGHT * (high - low) and height > 5
-        if steep and to_corner <= GLOW_CORNER * cells.longer and closed < 0.1 * height:
-            glow |= inside
-            lit.add(corner)
-    places = [cells.centers[corner] for corner in sorted(lit)]
-    return glow, np.array(places).reshape(-1, 2)
+    lit = []
+    usable = cells.usable
+    row, column = np.nonzero(usable)
+    high, low = np.percentile(cells.values[usable], (95, 5), axis=0)
+    for y in (row.min(), row.max()):
+        for x in (column.min(), column.max()):
+            from_corner = np.hypot(*(np.indices(usable.shape) - np.array([y, x])[:, None, None])) / cells.longer
+            beyond = usable & ~rough & ~objects & (from_corner > GLOW_REACH)
+            if beyond.sum() < 0.3 * usable.sum():
+                continue
+            stiff = surfaces.fit_below(beyond.astype(float), np.zeros_like(objects), WITH_BOWL)
+            above = (cells.values - surfaces.surface(stiff)) / np.maximum(cells.noise, (high - low) / PIXEL_NOISE)
+            view = np.where(usable, above.mean(-1), 0)
+            view = scipy.ndimage.median_filter(view, 3, mode="nearest")  # without stars
+            near = usable & (from_corner < GLOW_REACH)
+            peak = np.unravel_index(np.where(near, view, -np.inf).argmax(), view.shape)
+            height = view[peak]
+            if height < GLOW_HEIGHT * PIXEL_NOISE or from_corner[peak] > GLOW_CORNER + 1.5 / cells.longer:
+                continue
+            bright, _ = scipy.ndimage.label(usable & (view > 0.5 * height))
+            core = bright == bright[peak]
+            foot, _ = scipy.ndimage.label(usable & (view > 0.1 * height))
+            inside = foot == foot[peak]
+            if from_corner[core].max() < GLOW_HALF and from_corner[inside].max() < GLOW_REACH:
+                glow |= inside
+                lit.append(cells.centers[y, x])
+    return glow, np.array(lit).reshape(-1, 2)
 
 
 def _way_out(view: np.ndarray, rim: np.ndarray) -> np.ndarray:
@@ -3026,7 +3033,7 @@ class _Looker:
             self._look(usable & ~self.foreground)
         width = _odd(ROUGH_WINDOW * self.cells.longer) + 1
         self.near_foreground = scipy.ndimage.binary_dilation(self.foreground, iterations=width)
-        glow, corners = _corner_glow(self.cells, self.rough, self.objects)
+        glow, corners = _corner_glow(surfaces, self.rough, self.objects)
         if len(corners):
             self.surfaces = surfaces.with_glows(corners)
             self._look(usable & ~self.foreground)
@@ -3347,7 +3354,34 @@ def _judge(surfaces: _Surfaces, scenery: _Scenery, candidates: list[_Candidate],
     hole = scipy.ndimage.distance_transform_edt(~seen)[cells.usable].max() / cells.longer
     if hole > HOLE and best.smoothing < 1:
         return best, "a flexible surface must bridge a large part of the frame where no sky is seen"
+    if _steps_along_a_line(cells):
+        return best, "it steps along a straight line, as between the panels of a mosaic"
     return best, ""
+
+
+def _steps_along_a_line(cells: _Cells) -> bool:
+    """Whether the picture steps up or down along a whole row or column of cells, as panels that do not match do."""
+    light = (cells.values / cells.noise).sum(-1)  # (h, w) channels together
+    light = np.where(cells.usable, light, np.nan)
+    high, low = np.percentile(light[cells.usable], (99, 1))
+    for view in (light, light.T):
+        if view.shape[1] < 7:
+            continue
+        rise = view[:, 2:] - view[:, :-2]  # over two cells: the seam may lie within one
+        step = rise[:, 2:-2] - (rise[:, :-4] + rise[:, 4:]) / 2  # (rows, lines) beyond the slope beside it
+        count = np.isfinite(step).sum(0)
+        whole = count > 0.5 * view.shape[0]
+        step = step[:, whole]
+        if not whole.any():
+            continue
+        typical = np.nanmedian(step, axis=0)
+        scatter = 1.4826 * np.nanmedian(np.abs(step - typical), axis=0)
+        uncertain = 1.25 * scatter / np.sqrt(count[whole])
+        alike = np.nanmean(np.sign(step) == np.sign(typical), axis=0)
+        seam = (np.abs(typical) > SEAM_SIGMA * uncertain) & (np.abs(typical) > SEAM_HEIGHT * (high - low))
+        if (seam & (alike > SEAM_ALIKE)).any():
+            return True
+    return False
 
 
 def _bowl(surfaces: _Surfaces, scenery: _Scenery, sky: np.ndarray) -> _Candidate:

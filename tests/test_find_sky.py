@@ -1,5 +1,6 @@
 """The sky is found: under --auto the fit starts from it and objects are left out; what cannot be known is said."""
 import logging
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -199,3 +200,17 @@ def test_a_picture_with_nothing_left_in_but_its_rim_is_still_fitted():
 def test_the_smoothing_told_is_the_one_used():
     result = optimize(make_scene("flat", 1, 400, 600, 1).image, Settings(auto=True, downscaling_factor=4, epochs=2))
     assert result.settings.smoothing == result.fit.smoothing == result.prepared.sky.smoothing
+
+
+def test_panels_that_do_not_match_are_told():
+    assert "panels of a mosaic" in find(make_scene("mosaic", 4, 400, 600)).sky.unsure
+    assert "panels" not in find(make_scene("galaxy", 1, 400, 600)).sky.unsure
+
+
+def test_an_amplifier_glow_is_sky_and_the_fit_keeps_it():
+    scene = make_scene("amp_glow", 0, 400, 600, 1)
+    found, prepared = found_sky(scene)
+    assert len(prepared.sky.glow(np.zeros((1, 2)))) == 1
+    model = optimize(scene.image, replace(AUTO, epochs=60)).model
+    assert score(found, scene)[0] < 2
+    assert score(model, scene)[0] < 2
