@@ -1046,44 +1046,18 @@ def atomic_outputs(*paths):
 
 
 # --------------------------------------------------------------------------------------------------
-# Pictures on disk: FITS and TIFF, and the table of formats
+# Pictures on disk: units, and metadata that all formats can hold
 #
-# astropy understands FITS headers and compression, tifffile reads TIFF. Both trust what a file says
-# about its size, so that is checked here before they take memory for it.
-# FITS: https://fits.gsfc.nasa.gov/fits_standard.html. Astro-TIFF, a FITS header in the description
-# of a TIFF file: https://astro-tiff.sourceforge.io.
+# astropy understands the keywords of FITS, which XISF has too, and which Astro-TIFF has in the
+# description of a TIFF file: https://astro-tiff.sourceforge.io.
 # --------------------------------------------------------------------------------------------------
-
-FITS_BLOCK = 2880
-"""Bytes: headers and data of FITS files fill whole blocks."""
-
-FITS_CARD = 80
-"""Characters of a card, a line of a FITS header."""
-
-MAX_FITS_CARDS = 20_000
-"""Cards of a FITS header that is read. Real ones have some hundreds."""
-
-MAX_KEPT_CARDS = 18_000
-"""Cards that the outputs take over. With HISTORY, there must be fewer than MAX_FITS_CARDS, so that
-they can be read again."""
-
-MAX_TILES = 1_000_000
-"""Tiles or strips of a picture, each of which takes a call to decompress. Real ones hold a row or
-more."""
-
-HARMLESS_STREAM = 1 << 18
-"""Bytes of gzip that are expanded without a closer look: to 271 MB at most."""
-
-GZIP_START, GZIP_WINDOW = b"\x1f\x8b", 31  # how gzip data begin, and what zlib calls them
-
-SAFE_ASTROPY = "5.3"
-"""The first astropy that does not hang on a hostile compressed FITS file. It needs Python 3.9."""
 
 LARGEST_VALUE = 1e30
 """Floating point beyond it is no light: it is damage, or means something else."""
 
-END_CARD = "END".ljust(FITS_CARD)
-FITS_TYPES = {8: "u1", 16: "i2", 32: "i4", 64: "i8", -32: "f4", -64: "f8"}  # by BITPIX
+FITS_CARD = 80
+"""Characters of a card, a line of a FITS header."""
+
 FITS_NAME = re.compile("[A-Z0-9_-]{1,8}")
 FITS_NUMBER = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)([EDed][-+]?\d+)?|[TF]")
 FITS_TEXT_NAMES = ("COMMENT", "HISTORY", "")  # cards without a value
@@ -1092,22 +1066,6 @@ FITS_STRUCTURE = re.compile(
     r"SIMPLE|XTENSION|EXTEND|BITPIX|NAXIS\d*|PCOUNT|GCOUNT|BSCALE|BZERO|BLANK|END|GROUPS"
     "|DATASUM|CHECKSUM")
 BLANK_CONTINUE = re.compile("CONTINUE +' {40}")  # astropy takes hours for many in a row
-FITS_CODEC_SETTINGS = {"BLOCKSIZE": (16, 32), "BYTEPIX": (1, 2, 4)}  # names and possible values
-
-TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-TIFF_EXPANSION = {1: 1, 5: 4096, 8: 1032, 32946: 1032, 32773: 64, 50000: 1 << 16}
-"""The compressions that are read (none, LZW, deflate, PackBits, zstd), and how many bytes one byte
-can stand for."""
-
-TIFF_COLORS = {1: 1, 2: 3}  # channels of gray and of RGB, by photometric interpretation
-TIFF_DESCRIPTION, TIFF_ICC = 270, 34675  # tags
-TIFF_X_RESOLUTION, TIFF_Y_RESOLUTION, TIFF_RESOLUTION_UNIT = 282, 283, 296
-TIFF_INCH = 2
-TIFF_RESOLUTION_UNITS = 1, 2, 3  # none, inch, centimeter
-LARGEST_TIFF = 0xF0000000  # bytes; larger ones are BigTIFF
-TIFF_BYTES = 7  # a type
-TIFF_KEPT = {271: "s", 272: "s", 306: "s", 315: "s", 33432: "s", 274: "H", 700: "B"}
-"""Tags that are carried over, and their types: camera, date, author, rights, orientation, XMP."""
 
 
 @dataclass
@@ -1127,54 +1085,6 @@ class TiffSource:
     icc: bytes = b""  # color profile
     options: dict = field(default_factory=dict)  # others, as tifffile's writer takes them
 
-
-class Format(NamedTuple):
-    """A kind of file."""
-    ending: str
-    read: Callable  # path -> Picture
-    write: Callable  # file, planes, source, history, compress, unit
-
-
-def picture_format(path):
-    """Return the name in FORMATS of a file's format, by its content; None for another one."""
-    if not stat.S_ISREG(os.stat(path).st_mode):  # opening a FIFO would wait forever
-        return None
-    with open(path, "rb") as file:
-        start = file.read(16)
-    if start.startswith(b"XISF"):
-        return "xisf"
-    if start.startswith(b"SIMPLE  ="):
-        return "fits"
-    return "tiff" if start[:4] in TIFF_STARTS else None
-
-
-def read_picture(path):
-    """Read the first picture of an XISF, FITS, or TIFF file, whatever its name ends with.
-
-    Unsigned integers are scaled from their full range to [0, 1], and floats that lie in [0, 1] are
-    taken as they are. Anything else, such as ADU or electrons, is brought into [0, 1] for the work;
-    `Picture.unit` tells the writers the way back.
-
-    Returns a Picture.
-    Raises BgError if the file is damaged, hostile, or of a kind that is not read.
-    """
-    with _refusals(path):
-        name = picture_format(path)
-        _require(name or os.path.isfile(path), *NOT_A_FILE)
-        _require(name, "is not an XISF, FITS, or TIFF file", "save the picture as one of them")
-    picture = FORMATS[name].read(path)
-    picture.format = name
-    return picture
-
-
-def picture_stem(path):
-    """Return a file's name without folder and without the endings of pictures."""
-    name = os.path.basename(path)
-    stem = re.sub(r"(?i)(?<=.)(\.(xisf|fits?|fts|fz|tiff?))+$", "", name)
-    return stem if stem != name else os.path.splitext(name)[0]
-
-
-# What the formats share: units, and metadata that they agree on
 
 def _to_unit_range(stored, path, step=1.0, zero=0.0, blank=None):
     """Bring samples as a file has them into [0, 1].
@@ -1394,6 +1304,104 @@ def _shared_metadata(source):
     return [], source.icc if source else b""
 
 
+# --------------------------------------------------------------------------------------------------
+# Pictures on disk: FITS and TIFF, and the table of formats
+#
+# astropy understands FITS headers and compression, tifffile reads TIFF. Both trust what a file says
+# about its size, so that is checked here before they take memory for it.
+# The FITS standard: https://fits.gsfc.nasa.gov/fits_standard.html.
+# --------------------------------------------------------------------------------------------------
+
+FITS_BLOCK = 2880
+"""Bytes: headers and data of FITS files fill whole blocks."""
+
+MAX_FITS_CARDS = 20_000
+"""Cards of a FITS header that is read. Real ones have some hundreds."""
+
+MAX_KEPT_CARDS = 18_000
+"""Cards that the outputs take over. With HISTORY, there must be fewer than MAX_FITS_CARDS, so that
+they can be read again."""
+
+MAX_TILES = 1_000_000
+"""Tiles or strips of a picture, each of which takes a call to decompress. Real ones hold a row or
+more."""
+
+HARMLESS_STREAM = 1 << 18
+"""Bytes of gzip that are expanded without a closer look: to 271 MB at most."""
+
+GZIP_START, GZIP_WINDOW = b"\x1f\x8b", 31  # how gzip data begin, and what zlib calls them
+
+SAFE_ASTROPY = "5.3"
+"""The first astropy that does not hang on a hostile compressed FITS file. It needs Python 3.9."""
+
+END_CARD = "END".ljust(FITS_CARD)
+FITS_TYPES = {8: "u1", 16: "i2", 32: "i4", 64: "i8", -32: "f4", -64: "f8"}  # by BITPIX
+SAFE_FITS_CODECS = ("RICE_1", "RICE_ONE", "GZIP_1", "GZIP_2", "NOCOMPRESS")
+"""Of HCOMPRESS_1 and PLIO_1, which no camera makes, damaged data end Python with a crash."""
+FITS_CODEC_SETTINGS = {"BLOCKSIZE": (16, 32), "BYTEPIX": (1, 2, 4)}  # names and possible values
+
+TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+TIFF_EXPANSION = {1: 1, 5: 4096, 8: 1032, 32946: 1032, 32773: 64, 50000: 1 << 16}
+"""The compressions that are read (none, LZW, deflate, PackBits, zstd), and how many bytes one byte
+can stand for."""
+
+TIFF_COLORS = {1: 1, 2: 3}  # channels of gray and of RGB, by photometric interpretation
+TIFF_DESCRIPTION, TIFF_ICC = 270, 34675  # tags
+TIFF_X_RESOLUTION, TIFF_Y_RESOLUTION, TIFF_RESOLUTION_UNIT = 282, 283, 296
+TIFF_INCH = 2
+TIFF_RESOLUTION_UNITS = 1, 2, 3  # none, inch, centimeter
+LARGEST_TIFF = 0xF0000000  # bytes; larger ones are BigTIFF
+TIFF_BYTES = 7  # a type
+TIFF_KEPT = {271: "s", 272: "s", 306: "s", 315: "s", 33432: "s", 274: "H", 700: "B"}
+"""Tags that are carried over, and their types: camera, date, author, rights, orientation, XMP."""
+
+
+class Format(NamedTuple):
+    """A kind of file."""
+    ending: str
+    read: Callable  # path -> Picture
+    write: Callable  # file, planes, source, history, compress, unit
+
+
+def picture_format(path):
+    """Return the name in FORMATS of a file's format, by its content; None for another one."""
+    if not stat.S_ISREG(os.stat(path).st_mode):  # opening a FIFO would wait forever
+        return None
+    with open(path, "rb") as file:
+        start = file.read(16)
+    if start.startswith(b"XISF"):
+        return "xisf"
+    if start.startswith(b"SIMPLE  ="):
+        return "fits"
+    return "tiff" if start[:4] in TIFF_STARTS else None
+
+
+def read_picture(path):
+    """Read the first picture of an XISF, FITS, or TIFF file, whatever its name ends with.
+
+    Unsigned integers are scaled from their full range to [0, 1], and floats that lie in [0, 1] are
+    taken as they are. Anything else, such as ADU or electrons, is brought into [0, 1] for the work;
+    `Picture.unit` tells the writers the way back.
+
+    Returns a Picture.
+    Raises BgError if the file is damaged, hostile, or of a kind that is not read.
+    """
+    with _refusals(path):
+        name = picture_format(path)
+        _require(name or os.path.isfile(path), *NOT_A_FILE)
+        _require(name, "is not an XISF, FITS, or TIFF file", "save the picture as one of them")
+    picture = FORMATS[name].read(path)
+    picture.format = name
+    return picture
+
+
+def picture_stem(path):
+    """Return a file's name without folder and without the endings of pictures."""
+    name = os.path.basename(path)
+    stem = re.sub(r"(?i)(?<=.)(\.(xisf|fits?|fts|fz|tiff?))+$", "", name)
+    return stem if stem != name else os.path.splitext(name)[0]
+
+
 # FITS
 
 def read_fits(path):
@@ -1512,10 +1520,10 @@ def _decompress_fits(path, number, part):
     _require(minversion(astropy, SAFE_ASTROPY),
              f"is compressed, which astropy {astropy.__version__} does not read safely",
              "use Python 3.9 or newer, or unpack the file with funpack first")
-    axes, tiles = _check_fits_tiles(part)
+    most = _check_fits_tiles(part)
     with open(path, "rb") as file, _lenient_fits() as fits:
         with fits.open(file, disable_image_compression=True) as hdus:
-            _check_fits_streams(hdus[number], axes, tiles)
+            _refuse_gzip_bombs(hdus[number].data, most)
     with open(path, "rb") as file, _lenient_fits() as fits:
         with fits.open(file, do_not_scale_image_data=True) as hdus:
             of_the_table = set(part.header) - set(hdus[number].header)
@@ -1524,58 +1532,45 @@ def _decompress_fits(path, number, part):
 
 
 def _check_fits_tiles(part):
-    """Refuse a compressed picture that lies about its size; return those of its axes and tiles.
+    """Refuse a compressed picture that lies about its size; return its bytes without compression.
 
     astropy writes where it must not if a setting of the codec is impossible.
     """
     header = part.header
-    bits = header.get("ZBITPIX")
-    _require(bits in FITS_TYPES, f"has the impossible ZBITPIX {bits!r}")
-    needed = math.prod(part.shape) * abs(bits) // 8
-    _require(needed <= MAX_EXPANSION["zlib"] * (part.end - part.data),
-             "claims more data than its compressed block can hold")
-    axes = _fits_axes(header, "Z")
-    rows = [1] * (len(axes) - 1) + axes[-1:]  # the tiles that nothing is said about
-    names = [f"ZTILE{axis}" for axis in range(len(axes), 0, -1)]
-    tiles = [header.get(name, length) for name, length in zip(names, rows)]
-    possible = all(isinstance(tile, int) and tile > 0 for tile in tiles)
-    _require(possible, f"has the impossible tiles {tiles}")
-    count = math.prod(_tiles_along(axes, tiles))
-    _require(count == header["NAXIS2"] <= MAX_TILES, "has another number of tiles than it claims")
-    _require(header["TFIELDS"] in range(1000), "has too many columns to be true")
+    codec = header.get("ZCMPTYPE")
+    _require(codec in SAFE_FITS_CODECS, f"is compressed with {codec}, which is not read",
+             "unpack the file with funpack first")
     for card in header["ZNAME*"].cards:
         name = str(card.value).upper()
         value = header.get(card.keyword.replace("NAME", "VAL"))
         possible = FITS_CODEC_SETTINGS.get(name, (value,))
         _require(value in possible, f"has the impossible {name} {value!r}")
-    return axes, tiles
+    _require(header["TFIELDS"] in range(1000), "has too many columns to be true")
+    tiles = 1
+    for axis, length in enumerate(_fits_axes(header, "Z")[::-1], 1):
+        side = header.get(f"ZTILE{axis}", length if axis == 1 else 1)
+        _require(isinstance(side, int) and side > 0, f"has the impossible ZTILE{axis} {side!r}")
+        tiles *= math.ceil(length / side)
+    _require(tiles == header["NAXIS2"] <= MAX_TILES, "has another number of tiles than it claims")
+    bits = header.get("ZBITPIX")
+    _require(bits in FITS_TYPES, f"has the impossible ZBITPIX {bits!r}")
+    needed = math.prod(part.shape) * abs(bits) // 8
+    _require(needed <= MAX_EXPANSION["zlib"] * (part.end - part.data),
+             "claims more data than its compressed block can hold")
+    return needed
 
 
-def _tiles_along(axes, tiles):
-    """Return how many tiles there are along each axis."""
-    return [math.ceil(length / tile) for length, tile in zip(axes, tiles)]
+def _refuse_gzip_bombs(table, most):
+    """Refuse a compressed picture if one of its tiles expands to more than `most` bytes.
 
-
-def _check_fits_streams(hdu, axes, tiles):
-    """Refuse a compressed picture if one of its tiles expands to more than it should.
-
-    astropy expands gzip without a limit, and HCOMPRESS, which begins with its height and width,
-    beyond the memory that it has for it.
+    astropy expands them without a limit.
     """
-    most = math.prod(axes) * 8  # bytes
-    is_hcompress = hdu.header["ZCMPTYPE"] == "HCOMPRESS_1"
-    for column in {"COMPRESSED_DATA", "GZIP_COMPRESSED_DATA"}.intersection(hdu.columns.names):
-        places = np.ndindex(*_tiles_along(axes, tiles))
-        for place, stream in zip(places, hdu.data[column]):
+    for column in {"COMPRESSED_DATA", "GZIP_COMPRESSED_DATA"}.intersection(table.columns.names):
+        for stream in table[column]:
             stream = stream.tobytes()
             if len(stream) > HARMLESS_STREAM and stream.startswith(GZIP_START):
                 data = zlib.decompressobj(GZIP_WINDOW).decompress(stream, most + 1)
                 _require(len(data) <= most, "has a tile that holds more than the picture")
-            if stream and is_hcompress and column == "COMPRESSED_DATA":
-                left = [length - tile * k for length, tile, k in zip(axes, tiles, place)]
-                sides = [side for side in map(min, left, tiles) if side > 1]
-                _require(sides == np.frombuffer(stream[2:10], ">i4").tolist(),
-                         "has a tile of another size than it claims")
 
 
 def _color_first(stored):
