@@ -1345,6 +1345,7 @@ TIFF_EXPANSION = {1: 1, 5: 4096, 8: 1032, 32946: 1032, 32773: 64, 50000: 1 << 16
 """The compressions that are read (none, LZW, deflate, PackBits, zstd), and how many bytes one byte
 can stand for."""
 
+LZW, LZW_CLEAR = 5, 256  # the compression, and the code in 9 bits that all its data begin with
 TIFF_COLORS = {1: 1, 2: 3}  # channels of gray and of RGB, by photometric interpretation
 TIFF_DESCRIPTION, TIFF_ICC = 270, 34675  # tags
 TIFF_X_RESOLUTION, TIFF_Y_RESOLUTION, TIFF_RESOLUTION_UNIT = 282, 283, 296
@@ -1722,15 +1723,17 @@ def _write_plain_fits(file, planes, source, cards, unit):
 def read_tiff(path):
     """Read the first picture of a TIFF file; see `read_picture`."""
     notes = []
-    with _refusals(path):
+    with _refusals(path), open(path, "rb") as file:
         import tifffile
         logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # it would print what it repairs
-        with tifffile.TiffFile(path, _multifile=False) as tiff:
+        with tifffile.TiffFile(file, _multifile=False) as tiff:
             page = tiff.pages[0]
             with suppress(IndexError, tifffile.TiffFileError):
                 if tiff.pages[1]:
                     notes.append("holds several images: only the first is used and kept")
             colors = _check_tiff_page(page, os.path.getsize(path))
+            if page.compression == LZW:
+                _check_lzw(page, file)
             if page.samplesperpixel > colors:
                 notes.append(f"has {page.samplesperpixel - colors} alpha channel(s): dropped")
             if page.is_memmappable:
@@ -1772,6 +1775,14 @@ def _check_tiff_page(page, size):
     tile = math.prod(page.chunks) * item
     _require(tile <= 4 * needed + (1 << 20), "has tiles larger than the picture")
     return colors
+
+
+def _check_lzw(page, file):
+    """Refuse LZW data that do not begin with an empty table: imagecodecs 2026.1 crashes."""
+    for position, size in zip(page.dataoffsets, page.databytecounts):
+        file.seek(position)
+        start = int.from_bytes(file.read(2), "big")
+        _require(not size or start >> 7 == LZW_CLEAR, "is damaged: its data are not LZW")
 
 
 def _tiff_word(value):

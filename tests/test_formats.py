@@ -705,6 +705,7 @@ HOSTILE = {
     ),
     "TIFF with a strip outside": tiff_file(tiff_tags(offset=10**9), bytes(300)),
     "TIFF with damaged LZW": tiff_file(tiff_tags(_259=(3, 1, 5)), b"\xff" * 300),
+    "TIFF with LZW of no table": tiff_file(tiff_tags(_259=(3, 1, 5)), b"\x7f" * 300),
     "TIFF with damaged deflate": tiff_file(tiff_tags(_259=(3, 1, 8)), b"\xff" * 300),
     "TIFF with a palette": tiff_file(tiff_tags(_262=(3, 1, 3)), bytes(300)),
     "TIFF in JPEG": tiff_file(tiff_tags(_259=(3, 1, 7)), bytes(300)),
