@@ -903,20 +903,23 @@ def write_xisf(file, planes, source=None, history=(), compress=False):
             image.set("compression", f"{codec}+sh:{size}:{item}")
             pieces = [packed]
             size = len(packed)
-    if compress or source.checksum:
-        image.set("checksum", f"sha1:{hashlib.sha1().hexdigest()}")  # as long as the final one
+    digest = hashlib.sha1()
+    has_checksum = compress or source.checksum
+    if has_checksum:
+        image.set("checksum", f"sha1:{digest.hexdigest()}")  # as long as the final one
     sizes = {location: len(block) for location, block in source.blocks.items()}
     positions = _place_blocks(root, {**sizes, "pixels": size})
     for location, block in source.blocks.items():
         file.seek(positions[location])
         file.write(block)
     file.seek(positions["pixels"])
-    if "checksum" in image.attrib:
-        image.set("checksum", f"sha1:{_write_and_hash(file, pieces)}")
-    else:
-        for piece in pieces:
-            file.write(piece)
-            del piece  # before the next plane is made
+    for piece in pieces:
+        file.write(piece)
+        if has_checksum:
+            digest.update(piece)
+        del piece  # before the next plane is made
+    if has_checksum:
+        image.set("checksum", f"sha1:{digest.hexdigest()}")
     header = XML_DECLARATION + _markup(root)
     file.seek(0)
     file.write(b"XISF0100" + len(header).to_bytes(4, "little") + bytes(4) + header)
@@ -933,18 +936,6 @@ def _check_planes(planes):
 def _in_file_order(plane):
     """Return a plane in the order of rows and bytes that the file has."""
     return np.ascontiguousarray(plane, plane.dtype.newbyteorder("<"))
-
-
-def _write_and_hash(file, pieces):
-    """Write pieces, and return their SHA-1. It is made while the disk takes them."""
-    digest = hashlib.sha1()
-    with ThreadPoolExecutor(1) as writer:
-        for piece in pieces:
-            writing = writer.submit(file.write, piece)
-            digest.update(piece)
-            writing.result()
-            del piece  # before the next plane is made
-    return digest.hexdigest()
 
 
 def _new_header(planes, source, history):
