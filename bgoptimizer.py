@@ -1206,6 +1206,7 @@ def _lenient_fits():
 
 
 def _split_cards(text):
+    """Return the cards of a header, each a line of it."""
     return [text[start:start + FITS_CARD] for start in range(0, len(text), FITS_CARD)]
 
 
@@ -1611,6 +1612,7 @@ def _read_fits_source(file, parts, number, cards, notes):
 
 
 def _padded(data, filling=b"\0"):
+    """Return bytes that fill whole blocks."""
     return data + filling * (-len(data) % FITS_BLOCK)
 
 
@@ -1663,6 +1665,7 @@ def _fits_planes_shape(planes):
 
 
 def _write_compressed_fits(file, planes, source, cards, unit):
+    """Write the HDU of a picture compressed; all of it is in memory for that."""
     data = np.stack([_in_own_unit(plane, unit) for plane in planes])
     data = data.reshape(_fits_planes_shape(planes))
     header = _valid_header(cards)
@@ -1674,6 +1677,10 @@ def _write_compressed_fits(file, planes, source, cards, unit):
 
 
 def _write_plain_fits(file, planes, source, cards, unit):
+    """Write the HDU of a picture, plane by plane.
+
+    Cards are written as they are, but with a checksum only those that astropy understands.
+    """
     stored = planes.dtype.newbyteorder(">")
     shape = _fits_planes_shape(planes)
     with _lenient_fits() as fits:
