@@ -53,7 +53,7 @@ import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timezone
 from typing import Callable, Iterator, NamedTuple, Sequence
 from xml.etree import ElementTree
@@ -301,6 +301,9 @@ STALE_PIXEL_METADATA = re.compile(
 STALE_IMAGE_ATTRIBUTES = (
     "location", "compression", "subblocks", "checksum", "byteOrder", "pixelStorage", "offset")
 
+NOT_A_FILE = "is not a file", "name a picture, or save the data to one first"
+BARE_XISF = "<xisf><Image/><Metadata/></xisf>"
+
 NOT_DECODED = (
     ValueError, OverflowError, zlib.error, zstandard.ZstdError, lz4.block.LZ4BlockError)
 """What the decoders raise on damaged data."""
@@ -378,23 +381,42 @@ def read_xisf(path):
     Returns a Picture.
     Raises BgError if the file is damaged, hostile, or of a kind that is not read.
     """
-    try:
+    with _refusals(path):
         mode = os.stat(path).st_mode
-        _require(stat.S_ISREG(mode), "is not a file",  # and opening a FIFO would wait forever
-                 "name an XISF file, or save the data to one first")
+        _require(stat.S_ISREG(mode), *NOT_A_FILE)  # and opening a FIFO would wait forever
         with open(path, "rb") as file:
             root, opened = _read_header(file)
             planes = _read_pixels(root, opened)
             source = _read_source(root, opened)
+    return Picture(planes, source, opened.warnings)
+
+
+@contextmanager
+def _refusals(path):
+    """Turn all that goes wrong while a file is read into a BgError."""
+    try:
+        _require("\0" not in str(path), "has a NUL in its name, which no file can have",
+                 "check the name")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the libraries' own, on headers not quite right
+            yield
+    except BgError:
+        raise
     except _Unreadable as error:
         raise BgError(f"{path} {error}; {error.advice}") from None
-    except OSError as error:
-        reason = error.strerror or error
-        raise BgError(f"{path} cannot be read: {reason}; check the path and the disk") from None
     except MemoryError:
         raise BgError(f"{path} needs more memory than there is; "
                       "close other programs or crop the picture") from None
-    return Picture(planes, source, opened.warnings)
+    except OSError as error:
+        reason = error.strerror or error
+        raise BgError(f"{path} cannot be read: {reason}; check the path and the disk") from None
+    except ImportError as error:
+        raise BgError(f"{path} cannot be read without {error.name}; install it with: "
+                      "python -m pip install -r requirements.txt") from None
+    except Exception as error:  # the libraries raise anything on damaged files
+        reason = " ".join(str(error).split())[:100]
+        raise BgError(f"{path} is damaged, or of a kind that is not read ({reason}); "
+                      "copy or save it again") from None
 
 
 def _require(fact, problem, *advice):
@@ -868,11 +890,8 @@ def write_xisf(file, planes, source=None, history=(), compress=False):
     The pixels get a checksum if they are to be compressed, or if those of the source had one.
     Raises ValueError if the planes are of a shape or type that could not be read back.
     """
-    if len(planes.shape) != 3 or planes.shape[0] not in (1, 3) or 0 in planes.shape:
-        raise ValueError(f"planes must be (c, h, w) with c = 1 or 3, not {planes.shape}")
-    if planes.dtype.name not in ("float32", "float64"):
-        raise ValueError(f"planes must be float32 or float64, not {planes.dtype}")
-    source = source or Source(ElementTree.XML("<xisf><Image/><Metadata/></xisf>"), {})
+    _check_planes(planes)
+    source = source or Source(ElementTree.XML(BARE_XISF), {})
     root = _new_header(planes, source, history)
     image = root.find("Image")
     item = planes.dtype.itemsize
@@ -884,40 +903,39 @@ def write_xisf(file, planes, source=None, history=(), compress=False):
             image.set("compression", f"{codec}+sh:{size}:{item}")
             pieces = [packed]
             size = len(packed)
-    if compress or source.checksum:
-        image.set("checksum", f"sha1:{hashlib.sha1().hexdigest()}")  # as long as the final one
+    digest = hashlib.sha1()
+    has_checksum = compress or source.checksum
+    if has_checksum:
+        image.set("checksum", f"sha1:{digest.hexdigest()}")  # as long as the final one
     sizes = {location: len(block) for location, block in source.blocks.items()}
     positions = _place_blocks(root, {**sizes, "pixels": size})
     for location, block in source.blocks.items():
         file.seek(positions[location])
         file.write(block)
     file.seek(positions["pixels"])
-    if "checksum" in image.attrib:
-        image.set("checksum", f"sha1:{_write_and_hash(file, pieces)}")
-    else:
-        for piece in pieces:
-            file.write(piece)
-            del piece  # before the next plane is made
+    for piece in pieces:
+        file.write(piece)
+        if has_checksum:
+            digest.update(piece)
+        del piece  # before the next plane is made
+    if has_checksum:
+        image.set("checksum", f"sha1:{digest.hexdigest()}")
     header = XML_DECLARATION + _markup(root)
     file.seek(0)
     file.write(b"XISF0100" + len(header).to_bytes(4, "little") + bytes(4) + header)
 
 
+def _check_planes(planes):
+    """Refuse to write planes of a shape or type that could not be read back."""
+    if len(planes.shape) != 3 or planes.shape[0] not in (1, 3) or 0 in planes.shape:
+        raise ValueError(f"planes must be (c, h, w) with c = 1 or 3, not {planes.shape}")
+    if planes.dtype.name not in ("float32", "float64"):
+        raise ValueError(f"planes must be float32 or float64, not {planes.dtype}")
+
+
 def _in_file_order(plane):
     """Return a plane in the order of rows and bytes that the file has."""
     return np.ascontiguousarray(plane, plane.dtype.newbyteorder("<"))
-
-
-def _write_and_hash(file, pieces):
-    """Write pieces, and return their SHA-1. It is made while the disk takes them."""
-    digest = hashlib.sha1()
-    with ThreadPoolExecutor(1) as writer:
-        for piece in pieces:
-            writing = writer.submit(file.write, piece)
-            digest.update(piece)
-            writing.result()
-            del piece  # before the next plane is made
-    return digest.hexdigest()
 
 
 def _new_header(planes, source, history):
@@ -1019,63 +1037,26 @@ def atomic_outputs(*paths):
 
 
 # --------------------------------------------------------------------------------------------------
-# Pictures on disk: FITS and TIFF, and the table of formats
+# Pictures on disk: units, and metadata that all formats can hold
 #
-# astropy understands the values in FITS headers and compresses, tifffile does TIFF. Both trust what
-# a file says about its size, so that is checked here before they take memory for it.
-# FITS: https://fits.gsfc.nasa.gov/fits_standard.html. Astro-TIFF, a FITS header in the description
-# of a TIFF file: https://astro-tiff.sourceforge.io.
+# astropy understands the keywords of FITS, which XISF has too, and which Astro-TIFF has in the
+# description of a TIFF file: https://astro-tiff.sourceforge.io.
 # --------------------------------------------------------------------------------------------------
-
-FITS_BLOCK = 2880
-"""Bytes: headers and data of FITS files fill whole blocks."""
-
-FITS_CARD = 80
-"""Characters of a card, a line of a FITS header."""
-
-MAX_FITS_HEADERS = 1 << 22
-"""Bytes of all headers in a FITS file together; 52 thousand cards. Real ones are far below."""
-
-MAX_TILES = 1_000_000
-"""Tiles or strips of a picture, each of which takes a call to decompress. Real ones hold a row or
-more."""
-
-HARMLESS_TILE = 1 << 28
-"""Bytes that a tile may expand to without a closer look."""
-
-GZIP_START, GZIP_WINDOW = b"\x1f\x8b", 31  # how gzip data begin, and what zlib calls them
-
-MAX_TIFF_TAGS = 1000
-"""Tags of a TIFF file's first directory. Real ones have some twenty."""
 
 LARGEST_VALUE = 1e30
 """Floating point beyond it is no light: it is damage, or means something else."""
 
-END_CARD = "END".ljust(FITS_CARD)
-FITS_TYPES = {8: "u1", 16: "i2", 32: "i4", 64: "i8", -32: "f4", -64: "f8"}  # by BITPIX
+FITS_CARD = 80
+"""Characters of a card, a line of a FITS header."""
+
 FITS_NAME = re.compile("[A-Z0-9_-]{1,8}")
-FITS_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([EDed][-+]?\d+)?|[TF]")
+FITS_NUMBER = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)([EDed][-+]?\d+)?|[TF]")
 FITS_TEXT_NAMES = ("COMMENT", "HISTORY", "")  # cards without a value
-# Keywords that every writer makes anew, and those of the table that a compressed picture stands in
+# Keywords that every writer makes anew
 FITS_STRUCTURE = re.compile(
-    r"SIMPLE|XTENSION|EXTEND|BITPIX|NAXIS\d*|PCOUNT|GCOUNT|BSCALE|BZERO|BLANK|END|GROUPS")
-FITS_COMPRESSION = re.compile(
-    r"TFIELDS|THEAP|T(TYPE|FORM|UNIT|SCAL|ZERO|NULL|DISP|DIM)\d+|Z(IMAGE|TENSION|BITPIX|PCOUNT"
-    r"|GCOUNT|SIMPLE|EXTEND|BLOCKED|CMPTYPE|QUANTIZ|DITHER0|BLANK|MASKCMP|HECKSUM|DATASUM|SCALE"
-    r"|ZERO|(NAXIS|TILE|NAME|VAL)\d*)")
-
-TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-TIFF_EXPANSION = {1: 1, 5: 4096, 8: 1032, 32946: 1032, 32773: 64, 50000: 1 << 16}
-"""The compressions that are read (none, LZW, deflate, PackBits, zstd), and how many bytes one byte
-can stand for."""
-
-TIFF_ICC = 34675  # the tag
-TIFF_BYTES = 7  # its type
-TIFF_GRAY, TIFF_RGB = 1, 2
-TIFF_INCH = 2
-TIFF_RESOLUTION_UNITS = 1, 2, 3  # none, inch, centimeter
-TIFF_KEPT = {271: "s", 272: "s", 306: "s", 315: "s", 33432: "s", 274: "H", 700: "B"}
-"""Tags that are carried over, and their types: camera, date, author, rights, orientation, XMP."""
+    r"SIMPLE|XTENSION|EXTEND|BITPIX|NAXIS\d*|PCOUNT|GCOUNT|BSCALE|BZERO|BLANK|END|GROUPS"
+    "|DATASUM|CHECKSUM")
+BLANK_CONTINUE = re.compile("CONTINUE +' {40}")  # astropy takes hours for many in a row
 
 
 @dataclass
@@ -1093,8 +1074,279 @@ class TiffSource:
     """What a TIFF file has besides its pixels."""
     description: bytes = b""
     icc: bytes = b""  # color profile
-    resolution: tuple = ()  # horizontal and vertical, and the unit
-    tags: tuple = ()  # others that are kept, as tifffile's writer takes them
+    options: dict = field(default_factory=dict)  # others, as tifffile's writer takes them
+
+
+def _to_unit_range(stored, path, step=1.0, zero=0.0, blank=None):
+    """Bring samples as a file has them into [0, 1].
+
+    Args:
+        stored: (c, h, w) of any type of number.
+        step, zero: what they mean is stored * step + zero.
+        blank: the integer that means "missing".
+
+    Returns planes (c, h, w) that are float64 if `stored` is, else float32; the Unit; and a sentence
+    on it.
+    """
+    white = _white(stored.dtype, step, zero)
+    is_float = stored.dtype.kind == "f"
+    planes = np.empty(stored.shape, "f8" if is_float and stored.dtype.itemsize == 8 else "f4")
+    calculated = planes.dtype if is_float else np.float64
+    for plane, target in zip(stored, planes):
+        for rows in _strips(*plane.shape):
+            raw = plane[rows]
+            values = raw.astype(calculated)
+            values = (values * step + zero) / (white or 1)
+            if blank is not None:
+                values[raw == blank] = np.nan
+            target[rows] = values
+    if white:
+        return planes, Unit(), f"integers, {white} = white"
+    unit, note = _fit_into_unit_range(planes, path)
+    return planes, unit, note
+
+
+def _white(dtype, step, zero):
+    """Return the largest value of unsigned integers, and None for other numbers.
+
+    FITS has no unsigned integers of more than 8 bits: it stores signed ones and adds half the
+    range.
+    """
+    if dtype.kind == "f" or step != 1:
+        return None
+    limits = np.iinfo(dtype)
+    return int(limits.max + zero) if limits.min + zero == 0 else None
+
+
+def _finite_range(values):
+    """Return the smallest and the largest of the finite values; inf and -inf without any."""
+    low, high = values.min(), values.max()
+    if not np.isfinite([low, high]).all():
+        finite = np.isfinite(values)
+        low = values.min(where=finite, initial=math.inf)
+        high = values.max(where=finite, initial=-math.inf)
+    return float(low), float(high)
+
+
+def array_unit(planes):
+    """Bring planes outside [0, 1] into it, in place, and return their Unit. Raises BgError."""
+    unit, _ = _fit_into_unit_range(planes, "the image")
+    return unit
+
+
+def _fit_into_unit_range(planes, name):
+    """Bring planes outside [0, 1] into it, in place; return their Unit and a sentence on it.
+
+    Room is left where the corrected picture may need it: above the brightest star, and below the
+    noise of the darkest sky, so that negative values stay what they are.
+    """
+    lows, highs = zip(*map(_finite_range, planes))
+    lowest, highest = min(lows), max(highs)
+    if lowest >= 0 and highest <= 1 or lowest > highest:
+        return Unit(), "from 0 to 1"
+    values_are = f"from {lowest:.6g} to {highest:.6g}"
+    if max(-lowest, highest) >= LARGEST_VALUE:
+        raise BgError(f"{name} has values {values_are}, which cannot be light; "
+                      "look at it, and at what was done to it")
+    offset = 0.0
+    if lowest < 0:
+        offset = lowest - _room_below(planes, lowest, highest)
+    # A power of two: without an offset, all digits stay
+    scale = 2.0 ** (math.ceil(math.log2(highest - offset)) + 1)
+    for plane in planes:
+        missing = plane == 0
+        plane -= offset
+        plane /= scale
+        plane[missing] = 0
+    note = (f"{values_are}, written back in this unit; "
+            f"the levels below are (value {-offset:+.6g}) / {scale:g}")
+    return Unit(scale, offset), note
+
+
+def _room_below(planes, lowest, highest):
+    """Return how much darker than its darkest sample a picture may become."""
+    height, width = planes[0].shape
+    every = (height * width >> 20) | 1  # odd, so that it meets all columns
+    sample = planes.reshape(len(planes), -1)[:, ::every]
+    sample = sample[np.isfinite(sample) & (sample != 0)]
+    middle, bright = lowest, highest
+    if sample.size:
+        middle, bright = map(float, np.quantile(sample, (0.5, 0.999)))
+    return max(2 * (middle - lowest), bright - middle, -lowest / 1000)
+
+
+def mask_weights(planes):
+    """Scale the weights of a mask to [0, 1], if they are not yet, so that the largest is 1.
+
+    So 255 means "use" in floats, and 1 does in integers, whose full range is far larger.
+    """
+    _, largest = _finite_range(planes)
+    if largest > 1 or 0 < largest < 1 / 254:  # as floats, 1 / 255 is a little more than that
+        return planes / planes.dtype.type(largest)
+    return planes
+
+
+def _in_own_unit(plane, unit):
+    """Return a plane's samples in the unit of their picture. Missing ones stay 0."""
+    if unit == Unit():
+        return plane
+    number = plane.dtype.type
+    values = plane * number(unit.scale) + number(unit.offset)
+    values[plane == 0] = 0
+    return values
+
+
+@contextmanager
+def _lenient_fits():
+    """Give astropy's FITS module, which keeps to itself what it thinks of a header."""
+    from astropy.io import fits
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield fits
+
+
+def _split_cards(text):
+    """Return the cards of a header, each a line of it."""
+    return [text[start:start + FITS_CARD] for start in range(0, len(text), FITS_CARD)]
+
+
+def _printable(text):
+    """Return what a FITS header can hold of a text."""
+    return re.sub("[^ -~]", "?", text)
+
+
+def _text_cards(name, text):
+    """Return cards without a value, such as HISTORY, that hold a text."""
+    lines = textwrap.wrap(_printable(text), HISTORY_COLUMNS) or [""]
+    return [f"{name:8}{line}".ljust(FITS_CARD) for line in lines]
+
+
+def _cards_of_xisf(source):
+    """Return the FITSKeyword elements of an XISF file as FITS cards."""
+    cards = []
+    for element in source.root.findall("Image/FITSKeyword"):
+        name = _printable(element.get("name", "").strip().upper())
+        value = _printable(element.get("value", "").strip())
+        comment = _printable(element.get("comment", ""))
+        if FITS_STRUCTURE.fullmatch(name) or name == "CONTINUE" or len(name) > FITS_CARD // 2:
+            continue
+        if name in FITS_TEXT_NAMES:
+            cards += _text_cards(name, comment or value)
+        elif FITS_NAME.fullmatch(name) and (not value or FITS_NUMBER.fullmatch(value)):
+            card = f"{name:8}= {value:>20} / {comment}"  # all digits, as they stand there
+            cards.append(card[:FITS_CARD].ljust(FITS_CARD))
+        else:
+            if value.startswith("'"):
+                value = value[1:-1].replace("''", "'").rstrip()
+            with _lenient_fits() as fits, suppress(ValueError):  # a name that no card can have
+                cards += _split_cards(str(fits.Card(name, value, comment)))
+    return cards
+
+
+def _valid_header(cards):
+    """Return astropy's header of cards, without malformed ones, which it would not write."""
+    with _lenient_fits() as fits:
+        header = fits.Header()
+        text = "".join(card for card in cards if not BLANK_CONTINUE.match(card))
+        for card in fits.Header.fromstring(text).cards:
+            with suppress(ValueError, fits.VerifyError):
+                card.verify("exception")
+                str(card).encode("ascii")
+                header.append(card)
+        return header
+
+
+def _keyword(card):
+    """Return one of astropy's cards as attributes of XISF's FITSKeyword element."""
+    name, value = card.keyword, card.value
+    if name in FITS_TEXT_NAMES:
+        return {"name": name, "value": "", "comment": str(value)}
+    text = card.image.partition("=")[2].partition("/")[0].strip()  # all digits, as they stand there
+    if isinstance(value, str):
+        text = "'" + value.replace("'", "''") + "'"
+    return {"name": name, "value": text, "comment": card.comment}
+
+
+def _icc_of_xisf(source):
+    """Return the color profile of an XISF file, b"" without one."""
+    element = source.root.find("Image/ICCProfile")
+    if element is None:
+        return b""
+    data = source.blocks.get(element.get("location"))
+    if data is None:
+        block = _find_block(element, opened=None)  # it stands in the header
+    else:
+        block = _Block(element.attrib, len(data), data=bytes(data))
+    codec, size, item = _read_compression(block)
+    if codec is None:
+        return block.data
+    data = _decompress(block, None, codec, size)
+    return bytes(_unshuffle(data, item))
+
+
+def _shared_metadata(source):
+    """Return what all formats can hold of a file's metadata: FITS cards, and the color profile."""
+    if isinstance(source, Source):
+        icc = b""
+        with suppress(_Unreadable, AttributeError):  # a damaged profile is lost, not the picture
+            icc = _icc_of_xisf(source)
+        return _cards_of_xisf(source), icc
+    if isinstance(source, FitsSource):
+        return source.cards, source.icc
+    return [], source.icc if source else b""
+
+
+# --------------------------------------------------------------------------------------------------
+# Pictures on disk: FITS and TIFF, and the table of formats
+#
+# astropy understands FITS headers and compression, tifffile reads TIFF. Both trust what a file says
+# about its size, so that is checked here before they take memory for it.
+# The FITS standard: https://fits.gsfc.nasa.gov/fits_standard.html.
+# --------------------------------------------------------------------------------------------------
+
+FITS_BLOCK = 2880
+"""Bytes: headers and data of FITS files fill whole blocks."""
+
+MAX_FITS_CARDS = 20_000
+"""Cards of a FITS header that is read. Real ones have some hundreds."""
+
+MAX_KEPT_CARDS = 18_000
+"""Cards that the outputs take over. With HISTORY, there must be fewer than MAX_FITS_CARDS, so that
+they can be read again."""
+
+MAX_TILES = 1_000_000
+"""Tiles or strips of a picture, each of which takes a call to decompress. Real ones hold a row or
+more."""
+
+HARMLESS_STREAM = 1 << 18
+"""Bytes of gzip that are expanded without a closer look: to 271 MB at most."""
+
+GZIP_START, GZIP_WINDOW = b"\x1f\x8b", 31  # how gzip data begin, and what zlib calls them
+
+SAFE_ASTROPY = "5.3"
+"""The first astropy that does not hang on a hostile compressed FITS file. It needs Python 3.9."""
+
+END_CARD = "END".ljust(FITS_CARD)
+FITS_TYPES = {8: "u1", 16: "i2", 32: "i4", 64: "i8", -32: "f4", -64: "f8"}  # by BITPIX
+SAFE_FITS_CODECS = ("RICE_1", "RICE_ONE", "GZIP_1", "GZIP_2", "NOCOMPRESS")
+"""Of HCOMPRESS_1 and PLIO_1, which no camera makes, damaged data end Python with a crash."""
+FITS_CODEC_SETTINGS = {"BLOCKSIZE": (16, 32), "BYTEPIX": (1, 2, 4)}  # names and possible values
+
+TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+TIFF_EXPANSION = {1: 1, 5: 4096, 8: 1032, 32946: 1032, 32773: 64, 50000: 1 << 16}
+"""The compressions that are read (none, LZW, deflate, PackBits, zstd), and how many bytes one byte
+can stand for."""
+
+LZW, LZW_CLEAR = 5, 256  # the compression, and the code in 9 bits that all its data begin with
+TIFF_COLORS = {1: 1, 2: 3}  # channels of gray and of RGB, by photometric interpretation
+TIFF_DESCRIPTION, TIFF_ICC = 270, 34675  # tags
+TIFF_X_RESOLUTION, TIFF_Y_RESOLUTION, TIFF_RESOLUTION_UNIT = 282, 283, 296
+TIFF_INCH = 2
+TIFF_RESOLUTION_UNITS = 1, 2, 3  # none, inch, centimeter
+LARGEST_TIFF = 0xF0000000  # bytes; larger ones are BigTIFF
+TIFF_BYTES = 7  # a type
+TIFF_KEPT = {271: "s", 272: "s", 306: "s", 315: "s", 33432: "s", 274: "H", 700: "B"}
+"""Tags that are carried over, and their types: camera, date, author, rights, orientation, XMP."""
 
 
 class Format(NamedTuple):
@@ -1129,11 +1381,8 @@ def read_picture(path):
     """
     with _refusals(path):
         name = picture_format(path)
-    if name is None and not os.path.isfile(path):
-        raise BgError(f"{path} is not a file; name a picture, or save the data to one first")
-    if name is None:
-        raise BgError(f"{path} is not an XISF, FITS, or TIFF file; "
-                      "save the picture as one of them")
+        _require(name or os.path.isfile(path), *NOT_A_FILE)
+        _require(name, "is not an XISF, FITS, or TIFF file", "save the picture as one of them")
     picture = FORMATS[name].read(path)
     picture.format = name
     return picture
@@ -1146,267 +1395,6 @@ def picture_stem(path):
     return stem if stem != name else os.path.splitext(name)[0]
 
 
-@contextmanager
-def _refusals(path):
-    """Turn all that goes wrong while a file is read into a BgError."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the libraries' own, on headers not quite right
-            yield
-    except BgError:
-        raise
-    except _Unreadable as error:
-        raise BgError(f"{path} {error}; {error.advice}") from None
-    except MemoryError:
-        raise BgError(f"{path} needs more memory than there is; "
-                      "close other programs or crop the picture") from None
-    except OSError as error:
-        reason = error.strerror or error
-        raise BgError(f"{path} cannot be read: {reason}; check the path and the disk") from None
-    except ImportError as error:
-        raise BgError(f"{path} cannot be read without {error.name}; install it with: "
-                      "python -m pip install -r requirements.txt") from None
-    except Exception as error:  # the libraries raise anything on damaged files
-        reason = " ".join(str(error).split())[:100]
-        raise BgError(f"{path} is damaged, or of a kind that is not read ({reason}); "
-                      "copy or save it again") from None
-
-
-# What the formats share: units, and metadata that they agree on
-
-def _to_unit_range(stored, step=1.0, zero=0.0, blank=None):
-    """Bring samples as a file has them into [0, 1].
-
-    Args:
-        stored: (c, h, w) of any type of number.
-        step, zero: what they mean is stored * step + zero.
-        blank: the integer that means "missing".
-
-    Returns planes (c, h, w) that are float64 if `stored` is, else float32; the Unit; and a sentence
-    on it.
-    """
-    planes = np.empty(stored.shape, "f8" if stored.dtype.itemsize == 8 and stored.dtype.kind == "f"
-                      else "f4")
-    white = _white(stored.dtype, step, zero)
-    calculated = planes.dtype if stored.dtype.kind == "f" else np.float64
-    lowest, highest = math.inf, -math.inf
-    for plane, target in zip(stored, planes):
-        for rows in _strips(*plane.shape):
-            raw = plane[rows]
-            values = raw.astype(calculated)
-            if (step, zero) != (1, 0):
-                values = values * step + zero
-            if white:
-                values /= white
-            if blank is not None:
-                values[raw == blank] = np.nan
-            target[rows] = values
-            low, high = _finite_range(values)
-            lowest = min(lowest, low)
-            highest = max(highest, high)
-    if white:
-        return planes, Unit(), f"integers, {white} = white"
-    if lowest >= 0 and highest <= 1 or lowest > highest:
-        return planes, Unit(), "from 0 to 1"
-    largest = max(abs(lowest), abs(highest))
-    _require(largest < LARGEST_VALUE, f"has values up to {largest:.3g}, which cannot be light",
-             "look at it in another program")
-    unit = _own_unit(planes, lowest, highest)
-    note = (f"from {lowest:.6g} to {highest:.6g}, written back in this unit; "
-            f"the levels below are (value {-unit.offset:+.6g}) / {unit.scale:g}")
-    return planes, unit, note
-
-
-def _white(dtype, step, zero):
-    """Return the largest value of unsigned integers, and None for other numbers.
-
-    FITS has no unsigned integers of more than 8 bits: it stores signed ones and adds half the
-    range.
-    """
-    if dtype.kind not in "iu" or step != 1:
-        return None
-    numbers_of = np.iinfo(dtype)
-    return int(numbers_of.max + zero) if numbers_of.min + zero == 0 else None
-
-
-def _finite_range(values):
-    """Return the smallest and the largest of the finite values; inf and -inf without any."""
-    low, high = values.min(), values.max()
-    if not (math.isfinite(low) and math.isfinite(high)):
-        finite = values[np.isfinite(values)]
-        if not finite.size:
-            return math.inf, -math.inf
-        low, high = finite.min(), finite.max()
-    return float(low), float(high)
-
-
-def _own_unit(planes, lowest, highest):
-    """Scale planes in their own unit into [0, 1], in place, and return the Unit.
-
-    Room is left where the corrected picture may need it: above the brightest star, and below the
-    noise of the darkest sky, so that negative values stay what they are.
-    """
-    offset = 0.0
-    if lowest < 0:
-        every = max(1, planes[0].shape[0] * planes[0].shape[1] >> 20)
-        sample = planes.reshape(len(planes), -1)[:, ::every | 1]
-        sample = sample[np.isfinite(sample) & (sample != 0)]
-        middle, bright = np.quantile(sample, (0.5, 0.999)) if sample.size else (lowest, highest)
-        room = max(2 * (middle - lowest), bright - middle, -lowest / 1000)
-        offset = float(lowest - room)
-    # A power of two: without an offset, all digits stay
-    scale = 2.0 ** (math.ceil(math.log2(highest - offset)) + 1)
-    for plane in planes:
-        for rows in _strips(*plane.shape):
-            values = plane[rows]
-            missing = values == 0
-            values = (values - offset) / scale
-            values[missing] = 0
-            plane[rows] = values
-    return Unit(scale, offset)
-
-
-def array_unit(planes):
-    """Bring planes outside [0, 1] into it, in place, and return their Unit. Raises BgError."""
-    ranges = [_finite_range(plane) for plane in planes]
-    lowest = min(low for low, _ in ranges)
-    highest = max(high for _, high in ranges)
-    if lowest >= 0 and highest <= 1 or lowest > highest:
-        return Unit()
-    if max(abs(lowest), abs(highest)) >= LARGEST_VALUE:
-        raise BgError(f"the image has values from {lowest:.3g} to {highest:.3g}, which cannot be "
-                      "light; look at it, and at what was done to it")
-    return _own_unit(planes, lowest, highest)
-
-
-def mask_weights(planes):
-    """Scale the weights of a mask to [0, 1], if they are not yet, so that the largest is 1.
-
-    So 255 means "use" in floats, and 1 does in integers, whose full range is far larger.
-    """
-    largest = _finite_range(planes)[1]
-    if largest > 1 or 0 < largest < 1 / 254:  # as floats, 1 / 255 is a little more than that
-        return planes / planes.dtype.type(largest)
-    return planes
-
-
-def _in_own_unit(plane, unit):
-    """Return a plane's samples in the unit of their picture. Missing ones stay 0."""
-    if unit == Unit():
-        return plane
-    values = plane * plane.dtype.type(unit.scale) + plane.dtype.type(unit.offset)
-    values[plane == 0] = 0
-    return values
-
-
-@contextmanager
-def _lenient_fits():
-    """Give astropy's FITS module, which keeps to itself what it thinks of a header."""
-    from astropy.io import fits
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield fits
-
-
-def _card(name, value, comment=""):
-    """Return a FITS card, or several for a long text, as strings of 80 characters."""
-    with _lenient_fits() as fits:  # long comments are cut
-        return _split_cards(str(fits.Card(name, value, comment)))
-
-
-def _split_cards(text):
-    return [text[start:start + FITS_CARD] for start in range(0, len(text), FITS_CARD)]
-
-
-def _printable(text):
-    """Return what a FITS header can hold of a text."""
-    return "".join(letter if " " <= letter <= "~" else "?" for letter in text)
-
-
-def _text_cards(name, text):
-    """Return cards without a value, such as HISTORY, that hold a text."""
-    lines = textwrap.wrap(_printable(text), HISTORY_COLUMNS) or [""]
-    return [f"{name:8}{line}".ljust(FITS_CARD) for line in lines]
-
-
-def _cards_of_xisf(source):
-    """Return the FITSKeyword elements of an XISF file as FITS cards."""
-    cards = []
-    for element in source.root.findall("Image/FITSKeyword"):
-        name = _printable(element.get("name", "").strip().upper())
-        value = element.get("value", "").strip()
-        comment = _printable(element.get("comment", ""))
-        if FITS_STRUCTURE.fullmatch(name) or name == "CONTINUE":
-            continue
-        if name in FITS_TEXT_NAMES:
-            cards += _text_cards(name, comment or value)
-        elif FITS_NAME.fullmatch(name) and FITS_NUMBER.fullmatch(value):
-            cards.append(f"{name:8}= {value:>20} / {comment}"[:FITS_CARD].ljust(FITS_CARD))
-        elif value.startswith("'") or value:
-            text = value[1:-1].replace("''", "'").rstrip() if value.startswith("'") else value
-            with suppress(ValueError):  # a name that no card can have
-                cards += _card(name, _printable(text), comment)
-        else:
-            cards.append(f"{name:8}=".ljust(31) + f" / {comment}"[:49].ljust(49))
-    return cards
-
-
-def _keywords(cards):
-    """Return FITS cards as attributes of XISF's FITSKeyword elements."""
-    keywords = []
-    with _lenient_fits() as fits:
-        for card in fits.Header.fromstring("".join(cards)).cards:
-            with suppress(ValueError, fits.VerifyError):  # a malformed card is lost
-                keywords.append(_keyword(card))
-    return keywords
-
-
-def _keyword(card):
-    """Return one of astropy's cards as attributes of a FITSKeyword element."""
-    name, value = card.keyword, card.value
-    if name in FITS_TEXT_NAMES:
-        return {"name": name, "value": "", "comment": str(value)}
-    text = card.image.partition("=")[2].partition("/")[0].strip()  # all digits, as they stand there
-    if isinstance(value, str):
-        text = "'" + value.replace("'", "''") + "'"
-    return {"name": name, "value": text, "comment": card.comment}
-
-
-def _icc_of_xisf(source):
-    """Return the color profile of an XISF file, b"" without one."""
-    element = source.root.find("Image/ICCProfile")
-    if element is None:
-        return b""
-    location = element.get("location", "")
-    attributes = element.attrib
-    data = source.blocks.get(location)
-    if data is None:
-        encoding = location.partition(":")[2]
-        if location.startswith("embedded"):
-            element = element.find("Data")
-            encoding = element.get("encoding", "base64")
-            attributes = {**attributes, **element.attrib}
-        data = _decode_text(element.text, encoding)
-    block = _Block(attributes, len(data), data=bytes(data))
-    codec, size, item = _read_compression(block)
-    if codec:
-        data = _decompress(block, None, codec, size)
-        data = _unshuffle(data, item) if item > 1 else data
-    return bytes(data)
-
-
-def _shared_metadata(source):
-    """Return what all formats can hold of a file's metadata: FITS cards, and the color profile."""
-    if isinstance(source, Source):
-        icc = b""
-        with suppress(_Unreadable, AttributeError):  # a damaged profile is lost, not the picture
-            icc = _icc_of_xisf(source)
-        return _cards_of_xisf(source), icc
-    if isinstance(source, FitsSource):
-        return source.cards, source.icc
-    return [], source.icc if source else b""
-
-
 # FITS
 
 def read_fits(path):
@@ -1415,166 +1403,165 @@ def read_fits(path):
     Planes (3, h, w) and (h, w, 3) are color, and lone axes count for nothing. The rows stay in the
     file's order: the sky does not care which end is up.
     """
+    notes = []
     with _refusals(path), open(path, "rb") as file:
-        notes = []
-        parts = _fits_parts(file, notes)
-        pictures = [number for number, part in enumerate(parts) if _fits_shape(part.header)]
+        parts = _read_fits_parts(file, notes)
+        pictures = [number for number, part in enumerate(parts) if part.shape]
         _require(pictures, "holds no picture of two or three axes", "name another file")
         if len(pictures) > 1:
             notes.append(f"holds {len(pictures)} images: only the first is used")
         number = pictures[0]
-        header = parts[number].header
-        if header.get("ZIMAGE") is True:
-            stored = _decompressed_fits(file, number, header)
+        part = parts[number]
+        header, cards = part.header, part.cards
+        if part.is_compressed:
+            stored, cards = _decompress_fits(path, number, part)
         else:
             dtype = ">" + FITS_TYPES[header["BITPIX"]]
-            shape = tuple(_fits_shape(header))
-            stored = np.memmap(file, dtype, "r", parts[number].data, shape)
+            stored = np.memmap(file, dtype, "r", part.data, tuple(part.shape))
         stored = _color_first(stored)
         step, zero = header.get("BSCALE", 1), header.get("BZERO", 0)
-        numeric = isinstance(step, (int, float)) and isinstance(zero, (int, float))
-        _require(numeric and math.isfinite(step) and math.isfinite(zero) and step,
-                 f"has the impossible BSCALE {step!r} or BZERO {zero!r}")
-        blank = header.get("BLANK") if stored.dtype.kind in "iu" else None
-        planes, unit, note = _to_unit_range(stored, step, zero, blank)
+        impossible = f"has the impossible BSCALE {step!r} or BZERO {zero!r}"
+        _require(isinstance(step, (int, float)) and isinstance(zero, (int, float)), impossible)
+        _require(step and math.isfinite(step) and math.isfinite(zero), impossible)
+        blank = header.get("BLANK") if stored.dtype.kind != "f" else None
+        planes, unit, note = _to_unit_range(stored, path, step, zero, blank)
         if len(planes) == 1 and ("BAYERPAT" in header or "COLORTYP" in header):
             notes.append("seems to be a color filter mosaic: if it is, debayer it first")
-        source = _fits_source(file, parts, number, notes)
+        source = _read_fits_source(file, parts, number, cards, notes)
     return Picture(planes, source, notes, unit, note=note)
 
 
 class _FitsPart(NamedTuple):
     """An HDU: a header and its data."""
     header: object  # astropy's
-    cards: list
+    cards: list  # of str
     start: int  # byte at which the header starts
     data: int  # byte at which the data start
     end: int  # byte behind the data and their padding
+    shape: list  # of its picture; empty if it has none
+
+    @property
+    def is_compressed(self):
+        return self.header.get("ZIMAGE") is True
 
 
-def _fits_parts(file, notes):
-    """Return a file's HDUs; what cannot be understood behind the first picture is left out."""
+def _read_fits_parts(file, notes):
+    """Return a file's HDUs. Behind the first picture, what cannot be understood is left out."""
     size = os.fstat(file.fileno()).st_size
     parts = []
-    position = room = 0
-    found = False
+    position = 0
     while position < size:
         try:
-            part, room = _fits_part(file, position, size, room)
+            part = _read_fits_part(file, position, size)
         except Exception:
-            if not found:
+            if not any(part.shape for part in parts):
                 raise
             notes.append(f"has {size - position} bytes at its end that are not FITS: not kept")
             break
         parts.append(part)
-        found = found or bool(_fits_shape(part.header))
         position = part.end
     return parts
 
 
-def _fits_part(file, position, size, used):
-    """Return the HDU at a position, and the bytes of all headers until its end."""
+def _read_fits_part(file, position, size):
+    """Return the HDU at a position in a file of so many bytes."""
     from astropy.io import fits
     file.seek(position)
     cards = []
     while END_CARD not in cards[-FITS_BLOCK // FITS_CARD:]:
         block = file.read(FITS_BLOCK)
-        used += len(block)
         _require(len(block) == FITS_BLOCK, "is cut short: a header has no end")
-        _require(used <= MAX_FITS_HEADERS, "has a header too large to be true")
         cards += _split_cards(block.decode("latin-1"))
+        _require(len(cards) <= MAX_FITS_CARDS, "has a header too large to be true")
     start_of_data = file.tell()
     cards = cards[:cards.index(END_CARD)]
-    header = fits.Header.fromstring("".join(cards))
-    length = _fits_data_size(header)
-    end = start_of_data + length
-    _require(end <= size, f"is cut short: its data end at byte {end} of {size}")
-    padded = start_of_data + FITS_BLOCK * math.ceil(length / FITS_BLOCK)
-    return _FitsPart(header, cards, position, start_of_data, padded), used
-
-
-def _fits_number(header, name, *default):
-    """Return a whole number, not negative, from a header."""
-    value = header.get(name, *default)
-    whole = isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 48
-    _require(whole, f"has the impossible {name} {value!r}")
-    return value
-
-
-def _fits_axes(header, prefix=""):
-    """Return the lengths of the axes, the last named first, as NumPy has them."""
-    count = _fits_number(header, prefix + "NAXIS")
-    _require(count <= 999, f"has the impossible NAXIS {count}")
-    return [_fits_number(header, f"{prefix}NAXIS{axis}") for axis in range(count, 0, -1)]
-
-
-def _fits_data_size(header):
-    """Return how many bytes the data behind a header take, without their padding."""
-    axes = _fits_axes(header)
+    # Continued texts tell nothing about the picture, and astropy takes hours for some of them
+    header = fits.Header.fromstring("".join(card for card in cards if card[:8] != "CONTINUE"))
     bits = header.get("BITPIX")
     _require(bits in FITS_TYPES, f"has the impossible BITPIX {bits!r}")
-    if axes and axes[-1] == 0 and header.get("GROUPS") is True:
-        axes.pop()  # random groups, an old form of tables
-    samples = math.prod(axes) if axes else 0
-    samples = _fits_number(header, "PCOUNT", 0) + samples
-    return samples * _fits_number(header, "GCOUNT", 1) * abs(bits) // 8
-
-
-def _fits_shape(header):
-    """Return the shape of an HDU's picture, without lone axes in front; None if it has none."""
+    shape = _fits_axes(header, "")
+    length = header.data_size
+    end = start_of_data + length
+    _require(length >= 0 and end <= size, f"is cut short: its data end at byte {end} of {size}")
+    end += -length % FITS_BLOCK
     if header.get("ZIMAGE") is True:
         shape = _fits_axes(header, "Z")
-    elif header.get("XTENSION", "IMAGE") == "IMAGE" and not header.get("GROUPS"):
-        shape = _fits_axes(header)
-    else:
-        return None
+    elif header.get("XTENSION", "IMAGE") != "IMAGE":
+        shape = []
     while len(shape) > 2 and shape[0] == 1:
         shape = shape[1:]
-    return shape if len(shape) >= 2 and 0 not in shape else None
+    if len(shape) < 2 or 0 in shape:
+        shape = []
+    return _FitsPart(header, cards, position, start_of_data, end, shape)
 
 
-def _decompressed_fits(file, number, header):
-    """Return the samples of a compressed picture, HDU `number`, as they were before that."""
-    shape = _fits_shape(header)
+def _fits_axes(header, prefix):
+    """Return the lengths of the axes, the last named first, as NumPy has them."""
+    count = header.get(prefix + "NAXIS")
+    _require(count in range(1000), f"has the impossible {prefix}NAXIS {count!r}")
+    axes = [header.get(f"{prefix}NAXIS{axis}") for axis in range(count, 0, -1)]
+    possible = all(isinstance(length, int) and length >= 0 for length in axes)
+    _require(possible, f"has the impossible axes {axes}")
+    return axes
+
+
+def _decompress_fits(path, number, part):
+    """Return the samples of a compressed picture, HDU `number`, and its cards without those of
+    the table that it stands in."""
+    import astropy
+    from astropy.utils import minversion
+    _require(minversion(astropy, SAFE_ASTROPY),
+             f"is compressed, which astropy {astropy.__version__} does not read safely",
+             "use Python 3.9 or newer, or unpack the file with funpack first")
+    most = _check_fits_tiles(part)
+    with open(path, "rb") as file, _lenient_fits() as fits:
+        with fits.open(file, disable_image_compression=True) as hdus:
+            _refuse_gzip_bombs(hdus[number].data, most)
+    with open(path, "rb") as file, _lenient_fits() as fits:
+        with fits.open(file, do_not_scale_image_data=True) as hdus:
+            of_the_table = set(part.header) - set(hdus[number].header)
+            samples = hdus[number].data.reshape(part.shape)
+    return samples, [card for card in part.cards if card[:8].rstrip() not in of_the_table]
+
+
+def _check_fits_tiles(part):
+    """Refuse a compressed picture that lies about its size; return its bytes without compression.
+
+    astropy writes where it must not if a setting of the codec is impossible.
+    """
+    header = part.header
+    codec = header.get("ZCMPTYPE")
+    _require(codec in SAFE_FITS_CODECS, f"is compressed with {codec}, which is not read",
+             "unpack the file with funpack first")
+    for card in header["ZNAME*"].cards:
+        name = str(card.value).upper()
+        value = header.get(card.keyword.replace("NAME", "VAL"))
+        possible = FITS_CODEC_SETTINGS.get(name, (value,))
+        _require(value in possible, f"has the impossible {name} {value!r}")
+    _require(header["TFIELDS"] in range(1000), "has too many columns to be true")
+    tiles = 1
+    for axis, length in enumerate(_fits_axes(header, "Z")[::-1], 1):
+        side = header.get(f"ZTILE{axis}", length if axis == 1 else 1)
+        _require(isinstance(side, int) and side > 0, f"has the impossible ZTILE{axis} {side!r}")
+        tiles *= math.ceil(length / side)
+    _require(tiles == header["NAXIS2"] <= MAX_TILES, "has another number of tiles than it claims")
     bits = header.get("ZBITPIX")
     _require(bits in FITS_TYPES, f"has the impossible ZBITPIX {bits!r}")
-    needed = math.prod(shape) * abs(bits) // 8
-    possible = MAX_EXPANSION["zlib"] * _fits_data_size(header)
-    tiles = _fits_number(header, "NAXIS2")
-    heap = _fits_number(header, "PCOUNT")  # bytes
-    _require(needed <= possible and 0 < tiles <= MAX_TILES and heap,
+    needed = math.prod(part.shape) * abs(bits) // 8
+    _require(needed <= MAX_EXPANSION["zlib"] * (part.end - part.data),
              "claims more data than its compressed block can hold")
-    for axis, length in enumerate(_fits_axes(header, "Z")[::-1], 1):
-        tile = _fits_number(header, f"ZTILE{axis}", length if axis == 1 else 1)
-        _require(0 < tile <= length, f"has the impossible ZTILE{axis} {tile}")
-    with _open_fits(file, disable_image_compression=True) as hdus:
-        _refuse_gzip_bombs(hdus[number].data, needed)
-    with _open_fits(file, do_not_scale_image_data=True) as hdus:
-        return hdus[number].data.reshape(shape)
-
-
-@contextmanager
-def _open_fits(file, **options):
-    """Let astropy open a file that is open already. It closes what it is given: a duplicate."""
-    again = os.fdopen(os.dup(file.fileno()), "rb")
-    again.seek(0)
-    with _lenient_fits() as fits, fits.open(again, **options) as hdus:
-        yield hdus
+    return needed
 
 
 def _refuse_gzip_bombs(table, most):
     """Refuse a compressed picture if one of its tiles expands to more than `most` bytes.
 
-    astropy expands them without a limit. Most tiles are so small that they can do no harm.
+    astropy expands them without a limit.
     """
-    for column in table.columns.names:
-        if column not in ("COMPRESSED_DATA", "GZIP_COMPRESSED_DATA"):
-            continue
+    for column in {"COMPRESSED_DATA", "GZIP_COMPRESSED_DATA"}.intersection(table.columns.names):
         for stream in table[column]:
-            if len(stream) * MAX_EXPANSION["zlib"] <= HARMLESS_TILE:
-                continue
             stream = stream.tobytes()
-            if stream.startswith(GZIP_START):
+            if len(stream) > HARMLESS_STREAM and stream.startswith(GZIP_START):
                 data = zlib.decompressobj(GZIP_WINDOW).decompress(stream, most + 1)
                 _require(len(data) <= most, "has a tile that holds more than the picture")
 
@@ -1592,31 +1579,26 @@ def _color_first(stored):
                       "save its planes as pictures of their own")
 
 
-def _fits_source(file, parts, number, notes):
+def _read_fits_source(file, parts, number, cards, notes):
     """Return what the outputs keep of a file besides the samples of HDU `number`."""
     part = parts[number]
-    compressed = part.header.get("ZIMAGE") is True
-    cards, untrue = [], []
-    for card in part.cards:
+    kept, untrue = [], []
+    for card in cards:
         name = card[:8].rstrip()
-        made_anew = FITS_STRUCTURE.fullmatch(name) or name in ("DATASUM", "CHECKSUM")
-        if compressed:
-            made_anew = (made_anew or FITS_COMPRESSION.fullmatch(name)
-                         or card.startswith("EXTNAME = 'COMPRESSED_IMAGE'"))
-        if made_anew:
+        if FITS_STRUCTURE.fullmatch(name):
             continue
         if STALE_PIXEL_METADATA.match(f"FITSKeyword {name}"):
             untrue.append(name)
         else:
-            cards.append(card)
+            kept.append(card)
     if untrue:
         notes.append(f"had {', '.join(untrue)[:200]}: "
                      "not kept, because the new pixels make them untrue")
     file.seek(0)
     before = file.read(part.start)
-    first = [card[:8].rstrip() for card in parts[0].cards]
-    says_nothing = all(FITS_STRUCTURE.fullmatch(name) or name in FITS_TEXT_NAMES for name in first)
-    if compressed and number == 1 and says_nothing:
+    names = [card[:8].rstrip() for card in parts[0].cards]
+    says_nothing = all(FITS_STRUCTURE.fullmatch(name) or name in FITS_TEXT_NAMES for name in names)
+    if part.is_compressed and number == 1 and says_nothing:
         before = b""  # it is there because a compressed picture cannot be the first
     file.seek(part.end)
     after = file.read(parts[-1].end - part.end)
@@ -1624,145 +1606,132 @@ def _fits_source(file, parts, number, notes):
     for other in parts:
         if str(other.header.get("EXTNAME")).lower() == "iccprofile":
             file.seek(other.data)
-            icc = file.read(_fits_data_size(other.header))
+            icc = file.read(other.header.data_size)
     checksum = "DATASUM" in part.header or "CHECKSUM" in part.header
-    return FitsSource(cards, before, _padded(after), checksum, icc)
+    return FitsSource(kept, before, _padded(after), checksum, icc)
 
 
 def _padded(data, filling=b"\0"):
+    """Return bytes that fill whole blocks."""
     return data + filling * (-len(data) % FITS_BLOCK)
 
 
-def _fits_header(cards):
-    """Return the bytes of a header."""
-    return _padded("".join([*cards, END_CARD]).encode("latin-1"), b" ")
-
-
-def _fits_shape_cards(shape, bits, first):
-    """Return the cards that tell what the data are; `first`: of the first HDU."""
-    axes = shape[::-1]
-    cards = _card("SIMPLE", True) if first else _card("XTENSION", "IMAGE")
-    cards += _card("BITPIX", bits) + _card("NAXIS", len(axes))
-    for number, length in enumerate(axes, 1):
-        cards += _card(f"NAXIS{number}", length)
-    if first:
-        return cards + _card("EXTEND", True)
-    return cards + _card("PCOUNT", 0) + _card("GCOUNT", 1)
-
-
-def _as_fits_source(source):
+def _to_fits_source(source):
     """Return a FitsSource that holds what FITS can hold of another one."""
-    if isinstance(source, FitsSource):
-        return source
     cards, icc = _shared_metadata(source)
     after = b""
     if icc:
-        header = _fits_shape_cards((len(icc),), 8, first=False) + _card("EXTNAME", "ICCProfile")
-        after = _fits_header(header) + _padded(icc)
+        with _lenient_fits() as fits:
+            profile = fits.ImageHDU(np.frombuffer(icc, np.uint8), name="ICCProfile")
+        after = _behind_an_empty_hdu(profile)[FITS_BLOCK:]
     return FitsSource(cards, after=after, icc=icc)
 
 
-def write_fits(file, planes, source=None, history=(), compress=False, unit=None):
+def _behind_an_empty_hdu(hdu, checksum=False):
+    """Return the bytes of a file that holds an HDU which cannot be the first."""
+    made = io.BytesIO()
+    made.close = lambda: None  # astropy closes what it wrote
+    with _lenient_fits() as fits:
+        fits.HDUList([fits.PrimaryHDU(), hdu]).writeto(made, checksum=checksum)
+    return made.getbuffer()
+
+
+def write_fits(file, planes, source=None, history=(), compress=False, unit=Unit()):
     """Write a picture as FITS; the arguments are those of `write_xisf`, and its Unit.
 
     All cards of a FITS source are written as they stood there, and its other HDUs too. `compress`
     makes a compressed image (GZIP_2, nothing is lost), with the ending .fits all the same.
     """
-    unit = unit or Unit()
-    source = _as_fits_source(source)
-    channels, *size = planes.shape
-    shape = planes.shape if channels > 1 else tuple(size)
-    cards = source.cards + [card for line in history for card in _text_cards("HISTORY", line)]
+    _check_planes(planes)
+    if not isinstance(source, FitsSource):
+        source = _to_fits_source(source)
+    cards = source.cards[:MAX_KEPT_CARDS]
+    lost = len(source.cards) - len(cards)
+    if lost:
+        logger.warning(f"{lost} lines of FITS keywords are lost: a header has no room for them")
+    for line in history:
+        cards += _text_cards("HISTORY", line)
     file.write(source.before)
     if compress:
-        file.write(_compressed_fits(planes, shape, cards, source, unit))
-        file.write(source.after)
-        return
+        _write_compressed_fits(file, planes, source, cards, unit)
+    else:
+        _write_plain_fits(file, planes, source, cards, unit)
+    file.write(source.after)
+
+
+def _fits_planes_shape(planes):
+    """Return the shape of planes in a file: gray ones have two axes."""
+    return planes.shape if planes.shape[0] > 1 else planes.shape[1:]
+
+
+def _write_compressed_fits(file, planes, source, cards, unit):
+    """Write the HDU of a picture compressed; all of it is in memory for that."""
+    data = np.stack([_in_own_unit(plane, unit) for plane in planes])
+    data = data.reshape(_fits_planes_shape(planes))
+    header = _valid_header(cards)
+    with _lenient_fits() as fits:
+        hdu = fits.CompImageHDU(data, header, name=header.get("EXTNAME"),
+                                compression_type="GZIP_2", quantize_level=0)
+    made = _behind_an_empty_hdu(hdu, source.checksum)
+    file.write(made[FITS_BLOCK:] if source.before else made)
+
+
+def _write_plain_fits(file, planes, source, cards, unit):
+    """Write the HDU of a picture, plane by plane.
+
+    Cards are written as they are, but with a checksum only those that astropy understands.
+    """
     stored = planes.dtype.newbyteorder(">")
-    structure = _fits_shape_cards(shape, -8 * stored.itemsize, first=not source.before)
-    cards = structure + cards
+    shape = _fits_planes_shape(planes)
+    with _lenient_fits() as fits:
+        make_hdu = fits.ImageHDU if source.before else fits.PrimaryHDU
+    # Of one sample, which takes the place of all
+    structure = make_hdu(np.broadcast_to(stored.type(0), shape)).header
+    cards = _split_cards(structure.tostring(endcard=False, padding=False)) + cards
+    if source.checksum:
+        header = _valid_header(cards)
+        header["DATASUM"] = "0"  # places for the final ones
+        header["CHECKSUM"] = "0" * 16
+        cards = _split_cards(header.tostring(endcard=False, padding=False))
     start = file.tell()
-    blank = _card("DATASUM", "0") + _card("CHECKSUM", "0" * 16) if source.checksum else []
-    file.write(_fits_header(cards + blank))
-    total = 0
+    text = "".join([*cards, END_CARD])
+    file.write(_padded(text.encode("latin-1"), b" "))
+    start_of_data = file.tell()
     for plane in planes:
         for rows in _strips(*plane.shape):
-            samples = np.ascontiguousarray(_in_own_unit(plane[rows], unit), stored)
-            if source.checksum:
-                total = _fits_sum(samples, total)
-            file.write(samples)
+            samples = _in_own_unit(plane[rows], unit)
+            file.write(np.ascontiguousarray(samples, stored))
         del plane  # before the next one is made
-    file.write(bytes(-math.prod(shape) * stored.itemsize % FITS_BLOCK))
-    file.write(source.after)
+    end = file.tell()
+    file.write(bytes((start_of_data - end) % FITS_BLOCK))
     if source.checksum:
-        sum_card = _card("DATASUM", str(total))
-        header = _fits_header(cards + sum_card + _card("CHECKSUM", "0" * 16))
-        rest = _fits_sum(np.frombuffer(header, np.uint8), total) ^ 0xFFFFFFFF
+        file.flush()
+        written = np.memmap(file, stored, "r", start_of_data, shape)
+        with _lenient_fits():
+            hdu = make_hdu(written, header)
+            hdu.add_checksum()
+            text = hdu.header.tostring()
         file.seek(start)
-        file.write(_fits_header(cards + sum_card + _card("CHECKSUM", _fits_checksum(rest))))
-
-
-def _fits_sum(data, total):
-    """Add data to the ones' complement sum of 32-bit words that FITS takes as a checksum."""
-    words = data.reshape(-1).view(">u4")
-    total += int(words.sum(dtype=np.uint64))
-    while total >> 32:
-        total = (total & 0xFFFFFFFF) + (total >> 32)
-    return total
-
-
-def _fits_checksum(value):
-    """Return a 32-bit number as the 16 letters of CHECKSUM, as appendix J of the standard says."""
-    punctuation = set(range(0x3A, 0x41)) | set(range(0x5B, 0x61))
-    letters = bytearray(16)
-    for number, byte in enumerate(value.to_bytes(4, "big")):
-        quotient, rest = divmod(byte, 4)
-        column = [quotient + rest + 48, quotient + 48, quotient + 48, quotient + 48]
-        while punctuation.intersection(column):
-            for left in (0, 2):
-                if punctuation.intersection(column[left:left + 2]):
-                    column[left] += 1
-                    column[left + 1] -= 1
-        letters[number::4] = bytes(column)
-    return (letters[-1:] + letters[:-1]).decode()
-
-
-def _compressed_fits(planes, shape, cards, source, unit):
-    """Return the bytes of a compressed picture, with an empty HDU in front where one is needed."""
-    data = np.stack([_in_own_unit(plane, unit) for plane in planes]).reshape(shape)
-    made = io.BytesIO()
-    made.close = lambda: None  # astropy closes what it wrote
-    with _lenient_fits() as fits:
-        header = fits.Header()
-        for card in fits.Header.fromstring("".join(cards)).cards:
-            with suppress(ValueError, fits.VerifyError):  # astropy writes no malformed card
-                card.verify("exception")
-                str(card).encode("ascii")
-                header.append(card)
-        picture = fits.CompImageHDU(
-            data, header, name=header.get("EXTNAME"), compression_type="GZIP_2", quantize_level=0)
-        hdus = fits.HDUList([fits.PrimaryHDU(), picture])
-        hdus.writeto(made, checksum=source.checksum)
-    written = made.getbuffer()
-    return written[FITS_BLOCK:] if source.before else written
+        file.write(text.encode("ascii"))
+        file.seek(0, os.SEEK_END)
 
 
 # TIFF
 
 def read_tiff(path):
     """Read the first picture of a TIFF file; see `read_picture`."""
-    with _refusals(path):
+    notes = []
+    with _refusals(path), open(path, "rb") as file:
         import tifffile
         logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # it would print what it repairs
-        with open(path, "rb") as file:
-            _check_tiff_directory(file)
-        with tifffile.TiffFile(path, _multifile=False) as tiff:
+        with tifffile.TiffFile(file, _multifile=False) as tiff:
             page = tiff.pages[0]
-            notes = []
             with suppress(IndexError, tifffile.TiffFileError):
                 if tiff.pages[1]:
                     notes.append("holds several images: only the first is used and kept")
             colors = _check_tiff_page(page, os.path.getsize(path))
+            if page.compression == LZW:
+                _check_lzw(page, file)
             if page.samplesperpixel > colors:
                 notes.append(f"has {page.samplesperpixel - colors} alpha channel(s): dropped")
             if page.is_memmappable:
@@ -1770,75 +1739,58 @@ def read_tiff(path):
                 samples = np.memmap(path, dtype, "r", page.dataoffsets[0], page.shape)
             else:
                 samples = page.asarray()
+            _, _, height, width, _ = page.shaped
             samples = samples.reshape(page.shaped)  # (planes, 1, h, w, samples together)
-            if len(samples) > 1:
-                stored = samples[:colors, 0, :, :, 0]
-            else:
-                stored = np.moveaxis(samples[0, 0], 2, 0)[:colors]
-            planes, unit, note = _to_unit_range(stored)
-            source = _tiff_source(page)
+            samples = np.moveaxis(samples, 4, 1).reshape(-1, height, width)
+            planes, unit, note = _to_unit_range(samples[:colors], path)
+            source = _read_tiff_source(page)
     return Picture(planes, source, notes, unit, note=note)
-
-
-def _check_tiff_directory(file):
-    """Refuse a TIFF file whose first directory claims more than the file can hold."""
-    size = os.fstat(file.fileno()).st_size
-    start = file.read(16)
-    order = "little" if start[:2] == b"II" else "big"
-    big = 43 in start[2:4]
-    word = 8 if big else 4  # bytes of a position
-    position = int.from_bytes(start[8:16] if big else start[4:8], order)
-    _require(8 <= position < size, "is cut short: its directory is missing")
-    file.seek(position)
-    count = int.from_bytes(file.read(8 if big else 2), order)
-    _require(0 < count <= MAX_TIFF_TAGS, f"has a directory of {count} tags")
-    entries = file.read(count * (4 + 2 * word))
-    _require(len(entries) == count * (4 + 2 * word), "is cut short: its directory has no end")
-    sizes = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4,
-             16: 8, 17: 8, 18: 8}  # bytes, by type of tag
-    total = 0
-    for entry in range(0, len(entries), 4 + 2 * word):
-        kind = int.from_bytes(entries[entry + 2:entry + 4], order)
-        values = int.from_bytes(entries[entry + 4:entry + 4 + word], order)
-        total += values * sizes.get(kind, 1)
-    _require(total <= size + 16 * count, "has tags that claim more than the file holds")
 
 
 def _check_tiff_page(page, size):
     """Refuse a page that is not read, or that lies about its size; return its number of colors."""
     advice = "save it as 32-bit float or 16-bit, grayscale or RGB"
-    photometric = int(page.photometric)
-    name = getattr(page.photometric, "name", photometric)
-    _require(photometric in (TIFF_GRAY, TIFF_RGB), f"is neither gray nor RGB, but {name}", advice)
+    colors = TIFF_COLORS.get(int(page.photometric))
+    _require(colors, f"is neither gray nor RGB, but {_tiff_word(page.photometric)}", advice)
     compression = int(page.compression)
-    name = getattr(page.compression, "name", compression)
-    _require(compression in TIFF_EXPANSION, f"is compressed with {name}, which is not read",
+    _require(compression in TIFF_EXPANSION,
+             f"is compressed with {_tiff_word(page.compression)}, which is not read",
              "save it uncompressed")
-    bits = page.bitspersample
-    kind = page.dtype and page.dtype.kind
-    _require(kind and kind in "iuf" and bits == 8 * page.dtype.itemsize,
-             f"has samples of {bits} bits, which are not read", advice)
+    item = page.dtype.itemsize if page.dtype and page.dtype.kind in "iuf" else 0
+    _require(item and page.bitspersample == 8 * item,
+             f"has samples of {page.bitspersample} bits, which are not read", advice)
     planes, depth, height, width, together = page.shaped
-    colors = 3 if photometric == TIFF_RGB else 1
     _require(depth == 1 and height and width, "is not a flat picture", advice)
-    _require(page.samplesperpixel >= colors and planes * together == page.samplesperpixel,
-             f"is called RGB but has {page.samplesperpixel} channel(s)", advice)
-    needed = math.prod(page.shaped) * page.dtype.itemsize
-    stored = min(sum(page.databytecounts), size)
+    channels = page.samplesperpixel
+    _require(channels >= colors and planes * together == channels,
+             f"is called RGB but has {channels} channel(s)", advice)
     _require(len(page.dataoffsets) <= MAX_TILES, "has too many strips to be true")
     last = max(map(sum, zip(page.dataoffsets, page.databytecounts)), default=0)
     _require(last <= size, f"is cut short: its data end at byte {last} of {size}")
+    needed = math.prod(page.shaped) * item
+    stored = min(sum(page.databytecounts), size)
     _require(needed <= TIFF_EXPANSION[compression] * stored, "claims more data than it holds")
-    _require(math.prod(page.chunks) * page.dtype.itemsize <= 4 * needed + (1 << 20),
-             "has tiles larger than the picture")
+    tile = math.prod(page.chunks) * item
+    _require(tile <= 4 * needed + (1 << 20), "has tiles larger than the picture")
     return colors
 
 
-def _tiff_source(page):
+def _check_lzw(page, file):
+    """Refuse LZW data that do not begin with an empty table: imagecodecs 2026.1 crashes."""
+    for position, size in zip(page.dataoffsets, page.databytecounts):
+        file.seek(position)
+        start = int.from_bytes(file.read(2), "big")
+        _require(not size or start >> 7 == LZW_CLEAR, "is damaged: its data are not LZW")
+
+
+def _tiff_word(value):
+    """Return the name of a tag's value; unknown ones are bare numbers."""
+    return getattr(value, "name", value)
+
+
+def _read_tiff_source(page):
     """Return what the outputs keep of a page."""
-    def value(code):
-        tag = page.tags.get(code)
-        return None if tag is None else tag.value
+    value = page.tags.valueof
 
     def text(code):
         found = value(code) or b""
@@ -1846,32 +1798,32 @@ def _tiff_source(page):
 
     tags = []
     for code, kind in TIFF_KEPT.items():
-        if value(code) is None:
-            continue
-        kept = int(value(code)) if kind == "H" else text(code)
-        count = {"H": 1, "s": 0, "B": len(kept) if kind == "B" else 0}[kind]
-        tags.append((code, kind, count, kept, True))
-    resolution = ()
-    unit = value(296) or TIFF_INCH
-    if value(282) and value(283) and unit in TIFF_RESOLUTION_UNITS:
-        resolution = tuple(value(282)), tuple(value(283)), int(unit)
+        if value(code) is not None:
+            kept = int(value(code)) if kind == "H" else text(code)
+            count = {"H": 1, "s": 0, "B": len(text(code))}[kind]
+            tags.append((code, kind, count, kept, True))
     icc = value(TIFF_ICC)
-    return TiffSource(text(270), bytes(icc) if isinstance(icc, bytes) else b"", resolution,
-                      tuple(tags))
+    icc = icc if isinstance(icc, bytes) else b""
+    if icc:
+        tags.append((TIFF_ICC, TIFF_BYTES, len(icc), icc, True))
+    options = {"extratags": tags}
+    resolution = value(TIFF_X_RESOLUTION), value(TIFF_Y_RESOLUTION)
+    unit = value(TIFF_RESOLUTION_UNIT) or TIFF_INCH
+    if all(resolution) and unit in TIFF_RESOLUTION_UNITS:
+        options.update(resolution=resolution, resolutionunit=int(unit))
+    return TiffSource(text(TIFF_DESCRIPTION), icc, options)
 
 
-def write_tiff(file, planes, source=None, history=(), compress=False, unit=None):
+def write_tiff(file, planes, source=None, history=(), compress=False, unit=Unit()):
     """Write a picture as 32-bit float TIFF; the arguments are those of `write_fits`.
 
     The FITS cards of another source become a description, as Astro-TIFF has it. HISTORY is appended
     to the description. `compress` is deflate with the floating point predictor.
     """
     import tifffile
-    unit = unit or Unit()
+    _check_planes(planes)
     if not isinstance(source, TiffSource):
-        cards, icc = _shared_metadata(source)
-        description = "\n".join(card.rstrip() for card in cards).encode("latin-1", "replace")
-        source = TiffSource(description, icc)
+        source = _to_tiff_source(source)
     channels, height, width = planes.shape
     data = np.empty((height, width, channels), np.float32)
     for channel, plane in enumerate(planes):
@@ -1880,49 +1832,59 @@ def write_tiff(file, planes, source=None, history=(), compress=False, unit=None)
     if channels == 1:
         data = data[..., 0]
         photometric = "minisblack"
-    description = _tiff_description(source.description, history)
-    tags = source.tags
-    if source.icc:
-        tags += ((TIFF_ICC, TIFF_BYTES, len(source.icc), source.icc, True),)
-    options = {}
-    if source.resolution:
-        *values, resolution_unit = source.resolution
-        options = {"resolution": tuple(values), "resolutionunit": resolution_unit}
+    options = dict(source.options)
     if compress:
         options.update(compression="adobe_deflate", predictor=3)
-    big = data.nbytes + len(source.description) + len(source.icc) > 0xF0000000
+    description = _tiff_description(source.description, history)
+    big = data.nbytes + len(description) + len(source.icc) > LARGEST_TIFF
     with tifffile.TiffWriter(file, bigtiff=big) as writer:
-        writer.write(
-            data, photometric=photometric, description=description, metadata=None,
-            software=f"bgoptimizer {VERSION}", extratags=tags, **options)
+        writer.write(data, photometric=photometric, description=description, metadata=None,
+                     software=f"bgoptimizer {VERSION}", **options)
+
+
+def _to_tiff_source(source):
+    """Return a TiffSource that holds what TIFF can hold of another one."""
+    cards, icc = _shared_metadata(source)
+    description = "\n".join(card.rstrip() for card in cards).encode("latin-1", "replace")
+    tags = [(TIFF_ICC, TIFF_BYTES, len(icc), icc, True)] if icc else []
+    return TiffSource(description, icc, {"extratags": tags})
 
 
 def _tiff_description(description, history):
     """Return a description with HISTORY at its end, but before the END of a FITS header."""
     lines = description.rstrip(b"\0 \r\n").split(b"\n") if description else []
-    end = lines[-1:] if lines and lines[-1].strip() == b"END" else []
-    added = [card.rstrip().encode() for line in history for card in _text_cards("HISTORY", line)]
-    return b"\n".join([*lines[:len(lines) - len(end)], *added, *end])
+    end = []
+    if lines and lines[-1].strip() == b"END":
+        end = [lines.pop()]
+    for line in history:
+        lines += [card.rstrip().encode() for card in _text_cards("HISTORY", line)]
+    return b"\n".join(lines + end)
 
 
 # The table of formats
 
-def _write_xisf_of_any(file, planes, source=None, history=(), compress=False, unit=None):
+def _write_xisf_of_any(file, planes, source=None, history=(), compress=False, unit=Unit()):
     """Write a picture as XISF, whose samples stay in [0, 1]; HISTORY tells its own unit."""
-    if unit not in (None, Unit()):
-        history = [*history, f"bgoptimizer: the picture's own unit is sample * {unit.scale:.17g} "
-                             f"{unit.offset:+.17g}"]
-    if source is not None and not isinstance(source, Source):
-        cards, icc = _shared_metadata(source)
-        root = ElementTree.XML("<xisf><Image/><Metadata/></xisf>")
-        image = root.find("Image")
-        for keyword in _keywords(cards):
-            ElementTree.SubElement(image, "FITSKeyword", keyword)
-        if icc:
-            profile = ElementTree.SubElement(image, "ICCProfile", location="inline:base64")
-            profile.text = base64.b64encode(icc).decode()
-        source = Source(root, {})
+    if unit != Unit():
+        line = f"bgoptimizer: the picture's own unit is sample * {unit.scale:.17g}"
+        history = [*history, f"{line} {unit.offset:+.17g}"]
+    if source and not isinstance(source, Source):
+        source = _to_xisf_source(source)
     write_xisf(file, planes, source, history, compress)
+
+
+def _to_xisf_source(source):
+    """Return a Source that holds what XISF can hold of another one."""
+    cards, icc = _shared_metadata(source)
+    root = ElementTree.XML(BARE_XISF)
+    image = root.find("Image")
+    for card in _valid_header(cards).cards:
+        ElementTree.SubElement(image, "FITSKeyword", _keyword(card))
+    blocks = {}
+    if icc:
+        ElementTree.SubElement(image, "ICCProfile", location="icc")
+        blocks["icc"] = icc
+    return Source(root, blocks)
 
 
 FORMATS = {
