@@ -202,10 +202,6 @@ class Settings:
                 raise ValueError(f"{flag} must be {wanted}")
 
 
-def _quiet(*_):
-    """The default listener for a run's messages: nobody."""
-
-
 # --------------------------------------------------------------------------------------------------
 # Pictures on disk: XISF
 #
@@ -3774,7 +3770,7 @@ def _low_side(alpha: float, noise: float, channels: int) -> float:
 
 
 def fit_surface(prepared: Prepared, settings: Settings, start: tuple[np.ndarray, np.ndarray],
-                on_epoch: Callable[[int, float], None] = _quiet) -> Fit:
+                on_epoch: Callable[[int, float], None] | None = None) -> Fit:
     """Fit the spline to the sky: Adam on positions and values, the learning rate halved on a plateau, early stopping.
 
     A loop of our own, not Keras' `fit`: an epoch here is one step of some 2 ms, and `fit` adds more than that to each.
@@ -3806,7 +3802,8 @@ def fit_surface(prepared: Prepared, settings: Settings, start: tuple[np.ndarray,
             break
         now, judged = now[:-1], now[-1]
         history.append(now)
-        on_epoch(epoch, float(now[0]))
+        if on_epoch is not None:
+            on_epoch(epoch, float(now[0]))
         if epoch % TRACK_EVERY == 0:
             track.append((epoch, *(weight.numpy() for weight in training.layer.trainable_weights)))
         if judged < mark - STOP_DELTA:
@@ -3930,7 +3927,7 @@ class Device(NamedTuple):
     name: str  # for people
 
 
-def compute_devices(say: Callable[[str], None] = _quiet) -> list[Device]:
+def compute_devices() -> list[Device]:
     """What there is to compute on, best first: a GPU if TensorFlow sees one that works, and always the CPU."""
     tf, gpus = import_tensorflow(), []
     try:
@@ -3938,34 +3935,52 @@ def compute_devices(say: Callable[[str], None] = _quiet) -> list[Device]:
             details = tf.config.experimental.get_device_details(tf.config.list_physical_devices("GPU")[0])
             gpus = [Device("/GPU:0", details.get("device_name", "the GPU"))]
     except (tf.errors.OpError, RuntimeError) as error:
-        say(f"the GPU cannot be started ({type(error).__name__}); going on with the CPU")
+        logger.info(f"the GPU cannot be started ({type(error).__name__}); going on with the CPU")
         tf.config.set_visible_devices([], "GPU")
     return gpus + [Device("/CPU:0", "the CPU")]
 
 
-def on_first_that_works(devices: list[Device], work: Callable, say: Callable[[str], None] = _quiet):
-    """What work() gives on the first device that does not fail in it; `say` is told of each that does."""
+def on_first_that_works(devices: list[Device], work: Callable):
+    """Return what work() gives on the first of one or two devices on which it does not fail.
+
+    Raises:
+        BgError: the last device has too little memory. Its other errors are raised as they are.
+    """
     tf = import_tensorflow()
-    for device, following in zip(devices, devices[1:] + [None]):
+    last = devices[-1]
+    for device in devices:
         try:
             with tf.device(device.place):
                 return work()
+        except tf.errors.ResourceExhaustedError:
+            if device is last:
+                raise BgError(f"{device.name} has too little memory; "
+                              "try a larger -dx, or a smaller -B") from None
+            logger.info(f"{device.name} has too little memory; going on with {last.name} "
+                        "(a larger -dx or a smaller -B may fit)")
         except tf.errors.OpError as error:
-            short = isinstance(error, tf.errors.ResourceExhaustedError)
-            reason = f"{device.name} " + ("has too little memory" if short else f"failed ({type(error).__name__})")
-            if following is None:
-                raise BgError(f"{reason}; try a larger -dx, or a smaller -B") if short else error
-            say(f"{reason}; going on with {following.name}" + short * " (a larger -dx or a smaller -B may fit)")
+            if device is last:
+                raise
+            logger.info(f"{device.name} failed ({type(error).__name__}); going on with {last.name}")
 
 
-def fit_sky(prepared: Prepared, settings: Settings, say: Callable[[str], None] = _quiet,
-            on_epoch: Callable[[int, float], None] = _quiet) -> Fit:
-    """Fit the surface to what `examine` gave. `on_epoch` is called with each epoch's number and loss."""
+def fit_sky(prepared: Prepared, settings: Settings,
+            on_epoch: Callable[[int, float], None] | None = None) -> Fit:
+    """Fit the surface to what `examine` gave, on the best device that works.
+
+    `on_epoch` is called with the number of each epoch, from 1, and its loss.
+    """
     positions = start_positions(settings, prepared.full_shape)
     values = start_values(prepared, positions, settings.order)
-    devices = compute_devices(say)
-    say(f"fitting {len(positions)} control points, smoothing {settings.smoothing:.3g}, on {devices[0].name}")
-    return on_first_that_works(devices, lambda: fit_surface(prepared, settings, (positions, values), on_epoch), say)
+    start = positions, values
+    devices = compute_devices()
+    logger.info(f"fitting {len(positions)} control points, smoothing {settings.smoothing:.3g}, "
+                f"on {devices[0].name}")
+
+    def work():
+        return fit_surface(prepared, settings, start, on_epoch)
+
+    return on_first_that_works(devices, work)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -4213,11 +4228,11 @@ def _keep_median(before: np.ndarray, after: np.ndarray) -> np.ndarray:
 # The whole job on arrays
 # ---------------------------------------------------------------------------------------------------
 
-def examine(planes: np.ndarray, settings: Settings, mask: np.ndarray | None = None,
-            say: Callable[[str], None] = _quiet) -> tuple[Prepared, Settings]:
+def examine(planes: np.ndarray, settings: Settings,
+            mask: np.ndarray | None = None) -> tuple[Prepared, Settings]:
     """Everything before the fit: stretch, reduce, mask, and choose what was left to choose. Needs no TensorFlow.
 
-    Args and errors: as for `prepare`; `say` is called with one line on each choice.
+    Args and errors: as for `prepare`.
 
     Returns:
         What the fit sees, and the settings with the values really used in place of every None.
@@ -4225,11 +4240,11 @@ def examine(planes: np.ndarray, settings: Settings, mask: np.ndarray | None = No
     prepared = prepare(planes, settings, mask)
     sky = find_sky(prepared, settings)
     if sky is None:
-        say("too small or too much left out to tell objects from sky; fitted as it is (a smaller -dx may help)")
+        logger.info("too small or too much left out to tell objects from sky; fitted as it is (a smaller -dx may help)")
         smoothing = 1.0 if settings.smoothing is None else settings.smoothing
     else:
         smoothing = sky.smoothing
-        say(f"sky: {100 * sky.share:.0f} % of the picture; smoothing {smoothing:.3g} ({sky.why})")
+        logger.info(f"sky: {100 * sky.share:.0f} % of the picture; smoothing {smoothing:.3g} ({sky.why})")
         if sky.unsure:
             logger.warning(f"the sky of this picture cannot be told from objects: {sky.unsure}. Take the result as a "
                            "guess, mask objects with -m, or keep the surface stiff with --smoothing 1e4")
@@ -4257,15 +4272,16 @@ class Result:
 
 
 def optimize(image: np.ndarray, settings: Settings = Settings(), mask: np.ndarray | None = None,
-             say: Callable[[str], None] = _quiet, on_epoch: Callable[[int, float], None] = _quiet) -> Result:
+             on_epoch: Callable[[int, float], None] | None = None) -> Result:
     """Model the sky of a linear picture and take it out.
+
+    What it finds out is logged as "bgoptimizer", at the level INFO; doubts are at WARNING.
 
     Args:
         image: (h, w), (h, w, 1) or (h, w, 3), linear; 0 and what is not finite count as missing. Integers
             count over their full range, floats in any unit: the results are in the same. Not changed.
         settings: see `Settings`.
         mask: (h, w), (h, w, 1) or (h, w, c) weights in [0, 1], 1 = use, 0 = ignore; or integers.
-        say: called with a line of text now and then; `print` will do.
         on_epoch: called with each epoch's number, from 1, and its loss.
 
     Returns:
@@ -4278,9 +4294,8 @@ def optimize(image: np.ndarray, settings: Settings = Settings(), mask: np.ndarra
     if len(planes) not in (1, 3):
         raise BgError(f"the image has shape {np.shape(image)}; give (h, w), (h, w, 1) or (h, w, 3)")
     unit = array_unit(planes)
-    prepared, settings = examine(planes, settings, None if mask is None else mask_weights(_to_planes(mask, "the mask")),
-                                 say)
-    fit = fit_sky(prepared, settings, say, on_epoch)
+    prepared, settings = examine(planes, settings, None if mask is None else mask_weights(_to_planes(mask, "the mask")))
+    fit = fit_sky(prepared, settings, on_epoch)
     sky = full_size_sky(prepared, fit, planes.dtype)
     if settings.correction == "divide":
         offsets, _, _ = divide(planes, sky, -unit.offset / unit.scale)
@@ -5095,8 +5110,10 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Settings]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code. Whatever goes wrong is said in one line on stderr."""
     try:
-        with _OnTerminal(), _Interrupts() as interrupts:
-            _run(*_parse(argv), interrupts)
+        with _Interrupts() as interrupts:
+            options, settings = _parse(argv)
+            with _OnTerminal(options.quiet):
+                _run(options, settings, interrupts)
         return 0
     except SystemExit as stop:  # argparse has said why
         return stop.code or 0
@@ -5124,18 +5141,33 @@ def _fail(message: str, code: int = 1) -> int:
 
 
 class _OnTerminal(logging.Handler):
-    """Writes warnings as the command does: on stderr, wherever that leads when it happens."""
+    """Prints information on stdout and warnings on stderr, wherever these lead when it happens.
+
+    What is printed is not handed to the loggers above ours, which might print it once more.
+    """
+
+    def __init__(self, quiet: bool):
+        super().__init__()
+        self.lowest = logging.WARNING if quiet else logging.INFO
 
     def __enter__(self):
-        self.setLevel(logging.WARNING)
+        self.before = logger.level, logger.propagate
+        logger.setLevel(self.lowest)
+        logger.propagate = False
         logger.addHandler(self)
         return self
 
-    def emit(self, record):
-        print(f"bgoptimizer: warning: {record.getMessage()}", file=sys.stderr)
+    def emit(self, record):  # whatever fails here ends the run: a reader may have closed stdout
+        text = record.getMessage()
+        if record.levelno < logging.WARNING:
+            print(text, flush=True)
+        else:
+            print(f"bgoptimizer: warning: {text}", file=sys.stderr)
 
     def __exit__(self, *_):
         logger.removeHandler(self)
+        level, logger.propagate = self.before
+        logger.setLevel(level)
 
 
 def _run(options: argparse.Namespace, settings: Settings, interrupts: _Interrupts) -> None:
@@ -5143,53 +5175,55 @@ def _run(options: argparse.Namespace, settings: Settings, interrupts: _Interrupt
     started = time.perf_counter()
     with suppress(AttributeError):  # a notebook's, or none; names may hold what the terminal's encoding does not
         sys.stdout.reconfigure(errors="backslashreplace")
-    say = _quiet if options.quiet else lambda text: print(text, flush=True)
     paths, where = _check_paths(options), _place_for_pictures(options)
-    picture_read = _read(options.input_file, say)
+    picture_read = _read(options.input_file)
     planes = picture_read.planes
+    logger.info(_describe(options.input_file, picture_read))
     lone = keep_dark_samples(planes)
     if lone:
-        say(f"{lone} lone samples of 0 are taken for dark sky, not for missing data")
+        logger.info(f"{lone} lone samples of 0 are taken for dark sky, not for missing data")
     if not options.preview:
         _check_room(planes, options)
         _start_importing()
-    prepared, settings = examine(
-        planes, settings, _read_mask(options.mask), say)
-    _report(prepared, settings, say)
+    prepared, settings = examine(planes, settings, _read_mask(options.mask))
+    _report(prepared, settings)
     title = os.path.basename(options.input_file).encode("utf-8", "replace").decode().replace("$", r"\$")  # no formula
     if options.preview:
         written, picture = [], paths["preview"]
         draw = functools.partial(draw_preview, prepared=prepared, settings=settings, title=title)
     else:
-        fit = _fit(prepared, settings, options.quiet, interrupts, say)
-        written = _subtract_and_write(picture_read, prepared, settings, fit, options, paths, say)
+        fit = _fit(prepared, settings, interrupts)
+        written = _subtract_and_write(picture_read, prepared, settings, fit, options, paths)
         picture = paths["figures"]
         draw = functools.partial(draw_figures, prepared=prepared, settings=settings, fit=fit, title=title)
     if where:
         put_picture(draw, where, picture)
     for path in written + [picture] * (where == "file"):
-        say(f"wrote {path}")
-    say(f"{time.perf_counter() - started:.1f} s")
+        logger.info(f"wrote {path}")
+    logger.info(f"{time.perf_counter() - started:.1f} s")
     if where == "window":
         from matplotlib import pyplot
         pyplot.show()  # waits until the window is closed
 
 
-def _fit(prepared: Prepared, settings: Settings, quiet: bool, interrupts: _Interrupts,
-         say: Callable[[str], None]) -> Fit:
+def _fit(prepared: Prepared, settings: Settings, interrupts: _Interrupts) -> Fit:
     """The fit, watched on the terminal, that ends cleanly after Ctrl-C."""
     interrupts.check()
     interrupts.patient = True
-    with _progress(settings.epochs, quiet, say) as show:
-        fit = fit_sky(prepared, settings, say, lambda epoch, loss: (interrupts.check(), show(epoch, loss)))
+    with _progress(settings.epochs) as show:
+        def on_epoch(epoch, loss):
+            interrupts.check()
+            show(epoch, loss)
+
+        fit = fit_sky(prepared, settings, on_epoch)
     interrupts.patient = False
     interrupts.check()
-    say(f"{fit.stopped}; best loss {fit.history[:, 0].min():.4f}")
+    logger.info(f"{fit.stopped}; best loss {fit.history[:, 0].min():.4f}")
     return fit
 
 
 def _subtract_and_write(picture_read: Picture, prepared: Prepared, settings: Settings, fit: Fit,
-                        options: argparse.Namespace, paths: dict[str, str], say: Callable[[str], None]) -> list[str]:
+                        options: argparse.Namespace, paths: dict[str, str]) -> list[str]:
     """Take the sky out of a picture's planes and write what was asked for; returns the paths."""
     planes, source, unit = picture_read.planes, picture_read.source, picture_read.unit
     sky = full_size_sky(prepared, fit, planes.dtype)
@@ -5199,10 +5233,10 @@ def _subtract_and_write(picture_read: Picture, prepared: Prepared, settings: Set
     else:
         offsets, below, above = subtract(planes, sky, prepared.median)
         offsets = offsets * unit.scale + unit.offset  # so that picture - model + offset holds in the own unit too
-    say(gradients(prepared, fit))
+    logger.info(gradients(prepared, fit))
     words = "offsets: " if settings.correction == "subtract" else "divided by the sky, times its median: "
-    say(words + ", ".join(map("{} {:.6f}".format, _channel_letters(prepared), offsets)))
-    say(f"clipped: {below.sum()} samples at 0, {above.sum()} at 1, of {planes.size}")
+    logger.info(words + ", ".join(map("{} {:.6f}".format, _channel_letters(prepared), offsets)))
+    logger.info(f"clipped: {below.sum()} samples at 0, {above.sum()} at 1, of {planes.size}")
     share = (below.sum() + above.sum()) / planes.size
     if share > MOST_CLIPPED:
         logger.warning(f"{share:.1%} of the samples were clipped: the sky leaves no room below or above it; "
@@ -5348,21 +5382,29 @@ def _import_silently() -> None:
             os.close(nowhere)
 
 
-def _read(path: str, say: Callable[[str], None]) -> Picture:
+def _read(path: str) -> Picture:
+    """Read a picture, and warn of what its file has or loses."""
     picture = read_picture(path)
     for text in picture.warnings:
         logger.warning(f"{path} {text}")
-    count, height, width = picture.planes.shape
-    say(f"{path}: {width} x {height}, {'gray' if count == 1 else 'RGB'}, {picture.planes.dtype}"
-        + (f"; {picture.note}" if picture.note else ""))
     return picture
+
+
+def _describe(path: str, picture: Picture) -> str:
+    """Return a line on a picture that was read."""
+    count, height, width = picture.planes.shape
+    colors = "gray" if count == 1 else "RGB"
+    line = f"{path}: {width} x {height}, {colors}, {picture.planes.dtype}"
+    if picture.note:
+        line += f"; {picture.note}"
+    return line
 
 
 def _read_mask(path):
     """Return the weights that a mask file gives, (c, h, w); None without a file."""
     if path is None:
         return None
-    picture = _read(path, _quiet)
+    picture = _read(path)
     if picture.unit.offset:
         raise BgError(f"{path} has negative values; a mask has 0 = leave out to 1 = use")
     return mask_weights(picture.planes * picture.planes.dtype.type(picture.unit.scale))
@@ -5406,14 +5448,14 @@ def _free_memory():
     return free
 
 
-def _report(prepared: Prepared, settings: Settings, say: Callable[[str], None]) -> None:
+def _report(prepared: Prepared, settings: Settings) -> None:
     """Numbers to act on before the fit."""
     part, reduced, quantile = shares(prepared), prepared.image.shape, settings.delinearization_quantile
-    say(f"reduced to {reduced[1]} x {reduced[0]}: {part['used']:.1%} used, {part['masked']:.1%} masked, "
+    logger.info(f"reduced to {reduced[1]} x {reduced[0]}: {part['used']:.1%} used, {part['masked']:.1%} masked, "
         f"{part['missing']:.1%} missing; {part['clipped']:.1%} clipped at 1 by the stretch (-dq {quantile:g})")
     for k, letter in enumerate(_channel_letters(prepared)):
         low, scale = prepared.stretch.pedestal[k], prepared.stretch.scale[k]
-        say(f"  {letter}: minimum {low:.6f}, median {prepared.median[k]:.6f}, clipped above {low + scale:.6f}")
+        logger.info(f"  {letter}: minimum {low:.6f}, median {prepared.median[k]:.6f}, clipped above {low + scale:.6f}")
     share = blown_out(thinned(prepared)).mean()
     if share:
         logger.warning(f"the stretch clips a smooth part of the picture ({share:.1%} of the frame), most likely sky, "
@@ -5421,16 +5463,16 @@ def _report(prepared: Prepared, settings: Settings, say: Callable[[str], None]) 
 
 
 @contextmanager
-def _progress(epochs: int, quiet: bool, say: Callable) -> Iterator[Callable[[int, float], None]]:
+def _progress(epochs: int) -> Iterator[Callable[[int, float], None]]:
     """Yield a function to call after each epoch, with its number and its loss.
 
     On a terminal it moves a bar. Elsewhere it says every 100th epoch.
     """
-    terminal = sys.stderr and sys.stderr.isatty()  # None if the caller has closed it
-    if quiet or not terminal:
+    terminal = sys.stderr is not None and sys.stderr.isatty()  # None if the caller has closed it
+    if not terminal or not logger.isEnabledFor(logging.INFO):
         def say_epoch(epoch, loss):
             if epoch % 100 == 0:
-                say(f"epoch {epoch:4d}  loss {loss:.4f}")
+                logger.info(f"epoch {epoch:4d}  loss {loss:.4f}")
         yield say_epoch
         return
 

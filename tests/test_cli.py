@@ -1,5 +1,6 @@
 """The command as a person meets it: what it prints, writes, refuses, and how it ends."""
 import hashlib
+import logging
 import os
 import re
 import signal
@@ -293,6 +294,16 @@ def test_compressed_outputs_hold_the_same_pixels(sky, folder):
 def test_quiet_says_nothing(sky, folder, capfd):
     assert run("sky.xisf", *FAST, "--quiet") == 0
     assert capfd.readouterr().out == ""
+
+
+def test_a_program_that_logs_too_sees_each_line_once_and_its_loggers_unchanged(sky, folder, capsys, caplog):
+    logger = logging.getLogger("bgoptimizer")
+    before = logger.level, logger.propagate, list(logger.handlers)
+    assert run("sky.xisf", "-p", "-dq", "0.5", "--figures", "none") == 0
+    said = capsys.readouterr()
+    assert said.out.count("reduced to") == 1 and said.err.count("raise -dq") == 1
+    assert "warning" not in said.out and "reduced to" not in said.err and not caplog.records
+    assert before == (logger.level, logger.propagate, logger.handlers)
 
 
 def test_mask_file_is_used(sky, folder, capsys):
