@@ -52,10 +52,10 @@ import time
 import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, fields, replace
 from datetime import datetime, timezone
-from typing import Callable, Iterator, NamedTuple, Sequence
+from typing import Callable, ContextManager, Iterator, NamedTuple, Sequence
 from xml.etree import ElementTree
 from xml.parsers import expat
 
@@ -125,7 +125,7 @@ UNSEEN_WEIGHT = 0.5
 STILL_EPOCHS, STILL_CHANGE = 50, 2e-4
 """The fit ends when its surface has moved by less than this part of its range (rms on the nodes) in so many epochs."""
 
-HELD_BACK = 0.5
+MAX_EXTRAPOLATION = 0.5
 """The surface may exceed the range of values that it has over the sky by this fraction, and no further: a corner
 without sky, or hills, cannot make it run away."""
 
@@ -200,6 +200,19 @@ class Settings:
         for flag, good, wanted in checks:
             if not good:
                 raise ValueError(f"{flag} must be {wanted}")
+
+    def resolved(self) -> Settings:
+        """Return these settings with defaults in place of every None but `smoothing`.
+
+        The smoothing is chosen with the sky, by `examine`.
+        """
+        quantile = self.delinearization_quantile
+        if quantile is None:
+            quantile = AUTO_QUANTILE if self.auto else DEFAULT_QUANTILE
+        points = self.points
+        if points is None:
+            points = AUTO_POINTS if self.auto else DEFAULT_POINTS
+        return replace(self, delinearization_quantile=quantile, points=points)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2254,6 +2267,7 @@ class Prepared:
     linear: np.ndarray  # (h, w, c) block medians in the picture's own units; NaN where missing
     full_shape: tuple[int, int]  # (h, w) of the full-size picture
     user_mask: np.ndarray | None = None  # (h, w, 1 or c) the mask file, reduced
+    black: float = 0.0  # the linear value that no light at all would give
     sky: Sky | None = None  # as it was found; None if it could not be looked for
 
     @property
@@ -2281,13 +2295,6 @@ def frame_coordinates(height: int, width: int, factor: int = 1) -> np.ndarray:
     return _grid(centers(height), centers(width))
 
 
-def stretch_quantile(settings: Settings) -> float:
-    """The quantile in force: what was asked for, else what suits the way the picture is masked."""
-    if settings.delinearization_quantile is not None:
-        return settings.delinearization_quantile
-    return AUTO_QUANTILE if settings.auto else DEFAULT_QUANTILE
-
-
 def prepare(planes: np.ndarray, settings: Settings, mask: np.ndarray | None = None) -> Prepared:
     """Stretch, reduce and mask a picture.
 
@@ -2304,7 +2311,8 @@ def prepare(planes: np.ndarray, settings: Settings, mask: np.ndarray | None = No
         raise BgError(f"the mask is {_size(mask)}, the picture {_size(planes)}; "
                       f"give a mask of {width} x {height} pixels with 1 or {count} channels")
     factor = settings.downscaling_factor
-    stretch, median = measure_stretch(planes, stretch_quantile(settings))
+    quantile = settings.resolved().delinearization_quantile
+    stretch, median = measure_stretch(planes, quantile)
     linear = np.stack([reduce_plane(plane, factor) for plane in planes], -1)
     if settings.downscaling_func == "mean":
         reduced = [reduce_plane(plane, factor, "mean", stretch.channel(k).apply) for k, plane in enumerate(planes)]
@@ -3646,7 +3654,7 @@ def start_positions(settings: Settings, shape: tuple[int, int]) -> np.ndarray:
         columns nearest to n in the frame's aspect ratio; n may then differ from what was asked for.
     """
     sides = np.array(shape) / max(shape)
-    wanted = settings.points or DEFAULT_POINTS
+    wanted = settings.resolved().points
     if settings.initializer == "random":
         rng, points = np.random.default_rng(settings.seed), np.full((1, 2), np.inf)
         while len(points) <= wanted:
@@ -4083,7 +4091,7 @@ class SkySurface:
 def linear_sky(prepared: Prepared, fit: Fit) -> Callable[[np.ndarray], np.ndarray]:
     """Return the fitted sky in the picture's own units, as a function.
 
-    Where there was no sky to fit, it is held back (see HELD_BACK).
+    Where there was no sky to fit, it is held back (see MAX_EXTRAPOLATION).
 
     Returns:
         A function that takes frame coordinates (..., 2) to the sky there, (..., c) in [0, 1].
@@ -4096,7 +4104,7 @@ def linear_sky(prepared: Prepared, fit: Fit) -> Callable[[np.ndarray], np.ndarra
     seen = prepared.stretch.invert(fit.surface(centers))  # (samples, c) linear
     low = seen.min(0)
     high = seen.max(0)
-    beyond = HELD_BACK * (high - low)
+    beyond = MAX_EXTRAPOLATION * (high - low)
     lowest = np.maximum(low - beyond, 0)
     highest = np.minimum(high + beyond, 1)
 
@@ -4127,7 +4135,7 @@ def subtract(planes: np.ndarray, sky: SkySurface,
         median: (c,) of the present samples of planes.
 
     Returns:
-        The offsets, and the counts of samples clipped at 0 and at 1; (c,) each.
+        The offsets, (c,), and how many samples were clipped at 0 and at 1, (2,).
     """
     strips = sky.strips()
 
@@ -4141,35 +4149,33 @@ def subtract(planes: np.ndarray, sky: SkySurface,
         median_left = _quantiles(plane, present, (0.5,))[0]
         offset = median[k] - median_left
         shift = plane.dtype.type(offset)
-        below = above = 0
+        clipped = np.zeros(2, int)
         for rows in strips:
-            samples = plane[rows]
-            here = present[rows]
-            values = samples + shift
-            below += np.count_nonzero(here & (values < 0))
-            above += np.count_nonzero(here & (values > 1))
-            np.clip(values, 0, 1, out=samples, where=here)
-        return offset, below, above
+            values = plane[rows] + shift
+            clipped += _store_clipped(plane[rows], values, present[rows])
+        return offset, clipped
 
-    results = _each(work, range(len(planes)))
-    offsets, below, above = map(np.array, zip(*results))
-    return offsets, below, above
+    offsets, clipped = zip(*_each(work, range(len(planes))))
+    return np.array(offsets), np.sum(clipped, 0)
 
 
-def divide(planes, sky, black=0.0):
+def divide(planes: np.ndarray, sky: SkySurface,
+           black: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
     """Divide a picture by its model, in place: picture / model * the model's median.
 
     That is right where something dims the light, such as vignetting. The rest is as in `subtract`.
 
     Args:
         planes: (c, h, w) linear samples; changed.
-        sky: the model, a SkySurface.
+        sky: the model.
         black: the sample that no light at all would give. It is not 0 in a picture with a unit of
             its own that has negative values.
 
-    Returns the model's medians, above black, and the counts of samples clipped at 0 and at 1; (c,)
-    each.
-    Raises BgError where the model is not above black.
+    Returns:
+        The model's medians above black, (c,), and how many samples were clipped at 0 and at 1, (2,).
+
+    Raises:
+        BgError: the model is not above black everywhere.
     """
     inside = slice(1, -2)  # nodes in the frame
     levels = np.median(sky.nodes[:, inside, inside], (1, 2)) - black
@@ -4181,81 +4187,177 @@ def divide(planes, sky, black=0.0):
 
     def work(channel):
         plane = planes[channel]
-        below = above = 0
+        clipped = np.zeros(2, int)
         for rows in sky.strips():
-            present = _present(plane[rows])
+            samples = plane[rows]
             gain = levels[channel] / (sky.strip(channel, rows) - black)
-            values = (plane[rows] - black) * gain + black
-            below += np.count_nonzero((values < 0) & present)
-            above += np.count_nonzero((values > 1) & present)
-            np.copyto(plane[rows], np.clip(values, 0, 1), where=present, casting="same_kind")
-        return levels[channel], below, above
+            values = (samples - black) * gain + black
+            clipped += _store_clipped(samples, values, _present(samples))
+        return clipped
 
-    return tuple(map(np.array, zip(*_each(work, range(len(planes))))))
+    clipped = list(_each(work, range(len(planes))))
+    return levels, np.sum(clipped, 0)
 
 
-def reduced_sky(prepared: Prepared, fit: Fit,
-                correction: str = "subtract") -> tuple[np.ndarray, np.ndarray]:
+def _store_clipped(samples: np.ndarray, values: np.ndarray, present: np.ndarray) -> np.ndarray:
+    """Put values, clipped to [0, 1], in the place of the present samples.
+
+    Returns:
+        How many of them were clipped at 0 and at 1, (2,).
+    """
+    below = np.count_nonzero(present & (values < 0))
+    above = np.count_nonzero(present & (values > 1))
+    np.clip(values, 0, 1, out=samples, where=present)
+    return np.array((below, above))
+
+
+def corrected(prepared: Prepared, linear: np.ndarray, sky: np.ndarray,
+              correction: str) -> np.ndarray:
+    """Return some samples of a picture without their sky, but for a constant in each channel.
+
+    Args:
+        prepared: `black` counts.
+        linear: (..., c) samples.
+        sky: (..., c) the model there.
+        correction: "subtract" or "divide".
+    """
+    if correction == "subtract":
+        return linear - sky
+    above_black = sky - prepared.black
+    channels = sky.shape[-1]
+    level = np.median(above_black.reshape(-1, channels), 0)
+    return (linear - prepared.black) * (level / above_black) + prepared.black
+
+
+def reduced_sky(prepared: Prepared, fit: Fit, correction: str) -> tuple[np.ndarray, np.ndarray]:
     """Return the sky, and the picture without it, on the reduced frame: linear, (h, w, c) each.
 
-    The medians of the picture's channels stay what they were.
+    If the sky is subtracted, the medians of the picture's channels stay what they were.
     """
     surface = linear_sky(prepared, fit)
     sky = surface(prepared.centers).astype(np.float32)
-    if correction == "divide":
-        return sky, prepared.linear / sky * np.median(sky, (0, 1))
-    after = prepared.linear - sky
-    return sky, _keep_median(prepared.linear, after)
+    after = corrected(prepared, prepared.linear, sky, correction)
+    if correction == "subtract":
+        after = _shift_medians(after, prepared.median)
+    return sky, after
 
 
-def _keep_median(before: np.ndarray, after: np.ndarray) -> np.ndarray:
-    """Return `after`, with each channel shifted to the median of `before`.
-
-    All are (h, w, c), NaN where missing.
-    """
-    def medians(image):
-        found = []
-        for plane in np.moveaxis(image, -1, 0):
-            present = plane[np.isfinite(plane)]
-            found.append(np.median(present[::4]))  # every fourth sample: enough for the eye
-        return np.array(found, after.dtype)
-
-    shift = medians(before) - medians(after)  # (c,)
-    return after + shift
+def _shift_medians(image: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """Return a picture (h, w, c), NaN where missing, shifted to the wanted medians (c,)."""
+    shift = wanted - np.nanmedian(image, (0, 1))
+    return image + shift.astype(image.dtype)
 
 
 # ---------------------------------------------------------------------------------------------------
 # The whole job on arrays
 # ---------------------------------------------------------------------------------------------------
 
-def examine(planes: np.ndarray, settings: Settings,
-            mask: np.ndarray | None = None) -> tuple[Prepared, Settings]:
-    """Everything before the fit: stretch, reduce, mask, and choose what was left to choose. Needs no TensorFlow.
+SMOOTHING_OF_UNKNOWN_SKY = 1.0
+"""Where no sky can be looked for: in the middle of what is chosen elsewhere."""
 
-    Args and errors: as for `prepare`.
+
+def examine(planes: np.ndarray, settings: Settings, mask: np.ndarray | None = None,
+            black: float = 0.0) -> tuple[Prepared, Settings]:
+    """Do everything before the fit: stretch, reduce, mask, find the sky, and warn of what is odd.
+
+    It needs no TensorFlow.
+
+    Args:
+        planes, settings, mask: as for `prepare`.
+        black: the sample that no light at all would give; it counts where the sky is divided out.
 
     Returns:
-        What the fit sees, and the settings with the values really used in place of every None.
+        What the fit sees, and the settings with the values that are used in place of every None.
+
+    Raises:
+        BgError: as `prepare`.
     """
+    settings = settings.resolved()
     prepared = prepare(planes, settings, mask)
     sky = find_sky(prepared, settings)
+    prepared = replace(prepared, sky=sky, black=black)
     if sky is None:
-        logger.info("too small or too much left out to tell objects from sky; fitted as it is (a smaller -dx may help)")
-        smoothing = 1.0 if settings.smoothing is None else settings.smoothing
+        logger.info("too small or too much left out to tell objects from sky; fitted as it is "
+                    "(a smaller -dx may help)")
+        if settings.smoothing is None:
+            settings = replace(settings, smoothing=SMOOTHING_OF_UNKNOWN_SKY)
     else:
-        smoothing = sky.smoothing
-        logger.info(f"sky: {100 * sky.share:.0f} % of the picture; smoothing {smoothing:.3g} ({sky.why})")
+        settings = replace(settings, smoothing=sky.smoothing)
+        logger.info(f"sky: {100 * sky.share:.0f} % of the picture; "
+                    f"smoothing {sky.smoothing:.3g} ({sky.why})")
         if sky.unsure:
-            logger.warning(f"the sky of this picture cannot be told from objects: {sky.unsure}. Take the result as a "
-                           "guess, mask objects with -m, or keep the surface stiff with --smoothing 1e4")
-    prepared = replace(prepared, sky=sky)
+            logger.warning(f"the sky of this picture cannot be told from objects: {sky.unsure}. "
+                           "Take the result as a guess, mask objects with -m, or keep the surface "
+                           "stiff with --smoothing 1e4")
     for sentence in doubts(planes, prepared):
         logger.warning(sentence)
     if settings.auto and sky is not None:
-        prepared = replace(prepared, weight=prepared.weight * sky.seen(prepared.centers)[..., None])
-    return prepared, replace(
-        settings, delinearization_quantile=stretch_quantile(settings), smoothing=smoothing,
-        points=settings.points or (AUTO_POINTS if settings.auto else DEFAULT_POINTS))
+        shows_sky = sky.seen(prepared.centers)  # (h, w)
+        prepared = replace(prepared, weight=prepared.weight * shows_sky[..., None])
+    _log_numbers(prepared, settings)
+    return prepared, settings
+
+
+@dataclass(frozen=True)
+class Removal:
+    """A picture whose sky was taken out, and how that came about; c channels."""
+
+    planes: np.ndarray  # (c, h, w) the picture without the sky
+    sky: SkySurface  # the model
+    offsets: np.ndarray  # (c,) in the picture's own unit: picture - model + offset is what is left,
+    # or picture / model * offset if the sky was divided out
+    clipped: float  # share of the samples that were clipped at 0 or 1
+    gradient_before: float  # see `gradient`
+    gradient_after: float
+    settings: Settings  # as used
+    prepared: Prepared
+    fit: Fit
+
+
+def remove_sky(planes: np.ndarray, settings: Settings, mask: np.ndarray | None = None,
+               unit: Unit = Unit(), watched: ContextManager = nullcontext()) -> Removal:
+    """Find the sky of a picture, fit the surface, and take it out: the whole job on one picture.
+
+    Args:
+        planes: (c, h, w) linear samples in [0, 1], c 1 or 3; changed in place.
+        settings: see `Settings`.
+        mask: (1 or c, h, w) weights, 1 = use, 0 = ignore, or None.
+        unit: the picture's own unit, for the offsets.
+        watched: a context for the fit. It may give a function that is called after each epoch with
+            its number, from 1, and its loss.
+
+    Raises:
+        BgError: as `prepare`, `fit_surface`, and `divide`.
+    """
+    black = -unit.offset / unit.scale
+    prepared, settings = examine(planes, settings, mask, black)
+    with watched as on_epoch:
+        fit = fit_sky(prepared, settings, on_epoch)
+    logger.info(f"{fit.stopped}; best loss {fit.history[:, 0].min():.4f}")
+    sky = full_size_sky(prepared, fit, planes.dtype)
+    if settings.correction == "divide":
+        levels, clipped = divide(planes, sky, black)
+        offsets = levels * unit.scale
+        words = "divided by the sky, times its median"
+    else:
+        shifts, clipped = subtract(planes, sky, prepared.median)
+        offsets = shifts * unit.scale + unit.offset  # the model is in that unit too
+        words = "offsets"
+    removal = Removal(
+        planes, sky, offsets, clipped.sum() / planes.size, gradient(prepared),
+        gradient(prepared, fit, settings.correction), settings, prepared, fit)
+
+    logger.info(gradients(removal))
+    letters = _channel_letters(prepared)
+    each = [f"{letter} {offset:.6f}" for letter, offset in zip(letters, offsets)]
+    logger.info(f"{words}: {', '.join(each)}")
+    below, above = clipped
+    logger.info(f"clipped: {below} samples at 0, {above} at 1, of {planes.size}")
+    if removal.clipped > MOST_CLIPPED:
+        logger.warning(f"{removal.clipped:.1%} of the samples were clipped: the sky leaves no room "
+                       "below or above it; add a pedestal to the picture, or use a stiffer "
+                       "surface (--smoothing)")
+    return removal
 
 
 @dataclass(frozen=True)
@@ -4278,45 +4380,50 @@ def optimize(image: np.ndarray, settings: Settings = Settings(), mask: np.ndarra
     What it finds out is logged as "bgoptimizer", at the level INFO; doubts are at WARNING.
 
     Args:
-        image: (h, w), (h, w, 1) or (h, w, 3), linear; 0 and what is not finite count as missing. Integers
-            count over their full range, floats in any unit: the results are in the same. Not changed.
+        image: (h, w), (h, w, 1) or (h, w, 3), linear; 0 and what is not finite count as missing.
+            Integers count over their full range, floats in any unit: the results are in the same.
+            Not changed.
         settings: see `Settings`.
         mask: (h, w), (h, w, 1) or (h, w, c) weights in [0, 1], 1 = use, 0 = ignore; or integers.
-        on_epoch: called with each epoch's number, from 1, and its loss.
+        on_epoch: called after each epoch with its number, from 1, and its loss.
 
     Returns:
         Model and picture in Float32, or in Float64 if the image is.
 
     Raises:
-        BgError: the image's shape is another, nothing is left to fit, or a channel is empty.
+        BgError: the image has another shape, nothing is left to fit, or a channel is empty.
     """
     planes = _to_planes(image, "the image")
     if len(planes) not in (1, 3):
-        raise BgError(f"the image has shape {np.shape(image)}; give (h, w), (h, w, 1) or (h, w, 3)")
+        raise BgError(f"the image has shape {np.shape(image)}; "
+                      "give (h, w), (h, w, 1) or (h, w, 3)")
     unit = array_unit(planes)
-    prepared, settings = examine(planes, settings, None if mask is None else mask_weights(_to_planes(mask, "the mask")))
-    fit = fit_sky(prepared, settings, on_epoch)
-    sky = full_size_sky(prepared, fit, planes.dtype)
-    if settings.correction == "divide":
-        offsets, _, _ = divide(planes, sky, -unit.offset / unit.scale)
-        offsets = offsets * unit.scale
-    else:
-        offsets, _, _ = subtract(planes, sky, prepared.median)
-        offsets = offsets * unit.scale + unit.offset
-    model, corrected = (np.stack([_in_own_unit(plane, unit) for plane in part], -1) for part in (sky, planes))
-    return Result(model, corrected, offsets,
-                  dict(zip(("loss",) + LOSS_TERMS, fit.history.T)), settings, prepared, fit)
+    weights = None if mask is None else mask_weights(_to_planes(mask, "the mask"))
+    removal = remove_sky(planes, settings, weights, unit, nullcontext(on_epoch))
+
+    def to_image(planes):
+        in_own_unit = [_in_own_unit(plane, unit) for plane in planes]
+        return np.stack(in_own_unit, -1)  # (h, w, c)
+
+    names = ("loss",) + LOSS_TERMS
+    history = dict(zip(names, removal.fit.history.T))
+    return Result(
+        to_image(removal.sky), to_image(removal.planes), removal.offsets, history,
+        removal.settings, removal.prepared, removal.fit)
 
 
 def _to_planes(image: np.ndarray, name: str) -> np.ndarray:
-    """(h, w) or (h, w, c) -> a copy (c, h, w), Float64 if the image is, else Float32."""
+    """Copy (h, w) or (h, w, c) to (c, h, w), to Float64 if the image is, else to Float32."""
     image = np.asarray(image)
     if image.ndim not in (2, 3) or not image.size or image.dtype.kind not in "fiub":
-        raise BgError(f"{name} is {image.dtype} of shape {image.shape}; give numbers of shape (h, w) or (h, w, c)")
-    full = np.iinfo(image.dtype).max if image.dtype.kind in "iu" else 1
+        raise BgError(f"{name} is {image.dtype} of shape {image.shape}; "
+                      "give numbers of shape (h, w) or (h, w, c)")
+    white = 1
+    if image.dtype.kind in "iu":
+        white = np.iinfo(image.dtype).max
     dtype = np.float64 if image.dtype == np.float64 else np.float32
-    planes = image[None] if image.ndim == 2 else np.moveaxis(image, -1, 0)
-    planes = np.array(planes, dtype, order="C") / dtype(full)
+    planes = np.moveaxis(np.atleast_3d(image), -1, 0)
+    planes = np.array(planes, dtype, order="C") / dtype(white)
     keep_dark_samples(planes)
     return planes
 
@@ -4343,89 +4450,131 @@ MOSAIC_DIFFERENCE = 0.03
 
 
 def thinned(prepared: Prepared, most: int = VIEW_PIXELS) -> Prepared:
-    """Every k-th pixel of the reduced frame, so that its longer side has about `most`."""
-    step = max(1, round(max(prepared.image.shape[:2]) / most))
-    names = ("image", "weight", "present", "centers", "linear", "user_mask")
-    parts = {name: getattr(prepared, name) for name in names}
-    return replace(prepared, **{name: None if part is None else part[::step, ::step] for name, part in parts.items()})
+    """Take every k-th pixel of the reduced frame, so that its longer side has about `most`."""
+    longer = max(prepared.image.shape[:2])
+    step = max(1, round(longer / most))
+    parts = {}
+    for name in ("image", "weight", "present", "centers", "linear", "user_mask"):
+        part = getattr(prepared, name)
+        if part is not None:
+            parts[name] = part[::step, ::step]
+    return replace(prepared, **parts)
 
 
 def blown_out(prepared: Prepared) -> np.ndarray:
-    """Where the stretch clips sky: (h, w) bool. The fit loses the sky there."""
+    """Return True, (h, w), where the stretch clips sky, so that the fit loses it.
+
+    It is nowhere True if that is hardly anywhere.
+    """
+    nowhere = np.zeros(prepared.image.shape[:2], bool)
     if prepared.sky is None:
-        return np.zeros(prepared.image.shape[:2], bool)
-    top = prepared.stretch.pedestal + prepared.stretch.scale
-    above = (prepared.sky.surface(prepared.centers) > top) & clipped_by_stretch(prepared)
-    blown = above.any(-1)
-    return blown if blown.mean() > BLOWN_SHARE else np.zeros_like(blown)
+        return nowhere
+    white = prepared.stretch.pedestal + prepared.stretch.scale  # (c,)
+    too_bright = prepared.sky.surface(prepared.centers) > white  # (h, w, c)
+    blown = (too_bright & clipped_by_stretch(prepared)).any(-1)
+    return blown if blown.mean() > BLOWN_SHARE else nowhere
 
 
 def doubts(planes: np.ndarray, prepared: Prepared) -> list[str]:
-    """What makes one doubt that a picture is one to run the tool on, a sentence each.
+    """Return reasons to doubt that a picture is one to run the tool on, a sentence each.
 
     Args:
         planes: (c, h, w) linear samples.
+        prepared: the same picture.
     """
     sentences = []
     linear = prepared.linear[prepared.present.all(-1)]  # (n, c)
     low, median, high = np.quantile(linear, (0, 0.5, 0.999), axis=0)
     stretched = (high > STRETCHED_TOP) & (median - low > STRETCHED_MEDIAN * (high - low))
     if stretched.all():
-        sentences.append("the picture looks stretched; light can be subtracted only while the data are linear")
+        sentences.append("the picture looks stretched; "
+                         "light can be subtracted only while the data are linear")
     if len(planes) == 1 and _looks_like_mosaic(planes[0]):
         sentences.append("the picture looks like an undebayered color picture; debayer it first")
     missing = 1 - prepared.present.mean()
     if missing > 0.5:
-        sentences.append(f"{missing:.0%} of the picture is missing (0 or not finite); check that it is the right one")
+        sentences.append(f"{missing:.0%} of the picture is missing (0 or not finite); "
+                         "check that it is the right one")
     return sentences
 
 
 def _looks_like_mosaic(plane: np.ndarray) -> bool:
-    """Whether pixels of one phase of a 2 x 2 mosaic agree better than pixels of two."""
-    rows, columns = (4 * max(1, side // 2000) for side in plane.shape)  # a few Mpix are enough
-    phases = [plane[y::rows, x::columns] for y in (0, 1) for x in (0, 1)]
-    phases = [phase[_present(phase)] for phase in phases]
-    if min(phase.size for phase in phases) < 1000:
-        return False
-    medians = np.array([np.median(phase) for phase in phases])
-    spread = max(1.4826 * np.median(np.abs(phase - np.median(phase))) for phase in phases)
-    error = 1.25 * spread / math.sqrt(min(phase.size for phase in phases))
-    dark = min(np.quantile(phase, 0.01) for phase in phases)
+    """Tell whether pixels of one phase of a 2 x 2 mosaic agree better than pixels of two."""
+    down, across = [4 * max(1, side // 2000) for side in plane.shape]  # a few Mpix are enough
+    medians, spreads, darkest, counts = [], [], [], []
+    for y, x in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        phase = plane[y::down, x::across]
+        phase = phase[_present(phase)]
+        if phase.size < 1000:
+            return False
+        median = np.median(phase)
+        medians.append(median)
+        spreads.append(1.4826 * np.median(np.abs(phase - median)))  # the deviation of a Gaussian
+        darkest.append(np.quantile(phase, 0.01))
+        counts.append(phase.size)
     difference = np.ptp(medians)
-    return difference > 10 * error and difference > MOSAIC_DIFFERENCE * (np.median(medians) - dark)
+    error = 1.25 * max(spreads) / math.sqrt(min(counts))  # of a median of Gaussian noise
+    height = np.median(medians) - min(darkest)
+    return difference > 10 * error and difference > MOSAIC_DIFFERENCE * height
 
 
-def gradient(prepared: Prepared, taken: Callable | None = None) -> float:
-    """How uneven the sky is: the range of the sky that was found over its level; mean of the channels.
+def gradient(prepared: Prepared, fit: Fit | None = None, correction: str = "subtract") -> float:
+    """Tell how uneven the sky is: the range of the found sky over its level, mean of the channels.
 
     Args:
-        taken: frame coordinates (..., 2) -> (..., c) linear sky that was taken out; medians stay.
+        prepared: with its sky.
+        fit: None for the sky before, else for what the correction leaves of it.
+        correction: "subtract" or "divide".
 
     Returns:
         NaN if no sky could be looked for.
     """
-    if prepared.sky is None:
+    found = prepared.sky
+    if found is None:
         return math.nan
-    sky = prepared.sky
-    places = sky.centers[sky.weight > 0]
-    left = sky.surface(places)  # (n, c)
-    level = np.maximum(np.median(left, axis=0), 1e-12)
-    if taken is not None:
-        left = left - taken(places)
-    high, low = np.percentile(left, (99, 1), axis=0)
+    places = found.centers[found.weight > 0]  # (n, 2)
+    sky = found.surface(places)  # (n, c)
+    level = np.maximum(np.median(sky, axis=0), 1e-12)
+    if fit is not None:
+        model = linear_sky(prepared, fit)(places)
+        sky = corrected(prepared, sky, model, correction)
+    high, low = np.percentile(sky, (99, 1), axis=0)
     return float(np.mean((high - low) / level))
 
 
-def gradients(prepared: Prepared, fit: Fit) -> str:
-    """The gradient before and after, in words."""
-    before = gradient(prepared)
-    after = gradient(prepared, linear_sky(prepared, fit))
-    doubt = ", if that was the sky" if prepared.sky is not None and prepared.sky.unsure else ""
-    return f"gradient {_percent(before)} of the sky's level before, {_percent(after)} after{doubt}"
+def gradients(removal: Removal) -> str:
+    """Put the gradient before and after into words."""
+    before = _percent(removal.gradient_before)
+    after = _percent(removal.gradient_after)
+    text = f"gradient {before} of the sky's level before, {after} after"
+    sky = removal.prepared.sky
+    if sky is not None and sky.unsure:
+        text += ", if that was the sky"
+    return text
 
 
 def _percent(share: float) -> str:
     return "unknown" if math.isnan(share) else f"{share:.1%}"
+
+
+def _log_numbers(prepared: Prepared, settings: Settings) -> None:
+    """Log numbers to act on before the fit."""
+    part = shares(prepared)
+    height, width, _ = prepared.image.shape
+    quantile = settings.delinearization_quantile
+    logger.info(f"reduced to {width} x {height}: {part['used']:.1%} used, "
+                f"{part['masked']:.1%} masked, {part['missing']:.1%} missing; "
+                f"{part['clipped']:.1%} clipped at 1 by the stretch (-dq {quantile:g})")
+    low = prepared.stretch.pedestal
+    high = low + prepared.stretch.scale
+    for k, letter in enumerate(_channel_letters(prepared)):
+        logger.info(f"  {letter}: minimum {low[k]:.6f}, median {prepared.median[k]:.6f}, "
+                    f"clipped above {high[k]:.6f}")
+    share = blown_out(thinned(prepared)).mean()
+    if share > 0:
+        logger.warning(f"the stretch clips a smooth part of the picture ({share:.1%} of the "
+                       "frame), most likely sky, and the fit loses it there; "
+                       f"raise -dq (now {quantile:g})")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -4610,7 +4759,7 @@ def _draw_histogram(axes, prepared, settings, k):
 
     axes.axvline(MIDTONES_TARGET, color=INK, linewidth=0.8, linestyle=":")
     axes.text(MIDTONES_TARGET + 0.01, 2 * highest, "median", fontsize=7)
-    quantile = stretch_quantile(settings)
+    quantile = settings.delinearization_quantile
     axes.text(0.985, 2 * highest, f"-dq {quantile:g}", fontsize=7, ha="right")
     ticks = np.linspace(0, 1, 5)
     stretch = prepared.stretch.channel(k)
@@ -4641,11 +4790,12 @@ def _draw_hints(axes, prepared: Prepared, blown: np.ndarray) -> None:
         axes.set_xlabel("outlined: sky blown out, raise -dq", color="#ff8a80", weight="bold", labelpad=28)
 
 
-def draw_figures(figure, prepared: Prepared, settings: Settings, fit: Fit, title: str) -> None:
+def draw_figures(figure, removal: Removal, title: str) -> None:
     """Draw the result: before, model, and after, the control points, and the loss."""
-    figure.text(0.015, 0.012, facts(prepared, settings, fit), fontsize=8)
-    prepared = thinned(prepared)
-    sky, after = reduced_sky(prepared, fit, settings.correction)
+    figure.text(0.015, 0.012, facts(removal), fontsize=8)
+    fit = removal.fit
+    prepared = thinned(removal.prepared)
+    sky, after = reduced_sky(prepared, fit, removal.settings.correction)
     stretch = display_stretch(prepared.linear)
     panels, bottom = _lay_out(figure, title, 1.25)
     _show(panels[0], stretch.apply(prepared.linear), "before")
@@ -4705,16 +4855,18 @@ def _draw_loss(loss, terms, history):
         axes.grid()
 
 
-def facts(prepared: Prepared, settings: Settings, fit: Fit) -> str:
+def facts(removal: Removal) -> str:
     """Return one line on the run: settings, epochs, loss, share of sky, gradient."""
-    quantile = stretch_quantile(settings)
+    settings = removal.settings
+    fit = removal.fit
+    quantile = settings.delinearization_quantile
     how = (f"-dq {quantile:g}, {len(fit.positions)} points ({settings.initializer}), "
            f"order {settings.order}, smoothing {fit.smoothing:g}, alpha {settings.alpha:g}, "
            f"seed {settings.seed}")
     best = fit.history[:, 0].min()
     fitted = f"{len(fit.history)} epochs, loss {best:.4f}"
-    used = shares(prepared)["used"]
-    return f"{how}   |   {fitted}   |   {used:.1%} used as sky   |   {gradients(prepared, fit)}"
+    used = shares(removal.prepared)["used"]
+    return f"{how}   |   {fitted}   |   {used:.1%} used as sky   |   {gradients(removal)}"
 
 
 def animation_frames(prepared: Prepared, fit: Fit, width: int = 800) -> np.ndarray:
@@ -4754,7 +4906,7 @@ def animation_frames(prepared: Prepared, fit: Fit, width: int = 800) -> np.ndarr
         surface = linear_sky(prepared, step)
         sky = surface(places).astype(np.float32)
         sky = np.einsum("yn,nmc,xm->yxc", down, sky, across, optimize=True)
-        after = _keep_median(before, before - sky)
+        after = _shift_medians(before - sky, prepared.median)
         model = draw_half(sky)
         pen = ImageDraw.Draw(model)
         points = enlarged * _pixel_positions(prepared, positions)
@@ -5000,6 +5152,10 @@ def put_picture(draw: Callable, where: str, path: str) -> None:
 # Command line
 # ---------------------------------------------------------------------------------------------------
 
+TENSORFLOW_BYTES = 0.6e9
+"""Memory that TensorFlow and the fit take, about; measured with TensorFlow 2.15."""
+
+
 class _Parser(argparse.ArgumentParser):
     """An argument parser that says what is wrong in one line."""
 
@@ -5171,102 +5327,156 @@ class _OnTerminal(logging.Handler):
 
 
 def _run(options: argparse.Namespace, settings: Settings, interrupts: _Interrupts) -> None:
-    """The command, from file to files."""
+    """Do what the command line asks for."""
     started = time.perf_counter()
-    with suppress(AttributeError):  # a notebook's, or none; names may hold what the terminal's encoding does not
+    with suppress(AttributeError):  # a notebook's stdout cannot do that, and there may be none
+        # File names may hold characters that the terminal's encoding does not have
         sys.stdout.reconfigure(errors="backslashreplace")
-    paths, where = _check_paths(options), _place_for_pictures(options)
-    picture_read = _read(options.input_file)
-    planes = picture_read.planes
-    logger.info(_describe(options.input_file, picture_read))
-    lone = keep_dark_samples(planes)
-    if lone:
-        logger.info(f"{lone} lone samples of 0 are taken for dark sky, not for missing data")
-    if not options.preview:
-        _check_room(planes, options)
-        _start_importing()
-    prepared, settings = examine(planes, settings, _read_mask(options.mask))
-    _report(prepared, settings)
-    title = os.path.basename(options.input_file).encode("utf-8", "replace").decode().replace("$", r"\$")  # no formula
+    task = _make_task(options, settings)
     if options.preview:
-        written, picture = [], paths["preview"]
-        draw = functools.partial(draw_preview, prepared=prepared, settings=settings, title=title)
+        written = preview_file(task)
     else:
-        fit = _fit(prepared, settings, interrupts)
-        written = _subtract_and_write(picture_read, prepared, settings, fit, options, paths)
-        picture = paths["figures"]
-        draw = functools.partial(draw_figures, prepared=prepared, settings=settings, fit=fit, title=title)
-    if where:
-        put_picture(draw, where, picture)
-    for path in written + [picture] * (where == "file"):
+        written = process_file(task, _watched_fit(settings.epochs, interrupts)).written
+    for path in written:
         logger.info(f"wrote {path}")
     logger.info(f"{time.perf_counter() - started:.1f} s")
-    if where == "window":
+    if task.place_for_figure == "window":
         from matplotlib import pyplot
         pyplot.show()  # waits until the window is closed
 
 
-def _fit(prepared: Prepared, settings: Settings, interrupts: _Interrupts) -> Fit:
-    """The fit, watched on the terminal, that ends cleanly after Ctrl-C."""
+@dataclass(frozen=True)
+class Task:
+    """One picture to do: what to read, what to write, and how."""
+
+    input_file: str
+    mask_file: str | None
+    settings: Settings
+    outputs: dict[str, str]  # "model", "subtracted", "mask" or "animation" -> its path
+    figure: str  # path of the figure or the preview, if it is saved
+    place_for_figure: str | None  # "notebook", "window", "file", or None
+    format: str  # of the outputs, a key of FORMATS
+    compress: bool
+
+    @property
+    def title(self) -> str:
+        """The name of the picture, as it can be drawn."""
+        name = os.path.basename(self.input_file)
+        name = name.encode("utf-8", "replace").decode()
+        return name.replace("$", r"\$")  # matplotlib would take it for a formula
+
+
+class Report(NamedTuple):
+    """What there is to tell of a picture that was done. It is small, so that many can be kept."""
+
+    sky_share: float  # of the picture; NaN if no sky could be looked for
+    unsure: str  # why the sky cannot be known, in words; empty if it can
+    smoothing: float
+    gradient_before: float
+    gradient_after: float
+    clipped: float  # share of the samples
+    written: list[str]  # paths
+
+
+def process_file(task: Task, watched: ContextManager = nullcontext()) -> Report:
+    """Take the sky out of one picture, from file to files.
+
+    Args:
+        task: its paths have been checked.
+        watched: as for `remove_sky`.
+
+    Raises:
+        BgError: the picture cannot be done.
+    """
+    picture = _read_input(task)
+    _check_disk(task, picture.planes)
+    _check_memory(picture.planes)
+    _start_importing()
+    mask = _read_mask(task.mask_file)
+    removal = remove_sky(picture.planes, task.settings, mask, picture.unit, watched)
+    _write_outputs(task, picture, removal)
+    draw = functools.partial(draw_figures, removal=removal, title=task.title)
+    written = [*task.outputs.values(), *_put_figure(task, draw)]
+    sky = removal.prepared.sky
+    return Report(
+        sky_share=math.nan if sky is None else sky.share,
+        unsure="" if sky is None else sky.unsure,
+        smoothing=removal.settings.smoothing,
+        gradient_before=removal.gradient_before,
+        gradient_after=removal.gradient_after,
+        clipped=removal.clipped,
+        written=written)
+
+
+def preview_file(task: Task) -> list[str]:
+    """Draw the preview of one picture; returns the paths of what was written."""
+    picture = _read_input(task)
+    mask = _read_mask(task.mask_file)
+    prepared, settings = examine(picture.planes, task.settings, mask)
+    draw = functools.partial(
+        draw_preview, prepared=prepared, settings=settings, title=task.title)
+    return _put_figure(task, draw)
+
+
+def _put_figure(task: Task, draw: Callable) -> list[str]:
+    """Draw a figure where the task wants it; returns the paths of what was written."""
+    if task.place_for_figure is None:
+        return []
+    put_picture(draw, task.place_for_figure, task.figure)
+    return [task.figure] if task.place_for_figure == "file" else []
+
+
+def _write_outputs(task: Task, picture: Picture, removal: Removal) -> None:
+    """Write all files that a task asks for, or none."""
+    history = _history(task, removal)
+    write = FORMATS[task.format].write
+    with atomic_outputs(*task.outputs.values()) as opened:
+        files = dict(zip(task.outputs, opened))
+
+        def write_picture(kind, planes, source, unit, what):
+            lines = history + [f"bgoptimizer: this is {what}"]
+            write(files[kind], planes, source, lines, task.compress, unit)
+
+        write_picture("model", removal.sky, picture.source, picture.unit, "the sky")
+        write_picture("subtracted", removal.planes, picture.source, picture.unit,
+                      "the picture without the sky")
+        if "mask" in files:
+            mask = full_mask(removal.prepared, removal.settings)
+            write_picture("mask", mask, None, Unit(), "the mask, 1 = sky")
+        if "animation" in files:
+            frames = animation_frames(removal.prepared, removal.fit)
+            write_animation(files["animation"], frames)
+
+
+def _history(task: Task, removal: Removal) -> list[str]:
+    """Return HISTORY lines: what made this picture, to the last setting."""
+    settings = removal.settings
+    fit = removal.fit
+    now = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+    lines = [f"{item.name} = {getattr(settings, item.name)}" for item in fields(settings)]
+    mask = None if task.mask_file is None else os.path.basename(task.mask_file)
+    lines.append(f"mask = {mask}")
+    lines.append(f"control points used = {len(fit.positions)}")
+    lines.append(fit.stopped)
+    what = "offset" if settings.correction == "subtract" else "model's median"
+    for channel, offset in enumerate(removal.offsets):
+        lines.append(f"{what} of channel {channel} = {offset:.9g}")
+    return [f"bgoptimizer {VERSION}, {now}"] + [f"bgoptimizer: {line}" for line in lines]
+
+
+@contextmanager
+def _watched_fit(epochs: int, interrupts: _Interrupts) -> Iterator[Callable[[int, float], None]]:
+    """Show how a fit goes on, and end it cleanly after Ctrl-C; yields what `on_epoch` is."""
     interrupts.check()
     interrupts.patient = True
-    with _progress(settings.epochs) as show:
+    with _progress(epochs) as show:
         def on_epoch(epoch, loss):
             interrupts.check()
             show(epoch, loss)
 
-        fit = fit_sky(prepared, settings, on_epoch)
+        yield on_epoch
     interrupts.patient = False
     interrupts.check()
-    logger.info(f"{fit.stopped}; best loss {fit.history[:, 0].min():.4f}")
-    return fit
-
-
-def _subtract_and_write(picture_read: Picture, prepared: Prepared, settings: Settings, fit: Fit,
-                        options: argparse.Namespace, paths: dict[str, str]) -> list[str]:
-    """Take the sky out of a picture's planes and write what was asked for; returns the paths."""
-    planes, source, unit = picture_read.planes, picture_read.source, picture_read.unit
-    sky = full_size_sky(prepared, fit, planes.dtype)
-    if settings.correction == "divide":
-        offsets, below, above = divide(planes, sky, -unit.offset / unit.scale)
-        offsets = offsets * unit.scale  # the model's medians
-    else:
-        offsets, below, above = subtract(planes, sky, prepared.median)
-        offsets = offsets * unit.scale + unit.offset  # so that picture - model + offset holds in the own unit too
-    logger.info(gradients(prepared, fit))
-    words = "offsets: " if settings.correction == "subtract" else "divided by the sky, times its median: "
-    logger.info(words + ", ".join(map("{} {:.6f}".format, _channel_letters(prepared), offsets)))
-    logger.info(f"clipped: {below.sum()} samples at 0, {above.sum()} at 1, of {planes.size}")
-    share = (below.sum() + above.sum()) / planes.size
-    if share > MOST_CLIPPED:
-        logger.warning(f"{share:.1%} of the samples were clipped: the sky leaves no room below or above it; "
-                       "add a pedestal to the picture, or use a stiffer surface (--smoothing)")
-    pictures = {"model": (sky, source, "the sky", unit),
-                "subtracted": (planes, source, "the picture without the sky", unit)}
-    if options.save_mask:
-        pictures["mask"] = full_mask(prepared, settings), None, "the mask, 1 = sky", Unit()
-    outputs = {kind: path for kind, path in paths.items() if kind != "figures"}
-    history = _history(options, settings, fit, offsets)
-    with atomic_outputs(*outputs.values()) as opened:
-        files = dict(zip(outputs, opened))
-        write = FORMATS[options.format or picture_read.format].write
-        for kind, (picture, metadata, what, own) in pictures.items():
-            lines = history + [f"bgoptimizer: this is {what}"]
-            write(files[kind], picture, metadata, lines, options.compress, own)
-        if options.animate:
-            write_animation(files["animation"], animation_frames(prepared, fit))
-    return list(outputs.values())
-
-
-def _history(options: argparse.Namespace, settings: Settings, fit: Fit, offsets: np.ndarray) -> list[str]:
-    """HISTORY lines: what made this picture, to the last setting."""
-    now = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
-    lines = [f"bgoptimizer {VERSION}, {now}"]
-    lines += [f"bgoptimizer: {item.name} = {getattr(settings, item.name)}" for item in fields(settings)]
-    lines += [f"bgoptimizer: mask = {os.path.basename(options.mask) if options.mask else None}",
-              f"bgoptimizer: control points used = {len(fit.positions)}", f"bgoptimizer: {fit.stopped}"]
-    what = "offset" if settings.correction == "subtract" else "model's median"
-    return lines + [f"bgoptimizer: {what} of channel {k} = {offset:.9g}" for k, offset in enumerate(offsets)]
 
 
 class _Interrupts:
@@ -5295,60 +5505,68 @@ class _Interrupts:
             signal.signal(signal.SIGINT, self.before)
 
 
-def _check_paths(options: argparse.Namespace) -> dict[str, str]:
-    """Try all of the paths that may fail, so that nobody waits for what cannot be saved.
+def _make_task(options: argparse.Namespace, settings: Settings) -> Task:
+    """Turn options into a task, and try all of its paths that may fail.
 
-    Returns:
-        What the run may write -> its path.
+    So nobody waits for what cannot be saved.
     """
     given = [options.input_file]
     if options.mask is not None:
         given.append(options.mask)
-    for path in given:
-        if not os.path.exists(path):
-            raise BgError(f"{path or 'a file without a name'} does not exist; check the name")
-        if os.path.isdir(path):
-            raise BgError(f"{path} is a folder; name an XISF, FITS or TIFF file in it")
-    folder = options.output_path
-    if os.path.exists(folder) and not os.path.isdir(folder):
-        raise BgError(f"{folder} is a file, not a folder; name a folder for the outputs")
-    never_written = options.preview and options.figures in ("show", "none")
-    if os.path.isdir(folder) or not never_written:
-        try:
-            os.makedirs(folder, exist_ok=True)
-            tempfile.TemporaryFile(dir=folder).close()
-        except OSError as error:
-            reason = error.strerror
-            raise BgError(f"cannot write to {folder}: {reason}; choose another folder") from None
-    paths = _output_paths(options)
-    for path in filter(os.path.exists, paths.values()):
+    _check_given(given)
+    _check_folder(options)
+    kind = options.format or picture_format(options.input_file) or "xisf"
+    outputs = {}
+    ending = FORMATS[kind].ending
+    if not options.preview:
+        outputs["model"] = "bgModel" + ending
+        corrected = "bgSubtracted" if settings.correction == "subtract" else "bgDivided"
+        outputs["subtracted"] = corrected + ending
+    if options.save_mask:
+        outputs["mask"] = "mask" + ending
+    if options.animate:
+        outputs["animation"] = "optimization.gif"
+    figure = "preview.png" if options.preview else "figures.png"
+    start = os.path.join(options.output_path, picture_stem(options.input_file))
+    outputs = {kind: f"{start}_{ending}" for kind, ending in outputs.items()}
+    figure = f"{start}_{figure}"
+    for path in filter(os.path.exists, [*outputs.values(), figure]):
         for kept in given:
             if os.path.samefile(path, kept):
                 raise BgError(f"{path} would be overwritten, and you gave it to read; "
                               "choose another output folder")
-    return paths
+    place = _place_for_figure(options)
+    return Task(options.input_file, options.mask, settings, outputs, figure, place, kind,
+                options.compress)
 
 
-def _output_paths(options):
-    """Return the paths of what the run may write: kind -> path."""
-    if options.preview:
-        endings = {"preview": "preview.png"}
-    else:
-        kind = options.format or picture_format(options.input_file) or "xisf"
-        ending = FORMATS[kind].ending
-        corrected = "bgSubtracted" if options.correction == "subtract" else "bgDivided"
-        endings = {"model": "bgModel" + ending, "subtracted": corrected + ending}
-        if options.save_mask:
-            endings["mask"] = "mask" + ending
-        if options.animate:
-            endings["animation"] = "optimization.gif"
-        endings["figures"] = "figures.png"
-    start = os.path.join(options.output_path, picture_stem(options.input_file))
-    return {kind: f"{start}_{ending}" for kind, ending in endings.items()}
+def _check_given(paths: list[str]) -> None:
+    """Refuse paths to read that are no files."""
+    for path in paths:
+        if not os.path.exists(path):
+            raise BgError(f"{path or 'a file without a name'} does not exist; check the name")
+        if os.path.isdir(path):
+            raise BgError(f"{path} is a folder; name an XISF, FITS or TIFF file in it")
 
 
-def _place_for_pictures(options: argparse.Namespace) -> str | None:
-    """Return where the preview or the figures go: "notebook", "window", "file", or None."""
+def _check_folder(options: argparse.Namespace) -> None:
+    """Make the folder for the outputs if anything may be written, and refuse it if it is none."""
+    folder = options.output_path
+    if os.path.exists(folder) and not os.path.isdir(folder):
+        raise BgError(f"{folder} is a file, not a folder; name a folder for the outputs")
+    never_written = options.preview and options.figures in ("show", "none")
+    if never_written and not os.path.isdir(folder):
+        return
+    try:
+        os.makedirs(folder, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise BgError(f"cannot write to {folder}: {error.strerror}; "
+                      "choose another folder") from None
+
+
+def _place_for_figure(options: argparse.Namespace) -> str | None:
+    """Return where the preview or the figure goes: "notebook", "window", "file", or None."""
     if options.figures == "none":
         return None
     if options.figures == "save":
@@ -5362,17 +5580,29 @@ def _place_for_pictures(options: argparse.Namespace) -> str | None:
     return "file" if options.preview else None
 
 
+@functools.lru_cache(maxsize=None)  # once is enough for all pictures
 def _start_importing() -> None:
-    """Import TensorFlow beside stretching and reducing; who needs it waits for this import, or sees it fail again."""
-    if sys.stderr is sys.__stderr__ is not None:  # our own lines take a way of their own, past what is silenced below
-        sys.stderr = open(os.dup(2), "w", buffering=1, encoding=sys.stderr.encoding, errors="backslashreplace")
+    """Import TensorFlow beside stretching and reducing.
+
+    Who needs it waits for this import, or sees it fail again.
+    """
+    ours = sys.stderr is sys.__stderr__  # else somebody has replaced it
+    if ours and sys.stderr is not None:
+        # Keep our stderr on a descriptor of its own: descriptor 2 is silenced below
+        own = os.dup(2)
+        sys.stderr = open(own, "w", buffering=1, encoding=sys.stderr.encoding,
+                          errors="backslashreplace")
     threading.Thread(target=_import_silently, daemon=True).start()
 
 
 def _import_silently() -> None:
-    """TensorFlow's C++ greets with a page of log lines, and again at the first operation; no setting silences all."""
+    """Import TensorFlow and do its first operation, with stderr closed.
+
+    Its C++ greets with a page of log lines at both, and no setting silences all of them.
+    """
     with suppress(Exception):  # there is no stderr, no TensorFlow, or a GPU that does not start
-        kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+        kept = os.dup(2)
+        nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, 2)
         try:
             import_tensorflow().zeros(1)
@@ -5380,6 +5610,17 @@ def _import_silently() -> None:
             os.dup2(kept, 2)
             os.close(kept)
             os.close(nowhere)
+
+
+def _read_input(task: Task) -> Picture:
+    """Read the picture of a task, and log what it is."""
+    path = task.input_file
+    picture = _read(path)
+    logger.info(_describe(path, picture))
+    lone = keep_dark_samples(picture.planes)
+    if lone:
+        logger.info(f"{lone} lone samples of 0 are taken for dark sky, not for missing data")
+    return picture
 
 
 def _read(path: str) -> Picture:
@@ -5410,29 +5651,35 @@ def _read_mask(path):
     return mask_weights(picture.planes * picture.planes.dtype.type(picture.unit.scale))
 
 
-def _check_room(planes: np.ndarray, options: argparse.Namespace) -> None:
-    """Refuse if the outputs do not fit on the disk; warn if the memory may not suffice.
+def _check_disk(task: Task, planes: np.ndarray) -> None:
+    """Refuse if the outputs do not fit on the disk."""
+    if task.compress:  # nobody knows how large they will be
+        return
+    pictures = [path for kind, path in task.outputs.items() if kind != "animation"]
+    needed = len(pictures) * planes.nbytes
+    folder = os.path.dirname(pictures[0])
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise BgError(f"{folder} has {free / 1e6:.0f} MB free and the outputs need "
+                      f"{needed / 1e6:.0f} MB; free space, choose another folder, "
+                      "or try --compress")
 
-    A system that is short of memory ends the run without a word.
-    """
-    outputs = 3 if options.save_mask else 2
-    needed = outputs * planes.nbytes
-    free = shutil.disk_usage(options.output_path).free
-    if free < needed and not options.compress:
-        raise BgError(
-            f"{options.output_path} has {free / 1e6:.0f} MB free and the outputs need "
-            f"{needed / 1e6:.0f} MB; free space, choose another folder, or try --compress")
-    tensorflow = 0.6e9  # bytes
-    needed = tensorflow + 2 * planes[0].nbytes  # two planes while the outputs are written
+
+def _check_memory(planes: np.ndarray) -> None:
+    """Warn if the memory may not suffice: a system that is short of it ends the run silently."""
+    needed = TENSORFLOW_BYTES + 2 * planes[0].nbytes  # two planes while the outputs are written
     free = _free_memory()
     if free < needed:
-        logger.warning(f"about {needed / 1e9:.1f} GB more memory is needed and {free / 1e9:.1f} GB are "
-              "free; if the run dies, close other programs, or crop the picture or split its "
-              "channels")
+        logger.warning(f"about {needed / 1e9:.1f} GB more memory is needed and "
+                       f"{free / 1e9:.1f} GB are free; if the run dies, close other programs, "
+                       "or crop the picture or split its channels")
 
 
-def _free_memory():
-    """Return the bytes of memory that are free; without end where only Linux could tell."""
+def _free_memory() -> float:
+    """Return the bytes of memory that are free; without end where only Linux could tell.
+
+    Sources: proc(5), and "Control Group v2" in Linux' documentation.
+    """
     free = math.inf
     with suppress(OSError, ValueError, LookupError):
         with open("/proc/meminfo") as file:
@@ -5446,20 +5693,6 @@ def _free_memory():
             used = int(file.read())
         free = min(free, limit - used)
     return free
-
-
-def _report(prepared: Prepared, settings: Settings) -> None:
-    """Numbers to act on before the fit."""
-    part, reduced, quantile = shares(prepared), prepared.image.shape, settings.delinearization_quantile
-    logger.info(f"reduced to {reduced[1]} x {reduced[0]}: {part['used']:.1%} used, {part['masked']:.1%} masked, "
-        f"{part['missing']:.1%} missing; {part['clipped']:.1%} clipped at 1 by the stretch (-dq {quantile:g})")
-    for k, letter in enumerate(_channel_letters(prepared)):
-        low, scale = prepared.stretch.pedestal[k], prepared.stretch.scale[k]
-        logger.info(f"  {letter}: minimum {low:.6f}, median {prepared.median[k]:.6f}, clipped above {low + scale:.6f}")
-    share = blown_out(thinned(prepared)).mean()
-    if share:
-        logger.warning(f"the stretch clips a smooth part of the picture ({share:.1%} of the frame), most likely sky, "
-              f"and the fit loses it there; raise -dq (now {quantile:g})")
 
 
 @contextmanager

@@ -296,6 +296,23 @@ def test_quiet_says_nothing(sky, folder, capfd):
     assert capfd.readouterr().out == ""
 
 
+def gradients_told(capsys):
+    """The gradient before and after, in percent, that the command printed."""
+    words = re.search(r"gradient ([\d.]+)% of the sky's level before, ([\d.]+)% after", capsys.readouterr().out)
+    return float(words[1]), float(words[2])
+
+
+def test_what_is_reported_of_a_picture_is_what_was_printed(sky, folder, capsys):
+    options, settings = bgoptimizer._parse(["sky.xisf", "out", *FAST])
+    report = bgoptimizer.process_file(bgoptimizer._make_task(options, settings))
+    assert run("sky.xisf", "out", *FAST) == 0
+    before, after = gradients_told(capsys)
+    assert report.gradient_before * 100 == pytest.approx(before, abs=0.06)
+    assert report.gradient_after * 100 == pytest.approx(after, abs=0.06)
+    assert report.smoothing == 1 and 0.5 < report.sky_share <= 1 and report.unsure == "" and report.clipped < 0.01
+    assert [os.path.basename(path) for path in report.written] == ["sky_bgModel.xisf", "sky_bgSubtracted.xisf"]
+
+
 def test_a_program_that_logs_too_sees_each_line_once_and_its_loggers_unchanged(sky, folder, capsys, caplog):
     logger = logging.getLogger("bgoptimizer")
     before = logger.level, logger.propagate, list(logger.handlers)

@@ -165,7 +165,7 @@ def test_a_corner_without_sky_cannot_make_the_surface_run_away(auto):
     image[:150, 250:] = 0
     model = optimize(image, Settings(auto=auto, downscaling_factor=2, order=3, smoothing=0.0, epochs=100)).model
     low, high = sky[image > 0].min(), sky[image > 0].max()
-    reach = 1.5 * bgoptimizer.HELD_BACK * (high - low)
+    reach = 1.5 * bgoptimizer.MAX_EXTRAPOLATION * (high - low)
     assert low - reach < model.min() and model.max() < high + reach
 
 
