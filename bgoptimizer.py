@@ -59,11 +59,13 @@ from typing import Callable, ContextManager, Iterator, NamedTuple, Sequence
 from xml.etree import ElementTree
 from xml.parsers import expat
 
-if __name__ == "__main__":  # until `main` listens, Ctrl-C ends the command at once, without a traceback of imports
+if __name__ == "__main__":
+    # Until `main` listens, Ctrl-C ends the command at once, without a traceback of imports
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-# Full-size work has threads of its own, and the equations solved here are small: threads of BLAS beside them only
-# get in each other's way (the choices of --auto take 2.7 s with them, 0.8 s without). OpenBLAS looks once, when loaded.
+# Full-size work has threads of its own, and the equations solved here are small. Threads of BLAS
+# would only get in the way: with them --auto needs 2.7 s to find the sky, without them 0.8 s.
+# OpenBLAS reads this once, when it is loaded.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import lz4.block  # noqa: E402
@@ -79,61 +81,78 @@ VERSION = "1.0.0"
 # ---------------------------------------------------------------------------------------------------
 
 MIDTONES_TARGET = 0.25
-"""Stretched value that the median of a channel is taken to: PixInsight's own choice for a readable sky."""
+"""Stretched value that the median of a channel is taken to. It is PixInsight's own choice for a sky
+that can be seen well."""
 
 LOSS_FLOOR = 0.001
-"""Added inside the logarithm of the loss. It decides from which residual on (in stretched units) a pixel is
-good enough, and keeps the logarithm finite where the surface meets the pixel exactly."""
+"""Added inside the logarithm of the loss (stretched units). Pixels whose residuals are smaller than
+this are fitted well enough. Without it noiseless pixels would dominate the loss."""
 
 SAMPLE_PIXELS = 2048
-"""Reduced pixels in one independent sample (`-B` of them in a step). The surface has some hundred degrees of
-freedom: at a block noise of 1 % of the gradient, 2048 pixels pin 36 control points to 0.13 %, a quarter of what the
-rest of the method leaves."""
+"""Reduced pixels in one independent sample; a fit sees `-B` samples. The surface has some hundred
+degrees of freedom. Where the noise of a block is 1 % of the gradient, 2048 pixels determine 36
+control points to 0.13 %, which is a quarter of the method's other errors."""
 
 FEWEST_TO_SPLIT = 512
-"""Pixels of a sample: smaller ones are fitted and judged whole."""
+"""Pixels. A sample with fewer pixels is not split into one half to fit and one half to judge by."""
 
-STOP_PATIENCE, STOP_DELTA = 100, 5e-5
-"""Epochs without so much improvement of the loss after which the fit stops."""
+STOP_PATIENCE = 100
+"""The fit stops after so many epochs without improvement."""
 
-RATE_PATIENCE, RATE_FLOOR = 50, 1e-4
-"""Epochs without improvement after which the learning rate is halved, and the rate it never falls below."""
+STOP_DELTA = 5e-5
+"""The loss must fall by this much to count as improved."""
+
+RATE_PATIENCE = 50
+"""The learning rate is halved after so many epochs without improvement."""
+
+RATE_FLOOR = 1e-4
+"""The learning rate is not halved below this."""
+
+STILL_EPOCHS = 50
+"""Epochs between two looks at whether the surface still moves."""
+
+STILL_CHANGE = 2e-4
+"""The fit ends when the surface has moved by less than this part of its range between two looks
+(rms over the nodes)."""
 
 SURFACE_NODES = 500
-"""The full-size surface is the spline itself on about this many nodes along the longer side, and cubic
-interpolation between them; far finer than the surface bends (see `SkySurface`)."""
+"""The model at full size is the spline itself on about this many nodes along the longer side, and
+cubic interpolation between them. The surface bends over much longer distances; see `SkyModel`."""
 
 QUANTILE_SAMPLES = 1 << 23
-"""Samples of a channel that quantiles are taken of, at least; from twice as many on a part of them is enough."""
+"""Quantiles of a channel are taken of at least this many samples, if it has them. From twice as
+many on, a part of the samples is enough."""
 
 STRIP_PIXELS = 1 << 18
-"""Pixels of one channel handled at a time in full-size work: 1 MB of Float32, which stays in cache."""
+"""Pixels of one channel that are handled at a time in full-size work. As Float32 they are 1 MB,
+which stays in the processor's cache."""
 
 TRACK_EVERY = 10
 """Epochs between two recordings of the control points."""
 
 INTERPOLATION_WEIGHT = 1e-3
-"""Regularization of the fit's interpolation: keeps it solvable where control points come close to each other. What makes
-a surface stiff is the bending energy in the loss."""
+"""Regularization of the interpolation inside the fit. It keeps the equations solvable where control
+points come close to each other. It does not make the surface stiff: the bending energy does."""
 
 BENDING_NODES = 18
-"""Nodes along the longer side on which the fit's surface is watched: for its bending, and whether it still moves."""
+"""Nodes along the longer side where the surface is watched during the fit, for its bending and for
+whether it still moves."""
 
 UNSEEN_WEIGHT = 0.5
-"""Weight of the sky that was found, in the fit, where the picture shows none."""
-
-STILL_EPOCHS, STILL_CHANGE = 50, 2e-4
-"""The fit ends when its surface has moved by less than this part of its range (rms on the nodes) in so many epochs."""
+"""Weight in the fit of the sky that was found, where the picture shows no sky."""
 
 MAX_EXTRAPOLATION = 0.5
-"""The surface may exceed the range of values that it has over the sky by this fraction, and no further: a corner
-without sky, or hills, cannot make it run away."""
+"""The model may exceed the range of values that it has over the sky by this fraction of that range.
+So it cannot run away in a corner without sky, or behind hills."""
 
-DEFAULT_QUANTILE, DEFAULT_POINTS = 0.95, 32
-AUTO_QUANTILE, AUTO_POINTS = 0.999, 64
+DEFAULT_QUANTILE = 0.95
+DEFAULT_POINTS = 32
+AUTO_QUANTILE = 0.999  # clips no bright corner of the sky
+AUTO_POINTS = 64  # more than 32 cannot dig into objects, because they are left out
 
 WORKERS = min(4, os.cpu_count() or 1)
-"""Threads for full-size work. NumPy frees the interpreter lock in it, and memory bandwidth ends the gain at 4."""
+"""Threads for full-size work. NumPy releases the interpreter lock in it. More than 4 threads gain
+nothing, because the memory is not fast enough for them."""
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -151,55 +170,60 @@ class BgError(Exception):
 class Settings:
     """What a run is asked to do; checked when made.
 
-    A `None` means: not asked for. `delinearization_quantile`, `points` and `smoothing` are then the default
-    of the command line, or what `auto` chooses from the picture.
+    None means that it was not asked for: `resolved` and `examine` then choose a value.
 
     Raises:
         ValueError: a value is out of its range; the text names the flag and the range.
     """
 
-    downscaling_factor: int = 8  # less noise, fewer stars, 64 times less to do
+    downscaling_factor: int = 8  # less noise, fewer stars, 64 times fewer pixels
     downscaling_func: str = "median"  # drops small stars
-    delinearization_quantile: float | None = None  # 0.95; with auto 0.999, which blows out no bright corner of the sky
-    points: int | None = None  # 32; with auto 64: more cannot dig into objects that are left out
+    delinearization_quantile: float | None = None
+    points: int | None = None
     order: int = 2  # a thin plate, the surface that bends least
     threshold_min: float = 0.001
     threshold_max: float = 1.0
     initializer: str = "random"
     epochs: int = 1000
-    alpha: float = 5.0  # a pixel above the sky costs 1, a sky above the pixel 11: it sits at the low side of the noise
+    alpha: float = 5.0  # a sky above a pixel costs 11 times what a sky below it costs, so it
+    # settles at the low side of the noise
     batch: int = 1  # samples of SAMPLE_PIXELS; one is enough
     learning_rate: float = 0.001
-    smoothing: float | None = None  # chosen by cross-validation
+    smoothing: float | None = None
     correction: str = "subtract"  # or "divide", for what dims the light instead of adding to it
     auto: bool = False
     seed: int = 0
 
     def __post_init__(self):
-        def whole(value, low, high=math.inf):
-            return isinstance(value, numbers.Integral) and low <= value <= high
+        quantile = self.delinearization_quantile
+        smoothing = self.smoothing
+        self._require_whole("-dx", self.downscaling_factor, 1, 1_000_000)
+        self._require("-df", self.downscaling_func in ("median", "mean"), "median or mean")
+        self._require("-dq", quantile is None or 0 < quantile <= 1, "above 0, at most 1")
+        if self.points is not None:
+            self._require_whole("-N", self.points, 3, 4096)
+        self._require("-O", self.order in (1, 2, 3, 4), "1, 2, 3 or 4")
+        self._require("-tm", math.isfinite(self.threshold_min), "a finite number")
+        above = self.threshold_min < self.threshold_max < math.inf
+        self._require("-tM", above, "a finite number above -tm")
+        self._require("-i", self.initializer in ("random", "grid"), "random or grid")
+        self._require_whole("-e", self.epochs, 1)
+        self._require("-a", 0 <= self.alpha <= 1e9, "0 to 1e9")
+        self._require_whole("-B", self.batch, 1)
+        self._require("-lr", 0 < self.learning_rate <= 1e9, "above 0, at most 1e9")
+        good = smoothing is None or 0 <= smoothing <= 1e9
+        self._require("--smoothing", good, "auto, or 0 to 1e9")
+        good = self.correction in ("subtract", "divide")
+        self._require("--correction", good, "subtract or divide")
+        self._require_whole("--seed", self.seed, 0, 2**32 - 1)
 
-        checks = (
-            ("-dx", whole(self.downscaling_factor, 1, 1_000_000), "1 to 1000000"),
-            ("-df", self.downscaling_func in ("median", "mean"), "median or mean"),
-            ("-dq", self.delinearization_quantile is None or 0 < self.delinearization_quantile <= 1,
-             "above 0, at most 1"),
-            ("-N", self.points is None or whole(self.points, 3, 4096), "3 to 4096"),
-            ("-O", self.order in (1, 2, 3, 4), "1, 2, 3 or 4"),
-            ("-tm", math.isfinite(self.threshold_min), "a finite number"),
-            ("-tM", self.threshold_min < self.threshold_max < math.inf, "a finite number above -tm"),
-            ("-i", self.initializer in ("random", "grid"), "random or grid"),
-            ("-e", whole(self.epochs, 1), "1 or more"),
-            ("-a", 0 <= self.alpha <= 1e9, "0 to 1e9"),
-            ("-B", whole(self.batch, 1), "1 or more"),
-            ("-lr", 0 < self.learning_rate <= 1e9, "above 0, at most 1e9"),
-            ("--smoothing", self.smoothing is None or 0 <= self.smoothing <= 1e9, "auto, or 0 to 1e9"),
-            ("--correction", self.correction in ("subtract", "divide"), "subtract or divide"),
-            ("--seed", whole(self.seed, 0, 2**32 - 1), "0 to 4294967295"),
-        )
-        for flag, good, wanted in checks:
-            if not good:
-                raise ValueError(f"{flag} must be {wanted}")
+    def _require_whole(self, flag, value, low, high=math.inf):
+        good = isinstance(value, numbers.Integral) and low <= value <= high
+        self._require(flag, good, f"{low} or more" if high == math.inf else f"{low} to {high}")
+
+    def _require(self, flag, good, wanted):
+        if not good:
+            raise ValueError(f"{flag} must be {wanted}")
 
     def resolved(self) -> Settings:
         """Return these settings with defaults in place of every None but `smoothing`.
@@ -1945,18 +1969,21 @@ FORMATS = {
 # What the stages share
 # ---------------------------------------------------------------------------------------------------
 
-DEAD_TILES = 4
-"""Tiles of 8 pixels in a row: so long a run of zeros along a row or column is missing data, not chance."""
+TILE = 8
+"""Pixels along a side of the tiles by which missing data are told from dark samples."""
 
+DEAD_TILES = 4
+"""So many tiles of zeros in a row, along a row or column, are missing data and not chance."""
 
 NEAR_BLACK = 0.2
-"""A lone zero is a dark sample where the darkest of its neighbors is below this part of their mean."""
+"""A lone zero is a dark sample if the darkest sample of its tile is below this part of their mean."""
 
 
 def keep_dark_samples(planes: np.ndarray) -> int:
-    """Make lone zeros the smallest number above 0, in place: in a noisy sky near black they are dark samples.
+    """Raise lone zeros to the smallest number above 0, in place.
 
-    Missing data come in regions, rows, columns and borders, and stay 0.
+    In a noisy sky near black they are dark samples. Missing data come in regions, rows, columns and
+    borders, and stay 0.
 
     Args:
         planes: (c, h, w).
@@ -1964,7 +1991,7 @@ def keep_dark_samples(planes: np.ndarray) -> int:
     Returns:
         How many samples were lone zeros.
     """
-    return sum(_each(_keep_dark_samples, list(planes)))
+    return sum(_each(_keep_dark_samples, planes))
 
 
 def _keep_dark_samples(plane: np.ndarray) -> int:
@@ -1972,52 +1999,67 @@ def _keep_dark_samples(plane: np.ndarray) -> int:
     if not zero.any():
         return 0
     height, width = plane.shape
-    padded = np.pad(zero, ((0, -height % 8), (0, -width % 8)), mode="edge")
-    rows, columns = padded.shape[0] // 8, padded.shape[1] // 8
-    down = padded.reshape(rows, 8, -1).all(1)  # (rows, w) zero over the height of a tile
-    along = padded.reshape(-1, columns, 8).all(2)  # (h, columns) zero over the width of a tile
-    full = down.reshape(rows, columns, 8).all(2)  # (rows, columns)
+    below = -height % TILE
+    beside = -width % TILE
+    padded = np.pad(zero, ((0, below), (0, beside)), mode="edge")
+    rows = len(padded) // TILE
+    # Where all is zero: over the height of a tile, over its width, over all of it
+    down = padded.reshape(rows, TILE, -1).all(1)  # (rows, w)
+    along = padded.reshape(rows * TILE, -1, TILE).all(2)  # (h, columns)
+    full = down.reshape(rows, -1, TILE).all(2)  # (rows, columns)
     near_full = scipy.ndimage.binary_dilation(full, np.ones((3, 3)))
-    # A run ends somewhere inside a tile: the tiles at its ends belong to it.
-    down = _long_runs(down, 0)
-    along = _long_runs(along, 1)
+    down = _long_runs(down)
+    along = _long_runs(along.T).T
     lone = 0
     for row in range(rows):
-        strip = slice(8 * row, min(8 * row + 8, height))
-        missing = np.repeat(near_full[row], 8) | down[row]  # (w,)
-        missing = missing | np.repeat(along[8 * row:8 * row + 8], 8, axis=1)  # (8, w)
-        dark = zero[strip] & ~missing[:strip.stop - strip.start, :width]
-        if not dark.any():
-            continue
-        dark &= np.repeat(_near_black(plane[strip]), 8)[:width]
-        lone += np.count_nonzero(dark)
-        plane[strip][dark] = np.finfo(plane.dtype).tiny
+        top = row * TILE
+        strip = slice(top, top + TILE)
+        samples = plane[strip]  # (8, w); the last strip may have fewer rows
+        missing = np.repeat(near_full[row], TILE)  # (w,)
+        missing = missing | down[row]
+        missing = missing | np.repeat(along[strip], TILE, axis=1)  # (8, w)
+        dark = zero[strip] & ~missing[:len(samples), :width]
+        if dark.any():
+            near_black = np.repeat(_near_black(samples), TILE)
+            dark &= near_black[:width]
+            lone += np.count_nonzero(dark)
+            samples[dark] = np.finfo(plane.dtype).tiny
     return lone
 
 
 def _near_black(strip: np.ndarray) -> np.ndarray:
-    """(columns,) bool for a strip (8, w): tiles whose samples come so close to 0 that one may well be 0 by chance. In
-    any other a 0 is a dead pixel, and missing."""
-    padded = np.pad(strip, ((0, 0), (0, -strip.shape[1] % 8)), mode="edge")
-    tiles = padded.reshape(len(strip), -1, 8)
+    """Tell which tiles of a strip (8, w) come so near to 0 that a sample may be 0 by chance.
+
+    In other tiles a 0 is a dead pixel, and missing.
+
+    Returns:
+        (columns,) bool.
+    """
+    height, width = strip.shape
+    beside = -width % TILE
+    padded = np.pad(strip, ((0, 0), (0, beside)), mode="edge")
+    tiles = padded.reshape(height, -1, TILE)  # (8, columns, 8)
     present = _present(tiles)
-    low = np.min(tiles, axis=(0, 2), where=present, initial=np.inf)
-    count = np.maximum(present.sum((0, 2)), 1)
-    mean = np.sum(tiles, axis=(0, 2), where=present) / count
-    return low < NEAR_BLACK * mean
+    inside = (0, 2)
+    darkest = np.min(tiles, inside, where=present, initial=np.inf)
+    total = np.sum(tiles, inside, where=present)
+    count = np.sum(present, inside)
+    mean = total / np.maximum(count, 1)
+    return darkest < NEAR_BLACK * mean
 
 
-def _long_runs(tiles: np.ndarray, axis: int) -> np.ndarray:
-    """True where `tiles` is True at least DEAD_TILES times in a row along the axis, and one tile beyond."""
-    shape = (DEAD_TILES, 1) if axis == 0 else (1, DEAD_TILES)
-    beyond = (3, 1) if axis == 0 else (1, 3)
-    # What touches the edge goes on beyond it.
-    width = [(DEAD_TILES, DEAD_TILES) if k == axis else (0, 0) for k in (0, 1)]
-    padded = np.pad(tiles, width, mode="edge")
-    runs = scipy.ndimage.binary_opening(padded, np.ones(shape))
-    runs = scipy.ndimage.binary_dilation(runs, np.ones(beyond))
-    inner = slice(DEAD_TILES, -DEAD_TILES)
-    return runs[inner] if axis == 0 else runs[:, inner]
+def _long_runs(tiles: np.ndarray) -> np.ndarray:
+    """Return True where `tiles` is True at least DEAD_TILES times in a row down a column.
+
+    A run ends somewhere inside a tile, so the tiles at its ends belong to it.
+    """
+    beyond = (DEAD_TILES, DEAD_TILES)  # what touches the edge goes on there
+    padded = np.pad(tiles, (beyond, (0, 0)), mode="edge")
+    run = np.ones((DEAD_TILES, 1))
+    runs = scipy.ndimage.binary_opening(padded, run)
+    ends = np.ones((3, 1))
+    runs = scipy.ndimage.binary_dilation(runs, ends)
+    return runs[DEAD_TILES:-DEAD_TILES]
 
 
 def _present(samples: np.ndarray) -> np.ndarray:
@@ -2036,8 +2078,11 @@ def _strips(height: int, width: int, multiple: int = 1) -> list[slice]:
     rows = STRIP_PIXELS // max(1, width)
     rows -= rows % multiple
     rows = max(rows, multiple)
-    tops = range(0, height, rows)
-    return [slice(top, min(top + rows, height)) for top in tops]
+    strips = []
+    for top in range(0, height, rows):
+        bottom = min(top + rows, height)
+        strips.append(slice(top, bottom))
+    return strips
 
 
 def _each(work: Callable, items: Sequence) -> Iterator:
@@ -2066,7 +2111,8 @@ def _quantiles(plane: np.ndarray, present: np.ndarray, quantiles: Sequence[float
     step = plane.size // QUANTILE_SAMPLES
     step |= 1  # odd, so that it meets all the colors of a sensor's mosaic
     some = plane.ravel()[::step]
-    values = some[present.ravel()[::step]]
+    some_present = present.ravel()[::step]
+    values = some[some_present]
     if values.size == 0:
         values = plane[present]
     last = values.size - 1
@@ -2113,35 +2159,52 @@ class Stretch:
         m = self.midtones
         x = (linear - self.pedestal) / self.scale
         x = np.clip(x, 0, 1)
-        denominator = (1 - 4 * m) * x + 3 * m
-        return (1 - m) * x / denominator
+        above = (1 - m) * x
+        below = (1 - 4 * m) * x + 3 * m
+        return above / below
 
     def extend(self, linear: np.ndarray) -> np.ndarray:
-        """As `apply`, but outside [0, 1] it goes on with its end slopes instead of being clipped: what `invert` undoes."""
-        m = self.midtones
+        """Do what `apply` does, but outside [0, 1] go on with the slopes at the ends.
+
+        It is what `invert` undoes.
+        """
         x = (linear - self.pedestal) / self.scale
-        below, above = (1 - m) / (3 * m), 3 * m / (1 - m)  # slopes at 0 and at 1
-        return self.apply(linear) + below * np.minimum(x, 0) + above * np.maximum(x - 1, 0)
+        slope_at_0, slope_at_1 = self._slopes()
+        below_0 = np.minimum(x, 0)
+        above_1 = np.maximum(x - 1, 0)
+        y = self.apply(linear)
+        return y + slope_at_0 * below_0 + slope_at_1 * above_1
 
     def invert(self, stretched: np.ndarray) -> np.ndarray:
         """Take stretched samples (..., c) of any range back to linear ones, (..., c)."""
-        m = self.midtones
-        y = np.clip(stretched, 0, 1)
-        x = 3 * m * y / ((1 - m) - (1 - 4 * m) * y)
-        slope_at_0 = 3 * m / (1 - m)
-        slope_at_1 = (1 - m) / (3 * m)
-        below_0 = np.minimum(stretched, 0)
-        above_1 = np.maximum(stretched - 1, 0)
-        x = x + slope_at_0 * below_0 + slope_at_1 * above_1
+        x = self.invert_unscaled(np, stretched)
         return x * self.scale + self.pedestal
 
-    def invert_tensor(self, tf, stretched):
-        """`invert` for a tensor [..., c] of TensorFlow's, in units of `scale` above the pedestal."""
-        m = tf.constant(self.midtones, tf.float32)
-        y = tf.clip_by_value(stretched, 0.0, 1.0)
-        x = 3 * m * y / ((1 - m) - (1 - 4 * m) * y)
-        below, above = 3 * m / (1 - m), (1 - m) / (3 * m)
-        return x + below * tf.minimum(stretched, 0.0) + above * tf.maximum(stretched - 1, 0.0)
+    def invert_unscaled(self, library, stretched):
+        """Do what `invert` does, in units of `scale` above the pedestal.
+
+        Args:
+            library: numpy or tensorflow.
+            stretched: an array (..., c) or a tensor [..., c].
+        """
+        m = self.midtones
+        y = library.maximum(stretched, 0)
+        y = library.minimum(y, 1)
+        above = 3 * m * y
+        below = (1 - m) - (1 - 4 * m) * y
+        x = above / below
+        # The slopes of the inverse are the reciprocals, and so are these two of each other
+        slope_at_1, slope_at_0 = self._slopes()
+        below_0 = library.minimum(stretched, 0)
+        above_1 = library.maximum(stretched - 1, 0)
+        return x + slope_at_0 * below_0 + slope_at_1 * above_1
+
+    def _slopes(self):
+        """Return the slopes of the stretch at 0 and at 1, (c,) each."""
+        m = self.midtones
+        slope_at_0 = (1 - m) / (3 * m)
+        slope_at_1 = 3 * m / (1 - m)
+        return slope_at_0, slope_at_1
 
     def channel(self, k: int) -> "Stretch":
         """Return the same stretch for channel `k` alone."""
@@ -2166,19 +2229,18 @@ def measure_stretch(planes: np.ndarray, quantile: float) -> tuple[Stretch, np.nd
 
     def measure(k):
         plane = planes[k]
+        name = _channel_name(k, count)
         present = _present(plane)
         if not present.any():
-            raise BgError(
-                f"{_channel_name(k, count)} holds no data (every sample is 0 or not finite); "
-                "remove that channel, or save the picture again")
+            raise BgError(f"{name} holds no data (every sample is 0 or not finite); "
+                          "remove that channel, or save the picture again")
         low = float(np.min(plane, where=present, initial=np.inf))
         median, high = _quantiles(plane, present, (0.5, quantile))
         scale = high - low
         if scale < np.finfo(np.float32).tiny:  # 0 to the fit, which computes in Float32
-            raise BgError(
-                f"{_channel_name(k, count)} has the same value everywhere ({low:.6g}), so it shows "
-                "no sky; raise -dq if a bright object fills the frame, else give a picture with "
-                "content")
+            raise BgError(f"{name} has the same value everywhere ({low:.6g}), so it shows no sky; "
+                          "raise -dq if a bright object fills the frame, else give a picture with "
+                          "content")
         return low, scale, median
 
     measured = _each(measure, range(count))
@@ -2205,15 +2267,11 @@ def reduce_plane(plane: np.ndarray, factor: int, func: str = "median",
     Returns:
         (ceil(h / factor), ceil(w / factor)) float32; NaN where a block has nothing present.
     """
-    def reduce_blocks(blocks, axis):  # (rows, columns, height, width) -> (rows, columns)
-        samples = blocks.reshape(*blocks.shape[:2], -1)  # (rows, columns, samples)
+    def medians(blocks, axis):  # (rows, columns, height, width) -> (rows, columns)
+        rows, columns = blocks.shape[:2]
+        samples = blocks.reshape(rows, columns, -1)
         present = _present(samples)
-        count = present.sum(-1)
-        if func == "mean":
-            if transform is not None:
-                samples = transform(samples)
-            total = np.where(present, samples, 0).sum(-1)
-            return total / np.where(count > 0, count, np.nan)
+        count = present.sum(-1)  # (rows, columns)
         samples = np.where(present, samples, np.nan)
         samples.sort(-1)  # NaN goes last; for so few samples it is faster than a partition
         lower = np.maximum(count - 1, 0) // 2
@@ -2221,7 +2279,18 @@ def reduce_plane(plane: np.ndarray, factor: int, func: str = "median",
         middle = np.stack((lower, upper), -1)  # (rows, columns, 2): the same sample if odd
         return np.take_along_axis(samples, middle, -1).mean(-1)
 
-    return _reduce_blocks(plane, factor, reduce_blocks)
+    def means(blocks, axis):
+        samples = blocks if transform is None else transform(blocks)
+        return _mean(samples, axis, _present(blocks))
+
+    return _reduce_blocks(plane, factor, medians if func == "median" else means)
+
+
+def _mean(samples, axis, counted):
+    """Return the mean of the samples that are counted; NaN where none is."""
+    total = np.where(counted, samples, 0).sum(axis, dtype=np.float64)
+    count = counted.sum(axis)
+    return total / np.where(count > 0, count, np.nan)
 
 
 def _reduce_blocks(image, factor, func):
@@ -2299,12 +2368,14 @@ def prepare(planes: np.ndarray, settings: Settings, mask: np.ndarray | None = No
     """Stretch, reduce and mask a picture.
 
     Args:
-        planes: (c, h, w) linear samples in [0, 1], c 1 or 3; missing samples are 0 or not finite. Not changed.
+        planes: (c, h, w) linear samples in [0, 1], c 1 or 3; missing samples are 0 or not finite.
+            Not changed.
         settings: see `Settings`.
         mask: (1 or c, h, w) weights, 1 = use, 0 = ignore, or None.
 
     Raises:
-        BgError: nothing is left to fit, a channel is constant or empty, or the mask does not fit the picture.
+        BgError: nothing is left to fit, a channel is constant or empty, or the mask has another
+            size.
     """
     count, height, width = planes.shape
     if mask is not None and mask.shape not in ((1, height, width), (count, height, width)):
@@ -2313,19 +2384,26 @@ def prepare(planes: np.ndarray, settings: Settings, mask: np.ndarray | None = No
     factor = settings.downscaling_factor
     quantile = settings.resolved().delinearization_quantile
     stretch, median = measure_stretch(planes, quantile)
-    linear = np.stack([reduce_plane(plane, factor) for plane in planes], -1)
-    if settings.downscaling_func == "mean":
-        reduced = [reduce_plane(plane, factor, "mean", stretch.channel(k).apply) for k, plane in enumerate(planes)]
-        image = np.stack(reduced, -1)
-    else:  # the stretch is monotone: the median may come first, and the stretch has fewer samples to do
+    linear = np.stack([reduce_plane(plane, factor) for plane in planes], -1)  # (h, w, c)
+    if settings.downscaling_func == "median":
+        # The stretch is monotone: after the median it has fewer samples to do
         image = stretch.apply(linear)
+    else:
+        reduced = []
+        for k, plane in enumerate(planes):
+            transform = stretch.channel(k).apply
+            reduced.append(reduce_plane(plane, factor, "mean", transform))
+        image = np.stack(reduced, -1)
     present = np.isfinite(image)
     image = np.where(present, image, 0).astype(np.float32)
-    weight = (present & _inside_thresholds(image, settings)).astype(np.float32)
-    user_mask = None if mask is None else np.stack([_block_means(plane, factor) for plane in mask], -1)
-    if user_mask is not None:
+    usable = present & _inside_thresholds(image, settings)
+    weight = usable.astype(np.float32)
+    user_mask = None
+    if mask is not None:
+        user_mask = np.stack([_block_means(plane, factor) for plane in mask], -1)
         weight *= user_mask
-    prepared = Prepared(image, weight, present, frame_coordinates(height, width, factor), stretch, median, linear,
+    centers = frame_coordinates(height, width, factor)
+    prepared = Prepared(image, weight, present, centers, stretch, median, linear,
                         (height, width), user_mask)
     if not prepared.used.any():
         raise BgError("every pixel is masked, so there is no sky to fit; "
@@ -2348,9 +2426,11 @@ def _block_means(weights: np.ndarray, factor: int) -> np.ndarray:
     Returns:
         (ceil(h / factor), ceil(w / factor)), and k if there is one; float32.
     """
+    def means(blocks, axis):
+        return _mean(blocks, axis, np.isfinite(blocks))  # what lies beyond an edge is NaN
+
     weights = np.clip(np.nan_to_num(weights), 0.0, 1.0)  # booleans become floats
-    mean = functools.partial(np.nanmean, dtype=np.float64)  # of what a block at an edge has
-    return _reduce_blocks(weights, factor, mean)
+    return _reduce_blocks(weights, factor, means)
 
 
 def _size(planes: np.ndarray) -> str:
@@ -2366,12 +2446,14 @@ def full_mask(prepared: Prepared, settings: Settings) -> np.ndarray:
     It has one channel if all channels have the same mask.
     """
     weight = np.moveaxis(prepared.weight, -1, 0)  # (c, rows, columns)
-    if (weight == weight[:1]).all():
-        weight = weight[:1]
+    first = weight[:1]
+    if (weight == first).all():
+        weight = first
     height, width = prepared.full_shape
-    row = np.arange(height) // settings.downscaling_factor
-    column = np.arange(width) // settings.downscaling_factor
-    mask = weight[:, row[:, None], column]  # (1 or c, h, w)
+    factor = settings.downscaling_factor
+    row = np.arange(height)[:, None] // factor  # (h, 1)
+    column = np.arange(width) // factor
+    mask = weight[:, row, column]  # (1 or c, h, w)
     return np.ascontiguousarray(mask, np.float32)
 
 
@@ -3865,6 +3947,7 @@ def _training(tf, prepared: Prepared, settings: Settings, start: tuple[np.ndarra
     adam = tf.keras.optimizers.Adam(settings.learning_rate)
     adam.build(layer.trainable_weights)
 
+    stretch = replace(prepared.stretch, midtones=np.float32(prepared.stretch.midtones))
     nodes, spacing = _bending_nodes(prepared.full_shape)
     shape = nodes.shape[:2]
     nodes = nodes.reshape(-1, 2)
@@ -3893,7 +3976,7 @@ def _training(tf, prepared: Prepared, settings: Settings, start: tuple[np.ndarra
                      loss_overshoot(tf, residual), loss_negative(tf, surface)]  # [m] each
             judged = [term[first_judge:] for term in terms]
             terms = [term[:fitted] for term in terms]
-            linear = prepared.stretch.invert_tensor(tf, on_nodes) / unit
+            linear = stretch.invert_unscaled(tf, on_nodes) / unit
             linear = tf.reshape(linear, (*shape, image.shape[-1]))
             bending = loss_bending(tf, linear, spacing, bowl)
             stiff = stiffness * bending
