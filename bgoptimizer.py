@@ -3639,7 +3639,10 @@ def spline_layer(positions: np.ndarray, values: np.ndarray, order: int, smoothin
 
 
 # ---------------------------------------------------------------------------------------------------
-# Loss: four terms per pixel, each [m] from the weighted residual r or the surface b, [m, c], and the bending
+# Loss
+#
+# Four terms are taken for each of m pixels, from r, the weighted residual (picture - surface,
+# [m, c]), or from b, the surface [m, c]; each term is [m]. The bending is one number for the surface.
 # ---------------------------------------------------------------------------------------------------
 
 def loss_error(tf, r):
@@ -3669,25 +3672,42 @@ def loss_negative(tf, b):
 
 
 def log_loss(tf, terms, alpha):
-    """The loss of pixels with these four terms: mean log, which forgives what no smooth surface can meet."""
+    """Return the loss of pixels with these four terms, [m] each.
+
+    It is a mean of logarithms, which forgives pixels that no smooth surface can meet.
+    """
     error, color, overshoot, negative = terms
-    total = error + color + alpha * (overshoot + negative)
+    penalties = overshoot + negative
+    total = error + color + alpha * penalties
     return tf.reduce_mean(tf.math.log(LOSS_FLOOR + total))
 
 
 def loss_bending(tf, nodes, spacing, bowl):
-    """Bending energy of the linear surface on nodes [rows, columns, c], `spacing` apart along both axes: the squared
-    second derivatives, integrated over the frame, over 8 pi as for a thin plate; mean over the channels. `bowl`: what
-    their means over the frame, the part of a bowl, count beside the rest."""
+    """Return the bending energy of a surface: that of a thin plate over 8 pi.
+
+    It is the integral of the squared second derivatives over the frame; mean of the channels.
+
+    Args:
+        nodes: [rows, columns, c] the surface, linear.
+        spacing: distances of the nodes, down and along.
+        bowl: weight of the mean second derivatives, which are those of a bowl. The deviations from
+            them have the weight 1.
+    """
     down, along = spacing
-    down_down = (nodes[2:, 1:-1] - 2 * nodes[1:-1, 1:-1] + nodes[:-2, 1:-1]) / down**2
-    along_along = (nodes[1:-1, 2:] - 2 * nodes[1:-1, 1:-1] + nodes[1:-1, :-2]) / along**2
-    corners = nodes[2:, 2:] - nodes[2:, :-2] - nodes[:-2, 2:] + nodes[:-2, :-2]
-    total = 0.0
-    for derivative, count in ((down_down, 1), (along_along, 1), (corners / (4 * down * along), 2)):
-        mean = tf.reduce_mean(derivative, (0, 1))
+    inner = slice(1, -1)
+    down_down = nodes[2:, inner] - 2 * nodes[inner, inner] + nodes[:-2, inner]
+    down_down /= down**2
+    along_along = nodes[inner, 2:] - 2 * nodes[inner, inner] + nodes[inner, :-2]
+    along_along /= along**2
+    down_along = nodes[2:, 2:] - nodes[2:, :-2] - nodes[:-2, 2:] + nodes[:-2, :-2]
+    down_along /= 4 * down * along
+
+    def energy(derivative):  # [rows - 2, columns - 2, c]
+        mean = tf.reduce_mean(derivative, (0, 1))  # [c]
         rest = tf.reduce_mean((derivative - mean)**2, (0, 1))
-        total += count * tf.reduce_mean(rest + bowl * mean**2)
+        return tf.reduce_mean(rest + bowl * mean**2)
+
+    total = energy(down_down) + energy(along_along) + 2 * energy(down_along)
     rows, columns = nodes.shape[:2]
     area = (rows - 1) * down * (columns - 1) * along
     return total * (area / (8 * math.pi))
@@ -3708,162 +3728,242 @@ class Fit:
     values: np.ndarray  # (n, c) final values there, stretched units
     order: int
     smoothing: float
-    history: np.ndarray  # (epochs, 6): loss, then the terms in the order of LOSS_TERMS, each a mean over pixels
+    history: np.ndarray  # (epochs, 6): loss, then the means of LOSS_TERMS
     stopped: str  # why the fit ended, in words
-    track: list[tuple[int, np.ndarray, np.ndarray]]  # (epoch, positions, values) now and then, the start first
-    rest: Callable[[np.ndarray], np.ndarray]  # (..., 2) -> (..., c) of the found sky, what the points cannot show
+    track: list[tuple[int, np.ndarray, np.ndarray]]  # (epoch, positions, values); the start first
+    rest: Callable[[np.ndarray], np.ndarray]  # see `rest_of_sky`
 
     def surface(self, query: np.ndarray) -> np.ndarray:
-        """Stretched surface (..., c) at query (..., 2), float64."""
-        return _fit_spline(query, self.positions, self.values, self.order) + self.rest(query)
+        """Return the surface (..., c) at query (..., 2), stretched, float64."""
+        spline = _fit_spline(query, self.positions, self.values, self.order)
+        return spline + self.rest(query)
 
 
-def _fit_spline(query: np.ndarray, positions: np.ndarray, values: np.ndarray, order: int) -> np.ndarray:
-    """(..., k): the spline of the fit's layer through values (n, k), at query (..., 2), in Float64."""
-    return spline_surface(query, positions.astype(float), values, order, INTERPOLATION_WEIGHT)
+def _fit_spline(query: np.ndarray, positions: np.ndarray, values: np.ndarray,
+                order: int) -> np.ndarray:
+    """Return the spline of the fit's layer through values (n, k), at query (..., 2): (..., k)."""
+    positions = positions.astype(float)
+    return spline_surface(query, positions, values, order, INTERPOLATION_WEIGHT)
 
 
 def start_positions(settings: Settings, shape: tuple[int, int]) -> np.ndarray:
-    """Where the control points start.
+    """Return where the control points start.
 
     Args:
         settings: `initializer`, `points`, `seed` and `auto` count.
         shape: (h, w) of the full-size frame.
 
     Returns:
-        (n, 2) float32 (row, column) in frame coordinates. "random": n uniform points; with auto each is the one of ten
-        that is farthest from the others, for no small glow may be without points. "grid": cell centers of the rows x
-        columns nearest to n in the frame's aspect ratio; n may then differ from what was asked for.
+        (n, 2) float32 (row, column) in frame coordinates. A grid may have a few more or fewer
+        points than were asked for.
     """
     sides = np.array(shape) / max(shape)
     wanted = settings.resolved().points
-    if settings.initializer == "random":
-        rng, points = np.random.default_rng(settings.seed), np.full((1, 2), np.inf)
-        while len(points) <= wanted:
-            draws = rng.random((10 if settings.auto else 1, 2)) * sides
-            distances = np.hypot(*(draws[:, None] - points).T).min(0)
-            points = np.append(points, draws[[distances.argmax()]], 0)
-        return points[1:].astype(np.float32)
-    # At least two rows and columns: one leaves a slope open
-    shapes = [(rows, max(2, round(wanted / rows))) for rows in range(2, max(2, wanted // 2) + 1)]
-    rows, columns = min(shapes, key=lambda shape: abs(shape[0] * shape[1] - wanted) / wanted
-                        + abs(math.log(shape[1] / shape[0] * sides[0] / sides[1])))
-    row, column = (np.arange(rows) + 0.5) / rows, (np.arange(columns) + 0.5) / columns
-    return (_grid(row, column).reshape(-1, 2) * sides).astype(np.float32)
+    if settings.initializer == "grid":
+        positions = _grid_positions(wanted, sides)
+    else:
+        positions = _random_positions(wanted, sides, settings)
+    return positions.astype(np.float32)
+
+
+def _random_positions(wanted, sides, settings):
+    """Return uniformly random points.
+
+    With auto each point is the one of ten that is farthest from those before, so that every small
+    glow has points.
+    """
+    rng = np.random.default_rng(settings.seed)
+    draws = 10 if settings.auto else 1
+    points = np.full((1, 2), np.inf)  # one that is far from all, to begin with
+    while len(points) <= wanted:
+        candidates = sides * rng.random((draws, 2))
+        differences = candidates[:, None] - points  # (draws, points, 2)
+        distances = np.hypot(differences[..., 0], differences[..., 1])
+        farthest = distances.min(1).argmax()
+        points = np.vstack((points, candidates[farthest]))
+    return points[1:]
+
+
+def _grid_positions(wanted, sides):
+    """Return the centers of the cells of a grid.
+
+    Its rows and columns come nearest to the wanted number and to the frame's aspect ratio.
+    """
+    def misfit(shape):
+        rows, columns = shape
+        aspect = columns / rows * sides[0] / sides[1]
+        return abs(rows * columns - wanted) / wanted + abs(math.log(aspect))
+
+    # At least two rows and columns: with one the slope along the other axis would be open
+    shapes = []
+    for rows in range(2, max(2, wanted // 2) + 1):
+        columns = max(2, round(wanted / rows))
+        shapes.append((rows, columns))
+    rows, columns = min(shapes, key=misfit)
+    row = (np.arange(rows) + 0.5) / rows
+    column = (np.arange(columns) + 0.5) / columns
+    return sides * _grid(row, column).reshape(-1, 2)
 
 
 def start_values(prepared: Prepared, positions: np.ndarray, order: int) -> np.ndarray:
-    """First values at the control points (n, 2): (n, c) float32.
+    """Return the first values at the control points (n, 2): (n, c) float32, stretched.
 
-    The values that bring the surface closest to the sky that was found: the fit then starts from it, wherever its
-    control points stand. If no sky could be looked for, the reduced image there, blended by mask weight with the
-    channel's median.
+    They bring the surface as close as possible to the sky that was found. If no sky could be looked
+    for, they are the reduced image, blended by its weight with the median of the channel.
     """
     if prepared.sky is not None:
         centers = prepared.sky.centers.reshape(-1, 2)
         matrix = _fit_spline(centers, positions, np.eye(len(positions)), order)
-        wanted = prepared.stretch.extend(prepared.sky.start(centers))
-        return np.linalg.lstsq(matrix, wanted, rcond=1e-9)[0].astype(np.float32)
+        sky = prepared.stretch.extend(prepared.sky.start(centers))
+        values, *_ = np.linalg.lstsq(matrix, sky, rcond=1e-9)
+        return values.astype(np.float32)
     block = 2 * prepared.centers[0, 0]  # its two sides
-    row, column = np.minimum((positions / block).astype(int), np.array(prepared.used.shape) - 1).T
-    weight = prepared.weight[row, column]
-    typical = np.full(prepared.image.shape[-1], MIDTONES_TARGET)
-    for k in range(len(typical)):
+    last = np.array(prepared.used.shape) - 1
+    pixels = (positions / block).astype(int)
+    row, column = np.minimum(pixels, last).T
+    weight = prepared.weight[row, column]  # (n, c)
+    image = prepared.image[row, column]
+    channels = prepared.image.shape[-1]
+    typical = np.full(channels, MIDTONES_TARGET)
+    for k in range(channels):
         used = prepared.weight[..., k] > 0
         if used.any():
-            typical[k] = np.median(prepared.image[..., k][used])
-    return (weight * prepared.image[row, column] + (1 - weight) * typical).astype(np.float32)
+            typical[k] = np.median(prepared.image[used, k])
+    values = weight * image + (1 - weight) * typical
+    return values.astype(np.float32)
 
 
 def sample_pixels(usable: np.ndarray, wanted: int, seed: int) -> np.ndarray:
-    """Flat indices of at most `wanted` pixels of usable, (h, w) bool.
+    """Return the flat indices of at most `wanted` pixels of usable, (h, w) bool.
 
-    The surface is smooth, so a sample pins it as well as all pixels do, and a 61 Mpix fit costs what a 6 Mpix
-    one does. The sample is stratified: the pixels in the order of a coarse grid of tiles, one drawn at random
-    out of each run of equal length.
+    The surface is smooth, so a sample determines it as well as all pixels do, and a fit of 61 Mpix
+    costs no more than one of 6 Mpix. The sample is stratified: the pixels are put in the order of
+    a coarse grid of tiles, and one is drawn at random from each run of equal length.
     """
     height, width = usable.shape
     row, column = np.nonzero(usable)
     if row.size > wanted:
         tile = max(1, int(math.sqrt(row.size / wanted)))
-        along = np.lexsort((column, row, column // tile, row // tile))  # tile by tile
-        edges = np.linspace(0, row.size, wanted + 1).astype(int)  # whole numbers, so that no pixel is drawn twice
-        pick = np.sort(along[(edges[:-1] + np.random.default_rng(seed).random(wanted) * np.diff(edges)).astype(int)])
-        row, column = row[pick], column[pick]
+        tile_by_tile = np.lexsort((column, row, column // tile, row // tile))
+        edges = np.linspace(0, row.size, wanted + 1)
+        edges = edges.astype(int)  # so that no pixel is drawn twice
+        starts = edges[:-1]
+        offsets = np.random.default_rng(seed).random(wanted) * np.diff(edges)
+        drawn = (starts + offsets).astype(int)
+        pick = np.sort(tile_by_tile[drawn])
+        row = row[pick]
+        column = column[pick]
     return row * width + column
 
 
-def unshown(prepared: Prepared, order: int, start: tuple[np.ndarray, np.ndarray]) -> Callable:
-    """Of the sky that was found, what a spline through the first values cannot show: a function of places,
-    (..., 2) -> (..., c) stretched. It stays as it is while the spline is trained, so that few control points do not
-    make the sky less true."""
-    if prepared.sky is None:
-        return lambda places: 0.0
-    positions, values = start
+def rest_of_sky(prepared: Prepared, order: int, start: tuple[np.ndarray, np.ndarray]) -> Callable:
+    """Return what a spline through the first values cannot show of the sky that was found.
 
+    It stays as it is while the spline is trained, so few control points do not make the sky less
+    true.
+
+    Returns:
+        A function that takes frame coordinates (..., 2) to stretched values (..., c).
+    """
     def rest(places):
-        return prepared.stretch.extend(prepared.sky.start(places)) - _fit_spline(places, positions, values, order)
-    return rest
+        found = prepared.stretch.extend(prepared.sky.start(places))
+        return found - _fit_spline(places, *start, order)
+
+    def nothing(places):
+        channels = prepared.image.shape[-1]
+        return np.zeros((*places.shape[:-1], channels))
+
+    return nothing if prepared.sky is None else rest
 
 
 class Sample(NamedTuple):
-    """What the fit sees of a picture: m places in random order, drawn once, so that losses compare over epochs."""
+    """What the fit sees of a picture: m places in random order.
+
+    It is drawn once, so that losses can be compared over epochs.
+    """
 
     places: np.ndarray  # (m, 2) frame coordinates
     image: np.ndarray  # (m, c) stretched
     weight: np.ndarray  # (m, c) in [0, 1]
-    seen: np.ndarray  # (m,) bool; where it is False no sky is seen, and the image is the sky that was found
+    seen: np.ndarray  # (m,) bool; where it is False, the image is the sky that was found
 
 
 def sky_sample(prepared: Prepared, settings: Settings) -> Sample:
-    """Draw the sample. With --auto it is of the cells that the sky was found on, all over the frame. Where they show no
-    sky there is nothing to learn, and the sky that was found stands there for the picture."""
+    """Draw the sample: of the pixels that are used, or with auto of the cells of the found sky."""
     count = 2 * SAMPLE_PIXELS * settings.batch
-    shuffle = np.random.default_rng(settings.seed).permutation
-    if not settings.auto or prepared.sky is None:
-        pick = shuffle(sample_pixels(prepared.used, count, settings.seed))
-        channels = prepared.image.shape[-1]
-        places = prepared.centers.reshape(-1, 2)[pick]
-        image = prepared.image.reshape(-1, channels)[pick]
-        weight = prepared.weight.reshape(-1, channels)[pick]
-        return Sample(places, image, weight, np.full(len(pick), True))
+
+    def draw(usable):
+        pick = sample_pixels(usable, count, settings.seed)
+        return np.random.default_rng(settings.seed).permutation(pick)
+
+    if settings.auto and prepared.sky is not None:
+        everywhere = np.full(prepared.sky.weight.shape, True)
+        return _sample_of_cells(prepared, settings, draw(everywhere))
+    pick = draw(prepared.used)
+    channels = prepared.image.shape[-1]
+    return Sample(
+        places=prepared.centers.reshape(-1, 2)[pick],
+        image=prepared.image.reshape(-1, channels)[pick],
+        weight=prepared.weight.reshape(-1, channels)[pick],
+        seen=np.full(len(pick), True))
+
+
+def _sample_of_cells(prepared, settings, pick):
+    """Return a sample of cells all over the frame.
+
+    Where the picture shows no sky there is nothing to learn: the found sky stands there for it.
+    """
     sky = prepared.sky
-    everywhere = np.full(sky.weight.shape, True)
-    pick = shuffle(sample_pixels(everywhere, count, settings.seed))
+    stretch = prepared.stretch
     channels = sky.image.shape[-1]
-    light = sky.image.reshape(-1, channels)[pick]
-    noise = sky.noise.reshape(-1, channels)[pick]
-    image = prepared.stretch.apply(light)
-    # The loss puts the surface to the low side of the noise. Where noise differs over the frame that would bend it.
-    noise = prepared.stretch.extend(light + noise) - prepared.stretch.extend(light)
-    image = image + _low_side(settings.alpha, float(np.median(noise)), channels) * noise
-    # What the user's mask counts less counts less here, too.
-    trust = _block_means(prepared.weight, sky.size).reshape(-1, channels)[pick]
     places = sky.centers.reshape(-1, 2)[pick]
+    light = sky.image.reshape(-1, channels)[pick]  # (m, c) linear
+    noise = sky.noise.reshape(-1, channels)[pick]
+    noise = stretch.extend(light + noise) - stretch.extend(light)  # (m, c) stretched
+    # The loss puts the surface at the low side of the noise. Where the noise differs over the
+    # frame, that would bend the surface. So the image is moved to the low side beforehand.
+    typical = float(np.median(noise))
+    image = stretch.apply(light) + _low_side(settings.alpha, typical, channels) * noise
+    # What the user's mask counts less counts less here, too
+    trust = _block_means(prepared.weight, sky.size)
+    trust = trust.reshape(-1, channels)[pick]
     seen = (sky.weight.ravel()[pick] > 0) & (trust > 0).all(-1)
-    image = np.where(seen[:, None], image, prepared.stretch.extend(sky.start(places)))
+    found = stretch.extend(sky.start(places))
+    image = np.where(seen[:, None], image, found)
     weight = np.where(seen[:, None], trust, UNSEEN_WEIGHT)
     return Sample(places, image, weight, seen)
 
 
 def _low_side(alpha: float, noise: float, channels: int) -> float:
-    """How far below the middle of the noise the loss has its minimum, in units of the noise (stretched)."""
+    """Return how far below the middle of Gaussian noise the loss has its minimum.
+
+    Args:
+        alpha: of the loss.
+        noise: its standard deviation, stretched units.
+        channels: of the picture.
+
+    Returns:
+        The distance in units of the noise.
+    """
+    tf = import_tensorflow()
     draws = noise * np.random.default_rng(0).normal(size=(4096, channels))
     shifts = np.linspace(0, 2.5, 51)
     losses = []
     for shift in shifts:
-        residual = draws + shift * noise
-        overshoot = np.abs(residual) - residual
-        total = np.abs(residual).mean(-1) + residual.var(-1) + alpha * overshoot.mean(-1)
-        losses.append(np.log(LOSS_FLOOR + total).mean())
+        residual = tf.constant(draws + shift * noise)
+        terms = (loss_error(tf, residual), loss_color(tf, residual),
+                 loss_overshoot(tf, residual), 0.0)
+        losses.append(float(log_loss(tf, terms, alpha)))
     return float(shifts[np.argmin(losses)])
 
 
 def fit_surface(prepared: Prepared, settings: Settings, start: tuple[np.ndarray, np.ndarray],
                 on_epoch: Callable[[int, float], None] | None = None) -> Fit:
-    """Fit the spline to the sky: Adam on positions and values, the learning rate halved on a plateau, early stopping.
+    """Fit the spline to the sky.
 
-    A loop of our own, not Keras' `fit`: an epoch here is one step of some 2 ms, and `fit` adds more than that to each.
+    Adam trains positions and values. The learning rate is halved on a plateau, and the fit stops
+    early. This is a loop of our own and not Keras' `fit`, which would add more to each epoch than
+    the 2 ms that an epoch takes.
 
     Args:
         prepared, settings: what `examine` gave.
@@ -3874,140 +3974,198 @@ def fit_surface(prepared: Prepared, settings: Settings, start: tuple[np.ndarray,
         BgError: the spline cannot be computed at all from this start.
     """
     tf = import_tensorflow()
-    rest = unshown(prepared, settings.order, start)
-    training = _training(tf, prepared, settings, start, rest)
-    history, track = [], [(0, *start)]
+    rest = rest_of_sky(prepared, settings.order, start)
+    training = _Training(prepared, settings, start, rest)
+    history = []
+    track = [(0, *start)]
     rate = settings.learning_rate
-    mark, waited, waited_rate = math.inf, 0, 0
-    still = training.nodes().numpy()
+    least = math.inf
+    improved = changed = 0  # the last epochs when the loss fell, and when it or the rate did
+    before = training.on_nodes()
     stopped = f"all {settings.epochs} epochs done"
     for epoch in range(1, settings.epochs + 1):
         try:
-            now = training.step().numpy()
-        except tf.errors.InvalidArgumentError:  # "Input matrix is not invertible": control points have met
-            now = np.full(2 + len(LOSS_TERMS), np.nan)
-        if not np.isfinite(now).all():
+            losses = training.step().numpy()
+        except tf.errors.InvalidArgumentError:  # the matrix is not invertible: points have met
+            losses = np.array([np.nan])
+        if not np.isfinite(losses).all():
             stopped = (f"stopped at epoch {epoch}: the spline's equations became singular; "
                        "best surface so far taken (try a larger --smoothing)")
             break
-        now, judged = now[:-1], now[-1]
-        history.append(now)
+        history.append(losses[:-1])
         if on_epoch is not None:
-            on_epoch(epoch, float(now[0]))
+            on_epoch(epoch, float(losses[0]))
         if epoch % TRACK_EVERY == 0:
-            track.append((epoch, *(weight.numpy() for weight in training.layer.trainable_weights)))
-        if judged < mark - STOP_DELTA:
-            mark, waited, waited_rate = judged, 0, 0
-        else:
-            waited, waited_rate = waited + 1, waited_rate + 1
-        if waited >= STOP_PATIENCE:
+            positions, values = training.layer.trainable_weights
+            track.append((epoch, positions.numpy(), values.numpy()))
+        judged = losses[-1]
+        if judged < least - STOP_DELTA:
+            least = judged
+            improved = changed = epoch
+        if epoch - improved >= STOP_PATIENCE:
             stopped = f"stopped at epoch {epoch}: no improvement in {STOP_PATIENCE} epochs"
             break
-        if waited_rate >= RATE_PATIENCE and rate > RATE_FLOOR:
-            rate, waited_rate = max(rate / 2, RATE_FLOOR), 0
+        if epoch - changed >= RATE_PATIENCE and rate > RATE_FLOOR:
+            rate = max(rate / 2, RATE_FLOOR)
+            changed = epoch
             training.adam.learning_rate = rate
         if epoch % STILL_EPOCHS == 0:
-            before, still = still, training.nodes().numpy()
-            if _stands_still(before, still, training.noise):
+            now = training.on_nodes()
+            if _stands_still(before, now, training.noise):
                 stopped = f"stopped at epoch {epoch}: the surface no longer moves"
                 break
+            before = now
     if not history:
         raise BgError("the spline's equations cannot be solved from these control points; "
                       "raise --smoothing, lower -N, or choose another --seed")
-    positions, values = (variable.numpy() for variable in training.best)
-    return Fit(positions, values, settings.order, settings.smoothing, np.array(history), stopped, track, rest)
+    positions, values = [variable.numpy() for variable in training.best]
+    return Fit(positions, values, settings.order, settings.smoothing, np.array(history), stopped,
+               track, rest)
 
 
 def _stands_still(before: np.ndarray, now: np.ndarray, noise: float) -> bool:
-    """Whether a surface on nodes, (n, c), has moved by next to nothing of its range, or of the noise of a pixel."""
-    span = max(float(np.ptp(now, axis=0).mean()), noise)
+    """Tell whether a surface on nodes, (n, c), has hardly moved.
+
+    That is little beside its range, or beside the noise of a pixel if the range is smaller.
+    """
+    span = np.ptp(now, axis=0).mean()
     moved = now - before
-    moved = moved - moved.mean(0)  # a constant is the pedestal's affair
-    return float(np.sqrt((moved**2).mean())) < STILL_CHANGE * span
+    moved = moved - moved.mean(0)  # a constant has no effect on the result
+    distance = np.sqrt((moved**2).mean())
+    return float(distance) < STILL_CHANGE * max(float(span), noise)
 
 
-class _Training(NamedTuple):
-    """What a fit needs."""
+class _Training:
+    """A spline in training, with the best control points so far.
 
-    step: Callable  # does one step; gives loss and terms as in Fit.history, then the loss on pixels it is not fitted to
-    nodes: Callable  # gives the surface on its nodes, [n, c]
-    adam: object
-    layer: object
-    best: list  # of variables: the weights at the least loss so far
-    noise: float  # standard deviation of the sample about the start, stretched units
+    One half of the sample is fitted, and the other half judges: control points are the best if
+    their surface is the truest for pixels that it was not fitted to.
+    """
 
+    def __init__(self, prepared: Prepared, settings: Settings,
+                 start: tuple[np.ndarray, np.ndarray], rest: Callable):
+        tf = self.tf = import_tensorflow()
+        sample = sky_sample(prepared, settings)
+        self.image = tf.constant(sample.image, tf.float32)  # [m, c]
+        self.weight = tf.constant(sample.weight, tf.float32)  # [m, c]
+        # As bright as the stretch can tell, so a sky that is brighter is no overshoot: [m, c]
+        self.clipped = (sample.image >= 1) & sample.seen[:, None]
+        self.count, channels = sample.image.shape
+        half = self.count // 2
+        self.fitted, self.judging = slice(0, half), slice(half, None)
+        if self.count < FEWEST_TO_SPLIT:
+            self.fitted = self.judging = slice(None)
 
-def _training(tf, prepared: Prepared, settings: Settings, start: tuple[np.ndarray, np.ndarray],
-              rest: Callable) -> _Training:
-    sample = sky_sample(prepared, settings)
-    image, weight = (tf.constant(array, tf.float32) for array in (sample.image, sample.weight))
-    layer = spline_layer(*start, settings.order, INTERPOLATION_WEIGHT)
-    best = [tf.Variable(variable) for variable in layer.trainable_weights]
-    best_loss = tf.Variable(np.float32(np.inf))
-    adam = tf.keras.optimizers.Adam(settings.learning_rate)
-    adam.build(layer.trainable_weights)
+        self.layer = spline_layer(*start, settings.order, INTERPOLATION_WEIGHT)
+        variables = self.layer.trainable_weights
+        self.best = [tf.Variable(variable) for variable in variables]
+        self.best_loss = tf.Variable(np.float32(np.inf))
+        self.adam = tf.keras.optimizers.Adam(settings.learning_rate)
+        self.adam.build(variables)
 
-    stretch = replace(prepared.stretch, midtones=np.float32(prepared.stretch.midtones))
-    nodes, spacing = _bending_nodes(prepared.full_shape)
-    shape = nodes.shape[:2]
-    nodes = nodes.reshape(-1, 2)
-    queried = np.concatenate([sample.places, nodes])
-    unchanging = tf.constant(rest(queried) + np.zeros((1, image.shape[-1])), tf.float32)  # [m + n or 1, c]
-    noise = _noise_about(sample, rest, start, settings.order)
-    queried, nodes = (tf.constant(array, tf.float32) for array in (queried, nodes))
-    # As in finding the sky, where the mean squared residual stands beside the bending: the loss is a logarithm of it.
-    stiffness = STIFFNESS_UNIT * settings.smoothing / (2 * noise**2)
-    bowl = float(settings.smoothing >= PLANE)
-    # A third of the way from black to the median: the unit of the cells, nearly.
-    unit = tf.constant(3 * prepared.stretch.midtones, tf.float32)
-    clipped = (sample.image >= 1) & sample.seen[:, None]  # as bright as the stretch can tell: a sky above it is no overshoot
-    count = len(sample.places)
-    # One half is fitted, the other judges: the fit is kept as far as it is truer for pixels that it has not seen.
-    fitted, first_judge = (count // 2, count // 2) if count >= FEWEST_TO_SPLIT else (count, 0)
+        nodes, self.spacing = _bending_nodes(prepared.full_shape)  # (rows, columns, 2)
+        self.shape = (*nodes.shape[:2], channels)
+        nodes = nodes.reshape(-1, 2)
+        places = np.concatenate([sample.places, nodes])  # (m + n, 2)
+        self.nodes = tf.constant(nodes, tf.float32)
+        self.places = tf.constant(places, tf.float32)
+        self.rest = tf.constant(rest(places), tf.float32)  # [m + n, c]
 
-    @tf.function(autograph=False)  # nothing in it needs rewriting, which costs time and would reach into the drop-in
-    def step():
+        self.noise = _noise_about(sample, rest, start, settings.order)
+        # In finding the sky, bending stands beside the mean squared residual over 2 noise^2. Here
+        # it stands beside a logarithm of the residual.
+        self.stiffness = STIFFNESS_UNIT * settings.smoothing / (2 * self.noise**2)
+        self.bowl = float(settings.smoothing >= PLANE)
+        self.alpha = settings.alpha
+        midtones = np.float32(prepared.stretch.midtones)
+        self.stretch = replace(prepared.stretch, midtones=midtones)
+        # The unit of the cells, nearly: 3 times the median above black
+        self.unit = tf.constant(3 * prepared.stretch.midtones, tf.float32)
+        # Nothing in the step needs rewriting, which costs time and would reach into the drop-in
+        self.step = tf.function(self._step, autograph=False)
+
+    def on_nodes(self) -> np.ndarray:
+        """Return the spline on the nodes, (n, c) stretched."""
+        return self.layer(self.nodes).numpy()
+
+    def _step(self):
+        """Do one step of training.
+
+        Returns:
+            [7]: the loss and its terms as in Fit.history, then the loss of the pixels that judge.
+        """
+        tf = self.tf
+        variables = self.layer.trainable_weights
         with tf.GradientTape() as tape:
-            both = layer(queried) + unchanging
-            surface, on_nodes = both[:count], both[count:]  # [m, c], [n, c]
-            seen = tf.where(clipped, tf.maximum(image, surface), image)
-            residual = weight * (seen - surface)
-            terms = [loss_error(tf, residual), loss_color(tf, residual),
-                     loss_overshoot(tf, residual), loss_negative(tf, surface)]  # [m] each
-            judged = [term[first_judge:] for term in terms]
-            terms = [term[:fitted] for term in terms]
-            linear = stretch.invert_unscaled(tf, on_nodes) / unit
-            linear = tf.reshape(linear, (*shape, image.shape[-1]))
-            bending = loss_bending(tf, linear, spacing, bowl)
-            stiff = stiffness * bending
-            loss = log_loss(tf, terms, settings.alpha) + stiff
-        unseen = log_loss(tf, judged, settings.alpha) + stiff
-        better = unseen < best_loss
-        for variable, now in zip(best + [best_loss], layer.trainable_weights + [unseen]):
-            variable.assign(tf.where(better, now, variable))
-        gradients = tape.gradient(loss, layer.trainable_weights)
-        adam.apply_gradients(zip(gradients, layer.trainable_weights))
-        means = [tf.reduce_mean(term) for term in terms]
-        return tf.stack([loss, *means, stiff, unseen])
+            surface = self.layer(self.places) + self.rest  # [m + n, c]
+            on_pixels = surface[:self.count]
+            on_nodes = surface[self.count:]
+            terms = self._pixel_terms(on_pixels)  # [m] each
+            judging = [term[self.judging] for term in terms]
+            fitted = [term[self.fitted] for term in terms]
+            bending = self._bending_term(on_nodes)
+            loss = log_loss(tf, fitted, self.alpha) + bending
+        judged = log_loss(tf, judging, self.alpha) + bending
+        self._keep_if_better(judged)
+        gradients = tape.gradient(loss, variables)
+        self.adam.apply_gradients(zip(gradients, variables))
+        means = [tf.reduce_mean(term) for term in fitted]
+        return tf.stack([loss, *means, bending, judged])
 
-    return _Training(step, lambda: layer(nodes), adam, layer, best, noise)
+    def _pixel_terms(self, surface):
+        """Return the four terms of the loss of the pixels, [m] each."""
+        tf = self.tf
+        picture = tf.where(self.clipped, tf.maximum(self.image, surface), self.image)
+        residual = self.weight * (picture - surface)
+        return [
+            loss_error(tf, residual),
+            loss_color(tf, residual),
+            loss_overshoot(tf, residual),
+            loss_negative(tf, surface),
+        ]
+
+    def _bending_term(self, surface):
+        """Return the part of the loss for the bending of the surface on the nodes, []."""
+        tf = self.tf
+        linear = self.stretch.invert_unscaled(tf, surface) / self.unit
+        linear = tf.reshape(linear, self.shape)
+        return self.stiffness * loss_bending(tf, linear, self.spacing, self.bowl)
+
+    def _keep_if_better(self, judged):
+        """Keep the control points if they were judged to be the best so far."""
+        tf = self.tf
+        better = judged < self.best_loss
+        kept = [*self.best, self.best_loss]
+        new = [*self.layer.trainable_weights, judged]
+        for variable, value in zip(kept, new):
+            variable.assign(tf.where(better, value, variable))
 
 
 def _bending_nodes(full_shape: tuple[int, int]) -> tuple[np.ndarray, tuple[float, float]]:
-    """Nodes over the frame, (rows, columns, 2) in frame coordinates, and their distances along both axes."""
+    """Return nodes over the frame, (rows, columns, 2), and their distances down and along it.
+
+    All are in frame coordinates.
+    """
     sides = np.array(full_shape) / max(full_shape)
-    counts = np.maximum(4, np.round(BENDING_NODES * sides)).astype(int)
-    down, along = (np.linspace(0, side, count) for side, count in zip(sides, counts))
+    counts = np.round(BENDING_NODES * sides).astype(int)
+    rows, columns = np.maximum(4, counts)
+    down = np.linspace(0, sides[0], rows)
+    along = np.linspace(0, sides[1], columns)
     return _grid(down, along), (down[1], along[1])
 
 
-def _noise_about(sample: Sample, rest: Callable, start: tuple[np.ndarray, np.ndarray], order: int) -> float:
-    """Standard deviation of the sample about the surface that the fit starts from, robust, stretched units."""
+def _noise_about(sample: Sample, rest: Callable, start: tuple[np.ndarray, np.ndarray],
+                 order: int) -> float:
+    """Return the standard deviation of the sample about the surface that the fit starts from.
+
+    It is robust, in stretched units, and never below LOSS_FLOOR.
+    """
     surface = _fit_spline(sample.places, *start, order) + rest(sample.places)
     sky = sample.seen & (sample.weight > 0).all(-1)
     if not sky.any():
         return LOSS_FLOOR
-    deviation = 1.4826 * np.median(np.abs(sample.image - surface)[sky])
+    distances = np.abs(sample.image - surface)
+    deviation = 1.4826 * np.median(distances[sky])  # the factor is that of a Gaussian
     return max(float(deviation), LOSS_FLOOR)
 
 
@@ -4019,16 +4177,22 @@ class Device(NamedTuple):
 
 
 def compute_devices() -> list[Device]:
-    """What there is to compute on, best first: a GPU if TensorFlow sees one that works, and always the CPU."""
-    tf, gpus = import_tensorflow(), []
+    """Return what there is to compute on, the best first: a GPU if one works, then the CPU."""
+    tf = import_tensorflow()
+    cpu = Device("/CPU:0", "the CPU")
     try:
-        if tf.config.list_logical_devices("GPU"):  # starts it: fails where another program holds it
-            details = tf.config.experimental.get_device_details(tf.config.list_physical_devices("GPU")[0])
-            gpus = [Device("/GPU:0", details.get("device_name", "the GPU"))]
+        # This starts the GPU, and fails where another program holds it
+        if not tf.config.list_logical_devices("GPU"):
+            return [cpu]
+        first = tf.config.list_physical_devices("GPU")[0]
+        details = tf.config.experimental.get_device_details(first)
     except (tf.errors.OpError, RuntimeError) as error:
-        logger.info(f"the GPU cannot be started ({type(error).__name__}); going on with the CPU")
+        reason = type(error).__name__
+        logger.info(f"the GPU cannot be started ({reason}); going on with the CPU")
         tf.config.set_visible_devices([], "GPU")
-    return gpus + [Device("/CPU:0", "the CPU")]
+        return [cpu]
+    name = details.get("device_name", "the GPU")
+    return [Device("/GPU:0", name), cpu]
 
 
 def on_first_that_works(devices: list[Device], work: Callable):
