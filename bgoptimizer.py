@@ -76,9 +76,9 @@ from xisf import XISF  # noqa: E402
 
 VERSION = "1.0.0"
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Constants
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 MIDTONES_TARGET = 0.25
 """Stretched value that the median of a channel is taken to. It is PixInsight's own choice for a sky
@@ -155,9 +155,9 @@ WORKERS = min(4, os.cpu_count() or 1)
 nothing, because the memory is not fast enough for them."""
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Settings and errors
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 logger = logging.getLogger("bgoptimizer")
 
@@ -195,35 +195,33 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self):
+        def whole(value, low, high=math.inf):
+            return isinstance(value, numbers.Integral) and low <= value <= high
+
         quantile = self.delinearization_quantile
+        points = self.points
         smoothing = self.smoothing
-        self._require_whole("-dx", self.downscaling_factor, 1, 1_000_000)
-        self._require("-df", self.downscaling_func in ("median", "mean"), "median or mean")
-        self._require("-dq", quantile is None or 0 < quantile <= 1, "above 0, at most 1")
-        if self.points is not None:
-            self._require_whole("-N", self.points, 3, 4096)
-        self._require("-O", self.order in (1, 2, 3, 4), "1, 2, 3 or 4")
-        self._require("-tm", math.isfinite(self.threshold_min), "a finite number")
-        above = self.threshold_min < self.threshold_max < math.inf
-        self._require("-tM", above, "a finite number above -tm")
-        self._require("-i", self.initializer in ("random", "grid"), "random or grid")
-        self._require_whole("-e", self.epochs, 1)
-        self._require("-a", 0 <= self.alpha <= 1e9, "0 to 1e9")
-        self._require_whole("-B", self.batch, 1)
-        self._require("-lr", 0 < self.learning_rate <= 1e9, "above 0, at most 1e9")
-        good = smoothing is None or 0 <= smoothing <= 1e9
-        self._require("--smoothing", good, "auto, or 0 to 1e9")
-        good = self.correction in ("subtract", "divide")
-        self._require("--correction", good, "subtract or divide")
-        self._require_whole("--seed", self.seed, 0, 2**32 - 1)
-
-    def _require_whole(self, flag, value, low, high=math.inf):
-        good = isinstance(value, numbers.Integral) and low <= value <= high
-        self._require(flag, good, f"{low} or more" if high == math.inf else f"{low} to {high}")
-
-    def _require(self, flag, good, wanted):
-        if not good:
-            raise ValueError(f"{flag} must be {wanted}")
+        above_minimum = self.threshold_min < self.threshold_max < math.inf
+        checks = (
+            ("-dx", whole(self.downscaling_factor, 1, 1_000_000), "1 to 1000000"),
+            ("-df", self.downscaling_func in ("median", "mean"), "median or mean"),
+            ("-dq", quantile is None or 0 < quantile <= 1, "above 0, at most 1"),
+            ("-N", points is None or whole(points, 3, 4096), "3 to 4096"),
+            ("-O", self.order in (1, 2, 3, 4), "1, 2, 3 or 4"),
+            ("-tm", math.isfinite(self.threshold_min), "a finite number"),
+            ("-tM", above_minimum, "a finite number above -tm"),
+            ("-i", self.initializer in ("random", "grid"), "random or grid"),
+            ("-e", whole(self.epochs, 1), "1 or more"),
+            ("-a", 0 <= self.alpha <= 1e9, "0 to 1e9"),
+            ("-B", whole(self.batch, 1), "1 or more"),
+            ("-lr", 0 < self.learning_rate <= 1e9, "above 0, at most 1e9"),
+            ("--smoothing", smoothing is None or 0 <= smoothing <= 1e9, "auto, or 0 to 1e9"),
+            ("--correction", self.correction in ("subtract", "divide"), "subtract or divide"),
+            ("--seed", whole(self.seed, 0, 2**32 - 1), "0 to 4294967295"),
+        )
+        for flag, good, wanted in checks:
+            if not good:
+                raise ValueError(f"{flag} must be {wanted}")
 
     def resolved(self) -> Settings:
         """Return these settings with defaults in place of every None but `smoothing`.
@@ -1965,9 +1963,9 @@ FORMATS = {
 }
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What the stages share
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 TILE = 8
 """Pixels along a side of the tiles by which missing data are told from dark samples."""
@@ -2206,9 +2204,14 @@ class Stretch:
         slope_at_1 = 3 * m / (1 - m)
         return slope_at_0, slope_at_1
 
+    @property
+    def white(self) -> np.ndarray:
+        """The linear values that are taken to 1, (c,)."""
+        return self.pedestal + self.scale
+
     def channel(self, k: int) -> "Stretch":
         """Return the same stretch for channel `k` alone."""
-        only = slice(k, k + 1)
+        only = [k]
         return Stretch(self.pedestal[only], self.scale[only], self.midtones[only])
 
 
@@ -2482,9 +2485,8 @@ def mask_reasons(prepared: Prepared, settings: Settings) -> dict[str, np.ndarray
 
 def clipped_by_stretch(prepared: Prepared) -> np.ndarray:
     """Return True, (h, w, c), where the stretch ends at 1, so that the fit sees no brightness."""
-    white = prepared.stretch.pedestal + prepared.stretch.scale  # (c,)
     with np.errstate(invalid="ignore"):  # NaN where missing
-        return prepared.linear >= white
+        return prepared.linear >= prepared.stretch.white
 
 
 def shares(prepared: Prepared) -> dict[str, float]:
@@ -3426,9 +3428,9 @@ def _disagreement(surfaces: _Surfaces, candidates: list[_Candidate], best: _Cand
     return most
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Spline: f(q) = sum_i w_i phi_k(|q - c_i|) + v.q + b
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 _TINY_SQUARED_DISTANCE = 1e-10
 """Replaces smaller squared distances, for which the logarithm and the gradient of the square root
@@ -3638,12 +3640,12 @@ def spline_layer(positions: np.ndarray, values: np.ndarray, order: int, smoothin
     return SplineSurface()
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Loss
 #
-# Four terms are taken for each of m pixels, from r, the weighted residual (picture - surface,
-# [m, c]), or from b, the surface [m, c]; each term is [m]. The bending is one number for the surface.
-# ---------------------------------------------------------------------------------------------------
+# Each of m pixels has four terms, [m] each. They are made of r, the weighted residual (picture less
+# surface, [m, c]), or of b, the surface, [m, c]. The bending is one number for the whole surface.
+# --------------------------------------------------------------------------------------------------
 
 def loss_error(tf, r):
     """Return how far the surface is from the picture: the mean |r| of the channels."""
@@ -3695,19 +3697,30 @@ def loss_bending(tf, nodes, spacing, bowl):
     """
     down, along = spacing
     inner = slice(1, -1)
-    down_down = nodes[2:, inner] - 2 * nodes[inner, inner] + nodes[:-2, inner]
-    down_down /= down**2
-    along_along = nodes[inner, 2:] - 2 * nodes[inner, inner] + nodes[inner, :-2]
-    along_along /= along**2
-    down_along = nodes[2:, 2:] - nodes[2:, :-2] - nodes[:-2, 2:] + nodes[:-2, :-2]
-    down_along /= 4 * down * along
+    inside = inner, inner
+    down_down = (
+        nodes[2:, inner]
+        - 2 * nodes[inside]
+        + nodes[:-2, inner]) / down**2
+    along_along = (
+        nodes[inner, 2:]
+        - 2 * nodes[inside]
+        + nodes[inner, :-2]) / along**2
+    down_along = (
+        nodes[2:, 2:]
+        - nodes[2:, :-2]
+        - nodes[:-2, 2:]
+        + nodes[:-2, :-2]) / (4 * down * along)
 
     def energy(derivative):  # [rows - 2, columns - 2, c]
         mean = tf.reduce_mean(derivative, (0, 1))  # [c]
-        rest = tf.reduce_mean((derivative - mean)**2, (0, 1))
+        square = (derivative - mean)**2
+        rest = tf.reduce_mean(square, (0, 1))
         return tf.reduce_mean(rest + bowl * mean**2)
 
-    total = energy(down_down) + energy(along_along) + 2 * energy(down_along)
+    total = energy(down_down)
+    total += energy(along_along)
+    total += 2 * energy(down_along)
     rows, columns = nodes.shape[:2]
     area = (rows - 1) * down * (columns - 1) * along
     return total * (area / (8 * math.pi))
@@ -3716,9 +3729,9 @@ def loss_bending(tf, nodes, spacing, bowl):
 LOSS_TERMS = ("error", "color", "overshoot", "negative", "bending")
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Fit
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 @dataclass
 class Fit:
@@ -3791,18 +3804,22 @@ def _grid_positions(wanted, sides):
     """
     def misfit(shape):
         rows, columns = shape
-        aspect = columns / rows * sides[0] / sides[1]
-        return abs(rows * columns - wanted) / wanted + abs(math.log(aspect))
+        number = abs(rows * columns - wanted) / wanted
+        height, width = sides
+        aspect = columns / rows * height / width
+        return number + abs(math.log(aspect))
 
     # At least two rows and columns: with one the slope along the other axis would be open
     shapes = []
-    for rows in range(2, max(2, wanted // 2) + 1):
+    most = max(2, wanted // 2)
+    for rows in range(2, most + 1):
         columns = max(2, round(wanted / rows))
         shapes.append((rows, columns))
     rows, columns = min(shapes, key=misfit)
     row = (np.arange(rows) + 0.5) / rows
     column = (np.arange(columns) + 0.5) / columns
-    return sides * _grid(row, column).reshape(-1, 2)
+    centers = _grid(row, column)  # (rows, columns, 2) in [0, 1]
+    return sides * centers.reshape(-1, 2)
 
 
 def start_values(prepared: Prepared, positions: np.ndarray, order: int) -> np.ndarray:
@@ -3813,8 +3830,10 @@ def start_values(prepared: Prepared, positions: np.ndarray, order: int) -> np.nd
     """
     if prepared.sky is not None:
         centers = prepared.sky.centers.reshape(-1, 2)
-        matrix = _fit_spline(centers, positions, np.eye(len(positions)), order)
-        sky = prepared.stretch.extend(prepared.sky.start(centers))
+        unit = np.eye(len(positions))
+        matrix = _fit_spline(centers, positions, unit, order)
+        linear = prepared.sky.start(centers)
+        sky = prepared.stretch.extend(linear)
         values, *_ = np.linalg.lstsq(matrix, sky, rcond=1e-9)
         return values.astype(np.float32)
     block = 2 * prepared.centers[0, 0]  # its two sides
@@ -3827,8 +3846,9 @@ def start_values(prepared: Prepared, positions: np.ndarray, order: int) -> np.nd
     typical = np.full(channels, MIDTONES_TARGET)
     for k in range(channels):
         used = prepared.weight[..., k] > 0
+        channel = prepared.image[..., k]
         if used.any():
-            typical[k] = np.median(prepared.image[used, k])
+            typical[k] = np.median(channel[used])
     values = weight * image + (1 - weight) * typical
     return values.astype(np.float32)
 
@@ -3843,13 +3863,16 @@ def sample_pixels(usable: np.ndarray, wanted: int, seed: int) -> np.ndarray:
     height, width = usable.shape
     row, column = np.nonzero(usable)
     if row.size > wanted:
-        tile = max(1, int(math.sqrt(row.size / wanted)))
-        tile_by_tile = np.lexsort((column, row, column // tile, row // tile))
+        side = math.sqrt(row.size / wanted)
+        tile = max(1, int(side))
+        keys = (column, row, column // tile, row // tile)
+        tile_by_tile = np.lexsort(keys)
         edges = np.linspace(0, row.size, wanted + 1)
         edges = edges.astype(int)  # so that no pixel is drawn twice
-        starts = edges[:-1]
-        offsets = np.random.default_rng(seed).random(wanted) * np.diff(edges)
-        drawn = (starts + offsets).astype(int)
+        lengths = np.diff(edges)
+        rng = np.random.default_rng(seed)
+        drawn = edges[:-1] + rng.random(wanted) * lengths
+        drawn = drawn.astype(int)
         pick = np.sort(tile_by_tile[drawn])
         row = row[pick]
         column = column[pick]
@@ -3866,7 +3889,8 @@ def rest_of_sky(prepared: Prepared, order: int, start: tuple[np.ndarray, np.ndar
         A function that takes frame coordinates (..., 2) to stretched values (..., c).
     """
     def rest(places):
-        found = prepared.stretch.extend(prepared.sky.start(places))
+        linear = prepared.sky.start(places)
+        found = prepared.stretch.extend(linear)
         return found - _fit_spline(places, *start, order)
 
     def nothing(places):
@@ -3915,23 +3939,28 @@ def _sample_of_cells(prepared, settings, pick):
     """
     sky = prepared.sky
     stretch = prepared.stretch
-    channels = sky.image.shape[-1]
-    places = sky.centers.reshape(-1, 2)[pick]
-    light = sky.image.reshape(-1, channels)[pick]  # (m, c) linear
-    noise = sky.noise.reshape(-1, channels)[pick]
-    noise = stretch.extend(light + noise) - stretch.extend(light)  # (m, c) stretched
+
+    def picked(cells):  # (h, w, k) -> (m, k)
+        return cells.reshape(-1, cells.shape[-1])[pick]
+
+    places = picked(sky.centers)
+    light = picked(sky.image)  # (m, c) linear
+    noisy = light + picked(sky.noise)
+    noise = stretch.extend(noisy) - stretch.extend(light)  # (m, c) stretched
     # The loss puts the surface at the low side of the noise. Where the noise differs over the
     # frame, that would bend the surface. So the image is moved to the low side beforehand.
     typical = float(np.median(noise))
-    image = stretch.apply(light) + _low_side(settings.alpha, typical, channels) * noise
+    channels = noise.shape[1]
+    shift = _low_side(settings.alpha, typical, channels)
+    image = stretch.apply(light) + shift * noise
     # What the user's mask counts less counts less here, too
-    trust = _block_means(prepared.weight, sky.size)
-    trust = trust.reshape(-1, channels)[pick]
-    seen = (sky.weight.ravel()[pick] > 0) & (trust > 0).all(-1)
+    trust = picked(_block_means(prepared.weight, sky.size))
+    shows_sky = picked(sky.weight[..., None]) > 0  # (m, 1)
+    seen = shows_sky & (trust > 0).all(-1, keepdims=True)
     found = stretch.extend(sky.start(places))
-    image = np.where(seen[:, None], image, found)
-    weight = np.where(seen[:, None], trust, UNSEEN_WEIGHT)
-    return Sample(places, image, weight, seen)
+    image = np.where(seen, image, found)
+    weight = np.where(seen, trust, UNSEEN_WEIGHT)
+    return Sample(places, image, weight, seen[:, 0])
 
 
 def _low_side(alpha: float, noise: float, channels: int) -> float:
@@ -3946,15 +3975,21 @@ def _low_side(alpha: float, noise: float, channels: int) -> float:
         The distance in units of the noise.
     """
     tf = import_tensorflow()
-    draws = noise * np.random.default_rng(0).normal(size=(4096, channels))
+    rng = np.random.default_rng(0)
+    draws = noise * rng.normal(size=(4096, channels))
     shifts = np.linspace(0, 2.5, 51)
     losses = []
     for shift in shifts:
         residual = tf.constant(draws + shift * noise)
-        terms = (loss_error(tf, residual), loss_color(tf, residual),
-                 loss_overshoot(tf, residual), 0.0)
-        losses.append(float(log_loss(tf, terms, alpha)))
-    return float(shifts[np.argmin(losses)])
+        terms = (
+            loss_error(tf, residual),
+            loss_color(tf, residual),
+            loss_overshoot(tf, residual),
+            0.0)  # a sky above zero
+        loss = log_loss(tf, terms, alpha)
+        losses.append(float(loss))
+    best = np.argmin(losses)
+    return float(shifts[best])
 
 
 def fit_surface(prepared: Prepared, settings: Settings, start: tuple[np.ndarray, np.ndarray],
@@ -4028,11 +4063,12 @@ def _stands_still(before: np.ndarray, now: np.ndarray, noise: float) -> bool:
 
     That is little beside its range, or beside the noise of a pixel if the range is smaller.
     """
-    span = np.ptp(now, axis=0).mean()
+    ranges = np.ptp(now, axis=0)  # (c,)
+    span = max(float(ranges.mean()), noise)
     moved = now - before
     moved = moved - moved.mean(0)  # a constant has no effect on the result
     distance = np.sqrt((moved**2).mean())
-    return float(distance) < STILL_CHANGE * max(float(span), noise)
+    return float(distance) < STILL_CHANGE * span
 
 
 class _Training:
@@ -4052,9 +4088,11 @@ class _Training:
         self.clipped = (sample.image >= 1) & sample.seen[:, None]
         self.count, channels = sample.image.shape
         half = self.count // 2
-        self.fitted, self.judging = slice(0, half), slice(half, None)
+        self.fitted = slice(0, half)
+        self.judging = slice(half, None)
         if self.count < FEWEST_TO_SPLIT:
-            self.fitted = self.judging = slice(None)
+            self.fitted = slice(None)
+            self.judging = slice(None)
 
         self.layer = spline_layer(*start, settings.order, INTERPOLATION_WEIGHT)
         variables = self.layer.trainable_weights
@@ -4064,7 +4102,8 @@ class _Training:
         self.adam.build(variables)
 
         nodes, self.spacing = _bending_nodes(prepared.full_shape)  # (rows, columns, 2)
-        self.shape = (*nodes.shape[:2], channels)
+        rows, columns, _ = nodes.shape
+        self.shape = (rows, columns, channels)
         nodes = nodes.reshape(-1, 2)
         places = np.concatenate([sample.places, nodes])  # (m + n, 2)
         self.nodes = tf.constant(nodes, tf.float32)
@@ -4074,13 +4113,15 @@ class _Training:
         self.noise = _noise_about(sample, rest, start, settings.order)
         # In finding the sky, bending stands beside the mean squared residual over 2 noise^2. Here
         # it stands beside a logarithm of the residual.
-        self.stiffness = STIFFNESS_UNIT * settings.smoothing / (2 * self.noise**2)
+        variance = self.noise**2
+        self.stiffness = STIFFNESS_UNIT * settings.smoothing / (2 * variance)
         self.bowl = float(settings.smoothing >= PLANE)
         self.alpha = settings.alpha
         midtones = np.float32(prepared.stretch.midtones)
         self.stretch = replace(prepared.stretch, midtones=midtones)
         # The unit of the cells, nearly: 3 times the median above black
-        self.unit = tf.constant(3 * prepared.stretch.midtones, tf.float32)
+        unit = 3 * prepared.stretch.midtones
+        self.unit = tf.constant(unit, tf.float32)
         # Nothing in the step needs rewriting, which costs time and would reach into the drop-in
         self.step = tf.function(self._step, autograph=False)
 
@@ -4146,12 +4187,18 @@ def _bending_nodes(full_shape: tuple[int, int]) -> tuple[np.ndarray, tuple[float
 
     All are in frame coordinates.
     """
-    sides = np.array(full_shape) / max(full_shape)
-    counts = np.round(BENDING_NODES * sides).astype(int)
-    rows, columns = np.maximum(4, counts)
-    down = np.linspace(0, sides[0], rows)
-    along = np.linspace(0, sides[1], columns)
-    return _grid(down, along), (down[1], along[1])
+    longer = max(full_shape)
+
+    def place(length):
+        side = length / longer
+        count = max(4, round(BENDING_NODES * side))
+        return np.linspace(0, side, count)
+
+    height, width = full_shape
+    down = place(height)
+    along = place(width)
+    spacing = down[1], along[1]
+    return _grid(down, along), spacing
 
 
 def _noise_about(sample: Sample, rest: Callable, start: tuple[np.ndarray, np.ndarray],
@@ -4161,11 +4208,12 @@ def _noise_about(sample: Sample, rest: Callable, start: tuple[np.ndarray, np.nda
     It is robust, in stretched units, and never below LOSS_FLOOR.
     """
     surface = _fit_spline(sample.places, *start, order) + rest(sample.places)
-    sky = sample.seen & (sample.weight > 0).all(-1)
+    counted = (sample.weight > 0).all(-1)
+    sky = sample.seen & counted
     if not sky.any():
         return LOSS_FLOOR
     distances = np.abs(sample.image - surface)
-    deviation = 1.4826 * np.median(distances[sky])  # the factor is that of a Gaussian
+    deviation = GAUSSIAN_DEVIATION * np.median(distances[sky])
     return max(float(deviation), LOSS_FLOOR)
 
 
@@ -4239,31 +4287,32 @@ def fit_sky(prepared: Prepared, settings: Settings,
 
 
 # --------------------------------------------------------------------------------------------------
-# Apply: the surface at full size, and the picture without it
+# Apply: the model at full size, and the picture without it
 # --------------------------------------------------------------------------------------------------
 
-class SkySurface:
+class SkyModel:
     """The sky at full size, (c, h, w) in linear units, made in strips of rows.
 
-    It is never in memory as a whole, unless somebody asks for that. The spline is evaluated at
-    nodes a few pixels apart, brought back to linear there, and interpolated between them by the
-    cubic through four nodes along each axis. That is exact for planes, and the spline bends over
-    hundreds of pixels, so nothing is lost between the nodes (tests hold it to 2e-5). But a pixel
-    costs only a few multiplications, however many control points there are.
+    It is never in memory as a whole, unless somebody asks for that. The sky is evaluated at nodes a
+    few pixels apart, and interpolated between them by the cubic through four nodes along each axis.
+    That is exact for planes. The sky bends over hundreds of pixels, so nothing is lost between the
+    nodes (tests hold it to 2e-5). A pixel costs only a few multiplications, however many control
+    points there are.
     """
 
-    def __init__(self, surface: Callable[[np.ndarray], np.ndarray], shape: tuple[int, int],
-                 dtype=np.float32):
+    def __init__(self, sky: Callable[[np.ndarray], np.ndarray], shape: tuple[int, int],
+                 dtype=np.float32, nodes: int = SURFACE_NODES):
         """Evaluate the nodes.
 
         Args:
-            surface: takes frame coordinates (..., 2) to the linear sky there, (..., c).
-            shape: (h, w) of the full-size picture.
-            dtype: of the sky.
+            sky: takes frame coordinates (..., 2) to the linear sky there, (..., c).
+            shape: (h, w) of the picture.
+            dtype: of the model.
+            nodes: about so many along the longer side.
         """
         height, width = shape
         longer = max(shape)
-        self.step = max(1, longer // SURFACE_NODES)  # pixels of a cell, from node to node
+        self.step = max(1, longer // nodes)  # pixels of a cell, from node to node
 
         def place_nodes(length):
             # Each cell needs the two nodes at its ends, and one more on either side
@@ -4272,13 +4321,13 @@ class SkySurface:
             return (pixel + 0.5) / longer
 
         places = _grid(place_nodes(height), place_nodes(width))
-        nodes = surface(places)  # (rows, columns, c)
-        nodes = np.moveaxis(nodes, -1, 0)  # (c, rows, columns)
-        self.nodes = nodes.astype(dtype)
+        values = sky(places)  # (rows, columns, c)
+        values = np.moveaxis(values, -1, 0)  # (c, rows, columns)
+        self.nodes = values.astype(dtype)
         self.shape = (len(self.nodes), height, width)
         self.dtype = self.nodes.dtype
 
-        # How far, in cells, the pixels of a cell are from each of its four nodes, (step, 1)
+        # How far, in cells, the pixels of a cell are from each of its four nodes: (step, 1)
         second = np.arange(self.step)[:, None] / self.step
         first = second + 1
         third = second - 1
@@ -4300,17 +4349,19 @@ class SkySurface:
         height = rows.stop - rows.start
         cells = math.ceil(height / self.step)
         first = rows.start // self.step
-        last = first + cells + 2
-        nodes = self.nodes[channel, first:last + 1]  # (cells + 3, columns)
+        stop = first + cells + 3
+        nodes = self.nodes[channel, first:stop]  # (cells + 3, columns)
         around = sliding_window_view(nodes, 4, 0)  # (cells, columns, 4)
         tall = np.einsum("st,kct->ksc", self.taps, around)  # (cells, step, columns)
         columns = tall.shape[2]
-        tall = tall.reshape(-1, columns)[:height]  # (rows, columns)
+        tall = tall.reshape(-1, columns)
+        tall = tall[:height]  # (rows, columns)
         around = sliding_window_view(tall, 4, 1)  # (rows, cells, 4)
         strip = around @ self.taps.T  # (rows, cells, step)
-        strip = strip.reshape(height, -1)  # (rows, w or more)
+        strip = strip.reshape(height, -1)
         width = self.shape[2]
-        return np.clip(strip[:, :width], 0, 1)
+        strip = strip[:, :width]
+        return np.clip(strip, 0, 1)
 
     def strips(self) -> list[slice]:
         """Return the rows of all strips."""
@@ -4336,19 +4387,20 @@ class SkySurface:
 
 
 def linear_sky(prepared: Prepared, fit: Fit) -> Callable[[np.ndarray], np.ndarray]:
-    """Return the fitted sky in the picture's own units, as a function.
+    """Return the fitted sky in linear units, as a function.
 
-    Where there was no sky to fit, it is held back (see MAX_EXTRAPOLATION).
+    Where there was no sky to fit, its range is limited; see MAX_EXTRAPOLATION.
 
     Returns:
         A function that takes frame coordinates (..., 2) to the sky there, (..., c) in [0, 1].
     """
     sample = sample_pixels(prepared.used, SAMPLE_PIXELS, seed=0)
-    centers = prepared.centers.reshape(-1, 2)[sample]
-    if prepared.sky is not None:  # under objects that add light, the picture holds the sky from above
-        held = (prepared.sky.weight > 0) | prepared.sky.below
-        centers = np.concatenate([centers, prepared.sky.centers[held]])
-    seen = prepared.stretch.invert(fit.surface(centers))  # (samples, c) linear
+    places = prepared.centers.reshape(-1, 2)[sample]
+    found = prepared.sky
+    if found is not None:  # under objects that add light, the picture limits the sky from above
+        limited = (found.weight > 0) | found.below
+        places = np.concatenate([places, found.centers[limited]])
+    seen = prepared.stretch.invert(fit.surface(places))  # (samples, c) linear
     low = seen.min(0)
     high = seen.max(0)
     beyond = MAX_EXTRAPOLATION * (high - low)
@@ -4362,13 +4414,13 @@ def linear_sky(prepared: Prepared, fit: Fit) -> Callable[[np.ndarray], np.ndarra
     return sky
 
 
-def full_size_sky(prepared: Prepared, fit: Fit, dtype=np.float32) -> SkySurface:
+def full_size_sky(prepared: Prepared, fit: Fit, dtype=np.float32) -> SkyModel:
     """Return the fitted sky at full size."""
-    surface = linear_sky(prepared, fit)
-    return SkySurface(surface, prepared.full_shape, dtype)
+    sky = linear_sky(prepared, fit)
+    return SkyModel(sky, prepared.full_shape, dtype)
 
 
-def subtract(planes: np.ndarray, sky: SkySurface,
+def subtract(planes: np.ndarray, sky: SkyModel,
              median: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Take the sky out of a picture, in place: image - model + offset, clipped to [0, 1].
 
@@ -4406,7 +4458,7 @@ def subtract(planes: np.ndarray, sky: SkySurface,
     return np.array(offsets), np.sum(clipped, 0)
 
 
-def divide(planes: np.ndarray, sky: SkySurface,
+def divide(planes: np.ndarray, sky: SkyModel,
            black: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
     """Divide a picture by its model, in place: picture / model * the model's median.
 
@@ -4424,8 +4476,8 @@ def divide(planes: np.ndarray, sky: SkySurface,
     Raises:
         BgError: the model is not above black everywhere.
     """
-    inside = slice(1, -2)  # nodes in the frame
-    levels = np.median(sky.nodes[:, inside, inside], (1, 2)) - black
+    in_frame = sky.nodes[:, 1:-2, 1:-2]
+    levels = np.median(in_frame, (1, 2)) - black
     for channel, nodes in enumerate(sky.nodes):
         if nodes.min() <= black:
             name = _channel_name(channel, len(planes))
@@ -4437,7 +4489,8 @@ def divide(planes: np.ndarray, sky: SkySurface,
         clipped = np.zeros(2, int)
         for rows in sky.strips():
             samples = plane[rows]
-            gain = levels[channel] / (sky.strip(channel, rows) - black)
+            model = sky.strip(channel, rows)
+            gain = levels[channel] / (model - black)
             values = (samples - black) * gain + black
             clipped += _store_clipped(samples, values, _present(samples))
         return clipped
@@ -4452,10 +4505,11 @@ def _store_clipped(samples: np.ndarray, values: np.ndarray, present: np.ndarray)
     Returns:
         How many of them were clipped at 0 and at 1, (2,).
     """
-    below = np.count_nonzero(present & (values < 0))
-    above = np.count_nonzero(present & (values > 1))
+    below = present & (values < 0)
+    above = present & (values > 1)
     np.clip(values, 0, 1, out=samples, where=present)
-    return np.array((below, above))
+    counts = np.count_nonzero(below), np.count_nonzero(above)
+    return np.array(counts)
 
 
 def corrected(prepared: Prepared, linear: np.ndarray, sky: np.ndarray,
@@ -4481,8 +4535,8 @@ def reduced_sky(prepared: Prepared, fit: Fit, correction: str) -> tuple[np.ndarr
 
     If the sky is subtracted, the medians of the picture's channels stay what they were.
     """
-    surface = linear_sky(prepared, fit)
-    sky = surface(prepared.centers).astype(np.float32)
+    sky = linear_sky(prepared, fit)(prepared.centers)
+    sky = sky.astype(np.float32)
     after = corrected(prepared, prepared.linear, sky, correction)
     if correction == "subtract":
         after = _shift_medians(after, prepared.median)
@@ -4491,13 +4545,14 @@ def reduced_sky(prepared: Prepared, fit: Fit, correction: str) -> tuple[np.ndarr
 
 def _shift_medians(image: np.ndarray, wanted: np.ndarray) -> np.ndarray:
     """Return a picture (h, w, c), NaN where missing, shifted to the wanted medians (c,)."""
-    shift = wanted - np.nanmedian(image, (0, 1))
+    medians = np.nanmedian(image, (0, 1))
+    shift = wanted - medians
     return image + shift.astype(image.dtype)
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The whole job on arrays
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 SMOOTHING_OF_UNKNOWN_SKY = 1.0
 """Where no sky can be looked for: in the middle of what is chosen elsewhere."""
@@ -4550,7 +4605,7 @@ class Removal:
     """A picture whose sky was taken out, and how that came about; c channels."""
 
     planes: np.ndarray  # (c, h, w) the picture without the sky
-    sky: SkySurface  # the model
+    sky: SkyModel  # the model
     offsets: np.ndarray  # (c,) in the picture's own unit: picture - model + offset is what is left,
     # or picture / model * offset if the sky was divided out
     clipped: float  # share of the samples that were clipped at 0 or 1
@@ -4590,18 +4645,19 @@ def remove_sky(planes: np.ndarray, settings: Settings, mask: np.ndarray | None =
         shifts, clipped = subtract(planes, sky, prepared.median)
         offsets = shifts * unit.scale + unit.offset  # the model is in that unit too
         words = "offsets"
-    removal = Removal(
-        planes, sky, offsets, clipped.sum() / planes.size, gradient(prepared),
-        gradient(prepared, fit, settings.correction), settings, prepared, fit)
+    share = clipped.sum() / planes.size
+    before = gradient(prepared)
+    after = gradient(prepared, fit, settings.correction)
+    removal = Removal(planes, sky, offsets, share, before, after, settings, prepared, fit)
 
     logger.info(gradients(removal))
     letters = _channel_letters(prepared)
-    each = [f"{letter} {offset:.6f}" for letter, offset in zip(letters, offsets)]
+    each = map("{} {:.6f}".format, letters, offsets)
     logger.info(f"{words}: {', '.join(each)}")
     below, above = clipped
     logger.info(f"clipped: {below} samples at 0, {above} at 1, of {planes.size}")
-    if removal.clipped > MOST_CLIPPED:
-        logger.warning(f"{removal.clipped:.1%} of the samples were clipped: the sky leaves no room "
+    if share > MOST_CLIPPED:
+        logger.warning(f"{share:.1%} of the samples were clipped: the sky leaves no room "
                        "below or above it; add a pedestal to the picture, or use a stiffer "
                        "surface (--smoothing)")
     return removal
@@ -4662,12 +4718,11 @@ def optimize(image: np.ndarray, settings: Settings = Settings(), mask: np.ndarra
 def _to_planes(image: np.ndarray, name: str) -> np.ndarray:
     """Copy (h, w) or (h, w, c) to (c, h, w), to Float64 if the image is, else to Float32."""
     image = np.asarray(image)
-    if image.ndim not in (2, 3) or not image.size or image.dtype.kind not in "fiub":
+    kind = image.dtype.kind
+    if image.ndim not in (2, 3) or not image.size or kind not in "fiub":
         raise BgError(f"{name} is {image.dtype} of shape {image.shape}; "
                       "give numbers of shape (h, w) or (h, w, c)")
-    white = 1
-    if image.dtype.kind in "iu":
-        white = np.iinfo(image.dtype).max
+    white = np.iinfo(image.dtype).max if kind in "iu" else 1
     dtype = np.float64 if image.dtype == np.float64 else np.float32
     planes = np.moveaxis(np.atleast_3d(image), -1, 0)
     planes = np.array(planes, dtype, order="C") / dtype(white)
@@ -4675,25 +4730,32 @@ def _to_planes(image: np.ndarray, name: str) -> np.ndarray:
     return planes
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What can be said about a picture
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 VIEW_PIXELS = 600
-"""Reduced pixels along the longer side that are looked at for numbers and pictures; more could not be seen."""
+"""Reduced pixels along the longer side that numbers and pictures are made of. More could not be
+seen."""
 
 BLOWN_SHARE = 0.01
-"""Part of the frame: where less sky than that is clipped, nobody needs to know."""
+"""Part of the frame. If the stretch clips less sky than that, nobody needs to know."""
 
 MOST_CLIPPED = 0.01
-"""Part of the samples: where more than that are clipped by the subtraction, something is wrong."""
+"""Part of the samples. If the correction clips more than that, something is wrong."""
 
-STRETCHED_TOP, STRETCHED_MEDIAN = 0.6, 0.15
-"""A picture looks stretched if its brightest thousandth is above the first and its median above the second part of the
-way from black to there. In linear pictures the sky is far below the stars."""
+STRETCHED_TOP = 0.6
+STRETCHED_MEDIAN = 0.15
+"""A picture looks stretched if its brightest thousandth is above the first number, and its median
+above the second part of the way from black to there. In linear pictures the sky is far below the
+stars."""
 
 MOSAIC_DIFFERENCE = 0.03
-"""Part of the median's height above black by which the four phases of a mosaic differ, at least."""
+"""The medians of the four phases of a mosaic differ by at least this part of their height above
+black."""
+
+GAUSSIAN_DEVIATION = 1.4826
+"""Standard deviation of a Gaussian over its median distance from the median."""
 
 
 def thinned(prepared: Prepared, most: int = VIEW_PIXELS) -> Prepared:
@@ -4713,11 +4775,12 @@ def blown_out(prepared: Prepared) -> np.ndarray:
 
     It is nowhere True if that is hardly anywhere.
     """
-    nowhere = np.zeros(prepared.image.shape[:2], bool)
+    height, width, _ = prepared.image.shape
+    nowhere = np.zeros((height, width), bool)
     if prepared.sky is None:
         return nowhere
-    white = prepared.stretch.pedestal + prepared.stretch.scale  # (c,)
-    too_bright = prepared.sky.surface(prepared.centers) > white  # (h, w, c)
+    sky = prepared.sky.surface(prepared.centers)  # (h, w, c)
+    too_bright = sky > prepared.stretch.white
     blown = (too_bright & clipped_by_stretch(prepared)).any(-1)
     return blown if blown.mean() > BLOWN_SHARE else nowhere
 
@@ -4748,21 +4811,22 @@ def doubts(planes: np.ndarray, prepared: Prepared) -> list[str]:
 def _looks_like_mosaic(plane: np.ndarray) -> bool:
     """Tell whether pixels of one phase of a 2 x 2 mosaic agree better than pixels of two."""
     down, across = [4 * max(1, side // 2000) for side in plane.shape]  # a few Mpix are enough
-    medians, spreads, darkest, counts = [], [], [], []
+    medians = []
+    errors = []
+    dark = math.inf
     for y, x in ((0, 0), (0, 1), (1, 0), (1, 1)):
         phase = plane[y::down, x::across]
         phase = phase[_present(phase)]
         if phase.size < 1000:
             return False
         median = np.median(phase)
+        noise = GAUSSIAN_DEVIATION * np.median(np.abs(phase - median))
         medians.append(median)
-        spreads.append(1.4826 * np.median(np.abs(phase - median)))  # the deviation of a Gaussian
-        darkest.append(np.quantile(phase, 0.01))
-        counts.append(phase.size)
+        errors.append(1.25 * noise / math.sqrt(phase.size))  # of a median of Gaussian noise
+        dark = min(dark, np.quantile(phase, 0.01))
     difference = np.ptp(medians)
-    error = 1.25 * max(spreads) / math.sqrt(min(counts))  # of a median of Gaussian noise
-    height = np.median(medians) - min(darkest)
-    return difference > 10 * error and difference > MOSAIC_DIFFERENCE * height
+    height = np.median(medians) - dark
+    return difference > 10 * max(errors) and difference > MOSAIC_DIFFERENCE * height
 
 
 def gradient(prepared: Prepared, fit: Fit | None = None, correction: str = "subtract") -> float:
@@ -4809,14 +4873,15 @@ def _log_numbers(prepared: Prepared, settings: Settings) -> None:
     part = shares(prepared)
     height, width, _ = prepared.image.shape
     quantile = settings.delinearization_quantile
-    logger.info(f"reduced to {width} x {height}: {part['used']:.1%} used, "
-                f"{part['masked']:.1%} masked, {part['missing']:.1%} missing; "
-                f"{part['clipped']:.1%} clipped at 1 by the stretch (-dq {quantile:g})")
-    low = prepared.stretch.pedestal
-    high = low + prepared.stretch.scale
+    logger.info(
+        "reduced to {} x {}: {used:.1%} used, {masked:.1%} masked, {missing:.1%} missing; "
+        "{clipped:.1%} clipped at 1 by the stretch (-dq {:g})".format(
+            width, height, quantile, **part))
     for k, letter in enumerate(_channel_letters(prepared)):
-        logger.info(f"  {letter}: minimum {low[k]:.6f}, median {prepared.median[k]:.6f}, "
-                    f"clipped above {high[k]:.6f}")
+        low = prepared.stretch.pedestal[k]
+        high = prepared.stretch.white[k]
+        logger.info(f"  {letter}: minimum {low:.6f}, median {prepared.median[k]:.6f}, "
+                    f"clipped above {high:.6f}")
     share = blown_out(thinned(prepared)).mean()
     if share > 0:
         logger.warning(f"the stretch clips a smooth part of the picture ({share:.1%} of the "
@@ -4834,7 +4899,7 @@ FIGURE_SIZE = (13.6, 7.6)
 """Inches, at 100 pixels each: fits a laptop's screen."""
 
 INK, PAPER, FAINT = "#e6e6e6", "#16191d", "#4a5058"
-STYLE = {
+FIGURE_STYLE = {
     "figure.facecolor": PAPER,
     "savefig.facecolor": PAPER,
     "axes.facecolor": "#1e2227",
@@ -4864,7 +4929,7 @@ RED, GREEN, BLUE = "#e8703a", "#2fb58a", "#5ab0ee"
 CHANNEL_INKS = {1: (INK,), 3: (RED, GREEN, BLUE)}
 """Red, green, and blue as the color-blind tell them apart (after Okabe and Ito)."""
 
-TERM_INKS = ("#56b4e9", "#2fb58a", "#e69f00", "#cc79a7")
+TERM_INKS = ("#56b4e9", "#2fb58a", "#e69f00", "#cc79a7", "#f0e442")
 """The same for LOSS_TERMS."""
 
 OVERLAYS = {
@@ -4897,8 +4962,8 @@ FRAME_GAP, FRAME_HEAD = 8, 22
 HALF_FRAME_PIXELS = 110_000
 """Most pixels in one half of a frame, so that a GIF of the usual noise stays below 3 MB."""
 
-NODE_SPACING = 8
-"""Pixels between the places where an animation's surfaces are evaluated: fine enough for the eye."""
+FRAME_NODES = 50
+"""Nodes of an animation's models along the longer side: fine enough for the eye."""
 
 FRAME_PAUSE, LAST_PAUSE = 130, 1500
 """Milliseconds that a frame is shown, and the last one: 24 of them take some 4 seconds."""
@@ -4922,26 +4987,34 @@ def display_stretch(linear: np.ndarray) -> Stretch:
 
 
 def draw_preview(figure, prepared: Prepared, settings: Settings, title: str) -> None:
-    """The cockpit for tuning: the picture, what the fit would see of it, what stands out; histograms and numbers."""
+    """Draw what helps to choose settings.
+
+    That is the picture, what the fit would see of it, what stands out, histograms, and numbers.
+    """
     prepared = thinned(prepared)
-    reasons, blown = mask_reasons(prepared, settings), blown_out(prepared)
+    reasons = mask_reasons(prepared, settings)
+    blown = blown_out(prepared)
     panels, bottom = _lay_out(figure, title, 1.6)
-    _show(panels[0], display_stretch(prepared.linear).apply(prepared.linear), "the picture, plain stretch")
-    _show(panels[1], prepared.image, "stretched as for the fit, and what is left out")
-    _overlay(panels[1], {**reasons, "clipped": clipped_by_stretch(prepared).any(-1) & prepared.used})
-    _draw_hints(panels[2], prepared, blown)
+    picture, stretched, hints = panels
+    stretch = display_stretch(prepared.linear)
+    _show(picture, stretch.apply(prepared.linear), "the picture, plain stretch")
+    _show(stretched, prepared.image, "stretched as for the fit, and what is left out")
+    clipped = clipped_by_stretch(prepared).any(-1)
+    _overlay(stretched, {**reasons, "clipped": clipped & prepared.used})
+    _draw_hints(hints, prepared, blown)
 
     channels = prepared.image.shape[-1]
     cells = bottom.subgridspec(1, 4, wspace=0.12)
     for k in range(channels):
-        span = cells[0, k] if channels == 3 else cells[0, :3]
-        _draw_histogram(figure.add_subplot(span), prepared, settings, k)
-    figure.text(0.02, 0.012, "below the histograms: stretched value, and the picture's own value there; "
-                "heights are logarithmic", fontsize=8)
-    words = figure.add_subplot(cells[0, 3])
-    words.axis("off")
-    words.text(0.06, 1.0, "\n".join(_numbers(prepared, reasons, blown)), va="top", family="monospace", fontsize=8,
-               linespacing=1.35)
+        cell = cells[0, k] if channels == 3 else cells[0, :3]
+        axes = figure.add_subplot(cell)
+        _draw_histogram(axes, prepared, settings, k)
+    figure.text(0.02, 0.012, "below the histograms: stretched value, and the picture's own value "
+                "there; heights are logarithmic", fontsize=8)
+    axes = figure.add_subplot(cells[0, 3])
+    axes.axis("off")
+    words = "\n".join(_numbers(prepared, reasons, blown))
+    axes.text(0.06, 1.0, words, va="top", family="monospace", fontsize=8, linespacing=1.35)
 
 
 def _lay_out(figure, title, ratio):
@@ -4958,30 +5031,46 @@ def _lay_out(figure, title, ratio):
 
 
 def _numbers(prepared: Prepared, reasons: dict[str, np.ndarray], blown: np.ndarray) -> list[str]:
-    """The preview's numbers, one line each."""
+    """Return the preview's numbers, one line each."""
+    lines = []
+
+    def add_row(name, form, values):
+        cells = map(form.format, values)
+        lines.append(f"{name:<11}" + "".join(cells))
+
+    def add_share(name, share, of=""):
+        lines.append(f"{name:<13}{_percent(share):>7}  {of}")
+
+    add_row("", "{:>9}", _channel_letters(prepared))
+    add_row("minimum", "{:9.5f}", prepared.stretch.pedestal)
+    add_row("median", "{:9.5f}", prepared.median)
+    add_row("-dq value", "{:9.5f}", prepared.stretch.white)
+    clipped = clipped_by_stretch(prepared).mean((0, 1))
+    add_row("clipped %", "{:9.2f}", 100 * clipped)
+    lines.append("")
     part = shares(prepared)
-    low, high = prepared.stretch.pedestal, prepared.stretch.pedestal + prepared.stretch.scale
-    lines = ["           " + "".join(f"{letter:>9}" for letter in _channel_letters(prepared))]
-    for name, values in (("minimum", low), ("median", prepared.median), ("-dq value", high)):
-        lines.append(f"{name:<11}" + "".join(f"{value:9.5f}" for value in values))
-    clipped = 100 * clipped_by_stretch(prepared).mean((0, 1))
-    lines.append("clipped %  " + "".join(f"{value:9.2f}" for value in clipped))
-    rows = [("used", part["used"], "of the samples"), ("masked", part["masked"], "of the samples")]
-    rows += [("  " + OVERLAYS[name][2].replace("left out ", ""), reasons[name].mean(), "of the frame")
-             for name in ("threshold", "mask file", "auto") if reasons[name].any()]
-    rows += [("missing", part["missing"], ""),
-             ("gradient", gradient(prepared), "of the sky's level")]
-    rows += [("blown out", blown.mean(), "sky: raise -dq")] if blown.any() else []
-    return lines + [""] + [f"{name:<13}{_percent(value):>7}  {what}" for name, value, what in rows]
+    add_share("used", part["used"], "of the samples")
+    add_share("masked", part["masked"], "of the samples")
+    for reason in ("threshold", "mask file", "auto"):
+        area = reasons[reason]
+        _, _, label = OVERLAYS[reason]
+        if area.any():
+            by = label.replace("left out ", "  ")
+            add_share(by, area.mean(), "of the frame")
+    add_share("missing", part["missing"])
+    add_share("gradient", gradient(prepared), "of the sky's level")
+    if blown.any():
+        add_share("blown out", blown.mean(), "sky: raise -dq")
+    return lines
 
 
 def _draw_histogram(axes, prepared, settings, k):
     """Draw how often the stretched values of one channel occur, and what is made of them."""
     values = prepared.image[..., k]
-    present = values[prepared.present[..., k]]
-    used = values[prepared.weight[..., k] > 0]
-    counts, edges = np.histogram(present, HISTOGRAM_BINS, (0, 1))
-    used_counts, _ = np.histogram(used, HISTOGRAM_BINS, (0, 1))
+    present = prepared.present[..., k]
+    used = prepared.weight[..., k] > 0
+    counts, edges = np.histogram(values[present], HISTOGRAM_BINS, (0, 1))
+    used_counts, _ = np.histogram(values[used], HISTOGRAM_BINS, (0, 1))
     starts = edges[:-1]
     letters = _channel_letters(prepared)
     ink = CHANNEL_INKS[len(letters)][k]
@@ -5005,9 +5094,10 @@ def _draw_histogram(axes, prepared, settings, k):
         axes.axvline(threshold, color=color, linewidth=1)
 
     axes.axvline(MIDTONES_TARGET, color=INK, linewidth=0.8, linestyle=":")
-    axes.text(MIDTONES_TARGET + 0.01, 2 * highest, "median", fontsize=7)
+    height = 2 * highest
+    axes.text(MIDTONES_TARGET + 0.01, height, "median", fontsize=7)
     quantile = settings.delinearization_quantile
-    axes.text(0.985, 2 * highest, f"-dq {quantile:g}", fontsize=7, ha="right")
+    axes.text(0.985, height, f"-dq {quantile:g}", fontsize=7, ha="right")
     ticks = np.linspace(0, 1, 5)
     stretch = prepared.stretch.channel(k)
     linear = stretch.invert(ticks[:, None]).ravel()
@@ -5016,25 +5106,37 @@ def _draw_histogram(axes, prepared, settings, k):
 
 
 def _draw_hints(axes, prepared: Prepared, blown: np.ndarray) -> None:
-    """The picture less the sky that was found: what is not sky, and may be mistaken for it unless it is masked."""
-    known = prepared.present.all(-1)
-    sky = np.nanmedian(prepared.linear, axis=(0, 1))  # (c,)
-    if prepared.sky is not None:
+    """Draw the picture less the sky that was found.
+
+    What stands out is not sky, and may be mistaken for it unless it is masked.
+    """
+    known = prepared.present.all(-1)  # (h, w)
+    if prepared.sky is None:
+        sky = np.nanmedian(prepared.linear, axis=(0, 1))  # (c,)
+    else:
         sky = prepared.sky.surface(prepared.centers)  # (h, w, c)
-    center = float(np.mean(sky))
-    residual = np.where(known, (prepared.linear - sky).mean(-1), 0)
+    residual = (prepared.linear - sky).mean(-1)
+    residual = np.where(known, residual, 0)
     residual = scipy.ndimage.gaussian_filter(residual, max(known.shape) / 300)
-    spread = 6 * np.median(np.abs(residual[known])) if known.any() else 1.0
-    spread = float(spread) or 1.0
-    image = axes.imshow(np.where(known, residual, np.nan), cmap="PuOr_r", vmin=-spread, vmax=spread,
-                        interpolation="nearest")
+    limit = 6 * float(np.median(np.abs(residual[known]))) if known.any() else 0.0
+    if limit == 0:  # nothing to see
+        limit = 1.0
+    residual = np.where(known, residual, np.nan)
+    drawn = axes.imshow(
+        residual, cmap="PuOr_r", vmin=-limit, vmax=limit, interpolation="nearest")
     axes.set_title("less the sky that was found: orange above, purple below")
     axes.set(xticks=[], yticks=[])
-    bar = _draw_scale(axes, image, [-spread, 0, spread])
-    bar.set_xticklabels([f"{v / center:+.0%}" if center else "" for v in (-spread, 0, spread)])
+    ticks = np.array((-limit, 0, limit))
+    bar = _draw_scale(axes, drawn, ticks)
+    center = float(np.mean(sky))
+    if center == 0:
+        bar.set_xticklabels([])
+    else:
+        bar.set_xticklabels(map("{:+.0%}".format, ticks / center))
     if blown.any() and min(blown.shape) > 1:
         axes.contour(blown, [0.5], colors="#d7191c", linewidths=2)
-        axes.set_xlabel("outlined: sky blown out, raise -dq", color="#ff8a80", weight="bold", labelpad=28)
+        axes.set_xlabel("outlined: sky blown out, raise -dq", color="#ff8a80", weight="bold",
+                        labelpad=28)
 
 
 def draw_figures(figure, removal: Removal, title: str) -> None:
@@ -5045,10 +5147,11 @@ def draw_figures(figure, removal: Removal, title: str) -> None:
     sky, after = reduced_sky(prepared, fit, removal.settings.correction)
     stretch = display_stretch(prepared.linear)
     panels, bottom = _lay_out(figure, title, 1.25)
-    _show(panels[0], stretch.apply(prepared.linear), "before")
-    _show(panels[1], stretch.apply(sky), "model, same stretch, lines of equal brightness")
+    pictures = prepared.linear, sky, after
+    titles = "before", "model, same stretch, lines of equal brightness", "after, same stretch"
+    for axes, picture, words in zip(panels, pictures, titles):
+        _show(axes, stretch.apply(picture), words)
     _draw_contours(panels[1], sky.mean(-1))
-    _show(panels[2], stretch.apply(after), "after, same stretch")
 
     cells = bottom.subgridspec(1, 2, width_ratios=(1, 2.1), wspace=0.1)
     _draw_control_points(figure.add_subplot(cells[0]), prepared, fit)
@@ -5069,8 +5172,10 @@ def _draw_control_points(axes, prepared, fit):
     paths = [_pixel_positions(prepared, positions) for positions in stations]
     row, column = np.moveaxis(paths, -1, 0)  # (steps, n) each
     axes.plot(column, row, color=START_INK, linewidth=0.9, alpha=0.8)
-    axes.plot(column[0], row[0], "o", color="none", markeredgecolor=START_INK, markersize=3.5)
-    axes.plot(column[-1], row[-1], "o", color=END_INK, markeredgecolor="black", markersize=5)
+    ring = dict(color="none", markeredgecolor=START_INK, markersize=3.5)
+    axes.plot(column[0], row[0], "o", **ring)
+    dot = dict(color=END_INK, markeredgecolor="black", markersize=5)
+    axes.plot(column[-1], row[-1], "o", **dot)
 
     def around(length):  # points may leave the picture a little
         margin = 0.04 * length
@@ -5078,7 +5183,8 @@ def _draw_control_points(axes, prepared, fit):
 
     height, width, _ = image.shape
     axes.set_xlim(around(width))
-    axes.set_ylim(around(height)[::-1])  # the first row on top
+    low, high = around(height)
+    axes.set_ylim(high, low)  # the first row on top
 
 
 def _draw_loss(loss, terms, history):
@@ -5106,14 +5212,18 @@ def facts(removal: Removal) -> str:
     """Return one line on the run: settings, epochs, loss, share of sky, gradient."""
     settings = removal.settings
     fit = removal.fit
-    quantile = settings.delinearization_quantile
-    how = (f"-dq {quantile:g}, {len(fit.positions)} points ({settings.initializer}), "
-           f"order {settings.order}, smoothing {fit.smoothing:g}, alpha {settings.alpha:g}, "
-           f"seed {settings.seed}")
     best = fit.history[:, 0].min()
-    fitted = f"{len(fit.history)} epochs, loss {best:.4f}"
     used = shares(removal.prepared)["used"]
-    return f"{how}   |   {fitted}   |   {used:.1%} used as sky   |   {gradients(removal)}"
+    words = (
+        f"-dq {settings.delinearization_quantile:g}",
+        f"{len(fit.positions)} points ({settings.initializer})",
+        f"order {settings.order}",
+        f"smoothing {fit.smoothing:g}",
+        f"alpha {settings.alpha:g}",
+        f"seed {settings.seed}   |   {len(fit.history)} epochs",
+        f"loss {best:.4f}   |   {used:.1%} used as sky   |   {gradients(removal)}",
+    )
+    return ", ".join(words)
 
 
 def animation_frames(prepared: Prepared, fit: Fit, width: int = 800) -> np.ndarray:
@@ -5128,69 +5238,58 @@ def animation_frames(prepared: Prepared, fit: Fit, width: int = 800) -> np.ndarr
         (n, h, w, 3) bytes, n up to FRAMES: the first frame at the start, the last with the final
         surface.
     """
-    from PIL import Image, ImageDraw
     tall, wide = _half_frame(prepared, width)
     prepared = thinned(prepared, max(tall, wide))
     before = prepared.linear
     stretch = display_stretch(before)
-    pixels = np.array(before.shape[:2])
+    frames = []
+    for words, positions, values in _settling(fit):
+        step = replace(fit, positions=positions, values=values)
+        sky = linear_sky(prepared, step)
+        model = SkyModel(sky, before.shape[:2], nodes=FRAME_NODES)
+        model = np.stack(list(model), -1)  # (h, w, c)
+        after = _shift_medians(before - model, prepared.median)
+        points = _pixel_positions(prepared, positions)
+        pictures = stretch.apply(model), stretch.apply(after)
+        frames.append(_draw_frame(pictures, points, words, (wide, tall)))
+    return np.stack(frames)
+
+
+def _draw_frame(pictures, points, words, size):
+    """Draw two stretched pictures (h, w, c) beside each other, with points (n, 2) on the first.
+
+    Each is enlarged to a size (width, height). Returns bytes (h, w, 3).
+    """
+    from PIL import Image, ImageDraw
+    wide, tall = size
+    model, after = [Image.fromarray(_drawable(picture)) for picture in pictures]
+    pixels = np.array((model.height, model.width))
+    model = model.resize(size, Image.BICUBIC)
+    after = after.resize(size, Image.BICUBIC)
+    pen = ImageDraw.Draw(model)
     enlarged = (np.array((tall, wide)) - 1) / np.maximum(pixels - 1, 1)
-    nodes = np.maximum(2, pixels // NODE_SPACING)
-    places = _frame_nodes(prepared, nodes)
-    down, across = map(_interpolation, nodes, pixels)
-
-    def draw_half(linear):
-        stretched = stretch.apply(linear)
-        picture = Image.fromarray(_drawable(stretched))
-        return picture.resize((wide, tall), Image.BICUBIC)
-
+    for y, x in enlarged * points:
+        pen.ellipse((x - 3, y - 3, x + 3, y + 3), fill=END_INK, outline="black")
     left = FRAME_GAP  # where the two halves start
     right = left + wide + FRAME_GAP
-    size = (right + wide + FRAME_GAP, FRAME_HEAD + tall + FRAME_GAP)
-    frames = []
-    for when, positions, values in _settling(fit):
-        step = replace(fit, positions=positions, values=values)
-        surface = linear_sky(prepared, step)
-        sky = surface(places).astype(np.float32)
-        sky = np.einsum("yn,nmc,xm->yxc", down, sky, across, optimize=True)
-        after = _shift_medians(before - sky, prepared.median)
-        model = draw_half(sky)
-        pen = ImageDraw.Draw(model)
-        points = enlarged * _pixel_positions(prepared, positions)
-        for y, x in points:
-            pen.ellipse((x - 3, y - 3, x + 3, y + 3), fill=END_INK, outline="black")
-        canvas = Image.new("RGB", size, PAPER)
-        canvas.paste(model, (left, FRAME_HEAD))
-        canvas.paste(draw_half(after), (right, FRAME_HEAD))
-        pen = ImageDraw.Draw(canvas)
-        pen.text((left, 5), f"sky model, {when}", INK)
-        pen.text((right, 5), "the picture without it", INK)
-        frames.append(np.array(canvas))
-    return np.stack(frames)
+    canvas = Image.new("RGB", (right + wide + FRAME_GAP, FRAME_HEAD + tall + FRAME_GAP), PAPER)
+    canvas.paste(model, (left, FRAME_HEAD))
+    canvas.paste(after, (right, FRAME_HEAD))
+    pen = ImageDraw.Draw(canvas)
+    pen.text((left, 5), f"sky model, {words}", INK)
+    pen.text((right, 5), "the picture without it", INK)
+    return np.array(canvas)
 
 
 def _half_frame(prepared, width):
     """Return the height and width of one half of a frame that is at most `width` wide."""
-    rows, columns = prepared.image.shape[:2]
+    rows, columns, _ = prepared.image.shape
     limit = math.sqrt(HALF_FRAME_PIXELS * columns / rows)
-    room = (width - 3 * FRAME_GAP) // 2
-    wide = max(1, min(room, int(limit)))
-    tall = max(1, wide * rows // columns)
-    return tall, wide
-
-
-def _frame_nodes(prepared, shape):
-    """Return frame coordinates of nodes that cover a thinned picture, (*shape, 2)."""
-    start = prepared.centers[0, 0]
-    end = prepared.centers[-1, -1]
-    row, column = map(np.linspace, start, end, shape)
-    return _grid(row, column)
-
-
-def _interpolation(nodes, pixels):
-    """Return the matrix that draws straight lines between nodes, (pixels, nodes)."""
-    unit = np.eye(nodes, dtype=np.float32)
-    return scipy.ndimage.zoom(unit, (pixels / nodes, 1), order=1)
+    half = (width - 3 * FRAME_GAP) // 2
+    wide = min(half, int(limit))
+    wide = max(1, wide)
+    tall = wide * rows // columns
+    return max(1, tall), wide
 
 
 def _settling(fit):
@@ -5256,9 +5355,10 @@ def _pixel_positions(prepared, positions):
     """
     start = prepared.centers[0, 0]
     end = prepared.centers[-1, -1]
-    share = (positions - start) / np.maximum(end - start, 1e-9)  # a side of one pixel has no length
-    last = np.array(prepared.image.shape[:2]) - 1
-    return share * last
+    length = np.maximum(end - start, 1e-9)  # 0 along a side of one pixel
+    share = (positions - start) / length
+    height, width, _ = prepared.image.shape
+    return share * (height - 1, width - 1)
 
 
 def _channel_letters(prepared):
@@ -5268,19 +5368,23 @@ def _channel_letters(prepared):
 
 def _drawable(image):
     """Take a picture (h, w, c) in [0, 1], NaN where nothing is, to bytes (h, w, 3)."""
-    image = np.clip(np.nan_to_num(image), 0, 1)
-    image = np.round(255 * image).astype(np.uint8)
-    height, width = image.shape[:2]
+    image = np.nan_to_num(image)
+    image = 255 * np.clip(image, 0, 1)
+    image = np.round(image).astype(np.uint8)
+    height, width, _ = image.shape
     return np.broadcast_to(image, (height, width, 3))
 
 
 def _show(axes, image, title, blank=(0, 0, 0)):
     """Draw a stretched picture; NaN in the color `blank`."""
-    blank = np.round(255 * np.array(blank)).astype(np.uint8)
+    blank = np.multiply(255, blank)
+    blank = np.round(blank).astype(np.uint8)
     known = np.isfinite(image).all(-1, keepdims=True)
     colors = np.where(known, _drawable(image), blank)
-    small = max(colors.shape) < 300  # pixels: it is enlarged, and should not look like a mosaic
-    axes.imshow(colors, interpolation="bicubic" if small else "antialiased")
+    interpolation = "antialiased"
+    if max(colors.shape) < 300:  # pixels: it is enlarged, and should not look like a mosaic
+        interpolation = "bicubic"
+    axes.imshow(colors, interpolation=interpolation)
     axes.set_title(title)
     axes.set(xticks=[], yticks=[])
 
@@ -5376,7 +5480,7 @@ def put_picture(draw: Callable, where: str, path: str) -> None:
         path: of the file.
     """
     matplotlib = _import_matplotlib()
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context(FIGURE_STYLE):
         if where == "window":
             from matplotlib import pyplot
             draw(pyplot.figure(figsize=FIGURE_SIZE))
@@ -5395,9 +5499,9 @@ def put_picture(draw: Callable, where: str, path: str) -> None:
         display(Image(packed.getvalue()))
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Command line
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 TENSORFLOW_BYTES = 0.6e9
 """Memory that TensorFlow and the fit take, about; measured with TensorFlow 2.15."""
