@@ -5212,18 +5212,13 @@ def facts(removal: Removal) -> str:
     """Return one line on the run: settings, epochs, loss, share of sky, gradient."""
     settings = removal.settings
     fit = removal.fit
+    how = (f"-dq {settings.delinearization_quantile:g}, "
+           f"{len(fit.positions)} points ({settings.initializer}), order {settings.order}, "
+           f"smoothing {fit.smoothing:g}, alpha {settings.alpha:g}, seed {settings.seed}")
     best = fit.history[:, 0].min()
+    fitted = f"{len(fit.history)} epochs, loss {best:.4f}"
     used = shares(removal.prepared)["used"]
-    words = (
-        f"-dq {settings.delinearization_quantile:g}",
-        f"{len(fit.positions)} points ({settings.initializer})",
-        f"order {settings.order}",
-        f"smoothing {fit.smoothing:g}",
-        f"alpha {settings.alpha:g}",
-        f"seed {settings.seed}   |   {len(fit.history)} epochs",
-        f"loss {best:.4f}   |   {used:.1%} used as sky   |   {gradients(removal)}",
-    )
-    return ", ".join(words)
+    return f"{how}   |   {fitted}   |   {used:.1%} used as sky   |   {gradients(removal)}"
 
 
 def animation_frames(prepared: Prepared, fit: Fit, width: int = 800) -> np.ndarray:
@@ -5514,11 +5509,14 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"bgoptimizer: error: {message}; see --help\n")
 
 
-def _smoothing(text: str) -> float | None:
-    return None if text == "auto" else float(text)
-
-
-_smoothing.__name__ = "number or auto"  # argparse names it in its message
+def _number_or_auto(text: str) -> float | None:
+    """Read what --smoothing takes; None stands for auto."""
+    if text == "auto":
+        return None
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither auto nor a number") from None
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -5536,35 +5534,36 @@ def build_parser() -> argparse.ArgumentParser:
         help="compress the outputs without loss: lz4hc with byte shuffling, in FITS GZIP_2, in TIFF "
              "deflate (default: off)")
     add("-dx", "--downscaling-factor", type=int, default=default.downscaling_factor,
-        help="side of the pixel blocks that the fit sees as one pixel (default: %(default)s)")
+        help="side of the blocks of pixels that the fit sees as one pixel (default: %(default)s)")
     add("-df", "--downscaling-func", choices=("median", "mean"), default=default.downscaling_func,
         metavar="DOWNSCALING_FUNC",
         help="what a block is reduced to, median or mean; the median drops small stars "
              "(default: %(default)s)")
     add("-dq", "--delinearization-quantile", type=float,
-        help="quantile of the picture that the stretch takes to 1; what is brighter is clipped for "
-             "the fit. Lower stretches more; raise it when the preview shows blown out sky "
+        help="quantile of the picture that the stretch takes to 1; the fit does not see what is "
+             "brighter. A lower one stretches more; raise it if the preview shows blown out sky "
              f"(default: {DEFAULT_QUANTILE}, with --auto {AUTO_QUANTILE})")
     add("-p", "--preview", action="store_true",
-        help="show stretch, mask and histograms, fit nothing, write no model (default: off)")
+        help="show stretch, mask and histograms; fit nothing and write no model (default: off)")
     add("-N", dest="points", metavar="N", type=int,
-        help="number of control points that the fit trains; how stiff the surface is, --smoothing "
-             f"decides (default: {DEFAULT_POINTS}, with --auto {AUTO_POINTS})")
+        help="number of control points that the fit trains; --smoothing decides how stiff the "
+             f"surface is (default: {DEFAULT_POINTS}, with --auto {AUTO_POINTS})")
     add("-O", dest="order", metavar="O", type=int, choices=(1, 2, 3, 4), default=default.order,
         help="order of the spline, 1 to 4; 2 is a thin plate, 3 is cubic (default: %(default)s)")
     add("-tm", "--threshold-min", type=float, default=default.threshold_min,
-        help="leave out what is darker in the stretched picture (default: %(default)s)")
+        help="leave out what is darker than this in the stretched picture (default: %(default)s)")
     add("-tM", "--threshold-max", type=float, default=default.threshold_max,
-        help="leave out what is brighter in the stretched picture; lower it to mask objects "
-             "(default: %(default)s)")
+        help="leave out what is brighter than this in the stretched picture; lower it to mask "
+             "objects (default: %(default)s)")
     add("-m", "--mask",
-        help="mask, XISF, FITS or TIFF, of the picture's height and width, 1 channel or as many: "
-             "1 = use, 0 = leave out, between = weight (default: none)")
+        help="mask in XISF, FITS or TIFF, as high and wide as the picture, with 1 channel or as "
+             "many: 1 = use, 0 = leave out, between = weight (default: none)")
     add("-i", "--initializer", choices=("random", "grid"), default=default.initializer,
         metavar="INITIALIZER",
         help="where the control points start, random or grid (default: %(default)s)")
     add("-e", "--epochs", type=int, default=default.epochs,
-        help="most epochs; the fit stops before when nothing improves (default: %(default)s)")
+        help="largest number of epochs; the fit stops earlier if nothing improves "
+             "(default: %(default)s)")
     add("-a", "--alpha", type=float, default=default.alpha,
         help="weight of the penalties on a sky that is negative or brighter than the picture "
              "(default: %(default)g)")
@@ -5576,16 +5575,17 @@ def build_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("more").add_argument
     add("--auto", action="store_true",
-        help="find objects and leave them out; what you give by hand stays (default: off)")
-    add("--smoothing", type=_smoothing, default=None, metavar="{auto,NUMBER}",
-        help="stiffness of the surface: 10000 is a plane, 1000 a plane with a bowl, 0.001 follows all "
-             "that is smooth (default: auto, found from the picture)")
+        help="find objects and leave them out; flags given by hand stay in force (default: off)")
+    add("--smoothing", type=_number_or_auto, default=None, metavar="{auto,NUMBER}",
+        help="stiffness of the surface: 10000 is a plane, 1000 a plane with a bowl, 0.001 follows "
+             "all that is smooth (default: auto, found from the picture)")
     add("--correction", choices=("subtract", "divide"), default=default.correction,
-        help="what is done with the sky: subtract it, or divide by it, against vignetting (default: %(default)s)")
+        help="what is done with the sky: subtract it, or divide by it, against vignetting "
+             "(default: %(default)s)")
     add("--format", choices=tuple(FORMATS), default=None,
         help="format of the outputs (default: the one of the input)")
     add("--seed", type=int, default=default.seed,
-        help="of all random numbers; the same command gives the same pictures "
+        help="seed of all random numbers; the same command gives the same pictures "
              "(default: %(default)s)")
     add("--save-mask", action="store_true",
         help="also write <name>_mask.xisf, the mask in force, to edit and give back with -m "
@@ -5602,20 +5602,22 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Settings]:
-    """Options and settings, or exit 2 with a sentence."""
+    """Return options and settings, or exit with code 2 and a sentence."""
     parser = build_parser()
     options = parser.parse_args(argv)
-    for flag in ("save_mask", "animate"):
-        if options.preview and getattr(options, flag):
-            parser.error(f"--{flag.replace('_', '-')} needs a fit and --preview does none; leave one of them out")
+    for flag, given in (("--save-mask", options.save_mask), ("--animate", options.animate)):
+        if given and options.preview:
+            parser.error(f"{flag} needs a fit and --preview does none; leave one of them out")
+    given = vars(options)
     try:
-        return options, Settings(**{item.name: getattr(options, item.name) for item in fields(Settings)})
+        settings = Settings(**{item.name: given[item.name] for item in fields(Settings)})
     except ValueError as error:
         parser.error(str(error))
+    return options, settings
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code. Whatever goes wrong is said in one line on stderr."""
+    """Run the command line; returns the exit code. Every failure is one line on stderr."""
     try:
         with _Interrupts() as interrupts:
             options, settings = _parse(argv)
@@ -5625,21 +5627,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as stop:  # argparse has said why
         return stop.code or 0
     except KeyboardInterrupt:
-        return _fail("interrupted; what was not finished is not there", 130)
+        return _fail("interrupted; what was not finished was not written", 130)
     except BgError as error:
         return _fail(str(error))
-    except BrokenPipeError:  # whoever read our lines has left; Python would complain once more at its end
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # whoever read our lines has left
+        # Python flushes stdout at its end, and would complain once more
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
         return 1
     except MemoryError:
-        return _fail("there is not enough memory; close other programs, crop the picture, or split its channels")
+        return _fail("there is not enough memory; "
+                     "close other programs, crop the picture, or split its channels")
     except OSError as error:
-        return _fail(f"{error.filename or 'a file'}: {error.strerror or error}; check the path, the disk, your rights")
+        name = error.filename or "a file"
+        reason = error.strerror or error
+        return _fail(f"{name}: {reason}; check the path, the disk, your rights")
     except ImportError as error:
-        return _fail(f"{error.name} cannot be imported; install it with: python -m pip install -r requirements.txt")
+        return _fail(f"{error.name} cannot be imported; "
+                     "install it with: python -m pip install -r requirements.txt")
     except Exception as error:
-        reason = " ".join(str(error).split())[:300]
-        return _fail(f"unexpected {type(error).__name__}: {reason}; this is a bug, please report it with your command")
+        reason = " ".join(str(error).split())
+        return _fail(f"unexpected {type(error).__name__}: {reason[:300]}; "
+                     "this is a bug, please report it with your command")
 
 
 def _fail(message: str, code: int = 1) -> int:
@@ -5781,19 +5790,20 @@ def _write_outputs(task: Task, picture: Picture, removal: Removal) -> None:
     """Write all files that a task asks for, or none."""
     history = _history(task, removal)
     write = FORMATS[task.format].write
+    source = picture.source
+    unit = picture.unit
+    pictures = {
+        "model": (removal.sky, source, unit, "the sky"),
+        "subtracted": (removal.planes, source, unit, "the picture without the sky"),
+    }
+    if "mask" in task.outputs:
+        mask = full_mask(removal.prepared, removal.settings)
+        pictures["mask"] = mask, None, Unit(), "the mask, 1 = sky"
     with atomic_outputs(*task.outputs.values()) as opened:
         files = dict(zip(task.outputs, opened))
-
-        def write_picture(kind, planes, source, unit, what):
+        for kind, (planes, metadata, unit, what) in pictures.items():
             lines = history + [f"bgoptimizer: this is {what}"]
-            write(files[kind], planes, source, lines, task.compress, unit)
-
-        write_picture("model", removal.sky, picture.source, picture.unit, "the sky")
-        write_picture("subtracted", removal.planes, picture.source, picture.unit,
-                      "the picture without the sky")
-        if "mask" in files:
-            mask = full_mask(removal.prepared, removal.settings)
-            write_picture("mask", mask, None, Unit(), "the mask, 1 = sky")
+            write(files[kind], planes, metadata, lines, task.compress, unit)
         if "animation" in files:
             frames = animation_frames(removal.prepared, removal.fit)
             write_animation(files["animation"], frames)
@@ -5803,8 +5813,9 @@ def _history(task: Task, removal: Removal) -> list[str]:
     """Return HISTORY lines: what made this picture, to the last setting."""
     settings = removal.settings
     fit = removal.fit
-    now = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
-    lines = [f"{item.name} = {getattr(settings, item.name)}" for item in fields(settings)]
+    now = datetime.now(timezone.utc)
+    date = now.strftime("%Y-%m-%dT%H:%M:%SZ")
+    lines = [f"{name} = {value}" for name, value in vars(settings).items()]
     mask = None if task.mask_file is None else os.path.basename(task.mask_file)
     lines.append(f"mask = {mask}")
     lines.append(f"control points used = {len(fit.positions)}")
@@ -5812,7 +5823,8 @@ def _history(task: Task, removal: Removal) -> list[str]:
     what = "offset" if settings.correction == "subtract" else "model's median"
     for channel, offset in enumerate(removal.offsets):
         lines.append(f"{what} of channel {channel} = {offset:.9g}")
-    return [f"bgoptimizer {VERSION}, {now}"] + [f"bgoptimizer: {line}" for line in lines]
+    lines = [f"bgoptimizer: {line}" for line in lines]
+    return [f"bgoptimizer {VERSION}, {date}"] + lines
 
 
 @contextmanager
@@ -5831,10 +5843,15 @@ def _watched_fit(epochs: int, interrupts: _Interrupts) -> Iterator[Callable[[int
 
 
 class _Interrupts:
-    """Ctrl-C that cannot get lost: what is being imported may swallow it, and TensorFlow may crash by it."""
+    """Ctrl-C that cannot get lost.
+
+    A module that is being imported may swallow it, and TensorFlow may crash by it.
+    """
 
     def __init__(self):
-        self.asked, self.patient, self.before = False, False, None
+        self.asked = False
+        self.patient = False
+        self.before = None
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():  # signals reach no other
@@ -5866,28 +5883,27 @@ def _make_task(options: argparse.Namespace, settings: Settings) -> Task:
         given.append(options.mask)
     _check_given(given)
     _check_folder(options)
-    kind = options.format or picture_format(options.input_file) or "xisf"
-    outputs = {}
-    ending = FORMATS[kind].ending
-    if not options.preview:
-        outputs["model"] = "bgModel" + ending
-        corrected = "bgSubtracted" if settings.correction == "subtract" else "bgDivided"
-        outputs["subtracted"] = corrected + ending
-    if options.save_mask:
-        outputs["mask"] = "mask" + ending
-    if options.animate:
-        outputs["animation"] = "optimization.gif"
-    figure = "preview.png" if options.preview else "figures.png"
+    name = options.format or picture_format(options.input_file) or "xisf"
     start = os.path.join(options.output_path, picture_stem(options.input_file))
-    outputs = {kind: f"{start}_{ending}" for kind, ending in outputs.items()}
-    figure = f"{start}_{figure}"
+    ending = FORMATS[name].ending
+    outputs = {}
+    figure = f"{start}_preview.png"
+    if not options.preview:
+        figure = f"{start}_figures.png"
+        corrected = "bgSubtracted" if settings.correction == "subtract" else "bgDivided"
+        outputs["model"] = f"{start}_bgModel{ending}"
+        outputs["subtracted"] = f"{start}_{corrected}{ending}"
+    if options.save_mask:
+        outputs["mask"] = f"{start}_mask{ending}"
+    if options.animate:
+        outputs["animation"] = f"{start}_optimization.gif"
     for path in filter(os.path.exists, [*outputs.values(), figure]):
         for kept in given:
             if os.path.samefile(path, kept):
                 raise BgError(f"{path} would be overwritten, and you gave it to read; "
                               "choose another output folder")
     place = _place_for_figure(options)
-    return Task(options.input_file, options.mask, settings, outputs, figure, place, kind,
+    return Task(options.input_file, options.mask, settings, outputs, figure, place, name,
                 options.compress)
 
 
@@ -6027,23 +6043,13 @@ def _check_memory(planes: np.ndarray) -> None:
 
 
 def _free_memory() -> float:
-    """Return the bytes of memory that are free; without end where only Linux could tell.
-
-    Sources: proc(5), and "Control Group v2" in Linux' documentation.
-    """
-    free = math.inf
-    with suppress(OSError, ValueError, LookupError):
+    """Return the bytes of memory that are free, as Linux tells it; elsewhere infinity."""
+    with suppress(OSError):
         with open("/proc/meminfo") as file:
-            table = dict(line.split(":") for line in file)
-        kibibytes, _ = table["MemAvailable"].split()
-        free = 1024 * int(kibibytes)
-        # A container may have less
-        with open("/sys/fs/cgroup/memory.max") as file:
-            limit = int(file.read())
-        with open("/sys/fs/cgroup/memory.current") as file:
-            used = int(file.read())
-        free = min(free, limit - used)
-    return free
+            found = re.search(r"MemAvailable: *(\d+) kB", file.read())
+        if found:
+            return 1024 * int(found[1])
+    return math.inf
 
 
 @contextmanager
