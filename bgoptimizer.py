@@ -228,13 +228,12 @@ class Settings:
 
         The smoothing is chosen with the sky, by `examine`.
         """
-        quantile = self.delinearization_quantile
-        if quantile is None:
-            quantile = AUTO_QUANTILE if self.auto else DEFAULT_QUANTILE
-        points = self.points
-        if points is None:
-            points = AUTO_POINTS if self.auto else DEFAULT_POINTS
-        return replace(self, delinearization_quantile=quantile, points=points)
+        quantile = AUTO_QUANTILE if self.auto else DEFAULT_QUANTILE
+        points = AUTO_POINTS if self.auto else DEFAULT_POINTS
+        return replace(
+            self,
+            delinearization_quantile=self.delinearization_quantile or quantile,
+            points=self.points or points)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -3791,7 +3790,7 @@ def _random_positions(wanted, sides, settings):
     while len(points) <= wanted:
         candidates = sides * rng.random((draws, 2))
         differences = candidates[:, None] - points  # (draws, points, 2)
-        distances = np.hypot(differences[..., 0], differences[..., 1])
+        distances = np.linalg.norm(differences, axis=-1)
         farthest = distances.min(1).argmax()
         points = np.vstack((points, candidates[farthest]))
     return points[1:]
@@ -3924,12 +3923,16 @@ def sky_sample(prepared: Prepared, settings: Settings) -> Sample:
         everywhere = np.full(prepared.sky.weight.shape, True)
         return _sample_of_cells(prepared, settings, draw(everywhere))
     pick = draw(prepared.used)
-    channels = prepared.image.shape[-1]
     return Sample(
-        places=prepared.centers.reshape(-1, 2)[pick],
-        image=prepared.image.reshape(-1, channels)[pick],
-        weight=prepared.weight.reshape(-1, channels)[pick],
+        places=_picked(prepared.centers, pick),
+        image=_picked(prepared.image, pick),
+        weight=_picked(prepared.weight, pick),
         seen=np.full(len(pick), True))
+
+
+def _picked(pixels, pick):
+    """Return the pixels of (h, w, k) with these flat indices, (m, k)."""
+    return pixels.reshape(-1, pixels.shape[-1])[pick]
 
 
 def _sample_of_cells(prepared, settings, pick):
@@ -3939,13 +3942,9 @@ def _sample_of_cells(prepared, settings, pick):
     """
     sky = prepared.sky
     stretch = prepared.stretch
-
-    def picked(cells):  # (h, w, k) -> (m, k)
-        return cells.reshape(-1, cells.shape[-1])[pick]
-
-    places = picked(sky.centers)
-    light = picked(sky.image)  # (m, c) linear
-    noisy = light + picked(sky.noise)
+    places = _picked(sky.centers, pick)
+    light = _picked(sky.image, pick)  # (m, c) linear
+    noisy = light + _picked(sky.noise, pick)
     noise = stretch.extend(noisy) - stretch.extend(light)  # (m, c) stretched
     # The loss puts the surface at the low side of the noise. Where the noise differs over the
     # frame, that would bend the surface. So the image is moved to the low side beforehand.
@@ -3954,8 +3953,8 @@ def _sample_of_cells(prepared, settings, pick):
     shift = _low_side(settings.alpha, typical, channels)
     image = stretch.apply(light) + shift * noise
     # What the user's mask counts less counts less here, too
-    trust = picked(_block_means(prepared.weight, sky.size))
-    shows_sky = picked(sky.weight[..., None]) > 0  # (m, 1)
+    trust = _picked(_block_means(prepared.weight, sky.size), pick)
+    shows_sky = _picked(sky.weight[..., None], pick) > 0  # (m, 1)
     seen = shows_sky & (trust > 0).all(-1, keepdims=True)
     found = stretch.extend(sky.start(places))
     image = np.where(seen, image, found)
@@ -4106,7 +4105,6 @@ class _Training:
         self.shape = (rows, columns, channels)
         nodes = nodes.reshape(-1, 2)
         places = np.concatenate([sample.places, nodes])  # (m + n, 2)
-        self.nodes = tf.constant(nodes, tf.float32)
         self.places = tf.constant(places, tf.float32)
         self.rest = tf.constant(rest(places), tf.float32)  # [m + n, c]
 
@@ -4127,7 +4125,8 @@ class _Training:
 
     def on_nodes(self) -> np.ndarray:
         """Return the spline on the nodes, (n, c) stretched."""
-        return self.layer(self.nodes).numpy()
+        nodes = self.places[self.count:]
+        return self.layer(nodes).numpy()
 
     def _step(self):
         """Do one step of training.
@@ -4320,7 +4319,9 @@ class SkyModel:
             pixel = self.step * np.arange(-1, cells + 2)
             return (pixel + 0.5) / longer
 
-        places = _grid(place_nodes(height), place_nodes(width))
+        down = place_nodes(height)
+        along = place_nodes(width)
+        places = _grid(down, along)
         values = sky(places)  # (rows, columns, c)
         values = np.moveaxis(values, -1, 0)  # (c, rows, columns)
         self.nodes = values.astype(dtype)
@@ -4395,12 +4396,14 @@ def linear_sky(prepared: Prepared, fit: Fit) -> Callable[[np.ndarray], np.ndarra
         A function that takes frame coordinates (..., 2) to the sky there, (..., c) in [0, 1].
     """
     sample = sample_pixels(prepared.used, SAMPLE_PIXELS, seed=0)
-    places = prepared.centers.reshape(-1, 2)[sample]
+    places = _picked(prepared.centers, sample)
     found = prepared.sky
     if found is not None:  # under objects that add light, the picture limits the sky from above
         limited = (found.weight > 0) | found.below
-        places = np.concatenate([places, found.centers[limited]])
-    seen = prepared.stretch.invert(fit.surface(places))  # (samples, c) linear
+        more = found.centers[limited]
+        places = np.concatenate([places, more])
+    stretched = fit.surface(places)  # (samples, c)
+    seen = prepared.stretch.invert(stretched)
     low = seen.min(0)
     high = seen.max(0)
     beyond = MAX_EXTRAPOLATION * (high - low)
@@ -4408,7 +4411,8 @@ def linear_sky(prepared: Prepared, fit: Fit) -> Callable[[np.ndarray], np.ndarra
     highest = np.minimum(high + beyond, 1)
 
     def sky(places):
-        linear = prepared.stretch.invert(fit.surface(places))
+        stretched = fit.surface(places)
+        linear = prepared.stretch.invert(stretched)
         return np.clip(linear, lowest, highest)
 
     return sky
@@ -4421,7 +4425,7 @@ def full_size_sky(prepared: Prepared, fit: Fit, dtype=np.float32) -> SkyModel:
 
 
 def subtract(planes: np.ndarray, sky: SkyModel,
-             median: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+             median: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Take the sky out of a picture, in place: image - model + offset, clipped to [0, 1].
 
     The offset of a channel is what the median of its present samples would lose. So the background
@@ -4442,16 +4446,16 @@ def subtract(planes: np.ndarray, sky: SkyModel,
         plane = planes[k]
         present = _present(plane)
         for rows in strips:
-            samples = plane[rows]  # changed in place
+            samples = plane[rows]
             model = sky.strip(k, rows)
             np.subtract(samples, model, out=samples, where=present[rows])
-        median_left = _quantiles(plane, present, (0.5,))[0]
+        median_left, = _quantiles(plane, present, (0.5,))
         offset = median[k] - median_left
         shift = plane.dtype.type(offset)
         clipped = np.zeros(2, int)
         for rows in strips:
-            values = plane[rows] + shift
-            clipped += _store_clipped(plane[rows], values, present[rows])
+            samples = plane[rows]
+            clipped += _store_clipped(samples, samples + shift, present[rows])
         return offset, clipped
 
     offsets, clipped = zip(*_each(work, range(len(planes))))
@@ -4471,7 +4475,8 @@ def divide(planes: np.ndarray, sky: SkyModel,
             its own that has negative values.
 
     Returns:
-        The model's medians above black, (c,), and how many samples were clipped at 0 and at 1, (2,).
+        The model's medians above black, (c,), and how many samples were clipped at 0 and at 1,
+        (2,).
 
     Raises:
         BgError: the model is not above black everywhere.
@@ -4505,49 +4510,39 @@ def _store_clipped(samples: np.ndarray, values: np.ndarray, present: np.ndarray)
     Returns:
         How many of them were clipped at 0 and at 1, (2,).
     """
-    below = present & (values < 0)
-    above = present & (values > 1)
+    beyond = np.stack((values < 0, values > 1))  # (2, rows, w)
+    beyond &= present
     np.clip(values, 0, 1, out=samples, where=present)
-    counts = np.count_nonzero(below), np.count_nonzero(above)
-    return np.array(counts)
+    return np.count_nonzero(beyond, (1, 2))
 
 
 def corrected(prepared: Prepared, linear: np.ndarray, sky: np.ndarray,
               correction: str) -> np.ndarray:
-    """Return some samples of a picture without their sky, but for a constant in each channel.
+    """Return some samples of a picture without their sky.
 
     Args:
-        prepared: `black` counts.
-        linear: (..., c) samples.
+        prepared: `black` and `median` count.
+        linear: (..., c) samples, NaN where missing.
         sky: (..., c) the model there.
-        correction: "subtract" or "divide".
+        correction: "subtract", which keeps the medians of the picture, or "divide".
     """
+    pixels = tuple(range(sky.ndim - 1))  # the axes
     if correction == "subtract":
-        return linear - sky
-    above_black = sky - prepared.black
-    channels = sky.shape[-1]
-    level = np.median(above_black.reshape(-1, channels), 0)
-    return (linear - prepared.black) * (level / above_black) + prepared.black
+        left = linear - sky
+        shift = prepared.median - np.nanmedian(left, pixels)
+        return left + shift.astype(left.dtype)
+    black = prepared.black
+    above_black = sky - black
+    level = np.median(above_black, pixels)
+    gain = level / above_black
+    return (linear - black) * gain + black
 
 
 def reduced_sky(prepared: Prepared, fit: Fit, correction: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return the sky, and the picture without it, on the reduced frame: linear, (h, w, c) each.
-
-    If the sky is subtracted, the medians of the picture's channels stay what they were.
-    """
+    """Return the sky, and the picture without it, on the reduced frame: linear, (h, w, c) each."""
     sky = linear_sky(prepared, fit)(prepared.centers)
     sky = sky.astype(np.float32)
-    after = corrected(prepared, prepared.linear, sky, correction)
-    if correction == "subtract":
-        after = _shift_medians(after, prepared.median)
-    return sky, after
-
-
-def _shift_medians(image: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """Return a picture (h, w, c), NaN where missing, shifted to the wanted medians (c,)."""
-    medians = np.nanmedian(image, (0, 1))
-    shift = wanted - medians
-    return image + shift.astype(image.dtype)
+    return sky, corrected(prepared, prepared.linear, sky, correction)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -4601,13 +4596,14 @@ def examine(planes: np.ndarray, settings: Settings, mask: np.ndarray | None = No
 
 
 @dataclass(frozen=True)
-class Removal:
-    """A picture whose sky was taken out, and how that came about; c channels."""
+class Result:
+    """A picture whose sky was taken out, and how that came about; (h, w) pixels, c channels."""
 
-    planes: np.ndarray  # (c, h, w) the picture without the sky
-    sky: SkyModel  # the model
-    offsets: np.ndarray  # (c,) in the picture's own unit: picture - model + offset is what is left,
-    # or picture / model * offset if the sky was divided out
+    planes: np.ndarray  # (c, h, w) the picture without the sky, linear in [0, 1]
+    sky: SkyModel  # the model, as the planes
+    unit: Unit  # the picture's own
+    offsets: np.ndarray  # (c,) in the own unit: picture - model + offset is what is left, or
+    # picture / model * offset if the sky was divided out
     clipped: float  # share of the samples that were clipped at 0 or 1
     gradient_before: float  # see `gradient`
     gradient_after: float
@@ -4615,9 +4611,29 @@ class Removal:
     prepared: Prepared
     fit: Fit
 
+    @functools.cached_property
+    def model(self) -> np.ndarray:
+        """The sky, (h, w, c) in the picture's own unit."""
+        return self._to_image(self.sky)
+
+    @functools.cached_property
+    def subtracted(self) -> np.ndarray:
+        """The picture without the sky, (h, w, c) in its own unit."""
+        return self._to_image(self.planes)
+
+    @property
+    def history(self) -> dict[str, np.ndarray]:
+        """The loss and its terms, (epochs,) each."""
+        names = ("loss", *LOSS_TERMS)
+        return dict(zip(names, self.fit.history.T))
+
+    def _to_image(self, planes):
+        in_own_unit = [_in_own_unit(plane, self.unit) for plane in planes]
+        return np.stack(in_own_unit, -1)
+
 
 def remove_sky(planes: np.ndarray, settings: Settings, mask: np.ndarray | None = None,
-               unit: Unit = Unit(), watched: ContextManager = nullcontext()) -> Removal:
+               unit: Unit = Unit(), watched: ContextManager = nullcontext()) -> Result:
     """Find the sky of a picture, fit the surface, and take it out: the whole job on one picture.
 
     Args:
@@ -4648,9 +4664,10 @@ def remove_sky(planes: np.ndarray, settings: Settings, mask: np.ndarray | None =
     share = clipped.sum() / planes.size
     before = gradient(prepared)
     after = gradient(prepared, fit, settings.correction)
-    removal = Removal(planes, sky, offsets, share, before, after, settings, prepared, fit)
+    result = Result(
+        planes, sky, unit, offsets, share, before, after, settings, prepared, fit)
 
-    logger.info(gradients(removal))
+    logger.info(gradients(result))
     letters = _channel_letters(prepared)
     each = map("{} {:.6f}".format, letters, offsets)
     logger.info(f"{words}: {', '.join(each)}")
@@ -4660,20 +4677,7 @@ def remove_sky(planes: np.ndarray, settings: Settings, mask: np.ndarray | None =
         logger.warning(f"{share:.1%} of the samples were clipped: the sky leaves no room "
                        "below or above it; add a pedestal to the picture, or use a stiffer "
                        "surface (--smoothing)")
-    return removal
-
-
-@dataclass(frozen=True)
-class Result:
-    """What `optimize` gives back."""
-
-    model: np.ndarray  # (h, w, c) linear sky
-    subtracted: np.ndarray  # (h, w, c) the picture without it
-    offsets: np.ndarray  # (c,) what was added so that the medians stay
-    history: dict[str, np.ndarray]  # "loss" and its terms, each (epochs,)
-    settings: Settings  # as used
-    prepared: Prepared
-    fit: Fit
+    return result
 
 
 def optimize(image: np.ndarray, settings: Settings = Settings(), mask: np.ndarray | None = None,
@@ -4691,7 +4695,7 @@ def optimize(image: np.ndarray, settings: Settings = Settings(), mask: np.ndarra
         on_epoch: called after each epoch with its number, from 1, and its loss.
 
     Returns:
-        Model and picture in Float32, or in Float64 if the image is.
+        `model` and `subtracted` are in Float32, or in Float64 if the image is.
 
     Raises:
         BgError: the image has another shape, nothing is left to fit, or a channel is empty.
@@ -4702,17 +4706,7 @@ def optimize(image: np.ndarray, settings: Settings = Settings(), mask: np.ndarra
                       "give (h, w), (h, w, 1) or (h, w, 3)")
     unit = array_unit(planes)
     weights = None if mask is None else mask_weights(_to_planes(mask, "the mask"))
-    removal = remove_sky(planes, settings, weights, unit, nullcontext(on_epoch))
-
-    def to_image(planes):
-        in_own_unit = [_in_own_unit(plane, unit) for plane in planes]
-        return np.stack(in_own_unit, -1)  # (h, w, c)
-
-    names = ("loss",) + LOSS_TERMS
-    history = dict(zip(names, removal.fit.history.T))
-    return Result(
-        to_image(removal.sky), to_image(removal.planes), removal.offsets, history,
-        removal.settings, removal.prepared, removal.fit)
+    return remove_sky(planes, settings, weights, unit, nullcontext(on_epoch))
 
 
 def _to_planes(image: np.ndarray, name: str) -> np.ndarray:
@@ -4814,7 +4808,7 @@ def _looks_like_mosaic(plane: np.ndarray) -> bool:
     medians = []
     errors = []
     dark = math.inf
-    for y, x in ((0, 0), (0, 1), (1, 0), (1, 1)):
+    for y, x in np.ndindex(2, 2):
         phase = plane[y::down, x::across]
         phase = phase[_present(phase)]
         if phase.size < 1000:
@@ -4853,12 +4847,12 @@ def gradient(prepared: Prepared, fit: Fit | None = None, correction: str = "subt
     return float(np.mean((high - low) / level))
 
 
-def gradients(removal: Removal) -> str:
+def gradients(result: Result) -> str:
     """Put the gradient before and after into words."""
-    before = _percent(removal.gradient_before)
-    after = _percent(removal.gradient_after)
+    before = _percent(result.gradient_before)
+    after = _percent(result.gradient_after)
     text = f"gradient {before} of the sky's level before, {after} after"
-    sky = removal.prepared.sky
+    sky = result.prepared.sky
     if sky is not None and sky.unsure:
         text += ", if that was the sky"
     return text
@@ -5085,12 +5079,8 @@ def _draw_histogram(axes, prepared, settings, k):
     left, right = HISTOGRAM_EDGES
     axes.set_xlim(left, right)
     color = OVERLAYS["threshold"][0]
-    darkest = settings.threshold_min
-    brightest = settings.threshold_max
-    for low, high in ((left, darkest), (brightest, right)):
-        if low < high:
-            axes.axvspan(low, high, facecolor="none", edgecolor=color, hatch="///", linewidth=0)
-    for threshold in (darkest, brightest):
+    for threshold, end in ((settings.threshold_min, left), (settings.threshold_max, right)):
+        axes.axvspan(threshold, end, facecolor="none", edgecolor=color, hatch="///", linewidth=0)
         axes.axvline(threshold, color=color, linewidth=1)
 
     axes.axvline(MIDTONES_TARGET, color=INK, linewidth=0.8, linestyle=":")
@@ -5099,8 +5089,7 @@ def _draw_histogram(axes, prepared, settings, k):
     quantile = settings.delinearization_quantile
     axes.text(0.985, height, f"-dq {quantile:g}", fontsize=7, ha="right")
     ticks = np.linspace(0, 1, 5)
-    stretch = prepared.stretch.channel(k)
-    linear = stretch.invert(ticks[:, None]).ravel()
+    linear = prepared.stretch.invert(ticks[:, None])[:, k]
     labels = map("{:g}\n{:.4f}".format, ticks, linear)
     axes.set_xticks(ticks, list(labels), fontsize=7)
 
@@ -5128,23 +5117,20 @@ def _draw_hints(axes, prepared: Prepared, blown: np.ndarray) -> None:
     axes.set(xticks=[], yticks=[])
     ticks = np.array((-limit, 0, limit))
     bar = _draw_scale(axes, drawn, ticks)
-    center = float(np.mean(sky))
-    if center == 0:
-        bar.set_xticklabels([])
-    else:
-        bar.set_xticklabels(map("{:+.0%}".format, ticks / center))
+    labels = map("{:+.0%}".format, ticks / np.mean(sky))
+    bar.set_xticklabels(labels)
     if blown.any() and min(blown.shape) > 1:
         axes.contour(blown, [0.5], colors="#d7191c", linewidths=2)
         axes.set_xlabel("outlined: sky blown out, raise -dq", color="#ff8a80", weight="bold",
                         labelpad=28)
 
 
-def draw_figures(figure, removal: Removal, title: str) -> None:
+def draw_figures(figure, result: Result, title: str) -> None:
     """Draw the result: before, model, and after, the control points, and the loss."""
-    figure.text(0.015, 0.012, facts(removal), fontsize=8)
-    fit = removal.fit
-    prepared = thinned(removal.prepared)
-    sky, after = reduced_sky(prepared, fit, removal.settings.correction)
+    figure.text(0.015, 0.012, facts(result), fontsize=8)
+    fit = result.fit
+    prepared = thinned(result.prepared)
+    sky, after = reduced_sky(prepared, fit, result.settings.correction)
     stretch = display_stretch(prepared.linear)
     panels, bottom = _lay_out(figure, title, 1.25)
     pictures = prepared.linear, sky, after
@@ -5165,7 +5151,7 @@ def _draw_control_points(axes, prepared, fit):
     """Draw the paths of the control points over what the fit saw."""
     used = prepared.used[..., None]
     image = np.where(used, 0.75 * prepared.image, np.nan)  # darker, so that points stand out
-    brown = (0.30, 0.24, 0.12)
+    brown = (76, 61, 31)
     _show(axes, image, "control points, from ring to dot; brown: left out", blank=brown)
     stations = [positions for _, positions, _ in fit.track]
     stations.append(fit.positions)
@@ -5194,13 +5180,8 @@ def _draw_loss(loss, terms, history):
     loss.plot(epochs, total, color=INK)
     loss.set_title("loss")
     for name, values, ink in zip(LOSS_TERMS, parts, TERM_INKS):
-        positive = values > 0  # the axis is logarithmic
-        if positive.any():
-            values = np.where(positive, values, np.nan)
-            terms.plot(epochs, values, color=ink, label=name)
-        else:
-            terms.plot([], [], color=ink, label=f"{name} (0)")
-    terms.set_yscale("log")
+        terms.plot(epochs, values, color=ink, label=name)
+    terms.set_yscale("log", nonpositive="mask")
     terms.legend(title="its terms:", alignment="left", loc="upper left", bbox_to_anchor=(1, 1),
                  borderpad=0)
     for axes in (loss, terms):
@@ -5208,25 +5189,27 @@ def _draw_loss(loss, terms, history):
         axes.grid()
 
 
-def facts(removal: Removal) -> str:
+def facts(result: Result) -> str:
     """Return one line on the run: settings, epochs, loss, share of sky, gradient."""
-    settings = removal.settings
-    fit = removal.fit
+    settings = result.settings
+    fit = result.fit
     how = (f"-dq {settings.delinearization_quantile:g}, "
            f"{len(fit.positions)} points ({settings.initializer}), order {settings.order}, "
            f"smoothing {fit.smoothing:g}, alpha {settings.alpha:g}, seed {settings.seed}")
     best = fit.history[:, 0].min()
     fitted = f"{len(fit.history)} epochs, loss {best:.4f}"
-    used = shares(removal.prepared)["used"]
-    return f"{how}   |   {fitted}   |   {used:.1%} used as sky   |   {gradients(removal)}"
+    used = shares(result.prepared)["used"]
+    return f"{how}   |   {fitted}   |   {used:.1%} used as sky   |   {gradients(result)}"
 
 
-def animation_frames(prepared: Prepared, fit: Fit, width: int = 800) -> np.ndarray:
+def animation_frames(prepared: Prepared, fit: Fit, correction: str = "subtract",
+                     width: int = 800) -> np.ndarray:
     """Show how the surface and its control points settle, and the picture that they leave.
 
     Args:
         prepared: what was fitted.
         fit: with its path.
+        correction: "subtract" or "divide".
         width: of a frame, pixels; a portrait's frames are narrower.
 
     Returns:
@@ -5243,7 +5226,7 @@ def animation_frames(prepared: Prepared, fit: Fit, width: int = 800) -> np.ndarr
         sky = linear_sky(prepared, step)
         model = SkyModel(sky, before.shape[:2], nodes=FRAME_NODES)
         model = np.stack(list(model), -1)  # (h, w, c)
-        after = _shift_medians(before - model, prepared.median)
+        after = corrected(prepared, before, model, correction)
         points = _pixel_positions(prepared, positions)
         pictures = stretch.apply(model), stretch.apply(after)
         frames.append(_draw_frame(pictures, points, words, (wide, tall)))
@@ -5257,12 +5240,11 @@ def _draw_frame(pictures, points, words, size):
     """
     from PIL import Image, ImageDraw
     wide, tall = size
-    model, after = [Image.fromarray(_drawable(picture)) for picture in pictures]
-    pixels = np.array((model.height, model.width))
+    model, after = map(Image.fromarray, map(_drawable, pictures))
+    enlarged = wide / model.width
     model = model.resize(size, Image.BICUBIC)
     after = after.resize(size, Image.BICUBIC)
     pen = ImageDraw.Draw(model)
-    enlarged = (np.array((tall, wide)) - 1) / np.maximum(pixels - 1, 1)
     for y, x in enlarged * points:
         pen.ellipse((x - 3, y - 3, x + 3, y + 3), fill=END_INK, outline="black")
     left = FRAME_GAP  # where the two halves start
@@ -5292,16 +5274,13 @@ def _settling(fit):
 
     Most happens early, so the steps are at equal distances of the square root of the epoch.
     """
-    last = len(fit.track)
-    chosen = np.round(last * np.linspace(0, 1, FRAMES)**2)
-    chosen = np.unique(chosen.astype(int))
-    shown = []
-    for k in chosen[:-1]:  # the last one is the result
+    chosen = (len(fit.track) - 1) * np.linspace(0, 1, FRAMES - 1)**2
+    shown = {}
+    for k in chosen.round().astype(int):
         epoch, positions, values = fit.track[k]
-        shown.append((f"epoch {epoch}", positions, values))
-    epochs = len(fit.history)
-    shown.append((f"best of {epochs} epochs", fit.positions, fit.values))
-    return shown
+        shown[epoch] = f"epoch {epoch}", positions, values
+    last = f"best of {len(fit.history)} epochs", fit.positions, fit.values
+    return [*shown.values(), last]
 
 
 def write_animation(file, frames: np.ndarray, most_bytes: int = 2_900_000) -> None:
@@ -5371,11 +5350,9 @@ def _drawable(image):
 
 
 def _show(axes, image, title, blank=(0, 0, 0)):
-    """Draw a stretched picture; NaN in the color `blank`."""
-    blank = np.multiply(255, blank)
-    blank = np.round(blank).astype(np.uint8)
+    """Draw a stretched picture; NaN in the color `blank`, three bytes."""
     known = np.isfinite(image).all(-1, keepdims=True)
-    colors = np.where(known, _drawable(image), blank)
+    colors = np.where(known, _drawable(image), np.uint8(blank))
     interpolation = "antialiased"
     if max(colors.shape) < 300:  # pixels: it is enlarged, and should not look like a mosaic
         interpolation = "bicubic"
@@ -5531,8 +5508,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("output_path", nargs="?", default=".",
         help="folder for what is written; made if missing (default: .)")
     add("-c", "--compress", action="store_true",
-        help="compress the outputs without loss: lz4hc with byte shuffling, in FITS GZIP_2, in TIFF "
-             "deflate (default: off)")
+        help="compress the outputs without loss: lz4hc with byte shuffling, in FITS GZIP_2, in "
+             "TIFF deflate (default: off)")
     add("-dx", "--downscaling-factor", type=int, default=default.downscaling_factor,
         help="side of the blocks of pixels that the fit sees as one pixel (default: %(default)s)")
     add("-df", "--downscaling-func", choices=("median", "mean"), default=default.downscaling_func,
@@ -5753,19 +5730,14 @@ def process_file(task: Task, watched: ContextManager = nullcontext()) -> Report:
     _check_memory(picture.planes)
     _start_importing()
     mask = _read_mask(task.mask_file)
-    removal = remove_sky(picture.planes, task.settings, mask, picture.unit, watched)
-    _write_outputs(task, picture, removal)
-    draw = functools.partial(draw_figures, removal=removal, title=task.title)
+    result = remove_sky(picture.planes, task.settings, mask, picture.unit, watched)
+    _write_outputs(task, picture, result)
+    draw = functools.partial(draw_figures, result=result, title=task.title)
     written = [*task.outputs.values(), *_put_figure(task, draw)]
-    sky = removal.prepared.sky
-    return Report(
-        sky_share=math.nan if sky is None else sky.share,
-        unsure="" if sky is None else sky.unsure,
-        smoothing=removal.settings.smoothing,
-        gradient_before=removal.gradient_before,
-        gradient_after=removal.gradient_after,
-        clipped=removal.clipped,
-        written=written)
+    sky = result.prepared.sky
+    share, unsure = (math.nan, "") if sky is None else (sky.share, sky.unsure)
+    return Report(share, unsure, result.settings.smoothing, result.gradient_before,
+                  result.gradient_after, result.clipped, written)
 
 
 def preview_file(task: Task) -> list[str]:
@@ -5786,18 +5758,18 @@ def _put_figure(task: Task, draw: Callable) -> list[str]:
     return [task.figure] if task.place_for_figure == "file" else []
 
 
-def _write_outputs(task: Task, picture: Picture, removal: Removal) -> None:
+def _write_outputs(task: Task, picture: Picture, result: Result) -> None:
     """Write all files that a task asks for, or none."""
-    history = _history(task, removal)
+    history = _history(task, result)
     write = FORMATS[task.format].write
     source = picture.source
     unit = picture.unit
     pictures = {
-        "model": (removal.sky, source, unit, "the sky"),
-        "subtracted": (removal.planes, source, unit, "the picture without the sky"),
+        "model": (result.sky, source, unit, "the sky"),
+        "subtracted": (result.planes, source, unit, "the picture without the sky"),
     }
     if "mask" in task.outputs:
-        mask = full_mask(removal.prepared, removal.settings)
+        mask = full_mask(result.prepared, result.settings)
         pictures["mask"] = mask, None, Unit(), "the mask, 1 = sky"
     with atomic_outputs(*task.outputs.values()) as opened:
         files = dict(zip(task.outputs, opened))
@@ -5805,14 +5777,15 @@ def _write_outputs(task: Task, picture: Picture, removal: Removal) -> None:
             lines = history + [f"bgoptimizer: this is {what}"]
             write(files[kind], planes, metadata, lines, task.compress, unit)
         if "animation" in files:
-            frames = animation_frames(removal.prepared, removal.fit)
+            correction = result.settings.correction
+            frames = animation_frames(result.prepared, result.fit, correction)
             write_animation(files["animation"], frames)
 
 
-def _history(task: Task, removal: Removal) -> list[str]:
+def _history(task: Task, result: Result) -> list[str]:
     """Return HISTORY lines: what made this picture, to the last setting."""
-    settings = removal.settings
-    fit = removal.fit
+    settings = result.settings
+    fit = result.fit
     now = datetime.now(timezone.utc)
     date = now.strftime("%Y-%m-%dT%H:%M:%SZ")
     lines = [f"{name} = {value}" for name, value in vars(settings).items()]
@@ -5821,7 +5794,7 @@ def _history(task: Task, removal: Removal) -> list[str]:
     lines.append(f"control points used = {len(fit.positions)}")
     lines.append(fit.stopped)
     what = "offset" if settings.correction == "subtract" else "model's median"
-    for channel, offset in enumerate(removal.offsets):
+    for channel, offset in enumerate(result.offsets):
         lines.append(f"{what} of channel {channel} = {offset:.9g}")
     lines = [f"bgoptimizer: {line}" for line in lines]
     return [f"bgoptimizer {VERSION}, {date}"] + lines
@@ -5981,9 +5954,13 @@ def _import_silently() -> None:
 
 def _read_input(task: Task) -> Picture:
     """Read the picture of a task, and log what it is."""
-    path = task.input_file
-    picture = _read(path)
-    logger.info(_describe(path, picture))
+    picture = _read(task.input_file)
+    count, height, width = picture.planes.shape
+    colors = "gray" if count == 1 else "RGB"
+    line = f"{task.input_file}: {width} x {height}, {colors}, {picture.planes.dtype}"
+    if picture.note:
+        line += f"; {picture.note}"
+    logger.info(line)
     lone = keep_dark_samples(picture.planes)
     if lone:
         logger.info(f"{lone} lone samples of 0 are taken for dark sky, not for missing data")
@@ -5996,16 +5973,6 @@ def _read(path: str) -> Picture:
     for text in picture.warnings:
         logger.warning(f"{path} {text}")
     return picture
-
-
-def _describe(path: str, picture: Picture) -> str:
-    """Return a line on a picture that was read."""
-    count, height, width = picture.planes.shape
-    colors = "gray" if count == 1 else "RGB"
-    line = f"{path}: {width} x {height}, {colors}, {picture.planes.dtype}"
-    if picture.note:
-        line += f"; {picture.note}"
-    return line
 
 
 def _read_mask(path):
@@ -6022,9 +5989,8 @@ def _check_disk(task: Task, planes: np.ndarray) -> None:
     """Refuse if the outputs do not fit on the disk."""
     if task.compress:  # nobody knows how large they will be
         return
-    pictures = [path for kind, path in task.outputs.items() if kind != "animation"]
-    needed = len(pictures) * planes.nbytes
-    folder = os.path.dirname(pictures[0])
+    needed = len(task.outputs) * planes.nbytes  # an animation is smaller than that
+    folder = os.path.dirname(task.outputs["model"])
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise BgError(f"{folder} has {free / 1e6:.0f} MB free and the outputs need "
