@@ -1973,14 +1973,15 @@ DEAD_TILES = 4
 """So many tiles of zeros in a row, along a row or column, are missing data and not chance."""
 
 NEAR_BLACK = 0.2
-"""A lone zero is a dark sample if the darkest sample of its tile is below this part of their mean."""
+"""A lone zero is a dark sample if the darkest other sample of its tile is below this part of the
+tile's mean."""
 
 
 def keep_dark_samples(planes: np.ndarray) -> int:
     """Raise lone zeros to the smallest number above 0, in place.
 
-    In a noisy sky near black they are dark samples. Missing data come in regions, rows, columns and
-    borders, and stay 0.
+    In a noisy sky near black such zeros are dark samples. Missing data stay 0: they come in
+    regions, rows, columns and borders.
 
     Args:
         planes: (c, h, w).
@@ -3458,12 +3459,12 @@ def spline_surface(query: np.ndarray, positions: np.ndarray, values: np.ndarray,
     points = query.reshape(-1, 2)  # (m, 2)
     # In parts: the kernels of all points at once would be the largest array of a run
     count = 1 + len(points) * len(positions) // STRIP_PIXELS
-    surface = []
+    parts = []
     for part in np.array_split(points, count):
         kernels = _kernel(part, positions, order)
-        surface.append(kernels @ weights + part @ slopes + level)
-    surface = np.concatenate(surface)  # (m, k)
-    return surface.reshape(*query.shape[:-1], -1)
+        parts.append(kernels @ weights + part @ slopes + level)
+    values_there = np.concatenate(parts)  # (m, k)
+    return values_there.reshape(*query.shape[:-1], -1)
 
 
 def _spline_coefficients(positions: np.ndarray, order: int, smoothing: float) -> np.ndarray:
@@ -4014,7 +4015,8 @@ def fit_surface(prepared: Prepared, settings: Settings, start: tuple[np.ndarray,
     track = [(0, *start)]
     rate = settings.learning_rate
     least = math.inf
-    improved = changed = 0  # the last epochs when the loss fell, and when it or the rate did
+    improved = 0  # last epoch in which the loss fell
+    changed = 0  # last epoch in which the loss or the learning rate fell
     before = training.on_nodes()
     stopped = f"all {settings.epochs} epochs done"
     for epoch in range(1, settings.epochs + 1):
@@ -4390,7 +4392,7 @@ class SkyModel:
 def linear_sky(prepared: Prepared, fit: Fit) -> Callable[[np.ndarray], np.ndarray]:
     """Return the fitted sky in linear units, as a function.
 
-    Where there was no sky to fit, its range is limited; see MAX_EXTRAPOLATION.
+    Its range is limited, which matters where there was no sky to fit; see MAX_EXTRAPOLATION.
 
     Returns:
         A function that takes frame coordinates (..., 2) to the sky there, (..., c) in [0, 1].
@@ -4449,7 +4451,7 @@ def subtract(planes: np.ndarray, sky: SkyModel,
             samples = plane[rows]
             model = sky.strip(k, rows)
             np.subtract(samples, model, out=samples, where=present[rows])
-        median_left, = _quantiles(plane, present, (0.5,))
+        median_left = _quantiles(plane, present, (0.5,))[0]
         offset = median[k] - median_left
         shift = plane.dtype.type(offset)
         clipped = np.zeros(2, int)
@@ -4892,7 +4894,9 @@ def _log_numbers(prepared: Prepared, settings: Settings) -> None:
 FIGURE_SIZE = (13.6, 7.6)
 """Inches, at 100 pixels each: fits a laptop's screen."""
 
-INK, PAPER, FAINT = "#e6e6e6", "#16191d", "#4a5058"
+INK = "#e6e6e6"
+PAPER = "#16191d"
+FAINT = "#4a5058"
 FIGURE_STYLE = {
     "figure.facecolor": PAPER,
     "savefig.facecolor": PAPER,
@@ -4916,15 +4920,16 @@ FIGURE_STYLE = {
     "legend.frameon": False,
     "legend.fontsize": 8,
 }
-"""Ink and paper of our own, so that pictures look the same in light and in dark terminals and
-notebooks."""
+"""Colors of our own, so that pictures look the same in light and in dark windows and notebooks."""
 
-RED, GREEN, BLUE = "#e8703a", "#2fb58a", "#5ab0ee"
+RED = "#e8703a"
+GREEN = "#2fb58a"
+BLUE = "#5ab0ee"
 CHANNEL_INKS = {1: (INK,), 3: (RED, GREEN, BLUE)}
-"""Red, green, and blue as the color-blind tell them apart (after Okabe and Ito)."""
+"""Red, green, and blue that color-blind people can tell apart (after Okabe and Ito)."""
 
 TERM_INKS = ("#56b4e9", "#2fb58a", "#e69f00", "#cc79a7", "#f0e442")
-"""The same for LOSS_TERMS."""
+"""Colors of LOSS_TERMS that color-blind people can tell apart."""
 
 OVERLAYS = {
     "missing": ("#6b7077", "", "missing"),
@@ -4933,34 +4938,38 @@ OVERLAYS = {
     "auto": ("#cc79a7", "///", "left out by --auto"),
     "clipped": ("#f0e442", "\\\\\\", "clipped by -dq"),
 }
-"""Reason -> its color, its hatching (none: solid), its name. The hatching tells them apart without
-color."""
+"""Reason -> its color, its hatching (none: solid), its name. The hatching tells the reasons apart
+where colors do not."""
 
-START_INK, END_INK = "#56b4e9", "#f0e442"
+START_INK = "#56b4e9"
+END_INK = "#f0e442"
 """Colors of a control point where it starts, and where it ends."""
 
 DISPLAY_QUANTILES = (0.002, 0.5, 0.9995)
-"""Quantiles of a channel that the eye is shown as nearly black, as the background, and as white: so
-nearly nothing is clipped, and no single star decides how dark the rest is."""
+"""Quantiles of a channel that are shown as nearly black, as the background, and as white. So nearly
+nothing is clipped, and no single star decides how dark the rest is."""
 
 HISTOGRAM_BINS = 128
 HISTOGRAM_EDGES = (-0.02, 1.02)
-"""Where the axis of stretched values ends: a little beyond 0 and 1, so that the ends are seen."""
+"""Ends of the axis of stretched values: a little beyond 0 and 1, so that 0 and 1 can be seen."""
 
 FRAMES = 24
-"""Most frames in an animation."""
+"""Largest number of frames in an animation."""
 
-FRAME_GAP, FRAME_HEAD = 8, 22
-"""Pixels around the two halves of a frame, and above them, for the words."""
+FRAME_GAP = 8
+FRAME_HEAD = 22
+"""Pixels around the two halves of a frame, and above them, where the words are."""
 
 HALF_FRAME_PIXELS = 110_000
-"""Most pixels in one half of a frame, so that a GIF of the usual noise stays below 3 MB."""
+"""Largest number of pixels in one half of a frame. A GIF with the usual noise then stays below
+3 MB."""
 
 FRAME_NODES = 50
 """Nodes of an animation's models along the longer side: fine enough for the eye."""
 
-FRAME_PAUSE, LAST_PAUSE = 130, 1500
-"""Milliseconds that a frame is shown, and the last one: 24 of them take some 4 seconds."""
+FRAME_PAUSE = 130
+LAST_PAUSE = 1500
+"""Milliseconds that a frame and the last frame are shown; 24 frames take some 4 seconds."""
 
 PALETTE_SIZES = (255, 128, 64, 32, 16)
 """Numbers of colors that are tried for a GIF, until it is small enough."""
@@ -5818,7 +5827,8 @@ def _watched_fit(epochs: int, interrupts: _Interrupts) -> Iterator[Callable[[int
 class _Interrupts:
     """Ctrl-C that cannot get lost.
 
-    A module that is being imported may swallow it, and TensorFlow may crash by it.
+    A module that is being imported may swallow it. TensorFlow may crash when it is interrupted, so
+    nothing is raised while `patient`: then `check` does it.
     """
 
     def __init__(self):
