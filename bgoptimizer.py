@@ -52,18 +52,20 @@ import time
 import warnings
 import zlib
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timezone
-from typing import Callable, Iterator, NamedTuple, Sequence
+from typing import Callable, ContextManager, Iterator, NamedTuple, Sequence
 from xml.etree import ElementTree
 from xml.parsers import expat
 
-if __name__ == "__main__":  # until `main` listens, Ctrl-C ends the command at once, without a traceback of imports
+if __name__ == "__main__":
+    # Until `main` listens, Ctrl-C ends the command at once, without a traceback of imports
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-# Full-size work has threads of its own, and the equations solved here are small: threads of BLAS beside them only
-# get in each other's way (the choices of --auto take 2.7 s with them, 0.8 s without). OpenBLAS looks once, when loaded.
+# Full-size work has threads of its own, and the equations solved here are small. Threads of BLAS
+# would only get in the way: with them --auto needs 2.7 s to find the sky, without them 0.8 s.
+# OpenBLAS reads this once, when it is loaded.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import lz4.block  # noqa: E402
@@ -74,71 +76,88 @@ from xisf import XISF  # noqa: E402
 
 VERSION = "1.0.0"
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Constants
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 MIDTONES_TARGET = 0.25
-"""Stretched value that the median of a channel is taken to: PixInsight's own choice for a readable sky."""
+"""Stretched value that the median of a channel is taken to. It is PixInsight's own choice for a sky
+that can be seen well."""
 
 LOSS_FLOOR = 0.001
-"""Added inside the logarithm of the loss. It decides from which residual on (in stretched units) a pixel is
-good enough, and keeps the logarithm finite where the surface meets the pixel exactly."""
+"""Added inside the logarithm of the loss (stretched units). Pixels whose residuals are smaller than
+this are fitted well enough. Without it noiseless pixels would dominate the loss."""
 
 SAMPLE_PIXELS = 2048
-"""Reduced pixels in one independent sample (`-B` of them in a step). The surface has some hundred degrees of
-freedom: at a block noise of 1 % of the gradient, 2048 pixels pin 36 control points to 0.13 %, a quarter of what the
-rest of the method leaves."""
+"""Reduced pixels in one independent sample; a fit sees `-B` samples. The surface has some hundred
+degrees of freedom. Where the noise of a block is 1 % of the gradient, 2048 pixels determine 36
+control points to 0.13 %, which is a quarter of the method's other errors."""
 
 FEWEST_TO_SPLIT = 512
-"""Pixels of a sample: smaller ones are fitted and judged whole."""
+"""Pixels. A sample with fewer pixels is not split into one half to fit and one half to judge by."""
 
-STOP_PATIENCE, STOP_DELTA = 100, 5e-5
-"""Epochs without so much improvement of the loss after which the fit stops."""
+STOP_PATIENCE = 100
+"""The fit stops after so many epochs without improvement."""
 
-RATE_PATIENCE, RATE_FLOOR = 50, 1e-4
-"""Epochs without improvement after which the learning rate is halved, and the rate it never falls below."""
+STOP_DELTA = 5e-5
+"""The loss must fall by this much to count as improved."""
+
+RATE_PATIENCE = 50
+"""The learning rate is halved after so many epochs without improvement."""
+
+RATE_FLOOR = 1e-4
+"""The learning rate is not halved below this."""
+
+STILL_EPOCHS = 50
+"""Epochs between two looks at whether the surface still moves."""
+
+STILL_CHANGE = 2e-4
+"""The fit ends when the surface has moved by less than this part of its range between two looks
+(rms over the nodes)."""
 
 SURFACE_NODES = 500
-"""The full-size surface is the spline itself on about this many nodes along the longer side, and cubic
-interpolation between them; far finer than the surface bends (see `SkySurface`)."""
+"""The model at full size is the spline itself on about this many nodes along the longer side, and
+cubic interpolation between them. The surface bends over much longer distances; see `SkyModel`."""
 
 QUANTILE_SAMPLES = 1 << 23
-"""Samples of a channel that quantiles are taken of, at least; from twice as many on a part of them is enough."""
+"""Quantiles of a channel are taken of at least this many samples, if it has them. From twice as
+many on, a part of the samples is enough."""
 
 STRIP_PIXELS = 1 << 18
-"""Pixels of one channel handled at a time in full-size work: 1 MB of Float32, which stays in cache."""
+"""Pixels of one channel that are handled at a time in full-size work. As Float32 they are 1 MB,
+which stays in the processor's cache."""
 
 TRACK_EVERY = 10
 """Epochs between two recordings of the control points."""
 
 INTERPOLATION_WEIGHT = 1e-3
-"""Regularization of the fit's interpolation: keeps it solvable where control points come close to each other. What makes
-a surface stiff is the bending energy in the loss."""
+"""Regularization of the interpolation inside the fit. It keeps the equations solvable where control
+points come close to each other. It does not make the surface stiff: the bending energy does."""
 
 BENDING_NODES = 18
-"""Nodes along the longer side on which the fit's surface is watched: for its bending, and whether it still moves."""
+"""Nodes along the longer side where the surface is watched during the fit, for its bending and for
+whether it still moves."""
 
 UNSEEN_WEIGHT = 0.5
-"""Weight of the sky that was found, in the fit, where the picture shows none."""
+"""Weight in the fit of the sky that was found, where the picture shows no sky."""
 
-STILL_EPOCHS, STILL_CHANGE = 50, 2e-4
-"""The fit ends when its surface has moved by less than this part of its range (rms on the nodes) in so many epochs."""
+MAX_EXTRAPOLATION = 0.5
+"""The model may exceed the range of values that it has over the sky by this fraction of that range.
+So it cannot run away in a corner without sky, or behind hills."""
 
-HELD_BACK = 0.5
-"""The surface may exceed the range of values that it has over the sky by this fraction, and no further: a corner
-without sky, or hills, cannot make it run away."""
-
-DEFAULT_QUANTILE, DEFAULT_POINTS = 0.95, 32
-AUTO_QUANTILE, AUTO_POINTS = 0.999, 64
+DEFAULT_QUANTILE = 0.95
+DEFAULT_POINTS = 32
+AUTO_QUANTILE = 0.999  # clips no bright corner of the sky
+AUTO_POINTS = 64  # more than 32 cannot dig into objects, because they are left out
 
 WORKERS = min(4, os.cpu_count() or 1)
-"""Threads for full-size work. NumPy frees the interpreter lock in it, and memory bandwidth ends the gain at 4."""
+"""Threads for full-size work. NumPy releases the interpreter lock in it. More than 4 threads gain
+nothing, because the memory is not fast enough for them."""
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Settings and errors
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 logger = logging.getLogger("bgoptimizer")
 
@@ -151,26 +170,26 @@ class BgError(Exception):
 class Settings:
     """What a run is asked to do; checked when made.
 
-    A `None` means: not asked for. `delinearization_quantile`, `points` and `smoothing` are then the default
-    of the command line, or what `auto` chooses from the picture.
+    None means that it was not asked for: `resolved` and `examine` then choose a value.
 
     Raises:
         ValueError: a value is out of its range; the text names the flag and the range.
     """
 
-    downscaling_factor: int = 8  # less noise, fewer stars, 64 times less to do
+    downscaling_factor: int = 8  # less noise, fewer stars, 64 times fewer pixels
     downscaling_func: str = "median"  # drops small stars
-    delinearization_quantile: float | None = None  # 0.95; with auto 0.999, which blows out no bright corner of the sky
-    points: int | None = None  # 32; with auto 64: more cannot dig into objects that are left out
+    delinearization_quantile: float | None = None
+    points: int | None = None
     order: int = 2  # a thin plate, the surface that bends least
     threshold_min: float = 0.001
     threshold_max: float = 1.0
     initializer: str = "random"
     epochs: int = 1000
-    alpha: float = 5.0  # a pixel above the sky costs 1, a sky above the pixel 11: it sits at the low side of the noise
+    alpha: float = 5.0  # a sky above a pixel costs 11 times what a sky below it costs, so it
+    # settles at the low side of the noise
     batch: int = 1  # samples of SAMPLE_PIXELS; one is enough
     learning_rate: float = 0.001
-    smoothing: float | None = None  # chosen by cross-validation
+    smoothing: float | None = None
     correction: str = "subtract"  # or "divide", for what dims the light instead of adding to it
     auto: bool = False
     seed: int = 0
@@ -179,21 +198,24 @@ class Settings:
         def whole(value, low, high=math.inf):
             return isinstance(value, numbers.Integral) and low <= value <= high
 
+        quantile = self.delinearization_quantile
+        points = self.points
+        smoothing = self.smoothing
+        above_minimum = self.threshold_min < self.threshold_max < math.inf
         checks = (
             ("-dx", whole(self.downscaling_factor, 1, 1_000_000), "1 to 1000000"),
             ("-df", self.downscaling_func in ("median", "mean"), "median or mean"),
-            ("-dq", self.delinearization_quantile is None or 0 < self.delinearization_quantile <= 1,
-             "above 0, at most 1"),
-            ("-N", self.points is None or whole(self.points, 3, 4096), "3 to 4096"),
+            ("-dq", quantile is None or 0 < quantile <= 1, "above 0, at most 1"),
+            ("-N", points is None or whole(points, 3, 4096), "3 to 4096"),
             ("-O", self.order in (1, 2, 3, 4), "1, 2, 3 or 4"),
             ("-tm", math.isfinite(self.threshold_min), "a finite number"),
-            ("-tM", self.threshold_min < self.threshold_max < math.inf, "a finite number above -tm"),
+            ("-tM", above_minimum, "a finite number above -tm"),
             ("-i", self.initializer in ("random", "grid"), "random or grid"),
             ("-e", whole(self.epochs, 1), "1 or more"),
             ("-a", 0 <= self.alpha <= 1e9, "0 to 1e9"),
             ("-B", whole(self.batch, 1), "1 or more"),
             ("-lr", 0 < self.learning_rate <= 1e9, "above 0, at most 1e9"),
-            ("--smoothing", self.smoothing is None or 0 <= self.smoothing <= 1e9, "auto, or 0 to 1e9"),
+            ("--smoothing", smoothing is None or 0 <= smoothing <= 1e9, "auto, or 0 to 1e9"),
             ("--correction", self.correction in ("subtract", "divide"), "subtract or divide"),
             ("--seed", whole(self.seed, 0, 2**32 - 1), "0 to 4294967295"),
         )
@@ -201,9 +223,17 @@ class Settings:
             if not good:
                 raise ValueError(f"{flag} must be {wanted}")
 
+    def resolved(self) -> Settings:
+        """Return these settings with defaults in place of every None but `smoothing`.
 
-def _quiet(*_):
-    """The default listener for a run's messages: nobody."""
+        The smoothing is chosen with the sky, by `examine`.
+        """
+        quantile = AUTO_QUANTILE if self.auto else DEFAULT_QUANTILE
+        points = AUTO_POINTS if self.auto else DEFAULT_POINTS
+        return replace(
+            self,
+            delinearization_quantile=self.delinearization_quantile or quantile,
+            points=self.points or points)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1894,22 +1924,26 @@ FORMATS = {
 }
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What the stages share
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+
+TILE = 8
+"""Pixels along a side of the tiles by which missing data are told from dark samples."""
 
 DEAD_TILES = 4
-"""Tiles of 8 pixels in a row: so long a run of zeros along a row or column is missing data, not chance."""
-
+"""So many tiles of zeros in a row, along a row or column, are missing data and not chance."""
 
 NEAR_BLACK = 0.2
-"""A lone zero is a dark sample where the darkest of its neighbors is below this part of their mean."""
+"""A lone zero is a dark sample if the darkest other sample of its tile is below this part of the
+tile's mean."""
 
 
 def keep_dark_samples(planes: np.ndarray) -> int:
-    """Make lone zeros the smallest number above 0, in place: in a noisy sky near black they are dark samples.
+    """Raise lone zeros to the smallest number above 0, in place.
 
-    Missing data come in regions, rows, columns and borders, and stay 0.
+    In a noisy sky near black such zeros are dark samples. Missing data stay 0: they come in
+    regions, rows, columns and borders.
 
     Args:
         planes: (c, h, w).
@@ -1917,7 +1951,7 @@ def keep_dark_samples(planes: np.ndarray) -> int:
     Returns:
         How many samples were lone zeros.
     """
-    return sum(_each(_keep_dark_samples, list(planes)))
+    return sum(_each(_keep_dark_samples, planes))
 
 
 def _keep_dark_samples(plane: np.ndarray) -> int:
@@ -1925,52 +1959,67 @@ def _keep_dark_samples(plane: np.ndarray) -> int:
     if not zero.any():
         return 0
     height, width = plane.shape
-    padded = np.pad(zero, ((0, -height % 8), (0, -width % 8)), mode="edge")
-    rows, columns = padded.shape[0] // 8, padded.shape[1] // 8
-    down = padded.reshape(rows, 8, -1).all(1)  # (rows, w) zero over the height of a tile
-    along = padded.reshape(-1, columns, 8).all(2)  # (h, columns) zero over the width of a tile
-    full = down.reshape(rows, columns, 8).all(2)  # (rows, columns)
+    below = -height % TILE
+    beside = -width % TILE
+    padded = np.pad(zero, ((0, below), (0, beside)), mode="edge")
+    rows = len(padded) // TILE
+    # Where all is zero: over the height of a tile, over its width, over all of it
+    down = padded.reshape(rows, TILE, -1).all(1)  # (rows, w)
+    along = padded.reshape(rows * TILE, -1, TILE).all(2)  # (h, columns)
+    full = down.reshape(rows, -1, TILE).all(2)  # (rows, columns)
     near_full = scipy.ndimage.binary_dilation(full, np.ones((3, 3)))
-    # A run ends somewhere inside a tile: the tiles at its ends belong to it.
-    down = _long_runs(down, 0)
-    along = _long_runs(along, 1)
+    down = _long_runs(down)
+    along = _long_runs(along.T).T
     lone = 0
     for row in range(rows):
-        strip = slice(8 * row, min(8 * row + 8, height))
-        missing = np.repeat(near_full[row], 8) | down[row]  # (w,)
-        missing = missing | np.repeat(along[8 * row:8 * row + 8], 8, axis=1)  # (8, w)
-        dark = zero[strip] & ~missing[:strip.stop - strip.start, :width]
-        if not dark.any():
-            continue
-        dark &= np.repeat(_near_black(plane[strip]), 8)[:width]
-        lone += np.count_nonzero(dark)
-        plane[strip][dark] = np.finfo(plane.dtype).tiny
+        top = row * TILE
+        strip = slice(top, top + TILE)
+        samples = plane[strip]  # (8, w); the last strip may have fewer rows
+        missing = np.repeat(near_full[row], TILE)  # (w,)
+        missing = missing | down[row]
+        missing = missing | np.repeat(along[strip], TILE, axis=1)  # (8, w)
+        dark = zero[strip] & ~missing[:len(samples), :width]
+        if dark.any():
+            near_black = np.repeat(_near_black(samples), TILE)
+            dark &= near_black[:width]
+            lone += np.count_nonzero(dark)
+            samples[dark] = np.finfo(plane.dtype).tiny
     return lone
 
 
 def _near_black(strip: np.ndarray) -> np.ndarray:
-    """(columns,) bool for a strip (8, w): tiles whose samples come so close to 0 that one may well be 0 by chance. In
-    any other a 0 is a dead pixel, and missing."""
-    padded = np.pad(strip, ((0, 0), (0, -strip.shape[1] % 8)), mode="edge")
-    tiles = padded.reshape(len(strip), -1, 8)
+    """Tell which tiles of a strip (8, w) come so near to 0 that a sample may be 0 by chance.
+
+    In other tiles a 0 is a dead pixel, and missing.
+
+    Returns:
+        (columns,) bool.
+    """
+    height, width = strip.shape
+    beside = -width % TILE
+    padded = np.pad(strip, ((0, 0), (0, beside)), mode="edge")
+    tiles = padded.reshape(height, -1, TILE)  # (8, columns, 8)
     present = _present(tiles)
-    low = np.min(tiles, axis=(0, 2), where=present, initial=np.inf)
-    count = np.maximum(present.sum((0, 2)), 1)
-    mean = np.sum(tiles, axis=(0, 2), where=present) / count
-    return low < NEAR_BLACK * mean
+    inside = (0, 2)
+    darkest = np.min(tiles, inside, where=present, initial=np.inf)
+    total = np.sum(tiles, inside, where=present)
+    count = np.sum(present, inside)
+    mean = total / np.maximum(count, 1)
+    return darkest < NEAR_BLACK * mean
 
 
-def _long_runs(tiles: np.ndarray, axis: int) -> np.ndarray:
-    """True where `tiles` is True at least DEAD_TILES times in a row along the axis, and one tile beyond."""
-    shape = (DEAD_TILES, 1) if axis == 0 else (1, DEAD_TILES)
-    beyond = (3, 1) if axis == 0 else (1, 3)
-    # What touches the edge goes on beyond it.
-    width = [(DEAD_TILES, DEAD_TILES) if k == axis else (0, 0) for k in (0, 1)]
-    padded = np.pad(tiles, width, mode="edge")
-    runs = scipy.ndimage.binary_opening(padded, np.ones(shape))
-    runs = scipy.ndimage.binary_dilation(runs, np.ones(beyond))
-    inner = slice(DEAD_TILES, -DEAD_TILES)
-    return runs[inner] if axis == 0 else runs[:, inner]
+def _long_runs(tiles: np.ndarray) -> np.ndarray:
+    """Return True where `tiles` is True at least DEAD_TILES times in a row down a column.
+
+    A run ends somewhere inside a tile, so the tiles at its ends belong to it.
+    """
+    beyond = (DEAD_TILES, DEAD_TILES)  # what touches the edge goes on there
+    padded = np.pad(tiles, (beyond, (0, 0)), mode="edge")
+    run = np.ones((DEAD_TILES, 1))
+    runs = scipy.ndimage.binary_opening(padded, run)
+    ends = np.ones((3, 1))
+    runs = scipy.ndimage.binary_dilation(runs, ends)
+    return runs[DEAD_TILES:-DEAD_TILES]
 
 
 def _present(samples: np.ndarray) -> np.ndarray:
@@ -1989,8 +2038,11 @@ def _strips(height: int, width: int, multiple: int = 1) -> list[slice]:
     rows = STRIP_PIXELS // max(1, width)
     rows -= rows % multiple
     rows = max(rows, multiple)
-    tops = range(0, height, rows)
-    return [slice(top, min(top + rows, height)) for top in tops]
+    strips = []
+    for top in range(0, height, rows):
+        bottom = min(top + rows, height)
+        strips.append(slice(top, bottom))
+    return strips
 
 
 def _each(work: Callable, items: Sequence) -> Iterator:
@@ -2019,7 +2071,8 @@ def _quantiles(plane: np.ndarray, present: np.ndarray, quantiles: Sequence[float
     step = plane.size // QUANTILE_SAMPLES
     step |= 1  # odd, so that it meets all the colors of a sensor's mosaic
     some = plane.ravel()[::step]
-    values = some[present.ravel()[::step]]
+    some_present = present.ravel()[::step]
+    values = some[some_present]
     if values.size == 0:
         values = plane[present]
     last = values.size - 1
@@ -2066,39 +2119,61 @@ class Stretch:
         m = self.midtones
         x = (linear - self.pedestal) / self.scale
         x = np.clip(x, 0, 1)
-        denominator = (1 - 4 * m) * x + 3 * m
-        return (1 - m) * x / denominator
+        above = (1 - m) * x
+        below = (1 - 4 * m) * x + 3 * m
+        return above / below
 
     def extend(self, linear: np.ndarray) -> np.ndarray:
-        """As `apply`, but outside [0, 1] it goes on with its end slopes instead of being clipped: what `invert` undoes."""
-        m = self.midtones
+        """Do what `apply` does, but outside [0, 1] go on with the slopes at the ends.
+
+        It is what `invert` undoes.
+        """
         x = (linear - self.pedestal) / self.scale
-        below, above = (1 - m) / (3 * m), 3 * m / (1 - m)  # slopes at 0 and at 1
-        return self.apply(linear) + below * np.minimum(x, 0) + above * np.maximum(x - 1, 0)
+        slope_at_0, slope_at_1 = self._slopes()
+        below_0 = np.minimum(x, 0)
+        above_1 = np.maximum(x - 1, 0)
+        y = self.apply(linear)
+        return y + slope_at_0 * below_0 + slope_at_1 * above_1
 
     def invert(self, stretched: np.ndarray) -> np.ndarray:
         """Take stretched samples (..., c) of any range back to linear ones, (..., c)."""
-        m = self.midtones
-        y = np.clip(stretched, 0, 1)
-        x = 3 * m * y / ((1 - m) - (1 - 4 * m) * y)
-        slope_at_0 = 3 * m / (1 - m)
-        slope_at_1 = (1 - m) / (3 * m)
-        below_0 = np.minimum(stretched, 0)
-        above_1 = np.maximum(stretched - 1, 0)
-        x = x + slope_at_0 * below_0 + slope_at_1 * above_1
+        x = self.invert_unscaled(np, stretched)
         return x * self.scale + self.pedestal
 
-    def invert_tensor(self, tf, stretched):
-        """`invert` for a tensor [..., c] of TensorFlow's, in units of `scale` above the pedestal."""
-        m = tf.constant(self.midtones, tf.float32)
-        y = tf.clip_by_value(stretched, 0.0, 1.0)
-        x = 3 * m * y / ((1 - m) - (1 - 4 * m) * y)
-        below, above = 3 * m / (1 - m), (1 - m) / (3 * m)
-        return x + below * tf.minimum(stretched, 0.0) + above * tf.maximum(stretched - 1, 0.0)
+    def invert_unscaled(self, library, stretched):
+        """Do what `invert` does, in units of `scale` above the pedestal.
+
+        Args:
+            library: numpy or tensorflow.
+            stretched: an array (..., c) or a tensor [..., c].
+        """
+        m = self.midtones
+        y = library.maximum(stretched, 0)
+        y = library.minimum(y, 1)
+        above = 3 * m * y
+        below = (1 - m) - (1 - 4 * m) * y
+        x = above / below
+        # The slopes of the inverse are the reciprocals, and so are these two of each other
+        slope_at_1, slope_at_0 = self._slopes()
+        below_0 = library.minimum(stretched, 0)
+        above_1 = library.maximum(stretched - 1, 0)
+        return x + slope_at_0 * below_0 + slope_at_1 * above_1
+
+    def _slopes(self):
+        """Return the slopes of the stretch at 0 and at 1, (c,) each."""
+        m = self.midtones
+        slope_at_0 = (1 - m) / (3 * m)
+        slope_at_1 = 3 * m / (1 - m)
+        return slope_at_0, slope_at_1
+
+    @property
+    def white(self) -> np.ndarray:
+        """The linear values that are taken to 1, (c,)."""
+        return self.pedestal + self.scale
 
     def channel(self, k: int) -> "Stretch":
         """Return the same stretch for channel `k` alone."""
-        only = slice(k, k + 1)
+        only = [k]
         return Stretch(self.pedestal[only], self.scale[only], self.midtones[only])
 
 
@@ -2119,19 +2194,18 @@ def measure_stretch(planes: np.ndarray, quantile: float) -> tuple[Stretch, np.nd
 
     def measure(k):
         plane = planes[k]
+        name = _channel_name(k, count)
         present = _present(plane)
         if not present.any():
-            raise BgError(
-                f"{_channel_name(k, count)} holds no data (every sample is 0 or not finite); "
-                "remove that channel, or save the picture again")
+            raise BgError(f"{name} holds no data (every sample is 0 or not finite); "
+                          "remove that channel, or save the picture again")
         low = float(np.min(plane, where=present, initial=np.inf))
         median, high = _quantiles(plane, present, (0.5, quantile))
         scale = high - low
         if scale < np.finfo(np.float32).tiny:  # 0 to the fit, which computes in Float32
-            raise BgError(
-                f"{_channel_name(k, count)} has the same value everywhere ({low:.6g}), so it shows "
-                "no sky; raise -dq if a bright object fills the frame, else give a picture with "
-                "content")
+            raise BgError(f"{name} has the same value everywhere ({low:.6g}), so it shows no sky; "
+                          "raise -dq if a bright object fills the frame, else give a picture with "
+                          "content")
         return low, scale, median
 
     measured = _each(measure, range(count))
@@ -2158,15 +2232,11 @@ def reduce_plane(plane: np.ndarray, factor: int, func: str = "median",
     Returns:
         (ceil(h / factor), ceil(w / factor)) float32; NaN where a block has nothing present.
     """
-    def reduce_blocks(blocks, axis):  # (rows, columns, height, width) -> (rows, columns)
-        samples = blocks.reshape(*blocks.shape[:2], -1)  # (rows, columns, samples)
+    def medians(blocks, axis):  # (rows, columns, height, width) -> (rows, columns)
+        rows, columns = blocks.shape[:2]
+        samples = blocks.reshape(rows, columns, -1)
         present = _present(samples)
-        count = present.sum(-1)
-        if func == "mean":
-            if transform is not None:
-                samples = transform(samples)
-            total = np.where(present, samples, 0).sum(-1)
-            return total / np.where(count > 0, count, np.nan)
+        count = present.sum(-1)  # (rows, columns)
         samples = np.where(present, samples, np.nan)
         samples.sort(-1)  # NaN goes last; for so few samples it is faster than a partition
         lower = np.maximum(count - 1, 0) // 2
@@ -2174,7 +2244,18 @@ def reduce_plane(plane: np.ndarray, factor: int, func: str = "median",
         middle = np.stack((lower, upper), -1)  # (rows, columns, 2): the same sample if odd
         return np.take_along_axis(samples, middle, -1).mean(-1)
 
-    return _reduce_blocks(plane, factor, reduce_blocks)
+    def means(blocks, axis):
+        samples = blocks if transform is None else transform(blocks)
+        return _mean(samples, axis, _present(blocks))
+
+    return _reduce_blocks(plane, factor, medians if func == "median" else means)
+
+
+def _mean(samples, axis, counted):
+    """Return the mean of the samples that are counted; NaN where none is."""
+    total = np.where(counted, samples, 0).sum(axis, dtype=np.float64)
+    count = counted.sum(axis)
+    return total / np.where(count > 0, count, np.nan)
 
 
 def _reduce_blocks(image, factor, func):
@@ -2220,6 +2301,7 @@ class Prepared:
     linear: np.ndarray  # (h, w, c) block medians in the picture's own units; NaN where missing
     full_shape: tuple[int, int]  # (h, w) of the full-size picture
     user_mask: np.ndarray | None = None  # (h, w, 1 or c) the mask file, reduced
+    black: float = 0.0  # the linear value that no light at all would give
     sky: Sky | None = None  # as it was found; None if it could not be looked for
 
     @property
@@ -2247,43 +2329,46 @@ def frame_coordinates(height: int, width: int, factor: int = 1) -> np.ndarray:
     return _grid(centers(height), centers(width))
 
 
-def stretch_quantile(settings: Settings) -> float:
-    """The quantile in force: what was asked for, else what suits the way the picture is masked."""
-    if settings.delinearization_quantile is not None:
-        return settings.delinearization_quantile
-    return AUTO_QUANTILE if settings.auto else DEFAULT_QUANTILE
-
-
 def prepare(planes: np.ndarray, settings: Settings, mask: np.ndarray | None = None) -> Prepared:
     """Stretch, reduce and mask a picture.
 
     Args:
-        planes: (c, h, w) linear samples in [0, 1], c 1 or 3; missing samples are 0 or not finite. Not changed.
+        planes: (c, h, w) linear samples in [0, 1], c 1 or 3; missing samples are 0 or not finite.
+            Not changed.
         settings: see `Settings`.
         mask: (1 or c, h, w) weights, 1 = use, 0 = ignore, or None.
 
     Raises:
-        BgError: nothing is left to fit, a channel is constant or empty, or the mask does not fit the picture.
+        BgError: nothing is left to fit, a channel is constant or empty, or the mask has another
+            size.
     """
     count, height, width = planes.shape
     if mask is not None and mask.shape not in ((1, height, width), (count, height, width)):
         raise BgError(f"the mask is {_size(mask)}, the picture {_size(planes)}; "
                       f"give a mask of {width} x {height} pixels with 1 or {count} channels")
     factor = settings.downscaling_factor
-    stretch, median = measure_stretch(planes, stretch_quantile(settings))
-    linear = np.stack([reduce_plane(plane, factor) for plane in planes], -1)
-    if settings.downscaling_func == "mean":
-        reduced = [reduce_plane(plane, factor, "mean", stretch.channel(k).apply) for k, plane in enumerate(planes)]
-        image = np.stack(reduced, -1)
-    else:  # the stretch is monotone: the median may come first, and the stretch has fewer samples to do
+    quantile = settings.resolved().delinearization_quantile
+    stretch, median = measure_stretch(planes, quantile)
+    linear = np.stack([reduce_plane(plane, factor) for plane in planes], -1)  # (h, w, c)
+    if settings.downscaling_func == "median":
+        # The stretch is monotone: after the median it has fewer samples to do
         image = stretch.apply(linear)
+    else:
+        reduced = []
+        for k, plane in enumerate(planes):
+            transform = stretch.channel(k).apply
+            reduced.append(reduce_plane(plane, factor, "mean", transform))
+        image = np.stack(reduced, -1)
     present = np.isfinite(image)
     image = np.where(present, image, 0).astype(np.float32)
-    weight = (present & _inside_thresholds(image, settings)).astype(np.float32)
-    user_mask = None if mask is None else np.stack([_block_means(plane, factor) for plane in mask], -1)
-    if user_mask is not None:
+    usable = present & _inside_thresholds(image, settings)
+    weight = usable.astype(np.float32)
+    user_mask = None
+    if mask is not None:
+        user_mask = np.stack([_block_means(plane, factor) for plane in mask], -1)
         weight *= user_mask
-    prepared = Prepared(image, weight, present, frame_coordinates(height, width, factor), stretch, median, linear,
+    centers = frame_coordinates(height, width, factor)
+    prepared = Prepared(image, weight, present, centers, stretch, median, linear,
                         (height, width), user_mask)
     if not prepared.used.any():
         raise BgError("every pixel is masked, so there is no sky to fit; "
@@ -2306,9 +2391,11 @@ def _block_means(weights: np.ndarray, factor: int) -> np.ndarray:
     Returns:
         (ceil(h / factor), ceil(w / factor)), and k if there is one; float32.
     """
+    def means(blocks, axis):
+        return _mean(blocks, axis, np.isfinite(blocks))  # what lies beyond an edge is NaN
+
     weights = np.clip(np.nan_to_num(weights), 0.0, 1.0)  # booleans become floats
-    mean = functools.partial(np.nanmean, dtype=np.float64)  # of what a block at an edge has
-    return _reduce_blocks(weights, factor, mean)
+    return _reduce_blocks(weights, factor, means)
 
 
 def _size(planes: np.ndarray) -> str:
@@ -2324,12 +2411,14 @@ def full_mask(prepared: Prepared, settings: Settings) -> np.ndarray:
     It has one channel if all channels have the same mask.
     """
     weight = np.moveaxis(prepared.weight, -1, 0)  # (c, rows, columns)
-    if (weight == weight[:1]).all():
-        weight = weight[:1]
+    first = weight[:1]
+    if (weight == first).all():
+        weight = first
     height, width = prepared.full_shape
-    row = np.arange(height) // settings.downscaling_factor
-    column = np.arange(width) // settings.downscaling_factor
-    mask = weight[:, row[:, None], column]  # (1 or c, h, w)
+    factor = settings.downscaling_factor
+    row = np.arange(height)[:, None] // factor  # (h, 1)
+    column = np.arange(width) // factor
+    mask = weight[:, row, column]  # (1 or c, h, w)
     return np.ascontiguousarray(mask, np.float32)
 
 
@@ -2358,9 +2447,8 @@ def mask_reasons(prepared: Prepared, settings: Settings) -> dict[str, np.ndarray
 
 def clipped_by_stretch(prepared: Prepared) -> np.ndarray:
     """Return True, (h, w, c), where the stretch ends at 1, so that the fit sees no brightness."""
-    white = prepared.stretch.pedestal + prepared.stretch.scale  # (c,)
     with np.errstate(invalid="ignore"):  # NaN where missing
-        return prepared.linear >= white
+        return prepared.linear >= prepared.stretch.white
 
 
 def shares(prepared: Prepared) -> dict[str, float]:
@@ -3391,9 +3479,9 @@ def _disagreement(surfaces: _Surfaces, candidates: list[_Candidate], best: _Cand
     return most
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Spline: f(q) = sum_i w_i phi_k(|q - c_i|) + v.q + b
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 _TINY_SQUARED_DISTANCE = 1e-10
 """Replaces smaller squared distances, for which the logarithm and the gradient of the square root
@@ -3422,12 +3510,12 @@ def spline_surface(query: np.ndarray, positions: np.ndarray, values: np.ndarray,
     points = query.reshape(-1, 2)  # (m, 2)
     # In parts: the kernels of all points at once would be the largest array of a run
     count = 1 + len(points) * len(positions) // STRIP_PIXELS
-    surface = []
+    parts = []
     for part in np.array_split(points, count):
         kernels = _kernel(part, positions, order)
-        surface.append(kernels @ weights + part @ slopes + level)
-    surface = np.concatenate(surface)  # (m, k)
-    return surface.reshape(*query.shape[:-1], -1)
+        parts.append(kernels @ weights + part @ slopes + level)
+    values_there = np.concatenate(parts)  # (m, k)
+    return values_there.reshape(*query.shape[:-1], -1)
 
 
 def _spline_coefficients(positions: np.ndarray, order: int, smoothing: float) -> np.ndarray:
@@ -3603,9 +3691,12 @@ def spline_layer(positions: np.ndarray, values: np.ndarray, order: int, smoothin
     return SplineSurface()
 
 
-# ---------------------------------------------------------------------------------------------------
-# Loss: four terms per pixel, each [m] from the weighted residual r or the surface b, [m, c], and the bending
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# Loss
+#
+# Each of m pixels has four terms, [m] each. They are made of r, the weighted residual (picture less
+# surface, [m, c]), or of b, the surface, [m, c]. The bending is one number for the whole surface.
+# --------------------------------------------------------------------------------------------------
 
 def loss_error(tf, r):
     """Return how far the surface is from the picture: the mean |r| of the channels."""
@@ -3634,25 +3725,53 @@ def loss_negative(tf, b):
 
 
 def log_loss(tf, terms, alpha):
-    """The loss of pixels with these four terms: mean log, which forgives what no smooth surface can meet."""
+    """Return the loss of pixels with these four terms, [m] each.
+
+    It is a mean of logarithms, which forgives pixels that no smooth surface can meet.
+    """
     error, color, overshoot, negative = terms
-    total = error + color + alpha * (overshoot + negative)
+    penalties = overshoot + negative
+    total = error + color + alpha * penalties
     return tf.reduce_mean(tf.math.log(LOSS_FLOOR + total))
 
 
 def loss_bending(tf, nodes, spacing, bowl):
-    """Bending energy of the linear surface on nodes [rows, columns, c], `spacing` apart along both axes: the squared
-    second derivatives, integrated over the frame, over 8 pi as for a thin plate; mean over the channels. `bowl`: what
-    their means over the frame, the part of a bowl, count beside the rest."""
+    """Return the bending energy of a surface: that of a thin plate over 8 pi.
+
+    It is the integral of the squared second derivatives over the frame; mean of the channels.
+
+    Args:
+        nodes: [rows, columns, c] the surface, linear.
+        spacing: distances of the nodes, down and along.
+        bowl: weight of the mean second derivatives, which are those of a bowl. The deviations from
+            them have the weight 1.
+    """
     down, along = spacing
-    down_down = (nodes[2:, 1:-1] - 2 * nodes[1:-1, 1:-1] + nodes[:-2, 1:-1]) / down**2
-    along_along = (nodes[1:-1, 2:] - 2 * nodes[1:-1, 1:-1] + nodes[1:-1, :-2]) / along**2
-    corners = nodes[2:, 2:] - nodes[2:, :-2] - nodes[:-2, 2:] + nodes[:-2, :-2]
-    total = 0.0
-    for derivative, count in ((down_down, 1), (along_along, 1), (corners / (4 * down * along), 2)):
-        mean = tf.reduce_mean(derivative, (0, 1))
-        rest = tf.reduce_mean((derivative - mean)**2, (0, 1))
-        total += count * tf.reduce_mean(rest + bowl * mean**2)
+    inner = slice(1, -1)
+    inside = inner, inner
+    down_down = (
+        nodes[2:, inner]
+        - 2 * nodes[inside]
+        + nodes[:-2, inner]) / down**2
+    along_along = (
+        nodes[inner, 2:]
+        - 2 * nodes[inside]
+        + nodes[inner, :-2]) / along**2
+    down_along = (
+        nodes[2:, 2:]
+        - nodes[2:, :-2]
+        - nodes[:-2, 2:]
+        + nodes[:-2, :-2]) / (4 * down * along)
+
+    def energy(derivative):  # [rows - 2, columns - 2, c]
+        mean = tf.reduce_mean(derivative, (0, 1))  # [c]
+        square = (derivative - mean)**2
+        rest = tf.reduce_mean(square, (0, 1))
+        return tf.reduce_mean(rest + bowl * mean**2)
+
+    total = energy(down_down)
+    total += energy(along_along)
+    total += 2 * energy(down_along)
     rows, columns = nodes.shape[:2]
     area = (rows - 1) * down * (columns - 1) * along
     return total * (area / (8 * math.pi))
@@ -3661,9 +3780,9 @@ def loss_bending(tf, nodes, spacing, bowl):
 LOSS_TERMS = ("error", "color", "overshoot", "negative", "bending")
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Fit
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 @dataclass
 class Fit:
@@ -3673,163 +3792,265 @@ class Fit:
     values: np.ndarray  # (n, c) final values there, stretched units
     order: int
     smoothing: float
-    history: np.ndarray  # (epochs, 6): loss, then the terms in the order of LOSS_TERMS, each a mean over pixels
+    history: np.ndarray  # (epochs, 6): loss, then the means of LOSS_TERMS
     stopped: str  # why the fit ended, in words
-    track: list[tuple[int, np.ndarray, np.ndarray]]  # (epoch, positions, values) now and then, the start first
-    rest: Callable[[np.ndarray], np.ndarray]  # (..., 2) -> (..., c) of the found sky, what the points cannot show
+    track: list[tuple[int, np.ndarray, np.ndarray]]  # (epoch, positions, values); the start first
+    rest: Callable[[np.ndarray], np.ndarray]  # see `rest_of_sky`
 
     def surface(self, query: np.ndarray) -> np.ndarray:
-        """Stretched surface (..., c) at query (..., 2), float64."""
-        return _fit_spline(query, self.positions, self.values, self.order) + self.rest(query)
+        """Return the surface (..., c) at query (..., 2), stretched, float64."""
+        spline = _fit_spline(query, self.positions, self.values, self.order)
+        return spline + self.rest(query)
 
 
-def _fit_spline(query: np.ndarray, positions: np.ndarray, values: np.ndarray, order: int) -> np.ndarray:
-    """(..., k): the spline of the fit's layer through values (n, k), at query (..., 2), in Float64."""
-    return spline_surface(query, positions.astype(float), values, order, INTERPOLATION_WEIGHT)
+def _fit_spline(query: np.ndarray, positions: np.ndarray, values: np.ndarray,
+                order: int) -> np.ndarray:
+    """Return the spline of the fit's layer through values (n, k), at query (..., 2): (..., k)."""
+    positions = positions.astype(float)
+    return spline_surface(query, positions, values, order, INTERPOLATION_WEIGHT)
 
 
 def start_positions(settings: Settings, shape: tuple[int, int]) -> np.ndarray:
-    """Where the control points start.
+    """Return where the control points start.
 
     Args:
         settings: `initializer`, `points`, `seed` and `auto` count.
         shape: (h, w) of the full-size frame.
 
     Returns:
-        (n, 2) float32 (row, column) in frame coordinates. "random": n uniform points; with auto each is the one of ten
-        that is farthest from the others, for no small glow may be without points. "grid": cell centers of the rows x
-        columns nearest to n in the frame's aspect ratio; n may then differ from what was asked for.
+        (n, 2) float32 (row, column) in frame coordinates. A grid may have a few more or fewer
+        points than were asked for.
     """
     sides = np.array(shape) / max(shape)
-    wanted = settings.points or DEFAULT_POINTS
-    if settings.initializer == "random":
-        rng, points = np.random.default_rng(settings.seed), np.full((1, 2), np.inf)
-        while len(points) <= wanted:
-            draws = rng.random((10 if settings.auto else 1, 2)) * sides
-            distances = np.hypot(*(draws[:, None] - points).T).min(0)
-            points = np.append(points, draws[[distances.argmax()]], 0)
-        return points[1:].astype(np.float32)
-    # At least two rows and columns: one leaves a slope open
-    shapes = [(rows, max(2, round(wanted / rows))) for rows in range(2, max(2, wanted // 2) + 1)]
-    rows, columns = min(shapes, key=lambda shape: abs(shape[0] * shape[1] - wanted) / wanted
-                        + abs(math.log(shape[1] / shape[0] * sides[0] / sides[1])))
-    row, column = (np.arange(rows) + 0.5) / rows, (np.arange(columns) + 0.5) / columns
-    return (_grid(row, column).reshape(-1, 2) * sides).astype(np.float32)
+    wanted = settings.resolved().points
+    if settings.initializer == "grid":
+        positions = _grid_positions(wanted, sides)
+    else:
+        positions = _random_positions(wanted, sides, settings)
+    return positions.astype(np.float32)
+
+
+def _random_positions(wanted, sides, settings):
+    """Return uniformly random points.
+
+    With auto each point is the one of ten that is farthest from those before, so that every small
+    glow has points.
+    """
+    rng = np.random.default_rng(settings.seed)
+    draws = 10 if settings.auto else 1
+    points = np.full((1, 2), np.inf)  # one that is far from all, to begin with
+    while len(points) <= wanted:
+        candidates = sides * rng.random((draws, 2))
+        differences = candidates[:, None] - points  # (draws, points, 2)
+        distances = np.linalg.norm(differences, axis=-1)
+        farthest = distances.min(1).argmax()
+        points = np.vstack((points, candidates[farthest]))
+    return points[1:]
+
+
+def _grid_positions(wanted, sides):
+    """Return the centers of the cells of a grid.
+
+    Its rows and columns come nearest to the wanted number and to the frame's aspect ratio.
+    """
+    def misfit(shape):
+        rows, columns = shape
+        number = abs(rows * columns - wanted) / wanted
+        height, width = sides
+        aspect = columns / rows * height / width
+        return number + abs(math.log(aspect))
+
+    # At least two rows and columns: with one the slope along the other axis would be open
+    shapes = []
+    most = max(2, wanted // 2)
+    for rows in range(2, most + 1):
+        columns = max(2, round(wanted / rows))
+        shapes.append((rows, columns))
+    rows, columns = min(shapes, key=misfit)
+    row = (np.arange(rows) + 0.5) / rows
+    column = (np.arange(columns) + 0.5) / columns
+    centers = _grid(row, column)  # (rows, columns, 2) in [0, 1]
+    return sides * centers.reshape(-1, 2)
 
 
 def start_values(prepared: Prepared, positions: np.ndarray, order: int) -> np.ndarray:
-    """First values at the control points (n, 2): (n, c) float32.
+    """Return the first values at the control points (n, 2): (n, c) float32, stretched.
 
-    The values that bring the surface closest to the sky that was found: the fit then starts from it, wherever its
-    control points stand. If no sky could be looked for, the reduced image there, blended by mask weight with the
-    channel's median.
+    They bring the surface as close as possible to the sky that was found. If no sky could be looked
+    for, they are the reduced image, blended by its weight with the median of the channel.
     """
     if prepared.sky is not None:
         centers = prepared.sky.centers.reshape(-1, 2)
-        matrix = _fit_spline(centers, positions, np.eye(len(positions)), order)
-        # A glow in a corner is steeper than what the points can show: it stays in what is `unshown`.
-        wanted = prepared.stretch.extend(prepared.sky.start(centers) - prepared.sky.glow(centers))
-        return np.linalg.lstsq(matrix, wanted, rcond=1e-9)[0].astype(np.float32)
+        unit = np.eye(len(positions))
+        matrix = _fit_spline(centers, positions, unit, order)
+        # A glow in a corner is steeper than the points can show. It stays in what is `unshown`.
+        linear = prepared.sky.start(centers) - prepared.sky.glow(centers)
+        sky = prepared.stretch.extend(linear)
+        values, *_ = np.linalg.lstsq(matrix, sky, rcond=1e-9)
+        return values.astype(np.float32)
     block = 2 * prepared.centers[0, 0]  # its two sides
-    row, column = np.minimum((positions / block).astype(int), np.array(prepared.used.shape) - 1).T
-    weight = prepared.weight[row, column]
-    typical = np.full(prepared.image.shape[-1], MIDTONES_TARGET)
-    for k in range(len(typical)):
+    last = np.array(prepared.used.shape) - 1
+    pixels = (positions / block).astype(int)
+    row, column = np.minimum(pixels, last).T
+    weight = prepared.weight[row, column]  # (n, c)
+    image = prepared.image[row, column]
+    channels = prepared.image.shape[-1]
+    typical = np.full(channels, MIDTONES_TARGET)
+    for k in range(channels):
         used = prepared.weight[..., k] > 0
+        channel = prepared.image[..., k]
         if used.any():
-            typical[k] = np.median(prepared.image[..., k][used])
-    return (weight * prepared.image[row, column] + (1 - weight) * typical).astype(np.float32)
+            typical[k] = np.median(channel[used])
+    values = weight * image + (1 - weight) * typical
+    return values.astype(np.float32)
 
 
 def sample_pixels(usable: np.ndarray, wanted: int, seed: int) -> np.ndarray:
-    """Flat indices of at most `wanted` pixels of usable, (h, w) bool.
+    """Return the flat indices of at most `wanted` pixels of usable, (h, w) bool.
 
-    The surface is smooth, so a sample pins it as well as all pixels do, and a 61 Mpix fit costs what a 6 Mpix
-    one does. The sample is stratified: the pixels in the order of a coarse grid of tiles, one drawn at random
-    out of each run of equal length.
+    The surface is smooth, so a sample determines it as well as all pixels do, and a fit of 61 Mpix
+    costs no more than one of 6 Mpix. The sample is stratified: the pixels are put in the order of
+    a coarse grid of tiles, and one is drawn at random from each run of equal length.
     """
     height, width = usable.shape
     row, column = np.nonzero(usable)
     if row.size > wanted:
-        tile = max(1, int(math.sqrt(row.size / wanted)))
-        along = np.lexsort((column, row, column // tile, row // tile))  # tile by tile
-        edges = np.linspace(0, row.size, wanted + 1).astype(int)  # whole numbers, so that no pixel is drawn twice
-        pick = np.sort(along[(edges[:-1] + np.random.default_rng(seed).random(wanted) * np.diff(edges)).astype(int)])
-        row, column = row[pick], column[pick]
+        side = math.sqrt(row.size / wanted)
+        tile = max(1, int(side))
+        keys = (column, row, column // tile, row // tile)
+        tile_by_tile = np.lexsort(keys)
+        edges = np.linspace(0, row.size, wanted + 1)
+        edges = edges.astype(int)  # so that no pixel is drawn twice
+        lengths = np.diff(edges)
+        rng = np.random.default_rng(seed)
+        drawn = edges[:-1] + rng.random(wanted) * lengths
+        drawn = drawn.astype(int)
+        pick = np.sort(tile_by_tile[drawn])
+        row = row[pick]
+        column = column[pick]
     return row * width + column
 
 
-def unshown(prepared: Prepared, order: int, start: tuple[np.ndarray, np.ndarray]) -> Callable:
-    """Of the sky that was found, what a spline through the first values cannot show: a function of places,
-    (..., 2) -> (..., c) stretched. It stays as it is while the spline is trained, so that few control points do not
-    make the sky less true."""
-    if prepared.sky is None:
-        return lambda places: 0.0
-    positions, values = start
+def rest_of_sky(prepared: Prepared, order: int, start: tuple[np.ndarray, np.ndarray]) -> Callable:
+    """Return what a spline through the first values cannot show of the sky that was found.
 
+    It stays as it is while the spline is trained, so few control points do not make the sky less
+    true.
+
+    Returns:
+        A function that takes frame coordinates (..., 2) to stretched values (..., c).
+    """
     def rest(places):
-        return prepared.stretch.extend(prepared.sky.start(places)) - _fit_spline(places, positions, values, order)
-    return rest
+        linear = prepared.sky.start(places)
+        found = prepared.stretch.extend(linear)
+        return found - _fit_spline(places, *start, order)
+
+    def nothing(places):
+        channels = prepared.image.shape[-1]
+        return np.zeros((*places.shape[:-1], channels))
+
+    return nothing if prepared.sky is None else rest
 
 
 class Sample(NamedTuple):
-    """What the fit sees of a picture: m places in random order, drawn once, so that losses compare over epochs."""
+    """What the fit sees of a picture: m places in random order.
+
+    It is drawn once, so that losses can be compared over epochs.
+    """
 
     places: np.ndarray  # (m, 2) frame coordinates
     image: np.ndarray  # (m, c) stretched
     weight: np.ndarray  # (m, c) in [0, 1]
-    seen: np.ndarray  # (m,) bool; where it is False no sky is seen, and the image is the sky that was found
+    seen: np.ndarray  # (m,) bool; where it is False, the image is the sky that was found
 
 
 def sky_sample(prepared: Prepared, settings: Settings) -> Sample:
-    """Draw the sample. With --auto it is of the cells that the sky was found on, all over the frame. Where they show no
-    sky there is nothing to learn, and the sky that was found stands there for the picture."""
+    """Draw the sample: of the pixels that are used, or with auto of the cells of the found sky."""
     count = 2 * SAMPLE_PIXELS * settings.batch
-    shuffle = np.random.default_rng(settings.seed).permutation
-    if not settings.auto or prepared.sky is None:
-        pick = shuffle(sample_pixels(prepared.used, count, settings.seed))
-        channels = prepared.image.shape[-1]
-        places = prepared.centers.reshape(-1, 2)[pick]
-        image = prepared.image.reshape(-1, channels)[pick]
-        weight = prepared.weight.reshape(-1, channels)[pick]
-        return Sample(places, image, weight, np.full(len(pick), True))
+
+    def draw(usable):
+        pick = sample_pixels(usable, count, settings.seed)
+        return np.random.default_rng(settings.seed).permutation(pick)
+
+    if settings.auto and prepared.sky is not None:
+        everywhere = np.full(prepared.sky.weight.shape, True)
+        return _sample_of_cells(prepared, settings, draw(everywhere))
+    pick = draw(prepared.used)
+    return Sample(
+        places=_picked(prepared.centers, pick),
+        image=_picked(prepared.image, pick),
+        weight=_picked(prepared.weight, pick),
+        seen=np.full(len(pick), True))
+
+
+def _picked(pixels, pick):
+    """Return the pixels of (h, w, k) with these flat indices, (m, k)."""
+    return pixels.reshape(-1, pixels.shape[-1])[pick]
+
+
+def _sample_of_cells(prepared, settings, pick):
+    """Return a sample of cells all over the frame.
+
+    Where the picture shows no sky there is nothing to learn: the found sky stands there for it.
+    """
     sky = prepared.sky
-    everywhere = np.full(sky.weight.shape, True)
-    pick = shuffle(sample_pixels(everywhere, count, settings.seed))
-    channels = sky.image.shape[-1]
-    light = sky.image.reshape(-1, channels)[pick]
-    noise = sky.noise.reshape(-1, channels)[pick]
-    image = prepared.stretch.apply(light)
-    # The loss puts the surface to the low side of the noise. Where noise differs over the frame that would bend it.
-    noise = prepared.stretch.extend(light + noise) - prepared.stretch.extend(light)
-    image = image + _low_side(settings.alpha, float(np.median(noise)), channels) * noise
-    # What the user's mask counts less counts less here, too.
-    trust = _block_means(prepared.weight, sky.size).reshape(-1, channels)[pick]
-    places = sky.centers.reshape(-1, 2)[pick]
-    seen = (sky.weight.ravel()[pick] > 0) & (trust > 0).all(-1)
-    image = np.where(seen[:, None], image, prepared.stretch.extend(sky.start(places)))
-    weight = np.where(seen[:, None], trust, UNSEEN_WEIGHT)
-    return Sample(places, image, weight, seen)
+    stretch = prepared.stretch
+    places = _picked(sky.centers, pick)
+    light = _picked(sky.image, pick)  # (m, c) linear
+    noisy = light + _picked(sky.noise, pick)
+    noise = stretch.extend(noisy) - stretch.extend(light)  # (m, c) stretched
+    # The loss puts the surface at the low side of the noise. Where the noise differs over the
+    # frame, that would bend the surface. So the image is moved to the low side beforehand.
+    typical = float(np.median(noise))
+    channels = noise.shape[1]
+    shift = _low_side(settings.alpha, typical, channels)
+    image = stretch.apply(light) + shift * noise
+    # What the user's mask counts less counts less here, too
+    trust = _picked(_block_means(prepared.weight, sky.size), pick)
+    shows_sky = _picked(sky.weight[..., None], pick) > 0  # (m, 1)
+    seen = shows_sky & (trust > 0).all(-1, keepdims=True)
+    found = stretch.extend(sky.start(places))
+    image = np.where(seen, image, found)
+    weight = np.where(seen, trust, UNSEEN_WEIGHT)
+    return Sample(places, image, weight, seen[:, 0])
 
 
 def _low_side(alpha: float, noise: float, channels: int) -> float:
-    """How far below the middle of the noise the loss has its minimum, in units of the noise (stretched)."""
-    draws = noise * np.random.default_rng(0).normal(size=(4096, channels))
+    """Return how far below the middle of Gaussian noise the loss has its minimum.
+
+    Args:
+        alpha: of the loss.
+        noise: its standard deviation, stretched units.
+        channels: of the picture.
+
+    Returns:
+        The distance in units of the noise.
+    """
+    tf = import_tensorflow()
+    rng = np.random.default_rng(0)
+    draws = noise * rng.normal(size=(4096, channels))
     shifts = np.linspace(0, 2.5, 51)
     losses = []
     for shift in shifts:
-        residual = draws + shift * noise
-        overshoot = np.abs(residual) - residual
-        total = np.abs(residual).mean(-1) + residual.var(-1) + alpha * overshoot.mean(-1)
-        losses.append(np.log(LOSS_FLOOR + total).mean())
-    return float(shifts[np.argmin(losses)])
+        residual = tf.constant(draws + shift * noise)
+        terms = (
+            loss_error(tf, residual),
+            loss_color(tf, residual),
+            loss_overshoot(tf, residual),
+            0.0)  # a sky above zero
+        loss = log_loss(tf, terms, alpha)
+        losses.append(float(loss))
+    best = np.argmin(losses)
+    return float(shifts[best])
 
 
 def fit_surface(prepared: Prepared, settings: Settings, start: tuple[np.ndarray, np.ndarray],
-                on_epoch: Callable[[int, float], None] = _quiet) -> Fit:
-    """Fit the spline to the sky: Adam on positions and values, the learning rate halved on a plateau, early stopping.
+                on_epoch: Callable[[int, float], None] | None = None) -> Fit:
+    """Fit the spline to the sky.
 
-    A loop of our own, not Keras' `fit`: an epoch here is one step of some 2 ms, and `fit` adds more than that to each.
+    Adam trains positions and values. The learning rate is halved on a plateau, and the fit stops
+    early. This is a loop of our own and not Keras' `fit`, which would add more to each epoch than
+    the 2 ms that an epoch takes.
 
     Args:
         prepared, settings: what `examine` gave.
@@ -3840,140 +4061,217 @@ def fit_surface(prepared: Prepared, settings: Settings, start: tuple[np.ndarray,
         BgError: the spline cannot be computed at all from this start.
     """
     tf = import_tensorflow()
-    rest = unshown(prepared, settings.order, start)
-    training = _training(tf, prepared, settings, start, rest)
-    history, track = [], [(0, *start)]
+    rest = rest_of_sky(prepared, settings.order, start)
+    training = _Training(prepared, settings, start, rest)
+    history = []
+    track = [(0, *start)]
     rate = settings.learning_rate
-    mark, waited, waited_rate = math.inf, 0, 0
-    still = training.nodes().numpy()
+    least = math.inf
+    improved = 0  # last epoch in which the loss fell
+    changed = 0  # last epoch in which the loss or the learning rate fell
+    before = training.on_nodes()
     stopped = f"all {settings.epochs} epochs done"
     for epoch in range(1, settings.epochs + 1):
         try:
-            now = training.step().numpy()
-        except tf.errors.InvalidArgumentError:  # "Input matrix is not invertible": control points have met
-            now = np.full(2 + len(LOSS_TERMS), np.nan)
-        if not np.isfinite(now).all():
+            losses = training.step().numpy()
+        except tf.errors.InvalidArgumentError:  # the matrix is not invertible: points have met
+            losses = np.array([np.nan])
+        if not np.isfinite(losses).all():
             stopped = (f"stopped at epoch {epoch}: the spline's equations became singular; "
                        "best surface so far taken (try a larger --smoothing)")
             break
-        now, judged = now[:-1], now[-1]
-        history.append(now)
-        on_epoch(epoch, float(now[0]))
+        history.append(losses[:-1])
+        if on_epoch is not None:
+            on_epoch(epoch, float(losses[0]))
         if epoch % TRACK_EVERY == 0:
-            track.append((epoch, *(weight.numpy() for weight in training.layer.trainable_weights)))
-        if judged < mark - STOP_DELTA:
-            mark, waited, waited_rate = judged, 0, 0
-        else:
-            waited, waited_rate = waited + 1, waited_rate + 1
-        if waited >= STOP_PATIENCE:
+            positions, values = training.layer.trainable_weights
+            track.append((epoch, positions.numpy(), values.numpy()))
+        judged = losses[-1]
+        if judged < least - STOP_DELTA:
+            least = judged
+            improved = changed = epoch
+        if epoch - improved >= STOP_PATIENCE:
             stopped = f"stopped at epoch {epoch}: no improvement in {STOP_PATIENCE} epochs"
             break
-        if waited_rate >= RATE_PATIENCE and rate > RATE_FLOOR:
-            rate, waited_rate = max(rate / 2, RATE_FLOOR), 0
+        if epoch - changed >= RATE_PATIENCE and rate > RATE_FLOOR:
+            rate = max(rate / 2, RATE_FLOOR)
+            changed = epoch
             training.adam.learning_rate = rate
         if epoch % STILL_EPOCHS == 0:
-            before, still = still, training.nodes().numpy()
-            if _stands_still(before, still, training.noise):
+            now = training.on_nodes()
+            if _stands_still(before, now, training.noise):
                 stopped = f"stopped at epoch {epoch}: the surface no longer moves"
                 break
+            before = now
     if not history:
         raise BgError("the spline's equations cannot be solved from these control points; "
                       "raise --smoothing, lower -N, or choose another --seed")
-    positions, values = (variable.numpy() for variable in training.best)
-    return Fit(positions, values, settings.order, settings.smoothing, np.array(history), stopped, track, rest)
+    positions, values = [variable.numpy() for variable in training.best]
+    return Fit(positions, values, settings.order, settings.smoothing, np.array(history), stopped,
+               track, rest)
 
 
 def _stands_still(before: np.ndarray, now: np.ndarray, noise: float) -> bool:
-    """Whether a surface on nodes, (n, c), has moved by next to nothing of its range, or of the noise of a pixel."""
-    span = max(float(np.ptp(now, axis=0).mean()), noise)
+    """Tell whether a surface on nodes, (n, c), has hardly moved.
+
+    That is little beside its range, or beside the noise of a pixel if the range is smaller.
+    """
+    ranges = np.ptp(now, axis=0)  # (c,)
+    span = max(float(ranges.mean()), noise)
     moved = now - before
-    moved = moved - moved.mean(0)  # a constant is the pedestal's affair
-    return float(np.sqrt((moved**2).mean())) < STILL_CHANGE * span
+    moved = moved - moved.mean(0)  # a constant has no effect on the result
+    distance = np.sqrt((moved**2).mean())
+    return float(distance) < STILL_CHANGE * span
 
 
-class _Training(NamedTuple):
-    """What a fit needs."""
+class _Training:
+    """A spline in training, with the best control points so far.
 
-    step: Callable  # does one step; gives loss and terms as in Fit.history, then the loss on pixels it is not fitted to
-    nodes: Callable  # gives the surface on its nodes, [n, c]
-    adam: object
-    layer: object
-    best: list  # of variables: the weights at the least loss so far
-    noise: float  # standard deviation of the sample about the start, stretched units
+    One half of the sample is fitted, and the other half judges: control points are the best if
+    their surface is the truest for pixels that it was not fitted to.
+    """
 
+    def __init__(self, prepared: Prepared, settings: Settings,
+                 start: tuple[np.ndarray, np.ndarray], rest: Callable):
+        tf = self.tf = import_tensorflow()
+        sample = sky_sample(prepared, settings)
+        self.image = tf.constant(sample.image, tf.float32)  # [m, c]
+        self.weight = tf.constant(sample.weight, tf.float32)  # [m, c]
+        # As bright as the stretch can tell, so a sky that is brighter is no overshoot: [m, c]
+        self.clipped = (sample.image >= 1) & sample.seen[:, None]
+        self.count, channels = sample.image.shape
+        half = self.count // 2
+        self.fitted = slice(0, half)
+        self.judging = slice(half, None)
+        if self.count < FEWEST_TO_SPLIT:
+            self.fitted = slice(None)
+            self.judging = slice(None)
 
-def _training(tf, prepared: Prepared, settings: Settings, start: tuple[np.ndarray, np.ndarray],
-              rest: Callable) -> _Training:
-    sample = sky_sample(prepared, settings)
-    image, weight = (tf.constant(array, tf.float32) for array in (sample.image, sample.weight))
-    layer = spline_layer(*start, settings.order, INTERPOLATION_WEIGHT)
-    best = [tf.Variable(variable) for variable in layer.trainable_weights]
-    best_loss = tf.Variable(np.float32(np.inf))
-    adam = tf.keras.optimizers.Adam(settings.learning_rate)
-    adam.build(layer.trainable_weights)
+        self.layer = spline_layer(*start, settings.order, INTERPOLATION_WEIGHT)
+        variables = self.layer.trainable_weights
+        self.best = [tf.Variable(variable) for variable in variables]
+        self.best_loss = tf.Variable(np.float32(np.inf))
+        self.adam = tf.keras.optimizers.Adam(settings.learning_rate)
+        self.adam.build(variables)
 
-    nodes, spacing = _bending_nodes(prepared.full_shape)
-    shape = nodes.shape[:2]
-    nodes = nodes.reshape(-1, 2)
-    glow = 0.0 if prepared.sky is None else prepared.sky.glow(nodes) / prepared.stretch.scale
-    glow = tf.constant(glow, tf.float32)  # [n, c] or a scalar
-    queried = np.concatenate([sample.places, nodes])
-    unchanging = tf.constant(rest(queried) + np.zeros((1, image.shape[-1])), tf.float32)  # [m + n or 1, c]
-    noise = _noise_about(sample, rest, start, settings.order)
-    queried, nodes = (tf.constant(array, tf.float32) for array in (queried, nodes))
-    # As in finding the sky, where the mean squared residual stands beside the bending: the loss is a logarithm of it.
-    stiffness = STIFFNESS_UNIT * settings.smoothing / (2 * noise**2)
-    bowl = float(settings.smoothing >= PLANE)
-    # A third of the way from black to the median: the unit of the cells, nearly.
-    unit = tf.constant(3 * prepared.stretch.midtones, tf.float32)
-    clipped = (sample.image >= 1) & sample.seen[:, None]  # as bright as the stretch can tell: a sky above it is no overshoot
-    count = len(sample.places)
-    # One half is fitted, the other judges: the fit is kept as far as it is truer for pixels that it has not seen.
-    fitted, first_judge = (count // 2, count // 2) if count >= FEWEST_TO_SPLIT else (count, 0)
+        nodes, self.spacing = _bending_nodes(prepared.full_shape)  # (rows, columns, 2)
+        rows, columns, _ = nodes.shape
+        self.shape = (rows, columns, channels)
+        nodes = nodes.reshape(-1, 2)
+        glow = np.zeros((len(nodes), channels))
+        if prepared.sky is not None:
+            glow = prepared.sky.glow(nodes) / prepared.stretch.scale
+        self.glow = tf.constant(glow, tf.float32)  # [n, c]: its bending costs nothing
+        places = np.concatenate([sample.places, nodes])  # (m + n, 2)
+        self.places = tf.constant(places, tf.float32)
+        self.rest = tf.constant(rest(places), tf.float32)  # [m + n, c]
 
-    @tf.function(autograph=False)  # nothing in it needs rewriting, which costs time and would reach into the drop-in
-    def step():
+        self.noise = _noise_about(sample, rest, start, settings.order)
+        # In finding the sky, bending stands beside the mean squared residual over 2 noise^2. Here
+        # it stands beside a logarithm of the residual.
+        variance = self.noise**2
+        self.stiffness = STIFFNESS_UNIT * settings.smoothing / (2 * variance)
+        self.bowl = float(settings.smoothing >= PLANE)
+        self.alpha = settings.alpha
+        midtones = np.float32(prepared.stretch.midtones)
+        self.stretch = replace(prepared.stretch, midtones=midtones)
+        # The unit of the cells, nearly: 3 times the median above black
+        unit = 3 * prepared.stretch.midtones
+        self.unit = tf.constant(unit, tf.float32)
+        # Nothing in the step needs rewriting, which costs time and would reach into the drop-in
+        self.step = tf.function(self._step, autograph=False)
+
+    def on_nodes(self) -> np.ndarray:
+        """Return the spline on the nodes, (n, c) stretched."""
+        nodes = self.places[self.count:]
+        return self.layer(nodes).numpy()
+
+    def _step(self):
+        """Do one step of training.
+
+        Returns:
+            [7]: the loss and its terms as in Fit.history, then the loss of the pixels that judge.
+        """
+        tf = self.tf
+        variables = self.layer.trainable_weights
         with tf.GradientTape() as tape:
-            both = layer(queried) + unchanging
-            surface, on_nodes = both[:count], both[count:]  # [m, c], [n, c]
-            seen = tf.where(clipped, tf.maximum(image, surface), image)
-            residual = weight * (seen - surface)
-            terms = [loss_error(tf, residual), loss_color(tf, residual),
-                     loss_overshoot(tf, residual), loss_negative(tf, surface)]  # [m] each
-            judged = [term[first_judge:] for term in terms]
-            terms = [term[:fitted] for term in terms]
-            linear = (prepared.stretch.invert_tensor(tf, on_nodes) - glow) / unit
-            linear = tf.reshape(linear, (*shape, image.shape[-1]))
-            bending = loss_bending(tf, linear, spacing, bowl)
-            stiff = stiffness * bending
-            loss = log_loss(tf, terms, settings.alpha) + stiff
-        unseen = log_loss(tf, judged, settings.alpha) + stiff
-        better = unseen < best_loss
-        for variable, now in zip(best + [best_loss], layer.trainable_weights + [unseen]):
-            variable.assign(tf.where(better, now, variable))
-        gradients = tape.gradient(loss, layer.trainable_weights)
-        adam.apply_gradients(zip(gradients, layer.trainable_weights))
-        means = [tf.reduce_mean(term) for term in terms]
-        return tf.stack([loss, *means, stiff, unseen])
+            surface = self.layer(self.places) + self.rest  # [m + n, c]
+            on_pixels = surface[:self.count]
+            on_nodes = surface[self.count:]
+            terms = self._pixel_terms(on_pixels)  # [m] each
+            judging = [term[self.judging] for term in terms]
+            fitted = [term[self.fitted] for term in terms]
+            bending = self._bending_term(on_nodes)
+            loss = log_loss(tf, fitted, self.alpha) + bending
+        judged = log_loss(tf, judging, self.alpha) + bending
+        self._keep_if_better(judged)
+        gradients = tape.gradient(loss, variables)
+        self.adam.apply_gradients(zip(gradients, variables))
+        means = [tf.reduce_mean(term) for term in fitted]
+        return tf.stack([loss, *means, bending, judged])
 
-    return _Training(step, lambda: layer(nodes), adam, layer, best, noise)
+    def _pixel_terms(self, surface):
+        """Return the four terms of the loss of the pixels, [m] each."""
+        tf = self.tf
+        picture = tf.where(self.clipped, tf.maximum(self.image, surface), self.image)
+        residual = self.weight * (picture - surface)
+        return [
+            loss_error(tf, residual),
+            loss_color(tf, residual),
+            loss_overshoot(tf, residual),
+            loss_negative(tf, surface),
+        ]
+
+    def _bending_term(self, surface):
+        """Return the part of the loss for the bending of the surface on the nodes, []."""
+        tf = self.tf
+        linear = self.stretch.invert_unscaled(tf, surface)
+        plate = (linear - self.glow) / self.unit
+        plate = tf.reshape(plate, self.shape)
+        return self.stiffness * loss_bending(tf, plate, self.spacing, self.bowl)
+
+    def _keep_if_better(self, judged):
+        """Keep the control points if they were judged to be the best so far."""
+        tf = self.tf
+        better = judged < self.best_loss
+        kept = [*self.best, self.best_loss]
+        new = [*self.layer.trainable_weights, judged]
+        for variable, value in zip(kept, new):
+            variable.assign(tf.where(better, value, variable))
 
 
 def _bending_nodes(full_shape: tuple[int, int]) -> tuple[np.ndarray, tuple[float, float]]:
-    """Nodes over the frame, (rows, columns, 2) in frame coordinates, and their distances along both axes."""
-    sides = np.array(full_shape) / max(full_shape)
-    counts = np.maximum(4, np.round(BENDING_NODES * sides)).astype(int)
-    down, along = (np.linspace(0, side, count) for side, count in zip(sides, counts))
-    return _grid(down, along), (down[1], along[1])
+    """Return nodes over the frame, (rows, columns, 2), and their distances down and along it.
+
+    All are in frame coordinates.
+    """
+    longer = max(full_shape)
+
+    def place(length):
+        side = length / longer
+        count = max(4, round(BENDING_NODES * side))
+        return np.linspace(0, side, count)
+
+    height, width = full_shape
+    down = place(height)
+    along = place(width)
+    spacing = down[1], along[1]
+    return _grid(down, along), spacing
 
 
-def _noise_about(sample: Sample, rest: Callable, start: tuple[np.ndarray, np.ndarray], order: int) -> float:
-    """Standard deviation of the sample about the surface that the fit starts from, robust, stretched units."""
+def _noise_about(sample: Sample, rest: Callable, start: tuple[np.ndarray, np.ndarray],
+                 order: int) -> float:
+    """Return the standard deviation of the sample about the surface that the fit starts from.
+
+    It is robust, in stretched units, and never below LOSS_FLOOR.
+    """
     surface = _fit_spline(sample.places, *start, order) + rest(sample.places)
-    sky = sample.seen & (sample.weight > 0).all(-1)
+    counted = (sample.weight > 0).all(-1)
+    sky = sample.seen & counted
     if not sky.any():
         return LOSS_FLOOR
-    deviation = 1.4826 * np.median(np.abs(sample.image - surface)[sky])
+    distances = np.abs(sample.image - surface)
+    deviation = GAUSSIAN_DEVIATION * np.median(distances[sky])
     return max(float(deviation), LOSS_FLOOR)
 
 
@@ -3984,70 +4282,95 @@ class Device(NamedTuple):
     name: str  # for people
 
 
-def compute_devices(say: Callable[[str], None] = _quiet) -> list[Device]:
-    """What there is to compute on, best first: a GPU if TensorFlow sees one that works, and always the CPU."""
-    tf, gpus = import_tensorflow(), []
-    try:
-        if tf.config.list_logical_devices("GPU"):  # starts it: fails where another program holds it
-            details = tf.config.experimental.get_device_details(tf.config.list_physical_devices("GPU")[0])
-            gpus = [Device("/GPU:0", details.get("device_name", "the GPU"))]
-    except (tf.errors.OpError, RuntimeError) as error:
-        say(f"the GPU cannot be started ({type(error).__name__}); going on with the CPU")
-        tf.config.set_visible_devices([], "GPU")
-    return gpus + [Device("/CPU:0", "the CPU")]
-
-
-def on_first_that_works(devices: list[Device], work: Callable, say: Callable[[str], None] = _quiet):
-    """What work() gives on the first device that does not fail in it; `say` is told of each that does."""
+def compute_devices() -> list[Device]:
+    """Return what there is to compute on, the best first: a GPU if one works, then the CPU."""
     tf = import_tensorflow()
-    for device, following in zip(devices, devices[1:] + [None]):
+    cpu = Device("/CPU:0", "the CPU")
+    try:
+        # This starts the GPU, and fails where another program holds it
+        if not tf.config.list_logical_devices("GPU"):
+            return [cpu]
+        first = tf.config.list_physical_devices("GPU")[0]
+        details = tf.config.experimental.get_device_details(first)
+    except (tf.errors.OpError, RuntimeError) as error:
+        reason = type(error).__name__
+        logger.info(f"the GPU cannot be started ({reason}); going on with the CPU")
+        tf.config.set_visible_devices([], "GPU")
+        return [cpu]
+    name = details.get("device_name", "the GPU")
+    return [Device("/GPU:0", name), cpu]
+
+
+def on_first_that_works(devices: list[Device], work: Callable):
+    """Return what work() gives on the first of one or two devices on which it does not fail.
+
+    Raises:
+        BgError: the last device has too little memory. Its other errors are raised as they are.
+    """
+    tf = import_tensorflow()
+    last = devices[-1]
+    for device in devices:
         try:
             with tf.device(device.place):
                 return work()
+        except tf.errors.ResourceExhaustedError:
+            if device is last:
+                raise BgError(f"{device.name} has too little memory; "
+                              "try a larger -dx, or a smaller -B") from None
+            logger.info(f"{device.name} has too little memory; going on with {last.name} "
+                        "(a larger -dx or a smaller -B may fit)")
         except tf.errors.OpError as error:
-            short = isinstance(error, tf.errors.ResourceExhaustedError)
-            reason = f"{device.name} " + ("has too little memory" if short else f"failed ({type(error).__name__})")
-            if following is None:
-                raise BgError(f"{reason}; try a larger -dx, or a smaller -B") if short else error
-            say(f"{reason}; going on with {following.name}" + short * " (a larger -dx or a smaller -B may fit)")
+            if device is last:
+                raise
+            logger.info(f"{device.name} failed ({type(error).__name__}); going on with {last.name}")
 
 
-def fit_sky(prepared: Prepared, settings: Settings, say: Callable[[str], None] = _quiet,
-            on_epoch: Callable[[int, float], None] = _quiet) -> Fit:
-    """Fit the surface to what `examine` gave. `on_epoch` is called with each epoch's number and loss."""
+def fit_sky(prepared: Prepared, settings: Settings,
+            on_epoch: Callable[[int, float], None] | None = None) -> Fit:
+    """Fit the surface to what `examine` gave, on the best device that works.
+
+    `on_epoch` is called with the number of each epoch, from 1, and its loss.
+    """
     positions = start_positions(settings, prepared.full_shape)
     values = start_values(prepared, positions, settings.order)
-    devices = compute_devices(say)
-    say(f"fitting {len(positions)} control points, smoothing {settings.smoothing:.3g}, on {devices[0].name}")
-    return on_first_that_works(devices, lambda: fit_surface(prepared, settings, (positions, values), on_epoch), say)
+    start = positions, values
+    devices = compute_devices()
+    logger.info(f"fitting {len(positions)} control points, smoothing {settings.smoothing:.3g}, "
+                f"on {devices[0].name}")
+
+    def work():
+        return fit_surface(prepared, settings, start, on_epoch)
+
+    return on_first_that_works(devices, work)
 
 
 # --------------------------------------------------------------------------------------------------
-# Apply: the surface at full size, and the picture without it
+# Apply: the model at full size, and the picture without it
 # --------------------------------------------------------------------------------------------------
 
-class SkySurface:
+class SkyModel:
     """The sky at full size, (c, h, w) in linear units, made in strips of rows.
 
-    It is never in memory as a whole, unless somebody asks for that. The spline is evaluated at
-    nodes a few pixels apart, brought back to linear there, and interpolated between them by the
-    cubic through four nodes along each axis. That is exact for planes, and the spline bends over
-    hundreds of pixels, so nothing is lost between the nodes (tests hold it to 2e-5). But a pixel
-    costs only a few multiplications, however many control points there are.
+    It is never in memory as a whole, unless somebody asks for that. The sky is evaluated at nodes a
+    few pixels apart, and interpolated between them by the cubic through four nodes along each axis.
+    That is exact for planes. The sky bends over hundreds of pixels, so nothing is lost between the
+    nodes (tests hold it to 2e-5). A pixel costs only a few multiplications, however many control
+    points there are.
     """
 
-    def __init__(self, surface: Callable[[np.ndarray], np.ndarray], shape: tuple[int, int],
-                 dtype=np.float32):
+    def __init__(self, sky: Callable[[np.ndarray], np.ndarray], shape: tuple[int, int],
+                 dtype=np.float32, nodes: int = SURFACE_NODES):
         """Evaluate the nodes.
 
         Args:
-            surface: takes frame coordinates (..., 2) to the linear sky there, (..., c).
-            shape: (h, w) of the full-size picture.
-            dtype: of the sky.
+            sky: takes frame coordinates (..., 2) to the linear sky there, (..., c).
+            shape: (h, w) of the picture.
+            dtype: of the model.
+            nodes: about so many along the longer side.
         """
         height, width = shape
         longer = max(shape)
-        self.step = max(1, longer // SURFACE_NODES)  # pixels of a cell, from node to node
+        self.step = max(1, longer // nodes)  # pixels of a cell, from node to node
 
         def place_nodes(length):
             # Each cell needs the two nodes at its ends, and one more on either side
@@ -4055,14 +4378,16 @@ class SkySurface:
             pixel = self.step * np.arange(-1, cells + 2)
             return (pixel + 0.5) / longer
 
-        places = _grid(place_nodes(height), place_nodes(width))
-        nodes = surface(places)  # (rows, columns, c)
-        nodes = np.moveaxis(nodes, -1, 0)  # (c, rows, columns)
-        self.nodes = nodes.astype(dtype)
+        down = place_nodes(height)
+        along = place_nodes(width)
+        places = _grid(down, along)
+        values = sky(places)  # (rows, columns, c)
+        values = np.moveaxis(values, -1, 0)  # (c, rows, columns)
+        self.nodes = values.astype(dtype)
         self.shape = (len(self.nodes), height, width)
         self.dtype = self.nodes.dtype
 
-        # How far, in cells, the pixels of a cell are from each of its four nodes, (step, 1)
+        # How far, in cells, the pixels of a cell are from each of its four nodes: (step, 1)
         second = np.arange(self.step)[:, None] / self.step
         first = second + 1
         third = second - 1
@@ -4084,17 +4409,19 @@ class SkySurface:
         height = rows.stop - rows.start
         cells = math.ceil(height / self.step)
         first = rows.start // self.step
-        last = first + cells + 2
-        nodes = self.nodes[channel, first:last + 1]  # (cells + 3, columns)
+        stop = first + cells + 3
+        nodes = self.nodes[channel, first:stop]  # (cells + 3, columns)
         around = sliding_window_view(nodes, 4, 0)  # (cells, columns, 4)
         tall = np.einsum("st,kct->ksc", self.taps, around)  # (cells, step, columns)
         columns = tall.shape[2]
-        tall = tall.reshape(-1, columns)[:height]  # (rows, columns)
+        tall = tall.reshape(-1, columns)
+        tall = tall[:height]  # (rows, columns)
         around = sliding_window_view(tall, 4, 1)  # (rows, cells, 4)
         strip = around @ self.taps.T  # (rows, cells, step)
-        strip = strip.reshape(height, -1)  # (rows, w or more)
+        strip = strip.reshape(height, -1)
         width = self.shape[2]
-        return np.clip(strip[:, :width], 0, 1)
+        strip = strip[:, :width]
+        return np.clip(strip, 0, 1)
 
     def strips(self) -> list[slice]:
         """Return the rows of all strips."""
@@ -4120,40 +4447,44 @@ class SkySurface:
 
 
 def linear_sky(prepared: Prepared, fit: Fit) -> Callable[[np.ndarray], np.ndarray]:
-    """Return the fitted sky in the picture's own units, as a function.
+    """Return the fitted sky in linear units, as a function.
 
-    Where there was no sky to fit, it is held back (see HELD_BACK).
+    Its range is limited, which matters where there was no sky to fit; see MAX_EXTRAPOLATION.
 
     Returns:
         A function that takes frame coordinates (..., 2) to the sky there, (..., c) in [0, 1].
     """
     sample = sample_pixels(prepared.used, SAMPLE_PIXELS, seed=0)
-    centers = prepared.centers.reshape(-1, 2)[sample]
-    if prepared.sky is not None:  # under objects that add light, the picture holds the sky from above
-        held = (prepared.sky.weight > 0) | prepared.sky.below
-        centers = np.concatenate([centers, prepared.sky.centers[held]])
-    seen = prepared.stretch.invert(fit.surface(centers))  # (samples, c) linear
+    places = _picked(prepared.centers, sample)
+    found = prepared.sky
+    if found is not None:  # under objects that add light, the picture limits the sky from above
+        limited = (found.weight > 0) | found.below
+        more = found.centers[limited]
+        places = np.concatenate([places, more])
+    stretched = fit.surface(places)  # (samples, c)
+    seen = prepared.stretch.invert(stretched)
     low = seen.min(0)
     high = seen.max(0)
-    beyond = HELD_BACK * (high - low)
+    beyond = MAX_EXTRAPOLATION * (high - low)
     lowest = np.maximum(low - beyond, 0)
     highest = np.minimum(high + beyond, 1)
 
     def sky(places):
-        linear = prepared.stretch.invert(fit.surface(places))
+        stretched = fit.surface(places)
+        linear = prepared.stretch.invert(stretched)
         return np.clip(linear, lowest, highest)
 
     return sky
 
 
-def full_size_sky(prepared: Prepared, fit: Fit, dtype=np.float32) -> SkySurface:
+def full_size_sky(prepared: Prepared, fit: Fit, dtype=np.float32) -> SkyModel:
     """Return the fitted sky at full size."""
-    surface = linear_sky(prepared, fit)
-    return SkySurface(surface, prepared.full_shape, dtype)
+    sky = linear_sky(prepared, fit)
+    return SkyModel(sky, prepared.full_shape, dtype)
 
 
-def subtract(planes: np.ndarray, sky: SkySurface,
-             median: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def subtract(planes: np.ndarray, sky: SkyModel,
+             median: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Take the sky out of a picture, in place: image - model + offset, clipped to [0, 1].
 
     The offset of a channel is what the median of its present samples would lose. So the background
@@ -4166,7 +4497,7 @@ def subtract(planes: np.ndarray, sky: SkySurface,
         median: (c,) of the present samples of planes.
 
     Returns:
-        The offsets, and the counts of samples clipped at 0 and at 1; (c,) each.
+        The offsets, (c,), and how many samples were clipped at 0 and at 1, (2,).
     """
     strips = sky.strips()
 
@@ -4174,44 +4505,43 @@ def subtract(planes: np.ndarray, sky: SkySurface,
         plane = planes[k]
         present = _present(plane)
         for rows in strips:
-            samples = plane[rows]  # changed in place
+            samples = plane[rows]
             model = sky.strip(k, rows)
             np.subtract(samples, model, out=samples, where=present[rows])
         median_left = _quantiles(plane, present, (0.5,))[0]
         offset = median[k] - median_left
         shift = plane.dtype.type(offset)
-        below = above = 0
+        clipped = np.zeros(2, int)
         for rows in strips:
             samples = plane[rows]
-            here = present[rows]
-            values = samples + shift
-            below += np.count_nonzero(here & (values < 0))
-            above += np.count_nonzero(here & (values > 1))
-            np.clip(values, 0, 1, out=samples, where=here)
-        return offset, below, above
+            clipped += _store_clipped(samples, samples + shift, present[rows])
+        return offset, clipped
 
-    results = _each(work, range(len(planes)))
-    offsets, below, above = map(np.array, zip(*results))
-    return offsets, below, above
+    offsets, clipped = zip(*_each(work, range(len(planes))))
+    return np.array(offsets), np.sum(clipped, 0)
 
 
-def divide(planes, sky, black=0.0):
+def divide(planes: np.ndarray, sky: SkyModel,
+           black: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
     """Divide a picture by its model, in place: picture / model * the model's median.
 
     That is right where something dims the light, such as vignetting. The rest is as in `subtract`.
 
     Args:
         planes: (c, h, w) linear samples; changed.
-        sky: the model, a SkySurface.
+        sky: the model.
         black: the sample that no light at all would give. It is not 0 in a picture with a unit of
             its own that has negative values.
 
-    Returns the model's medians, above black, and the counts of samples clipped at 0 and at 1; (c,)
-    each.
-    Raises BgError where the model is not above black.
+    Returns:
+        The model's medians above black, (c,), and how many samples were clipped at 0 and at 1,
+        (2,).
+
+    Raises:
+        BgError: the model is not above black everywhere.
     """
-    inside = slice(1, -2)  # nodes in the frame
-    levels = np.median(sky.nodes[:, inside, inside], (1, 2)) - black
+    in_frame = sky.nodes[:, 1:-2, 1:-2]
+    levels = np.median(in_frame, (1, 2)) - black
     for channel, nodes in enumerate(sky.nodes):
         if nodes.min() <= black:
             name = _channel_name(channel, len(planes))
@@ -4220,251 +4550,396 @@ def divide(planes, sky, black=0.0):
 
     def work(channel):
         plane = planes[channel]
-        below = above = 0
+        clipped = np.zeros(2, int)
         for rows in sky.strips():
-            present = _present(plane[rows])
-            gain = levels[channel] / (sky.strip(channel, rows) - black)
-            values = (plane[rows] - black) * gain + black
-            below += np.count_nonzero((values < 0) & present)
-            above += np.count_nonzero((values > 1) & present)
-            np.copyto(plane[rows], np.clip(values, 0, 1), where=present, casting="same_kind")
-        return levels[channel], below, above
+            samples = plane[rows]
+            model = sky.strip(channel, rows)
+            gain = levels[channel] / (model - black)
+            values = (samples - black) * gain + black
+            clipped += _store_clipped(samples, values, _present(samples))
+        return clipped
 
-    return tuple(map(np.array, zip(*_each(work, range(len(planes))))))
-
-
-def reduced_sky(prepared: Prepared, fit: Fit,
-                correction: str = "subtract") -> tuple[np.ndarray, np.ndarray]:
-    """Return the sky, and the picture without it, on the reduced frame: linear, (h, w, c) each.
-
-    The medians of the picture's channels stay what they were.
-    """
-    surface = linear_sky(prepared, fit)
-    sky = surface(prepared.centers).astype(np.float32)
-    if correction == "divide":
-        return sky, prepared.linear / sky * np.median(sky, (0, 1))
-    after = prepared.linear - sky
-    return sky, _keep_median(prepared.linear, after)
+    clipped = list(_each(work, range(len(planes))))
+    return levels, np.sum(clipped, 0)
 
 
-def _keep_median(before: np.ndarray, after: np.ndarray) -> np.ndarray:
-    """Return `after`, with each channel shifted to the median of `before`.
-
-    All are (h, w, c), NaN where missing.
-    """
-    def medians(image):
-        found = []
-        for plane in np.moveaxis(image, -1, 0):
-            present = plane[np.isfinite(plane)]
-            found.append(np.median(present[::4]))  # every fourth sample: enough for the eye
-        return np.array(found, after.dtype)
-
-    shift = medians(before) - medians(after)  # (c,)
-    return after + shift
-
-
-# ---------------------------------------------------------------------------------------------------
-# The whole job on arrays
-# ---------------------------------------------------------------------------------------------------
-
-def examine(planes: np.ndarray, settings: Settings, mask: np.ndarray | None = None,
-            say: Callable[[str], None] = _quiet) -> tuple[Prepared, Settings]:
-    """Everything before the fit: stretch, reduce, mask, and choose what was left to choose. Needs no TensorFlow.
-
-    Args and errors: as for `prepare`; `say` is called with one line on each choice.
+def _store_clipped(samples: np.ndarray, values: np.ndarray, present: np.ndarray) -> np.ndarray:
+    """Put values, clipped to [0, 1], in the place of the present samples.
 
     Returns:
-        What the fit sees, and the settings with the values really used in place of every None.
+        How many of them were clipped at 0 and at 1, (2,).
     """
+    beyond = np.stack((values < 0, values > 1))  # (2, rows, w)
+    beyond &= present
+    np.clip(values, 0, 1, out=samples, where=present)
+    return np.count_nonzero(beyond, (1, 2))
+
+
+def corrected(prepared: Prepared, linear: np.ndarray, sky: np.ndarray,
+              correction: str) -> np.ndarray:
+    """Return some samples of a picture without their sky.
+
+    Args:
+        prepared: `black` and `median` count.
+        linear: (..., c) samples, NaN where missing.
+        sky: (..., c) the model there.
+        correction: "subtract", which keeps the medians of the picture, or "divide".
+    """
+    pixels = tuple(range(sky.ndim - 1))  # the axes
+    if correction == "subtract":
+        left = linear - sky
+        shift = prepared.median - np.nanmedian(left, pixels)
+        return left + shift.astype(left.dtype)
+    black = prepared.black
+    above_black = sky - black
+    level = np.median(above_black, pixels)
+    gain = level / above_black
+    return (linear - black) * gain + black
+
+
+def reduced_sky(prepared: Prepared, fit: Fit, correction: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return the sky, and the picture without it, on the reduced frame: linear, (h, w, c) each."""
+    sky = linear_sky(prepared, fit)(prepared.centers)
+    sky = sky.astype(np.float32)
+    return sky, corrected(prepared, prepared.linear, sky, correction)
+
+
+# --------------------------------------------------------------------------------------------------
+# The whole job on arrays
+# --------------------------------------------------------------------------------------------------
+
+SMOOTHING_OF_UNKNOWN_SKY = 1.0
+"""Where no sky can be looked for: in the middle of what is chosen elsewhere."""
+
+
+def examine(planes: np.ndarray, settings: Settings, mask: np.ndarray | None = None,
+            black: float = 0.0) -> tuple[Prepared, Settings]:
+    """Do everything before the fit: stretch, reduce, mask, find the sky, and warn of what is odd.
+
+    It needs no TensorFlow.
+
+    Args:
+        planes, settings, mask: as for `prepare`.
+        black: the sample that no light at all would give; it counts where the sky is divided out.
+
+    Returns:
+        What the fit sees, and the settings with the values that are used in place of every None.
+
+    Raises:
+        BgError: as `prepare`.
+    """
+    settings = settings.resolved()
     prepared = prepare(planes, settings, mask)
     sky = find_sky(prepared, settings)
+    prepared = replace(prepared, sky=sky, black=black)
     if sky is None:
-        say("too small or too much left out to tell objects from sky; fitted as it is (a smaller -dx may help)")
-        smoothing = 1.0 if settings.smoothing is None else settings.smoothing
+        logger.info("too small or too much left out to tell objects from sky; fitted as it is "
+                    "(a smaller -dx may help)")
+        if settings.smoothing is None:
+            settings = replace(settings, smoothing=SMOOTHING_OF_UNKNOWN_SKY)
     else:
-        smoothing = sky.smoothing
-        say(f"sky: {100 * sky.share:.0f} % of the picture; smoothing {smoothing:.3g} ({sky.why})")
+        settings = replace(settings, smoothing=sky.smoothing)
+        logger.info(f"sky: {100 * sky.share:.0f} % of the picture; "
+                    f"smoothing {sky.smoothing:.3g} ({sky.why})")
         if sky.unsure:
-            logger.warning(f"the sky of this picture cannot be told from objects: {sky.unsure}. Take the result as a "
-                           "guess, mask objects with -m, or keep the surface stiff with --smoothing 1e4")
-    prepared = replace(prepared, sky=sky)
+            logger.warning(f"the sky of this picture cannot be told from objects: {sky.unsure}. "
+                           "Take the result as a guess, mask objects with -m, or keep the surface "
+                           "stiff with --smoothing 1e4")
     for sentence in doubts(planes, prepared):
         logger.warning(sentence)
     if settings.auto and sky is not None:
-        prepared = replace(prepared, weight=prepared.weight * sky.seen(prepared.centers)[..., None])
-    return prepared, replace(
-        settings, delinearization_quantile=stretch_quantile(settings), smoothing=smoothing,
-        points=settings.points or (AUTO_POINTS if settings.auto else DEFAULT_POINTS))
+        shows_sky = sky.seen(prepared.centers)  # (h, w)
+        prepared = replace(prepared, weight=prepared.weight * shows_sky[..., None])
+    _log_numbers(prepared, settings)
+    return prepared, settings
 
 
 @dataclass(frozen=True)
 class Result:
-    """What `optimize` gives back."""
+    """A picture whose sky was taken out, and how that came about; (h, w) pixels, c channels."""
 
-    model: np.ndarray  # (h, w, c) linear sky
-    subtracted: np.ndarray  # (h, w, c) the picture without it
-    offsets: np.ndarray  # (c,) what was added so that the medians stay
-    history: dict[str, np.ndarray]  # "loss" and its terms, each (epochs,)
+    planes: np.ndarray  # (c, h, w) the picture without the sky, linear in [0, 1]
+    sky: SkyModel  # the model, as the planes
+    unit: Unit  # the picture's own
+    offsets: np.ndarray  # (c,) in the own unit: picture - model + offset is what is left, or
+    # picture / model * offset if the sky was divided out
+    clipped: float  # share of the samples that were clipped at 0 or 1
+    gradient_before: float  # see `gradient`
+    gradient_after: float
     settings: Settings  # as used
     prepared: Prepared
     fit: Fit
 
+    @functools.cached_property
+    def model(self) -> np.ndarray:
+        """The sky, (h, w, c) in the picture's own unit."""
+        return self._to_image(self.sky)
 
-def optimize(image: np.ndarray, settings: Settings = Settings(), mask: np.ndarray | None = None,
-             say: Callable[[str], None] = _quiet, on_epoch: Callable[[int, float], None] = _quiet) -> Result:
-    """Model the sky of a linear picture and take it out.
+    @functools.cached_property
+    def subtracted(self) -> np.ndarray:
+        """The picture without the sky, (h, w, c) in its own unit."""
+        return self._to_image(self.planes)
+
+    @property
+    def history(self) -> dict[str, np.ndarray]:
+        """The loss and its terms, (epochs,) each."""
+        names = ("loss", *LOSS_TERMS)
+        return dict(zip(names, self.fit.history.T))
+
+    def _to_image(self, planes):
+        in_own_unit = [_in_own_unit(plane, self.unit) for plane in planes]
+        return np.stack(in_own_unit, -1)
+
+
+def remove_sky(planes: np.ndarray, settings: Settings, mask: np.ndarray | None = None,
+               unit: Unit = Unit(), watched: ContextManager = nullcontext()) -> Result:
+    """Find the sky of a picture, fit the surface, and take it out: the whole job on one picture.
 
     Args:
-        image: (h, w), (h, w, 1) or (h, w, 3), linear; 0 and what is not finite count as missing. Integers
-            count over their full range, floats in any unit: the results are in the same. Not changed.
+        planes: (c, h, w) linear samples in [0, 1], c 1 or 3; changed in place.
         settings: see `Settings`.
-        mask: (h, w), (h, w, 1) or (h, w, c) weights in [0, 1], 1 = use, 0 = ignore; or integers.
-        say: called with a line of text now and then; `print` will do.
-        on_epoch: called with each epoch's number, from 1, and its loss.
-
-    Returns:
-        Model and picture in Float32, or in Float64 if the image is.
+        mask: (1 or c, h, w) weights, 1 = use, 0 = ignore, or None.
+        unit: the picture's own unit, for the offsets.
+        watched: a context for the fit. It may give a function that is called after each epoch with
+            its number, from 1, and its loss.
 
     Raises:
-        BgError: the image's shape is another, nothing is left to fit, or a channel is empty.
+        BgError: as `prepare`, `fit_surface`, and `divide`.
+    """
+    black = -unit.offset / unit.scale
+    prepared, settings = examine(planes, settings, mask, black)
+    with watched as on_epoch:
+        fit = fit_sky(prepared, settings, on_epoch)
+    logger.info(f"{fit.stopped}; best loss {fit.history[:, 0].min():.4f}")
+    sky = full_size_sky(prepared, fit, planes.dtype)
+    if settings.correction == "divide":
+        levels, clipped = divide(planes, sky, black)
+        offsets = levels * unit.scale
+        words = "divided by the sky, times its median"
+    else:
+        shifts, clipped = subtract(planes, sky, prepared.median)
+        offsets = shifts * unit.scale + unit.offset  # the model is in that unit too
+        words = "offsets"
+    share = clipped.sum() / planes.size
+    before = gradient(prepared)
+    after = gradient(prepared, fit, settings.correction)
+    result = Result(
+        planes, sky, unit, offsets, share, before, after, settings, prepared, fit)
+
+    logger.info(gradients(result))
+    letters = _channel_letters(prepared)
+    each = map("{} {:.6f}".format, letters, offsets)
+    logger.info(f"{words}: {', '.join(each)}")
+    below, above = clipped
+    logger.info(f"clipped: {below} samples at 0, {above} at 1, of {planes.size}")
+    if share > MOST_CLIPPED:
+        logger.warning(f"{share:.1%} of the samples were clipped: the sky leaves no room "
+                       "below or above it; add a pedestal to the picture, or use a stiffer "
+                       "surface (--smoothing)")
+    return result
+
+
+def optimize(image: np.ndarray, settings: Settings = Settings(), mask: np.ndarray | None = None,
+             on_epoch: Callable[[int, float], None] | None = None) -> Result:
+    """Model the sky of a linear picture and take it out.
+
+    What it finds out is logged as "bgoptimizer", at the level INFO; doubts are at WARNING.
+
+    Args:
+        image: (h, w), (h, w, 1) or (h, w, 3), linear; 0 and what is not finite count as missing.
+            Integers count over their full range, floats in any unit: the results are in the same.
+            Not changed.
+        settings: see `Settings`.
+        mask: (h, w), (h, w, 1) or (h, w, c) weights in [0, 1], 1 = use, 0 = ignore; or integers.
+        on_epoch: called after each epoch with its number, from 1, and its loss.
+
+    Returns:
+        `model` and `subtracted` are in Float32, or in Float64 if the image is.
+
+    Raises:
+        BgError: the image has another shape, nothing is left to fit, or a channel is empty.
     """
     planes = _to_planes(image, "the image")
     if len(planes) not in (1, 3):
-        raise BgError(f"the image has shape {np.shape(image)}; give (h, w), (h, w, 1) or (h, w, 3)")
+        raise BgError(f"the image has shape {np.shape(image)}; "
+                      "give (h, w), (h, w, 1) or (h, w, 3)")
     unit = array_unit(planes)
-    prepared, settings = examine(planes, settings, None if mask is None else mask_weights(_to_planes(mask, "the mask")),
-                                 say)
-    fit = fit_sky(prepared, settings, say, on_epoch)
-    sky = full_size_sky(prepared, fit, planes.dtype)
-    if settings.correction == "divide":
-        offsets, _, _ = divide(planes, sky, -unit.offset / unit.scale)
-        offsets = offsets * unit.scale
-    else:
-        offsets, _, _ = subtract(planes, sky, prepared.median)
-        offsets = offsets * unit.scale + unit.offset
-    model, corrected = (np.stack([_in_own_unit(plane, unit) for plane in part], -1) for part in (sky, planes))
-    return Result(model, corrected, offsets,
-                  dict(zip(("loss",) + LOSS_TERMS, fit.history.T)), settings, prepared, fit)
+    weights = None if mask is None else mask_weights(_to_planes(mask, "the mask"))
+    return remove_sky(planes, settings, weights, unit, nullcontext(on_epoch))
 
 
 def _to_planes(image: np.ndarray, name: str) -> np.ndarray:
-    """(h, w) or (h, w, c) -> a copy (c, h, w), Float64 if the image is, else Float32."""
+    """Copy (h, w) or (h, w, c) to (c, h, w), to Float64 if the image is, else to Float32."""
     image = np.asarray(image)
-    if image.ndim not in (2, 3) or not image.size or image.dtype.kind not in "fiub":
-        raise BgError(f"{name} is {image.dtype} of shape {image.shape}; give numbers of shape (h, w) or (h, w, c)")
-    full = np.iinfo(image.dtype).max if image.dtype.kind in "iu" else 1
+    kind = image.dtype.kind
+    if image.ndim not in (2, 3) or not image.size or kind not in "fiub":
+        raise BgError(f"{name} is {image.dtype} of shape {image.shape}; "
+                      "give numbers of shape (h, w) or (h, w, c)")
+    white = np.iinfo(image.dtype).max if kind in "iu" else 1
     dtype = np.float64 if image.dtype == np.float64 else np.float32
-    planes = image[None] if image.ndim == 2 else np.moveaxis(image, -1, 0)
-    planes = np.array(planes, dtype, order="C") / dtype(full)
+    planes = np.moveaxis(np.atleast_3d(image), -1, 0)
+    planes = np.array(planes, dtype, order="C") / dtype(white)
     keep_dark_samples(planes)
     return planes
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What can be said about a picture
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 VIEW_PIXELS = 600
-"""Reduced pixels along the longer side that are looked at for numbers and pictures; more could not be seen."""
+"""Reduced pixels along the longer side that numbers and pictures are made of. More could not be
+seen."""
 
 BLOWN_SHARE = 0.01
-"""Part of the frame: where less sky than that is clipped, nobody needs to know."""
+"""Part of the frame. If the stretch clips less sky than that, nobody needs to know."""
 
 MOST_CLIPPED = 0.01
-"""Part of the samples: where more than that are clipped by the subtraction, something is wrong."""
+"""Part of the samples. If the correction clips more than that, something is wrong."""
 
-STRETCHED_TOP, STRETCHED_MEDIAN = 0.6, 0.15
-"""A picture looks stretched if its brightest thousandth is above the first and its median above the second part of the
-way from black to there. In linear pictures the sky is far below the stars."""
+STRETCHED_TOP = 0.6
+STRETCHED_MEDIAN = 0.15
+"""A picture looks stretched if its brightest thousandth is above the first number, and its median
+above the second part of the way from black to there. In linear pictures the sky is far below the
+stars."""
 
 MOSAIC_DIFFERENCE = 0.03
-"""Part of the median's height above black by which the four phases of a mosaic differ, at least."""
+"""The medians of the four phases of a mosaic differ by at least this part of their height above
+black."""
+
+GAUSSIAN_DEVIATION = 1.4826
+"""Standard deviation of a Gaussian over its median distance from the median."""
 
 
 def thinned(prepared: Prepared, most: int = VIEW_PIXELS) -> Prepared:
-    """Every k-th pixel of the reduced frame, so that its longer side has about `most`."""
-    step = max(1, round(max(prepared.image.shape[:2]) / most))
-    names = ("image", "weight", "present", "centers", "linear", "user_mask")
-    parts = {name: getattr(prepared, name) for name in names}
-    return replace(prepared, **{name: None if part is None else part[::step, ::step] for name, part in parts.items()})
+    """Take every k-th pixel of the reduced frame, so that its longer side has about `most`."""
+    longer = max(prepared.image.shape[:2])
+    step = max(1, round(longer / most))
+    parts = {}
+    for name in ("image", "weight", "present", "centers", "linear", "user_mask"):
+        part = getattr(prepared, name)
+        if part is not None:
+            parts[name] = part[::step, ::step]
+    return replace(prepared, **parts)
 
 
 def blown_out(prepared: Prepared) -> np.ndarray:
-    """Where the stretch clips sky: (h, w) bool. The fit loses the sky there."""
+    """Return True, (h, w), where the stretch clips sky, so that the fit loses it.
+
+    It is nowhere True if that is hardly anywhere.
+    """
+    height, width, _ = prepared.image.shape
+    nowhere = np.zeros((height, width), bool)
     if prepared.sky is None:
-        return np.zeros(prepared.image.shape[:2], bool)
-    top = prepared.stretch.pedestal + prepared.stretch.scale
-    above = (prepared.sky.surface(prepared.centers) > top) & clipped_by_stretch(prepared)
-    blown = above.any(-1)
-    return blown if blown.mean() > BLOWN_SHARE else np.zeros_like(blown)
+        return nowhere
+    sky = prepared.sky.surface(prepared.centers)  # (h, w, c)
+    too_bright = sky > prepared.stretch.white
+    blown = (too_bright & clipped_by_stretch(prepared)).any(-1)
+    return blown if blown.mean() > BLOWN_SHARE else nowhere
 
 
 def doubts(planes: np.ndarray, prepared: Prepared) -> list[str]:
-    """What makes one doubt that a picture is one to run the tool on, a sentence each.
+    """Return reasons to doubt that a picture is one to run the tool on, a sentence each.
 
     Args:
         planes: (c, h, w) linear samples.
+        prepared: the same picture.
     """
     sentences = []
     linear = prepared.linear[prepared.present.all(-1)]  # (n, c)
     low, median, high = np.quantile(linear, (0, 0.5, 0.999), axis=0)
     stretched = (high > STRETCHED_TOP) & (median - low > STRETCHED_MEDIAN * (high - low))
     if stretched.all():
-        sentences.append("the picture looks stretched; light can be subtracted only while the data are linear")
+        sentences.append("the picture looks stretched; "
+                         "light can be subtracted only while the data are linear")
     if len(planes) == 1 and _looks_like_mosaic(planes[0]):
         sentences.append("the picture looks like an undebayered color picture; debayer it first")
     missing = 1 - prepared.present.mean()
     if missing > 0.5:
-        sentences.append(f"{missing:.0%} of the picture is missing (0 or not finite); check that it is the right one")
+        sentences.append(f"{missing:.0%} of the picture is missing (0 or not finite); "
+                         "check that it is the right one")
     return sentences
 
 
 def _looks_like_mosaic(plane: np.ndarray) -> bool:
-    """Whether pixels of one phase of a 2 x 2 mosaic agree better than pixels of two."""
-    rows, columns = (4 * max(1, side // 2000) for side in plane.shape)  # a few Mpix are enough
-    phases = [plane[y::rows, x::columns] for y in (0, 1) for x in (0, 1)]
-    phases = [phase[_present(phase)] for phase in phases]
-    if min(phase.size for phase in phases) < 1000:
-        return False
-    medians = np.array([np.median(phase) for phase in phases])
-    spread = max(1.4826 * np.median(np.abs(phase - np.median(phase))) for phase in phases)
-    error = 1.25 * spread / math.sqrt(min(phase.size for phase in phases))
-    dark = min(np.quantile(phase, 0.01) for phase in phases)
+    """Tell whether pixels of one phase of a 2 x 2 mosaic agree better than pixels of two."""
+    down, across = [4 * max(1, side // 2000) for side in plane.shape]  # a few Mpix are enough
+    medians = []
+    errors = []
+    dark = math.inf
+    for y, x in np.ndindex(2, 2):
+        phase = plane[y::down, x::across]
+        phase = phase[_present(phase)]
+        if phase.size < 1000:
+            return False
+        median = np.median(phase)
+        noise = GAUSSIAN_DEVIATION * np.median(np.abs(phase - median))
+        medians.append(median)
+        errors.append(1.25 * noise / math.sqrt(phase.size))  # of a median of Gaussian noise
+        dark = min(dark, np.quantile(phase, 0.01))
     difference = np.ptp(medians)
-    return difference > 10 * error and difference > MOSAIC_DIFFERENCE * (np.median(medians) - dark)
+    height = np.median(medians) - dark
+    return difference > 10 * max(errors) and difference > MOSAIC_DIFFERENCE * height
 
 
-def gradient(prepared: Prepared, taken: Callable | None = None) -> float:
-    """How uneven the sky is: the range of the sky that was found over its level; mean of the channels.
+def gradient(prepared: Prepared, fit: Fit | None = None, correction: str = "subtract") -> float:
+    """Tell how uneven the sky is: the range of the found sky over its level, mean of the channels.
 
     Args:
-        taken: frame coordinates (..., 2) -> (..., c) linear sky that was taken out; medians stay.
+        prepared: with its sky.
+        fit: None for the sky before, else for what the correction leaves of it.
+        correction: "subtract" or "divide".
 
     Returns:
         NaN if no sky could be looked for.
     """
-    if prepared.sky is None:
+    found = prepared.sky
+    if found is None:
         return math.nan
-    sky = prepared.sky
-    places = sky.centers[sky.weight > 0]
-    left = sky.surface(places)  # (n, c)
-    level = np.maximum(np.median(left, axis=0), 1e-12)
-    if taken is not None:
-        left = left - taken(places)
-    high, low = np.percentile(left, (99, 1), axis=0)
+    places = found.centers[found.weight > 0]  # (n, 2)
+    sky = found.surface(places)  # (n, c)
+    level = np.maximum(np.median(sky, axis=0), 1e-12)
+    if fit is not None:
+        model = linear_sky(prepared, fit)(places)
+        sky = corrected(prepared, sky, model, correction)
+    high, low = np.percentile(sky, (99, 1), axis=0)
     return float(np.mean((high - low) / level))
 
 
-def gradients(prepared: Prepared, fit: Fit) -> str:
-    """The gradient before and after, in words."""
-    before = gradient(prepared)
-    after = gradient(prepared, linear_sky(prepared, fit))
-    doubt = ", if that was the sky" if prepared.sky is not None and prepared.sky.unsure else ""
-    return f"gradient {_percent(before)} of the sky's level before, {_percent(after)} after{doubt}"
+def gradients(result: Result) -> str:
+    """Put the gradient before and after into words."""
+    before = _percent(result.gradient_before)
+    after = _percent(result.gradient_after)
+    text = f"gradient {before} of the sky's level before, {after} after"
+    sky = result.prepared.sky
+    if sky is not None and sky.unsure:
+        text += ", if that was the sky"
+    return text
 
 
 def _percent(share: float) -> str:
     return "unknown" if math.isnan(share) else f"{share:.1%}"
+
+
+def _log_numbers(prepared: Prepared, settings: Settings) -> None:
+    """Log numbers to act on before the fit."""
+    part = shares(prepared)
+    height, width, _ = prepared.image.shape
+    quantile = settings.delinearization_quantile
+    logger.info(
+        "reduced to {} x {}: {used:.1%} used, {masked:.1%} masked, {missing:.1%} missing; "
+        "{clipped:.1%} clipped at 1 by the stretch (-dq {:g})".format(
+            width, height, quantile, **part))
+    for k, letter in enumerate(_channel_letters(prepared)):
+        low = prepared.stretch.pedestal[k]
+        high = prepared.stretch.white[k]
+        logger.info(f"  {letter}: minimum {low:.6f}, median {prepared.median[k]:.6f}, "
+                    f"clipped above {high:.6f}")
+    share = blown_out(thinned(prepared)).mean()
+    if share > 0:
+        logger.warning(f"the stretch clips a smooth part of the picture ({share:.1%} of the "
+                       "frame), most likely sky, and the fit loses it there; "
+                       f"raise -dq (now {quantile:g})")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -4476,8 +4951,10 @@ def _percent(share: float) -> str:
 FIGURE_SIZE = (13.6, 7.6)
 """Inches, at 100 pixels each: fits a laptop's screen."""
 
-INK, PAPER, FAINT = "#e6e6e6", "#16191d", "#4a5058"
-STYLE = {
+INK = "#e6e6e6"
+PAPER = "#16191d"
+FAINT = "#4a5058"
+FIGURE_STYLE = {
     "figure.facecolor": PAPER,
     "savefig.facecolor": PAPER,
     "axes.facecolor": "#1e2227",
@@ -4500,15 +4977,16 @@ STYLE = {
     "legend.frameon": False,
     "legend.fontsize": 8,
 }
-"""Ink and paper of our own, so that pictures look the same in light and in dark terminals and
-notebooks."""
+"""Colors of our own, so that pictures look the same in light and in dark windows and notebooks."""
 
-RED, GREEN, BLUE = "#e8703a", "#2fb58a", "#5ab0ee"
+RED = "#e8703a"
+GREEN = "#2fb58a"
+BLUE = "#5ab0ee"
 CHANNEL_INKS = {1: (INK,), 3: (RED, GREEN, BLUE)}
-"""Red, green, and blue as the color-blind tell them apart (after Okabe and Ito)."""
+"""Red, green, and blue that color-blind people can tell apart (after Okabe and Ito)."""
 
-TERM_INKS = ("#56b4e9", "#2fb58a", "#e69f00", "#cc79a7")
-"""The same for LOSS_TERMS."""
+TERM_INKS = ("#56b4e9", "#2fb58a", "#e69f00", "#cc79a7", "#f0e442")
+"""Colors of LOSS_TERMS that color-blind people can tell apart."""
 
 OVERLAYS = {
     "missing": ("#6b7077", "", "missing"),
@@ -4517,34 +4995,38 @@ OVERLAYS = {
     "auto": ("#cc79a7", "///", "left out by --auto"),
     "clipped": ("#f0e442", "\\\\\\", "clipped by -dq"),
 }
-"""Reason -> its color, its hatching (none: solid), its name. The hatching tells them apart without
-color."""
+"""Reason -> its color, its hatching (none: solid), its name. The hatching tells the reasons apart
+where colors do not."""
 
-START_INK, END_INK = "#56b4e9", "#f0e442"
+START_INK = "#56b4e9"
+END_INK = "#f0e442"
 """Colors of a control point where it starts, and where it ends."""
 
 DISPLAY_QUANTILES = (0.002, 0.5, 0.9995)
-"""Quantiles of a channel that the eye is shown as nearly black, as the background, and as white: so
-nearly nothing is clipped, and no single star decides how dark the rest is."""
+"""Quantiles of a channel that are shown as nearly black, as the background, and as white. So nearly
+nothing is clipped, and no single star decides how dark the rest is."""
 
 HISTOGRAM_BINS = 128
 HISTOGRAM_EDGES = (-0.02, 1.02)
-"""Where the axis of stretched values ends: a little beyond 0 and 1, so that the ends are seen."""
+"""Ends of the axis of stretched values: a little beyond 0 and 1, so that 0 and 1 can be seen."""
 
 FRAMES = 24
-"""Most frames in an animation."""
+"""Largest number of frames in an animation."""
 
-FRAME_GAP, FRAME_HEAD = 8, 22
-"""Pixels around the two halves of a frame, and above them, for the words."""
+FRAME_GAP = 8
+FRAME_HEAD = 22
+"""Pixels around the two halves of a frame, and above them, where the words are."""
 
 HALF_FRAME_PIXELS = 110_000
-"""Most pixels in one half of a frame, so that a GIF of the usual noise stays below 3 MB."""
+"""Largest number of pixels in one half of a frame. A GIF with the usual noise then stays below
+3 MB."""
 
-NODE_SPACING = 8
-"""Pixels between the places where an animation's surfaces are evaluated: fine enough for the eye."""
+FRAME_NODES = 50
+"""Nodes of an animation's models along the longer side: fine enough for the eye."""
 
-FRAME_PAUSE, LAST_PAUSE = 130, 1500
-"""Milliseconds that a frame is shown, and the last one: 24 of them take some 4 seconds."""
+FRAME_PAUSE = 130
+LAST_PAUSE = 1500
+"""Milliseconds that a frame and the last frame are shown; 24 frames take some 4 seconds."""
 
 PALETTE_SIZES = (255, 128, 64, 32, 16)
 """Numbers of colors that are tried for a GIF, until it is small enough."""
@@ -4565,26 +5047,34 @@ def display_stretch(linear: np.ndarray) -> Stretch:
 
 
 def draw_preview(figure, prepared: Prepared, settings: Settings, title: str) -> None:
-    """The cockpit for tuning: the picture, what the fit would see of it, what stands out; histograms and numbers."""
+    """Draw what helps to choose settings.
+
+    That is the picture, what the fit would see of it, what stands out, histograms, and numbers.
+    """
     prepared = thinned(prepared)
-    reasons, blown = mask_reasons(prepared, settings), blown_out(prepared)
+    reasons = mask_reasons(prepared, settings)
+    blown = blown_out(prepared)
     panels, bottom = _lay_out(figure, title, 1.6)
-    _show(panels[0], display_stretch(prepared.linear).apply(prepared.linear), "the picture, plain stretch")
-    _show(panels[1], prepared.image, "stretched as for the fit, and what is left out")
-    _overlay(panels[1], {**reasons, "clipped": clipped_by_stretch(prepared).any(-1) & prepared.used})
-    _draw_hints(panels[2], prepared, blown)
+    picture, stretched, hints = panels
+    stretch = display_stretch(prepared.linear)
+    _show(picture, stretch.apply(prepared.linear), "the picture, plain stretch")
+    _show(stretched, prepared.image, "stretched as for the fit, and what is left out")
+    clipped = clipped_by_stretch(prepared).any(-1)
+    _overlay(stretched, {**reasons, "clipped": clipped & prepared.used})
+    _draw_hints(hints, prepared, blown)
 
     channels = prepared.image.shape[-1]
     cells = bottom.subgridspec(1, 4, wspace=0.12)
     for k in range(channels):
-        span = cells[0, k] if channels == 3 else cells[0, :3]
-        _draw_histogram(figure.add_subplot(span), prepared, settings, k)
-    figure.text(0.02, 0.012, "below the histograms: stretched value, and the picture's own value there; "
-                "heights are logarithmic", fontsize=8)
-    words = figure.add_subplot(cells[0, 3])
-    words.axis("off")
-    words.text(0.06, 1.0, "\n".join(_numbers(prepared, reasons, blown)), va="top", family="monospace", fontsize=8,
-               linespacing=1.35)
+        cell = cells[0, k] if channels == 3 else cells[0, :3]
+        axes = figure.add_subplot(cell)
+        _draw_histogram(axes, prepared, settings, k)
+    figure.text(0.02, 0.012, "below the histograms: stretched value, and the picture's own value "
+                "there; heights are logarithmic", fontsize=8)
+    axes = figure.add_subplot(cells[0, 3])
+    axes.axis("off")
+    words = "\n".join(_numbers(prepared, reasons, blown))
+    axes.text(0.06, 1.0, words, va="top", family="monospace", fontsize=8, linespacing=1.35)
 
 
 def _lay_out(figure, title, ratio):
@@ -4601,30 +5091,46 @@ def _lay_out(figure, title, ratio):
 
 
 def _numbers(prepared: Prepared, reasons: dict[str, np.ndarray], blown: np.ndarray) -> list[str]:
-    """The preview's numbers, one line each."""
+    """Return the preview's numbers, one line each."""
+    lines = []
+
+    def add_row(name, form, values):
+        cells = map(form.format, values)
+        lines.append(f"{name:<11}" + "".join(cells))
+
+    def add_share(name, share, of=""):
+        lines.append(f"{name:<13}{_percent(share):>7}  {of}")
+
+    add_row("", "{:>9}", _channel_letters(prepared))
+    add_row("minimum", "{:9.5f}", prepared.stretch.pedestal)
+    add_row("median", "{:9.5f}", prepared.median)
+    add_row("-dq value", "{:9.5f}", prepared.stretch.white)
+    clipped = clipped_by_stretch(prepared).mean((0, 1))
+    add_row("clipped %", "{:9.2f}", 100 * clipped)
+    lines.append("")
     part = shares(prepared)
-    low, high = prepared.stretch.pedestal, prepared.stretch.pedestal + prepared.stretch.scale
-    lines = ["           " + "".join(f"{letter:>9}" for letter in _channel_letters(prepared))]
-    for name, values in (("minimum", low), ("median", prepared.median), ("-dq value", high)):
-        lines.append(f"{name:<11}" + "".join(f"{value:9.5f}" for value in values))
-    clipped = 100 * clipped_by_stretch(prepared).mean((0, 1))
-    lines.append("clipped %  " + "".join(f"{value:9.2f}" for value in clipped))
-    rows = [("used", part["used"], "of the samples"), ("masked", part["masked"], "of the samples")]
-    rows += [("  " + OVERLAYS[name][2].replace("left out ", ""), reasons[name].mean(), "of the frame")
-             for name in ("threshold", "mask file", "auto") if reasons[name].any()]
-    rows += [("missing", part["missing"], ""),
-             ("gradient", gradient(prepared), "of the sky's level")]
-    rows += [("blown out", blown.mean(), "sky: raise -dq")] if blown.any() else []
-    return lines + [""] + [f"{name:<13}{_percent(value):>7}  {what}" for name, value, what in rows]
+    add_share("used", part["used"], "of the samples")
+    add_share("masked", part["masked"], "of the samples")
+    for reason in ("threshold", "mask file", "auto"):
+        area = reasons[reason]
+        _, _, label = OVERLAYS[reason]
+        if area.any():
+            by = label.replace("left out ", "  ")
+            add_share(by, area.mean(), "of the frame")
+    add_share("missing", part["missing"])
+    add_share("gradient", gradient(prepared), "of the sky's level")
+    if blown.any():
+        add_share("blown out", blown.mean(), "sky: raise -dq")
+    return lines
 
 
 def _draw_histogram(axes, prepared, settings, k):
     """Draw how often the stretched values of one channel occur, and what is made of them."""
     values = prepared.image[..., k]
-    present = values[prepared.present[..., k]]
-    used = values[prepared.weight[..., k] > 0]
-    counts, edges = np.histogram(present, HISTOGRAM_BINS, (0, 1))
-    used_counts, _ = np.histogram(used, HISTOGRAM_BINS, (0, 1))
+    present = prepared.present[..., k]
+    used = prepared.weight[..., k] > 0
+    counts, edges = np.histogram(values[present], HISTOGRAM_BINS, (0, 1))
+    used_counts, _ = np.histogram(values[used], HISTOGRAM_BINS, (0, 1))
     starts = edges[:-1]
     letters = _channel_letters(prepared)
     ink = CHANNEL_INKS[len(letters)][k]
@@ -4639,58 +5145,65 @@ def _draw_histogram(axes, prepared, settings, k):
     left, right = HISTOGRAM_EDGES
     axes.set_xlim(left, right)
     color = OVERLAYS["threshold"][0]
-    darkest = settings.threshold_min
-    brightest = settings.threshold_max
-    for low, high in ((left, darkest), (brightest, right)):
-        if low < high:
-            axes.axvspan(low, high, facecolor="none", edgecolor=color, hatch="///", linewidth=0)
-    for threshold in (darkest, brightest):
+    for threshold, end in ((settings.threshold_min, left), (settings.threshold_max, right)):
+        axes.axvspan(threshold, end, facecolor="none", edgecolor=color, hatch="///", linewidth=0)
         axes.axvline(threshold, color=color, linewidth=1)
 
     axes.axvline(MIDTONES_TARGET, color=INK, linewidth=0.8, linestyle=":")
-    axes.text(MIDTONES_TARGET + 0.01, 2 * highest, "median", fontsize=7)
-    quantile = stretch_quantile(settings)
-    axes.text(0.985, 2 * highest, f"-dq {quantile:g}", fontsize=7, ha="right")
+    height = 2 * highest
+    axes.text(MIDTONES_TARGET + 0.01, height, "median", fontsize=7)
+    quantile = settings.delinearization_quantile
+    axes.text(0.985, height, f"-dq {quantile:g}", fontsize=7, ha="right")
     ticks = np.linspace(0, 1, 5)
-    stretch = prepared.stretch.channel(k)
-    linear = stretch.invert(ticks[:, None]).ravel()
+    linear = prepared.stretch.invert(ticks[:, None])[:, k]
     labels = map("{:g}\n{:.4f}".format, ticks, linear)
     axes.set_xticks(ticks, list(labels), fontsize=7)
 
 
 def _draw_hints(axes, prepared: Prepared, blown: np.ndarray) -> None:
-    """The picture less the sky that was found: what is not sky, and may be mistaken for it unless it is masked."""
-    known = prepared.present.all(-1)
-    sky = np.nanmedian(prepared.linear, axis=(0, 1))  # (c,)
-    if prepared.sky is not None:
+    """Draw the picture less the sky that was found.
+
+    What stands out is not sky, and may be mistaken for it unless it is masked.
+    """
+    known = prepared.present.all(-1)  # (h, w)
+    if prepared.sky is None:
+        sky = np.nanmedian(prepared.linear, axis=(0, 1))  # (c,)
+    else:
         sky = prepared.sky.surface(prepared.centers)  # (h, w, c)
-    center = float(np.mean(sky))
-    residual = np.where(known, (prepared.linear - sky).mean(-1), 0)
+    residual = (prepared.linear - sky).mean(-1)
+    residual = np.where(known, residual, 0)
     residual = scipy.ndimage.gaussian_filter(residual, max(known.shape) / 300)
-    spread = 6 * np.median(np.abs(residual[known])) if known.any() else 1.0
-    spread = float(spread) or 1.0
-    image = axes.imshow(np.where(known, residual, np.nan), cmap="PuOr_r", vmin=-spread, vmax=spread,
-                        interpolation="nearest")
+    limit = 6 * float(np.median(np.abs(residual[known]))) if known.any() else 0.0
+    if limit == 0:  # nothing to see
+        limit = 1.0
+    residual = np.where(known, residual, np.nan)
+    drawn = axes.imshow(
+        residual, cmap="PuOr_r", vmin=-limit, vmax=limit, interpolation="nearest")
     axes.set_title("less the sky that was found: orange above, purple below")
     axes.set(xticks=[], yticks=[])
-    bar = _draw_scale(axes, image, [-spread, 0, spread])
-    bar.set_xticklabels([f"{v / center:+.0%}" if center else "" for v in (-spread, 0, spread)])
+    ticks = np.array((-limit, 0, limit))
+    bar = _draw_scale(axes, drawn, ticks)
+    labels = map("{:+.0%}".format, ticks / np.mean(sky))
+    bar.set_xticklabels(labels)
     if blown.any() and min(blown.shape) > 1:
         axes.contour(blown, [0.5], colors="#d7191c", linewidths=2)
-        axes.set_xlabel("outlined: sky blown out, raise -dq", color="#ff8a80", weight="bold", labelpad=28)
+        axes.set_xlabel("outlined: sky blown out, raise -dq", color="#ff8a80", weight="bold",
+                        labelpad=28)
 
 
-def draw_figures(figure, prepared: Prepared, settings: Settings, fit: Fit, title: str) -> None:
+def draw_figures(figure, result: Result, title: str) -> None:
     """Draw the result: before, model, and after, the control points, and the loss."""
-    figure.text(0.015, 0.012, facts(prepared, settings, fit), fontsize=8)
-    prepared = thinned(prepared)
-    sky, after = reduced_sky(prepared, fit, settings.correction)
+    figure.text(0.015, 0.012, facts(result), fontsize=8)
+    fit = result.fit
+    prepared = thinned(result.prepared)
+    sky, after = reduced_sky(prepared, fit, result.settings.correction)
     stretch = display_stretch(prepared.linear)
     panels, bottom = _lay_out(figure, title, 1.25)
-    _show(panels[0], stretch.apply(prepared.linear), "before")
-    _show(panels[1], stretch.apply(sky), "model, same stretch, lines of equal brightness")
+    pictures = prepared.linear, sky, after
+    titles = "before", "model, same stretch, lines of equal brightness", "after, same stretch"
+    for axes, picture, words in zip(panels, pictures, titles):
+        _show(axes, stretch.apply(picture), words)
     _draw_contours(panels[1], sky.mean(-1))
-    _show(panels[2], stretch.apply(after), "after, same stretch")
 
     cells = bottom.subgridspec(1, 2, width_ratios=(1, 2.1), wspace=0.1)
     _draw_control_points(figure.add_subplot(cells[0]), prepared, fit)
@@ -4704,15 +5217,17 @@ def _draw_control_points(axes, prepared, fit):
     """Draw the paths of the control points over what the fit saw."""
     used = prepared.used[..., None]
     image = np.where(used, 0.75 * prepared.image, np.nan)  # darker, so that points stand out
-    brown = (0.30, 0.24, 0.12)
+    brown = (76, 61, 31)
     _show(axes, image, "control points, from ring to dot; brown: left out", blank=brown)
     stations = [positions for _, positions, _ in fit.track]
     stations.append(fit.positions)
     paths = [_pixel_positions(prepared, positions) for positions in stations]
     row, column = np.moveaxis(paths, -1, 0)  # (steps, n) each
     axes.plot(column, row, color=START_INK, linewidth=0.9, alpha=0.8)
-    axes.plot(column[0], row[0], "o", color="none", markeredgecolor=START_INK, markersize=3.5)
-    axes.plot(column[-1], row[-1], "o", color=END_INK, markeredgecolor="black", markersize=5)
+    ring = dict(color="none", markeredgecolor=START_INK, markersize=3.5)
+    axes.plot(column[0], row[0], "o", **ring)
+    dot = dict(color=END_INK, markeredgecolor="black", markersize=5)
+    axes.plot(column[-1], row[-1], "o", **dot)
 
     def around(length):  # points may leave the picture a little
         margin = 0.04 * length
@@ -4720,7 +5235,8 @@ def _draw_control_points(axes, prepared, fit):
 
     height, width, _ = image.shape
     axes.set_xlim(around(width))
-    axes.set_ylim(around(height)[::-1])  # the first row on top
+    low, high = around(height)
+    axes.set_ylim(high, low)  # the first row on top
 
 
 def _draw_loss(loss, terms, history):
@@ -4730,13 +5246,8 @@ def _draw_loss(loss, terms, history):
     loss.plot(epochs, total, color=INK)
     loss.set_title("loss")
     for name, values, ink in zip(LOSS_TERMS, parts, TERM_INKS):
-        positive = values > 0  # the axis is logarithmic
-        if positive.any():
-            values = np.where(positive, values, np.nan)
-            terms.plot(epochs, values, color=ink, label=name)
-        else:
-            terms.plot([], [], color=ink, label=f"{name} (0)")
-    terms.set_yscale("log")
+        terms.plot(epochs, values, color=ink, label=name)
+    terms.set_yscale("log", nonpositive="mask")
     terms.legend(title="its terms:", alignment="left", loc="upper left", bbox_to_anchor=(1, 1),
                  borderpad=0)
     for axes in (loss, terms):
@@ -4744,93 +5255,84 @@ def _draw_loss(loss, terms, history):
         axes.grid()
 
 
-def facts(prepared: Prepared, settings: Settings, fit: Fit) -> str:
+def facts(result: Result) -> str:
     """Return one line on the run: settings, epochs, loss, share of sky, gradient."""
-    quantile = stretch_quantile(settings)
-    how = (f"-dq {quantile:g}, {len(fit.positions)} points ({settings.initializer}), "
-           f"order {settings.order}, smoothing {fit.smoothing:g}, alpha {settings.alpha:g}, "
-           f"seed {settings.seed}")
+    settings = result.settings
+    fit = result.fit
+    how = (f"-dq {settings.delinearization_quantile:g}, "
+           f"{len(fit.positions)} points ({settings.initializer}), order {settings.order}, "
+           f"smoothing {fit.smoothing:g}, alpha {settings.alpha:g}, seed {settings.seed}")
     best = fit.history[:, 0].min()
     fitted = f"{len(fit.history)} epochs, loss {best:.4f}"
-    used = shares(prepared)["used"]
-    return f"{how}   |   {fitted}   |   {used:.1%} used as sky   |   {gradients(prepared, fit)}"
+    used = shares(result.prepared)["used"]
+    return f"{how}   |   {fitted}   |   {used:.1%} used as sky   |   {gradients(result)}"
 
 
-def animation_frames(prepared: Prepared, fit: Fit, width: int = 800) -> np.ndarray:
+def animation_frames(prepared: Prepared, fit: Fit, correction: str = "subtract",
+                     width: int = 800) -> np.ndarray:
     """Show how the surface and its control points settle, and the picture that they leave.
 
     Args:
         prepared: what was fitted.
         fit: with its path.
+        correction: "subtract" or "divide".
         width: of a frame, pixels; a portrait's frames are narrower.
 
     Returns:
         (n, h, w, 3) bytes, n up to FRAMES: the first frame at the start, the last with the final
         surface.
     """
-    from PIL import Image, ImageDraw
     tall, wide = _half_frame(prepared, width)
     prepared = thinned(prepared, max(tall, wide))
     before = prepared.linear
     stretch = display_stretch(before)
-    pixels = np.array(before.shape[:2])
-    enlarged = (np.array((tall, wide)) - 1) / np.maximum(pixels - 1, 1)
-    nodes = np.maximum(2, pixels // NODE_SPACING)
-    places = _frame_nodes(prepared, nodes)
-    down, across = map(_interpolation, nodes, pixels)
+    frames = []
+    for words, positions, values in _settling(fit):
+        step = replace(fit, positions=positions, values=values)
+        sky = linear_sky(prepared, step)
+        model = SkyModel(sky, before.shape[:2], nodes=FRAME_NODES)
+        model = np.stack(list(model), -1)  # (h, w, c)
+        after = corrected(prepared, before, model, correction)
+        points = _pixel_positions(prepared, positions)
+        pictures = stretch.apply(model), stretch.apply(after)
+        frames.append(_draw_frame(pictures, points, words, (wide, tall)))
+    return np.stack(frames)
 
-    def draw_half(linear):
-        stretched = stretch.apply(linear)
-        picture = Image.fromarray(_drawable(stretched))
-        return picture.resize((wide, tall), Image.BICUBIC)
 
+def _draw_frame(pictures, points, words, size):
+    """Draw two stretched pictures (h, w, c) beside each other, with points (n, 2) on the first.
+
+    Each is enlarged to a size (width, height). Returns bytes (h, w, 3).
+    """
+    from PIL import Image, ImageDraw
+    wide, tall = size
+    model, after = map(Image.fromarray, map(_drawable, pictures))
+    enlarged = wide / model.width
+    model = model.resize(size, Image.BICUBIC)
+    after = after.resize(size, Image.BICUBIC)
+    pen = ImageDraw.Draw(model)
+    for y, x in enlarged * points:
+        pen.ellipse((x - 3, y - 3, x + 3, y + 3), fill=END_INK, outline="black")
     left = FRAME_GAP  # where the two halves start
     right = left + wide + FRAME_GAP
-    size = (right + wide + FRAME_GAP, FRAME_HEAD + tall + FRAME_GAP)
-    frames = []
-    for when, positions, values in _settling(fit):
-        step = replace(fit, positions=positions, values=values)
-        surface = linear_sky(prepared, step)
-        sky = surface(places).astype(np.float32)
-        sky = np.einsum("yn,nmc,xm->yxc", down, sky, across, optimize=True)
-        after = _keep_median(before, before - sky)
-        model = draw_half(sky)
-        pen = ImageDraw.Draw(model)
-        points = enlarged * _pixel_positions(prepared, positions)
-        for y, x in points:
-            pen.ellipse((x - 3, y - 3, x + 3, y + 3), fill=END_INK, outline="black")
-        canvas = Image.new("RGB", size, PAPER)
-        canvas.paste(model, (left, FRAME_HEAD))
-        canvas.paste(draw_half(after), (right, FRAME_HEAD))
-        pen = ImageDraw.Draw(canvas)
-        pen.text((left, 5), f"sky model, {when}", INK)
-        pen.text((right, 5), "the picture without it", INK)
-        frames.append(np.array(canvas))
-    return np.stack(frames)
+    canvas = Image.new("RGB", (right + wide + FRAME_GAP, FRAME_HEAD + tall + FRAME_GAP), PAPER)
+    canvas.paste(model, (left, FRAME_HEAD))
+    canvas.paste(after, (right, FRAME_HEAD))
+    pen = ImageDraw.Draw(canvas)
+    pen.text((left, 5), f"sky model, {words}", INK)
+    pen.text((right, 5), "the picture without it", INK)
+    return np.array(canvas)
 
 
 def _half_frame(prepared, width):
     """Return the height and width of one half of a frame that is at most `width` wide."""
-    rows, columns = prepared.image.shape[:2]
+    rows, columns, _ = prepared.image.shape
     limit = math.sqrt(HALF_FRAME_PIXELS * columns / rows)
-    room = (width - 3 * FRAME_GAP) // 2
-    wide = max(1, min(room, int(limit)))
-    tall = max(1, wide * rows // columns)
-    return tall, wide
-
-
-def _frame_nodes(prepared, shape):
-    """Return frame coordinates of nodes that cover a thinned picture, (*shape, 2)."""
-    start = prepared.centers[0, 0]
-    end = prepared.centers[-1, -1]
-    row, column = map(np.linspace, start, end, shape)
-    return _grid(row, column)
-
-
-def _interpolation(nodes, pixels):
-    """Return the matrix that draws straight lines between nodes, (pixels, nodes)."""
-    unit = np.eye(nodes, dtype=np.float32)
-    return scipy.ndimage.zoom(unit, (pixels / nodes, 1), order=1)
+    half = (width - 3 * FRAME_GAP) // 2
+    wide = min(half, int(limit))
+    wide = max(1, wide)
+    tall = wide * rows // columns
+    return max(1, tall), wide
 
 
 def _settling(fit):
@@ -4838,16 +5340,13 @@ def _settling(fit):
 
     Most happens early, so the steps are at equal distances of the square root of the epoch.
     """
-    last = len(fit.track)
-    chosen = np.round(last * np.linspace(0, 1, FRAMES)**2)
-    chosen = np.unique(chosen.astype(int))
-    shown = []
-    for k in chosen[:-1]:  # the last one is the result
+    chosen = (len(fit.track) - 1) * np.linspace(0, 1, FRAMES - 1)**2
+    shown = {}
+    for k in chosen.round().astype(int):
         epoch, positions, values = fit.track[k]
-        shown.append((f"epoch {epoch}", positions, values))
-    epochs = len(fit.history)
-    shown.append((f"best of {epochs} epochs", fit.positions, fit.values))
-    return shown
+        shown[epoch] = f"epoch {epoch}", positions, values
+    last = f"best of {len(fit.history)} epochs", fit.positions, fit.values
+    return [*shown.values(), last]
 
 
 def write_animation(file, frames: np.ndarray, most_bytes: int = 2_900_000) -> None:
@@ -4896,9 +5395,10 @@ def _pixel_positions(prepared, positions):
     """
     start = prepared.centers[0, 0]
     end = prepared.centers[-1, -1]
-    share = (positions - start) / np.maximum(end - start, 1e-9)  # a side of one pixel has no length
-    last = np.array(prepared.image.shape[:2]) - 1
-    return share * last
+    length = np.maximum(end - start, 1e-9)  # 0 along a side of one pixel
+    share = (positions - start) / length
+    height, width, _ = prepared.image.shape
+    return share * (height - 1, width - 1)
 
 
 def _channel_letters(prepared):
@@ -4908,19 +5408,21 @@ def _channel_letters(prepared):
 
 def _drawable(image):
     """Take a picture (h, w, c) in [0, 1], NaN where nothing is, to bytes (h, w, 3)."""
-    image = np.clip(np.nan_to_num(image), 0, 1)
-    image = np.round(255 * image).astype(np.uint8)
-    height, width = image.shape[:2]
+    image = np.nan_to_num(image)
+    image = 255 * np.clip(image, 0, 1)
+    image = np.round(image).astype(np.uint8)
+    height, width, _ = image.shape
     return np.broadcast_to(image, (height, width, 3))
 
 
 def _show(axes, image, title, blank=(0, 0, 0)):
-    """Draw a stretched picture; NaN in the color `blank`."""
-    blank = np.round(255 * np.array(blank)).astype(np.uint8)
+    """Draw a stretched picture; NaN in the color `blank`, three bytes."""
     known = np.isfinite(image).all(-1, keepdims=True)
-    colors = np.where(known, _drawable(image), blank)
-    small = max(colors.shape) < 300  # pixels: it is enlarged, and should not look like a mosaic
-    axes.imshow(colors, interpolation="bicubic" if small else "antialiased")
+    colors = np.where(known, _drawable(image), np.uint8(blank))
+    interpolation = "antialiased"
+    if max(colors.shape) < 300:  # pixels: it is enlarged, and should not look like a mosaic
+        interpolation = "bicubic"
+    axes.imshow(colors, interpolation=interpolation)
     axes.set_title(title)
     axes.set(xticks=[], yticks=[])
 
@@ -5016,7 +5518,7 @@ def put_picture(draw: Callable, where: str, path: str) -> None:
         path: of the file.
     """
     matplotlib = _import_matplotlib()
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context(FIGURE_STYLE):
         if where == "window":
             from matplotlib import pyplot
             draw(pyplot.figure(figsize=FIGURE_SIZE))
@@ -5035,9 +5537,13 @@ def put_picture(draw: Callable, where: str, path: str) -> None:
         display(Image(packed.getvalue()))
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Command line
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+
+TENSORFLOW_BYTES = 0.6e9
+"""Memory that TensorFlow and the fit take, about; measured with TensorFlow 2.15."""
+
 
 class _Parser(argparse.ArgumentParser):
     """An argument parser that says what is wrong in one line."""
@@ -5046,11 +5552,14 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"bgoptimizer: error: {message}; see --help\n")
 
 
-def _smoothing(text: str) -> float | None:
-    return None if text == "auto" else float(text)
-
-
-_smoothing.__name__ = "number or auto"  # argparse names it in its message
+def _number_or_auto(text: str) -> float | None:
+    """Read what --smoothing takes; None stands for auto."""
+    if text == "auto":
+        return None
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither auto nor a number") from None
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -5065,38 +5574,39 @@ def build_parser() -> argparse.ArgumentParser:
     add("output_path", nargs="?", default=".",
         help="folder for what is written; made if missing (default: .)")
     add("-c", "--compress", action="store_true",
-        help="compress the outputs without loss: lz4hc with byte shuffling, in FITS GZIP_2, in TIFF "
-             "deflate (default: off)")
+        help="compress the outputs without loss: lz4hc with byte shuffling, in FITS GZIP_2, in "
+             "TIFF deflate (default: off)")
     add("-dx", "--downscaling-factor", type=int, default=default.downscaling_factor,
-        help="side of the pixel blocks that the fit sees as one pixel (default: %(default)s)")
+        help="side of the blocks of pixels that the fit sees as one pixel (default: %(default)s)")
     add("-df", "--downscaling-func", choices=("median", "mean"), default=default.downscaling_func,
         metavar="DOWNSCALING_FUNC",
         help="what a block is reduced to, median or mean; the median drops small stars "
              "(default: %(default)s)")
     add("-dq", "--delinearization-quantile", type=float,
-        help="quantile of the picture that the stretch takes to 1; what is brighter is clipped for "
-             "the fit. Lower stretches more; raise it when the preview shows blown out sky "
+        help="quantile of the picture that the stretch takes to 1; the fit does not see what is "
+             "brighter. A lower one stretches more; raise it if the preview shows blown out sky "
              f"(default: {DEFAULT_QUANTILE}, with --auto {AUTO_QUANTILE})")
     add("-p", "--preview", action="store_true",
-        help="show stretch, mask and histograms, fit nothing, write no model (default: off)")
+        help="show stretch, mask and histograms; fit nothing and write no model (default: off)")
     add("-N", dest="points", metavar="N", type=int,
-        help="number of control points that the fit trains; how stiff the surface is, --smoothing "
-             f"decides (default: {DEFAULT_POINTS}, with --auto {AUTO_POINTS})")
+        help="number of control points that the fit trains; --smoothing decides how stiff the "
+             f"surface is (default: {DEFAULT_POINTS}, with --auto {AUTO_POINTS})")
     add("-O", dest="order", metavar="O", type=int, choices=(1, 2, 3, 4), default=default.order,
         help="order of the spline, 1 to 4; 2 is a thin plate, 3 is cubic (default: %(default)s)")
     add("-tm", "--threshold-min", type=float, default=default.threshold_min,
-        help="leave out what is darker in the stretched picture (default: %(default)s)")
+        help="leave out what is darker than this in the stretched picture (default: %(default)s)")
     add("-tM", "--threshold-max", type=float, default=default.threshold_max,
-        help="leave out what is brighter in the stretched picture; lower it to mask objects "
-             "(default: %(default)s)")
+        help="leave out what is brighter than this in the stretched picture; lower it to mask "
+             "objects (default: %(default)s)")
     add("-m", "--mask",
-        help="mask, XISF, FITS or TIFF, of the picture's height and width, 1 channel or as many: "
-             "1 = use, 0 = leave out, between = weight (default: none)")
+        help="mask in XISF, FITS or TIFF, as high and wide as the picture, with 1 channel or as "
+             "many: 1 = use, 0 = leave out, between = weight (default: none)")
     add("-i", "--initializer", choices=("random", "grid"), default=default.initializer,
         metavar="INITIALIZER",
         help="where the control points start, random or grid (default: %(default)s)")
     add("-e", "--epochs", type=int, default=default.epochs,
-        help="most epochs; the fit stops before when nothing improves (default: %(default)s)")
+        help="largest number of epochs; the fit stops earlier if nothing improves "
+             "(default: %(default)s)")
     add("-a", "--alpha", type=float, default=default.alpha,
         help="weight of the penalties on a sky that is negative or brighter than the picture "
              "(default: %(default)g)")
@@ -5108,16 +5618,17 @@ def build_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("more").add_argument
     add("--auto", action="store_true",
-        help="find objects and leave them out; what you give by hand stays (default: off)")
-    add("--smoothing", type=_smoothing, default=None, metavar="{auto,NUMBER}",
-        help="stiffness of the surface: 10000 is a plane, 1000 a plane with a bowl, 0.001 follows all "
-             "that is smooth (default: auto, found from the picture)")
+        help="find objects and leave them out; flags given by hand stay in force (default: off)")
+    add("--smoothing", type=_number_or_auto, default=None, metavar="{auto,NUMBER}",
+        help="stiffness of the surface: 10000 is a plane, 1000 a plane with a bowl, 0.001 follows "
+             "all that is smooth (default: auto, found from the picture)")
     add("--correction", choices=("subtract", "divide"), default=default.correction,
-        help="what is done with the sky: subtract it, or divide by it, against vignetting (default: %(default)s)")
+        help="what is done with the sky: subtract it, or divide by it, against vignetting "
+             "(default: %(default)s)")
     add("--format", choices=tuple(FORMATS), default=None,
         help="format of the outputs (default: the one of the input)")
     add("--seed", type=int, default=default.seed,
-        help="of all random numbers; the same command gives the same pictures "
+        help="seed of all random numbers; the same command gives the same pictures "
              "(default: %(default)s)")
     add("--save-mask", action="store_true",
         help="also write <name>_mask.xisf, the mask in force, to edit and give back with -m "
@@ -5134,42 +5645,53 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Settings]:
-    """Options and settings, or exit 2 with a sentence."""
+    """Return options and settings, or exit with code 2 and a sentence."""
     parser = build_parser()
     options = parser.parse_args(argv)
-    for flag in ("save_mask", "animate"):
-        if options.preview and getattr(options, flag):
-            parser.error(f"--{flag.replace('_', '-')} needs a fit and --preview does none; leave one of them out")
+    for flag, given in (("--save-mask", options.save_mask), ("--animate", options.animate)):
+        if given and options.preview:
+            parser.error(f"{flag} needs a fit and --preview does none; leave one of them out")
+    given = vars(options)
     try:
-        return options, Settings(**{item.name: getattr(options, item.name) for item in fields(Settings)})
+        settings = Settings(**{item.name: given[item.name] for item in fields(Settings)})
     except ValueError as error:
         parser.error(str(error))
+    return options, settings
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code. Whatever goes wrong is said in one line on stderr."""
+    """Run the command line; returns the exit code. Every failure is one line on stderr."""
     try:
-        with _OnTerminal(), _Interrupts() as interrupts:
-            _run(*_parse(argv), interrupts)
+        with _Interrupts() as interrupts:
+            options, settings = _parse(argv)
+            with _OnTerminal(options.quiet):
+                _run(options, settings, interrupts)
         return 0
     except SystemExit as stop:  # argparse has said why
         return stop.code or 0
     except KeyboardInterrupt:
-        return _fail("interrupted; what was not finished is not there", 130)
+        return _fail("interrupted; what was not finished was not written", 130)
     except BgError as error:
         return _fail(str(error))
-    except BrokenPipeError:  # whoever read our lines has left; Python would complain once more at its end
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # whoever read our lines has left
+        # Python flushes stdout at its end, and would complain once more
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
         return 1
     except MemoryError:
-        return _fail("there is not enough memory; close other programs, crop the picture, or split its channels")
+        return _fail("there is not enough memory; "
+                     "close other programs, crop the picture, or split its channels")
     except OSError as error:
-        return _fail(f"{error.filename or 'a file'}: {error.strerror or error}; check the path, the disk, your rights")
+        name = error.filename or "a file"
+        reason = error.strerror or error
+        return _fail(f"{name}: {reason}; check the path, the disk, your rights")
     except ImportError as error:
-        return _fail(f"{error.name} cannot be imported; install it with: python -m pip install -r requirements.txt")
+        return _fail(f"{error.name} cannot be imported; "
+                     "install it with: python -m pip install -r requirements.txt")
     except Exception as error:
-        reason = " ".join(str(error).split())[:300]
-        return _fail(f"unexpected {type(error).__name__}: {reason}; this is a bug, please report it with your command")
+        reason = " ".join(str(error).split())
+        return _fail(f"unexpected {type(error).__name__}: {reason[:300]}; "
+                     "this is a bug, please report it with your command")
 
 
 def _fail(message: str, code: int = 1) -> int:
@@ -5178,122 +5700,198 @@ def _fail(message: str, code: int = 1) -> int:
 
 
 class _OnTerminal(logging.Handler):
-    """Writes warnings as the command does: on stderr, wherever that leads when it happens."""
+    """Prints information on stdout and warnings on stderr, wherever these lead when it happens.
+
+    What is printed is not handed to the loggers above ours, which might print it once more.
+    """
+
+    def __init__(self, quiet: bool):
+        super().__init__()
+        self.lowest = logging.WARNING if quiet else logging.INFO
 
     def __enter__(self):
-        self.setLevel(logging.WARNING)
+        self.before = logger.level, logger.propagate
+        logger.setLevel(self.lowest)
+        logger.propagate = False
         logger.addHandler(self)
         return self
 
-    def emit(self, record):
-        print(f"bgoptimizer: warning: {record.getMessage()}", file=sys.stderr)
+    def emit(self, record):  # whatever fails here ends the run: a reader may have closed stdout
+        text = record.getMessage()
+        if record.levelno < logging.WARNING:
+            print(text, flush=True)
+        else:
+            print(f"bgoptimizer: warning: {text}", file=sys.stderr)
 
     def __exit__(self, *_):
         logger.removeHandler(self)
+        level, logger.propagate = self.before
+        logger.setLevel(level)
 
 
 def _run(options: argparse.Namespace, settings: Settings, interrupts: _Interrupts) -> None:
-    """The command, from file to files."""
+    """Do what the command line asks for."""
     started = time.perf_counter()
-    with suppress(AttributeError):  # a notebook's, or none; names may hold what the terminal's encoding does not
+    with suppress(AttributeError):  # a notebook's stdout cannot do that, and there may be none
+        # File names may hold characters that the terminal's encoding does not have
         sys.stdout.reconfigure(errors="backslashreplace")
-    say = _quiet if options.quiet else lambda text: print(text, flush=True)
-    paths, where = _check_paths(options), _place_for_pictures(options)
-    picture_read = _read(options.input_file, say)
-    planes = picture_read.planes
-    lone = keep_dark_samples(planes)
-    if lone:
-        say(f"{lone} lone samples of 0 are taken for dark sky, not for missing data")
-    if not options.preview:
-        _check_room(planes, options)
-        _start_importing()
-    prepared, settings = examine(
-        planes, settings, _read_mask(options.mask), say)
-    _report(prepared, settings, say)
-    title = os.path.basename(options.input_file).encode("utf-8", "replace").decode().replace("$", r"\$")  # no formula
+    task = _make_task(options, settings)
     if options.preview:
-        written, picture = [], paths["preview"]
-        draw = functools.partial(draw_preview, prepared=prepared, settings=settings, title=title)
+        written = preview_file(task)
     else:
-        fit = _fit(prepared, settings, options.quiet, interrupts, say)
-        written = _subtract_and_write(picture_read, prepared, settings, fit, options, paths, say)
-        picture = paths["figures"]
-        draw = functools.partial(draw_figures, prepared=prepared, settings=settings, fit=fit, title=title)
-    if where:
-        put_picture(draw, where, picture)
-    for path in written + [picture] * (where == "file"):
-        say(f"wrote {path}")
-    say(f"{time.perf_counter() - started:.1f} s")
-    if where == "window":
+        written = process_file(task, _watched_fit(settings.epochs, interrupts)).written
+    for path in written:
+        logger.info(f"wrote {path}")
+    logger.info(f"{time.perf_counter() - started:.1f} s")
+    if task.place_for_figure == "window":
         from matplotlib import pyplot
         pyplot.show()  # waits until the window is closed
 
 
-def _fit(prepared: Prepared, settings: Settings, quiet: bool, interrupts: _Interrupts,
-         say: Callable[[str], None]) -> Fit:
-    """The fit, watched on the terminal, that ends cleanly after Ctrl-C."""
+@dataclass(frozen=True)
+class Task:
+    """One picture to do: what to read, what to write, and how."""
+
+    input_file: str
+    mask_file: str | None
+    settings: Settings
+    outputs: dict[str, str]  # "model", "subtracted", "mask" or "animation" -> its path
+    figure: str  # path of the figure or the preview, if it is saved
+    place_for_figure: str | None  # "notebook", "window", "file", or None
+    format: str  # of the outputs, a key of FORMATS
+    compress: bool
+
+    @property
+    def title(self) -> str:
+        """The name of the picture, as it can be drawn."""
+        name = os.path.basename(self.input_file)
+        name = name.encode("utf-8", "replace").decode()
+        return name.replace("$", r"\$")  # matplotlib would take it for a formula
+
+
+class Report(NamedTuple):
+    """What there is to tell of a picture that was done. It is small, so that many can be kept."""
+
+    sky_share: float  # of the picture; NaN if no sky could be looked for
+    unsure: str  # why the sky cannot be known, in words; empty if it can
+    smoothing: float
+    gradient_before: float
+    gradient_after: float
+    clipped: float  # share of the samples
+    written: list[str]  # paths
+
+
+def process_file(task: Task, watched: ContextManager = nullcontext()) -> Report:
+    """Take the sky out of one picture, from file to files.
+
+    Args:
+        task: its paths have been checked.
+        watched: as for `remove_sky`.
+
+    Raises:
+        BgError: the picture cannot be done.
+    """
+    picture = _read_input(task)
+    _check_disk(task, picture.planes)
+    _check_memory(picture.planes)
+    _start_importing()
+    mask = _read_mask(task.mask_file)
+    result = remove_sky(picture.planes, task.settings, mask, picture.unit, watched)
+    _write_outputs(task, picture, result)
+    draw = functools.partial(draw_figures, result=result, title=task.title)
+    written = [*task.outputs.values(), *_put_figure(task, draw)]
+    sky = result.prepared.sky
+    share, unsure = (math.nan, "") if sky is None else (sky.share, sky.unsure)
+    return Report(share, unsure, result.settings.smoothing, result.gradient_before,
+                  result.gradient_after, result.clipped, written)
+
+
+def preview_file(task: Task) -> list[str]:
+    """Draw the preview of one picture; returns the paths of what was written."""
+    picture = _read_input(task)
+    mask = _read_mask(task.mask_file)
+    prepared, settings = examine(picture.planes, task.settings, mask)
+    draw = functools.partial(
+        draw_preview, prepared=prepared, settings=settings, title=task.title)
+    return _put_figure(task, draw)
+
+
+def _put_figure(task: Task, draw: Callable) -> list[str]:
+    """Draw a figure where the task wants it; returns the paths of what was written."""
+    if task.place_for_figure is None:
+        return []
+    put_picture(draw, task.place_for_figure, task.figure)
+    return [task.figure] if task.place_for_figure == "file" else []
+
+
+def _write_outputs(task: Task, picture: Picture, result: Result) -> None:
+    """Write all files that a task asks for, or none."""
+    history = _history(task, result)
+    write = FORMATS[task.format].write
+    source = picture.source
+    unit = picture.unit
+    pictures = {
+        "model": (result.sky, source, unit, "the sky"),
+        "subtracted": (result.planes, source, unit, "the picture without the sky"),
+    }
+    if "mask" in task.outputs:
+        mask = full_mask(result.prepared, result.settings)
+        pictures["mask"] = mask, None, Unit(), "the mask, 1 = sky"
+    with atomic_outputs(*task.outputs.values()) as opened:
+        files = dict(zip(task.outputs, opened))
+        for kind, (planes, metadata, unit, what) in pictures.items():
+            lines = history + [f"bgoptimizer: this is {what}"]
+            write(files[kind], planes, metadata, lines, task.compress, unit)
+        if "animation" in files:
+            correction = result.settings.correction
+            frames = animation_frames(result.prepared, result.fit, correction)
+            write_animation(files["animation"], frames)
+
+
+def _history(task: Task, result: Result) -> list[str]:
+    """Return HISTORY lines: what made this picture, to the last setting."""
+    settings = result.settings
+    fit = result.fit
+    now = datetime.now(timezone.utc)
+    date = now.strftime("%Y-%m-%dT%H:%M:%SZ")
+    lines = [f"{name} = {value}" for name, value in vars(settings).items()]
+    mask = None if task.mask_file is None else os.path.basename(task.mask_file)
+    lines.append(f"mask = {mask}")
+    lines.append(f"control points used = {len(fit.positions)}")
+    lines.append(fit.stopped)
+    what = "offset" if settings.correction == "subtract" else "model's median"
+    for channel, offset in enumerate(result.offsets):
+        lines.append(f"{what} of channel {channel} = {offset:.9g}")
+    lines = [f"bgoptimizer: {line}" for line in lines]
+    return [f"bgoptimizer {VERSION}, {date}"] + lines
+
+
+@contextmanager
+def _watched_fit(epochs: int, interrupts: _Interrupts) -> Iterator[Callable[[int, float], None]]:
+    """Show how a fit goes on, and end it cleanly after Ctrl-C; yields what `on_epoch` is."""
     interrupts.check()
     interrupts.patient = True
-    with _progress(settings.epochs, quiet, say) as show:
-        fit = fit_sky(prepared, settings, say, lambda epoch, loss: (interrupts.check(), show(epoch, loss)))
+    with _progress(epochs) as show:
+        def on_epoch(epoch, loss):
+            interrupts.check()
+            show(epoch, loss)
+
+        yield on_epoch
     interrupts.patient = False
     interrupts.check()
-    say(f"{fit.stopped}; best loss {fit.history[:, 0].min():.4f}")
-    return fit
-
-
-def _subtract_and_write(picture_read: Picture, prepared: Prepared, settings: Settings, fit: Fit,
-                        options: argparse.Namespace, paths: dict[str, str], say: Callable[[str], None]) -> list[str]:
-    """Take the sky out of a picture's planes and write what was asked for; returns the paths."""
-    planes, source, unit = picture_read.planes, picture_read.source, picture_read.unit
-    sky = full_size_sky(prepared, fit, planes.dtype)
-    if settings.correction == "divide":
-        offsets, below, above = divide(planes, sky, -unit.offset / unit.scale)
-        offsets = offsets * unit.scale  # the model's medians
-    else:
-        offsets, below, above = subtract(planes, sky, prepared.median)
-        offsets = offsets * unit.scale + unit.offset  # so that picture - model + offset holds in the own unit too
-    say(gradients(prepared, fit))
-    words = "offsets: " if settings.correction == "subtract" else "divided by the sky, times its median: "
-    say(words + ", ".join(map("{} {:.6f}".format, _channel_letters(prepared), offsets)))
-    say(f"clipped: {below.sum()} samples at 0, {above.sum()} at 1, of {planes.size}")
-    share = (below.sum() + above.sum()) / planes.size
-    if share > MOST_CLIPPED:
-        logger.warning(f"{share:.1%} of the samples were clipped: the sky leaves no room below or above it; "
-                       "add a pedestal to the picture, or use a stiffer surface (--smoothing)")
-    pictures = {"model": (sky, source, "the sky", unit),
-                "subtracted": (planes, source, "the picture without the sky", unit)}
-    if options.save_mask:
-        pictures["mask"] = full_mask(prepared, settings), None, "the mask, 1 = sky", Unit()
-    outputs = {kind: path for kind, path in paths.items() if kind != "figures"}
-    history = _history(options, settings, fit, offsets)
-    with atomic_outputs(*outputs.values()) as opened:
-        files = dict(zip(outputs, opened))
-        write = FORMATS[options.format or picture_read.format].write
-        for kind, (picture, metadata, what, own) in pictures.items():
-            lines = history + [f"bgoptimizer: this is {what}"]
-            write(files[kind], picture, metadata, lines, options.compress, own)
-        if options.animate:
-            write_animation(files["animation"], animation_frames(prepared, fit))
-    return list(outputs.values())
-
-
-def _history(options: argparse.Namespace, settings: Settings, fit: Fit, offsets: np.ndarray) -> list[str]:
-    """HISTORY lines: what made this picture, to the last setting."""
-    now = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
-    lines = [f"bgoptimizer {VERSION}, {now}"]
-    lines += [f"bgoptimizer: {item.name} = {getattr(settings, item.name)}" for item in fields(settings)]
-    lines += [f"bgoptimizer: mask = {os.path.basename(options.mask) if options.mask else None}",
-              f"bgoptimizer: control points used = {len(fit.positions)}", f"bgoptimizer: {fit.stopped}"]
-    what = "offset" if settings.correction == "subtract" else "model's median"
-    return lines + [f"bgoptimizer: {what} of channel {k} = {offset:.9g}" for k, offset in enumerate(offsets)]
 
 
 class _Interrupts:
-    """Ctrl-C that cannot get lost: what is being imported may swallow it, and TensorFlow may crash by it."""
+    """Ctrl-C that cannot get lost.
+
+    A module that is being imported may swallow it. TensorFlow may crash when it is interrupted, so
+    nothing is raised while `patient`: then `check` does it.
+    """
 
     def __init__(self):
-        self.asked, self.patient, self.before = False, False, None
+        self.asked = False
+        self.patient = False
+        self.before = None
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():  # signals reach no other
@@ -5315,60 +5913,67 @@ class _Interrupts:
             signal.signal(signal.SIGINT, self.before)
 
 
-def _check_paths(options: argparse.Namespace) -> dict[str, str]:
-    """Try all of the paths that may fail, so that nobody waits for what cannot be saved.
+def _make_task(options: argparse.Namespace, settings: Settings) -> Task:
+    """Turn options into a task, and try all of its paths that may fail.
 
-    Returns:
-        What the run may write -> its path.
+    So nobody waits for what cannot be saved.
     """
     given = [options.input_file]
     if options.mask is not None:
         given.append(options.mask)
-    for path in given:
-        if not os.path.exists(path):
-            raise BgError(f"{path or 'a file without a name'} does not exist; check the name")
-        if os.path.isdir(path):
-            raise BgError(f"{path} is a folder; name an XISF, FITS or TIFF file in it")
-    folder = options.output_path
-    if os.path.exists(folder) and not os.path.isdir(folder):
-        raise BgError(f"{folder} is a file, not a folder; name a folder for the outputs")
-    never_written = options.preview and options.figures in ("show", "none")
-    if os.path.isdir(folder) or not never_written:
-        try:
-            os.makedirs(folder, exist_ok=True)
-            tempfile.TemporaryFile(dir=folder).close()
-        except OSError as error:
-            reason = error.strerror
-            raise BgError(f"cannot write to {folder}: {reason}; choose another folder") from None
-    paths = _output_paths(options)
-    for path in filter(os.path.exists, paths.values()):
+    _check_given(given)
+    _check_folder(options)
+    name = options.format or picture_format(options.input_file) or "xisf"
+    start = os.path.join(options.output_path, picture_stem(options.input_file))
+    ending = FORMATS[name].ending
+    outputs = {}
+    figure = f"{start}_preview.png"
+    if not options.preview:
+        figure = f"{start}_figures.png"
+        corrected = "bgSubtracted" if settings.correction == "subtract" else "bgDivided"
+        outputs["model"] = f"{start}_bgModel{ending}"
+        outputs["subtracted"] = f"{start}_{corrected}{ending}"
+    if options.save_mask:
+        outputs["mask"] = f"{start}_mask{ending}"
+    if options.animate:
+        outputs["animation"] = f"{start}_optimization.gif"
+    for path in filter(os.path.exists, [*outputs.values(), figure]):
         for kept in given:
             if os.path.samefile(path, kept):
                 raise BgError(f"{path} would be overwritten, and you gave it to read; "
                               "choose another output folder")
-    return paths
+    place = _place_for_figure(options)
+    return Task(options.input_file, options.mask, settings, outputs, figure, place, name,
+                options.compress)
 
 
-def _output_paths(options):
-    """Return the paths of what the run may write: kind -> path."""
-    if options.preview:
-        endings = {"preview": "preview.png"}
-    else:
-        kind = options.format or picture_format(options.input_file) or "xisf"
-        ending = FORMATS[kind].ending
-        corrected = "bgSubtracted" if options.correction == "subtract" else "bgDivided"
-        endings = {"model": "bgModel" + ending, "subtracted": corrected + ending}
-        if options.save_mask:
-            endings["mask"] = "mask" + ending
-        if options.animate:
-            endings["animation"] = "optimization.gif"
-        endings["figures"] = "figures.png"
-    start = os.path.join(options.output_path, picture_stem(options.input_file))
-    return {kind: f"{start}_{ending}" for kind, ending in endings.items()}
+def _check_given(paths: list[str]) -> None:
+    """Refuse paths to read that are no files."""
+    for path in paths:
+        if not os.path.exists(path):
+            raise BgError(f"{path or 'a file without a name'} does not exist; check the name")
+        if os.path.isdir(path):
+            raise BgError(f"{path} is a folder; name an XISF, FITS or TIFF file in it")
 
 
-def _place_for_pictures(options: argparse.Namespace) -> str | None:
-    """Return where the preview or the figures go: "notebook", "window", "file", or None."""
+def _check_folder(options: argparse.Namespace) -> None:
+    """Make the folder for the outputs if anything may be written, and refuse it if it is none."""
+    folder = options.output_path
+    if os.path.exists(folder) and not os.path.isdir(folder):
+        raise BgError(f"{folder} is a file, not a folder; name a folder for the outputs")
+    never_written = options.preview and options.figures in ("show", "none")
+    if never_written and not os.path.isdir(folder):
+        return
+    try:
+        os.makedirs(folder, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise BgError(f"cannot write to {folder}: {error.strerror}; "
+                      "choose another folder") from None
+
+
+def _place_for_figure(options: argparse.Namespace) -> str | None:
+    """Return where the preview or the figure goes: "notebook", "window", "file", or None."""
     if options.figures == "none":
         return None
     if options.figures == "save":
@@ -5382,17 +5987,29 @@ def _place_for_pictures(options: argparse.Namespace) -> str | None:
     return "file" if options.preview else None
 
 
+@functools.lru_cache(maxsize=None)  # once is enough for all pictures
 def _start_importing() -> None:
-    """Import TensorFlow beside stretching and reducing; who needs it waits for this import, or sees it fail again."""
-    if sys.stderr is sys.__stderr__ is not None:  # our own lines take a way of their own, past what is silenced below
-        sys.stderr = open(os.dup(2), "w", buffering=1, encoding=sys.stderr.encoding, errors="backslashreplace")
+    """Import TensorFlow beside stretching and reducing.
+
+    Who needs it waits for this import, or sees it fail again.
+    """
+    ours = sys.stderr is sys.__stderr__  # else somebody has replaced it
+    if ours and sys.stderr is not None:
+        # Keep our stderr on a descriptor of its own: descriptor 2 is silenced below
+        own = os.dup(2)
+        sys.stderr = open(own, "w", buffering=1, encoding=sys.stderr.encoding,
+                          errors="backslashreplace")
     threading.Thread(target=_import_silently, daemon=True).start()
 
 
 def _import_silently() -> None:
-    """TensorFlow's C++ greets with a page of log lines, and again at the first operation; no setting silences all."""
+    """Import TensorFlow and do its first operation, with stderr closed.
+
+    Its C++ greets with a page of log lines at both, and no setting silences all of them.
+    """
     with suppress(Exception):  # there is no stderr, no TensorFlow, or a GPU that does not start
-        kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+        kept = os.dup(2)
+        nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, 2)
         try:
             import_tensorflow().zeros(1)
@@ -5402,13 +6019,26 @@ def _import_silently() -> None:
             os.close(nowhere)
 
 
-def _read(path: str, say: Callable[[str], None]) -> Picture:
+def _read_input(task: Task) -> Picture:
+    """Read the picture of a task, and log what it is."""
+    picture = _read(task.input_file)
+    count, height, width = picture.planes.shape
+    colors = "gray" if count == 1 else "RGB"
+    line = f"{task.input_file}: {width} x {height}, {colors}, {picture.planes.dtype}"
+    if picture.note:
+        line += f"; {picture.note}"
+    logger.info(line)
+    lone = keep_dark_samples(picture.planes)
+    if lone:
+        logger.info(f"{lone} lone samples of 0 are taken for dark sky, not for missing data")
+    return picture
+
+
+def _read(path: str) -> Picture:
+    """Read a picture, and warn of what its file has or loses."""
     picture = read_picture(path)
     for text in picture.warnings:
         logger.warning(f"{path} {text}")
-    count, height, width = picture.planes.shape
-    say(f"{path}: {width} x {height}, {'gray' if count == 1 else 'RGB'}, {picture.planes.dtype}"
-        + (f"; {picture.note}" if picture.note else ""))
     return picture
 
 
@@ -5416,75 +6046,56 @@ def _read_mask(path):
     """Return the weights that a mask file gives, (c, h, w); None without a file."""
     if path is None:
         return None
-    picture = _read(path, _quiet)
+    picture = _read(path)
     if picture.unit.offset:
         raise BgError(f"{path} has negative values; a mask has 0 = leave out to 1 = use")
     return mask_weights(picture.planes * picture.planes.dtype.type(picture.unit.scale))
 
 
-def _check_room(planes: np.ndarray, options: argparse.Namespace) -> None:
-    """Refuse if the outputs do not fit on the disk; warn if the memory may not suffice.
+def _check_disk(task: Task, planes: np.ndarray) -> None:
+    """Refuse if the outputs do not fit on the disk."""
+    if task.compress:  # nobody knows how large they will be
+        return
+    needed = len(task.outputs) * planes.nbytes  # an animation is smaller than that
+    folder = os.path.dirname(task.outputs["model"])
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise BgError(f"{folder} has {free / 1e6:.0f} MB free and the outputs need "
+                      f"{needed / 1e6:.0f} MB; free space, choose another folder, "
+                      "or try --compress")
 
-    A system that is short of memory ends the run without a word.
-    """
-    outputs = 3 if options.save_mask else 2
-    needed = outputs * planes.nbytes
-    free = shutil.disk_usage(options.output_path).free
-    if free < needed and not options.compress:
-        raise BgError(
-            f"{options.output_path} has {free / 1e6:.0f} MB free and the outputs need "
-            f"{needed / 1e6:.0f} MB; free space, choose another folder, or try --compress")
-    tensorflow = 0.6e9  # bytes
-    needed = tensorflow + 2 * planes[0].nbytes  # two planes while the outputs are written
+
+def _check_memory(planes: np.ndarray) -> None:
+    """Warn if the memory may not suffice: a system that is short of it ends the run silently."""
+    needed = TENSORFLOW_BYTES + 2 * planes[0].nbytes  # two planes while the outputs are written
     free = _free_memory()
     if free < needed:
-        logger.warning(f"about {needed / 1e9:.1f} GB more memory is needed and {free / 1e9:.1f} GB are "
-              "free; if the run dies, close other programs, or crop the picture or split its "
-              "channels")
+        logger.warning(f"about {needed / 1e9:.1f} GB more memory is needed and "
+                       f"{free / 1e9:.1f} GB are free; if the run dies, close other programs, "
+                       "or crop the picture or split its channels")
 
 
-def _free_memory():
-    """Return the bytes of memory that are free; without end where only Linux could tell."""
-    free = math.inf
-    with suppress(OSError, ValueError, LookupError):
+def _free_memory() -> float:
+    """Return the bytes of memory that are free, as Linux tells it; elsewhere infinity."""
+    with suppress(OSError):
         with open("/proc/meminfo") as file:
-            table = dict(line.split(":") for line in file)
-        kibibytes, _ = table["MemAvailable"].split()
-        free = 1024 * int(kibibytes)
-        # A container may have less
-        with open("/sys/fs/cgroup/memory.max") as file:
-            limit = int(file.read())
-        with open("/sys/fs/cgroup/memory.current") as file:
-            used = int(file.read())
-        free = min(free, limit - used)
-    return free
-
-
-def _report(prepared: Prepared, settings: Settings, say: Callable[[str], None]) -> None:
-    """Numbers to act on before the fit."""
-    part, reduced, quantile = shares(prepared), prepared.image.shape, settings.delinearization_quantile
-    say(f"reduced to {reduced[1]} x {reduced[0]}: {part['used']:.1%} used, {part['masked']:.1%} masked, "
-        f"{part['missing']:.1%} missing; {part['clipped']:.1%} clipped at 1 by the stretch (-dq {quantile:g})")
-    for k, letter in enumerate(_channel_letters(prepared)):
-        low, scale = prepared.stretch.pedestal[k], prepared.stretch.scale[k]
-        say(f"  {letter}: minimum {low:.6f}, median {prepared.median[k]:.6f}, clipped above {low + scale:.6f}")
-    share = blown_out(thinned(prepared)).mean()
-    if share:
-        logger.warning(f"the stretch clips a smooth part of the picture ({share:.1%} of the frame), most likely sky, "
-              f"and the fit loses it there; raise -dq (now {quantile:g})")
+            found = re.search(r"MemAvailable: *(\d+) kB", file.read())
+        if found:
+            return 1024 * int(found[1])
+    return math.inf
 
 
 @contextmanager
-def _progress(epochs: int, quiet: bool, say: Callable) -> Iterator[Callable[[int, float], None]]:
+def _progress(epochs: int) -> Iterator[Callable[[int, float], None]]:
     """Yield a function to call after each epoch, with its number and its loss.
 
     On a terminal it moves a bar. Elsewhere it says every 100th epoch.
     """
-    terminal = sys.stderr and sys.stderr.isatty()  # None if the caller has closed it
-    if quiet or not terminal:
+    terminal = sys.stderr is not None and sys.stderr.isatty()  # None if the caller has closed it
+    if not terminal or not logger.isEnabledFor(logging.INFO):
         def say_epoch(epoch, loss):
             if epoch % 100 == 0:
-                say(f"epoch {epoch:4d}  loss {loss:.4f}")
+                logger.info(f"epoch {epoch:4d}  loss {loss:.4f}")
         yield say_epoch
         return
 

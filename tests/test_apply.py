@@ -2,7 +2,7 @@
 import numpy as np
 import pytest
 
-from bgoptimizer import BgError, Settings, SkySurface, frame_coordinates, optimize, prepare, spline_surface, keep_dark_samples
+from bgoptimizer import BgError, Settings, SkyModel, frame_coordinates, optimize, prepare, spline_surface, keep_dark_samples
 from runner import QUICK, quick
 from scenes import sloping_sky
 
@@ -16,7 +16,7 @@ def test_a_plane_seen_reduced_comes_back_at_full_size_unshifted(shape, factor):
     prepared = prepare(plane[None], Settings(downscaling_factor=factor))
     at = np.random.default_rng(11).choice(prepared.linear[..., 0].size, 30, replace=False)
     positions, values = prepared.centers.reshape(-1, 2)[at], prepared.linear.reshape(-1, 1)[at]
-    sky = SkySurface(lambda query: spline_surface(query, positions, values, 2, 0.1), shape, np.float64)
+    sky = SkyModel(lambda query: spline_surface(query, positions, values, 2, 0.1), shape, np.float64)
     assert np.abs(sky.plane(0) - plane).max() < 1e-4 * np.ptp(plane)
 
 
@@ -28,7 +28,7 @@ def test_strips_are_the_whole_and_the_whole_is_the_spline(shape):
     def surface(query):
         return spline_surface(query, points, values, 2, 0.01)
 
-    sky = SkySurface(surface, shape, np.float64)
+    sky = SkyModel(surface, shape, np.float64)
     for k in range(3):
         np.testing.assert_array_equal(np.concatenate([sky.strip(k, rows) for rows in sky.strips()]), sky.plane(k))
     step = max(1, max(shape) // 200)

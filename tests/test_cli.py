@@ -1,5 +1,6 @@
 """The command as a person meets it: what it prints, writes, refuses, and how it ends."""
 import hashlib
+import logging
 import os
 import re
 import signal
@@ -293,6 +294,33 @@ def test_compressed_outputs_hold_the_same_pixels(sky, folder):
 def test_quiet_says_nothing(sky, folder, capfd):
     assert run("sky.xisf", *FAST, "--quiet") == 0
     assert capfd.readouterr().out == ""
+
+
+def gradients_told(capsys):
+    """The gradient before and after, in percent, that the command printed."""
+    words = re.search(r"gradient ([\d.]+)% of the sky's level before, ([\d.]+)% after", capsys.readouterr().out)
+    return float(words[1]), float(words[2])
+
+
+def test_what_is_reported_of_a_picture_is_what_was_printed(sky, folder, capsys):
+    options, settings = bgoptimizer._parse(["sky.xisf", "out", *FAST])
+    report = bgoptimizer.process_file(bgoptimizer._make_task(options, settings))
+    assert run("sky.xisf", "out", *FAST) == 0
+    before, after = gradients_told(capsys)
+    assert report.gradient_before * 100 == pytest.approx(before, abs=0.06)
+    assert report.gradient_after * 100 == pytest.approx(after, abs=0.06)
+    assert report.smoothing == 1 and 0.5 < report.sky_share <= 1 and report.unsure == "" and report.clipped < 0.01
+    assert [os.path.basename(path) for path in report.written] == ["sky_bgModel.xisf", "sky_bgSubtracted.xisf"]
+
+
+def test_a_program_that_logs_too_sees_each_line_once_and_its_loggers_unchanged(sky, folder, capsys, caplog):
+    logger = logging.getLogger("bgoptimizer")
+    before = logger.level, logger.propagate, list(logger.handlers)
+    assert run("sky.xisf", "-p", "-dq", "0.5", "--figures", "none") == 0
+    said = capsys.readouterr()
+    assert said.out.count("reduced to") == 1 and said.err.count("raise -dq") == 1
+    assert "warning" not in said.out and "reduced to" not in said.err and not caplog.records
+    assert before == (logger.level, logger.propagate, logger.handlers)
 
 
 def test_mask_file_is_used(sky, folder, capsys):

@@ -146,6 +146,13 @@ def test_the_same_seed_gives_the_same_pictures_and_another_does_not(fitted):
 
 # Stand-ins fail in the place of a GPU.
 
+@pytest.fixture
+def said(caplog):
+    """A function that gives the lines that were logged so far."""
+    caplog.set_level(logging.INFO, "bgoptimizer")
+    return lambda: [record.getMessage() for record in caplog.records]
+
+
 def tf_error(kind):
     """An error as TensorFlow raises them."""
     return getattr(import_tensorflow().errors, kind)(None, None, "a long story\nof many lines")
@@ -162,9 +169,8 @@ def failing(*errors):
     return work
 
 
-def test_a_gpu_that_works_is_used_and_nothing_said():
-    said = []
-    assert on_first_that_works([GPU, CPU], failing(), said.append) == "done" and said == []
+def test_a_gpu_that_works_is_used_and_nothing_said(said):
+    assert on_first_that_works([GPU, CPU], failing()) == "done" and said() == []
 
 
 @pytest.mark.parametrize("kind, words", [
@@ -172,10 +178,9 @@ def test_a_gpu_that_works_is_used_and_nothing_said():
      "Tesla T4 has too little memory; going on with the CPU (a larger -dx or a smaller -B may fit)"),
     ("InternalError", "Tesla T4 failed (InternalError); going on with the CPU"),
     ("UnknownError", "Tesla T4 failed (UnknownError); going on with the CPU")])
-def test_a_gpu_that_fails_is_one_line_and_the_cpu_goes_on(kind, words):
-    said = []
-    assert on_first_that_works([GPU, CPU], failing(tf_error(kind)), said.append) == "done"
-    assert said == [words]
+def test_a_gpu_that_fails_is_one_line_and_the_cpu_goes_on(kind, words, said):
+    assert on_first_that_works([GPU, CPU], failing(tf_error(kind))) == "done"
+    assert said() == [words]
 
 
 def test_a_cpu_without_memory_says_what_helps():
@@ -202,29 +207,28 @@ def test_a_gpu_that_tensorflow_sees_comes_first(monkeypatch):
     assert compute_devices() == [GPU, CPU]
 
 
-def test_a_gpu_held_by_another_program_is_one_line_and_not_tried_again(monkeypatch):
+def test_a_gpu_held_by_another_program_is_one_line_and_not_tried_again(monkeypatch, said):
     def held(kind):
         raise tf_error("InternalError")
 
-    config, said, visible = import_tensorflow().config, [], []
+    config, visible = import_tensorflow().config, []
     monkeypatch.setattr(config, "list_logical_devices", held)
     monkeypatch.setattr(config, "set_visible_devices", lambda devices, kind: visible.append((devices, kind)))
-    assert compute_devices(said.append) == [CPU]
-    assert said == ["the GPU cannot be started (InternalError); going on with the CPU"] and visible == [([], "GPU")]
+    assert compute_devices() == [CPU]
+    assert said() == ["the GPU cannot be started (InternalError); going on with the CPU"] and visible == [([], "GPU")]
 
 
-def test_the_device_is_said_and_memory_grows():
+def test_the_device_is_said_and_memory_grows(said):
     if not import_tensorflow().config.list_physical_devices("GPU"):
-        said = []
-        optimize(sloping_sky(channels=1)[0], quick(epochs=2), say=said.append)
-        assert any("control points, smoothing 0.1, on the CPU" in line for line in said)
+        optimize(sloping_sky(channels=1)[0], quick(epochs=2))
+        assert any("control points, smoothing 0.1, on the CPU" in line for line in said())
     assert os.environ["TF_FORCE_GPU_ALLOW_GROWTH"] == "true"
 
 
-def test_a_fit_that_fails_on_the_gpu_gives_the_same_sky_on_the_cpu(monkeypatch):
+def test_a_fit_that_fails_on_the_gpu_gives_the_same_sky_on_the_cpu(monkeypatch, said):
     image, settings = sloping_sky()[0], quick(epochs=20)
     expected = optimize(image, settings)
-    fit, tries, said = bgoptimizer.fit_surface, [], []
+    fit, tries = bgoptimizer.fit_surface, []
 
     def first_try_fails(*arguments):
         tries.append(1)
@@ -232,11 +236,11 @@ def test_a_fit_that_fails_on_the_gpu_gives_the_same_sky_on_the_cpu(monkeypatch):
             raise tf_error("ResourceExhaustedError")
         return fit(*arguments)
 
-    monkeypatch.setattr(bgoptimizer, "compute_devices", lambda say: [GPU, CPU])
+    monkeypatch.setattr(bgoptimizer, "compute_devices", lambda: [GPU, CPU])
     monkeypatch.setattr(bgoptimizer, "fit_surface", first_try_fails)
-    result = optimize(image, settings, say=said.append)
+    result = optimize(image, settings)
     np.testing.assert_array_equal(result.model, expected.model)
-    assert len(tries) == 2 and sum("going on with the CPU" in line for line in said) == 1
+    assert len(tries) == 2 and sum("going on with the CPU" in line for line in said()) == 1
 
 
 @pytest.mark.slow

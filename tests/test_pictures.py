@@ -1,12 +1,13 @@
 """What is said of a picture and what is drawn: numbers, warnings, preview, figures, animation."""
 import os
 import sys
+import types
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from bgoptimizer import Settings, blown_out, examine, mask_reasons, prepare, shares
+from bgoptimizer import Settings, blown_out, examine, frame_coordinates, gradient, mask_reasons, prepare, shares
 from runner import FAST, command, python, refused, run
 from scenes import make_scene, save, sloping_sky, to_planes
 
@@ -24,6 +25,23 @@ def test_missing_masked_and_used_add_up_and_have_their_reasons():
     assert part["missing"] == pytest.approx(0.2) and part["missing"] + part["masked"] + part["used"] == pytest.approx(1)
     assert reasons["missing"].mean() == pytest.approx(0.2) and reasons["mask file"].any() and reasons["threshold"].any()
     np.testing.assert_array_equal(sum(area.astype(int) for area in reasons.values()), ~prepared.used)
+
+
+@pytest.mark.parametrize("correction", ["subtract", "divide"])
+def test_the_gradient_after_is_that_of_the_picture_as_it_was_corrected(correction):
+    x = frame_coordinates(240, 360)[..., 1]
+    sky = 0.02 * np.exp(3 * x)
+    noise = np.random.default_rng(1).normal(0, 0.0005, sky.shape)
+    prepared, _ = examine((sky + noise)[None].astype(np.float32), Settings(downscaling_factor=4))
+
+    def model(places):  # the half of it, as one sees it
+        return 0.05 * np.exp(1.5 * places[..., 1:])
+
+    fit = types.SimpleNamespace(surface=lambda places: prepared.stretch.extend(model(places)))
+    taken = model(frame_coordinates(240, 360))[..., 0]
+    left = sky - taken if correction == "subtract" else sky / taken * np.median(taken)
+    expected = np.ptp(np.quantile(left, (0.01, 0.99))) / np.median(sky)
+    assert gradient(prepared, fit, correction) == pytest.approx(expected, rel=0.05)
 
 
 @pytest.mark.parametrize("family, warned", [("city_glows", True), ("moon", True), ("galaxy", False), ("stars", False),
