@@ -3772,7 +3772,7 @@ def loss_bending(tf, nodes, spacing, bowl):
     total = energy(down_down)
     total += energy(along_along)
     total += 2 * energy(down_along)
-    rows, columns = nodes.shape[:2]
+    rows, columns, _ = nodes.shape
     area = (rows - 1) * down * (columns - 1) * along
     return total * (area / (8 * math.pi))
 
