@@ -195,7 +195,7 @@ def test_the_demo_as_fits_reads_to_the_same_planes(kind, demo, folder):
 
 
 @needs_fz
-@pytest.mark.parametrize("kind", ["RICE_1", "GZIP_1", "GZIP_2"])
+@pytest.mark.parametrize("kind", ["RICE_1", "GZIP_1", "GZIP_2", "HCOMPRESS_1"])
 def test_a_compressed_fits_reads_to_the_same_planes(kind, demo, folder):
     picture = bg.read_picture(save_compressed("demo.fits.fz", demo[:, :200, :300], kind))
     assert np.array_equal(picture.planes, bg.read_xisf(str(DEMO)).planes[:, :200, :300])
