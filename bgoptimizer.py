@@ -3909,7 +3909,7 @@ def start_values(prepared: Prepared, positions: np.ndarray, order: int) -> np.nd
         centers = prepared.sky.centers.reshape(-1, 2)
         unit = np.eye(len(positions))
         matrix = _fit_spline(centers, positions, unit, order)
-        # A glow in a corner is steeper than the points can show. It stays in what is `unshown`.
+        # A glow in a corner is steeper than the points can show. It stays in `rest_of_sky`.
         linear = prepared.sky.start(centers) - prepared.sky.glow(centers)
         sky = prepared.stretch.extend(linear)
         values, *_ = np.linalg.lstsq(matrix, sky, rcond=1e-9)
