@@ -2516,7 +2516,7 @@ NOISE_TILE = 7
 """Cells along a side of the tiles in which the noise is measured."""
 
 NOISE_LEVELS = 8
-"""The noise is measured at up to so many levels of light."""
+"""The noise is measured at no more levels of light than this."""
 
 TILES_PER_LEVEL = 6
 """A level of light has at least so many tiles, or it is the only one."""
@@ -2728,14 +2728,14 @@ FOLLOW_ROUNDS = 15
 """Rounds in which a fit lets go of the cells that it cannot meet."""
 
 FOLLOW_WIDEN = 3.0
-"""The first round lets go of nothing within 1 + this times the typical residual. The limit is
-narrowed step by step. Otherwise the start would decide what is let go."""
+"""In the first round the limit is 1 + this times the typical residual. It is narrowed step by step.
+Otherwise the start would decide what is let go."""
 
 FOLLOW_NARROW = 0.7
 """The part by which FOLLOW_WIDEN shrinks from round to round."""
 
 FOLLOW_SIGMA = 1.5
-"""The fit never lets go of what is within so many sigma."""
+"""A cell at the limit of a round has half of its weight. The limit is at least so many sigma."""
 
 HUBER_LIMIT = 2.5
 """A cell farther from the surface than so many typical residuals pulls no harder (Huber's loss)."""
@@ -3115,27 +3115,29 @@ def _dark_foreground(cells: _Cells, objects: np.ndarray) -> np.ndarray:
     """
     foreground = np.zeros_like(objects)
     near_objects = scipy.ndimage.binary_dilation(objects, iterations=2)
-    regions = scipy.ndimage.label(cells.usable & ~near_objects)[0]
-    if not regions.any():
+    plain = cells.usable & ~near_objects
+    if not plain.any():
         return foreground
-    sizes = np.bincount(regions.ravel())[1:]
-    sky = regions == 1 + sizes.argmax()
-    distance, nearest = scipy.ndimage.distance_transform_edt(~sky, return_indices=True)
+    regions, _ = scipy.ndimage.label(plain)
+    sizes = np.bincount(regions[plain])
+    sky = regions == sizes.argmax()
+    from_sky, nearest = scipy.ndimage.distance_transform_edt(~sky, return_indices=True)
     drop = cells.values[tuple(nearest)] - cells.values  # (h, w, c)
     span = _span(cells.values[sky], (95, 5))  # (c,)
     least = np.maximum(FOREGROUND_SIGMA * cells.noise, FOREGROUND_DARK * span)
-    dark = cells.usable & ~sky & (drop > least).all(-1)
-    parts, count = scipy.ndimage.label(scipy.ndimage.binary_opening(dark))
-    rim = cells.rim
-    for part in range(1, count + 1):
-        inside = parts == part
-        gap = distance[inside].min()
-        edge = inside & (distance < gap + FOREGROUND_EDGE)
-        large = inside.sum() > FOREGROUND_SIZE * cells.usable.sum()
-        long = edge.sum() > FOREGROUND_LENGTH * cells.longer
-        close = gap <= FOREGROUND_GAP * cells.longer
-        steep = np.median(drop[edge], axis=0) > FOREGROUND_DROP * span  # (c,)
-        if large and long and close and steep.all() and inside[rim].any():
+    dark = cells.usable & (drop > least).all(-1)
+    regions, count = scipy.ndimage.label(scipy.ndimage.binary_opening(dark))
+    smallest = FOREGROUND_SIZE * cells.usable.sum()
+    shortest = FOREGROUND_LENGTH * cells.longer
+    farthest = FOREGROUND_GAP * cells.longer
+    for region in range(1, count + 1):
+        inside = regions == region
+        gap = from_sky[inside].min()
+        edge = inside & (from_sky < gap + FOREGROUND_EDGE)
+        large = inside.sum() > smallest and edge.sum() > shortest
+        close = gap <= farthest and inside[cells.rim].any()
+        step = np.median(drop[edge], axis=0)  # (c,)
+        if large and close and (step > FOREGROUND_DROP * span).all():
             foreground |= inside
     return cells.usable & scipy.ndimage.binary_dilation(foreground, iterations=2)
 
@@ -3201,10 +3203,10 @@ def _corner_glow(surfaces: _Surfaces, plain: np.ndarray, from_corner: np.ndarray
     farthest = GLOW_CORNER + 1.5 / cells.longer  # the diagonal of a cell, about, is no distance
     if height < GLOW_HEIGHT * PIXEL_NOISE or from_corner[peak] > farthest:
         return nothing
-    upper = usable & (view > 0.5 * height)
-    all_but_foot = usable & (view > 0.1 * height)
-    core = flood(upper, peak, connectivity=1)
-    glow = flood(all_but_foot, peak, connectivity=1)
+    half = usable & (view > 0.5 * height)
+    tenth = usable & (view > 0.1 * height)
+    core = flood(half, peak, connectivity=1)
+    glow = flood(tenth, peak, connectivity=1)
     if from_corner[core].max() < GLOW_HALF and from_corner[glow].max() < GLOW_REACH:
         return glow
     return nothing
@@ -3361,7 +3363,7 @@ class _Scenery:
     """What stands before the sky, on the cells."""
 
     objects: np.ndarray  # (h, w) bool: not sky, the foreground included
-    foreground: np.ndarray  # (h, w) bool, with its surroundings: bounds nothing, has no outskirts
+    foreground: np.ndarray  # (h, w) bool, with a margin: bounds nothing, has no outskirts
 
     @property
     def light(self) -> np.ndarray:
@@ -3413,16 +3415,19 @@ class _Looker:
         Args:
             patches: (h, w) bool, objects too.
         """
+        usable = self.cells.usable
         near = self.near_foreground
-        compact = scipy.ndimage.binary_opening(self.objects & ~near) | patches
-        around = _surroundings(compact, self.rough & ~near, self.excess.max(-1))
+        compact = scipy.ndimage.binary_opening(self.objects & ~near)
+        stars = self.rough & ~near
+        around = _surroundings(compact | patches, stars, self.excess.max(-1))
         objects = self.rough | self.foreground | patches
-        touched = self.objects | around | scipy.ndimage.binary_dilation(objects)
-        sky = self.cells.usable & ~objects
-        halo = sky & touched & ~near
-        objects = objects | self._standing_above(halo, sky, objects & ~near)
-        objects = self.cells.usable & scipy.ndimage.binary_dilation(objects)
-        return _Scenery(objects, near | self.foreground)
+        beside = scipy.ndimage.binary_dilation(objects)
+        sky = usable & ~objects
+        halo = sky & ~near
+        halo &= self.objects | around | beside
+        halo = self._standing_above(halo, sky, objects & ~near)
+        objects = scipy.ndimage.binary_dilation(objects | halo)
+        return _Scenery(usable & objects, near)
 
     def _standing_above(self, halo, sky, light):
         """Return the cells of possible halos that stand above the sky, (h, w) bool.
@@ -3458,13 +3463,14 @@ def _surroundings(objects: np.ndarray, rough: np.ndarray, excess: np.ndarray) ->
         objects, rough: (h, w) bool.
         excess: (h, w) picture less surface, in units of the noise.
     """
-    reach = SURROUNDINGS * np.sqrt(_areas(objects))  # (h, w) cells
-    stars = scipy.ndimage.label(rough, np.ones((3, 3)))[0]
+    size = np.sqrt(_areas(objects))  # (h, w) cells
+    stars, _ = scipy.ndimage.label(rough, np.ones((3, 3)))
     peak = scipy.ndimage.maximum(excess, stars, stars)  # (h, w): of the star of this cell
     bright = rough & (peak > STAR_SIGMA)
-    of_stars = STAR_REACH * np.maximum(peak, 0)**HALO_POWER
-    reach = np.maximum(reach, np.where(bright, of_stars, 0))
-    return objects | _within(reach, SURROUNDINGS_MOST * max(objects.shape))
+    peak = np.where(bright, peak, 0)
+    reach = np.maximum(SURROUNDINGS * size, STAR_REACH * peak**HALO_POWER)
+    most = SURROUNDINGS_MOST * max(objects.shape)
+    return objects | _within(reach, most)
 
 
 def _areas(mask: np.ndarray) -> np.ndarray:
@@ -3732,11 +3738,10 @@ def _averaging_length(smoothing: float) -> float:
 def _choose(candidates: list[_Candidate], margin: float) -> int:
     """Return the index of the stiffest candidate whose loss is within `margin` of the best."""
     losses = np.array([candidate.loss for candidate in candidates])
-    good = losses <= losses.min() + margin
-    chosen = int(good.argmax())
-    if chosen == 0 and good[1:].any() and losses[0] > losses[1] + PLANE_MARGIN:
-        chosen = 1 + int(good[1:].argmax())
-    return chosen
+    good = np.flatnonzero(losses <= losses.min() + margin)  # (at least 1,)
+    if len(good) > 1 and good[0] == 0 and losses[0] > losses[1] + PLANE_MARGIN:
+        good = good[1:]
+    return int(good[0])
 
 
 # --- Doubt ---
@@ -3916,11 +3921,12 @@ def _steps_along_a_column(light: np.ndarray, least: float) -> bool:
         return False
     step = step[:, whole]
     typical = np.nanmedian(step, axis=0)  # (columns,)
-    scatter = _deviation(step - typical, 0)
-    uncertain = MEDIAN_NOISE * scatter / np.sqrt(count[whole])
-    alike = np.nanmean(np.sign(step) == np.sign(typical), axis=0)
     height = np.abs(typical)
-    seam = (height > least) & (height > SEAM_SIGMA * uncertain) & (alike > SEAM_ALIKE)
+    scatter = _deviation(step - typical, 0)
+    sigma = MEDIAN_NOISE * scatter / np.sqrt(count[whole])
+    same_sign = np.sign(step) == np.sign(typical)
+    seam = (height > least) & (height > SEAM_SIGMA * sigma)
+    seam &= same_sign.mean(0) > SEAM_ALIKE
     return bool(seam.any())
 
 
