@@ -2503,7 +2503,7 @@ FIND_CELLS = 130
 """Cells along the longer side of a large picture."""
 
 FEWEST_CELLS = 64
-"""Cells along the longer side. If so many remain, a cell has at least 2 x 2 reduced pixels. In the
+"""A cell has at least 2 x 2 reduced pixels if so many cells remain along the longer side. In the
 noise of single pixels a faint nebula looks smooth."""
 
 SMALLEST_SIDE = 12
@@ -2590,7 +2590,7 @@ def _mostly(mask: np.ndarray, size: int) -> np.ndarray:
 def _cell_noise(light: np.ndarray, usable: np.ndarray) -> np.ndarray:
     """Return the noise of cells of light (h, w, c): (h, w, c).
 
-    It is measured as the differences between neighbors where the picture is smoothest. Photon noise
+    It is measured by the differences between neighbors where the picture is smoothest. Photon noise
     grows with the light: variance = floor + slope * light.
     """
     noise = np.full_like(light, 1e-6)  # if there is no tile to measure it in
@@ -3021,17 +3021,17 @@ GLOW_CORNER = 0.02
 """The glow of an amplifier is brightest within this part of the longer side from a corner."""
 
 GLOW_HALF = 0.1
-"""It has fallen to half within this part of the longer side."""
+"""The glow has fallen to half within this part of the longer side."""
 
 GLOW_REACH = 0.3
-"""It has fallen to a tenth within this part of the longer side."""
+"""The glow has fallen to a tenth within this part of the longer side."""
 
 GLOW_HEIGHT = 0.65
-"""It rises by this part of the picture's range (5th to 95th percentile) above a plane with a
+"""The glow rises by this part of the picture's range (5th to 95th percentile) above a plane with a
 bowl."""
 
 GLOW_BESIDE = 0.3
-"""So much of the picture must be smooth and beyond the reach of the glow."""
+"""A glow is looked for only if this part of the picture is smooth and beyond its reach."""
 
 PIXEL_NOISE = 15
 """The noise of a pixel, about, in units of that of a cell: nobody can see what differs by less."""
@@ -3200,7 +3200,8 @@ def _corner_glow(surfaces: _Surfaces, plain: np.ndarray, from_corner: np.ndarray
     view = scipy.ndimage.median_filter(view, 3)  # without stars
     peak = scipy.ndimage.maximum_position(view, near)
     height = view[peak]
-    farthest = GLOW_CORNER + 1.5 / cells.longer  # the diagonal of a cell, about, is no distance
+    one_cell = 1.5 / cells.longer  # a little more than its diagonal
+    farthest = GLOW_CORNER + one_cell
     if height < GLOW_HEIGHT * PIXEL_NOISE or from_corner[peak] > farthest:
         return nothing
     half = usable & (view > 0.5 * height)
@@ -3318,7 +3319,8 @@ def _curves_down(second: np.ndarray, least: float) -> np.ndarray:
     """
     along_y, along_both, along_x = second
     mean = (along_y + along_x) / 2
-    spread = np.hypot((along_y - along_x) / 2, along_both)
+    difference = (along_y - along_x) / 2
+    spread = np.hypot(difference, along_both)
     flattest = mean + spread
     steepest = mean - spread
     return (flattest < -least) & (flattest < CLOSED_ROUNDNESS * steepest)
@@ -3509,13 +3511,13 @@ OUTSKIRTS_REACH = 1.5
 wider."""
 
 OUTSKIRTS_MOST = 0.35
-"""They never reach beyond this part of the longer side."""
+"""Outskirts never reach beyond this part of the longer side."""
 
 OUTSKIRTS_SCALES = (1.0, 2.5, 5.0)
 """Cells: outskirts are looked for in Gaussian means of these widths."""
 
 OUTSKIRTS_SIGMA = 3.0
-"""They stand so many sigma of such a mean above the surface."""
+"""Outskirts stand so many sigma of such a mean above the surface."""
 
 
 def _falling_light(light: np.ndarray, longest: float) -> np.ndarray:
@@ -3590,7 +3592,8 @@ def _downhill(start: np.ndarray, view: np.ndarray, allowed: np.ndarray,
     lowest = np.where(start, np.inf, -np.inf)  # (h, w) point of the best way so far
     for _ in range(2 * max(view.shape)):
         best = scipy.ndimage.maximum_filter(lowest, 3)  # of the cell and its eight neighbors
-        reached = np.where(view <= best + tolerance, np.minimum(best, view), -np.inf)
+        downhill = view <= best + tolerance
+        reached = np.where(downhill, np.minimum(best, view), -np.inf)
         now = np.where(allowed, np.maximum(lowest, reached), lowest)
         if (now == lowest).all():
             break
@@ -3601,39 +3604,40 @@ def _downhill(start: np.ndarray, view: np.ndarray, allowed: np.ndarray,
 # --- Choice ---
 
 GOOD_ENOUGH = 0.016
-"""The stiffest surface wins whose loss is this close to the best. It is about the scatter of that
-loss."""
+"""The stiffest surface whose loss is this close to the best one wins. The number is about the
+scatter of the loss."""
 
 GOOD_ENOUGH_CLOSED = 0.03
-"""It may be this far off where closed patches of light are taken for objects, because a simple sky
+"""The same, where closed patches of light are taken for objects. It is larger, because a simple sky
 is part of that explanation."""
 
 PLANE_MARGIN = 0.006
-"""A plane must be this close in loss to a plane with a bowl."""
+"""A plane wins only if its loss is this close to that of a plane with a bowl."""
 
 SIMPLE_SKY = 10.0
-"""Smoothing. Patches are objects if the sky beside them is at least so stiff."""
+"""Patches are objects if the smoothing of the sky beside them is at least this."""
 
 CLOSED_FLEXIBLE = 1.0
-"""Smoothing. Well closed patches may leave a sky that is only so stiff."""
+"""Well closed patches may leave a sky that only has this smoothing..."""
 
 CLOSED_GAIN = 0.004
-"""But then that sky must explain the rest better by so much loss."""
+"""... if its loss is smaller by this than that of a sky as flexible that includes the patches."""
 
 FEWEST_SKY = 30
-"""Cells. If fewer are called sky, everything that is used is."""
+"""If fewer cells than this are sky, all cells that are used are taken for sky."""
 
 STIFF = 10.0
-"""Smoothing. A surface that is so stiff can be trusted to judge wide outskirts."""
+"""From this smoothing on a surface is stiff enough to judge wide outskirts, and is fitted again
+without them."""
 
 OUTSKIRTS_ROUNDS = 3
-"""So many times it is fitted again without them."""
+"""Such a surface is fitted again at most so many times."""
 
 OUTSKIRTS_LEFT = 0.5
-"""It is fitted again only if this part of the sky is left beside them."""
+"""It is fitted again only if this part of the sky is left beside the outskirts."""
 
 OUTSKIRTS_CHANGE = 20
-"""Cells. It is fitted again only if so many changed."""
+"""It is fitted again only if at least so many cells of the outskirts changed."""
 
 
 class _Candidate(NamedTuple):
@@ -3670,7 +3674,6 @@ def _look_for_sky(looker: _Looker, used: np.ndarray, smoothings: Sequence[float]
         used: (h, w) bool, the cells that take part.
         smoothings: to choose from, the stiffest first.
     """
-    closed = None
     for least in CLOSED_LEAST:
         patches = looker.patches(least)
         closed = None
@@ -3750,19 +3753,21 @@ PURE_NOISE = {1: 0.535, 3: 0.632}
 """The loss of a surface that leaves nothing but Gaussian noise, by the number of channels."""
 
 UNEXPLAINED = 1.28
-"""The sky is not known if the loss is so many times that of pure noise."""
+"""The sky cannot be known if the loss is more than this many times that of pure noise."""
 
 LITTLE_SKY = 0.15
-"""Nor if only this part of the picture shows sky."""
+"""The sky cannot be known if less than this part of the picture shows it."""
 
 DISAGREEMENT = 0.15
-"""Nor if surfaces that explain the sky alike differ by this part of its range (rms)."""
+"""The sky cannot be known if surfaces that explain it alike differ by more than this part of its
+range (rms)."""
 
 ALIKE = 0.05
 """Surfaces explain the sky alike if their losses differ by no more than this."""
 
 BULGE = 0.15
-"""Nor if the surface has a closed top inside the frame that is this part of its range high."""
+"""The sky cannot be known if its surface has a closed top inside the frame that is higher than this
+part of its range."""
 
 SMALL_TOP = 0.2
 """Where sky is seen, a top counts only if less than this part of the frame is in the upper half of
@@ -3772,20 +3777,20 @@ HIDDEN_TOP = 0.6
 """A top is behind objects if they cover this part of its upper half."""
 
 HOLE = 0.33
-"""Nor if a hole in the sky has this radius, in units of the longer side, and the surface is
-flexible."""
+"""The sky cannot be known if the surface is flexible, and a cell is farther than this part of the
+longer side from what shows sky."""
 
 FLEXIBLE = 1.0
-"""Smoothing. A surface is flexible if it is less stiff than this."""
+"""A surface of less smoothing than this is flexible."""
 
 SEAM_SIGMA = 12.0
 """Panels of a mosaic differ by so many sigma of the median along a seam."""
 
 SEAM_HEIGHT = 0.05
-"""They differ by this part of the picture's range (1st to 99th percentile)."""
+"""Panels differ by this part of the picture's range (1st to 99th percentile)."""
 
 SEAM_ALIKE = 0.9
-"""They differ in the same direction along this part of a seam."""
+"""Panels differ in the same direction along this part of a seam."""
 
 SEAM_SEEN = 0.5
 """A row or column can be a seam if this part of it is usable."""
@@ -3938,7 +3943,7 @@ powers of ten for the part of the picture that is not sky. It was measured on th
 `tests/truth.py`."""
 
 PLAIN_MOST = 1.5
-"""But at most by so many powers of ten."""
+"""The surface of a plain run is stiffer by at most so many powers of ten."""
 
 LEAST_SEEN = 0.05
 """Part of what is called sky that must be left beside the outskirts of objects. Otherwise nothing
