@@ -2489,36 +2489,250 @@ def shares(prepared: Prepared) -> dict[str, float]:
     return {"missing": missing, "masked": masked, "used": used, "clipped": clipped}
 
 
-# ---------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Find the sky: what is sky, its surface, how stiff it is, and how sure that is
-# ---------------------------------------------------------------------------------------------------
 #
-# Light adds up in linear data, so the sky is found there, on a coarse copy of the picture: the cells. Three facts
-# tell the sky from objects, and none of them is a threshold on brightness.
+# Light adds up in linear data, so the sky is found there, on a coarse copy of the picture: the
+# cells. Three facts tell the sky from objects, and none of them is a threshold on brightness.
 #
-# 1. The sky is smooth. What has fine structure (arms, filaments, dust lanes, stars) is an object. Hills and trees are
-#    told by their step down from the sky.
-# 2. Glow comes from outside the frame and grows towards an edge. A smooth patch of light that is closed, that is,
-#    surrounded by darker picture on all sides, is an object too: a nebula drowned in noise, a globular cluster.
-# 3. An object's light falls off with the distance from it. Around each object, what stands above a candidate surface
-#    and falls off from the object may be its outskirts, and does not count against that surface.
+# 1. The sky is smooth. What has fine structure (arms, filaments, dust lanes, stars) is an object.
+#    Hills and trees are recognized by their step down from the sky.
+# 2. Glow comes from outside the frame and grows towards an edge. A smooth patch of light that is
+#    closed, which means surrounded by darker picture on all sides, is an object too: a nebula
+#    drowned in noise, a globular cluster.
+# 3. The light of an object falls off with the distance from it. Light around an object that stands
+#    above a candidate surface and falls off from the object may be its outskirts. It does not count
+#    against that surface.
 #
-# A surface pays for bending, not for a tilt or for a bowl (vignetting). The stiffest surface that explains the sky
-# nearly as well as the best one does is the answer: it bulges least where no sky is seen.
+# A surface pays for bending, but not for a tilt or for a bowl (vignetting). The answer is the
+# stiffest surface that explains the sky nearly as well as the best one does: it bulges least where
+# no sky is seen.
+#
+# The rooms of this section, in the order in which the picture passes through them:
+#
+#   Cells                  the picture, reduced once more, and its noise
+#   Surfaces               all surfaces that the sky may have, and how they are fitted
+#   Before the sky         rough regions, hills, glows in corners, closed patches of light
+#   Objects                all of these, with their halos
+#   Outskirts              light that falls off from objects
+#   Choice                 the stiffest surface that explains the sky
+#   Doubt                  when the sky cannot be known
+#   Result                 find_sky, which does all of it
+#
+# In the shapes below, (h, w) are cells, and c is the number of channels. "Sigma" is the standard
+# deviation of the noise of what it is said of.
+# --------------------------------------------------------------------------------------------------
 
-FIND_CELLS, FEWEST_CELLS = 130, 64
-"""Cells along the longer side. Small pictures get fewer, so that a cell still is the median of several pixels: in the
+# --- Cells ---
+
+FIND_CELLS = 130
+"""Cells along the longer side of a large picture."""
+
+FEWEST_CELLS = 64
+"""A cell has at least 2 x 2 reduced pixels if so many cells remain along the longer side. In the
 noise of single pixels a faint nebula looks smooth."""
 
+SMALLEST_SIDE = 12
+"""Cells. In a picture with a shorter side the sky is not looked for."""
+
+FEWEST_USABLE = 150
+"""Cells. In a picture with fewer usable ones the sky is not looked for."""
+
+NOISE_TILE = 7
+"""Cells along a side of the tiles in which the noise is measured."""
+
+NOISE_LEVELS = 8
+"""The noise is measured at no more levels of light than this."""
+
+TILES_PER_LEVEL = 6
+"""A level of light has at least so many tiles, or it is the only one."""
+
+QUIET_QUARTILE = 1.07
+"""The lower quartile of deviations that are measured on 49 cells is 7 % too low."""
+
+NOISE_ROUNDS = 4
+"""So many times levels of light are dropped, and the line through the others is fitted again."""
+
+QUIET_EXCESS = 2.0
+"""A level is dropped if its variance is more than this many times that on the line."""
+
+
+@dataclass(frozen=True)
+class _Cells:
+    """The picture, reduced once more: a cell is size x size reduced pixels."""
+
+    values: np.ndarray  # (h, w, c) linear, less the pedestal, in units of `scale`
+    usable: np.ndarray  # (h, w) bool: not missing, not masked by the user
+    noise: np.ndarray  # (h, w, c) standard deviation of `values`
+    centers: np.ndarray  # (h, w, 2) frame coordinates
+    size: int
+    pedestal: np.ndarray  # (c,) linear: the darkest part of the picture
+    scale: np.ndarray  # (c,) linear: three times the height of the median above the pedestal
+
+    @property
+    def longer(self) -> int:
+        """Cells along the longer side."""
+        return max(self.usable.shape)
+
+    @property
+    def rim(self) -> np.ndarray:
+        """The usable cells within two cells of the edge of what is usable, (h, w) bool."""
+        return self.usable & ~scipy.ndimage.binary_erosion(self.usable, iterations=2)
+
+
+def _make_cells(prepared: Prepared) -> _Cells | None:
+    """Reduce the picture to cells. Return None if too few of them are usable."""
+    usable = prepared.present.all(-1)  # (rows, columns) of reduced pixels
+    if prepared.user_mask is not None:
+        usable &= (prepared.user_mask > 0).any(-1)
+    longer = max(usable.shape)
+    smallest = 2 if longer >= 2 * FEWEST_CELLS else 1
+    size = max(smallest, round(longer / FIND_CELLS))
+    shown = np.where(usable[..., None], prepared.linear, 0)  # 0: missing
+    planes = [reduce_plane(channel, size) for channel in np.moveaxis(shown, -1, 0)]
+    light = np.stack(planes, -1).astype(float)  # (h, w, c)
+
+    whole = np.isfinite(light).all(-1)
+    whole &= _mostly(usable, size)
+    # A cell beside a border mixes with it, and is left out as well
+    usable = scipy.ndimage.minimum_filter(whole, 3)  # (h, w)
+    if min(usable.shape) < SMALLEST_SIDE or usable.sum() < FEWEST_USABLE:
+        return None
+    light[~usable] = 0
+    dark, median = np.percentile(light[usable], (0.5, 50), axis=0)  # (c,) each
+    scale = np.maximum(3 * (median - dark), 1e-9)
+    values = (light - dark) / scale
+    values[~usable] = 0
+    noise = _cell_noise(light, usable) / scale
+    centers = _block_means(prepared.centers, size).astype(float)
+    return _Cells(values, usable, noise, centers, size, dark, scale)
+
+
+def _mostly(mask: np.ndarray, size: int) -> np.ndarray:
+    """Return the cells, (h, w) bool, in which most reduced pixels are True."""
+    return _block_means(mask, size) > 0.5
+
+
+def _cell_noise(light: np.ndarray, usable: np.ndarray) -> np.ndarray:
+    """Return the noise of cells of light (h, w, c): (h, w, c).
+
+    It is measured by the differences between neighbors where the picture is smoothest. Photon noise
+    grows with the light: variance = floor + slope * light.
+    """
+    noise = np.full_like(light, 1e-6)  # if there is no tile to measure it in
+    for k, plane in enumerate(np.moveaxis(light, -1, 0)):
+        levels, variances = _quiet_levels(np.where(usable, plane, np.nan))
+        if levels.size:
+            darkest = levels.min()
+            floor, slope = _noise_line(levels - darkest, variances)
+            above = np.maximum(plane - darkest, 0)
+            noise[..., k] = np.sqrt(floor + slope * above)
+    return np.maximum(noise, 1e-9)
+
+
+def _quiet_levels(light: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return some levels of light, and the variance of the quietest tiles at each.
+
+    Args:
+        light: (h, w), NaN where it is not usable.
+
+    Returns:
+        (levels,) each; empty if no tile is mostly usable.
+    """
+    # The mean of a cell's four neighbors, less the cell. At the edges some neighbors are missing
+    detail = scipy.ndimage.laplace(light) / 4
+    detail = _tiles(detail[1:-1, 1:-1])  # (tiles, 49)
+    inner = _tiles(light[1:-1, 1:-1])
+    whole = np.isfinite(detail).mean(1) > 0.5
+    if not whole.any():
+        return np.empty(0), np.empty(0)
+    # The mean of four neighbors adds a quarter of the variance
+    sigma = _deviation(detail[whole], 1) / math.sqrt(1.25)  # (tiles,)
+    level = np.nanmedian(inner[whole], 1)
+    by_level = np.argsort(level)
+    count = min(NOISE_LEVELS, level.size // TILES_PER_LEVEL)
+    levels = []
+    variances = []
+    for alike in np.array_split(by_level, max(1, count)):
+        quiet = QUIET_QUARTILE * np.percentile(sigma[alike], 25)
+        levels.append(np.median(level[alike]))
+        variances.append(quiet**2 + 1e-18)
+    return np.array(levels), np.array(variances)
+
+
+def _tiles(image: np.ndarray) -> np.ndarray:
+    """Cut an image (h, w) into whole tiles, (tiles, 49)."""
+    tile = (NOISE_TILE, NOISE_TILE)
+    windows = np.lib.stride_tricks.sliding_window_view(image, tile)
+    tiles = windows[::NOISE_TILE, ::NOISE_TILE]  # (rows, columns, 7, 7)
+    return tiles.reshape(-1, NOISE_TILE**2)
+
+
+def _deviation(residuals: np.ndarray, axis: int | None = None) -> np.ndarray:
+    """Return the standard deviation about 0 of residuals, robustly; NaN does not count."""
+    return GAUSSIAN_DEVIATION * np.nanmedian(np.abs(residuals), axis)
+
+
+def _noise_line(above: np.ndarray, variances: np.ndarray) -> np.ndarray:
+    """Return the floor and the slope of the variance over the light above the darkest level.
+
+    The quietest tiles at each level follow such a line. Levels that only objects have are never
+    quiet; they are dropped.
+
+    Args:
+        above, variances: (levels,).
+    """
+    terms = np.stack([np.ones_like(above), above], 1)  # (levels, 2)
+    relative = terms / variances[:, None]
+    kept = np.full(above.shape, True)
+    for _ in range(NOISE_ROUNDS):
+        one = np.ones(kept.sum())
+        line, _ = scipy.optimize.nnls(relative[kept], one)  # (2,)
+        excess = variances / np.maximum(terms @ line, 1e-30)
+        lowest = np.sort(excess)[:2]  # two levels stay at least
+        kept = excess <= max(QUIET_EXCESS, lowest.max())
+    return line
+
+
+def _smooth(image: np.ndarray, sigma: float, where: np.ndarray) -> np.ndarray:
+    """Return the Gaussian mean of (h, w) or (h, w, c) over the cells `where`, (h, w) bool."""
+    sigmas = (sigma, sigma)
+    if image.ndim == 3:
+        sigmas = (sigma, sigma, 0)
+        where = where[..., None]
+    counted = np.where(where, image, 0)
+    total = scipy.ndimage.gaussian_filter(counted, sigmas)
+    share = scipy.ndimage.gaussian_filter(where.astype(float), sigmas)
+    return total / np.maximum(share, 1e-6)  # where no cell is near, the mean is 0
+
+
+def _noise_of_mean(sigma: float) -> float:
+    """Return the noise of a Gaussian mean of so many cells; that of a cell is 1."""
+    return 1 / (math.sqrt(4 * math.pi) * sigma)
+
+
+def _channels_together(excess: np.ndarray) -> np.ndarray:
+    """Add the channels of (h, w, c), in units of their noise: (h, w), in units of its noise."""
+    return excess.sum(-1) / math.sqrt(excess.shape[-1])
+
+
+# --- Surfaces ---
+
 SKY_POINTS = 96
-"""Control points of the surface on the cells. Its stiffness, not their number, decides how it bends."""
+"""Control points of the surface on the cells. Its stiffness, not their number, decides how it
+bends."""
+
+THIN_PLATE = 2
+"""Order of the spline whose bending energy is that of a thin plate."""
 
 STIFFNESS_UNIT = 1e-4
-"""Weight of the bending energy beside the mean squared residual at a smoothing of 1. Values are in units of three
-times the sky's median above its darkest part, energy is for the frame's longer side as the unit of length."""
+"""Weight of the bending energy beside the mean squared residual at a smoothing of 1. Residuals are
+in units of three times the sky's median above its darkest part. The energy is that for the longer
+side of the frame as the unit of length."""
 
 SMOOTHINGS = (1e4, 1e3, 1e2, 1e1, 1.0, 1e-1, 1e-2, 1e-3)
-"""Candidates, the stiffest first: a plane, then a plane with a bowl, then ever more flexible surfaces."""
+"""Candidates, the stiffest first: a plane, then a plane with a bowl, then ever more flexible
+surfaces."""
 
 PLANE = 1e4
 """From this smoothing on a bowl costs as much as any other bending, and the surface is a plane."""
@@ -2526,574 +2740,662 @@ PLANE = 1e4
 WITH_BOWL = 1e3
 """At this smoothing the surface is a plane with a bowl, and nothing else."""
 
-BOWL_SMOOTHING = 1e-3
-"""What the three quadratic terms cost below that: next to nothing. Vignetting and most glows have such a part."""
+SIMPLE_SMOOTHING = 1e-3
+"""What a bowl, below PLANE, and the glow in a corner cost: next to nothing. Vignetting and most
+glows have a part that is a bowl."""
 
-GOOD_ENOUGH, GOOD_ENOUGH_CLOSED, PLANE_MARGIN = 0.016, 0.03, 0.006
-"""The stiffest surface wins whose loss, the mean log(1 + residual in units of the noise), is this close to the best:
-about the scatter of that loss. It may be farther off where closed patches of light are taken for objects, because a
-simple sky is part of that explanation. A plane must be closer to a plane with a bowl."""
+GLOW_LENGTHS = (0.015, 0.03, 0.06, 0.12)
+"""Lengths over which the glow in a corner falls off, in units of the longer side."""
 
-ROUGH_SIGMA, ROUGH_SCALE, ROUGH_DENSITY, ROUGH_WINDOW = 3.5, 1.4, 0.2, 0.05
-"""A cell is rough if it stands so many sigma off the Gaussian mean of so many cells about it. A region is an object if
-so many of its cells are rough, within a window of this part of the longer side: lone stars stay single cells, nebulae
-and galaxies close up."""
+GLOW_RATIOS = (0.6, 1.0, 1.6)
+"""How much faster the glow in a corner falls off along a row than along a column."""
+
+FOLLOW_ROUNDS = 15
+"""Rounds in which a fit lets go of the cells that it cannot meet."""
+
+FOLLOW_WIDEN = 3.0
+"""In the first round the limit is 1 + this times the typical residual. It is narrowed step by step.
+Otherwise the start would decide what is let go."""
+
+FOLLOW_NARROW = 0.7
+"""The part by which FOLLOW_WIDEN shrinks from round to round."""
+
+FOLLOW_SIGMA = 1.5
+"""A cell at the limit of a round has half of its weight. The limit is at least so many sigma."""
+
+HUBER_LIMIT = 2.5
+"""A cell farther from the surface than so many typical residuals pulls no harder (Huber's loss)."""
+
+HUBER_DEVIATION = 1.2
+"""Deviation of the residuals over their median. It is 1.48 for one channel, and 1.13 for the rms of
+three."""
+
+CEILING_WEIGHT = 0.5
+"""Weight of "the sky is not above the picture" under an object, beside 1 for a cell of sky."""
+
+
+class _Surfaces:
+    """All surfaces that the sky may have on the cells. They are thin plates, bowls, and glows.
+
+    A surface is a linear function of its coefficients (m, c): n for the plate, 3 for the bowl, and
+    the others for glows. Beside it, halos are light that falls off from objects. They have k
+    further coefficients, which are at least 0, and their light is not sky.
+
+    Args:
+        cells: of the picture.
+        shape: (h, w) of the full picture. Only its ratio counts.
+        corners: (g, 2) frame coordinates of corners in which an amplifier glows.
+    """
+
+    def __init__(self, cells: _Cells, shape: tuple[int, int], corners: Sequence = ()):
+        self.cells = cells
+        self.shape = shape
+        self.corners = corners
+        self.sides = np.array(shape) / max(shape)  # (2,) of the frame
+        self.positions = _regular_points(self.sides)  # (n, 2) frame coordinates
+        n = len(self.positions)
+        places = cells.centers.reshape(-1, 2)
+        plates = spline_surface(places, self.positions, np.eye(n), THIN_PLATE, 0.0)
+        simple = self.simple_terms(places)
+        self.matrix = np.hstack([plates, simple])  # (cells, m)
+        self.columns = self.matrix  # (cells, m + k): with halos, if there are any
+        self.count = self.matrix.shape[1]  # m
+        self.bowl = slice(n, n + 3)
+        self.glows = slice(n + 3, self.count)
+        self.bending = np.zeros((self.count, self.count))
+        self.bending[:n, :n] = _bending_energy(self.positions)
+        variance = (cells.noise**2).mean(-1)
+        self.inverse = 1 / variance.ravel()  # (cells,)
+        self.values = cells.values.reshape(len(places), -1)  # (cells, c)
+
+    def simple_terms(self, places: np.ndarray) -> np.ndarray:
+        """Return the terms of a bowl, and those of glows, at (..., 2): (..., 3 + glows)."""
+        y, x = np.moveaxis(places - self.sides / 2, -1, 0)
+        terms = [x * x, x * y, y * y]
+        for corner in self.corners:
+            down, along = np.moveaxis(np.abs(places - corner), -1, 0)
+            for ratio in GLOW_RATIOS:
+                distance = np.hypot(down, ratio * along)
+                for length in GLOW_LENGTHS:
+                    terms.append(np.exp(-distance / length))
+        return np.stack(terms, -1)
+
+    def linear(self, found: np.ndarray, places: np.ndarray) -> np.ndarray:
+        """Return the surface in the picture's own units, (..., c), without the light of halos.
+
+        It takes little memory for many places.
+
+        Args:
+            found: (m + k, c) coefficients.
+            places: (..., 2) frame coordinates.
+        """
+        n = len(self.positions)
+        plate = spline_surface(places, self.positions, found[:n], THIN_PLATE, 0.0)
+        simple = self.simple_terms(places) @ found[n:self.count]
+        surface = plate + simple
+        return surface * self.cells.scale + self.cells.pedestal
+
+    def linear_glow(self, found: np.ndarray, places: np.ndarray) -> np.ndarray:
+        """Return only the light of glows in corners; see `linear`."""
+        terms = self.simple_terms(places)[..., 3:]
+        glow = terms @ found[self.glows]
+        return glow * self.cells.scale
+
+    def with_halos(self, halos: np.ndarray) -> _Surfaces:
+        """Return the same surfaces beside light that falls off from objects, (cells, k)."""
+        other = copy.copy(self)
+        other.columns = np.hstack([self.matrix, halos])
+        return other
+
+    def surface(self, found: np.ndarray) -> np.ndarray:
+        """Return the surface on the cells, (h, w, c), without the light of halos."""
+        surface = self.matrix @ found[:self.count]  # (cells, c)
+        return surface.reshape(self.cells.values.shape)
+
+    def excess(self, found: np.ndarray) -> np.ndarray:
+        """Return picture less surface, (h, w, c), in units of the noise."""
+        above = self.cells.values - self.surface(found)
+        return above / self.cells.noise
+
+    def residual(self, found: np.ndarray) -> np.ndarray:
+        """Return what neither surface nor halos explain, (h, w, c), in units of the noise."""
+        rest = self.values - self.columns @ found  # (cells, c)
+        return rest.reshape(self.cells.values.shape) / self.cells.noise
+
+    def distance(self, found: np.ndarray) -> np.ndarray:
+        """Return the size of the residual, (h, w): its rms over the channels."""
+        squared = self.residual(found)**2
+        return np.sqrt(squared.mean(-1))
+
+    def fit(self, weight: np.ndarray, ceiling: np.ndarray, smoothing: float) -> np.ndarray:
+        """Return the coefficients of the best surface, and of the halos beside it, (m + k, c).
+
+        Args:
+            weight: (h, w) of the squared residuals, in units of the noise.
+            ceiling: (h, w, c) further weights, for the surface without the halos.
+            smoothing: see `SMOOTHINGS`.
+        """
+        m = self.count
+        cost = np.zeros(m)
+        cost[self.bowl] = smoothing if smoothing >= PLANE else SIMPLE_SMOOTHING
+        cost[self.glows] = SIMPLE_SMOOTHING
+        energy = smoothing * self.bending + np.diag(cost)  # (m, m)
+        energy *= STIFFNESS_UNIT
+        energy += 1e-10 * np.eye(m)  # keeps the equations solvable
+
+        gram, right, total = self._normal_equations(self.columns, weight)
+        coefficients = []
+        for k in range(self.values.shape[1]):
+            more_gram, more_right, more = self._normal_equations(self.matrix, ceiling[..., k])
+            system = gram.copy()  # (m + k, m + k)
+            system[:m, :m] += more_gram
+            wanted = right[:, k].copy()  # (m + k,)
+            wanted[:m] += more_right[:, k]
+            system /= total + more
+            wanted /= total + more
+            coefficients.append(self._solve(system, wanted, energy))
+        return np.stack(coefficients, -1)
+
+    def _normal_equations(self, columns, weight):
+        """Return the matrix, the right sides for all channels, and the sum of the weights."""
+        w = weight.ravel() * self.inverse
+        counted = np.flatnonzero(w)
+        columns = columns[counted]
+        weighted = columns * w[counted, None]
+        gram = weighted.T @ columns
+        right = weighted.T @ self.values[counted]
+        return gram, right, w.sum()
+
+    def _solve(self, gram, right, energy):
+        """Solve the equations of one channel. The light of halos must not be negative."""
+        m = self.count
+        system = gram[:m, :m] + energy
+        if len(gram) == m:
+            return np.linalg.solve(system, right)
+        # The surface is eliminated: a small problem, for the light of the halos alone, is left
+        coupling = gram[:m, m:]  # (m, k)
+        halos = gram[m:, m:]  # (k, k)
+        alone = np.linalg.solve(system, right[:m])  # (m,) the surface without halos
+        response = np.linalg.solve(system, coupling)  # (m, k) how it gives way to them
+        rest = halos - coupling.T @ response
+        wanted = right[m:] - coupling.T @ alone
+        floor = 1e-9 * np.trace(halos) / len(halos)
+        light = _nonnegative_solution(rest, wanted, floor)  # (k,)
+        return np.concatenate([alone - response @ light, light])
+
+    def follow(self, weight: np.ndarray, smoothing: float) -> np.ndarray:
+        """Return the coefficients of a fit that lets go of what it cannot meet.
+
+        Args:
+            weight: (h, w) of the cells.
+            smoothing: see `SMOOTHINGS`.
+        """
+        no_ceiling = np.zeros_like(self.cells.values)
+        kept = weight
+        for k in range(FOLLOW_ROUNDS):
+            found = self.fit(kept, no_ceiling, smoothing)
+            residual = self.excess(found)
+            size = np.abs(residual.mean(-1))
+            typical = np.median(size[weight > 0])
+            wide = 1 + FOLLOW_WIDEN * FOLLOW_NARROW**k
+            limit = max(FOLLOW_SIGMA, typical * wide)
+            squared = (residual**2).mean(-1)
+            kept = weight / (limit**2 + squared)
+        return found
+
+    def fit_below(self, sky: np.ndarray, bounds: np.ndarray, smoothing: float,
+                  rounds: int = 6) -> np.ndarray:
+        """Return the coefficients of a fit to the sky that is not above the picture elsewhere.
+
+        Args:
+            sky: (h, w) weights of cells of sky.
+            bounds: (h, w) bool: cells that only bound the sky from above.
+            smoothing: see `SMOOTHINGS`.
+            rounds: of fitting again, with the weights that the last fit suggests.
+        """
+        kept = sky
+        ceiling = np.zeros_like(self.cells.values)  # (h, w, c)
+        for _ in range(rounds):
+            found = self.fit(kept, ceiling, smoothing)
+            distance = np.maximum(self.distance(found), 1e-9)
+            typical = HUBER_DEVIATION * np.median(distance[sky > 0])
+            limit = HUBER_LIMIT * max(1.0, typical)
+            kept = sky * np.minimum(1, limit / distance)
+            pierced = self.excess(found) < 0
+            ceiling = CEILING_WEIGHT * (bounds[..., None] & pierced)
+        return found
+
+
+def _regular_points(sides: np.ndarray) -> np.ndarray:
+    """Return control points (n, 2) on a regular grid over a frame with these sides, (2,)."""
+    height, width = sides
+    wanted = math.sqrt(SKY_POINTS * height / width)
+    rows = int(np.clip(round(wanted), 3, SKY_POINTS // 3))
+    columns = round(SKY_POINTS / rows)
+    row = np.linspace(0, height, rows)
+    column = np.linspace(0, width, columns)
+    return _grid(row, column).reshape(-1, 2)
+
+
+def _bending_energy(positions: np.ndarray) -> np.ndarray:
+    """Return the matrix (n, n) that takes values at control points (n, 2) to bending energy."""
+    kernels = _kernel(positions, positions, THIN_PLATE)
+    weights = _spline_coefficients(positions, THIN_PLATE, 0.0)[:-3]  # (n, n)
+    energy = weights.T @ kernels @ weights
+    return energy + 1e-6 * np.eye(len(positions))  # keeps the equations solvable
+
+
+def _nonnegative_solution(gram: np.ndarray, right: np.ndarray, floor: float) -> np.ndarray:
+    """Solve gram (k, k) @ x = right (k,) for the best x that is nowhere negative.
+
+    Args:
+        gram: symmetric but for rounding.
+        right: the right side.
+        floor: added to the eigenvalues, because the columns of halos may be nearly alike.
+    """
+    values, vectors = np.linalg.eigh((gram + gram.T) / 2)
+    root = np.sqrt(np.maximum(values, 0) + max(floor, 1e-14))
+    matrix = (vectors * root).T
+    wanted = (vectors / root).T @ right
+    try:
+        return scipy.optimize.nnls(matrix, wanted)[0]
+    except RuntimeError:  # it did not converge
+        return np.zeros(len(right))
+
+
+# --- Before the sky ---
 
 FOLLOWING = 1e-3
 """Smoothing of the surface that follows everything smooth, so that only structure is left."""
 
-FOREGROUND_GAP, FOREGROUND_DROP, FOREGROUND_SIZE = 0.1, 0.8, 0.003
-"""Hills begin within this part of the longer side from the sky, fall below it by so much of its own range at once, and
-cover so much of the picture. The dark sky beyond a band of the Milky Way is farther off, and falls less."""
+ROUGH_SCALE = 1.4
+"""Cells: detail is what differs from a Gaussian mean of this width."""
 
-GLOW_CORNER, GLOW_HALF, GLOW_REACH, GLOW_HEIGHT = 0.02, 0.1, 0.3, 0.65
-"""An amplifier's glow is brightest within the first part of the longer side from a corner, has fallen to half within
-the second and to a tenth within the third, and rises by this part of the picture's range (5th to 95th percentile)
-above a plane with a bowl."""
+ROUGH_SIGMA = 3.5
+"""A cell is rough if its detail is more than so many sigma."""
 
-GLOW_LENGTHS, GLOW_RATIOS = (0.015, 0.03, 0.06, 0.12), (0.6, 1.0, 1.6)
-"""Lengths over which the glow falls off, in units of the longer side, and along which side it falls faster."""
+ROUGH_WINDOW = 0.05
+"""In units of the longer side: the window in which rough cells are counted."""
 
-GLOW_SMOOTHING = 1e-3
-"""What the terms of a glow cost."""
+ROUGH_DENSITY = 0.2
+"""A region is an object if this part of its cells is rough. Lone stars stay single cells, nebulae
+and galaxies close up."""
+
+FOREGROUND_GAP = 0.1
+"""Hills begin within this part of the longer side from the sky. The dark sky beyond a band of the
+Milky Way is farther off, and falls less."""
+
+FOREGROUND_DROP = 0.8
+"""Hills fall below the sky by this part of the sky's range (5th to 95th percentile) at once."""
+
+FOREGROUND_DARK = 0.15
+"""All of a hill is darker than the nearest sky by this part of the sky's range."""
+
+FOREGROUND_SIGMA = 10.0
+"""All of a hill is darker than the nearest sky by so many sigma."""
+
+FOREGROUND_SIZE = 0.003
+"""Hills cover at least this part of the picture."""
+
+FOREGROUND_LENGTH = 0.02
+"""In units of the longer side: the edge of a hill has at least so many cells."""
+
+FOREGROUND_EDGE = 5
+"""Cells: how deep the edge of a hill is, in which it is compared with the sky."""
+
+GLOW_CORNER = 0.02
+"""The glow of an amplifier is brightest within this part of the longer side from a corner."""
+
+GLOW_HALF = 0.1
+"""The glow has fallen to half within this part of the longer side."""
+
+GLOW_REACH = 0.3
+"""The glow has fallen to a tenth within this part of the longer side."""
+
+GLOW_HEIGHT = 0.65
+"""The glow rises by this part of the picture's range (5th to 95th percentile) above a plane with a
+bowl."""
+
+GLOW_BESIDE = 0.3
+"""A glow is looked for only if this part of the picture is smooth and beyond its reach."""
+
+PIXEL_NOISE = 15
+"""The noise of a pixel, about, in units of that of a cell: nobody can see what differs by less."""
 
 CLOSED_SCALES = (2.5, 5.0, 10.0, 16.0)
 """Cells: scales at which patches of light are looked for. Structure is found at finer ones."""
 
-CLOSED_SIGMA, CLOSED_ROUNDNESS, CLOSED_VIEW, CLOSED_FOOT = 5.0, 0.25, 2.5, 0.15
-"""A patch curves down by so many sigma in all directions, along the one that curves least by this part of the other
-(a band of airglow curves along one only). Its height is measured on a Gaussian mean of so many cells, and it reaches
-down to this part of its height."""
+CLOSED_SIGMA = 5.0
+"""A patch curves down by so many sigma in all directions."""
+
+CLOSED_ROUNDNESS = 0.25
+"""Along the direction in which a patch curves least, it curves by this part of what it does across.
+A band of airglow curves along one direction only."""
+
+CURVATURE_NOISE = 0.32
+"""Noise of a second derivative of a Gaussian mean, times its scale cubed; that of a cell is 1.
+White noise has 0.244; stars and gaps add a third."""
+
+CLOSED_VIEW = 2.5
+"""Cells: the height of a patch is measured on a Gaussian mean of this width."""
+
+CLOSED_HEIGHT = 4.0
+"""A patch is at least so many sigma of that mean high."""
+
+CLOSED_FOOT = 0.15
+"""A patch reaches down to this part of its height."""
 
 CLOSED_LEAST = (0.35, 0.6)
-"""How closed a patch must be: 1 - level of its highest way out / its height. First all patches are tried, then those
-that are well closed."""
+"""How closed a patch must be: 1 - level of its highest way out / its height. First all patches are
+tried, then those that are well closed."""
 
-SIMPLE_SKY, CLOSED_FLEXIBLE, CLOSED_GAIN = 10.0, 1.0, 0.004
-"""Patches are objects if the sky beside them has at least the first smoothing. Well closed ones may leave a sky of the
-second, if that explains the rest better by so much loss."""
+CLOSED_ROUNDS = 5
+"""So many times patches are looked for, each time above a surface through the sky beside them."""
 
-STAR_SIGMA, STAR_REACH = 30.0, 2.0
-"""A star of more than so many sigma may have a halo; it is looked for within so many times sigma^0.4 cells."""
+CLOSED_CHANGE = 10
+"""Cells: the patches are those of the last round if no more than so many cells change."""
 
-HALO_SIGMA, HALO_SMOOTHING = 3.0, 3e-3
-"""Light so many sigma above a surface of this smoothing belongs to the object that it touches."""
+CLOSED_SKY = 0.15
+"""Patches are no longer looked for if less than this part of the picture is smooth beside them."""
 
-OUTSKIRTS_REACH, OUTSKIRTS_MOST = 1.5, 0.35
-"""Outskirts reach so many times as far as a surface of that smoothing averages over: it cannot tell what is wider. They
-never reach beyond this part of the longer side."""
-
-OUTSKIRTS_SIGMA, OUTSKIRTS_SCALES = 3.0, (1.0, 2.5, 5.0)
-"""Outskirts stand so many sigma above the surface in a Gaussian mean of so many cells."""
-
-FALL_OFF, FALL_OFF_OBJECTS = (0.12, 0.3, 0.75), 6
-"""Lengths over which an object's light may fall off, in units of its radius. Beyond the largest so many objects the
-rest share theirs."""
-
-CEILING_WEIGHT = 0.5
-"""Weight of 'the sky is not above the picture' under an object, beside 1 for a cell of sky."""
-
-PLAIN_STIFFER, PLAIN_MOST = 2.5, 1.5
-"""A plain run leaves no object out, so its surface must be stiffer than the sky's: by so many powers of ten for the part
-of the picture that is not sky, and at most by so many (measured on the truth bench, `tests/truth.py`)."""
-
-LEAST_SEEN = 0.05
-"""Part of what is called sky that must be left beside the outskirts of objects."""
-
-PURE_NOISE = {1: 0.535, 3: 0.632}
-"""The loss of a surface that leaves nothing but Gaussian noise, by the number of channels."""
-
-UNEXPLAINED, LITTLE_SKY, DISAGREEMENT, BULGE, HOLE = 1.28, 0.15, 0.15, 0.15, 0.33
-"""Where the sky is not known: a loss so many times that of pure noise; so little sky; surfaces that explain the sky
-alike and differ by so much of its range (rms); a closed top of this part of the range in the surface itself; a hole
-in the sky of this radius, of the longer side, under a flexible surface."""
-
-SEAM_SIGMA, SEAM_HEIGHT, SEAM_ALIKE = 12.0, 0.05, 0.9
-"""Panels of a mosaic differ by so many sigma, by this part of the picture's range, and along this part of the seam."""
-
-PIXEL_NOISE = 15
-"""The noise of a pixel, about, in that of a cell: what differs by less than that nobody can see."""
+DETAIL_NOISE = 1.07
+"""The noise of a cell over that of its detail: the mean takes 7 % of it away."""
 
 
-@dataclass(frozen=True)
-class _Cells:
-    """The picture, further reduced. (h, w) cells, c channels; a cell is size x size reduced pixels."""
-
-    values: np.ndarray  # (h, w, c) linear, less the pedestal, in units of `scale`
-    usable: np.ndarray  # (h, w) bool: not missing, not masked by the user
-    noise: np.ndarray  # (h, w, c) standard deviation of `values`
-    centers: np.ndarray  # (h, w, 2) frame coordinates
-    size: int
-    pedestal: np.ndarray  # (c,)
-    scale: np.ndarray  # (c,)
-
-    @property
-    def longer(self) -> int:
-        return max(self.usable.shape)
-
-    def smooth(self, image: np.ndarray, sigma: float, where: np.ndarray | None = None) -> np.ndarray:
-        """Gaussian mean of (h, w) or (h, w, c) over the cells `where` (h, w), or all usable ones."""
-        where = self.usable if where is None else where
-        if image.ndim == 3:
-            planes = [self.smooth(plane, sigma, where) for plane in np.moveaxis(image, -1, 0)]
-            return np.stack(planes, -1)
-        total = scipy.ndimage.gaussian_filter(np.where(where, image, 0), sigma)
-        share = scipy.ndimage.gaussian_filter(where.astype(float), sigma)
-        return total / np.maximum(share, 1e-6)
-
-    def rim(self, width: int = 2) -> np.ndarray:
-        """(h, w) bool: usable cells at the edge of what is usable."""
-        inner = scipy.ndimage.binary_erosion(self.usable, iterations=width, border_value=0)
-        return self.usable & ~inner
-
-
-def _make_cells(prepared: Prepared) -> _Cells:
-    usable = prepared.present.all(-1)
-    if prepared.user_mask is not None:
-        usable &= (prepared.user_mask > 0).any(-1)
-    longer = max(usable.shape)
-    most = max(1, min(2, longer // FEWEST_CELLS))
-    size = max(most, round(longer / FIND_CELLS))
-    channels = np.moveaxis(np.where(usable[..., None], prepared.linear, 0), -1, 0)  # 0: missing
-    light = np.stack([reduce_plane(channel, size) for channel in channels], -1).astype(float)
-    enough = (_block_means(usable.astype(np.float32), size) > 0.5) & np.isfinite(light).all(-1)
-    # Cells beside a border mix with it and are left out as well.
-    usable = scipy.ndimage.minimum_filter(enough, 3, mode="nearest")
-    light = np.where(usable[..., None], light, 0)
-    noise = _cell_noise(light, usable)
-    seen = light[usable] if usable.any() else np.zeros((1, light.shape[-1]))
-    dark, median = np.percentile(seen, (0.5, 50), axis=0)  # (c,) each
-    scale = np.maximum(3 * (median - dark), 1e-9)
-    values = np.where(usable[..., None], (light - dark) / scale, 0)
-    centers = _block_means(prepared.centers, size).astype(float)
-    return _Cells(values, usable, noise / scale, centers, size, dark, scale)
-
-
-def _cell_noise(light: np.ndarray, usable: np.ndarray) -> np.ndarray:
-    """Noise of the cells, (h, w, c), from the differences between neighbors where the picture is smoothest.
-
-    Photon noise grows with the light: variance = floor + slope x light, and the quietest tiles at each level of light
-    follow that line. Levels that only objects have are never quiet; they are dropped.
-    """
-    noise = np.full_like(light, 1e-6)  # if there is no tile to measure it in
-    for k in range(light.shape[-1]):
-        levels, variances = _quiet_levels(np.where(usable, light[..., k], np.nan))
-        if not levels.size:
-            continue
-        kept = np.full(levels.shape, True)
-        terms = np.stack([np.ones_like(levels), levels - levels.min()], 1)
-        for _ in range(4):
-            relative = terms / variances[:, None]
-            line, _ = scipy.optimize.nnls(relative[kept], np.ones(kept.sum()))
-            excess = variances / np.maximum(terms @ line, 1e-30)
-            second = np.sort(excess)[:2].max()  # two levels stay at least
-            kept = excess <= max(2.0, second)
-        above = np.maximum(light[..., k] - levels.min(), 0)
-        noise[..., k] = np.sqrt(line[0] + line[1] * above)
-    return np.maximum(noise, 1e-9)
-
-
-def _quiet_levels(light: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Up to eight levels of light (h, w) with NaNs, and the variance of the quietest tiles of 7 x 7 cells at each."""
-    nothing = np.empty(0), np.empty(0)
-    inner = light[1:-1, 1:-1]
-    vertical = light[:-2, 1:-1] + light[2:, 1:-1]
-    horizontal = light[1:-1, :-2] + light[1:-1, 2:]
-    detail = np.abs(inner - (vertical + horizontal) / 4)
-    side = min(7, *detail.shape)
-    if side < 1:  # a strip: no cell has neighbors on all sides
-        return nothing
-
-    def tiles(image):  # (tiles, side**2)
-        rows, columns = image.shape[0] // side, image.shape[1] // side
-        cut = image[:rows * side, :columns * side]
-        return cut.reshape(rows, side, columns, side).swapaxes(1, 2).reshape(-1, side**2)
-
-    detail, inner = tiles(detail), tiles(inner)
-    whole = np.isfinite(detail).mean(1) > 0.5
-    if not whole.any():
-        return nothing
-    # Median absolute value -> deviation; four neighbors add a quarter of the variance.
-    sigma = np.nanmedian(detail[whole], 1) * 1.4826 / math.sqrt(1.25)
-    level = np.nanmedian(inner[whole], 1)
-    bins = np.array_split(np.argsort(level), min(8, max(1, level.size // 6)))
-    # The lower quartile of deviations that are measured on 49 cells is 7 % low.
-    quiet = np.array([1.07 * np.percentile(sigma[chosen], 25) for chosen in bins])
-    levels = np.array([np.median(level[chosen]) for chosen in bins])
-    return levels, quiet**2 + 1e-18
-
-
-class _Surfaces:
-    """All surfaces that the sky may have on the cells: thin plates and bowls that pay for bending.
-
-    A surface is a linear function of its coefficients (m, c). `halos` are further columns, (cells, k), for light that
-    falls off from objects: their coefficients are at least 0, and their light is no sky.
+def _rough_cells(cells: _Cells, usable: np.ndarray,
+                 excess: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return cells with detail that the noise does not explain, and regions dense with them.
 
     Args:
-        shape: of the full picture. Only its ratio counts.
-        glows: (g, 2) frame coordinates of corners in which an amplifier glows.
+        usable: (h, w) bool.
+        excess: (h, w, c) picture less surface, in units of the noise.
+
+    Returns:
+        (h, w) bool each.
     """
-
-    def __init__(self, cells: _Cells, shape: tuple[int, int], glows: np.ndarray = np.zeros((0, 2))):
-        self.cells = cells
-        self.shape = shape
-        self.glows = glows
-        self.sides = np.array(shape) / max(shape)
-        wanted = math.sqrt(SKY_POINTS * self.sides[0] / self.sides[1])
-        rows = int(np.clip(round(wanted), 3, SKY_POINTS // 3))
-        columns = round(SKY_POINTS / rows)
-        row = np.linspace(0, self.sides[0], rows)
-        column = np.linspace(0, self.sides[1], columns)
-        self.positions = _grid(row, column).reshape(-1, 2)
-        n = len(self.positions)
-        weights = _spline_coefficients(self.positions, 2, 0.0)[:-3]
-        self.matrix = self.terms(cells.centers.reshape(-1, 2))  # (cells, m)
-        self.count = self.matrix.shape[1]
-        self.bending = np.zeros((self.count, self.count))
-        self.bending[:n, :n] = weights.T @ _kernel(self.positions, self.positions, 2) @ weights
-        self.bending[:n, :n] += 1e-6 * np.eye(n)  # keeps the equations solvable
-        term = np.arange(self.count)
-        self.bowl = np.diag((term >= n) & (term < n + 3)).astype(float)
-        self.glow = np.diag(term >= n + 3).astype(float)
-        self.inverse = 1 / (cells.noise**2).mean(-1).ravel()  # (cells,)
-        self.flat = cells.values.reshape(len(self.inverse), -1)  # (cells, c)
-        self.halos = np.zeros((len(self.inverse), 0))
-
-    def terms(self, places: np.ndarray) -> np.ndarray:
-        """(n, 2) frame coordinates -> (n, m): every term's value there."""
-        plate = spline_surface(places, self.positions, np.eye(len(self.positions)), 2, 0.0)
-        return np.hstack([plate, self.simple_terms(places)])
-
-    def simple_terms(self, places: np.ndarray) -> np.ndarray:
-        """(n, 2) frame coordinates -> (n, 3 + k): a bowl about the middle of the frame, and glows in corners."""
-        y, x = (places - self.sides / 2).T
-        terms = [x * x, x * y, y * y]
-        for corner in self.glows:
-            down, along = np.abs(places - corner).T
-            for stretched in GLOW_RATIOS:
-                distance = np.hypot(down, stretched * along)
-                terms += [np.exp(-distance / length) for length in GLOW_LENGTHS]
-        return np.stack(terms, -1)
-
-    def at(self, places: np.ndarray, found: np.ndarray) -> np.ndarray:
-        """(n, c): the surface at frame coordinates (n, 2), without the light of halos; little memory for many."""
-        n = len(self.positions)
-        plate = spline_surface(places, self.positions, found[:n], 2, 0.0)
-        return plate + self.simple_terms(places) @ found[n:self.count]
-
-    def glow_at(self, places: np.ndarray, found: np.ndarray) -> np.ndarray:
-        """(n, c): the light of the glows in corners, at frame coordinates (n, 2)."""
-        first = len(self.positions) + 3
-        return self.simple_terms(places)[:, 3:] @ found[first:self.count]
-
-    def with_glows(self, glows: np.ndarray) -> "_Surfaces":
-        """The same surfaces beside light that falls off from corners, (g, 2) frame coordinates."""
-        return _Surfaces(self.cells, self.shape, glows)
-
-    def with_halos(self, halos: np.ndarray) -> "_Surfaces":
-        """The same surfaces beside light that falls off from objects, (cells, k)."""
-        other = copy.copy(self)
-        other.halos = halos
-        return other
-
-    def normal(self, weight: np.ndarray, below: np.ndarray | None = None) -> list:
-        """Normal equations: for each channel the matrix, the right side, and the sum of weights.
-
-        Args:
-            weight: (h, w) of the squared residuals over the noise.
-            below: (h, w, c) further weights of the surface alone, 0 nearly everywhere.
-        """
-        w = weight.ravel() * self.inverse
-        rows = np.flatnonzero(w)
-        columns = np.hstack([self.matrix[rows], self.halos[rows]])
-        weighted = columns * w[rows, None]
-        gram = weighted.T @ columns
-        right = weighted.T @ self.flat[rows]
-        equations = []
-        for k in range(self.flat.shape[1]):
-            equation = [gram, right[:, k], w.sum()]
-            if below is not None and below[..., k].any():
-                equation = self._add_ceiling(equation, below[..., k], k)
-            equations.append(equation)
-        return equations
-
-    def _add_ceiling(self, equation: list, below: np.ndarray, k: int) -> list:
-        gram, right, total = equation
-        w = below.ravel() * self.inverse
-        rows = np.flatnonzero(w)
-        weighted = self.matrix[rows] * w[rows, None]
-        gram, right = gram.copy(), right.copy()
-        gram[:self.count, :self.count] += weighted.T @ self.matrix[rows]
-        right[:self.count] += weighted.T @ self.flat[rows, k]
-        return [gram, right, total + w.sum()]
-
-    def solve(self, equations: list, smoothing: float) -> np.ndarray:
-        """(m + k, c): the coefficients of the best surface of this smoothing, and of the halos beside it."""
-        bowl = smoothing if smoothing >= PLANE else BOWL_SMOOTHING
-        energy = STIFFNESS_UNIT * (smoothing * self.bending + bowl * self.bowl + GLOW_SMOOTHING * self.glow)
-        energy += 1e-10 * np.eye(self.count)
-        return np.stack([self._solve_channel(*equation, energy) for equation in equations], -1)
-
-    def _solve_channel(self, gram, right, total, energy) -> np.ndarray:
-        m = self.count
-        system = gram[:m, :m] / total + energy
-        if gram.shape[0] == m:
-            return np.linalg.solve(system, right / total)
-        # The surface is eliminated, and a small problem for the halos' light is left, which must not be negative.
-        coupling = gram[:m, m:] / total
-        both = np.linalg.solve(system, np.column_stack([right[:m] / total, coupling]))
-        alone, response = both[:, 0], both[:, 1:]
-        rest = gram[m:, m:] / total - coupling.T @ response
-        wanted = right[m:] / total - coupling.T @ alone
-        values, vectors = np.linalg.eigh((rest + rest.T) / 2)
-        floor = 1e-9 * np.trace(gram[m:, m:]) / total / len(wanted)
-        root = np.sqrt(np.maximum(values, 0) + max(floor, 1e-14))
-        try:
-            light, _ = scipy.optimize.nnls((vectors * root).T, (vectors / root).T @ wanted)
-        except RuntimeError:  # it did not converge
-            light = np.zeros(len(wanted))
-        return np.concatenate([alone - response @ light, light])
-
-    def surface(self, found: np.ndarray) -> np.ndarray:
-        """(h, w, c): the surface on the cells, without the light of halos."""
-        return (self.matrix @ found[:self.count]).reshape(self.cells.values.shape)
-
-    def excess(self, found: np.ndarray) -> np.ndarray:
-        """(h, w, c): picture less surface, in units of the noise."""
-        return (self.cells.values - self.surface(found)) / self.cells.noise
-
-    def residual(self, found: np.ndarray) -> np.ndarray:
-        """(h, w, c): what neither the surface nor the halos explain, in units of the noise."""
-        halos = (self.halos @ found[self.count:]).reshape(self.cells.values.shape)
-        return self.excess(found) - halos / self.cells.noise
-
-    def follow(self, weight: np.ndarray, smoothing: float) -> np.ndarray:
-        """Coefficients of a robust fit that lets go of what it cannot meet. weight: (h, w)."""
-        now = weight
-        for k in range(15):
-            found = self.solve(self.normal(now), smoothing)
-            residual = self.excess(found)
-            spread = np.median(np.abs(residual.mean(-1))[weight > 0])
-            scale = max(1.5, spread * (1 + 3 * 0.7**k))  # narrowed step by step, or the start decides
-            now = weight / (scale**2 + (residual**2).mean(-1))
-        return found
-
-    def fit_below(self, sky: np.ndarray, ceiling: np.ndarray, smoothing: float, rounds: int = 6) -> np.ndarray:
-        """Coefficients of a fit to the sky's cells, held below the picture elsewhere.
-
-        Args:
-            sky: (h, w) weights of cells of sky.
-            ceiling: (h, w) bool: cells that only bound the sky from above.
-            smoothing: see `SMOOTHINGS`.
-        """
-        kept, below = sky, None
-        for _ in range(rounds):
-            found = self.solve(self.normal(kept, below), smoothing)
-            distance = np.sqrt((self.residual(found)**2).mean(-1))
-            limit = 2.5 * max(1.0, 1.2 * np.median(distance[sky > 0]))
-            kept = sky * np.minimum(1, limit / np.maximum(distance, 1e-9))  # Huber: no cell pulls harder
-            pierced = self.excess(found) < 0
-            below = CEILING_WEIGHT * (ceiling[..., None] & pierced)
-        return found
-
-
-def _rough_cells(cells: _Cells, usable: np.ndarray, excess: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(h, w) bool each: cells with detail that the noise does not explain, and regions dense with them."""
-    detail = excess - cells.smooth(excess, ROUGH_SCALE, usable)
-    rough = (np.abs(detail).max(-1) > ROUGH_SIGMA) & usable
-    window = _odd(ROUGH_WINDOW * cells.longer)
+    detail = excess - _smooth(excess, ROUGH_SCALE, usable)
+    most = np.abs(detail).max(-1)  # (h, w)
+    rough = usable & (most > ROUGH_SIGMA)
+    window = _rough_window(cells)
     share = scipy.ndimage.uniform_filter(usable.astype(float), window)
-    density = scipy.ndimage.uniform_filter(rough.astype(float), window) / np.maximum(share, 0.2)
-    return rough, (density > ROUGH_DENSITY) & usable
+    density = scipy.ndimage.uniform_filter(rough.astype(float), window)
+    density /= np.maximum(share, 0.2)  # few usable cells are no region
+    dense = usable & (density > ROUGH_DENSITY)
+    return rough, dense
 
 
-def _odd(length: float) -> int:
-    return max(3, int(length) | 1)
+def _rough_window(cells: _Cells) -> int:
+    """Return the side of the window in which rough cells are counted, an odd number of cells."""
+    return max(3, int(ROUGH_WINDOW * cells.longer) | 1)
 
 
 def _dark_foreground(cells: _Cells, objects: np.ndarray) -> np.ndarray:
-    """(h, w) bool: hills, trees, a dome. The one thing that takes light away, and so lies below the sky by a step.
+    """Return hills, trees, or a dome, (h, w) bool.
 
-    The largest region without structure is taken for sky. A region at the frame's edge that begins close to that sky
-    and is darker than the nearest of it, at once and by most of the sky's own range, is foreground.
+    Only they take light away, and so lie below the sky by a step. The largest region without
+    structure is taken for sky. A region at the edge of the frame is foreground if it begins close
+    to that sky, and is darker than the nearest of it, at once and by most of the sky's own range.
+
+    Args:
+        objects: (h, w) bool, regions with structure.
     """
     foreground = np.zeros_like(objects)
     near_objects = scipy.ndimage.binary_dilation(objects, iterations=2)
-    regions, _ = scipy.ndimage.label(cells.usable & ~near_objects)
-    if not regions.any():
+    plain = cells.usable & ~near_objects
+    if not plain.any():
         return foreground
-    sky = regions == np.bincount(regions.ravel())[1:].argmax() + 1
-    distance, nearest = scipy.ndimage.distance_transform_edt(~sky, return_indices=True)
+    regions, _ = scipy.ndimage.label(plain)
+    sizes = np.bincount(regions[plain])
+    sky = regions == sizes.argmax()
+    from_sky, nearest = scipy.ndimage.distance_transform_edt(~sky, return_indices=True)
     drop = cells.values[tuple(nearest)] - cells.values  # (h, w, c)
-    high, low = np.percentile(cells.values[sky], (95, 5), axis=0)
-    least = np.maximum(10 * cells.noise, 0.15 * (high - low))
-    dark = cells.usable & ~sky & (drop > least).all(-1)
-    parts, count = scipy.ndimage.label(scipy.ndimage.binary_opening(dark))
-    rim = cells.rim()
-    for part in range(1, count + 1):
-        inside = parts == part
-        gap = distance[inside].min()
-        edge = inside & (distance < gap + 5)
-        large = inside.sum() > FOREGROUND_SIZE * cells.usable.sum() and edge.sum() > 0.02 * cells.longer
-        close = gap <= FOREGROUND_GAP * cells.longer and (inside & rim).any()
-        if large and close and (np.median(drop[edge], axis=0) > FOREGROUND_DROP * (high - low)).all():
+    span = _span(cells.values[sky], (95, 5))  # (c,)
+    least = np.maximum(FOREGROUND_SIGMA * cells.noise, FOREGROUND_DARK * span)
+    dark = cells.usable & (drop > least).all(-1)
+    regions, count = scipy.ndimage.label(scipy.ndimage.binary_opening(dark))
+    smallest = FOREGROUND_SIZE * cells.usable.sum()
+    shortest = FOREGROUND_LENGTH * cells.longer
+    farthest = FOREGROUND_GAP * cells.longer
+    for region in range(1, count + 1):
+        inside = regions == region
+        gap = from_sky[inside].min()
+        edge = inside & (from_sky < gap + FOREGROUND_EDGE)
+        large = inside.sum() > smallest and edge.sum() > shortest
+        close = gap <= farthest and inside[cells.rim].any()
+        step = np.median(drop[edge], axis=0)  # (c,)
+        if large and close and (step > FOREGROUND_DROP * span).all():
             foreground |= inside
-    return scipy.ndimage.binary_dilation(foreground, iterations=2) & cells.usable
+    return cells.usable & scipy.ndimage.binary_dilation(foreground, iterations=2)
 
 
-def _corner_glow(surfaces: _Surfaces, rough: np.ndarray, objects: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Light that rises too steeply to a corner for a plate, and has its top there: an amplifier's glow is sky.
+def _span(values: np.ndarray, percentiles: tuple[float, float]) -> np.ndarray:
+    """Return the difference of two percentiles, the upper one first, of (n, c) or (n,) values."""
+    high, low = np.percentile(values, percentiles, axis=0)
+    return high - low
+
+
+def _corner_glows(surfaces: _Surfaces, rough: np.ndarray,
+                  objects: np.ndarray) -> tuple[np.ndarray, list]:
+    """Find light that rises to a corner too steeply for a plate, and has its top there.
+
+    That is the glow of an amplifier. It is sky.
 
     Args:
         rough, objects: (h, w) bool.
 
     Returns:
-        The cells of such glows, (h, w) bool, and their corners, (g, 2) frame coordinates.
+        The cells of such glows, (h, w) bool, and their corners in frame coordinates, (2,) each.
     """
     cells = surfaces.cells
-    glow = np.zeros_like(objects)
-    lit = []
-    usable = cells.usable
-    row, column = np.nonzero(usable)
-    high, low = np.percentile(cells.values[usable], (95, 5), axis=0)
+    plain = cells.usable & ~rough & ~objects
+    row, column = np.nonzero(cells.usable)
+    down, along = np.indices(plain.shape)
+    glows = np.zeros_like(plain)
+    corners = []
     for y in (row.min(), row.max()):
         for x in (column.min(), column.max()):
-            from_corner = np.hypot(*(np.indices(usable.shape) - np.array([y, x])[:, None, None])) / cells.longer
-            beyond = usable & ~rough & ~objects & (from_corner > GLOW_REACH)
-            if beyond.sum() < 0.3 * usable.sum():
+            from_corner = np.hypot(down - y, along - x)
+            from_corner /= cells.longer
+            glow = _corner_glow(surfaces, plain, from_corner)
+            if glow.any():
+                glows |= glow
+                corners.append(cells.centers[y, x])
+    return glows, corners
+
+
+def _corner_glow(surfaces: _Surfaces, plain: np.ndarray, from_corner: np.ndarray) -> np.ndarray:
+    """Return the cells of the glow in one corner, (h, w) bool; none if none glows there.
+
+    Args:
+        plain: (h, w) bool, cells without structure.
+        from_corner: (h, w) distance from the corner, in units of the longer side.
+    """
+    from skimage.morphology import flood
+    cells = surfaces.cells
+    usable = cells.usable
+    nothing = np.zeros_like(usable)
+    near = usable & (from_corner < GLOW_REACH)
+    beyond = plain & (from_corner > GLOW_REACH)
+    if beyond.sum() < GLOW_BESIDE * usable.sum() or not near.any():
+        return nothing
+    stiff = surfaces.fit_below(beyond.astype(float), nothing, WITH_BOWL)
+    span = _span(cells.values[usable], (95, 5))  # (c,)
+    unit = np.maximum(cells.noise, span / PIXEL_NOISE)
+    above = (cells.values - surfaces.surface(stiff)) / unit
+    view = np.where(usable, above.mean(-1), 0)
+    view = scipy.ndimage.median_filter(view, 3)  # without stars
+    peak = scipy.ndimage.maximum_position(view, near)
+    height = view[peak]
+    one_cell = 1.5 / cells.longer  # a little more than its diagonal
+    farthest = GLOW_CORNER + one_cell
+    if height < GLOW_HEIGHT * PIXEL_NOISE or from_corner[peak] > farthest:
+        return nothing
+    half = usable & (view > 0.5 * height)
+    tenth = usable & (view > 0.1 * height)
+    core = flood(half, peak, connectivity=1)
+    glow = flood(tenth, peak, connectivity=1)
+    if from_corner[core].max() < GLOW_HALF and from_corner[glow].max() < GLOW_REACH:
+        return glow
+    return nothing
+
+
+def _closed_patches(surfaces: _Surfaces, usable: np.ndarray, plain: np.ndarray,
+                    objects: np.ndarray, closed: float) -> np.ndarray:
+    """Return smooth patches of light that are surrounded by darker picture, (h, w) bool.
+
+    Their height is measured above a stiff surface through the rest of the sky. It is fitted again
+    without the patches until they no longer change: the top of a glow then sinks.
+
+    Args:
+        usable, objects: (h, w) bool.
+        plain: (h, w) bool, usable cells without structure.
+        closed: see `CLOSED_LEAST`.
+    """
+    found = np.zeros_like(usable)
+    before = found
+    for attempt in range(CLOSED_ROUNDS):
+        sky = plain & ~found
+        if sky.sum() < CLOSED_SKY * usable.sum():
+            break
+        stiff = surfaces.fit_below(sky.astype(float), found | objects, WITH_BOWL, rounds=5)
+        before = found
+        found = _patches_above(surfaces, stiff, usable, plain, closed)
+        if attempt and (before != found).sum() < CLOSED_CHANGE:
+            break
+    lasting = before & found
+    return scipy.ndimage.binary_propagation(lasting, mask=found)  # the whole of their patches
+
+
+def _patches_above(surfaces: _Surfaces, stiff: np.ndarray, usable: np.ndarray, plain: np.ndarray,
+                   closed: float) -> np.ndarray:
+    """Return closed patches of light above a surface, (h, w) bool.
+
+    A patch curves down in all directions, both in the picture (glow that fades from an edge does
+    not) and above the surface (vignetting does not).
+
+    Args:
+        stiff: (m, c) coefficients of the surface.
+        usable, plain, closed: as for `_closed_patches`.
+    """
+    from skimage.morphology import flood
+    cells = surfaces.cells
+    noise = np.sqrt((cells.noise**2).mean((0, 1)))  # (c,) of the whole frame
+    surface = _channels_together(surfaces.surface(stiff) / noise)  # (h, w)
+    above = _channels_together(cells.values / noise) - surface
+    detail = above - _smooth(above, ROUGH_SCALE, plain)
+    noise = DETAIL_NOISE * _deviation(detail[plain])
+    view = _smooth(above, CLOSED_VIEW, plain)
+    view = np.where(usable, view, view[usable].min())
+    way_out = np.maximum(_way_out(view, cells.rim), 0)
+    least = CLOSED_HEIGHT * noise * _noise_of_mean(CLOSED_VIEW)
+    found = np.zeros_like(usable)
+    for scale in CLOSED_SCALES:
+        if 4 * scale > min(usable.shape):  # too few independent means
+            continue
+        steep = CLOSED_SIGMA * CURVATURE_NOISE * noise / scale**3
+        second = _curvatures(_smooth(above, scale, plain))
+        tops = usable & _curves_down(second, steep)
+        tops &= _curves_down(second + _curvatures(surface), steep)
+        regions, count = scipy.ndimage.label(tops)
+        for region in range(1, count + 1):
+            top = regions == region
+            if top.sum() < max(4, scale**2):  # smaller than what was averaged over
                 continue
-            stiff = surfaces.fit_below(beyond.astype(float), np.zeros_like(objects), WITH_BOWL)
-            above = (cells.values - surfaces.surface(stiff)) / np.maximum(cells.noise, (high - low) / PIXEL_NOISE)
-            view = np.where(usable, above.mean(-1), 0)
-            view = scipy.ndimage.median_filter(view, 3, mode="nearest")  # without stars
-            near = usable & (from_corner < GLOW_REACH)
-            peak = np.unravel_index(np.where(near, view, -np.inf).argmax(), view.shape)
+            peak = scipy.ndimage.maximum_position(view, top)
             height = view[peak]
-            if height < GLOW_HEIGHT * PIXEL_NOISE or from_corner[peak] > GLOW_CORNER + 1.5 / cells.longer:
-                continue
-            bright, _ = scipy.ndimage.label(usable & (view > 0.5 * height))
-            core = bright == bright[peak]
-            foot, _ = scipy.ndimage.label(usable & (view > 0.1 * height))
-            inside = foot == foot[peak]
-            if from_corner[core].max() < GLOW_HALF and from_corner[inside].max() < GLOW_REACH:
-                glow |= inside
-                lit.append(cells.centers[y, x])
-    return glow, np.array(lit).reshape(-1, 2)
+            level = way_out[peak]
+            if height > least and 1 - level / height >= closed:
+                foot = max(level, CLOSED_FOOT * height)
+                above_foot = usable & (view > foot)
+                found |= top | flood(above_foot, peak, connectivity=1)
+    return found
 
 
 def _way_out(view: np.ndarray, rim: np.ndarray) -> np.ndarray:
-    """(h, w): for each cell the height of the lowest point on its highest way to the rim; the cell's own if it only
-    has to climb. Morphological reconstruction from the rim."""
+    """Return the lowest height on the highest way from each cell to the rim, (h, w).
+
+    It is the height of the cell itself if the way only climbs.
+
+    Args:
+        view: (h, w) heights.
+        rim: (h, w) bool.
+    """
     from skimage.morphology import reconstruction
     return reconstruction(np.where(rim, view, view.min()), view)
 
 
 def _curvatures(view: np.ndarray) -> np.ndarray:
-    """(3, h, w): second derivatives of a smooth (h, w) along y, along both, along x; per cell squared."""
-    down, along = np.gradient(view)
-    down_down, down_along = np.gradient(down)
-    along_down, along_along = np.gradient(along)
-    return np.stack([down_down, (down_along + along_down) / 2, along_along])
+    """Return second derivatives of a smooth (h, w), per cell squared.
+
+    Returns:
+        (3, h, w): along y, along both, along x.
+    """
+    along_y, along_x = np.gradient(view)
+    twice_y, along_both = np.gradient(along_y)
+    twice_x = np.gradient(along_x, axis=1)
+    return np.stack([twice_y, along_both, twice_x])
 
 
 def _curves_down(second: np.ndarray, least: float) -> np.ndarray:
-    """(h, w) bool: where a surface of these second derivatives (3, h, w) is a round top in all directions."""
-    mean = (second[0] + second[2]) / 2
-    spread = np.hypot((second[0] - second[2]) / 2, second[1])
-    flattest, steepest = mean + spread, mean - spread
+    """Return where a surface is a round top in all directions, (h, w) bool.
+
+    Args:
+        second: (3, h, w), see `_curvatures`.
+        least: by how much it must curve down.
+    """
+    along_y, along_both, along_x = second
+    mean = (along_y + along_x) / 2
+    difference = (along_y - along_x) / 2
+    spread = np.hypot(difference, along_both)
+    flattest = mean + spread
+    steepest = mean - spread
     return (flattest < -least) & (flattest < CLOSED_ROUNDNESS * steepest)
 
 
-def _closed_patches(surfaces: _Surfaces, usable: np.ndarray, rough: np.ndarray, objects: np.ndarray,
-                    closed: float) -> np.ndarray:
-    """(h, w) bool: smooth patches of light that are surrounded by darker picture on all sides.
+# --- Objects ---
 
-    A patch must curve down in all directions, in the picture itself (glow that fades from an edge does not) and above
-    a stiff surface through the rest of the sky (vignetting does not). Height and way out are measured above that
-    surface, which is fitted again without the patches until they no longer change: a glow's top then sinks.
+STAR_SIGMA = 30.0
+"""A star of more than so many sigma may have a halo."""
 
-    Args:
-        usable, rough, objects: (h, w) bool.
-        closed: least 1 - level of the highest way to the rim / height of the patch.
-    """
-    cells = surfaces.cells
-    plain = usable & ~objects & ~rough
-    unit = np.sqrt((cells.noise**2).mean((0, 1))) * math.sqrt(cells.values.shape[-1])
-    rim = cells.rim()
-    found, before = np.zeros_like(usable), np.zeros_like(usable)
-    for attempt in range(5):
-        sky = plain & ~found
-        if sky.sum() < 0.15 * usable.sum():
-            break
-        stiff = surfaces.fit_below(sky.astype(float), found | objects, 1e3, rounds=5)
-        surface = (surfaces.surface(stiff) / unit).sum(-1)
-        above = (cells.values / unit).sum(-1) - surface  # (h, w) in units of the noise, channels together
-        fine = (above - cells.smooth(above, ROUGH_SCALE, plain))[plain]
-        noise = 1.07 * 1.4826 * np.median(np.abs(fine))  # the mean takes 7 % of it away
-        view = cells.smooth(above, CLOSED_VIEW, plain)
-        view = np.where(usable, view, view[usable].min())
-        way_out = np.maximum(_way_out(view, rim), 0)
-        least = 4 * noise / (math.sqrt(4 * math.pi) * CLOSED_VIEW)
-        before, found = found, np.zeros_like(usable)
-        for scale in CLOSED_SCALES:
-            if 4 * scale > min(usable.shape):
-                continue
-            second = _curvatures(cells.smooth(above, scale, plain))
-            # White noise has second derivatives of 0.244 sigma / scale^3; stars and gaps add a third.
-            steep = CLOSED_SIGMA * 0.32 * noise / scale**3
-            tops = _curves_down(second, steep) & _curves_down(second + _curvatures(surface), steep)
-            regions, count = scipy.ndimage.label(tops & usable)
-            for region in range(1, count + 1):
-                inside = regions == region
-                if inside.sum() < max(4, scale**2):
-                    continue
-                peak = np.unravel_index(np.where(inside, view, -np.inf).argmax(), view.shape)
-                height, level = view[peak], way_out[peak]
-                if height > least and 1 - level / height >= closed:
-                    feet, _ = scipy.ndimage.label(usable & (view > max(level, CLOSED_FOOT * height)))
-                    found |= inside | (feet == feet[peak])
-        if attempt and (before != found).sum() < 10:
-            break
-    patches, _ = scipy.ndimage.label(found)
-    lasting = np.unique(patches[before & found])
-    return found & np.isin(patches, lasting[lasting > 0])
+STAR_REACH = 2.0
+"""Cells: the halo of a star is looked for within so many times sigma to the power HALO_POWER."""
 
+HALO_POWER = 0.4
+"""Halos of stars fall off with the distance to the power -2.5. At that distance from the star the
+noise drowns them."""
 
-def _surroundings(objects: np.ndarray, rough: np.ndarray, excess: np.ndarray) -> np.ndarray:
-    """(h, w) bool: cells where the faint outskirts of objects may be: within half of their size, and farther about
-    bright stars, whose halos fall off so (distance^-2.5) that the noise drowns them where STAR_REACH says.
+SURROUNDINGS = 0.5
+"""The surroundings of an object reach as far as this part of the root of its area."""
 
-    Args:
-        objects, rough: (h, w) bool. excess: (h, w), picture less surface in units of the noise.
-    """
-    labels, _ = scipy.ndimage.label(objects)
-    size = np.sqrt(np.bincount(labels.ravel()))
-    reach = 0.5 * size[labels] * objects
-    stars, count = scipy.ndimage.label(rough, np.ones((3, 3)))
-    peaks = np.append(0, scipy.ndimage.maximum(excess, stars, range(1, count + 1)))
-    of_stars = np.where(peaks > STAR_SIGMA, STAR_REACH * np.maximum(peaks, 0)**0.4, 0)
-    reach = np.maximum(reach, of_stars[stars])
-    return _within(reach, 0.1 * max(objects.shape)) | objects
+SURROUNDINGS_MOST = 0.1
+"""Surroundings never reach beyond this part of the longer side."""
 
+HALO_SMOOTHING = 3e-3
+"""Smoothing of the surface above which halos are looked for."""
 
-def _within(reach: np.ndarray, most: float) -> np.ndarray:
-    """(h, w) bool: cells within the reach (h, w) of some cell, in cells; no reach counts beyond `most`."""
-    around = reach > 0
-    for radius in range(1, int(min(reach.max(), most)) + 1):
-        around |= scipy.ndimage.distance_transform_edt(reach < radius) <= radius
-    return around
+HALO_SIGMA = 3.0
+"""Light so many sigma above that surface belongs to the object that it touches."""
+
+HALO_ROUNDS = 10
+"""Rounds in which halos leave that fit."""
+
+HALO_WIDEN = 6.0
+"""In the first round only what is 1 + this times as high as HALO_SIGMA leaves the fit."""
+
+HALO_NARROW = 0.6
+"""The part by which HALO_WIDEN shrinks from round to round."""
 
 
 @dataclass(frozen=True)
 class _Scenery:
-    """What stands before the sky, on the cells; (h, w) bool each."""
+    """What stands before the sky, on the cells."""
 
-    objects: np.ndarray  # not sky, the foreground included
-    foreground: np.ndarray  # with its surroundings: bounds nothing, and has no outskirts
+    objects: np.ndarray  # (h, w) bool: not sky, the foreground included
+    foreground: np.ndarray  # (h, w) bool, with a margin: bounds nothing, has no outskirts
 
     @property
     def light(self) -> np.ndarray:
-        """(h, w) bool: objects that add light, so that the sky is below the picture there."""
+        """The objects that add light, so that the sky is below the picture there, (h, w) bool."""
         return self.objects & ~self.foreground
 
 
@@ -3101,134 +3403,267 @@ class _Looker:
     """Tells objects from sky on the cells. What does not depend on a guess is found once."""
 
     def __init__(self, surfaces: _Surfaces):
-        self.surfaces, self.cells = surfaces, surfaces.cells
-        usable = self.cells.usable
-        self._look(usable)
-        self.foreground = _dark_foreground(self.cells, self.objects)
-        if self.foreground.any():  # it has bent the surface, and made the sky along its edge look rough
-            self._look(usable & ~self.foreground)
-        width = _odd(ROUGH_WINDOW * self.cells.longer) + 1
-        self.near_foreground = scipy.ndimage.binary_dilation(self.foreground, iterations=width)
-        glow, corners = _corner_glow(surfaces, self.rough, self.objects)
-        if len(corners):
-            self.surfaces = surfaces.with_glows(corners)
-            self._look(usable & ~self.foreground)
+        self.surfaces = surfaces
+        self.cells = surfaces.cells
+        self.usable = self.cells.usable  # (h, w) bool, at last without the foreground
+        self._look()
+        foreground = _dark_foreground(self.cells, self.objects)
+        self.foreground = foreground
+        if foreground.any():
+            # It has bent the surface, and made the sky along its edge look rough
+            self.usable = self.usable & ~foreground
+            self._look()
+        width = _rough_window(self.cells) + 1
+        self.near_foreground = scipy.ndimage.binary_dilation(foreground, iterations=width)
+        glow, corners = _corner_glows(surfaces, self.rough, self.objects)
+        if corners:
+            self.surfaces = _Surfaces(self.cells, surfaces.shape, corners)
+            self._look()
         not_glow = ~scipy.ndimage.binary_dilation(glow & ~self.near_foreground)
         self.rough &= not_glow
         self.objects &= not_glow
 
-    def _look(self, usable: np.ndarray) -> None:
-        found = self.surfaces.follow(usable.astype(float), FOLLOWING)
-        self.excess = self.surfaces.excess(found)
-        self.rough, self.objects = _rough_cells(self.cells, usable, self.excess)
+    def _look(self) -> None:
+        """Find what has structure beside a surface that follows everything smooth."""
+        found = self.surfaces.follow(self.usable.astype(float), FOLLOWING)
+        self.excess = self.surfaces.excess(found)  # (h, w, c)
+        self.rough, self.objects = _rough_cells(self.cells, self.usable, self.excess)
 
     def patches(self, closed: float) -> np.ndarray:
-        usable = self.cells.usable & ~self.foreground
-        return _closed_patches(self.surfaces, usable, self.rough, self.objects, closed)
+        """Return closed patches of light, (h, w) bool; see `_closed_patches`."""
+        plain = self.usable & ~self.objects & ~self.rough
+        return _closed_patches(self.surfaces, self.usable, plain, self.objects, closed)
 
     def scenery(self, patches: np.ndarray) -> _Scenery:
-        """Objects with their halos. `patches`, (h, w) bool, are objects, too.
+        """Return the objects with their halos.
 
-        Smooth cells between an object's rough ones may be gaps that show the sky: they are judged with its
-        surroundings. All of these take part in the fit at first, and leave it as they prove to stand above the rest.
+        Smooth cells between the rough ones of an object may be gaps that show the sky. They are
+        judged with its surroundings.
+
+        Args:
+            patches: (h, w) bool, objects too.
         """
-        usable, near = self.cells.usable, self.near_foreground
-        compact = scipy.ndimage.binary_opening(self.objects & ~near) | patches
-        around = self.objects | _surroundings(compact, self.rough & ~near, self.excess.max(-1))
+        usable = self.cells.usable
+        near = self.near_foreground
+        compact = scipy.ndimage.binary_opening(self.objects & ~near)
+        stars = self.rough & ~near
+        around = _surroundings(compact | patches, stars, self.excess.max(-1))
         objects = self.rough | self.foreground | patches
-        touched = around | scipy.ndimage.binary_dilation(objects)
-        halo = touched & usable & ~objects & ~near
-        sky = (usable & ~objects).astype(float)
-        weight = sky
-        for k in range(10):
-            if not weight.any():
-                break
-            found = self.surfaces.fit_below(weight, objects & ~near, HALO_SMOOTHING, rounds=3)
-            mean = self.cells.smooth(self.surfaces.excess(found), 1.0)
-            above = (mean * math.sqrt(4 * math.pi)).max(-1)  # in sigma of that mean
-            limit = HALO_SIGMA * (1 + 6 * 0.6**k)
-            trust = np.minimum(1, limit / np.maximum(above, limit))**4
-            weight = sky * np.where(halo, trust, 1)
-        else:
-            objects = objects | (halo & (above > HALO_SIGMA))
-        objects = scipy.ndimage.binary_dilation(objects) & usable
-        return _Scenery(objects, near | self.foreground)
+        beside = scipy.ndimage.binary_dilation(objects)
+        sky = usable & ~objects
+        halo = sky & ~near
+        halo &= self.objects | around | beside
+        halo = self._standing_above(halo, sky, objects & ~near)
+        objects = scipy.ndimage.binary_dilation(objects | halo)
+        return _Scenery(usable & objects, near)
+
+    def _standing_above(self, halo, sky, light):
+        """Return the cells of possible halos that stand above the sky, (h, w) bool.
+
+        All of them take part in the fit at first, and leave it as they prove to stand above the
+        rest.
+
+        Args:
+            halo: (h, w) bool, cells that may be halos.
+            sky: (h, w) bool, cells that may be sky, those of halos included.
+            light: (h, w) bool, objects, which bound the sky from above.
+        """
+        if not sky.any():
+            return sky
+        weight = sky.astype(float)
+        for k in range(HALO_ROUNDS):
+            found = self.surfaces.fit_below(weight, light, HALO_SMOOTHING, rounds=3)
+            mean = _smooth(self.surfaces.excess(found), 1.0, self.cells.usable)
+            above = mean.max(-1) / _noise_of_mean(1.0)  # (h, w) sigma
+            wide = 1 + HALO_WIDEN * HALO_NARROW**k
+            limit = HALO_SIGMA * wide
+            trust = limit / np.maximum(above, limit)
+            weight = sky * np.where(halo, trust**4, 1)
+        return halo & (above > HALO_SIGMA)
 
 
-def _averaging_length(smoothing: float) -> float:
-    """Length, in units of the longer side, over which a surface of this smoothing averages: where the energy of a bump
-    of that size equals its squared height over two thirds of a square, the area of a frame."""
-    return (smoothing * STIFFNESS_UNIT / (8 * math.pi) * 2 / 3)**0.25
+def _surroundings(objects: np.ndarray, rough: np.ndarray, excess: np.ndarray) -> np.ndarray:
+    """Return cells where the faint outskirts of objects may be, objects included, (h, w) bool.
+
+    They are looked for within half of the size of the object, and farther about bright stars.
+
+    Args:
+        objects, rough: (h, w) bool.
+        excess: (h, w) picture less surface, in units of the noise.
+    """
+    size = np.sqrt(_areas(objects))  # (h, w) cells
+    stars, _ = scipy.ndimage.label(rough, np.ones((3, 3)))
+    peak = scipy.ndimage.maximum(excess, stars, stars)  # (h, w): of the star of this cell
+    bright = rough & (peak > STAR_SIGMA)
+    peak = np.where(bright, peak, 0)
+    reach = np.maximum(SURROUNDINGS * size, STAR_REACH * peak**HALO_POWER)
+    most = SURROUNDINGS_MOST * max(objects.shape)
+    return objects | _within(reach, most)
+
+
+def _areas(mask: np.ndarray) -> np.ndarray:
+    """Return how many cells the region of each cell of a mask (h, w) has, (h, w); 0 beside it."""
+    regions, _ = scipy.ndimage.label(mask)
+    return scipy.ndimage.sum_labels(mask, regions, regions)
+
+
+def _within(reach: np.ndarray, most: float) -> np.ndarray:
+    """Return the cells that are within the reach of some cell, (h, w) bool.
+
+    Args:
+        reach: (h, w) of each cell, in cells.
+        most: no reach counts beyond this.
+    """
+    around = reach > 0
+    for radius in range(1, int(min(reach.max(), most)) + 1):
+        distance = scipy.ndimage.distance_transform_edt(reach < radius)
+        around |= distance <= radius
+    return around
+
+
+# --- Outskirts ---
+
+FALL_OFF = (0.12, 0.3, 0.75)
+"""Lengths over which the light of an object may fall off, in units of its radius."""
+
+FALL_OFF_OBJECTS = 6
+"""Objects, the largest first, whose light is fitted alone. The rest share theirs."""
+
+FALL_OFF_RATIO = 1.05
+"""A length is left out if it is not longer than the one before by this factor."""
+
+OUTSKIRTS_REACH = 1.5
+"""Outskirts reach so many times as far as the surface averages over, which cannot tell what is
+wider."""
+
+OUTSKIRTS_MOST = 0.35
+"""Outskirts never reach beyond this part of the longer side."""
+
+OUTSKIRTS_SCALES = (1.0, 2.5, 5.0)
+"""Cells: outskirts are looked for in Gaussian means of these widths."""
+
+OUTSKIRTS_SIGMA = 3.0
+"""Outskirts stand so many sigma of such a mean above the surface."""
 
 
 def _falling_light(light: np.ndarray, longest: float) -> np.ndarray:
-    """Columns (cells, k) of light that falls off exponentially from the objects in light, (h, w) bool.
+    """Return columns (cells, k) of light that falls off exponentially from objects.
 
-    `longest`: the largest length of the fall, in cells.
+    Args:
+        light: (h, w) bool, the objects.
+        longest: the longest length of the fall, in cells.
     """
-    labels, count = scipy.ndimage.label(scipy.ndimage.binary_opening(light))
-    if not count:
-        return np.zeros((light.size, 0))
-    sizes = np.bincount(labels.ravel())[1:]
-    order = np.argsort(sizes)[::-1] + 1
-    groups = [[label] for label in order[:FALL_OFF_OBJECTS]]
-    if count > FALL_OFF_OBJECTS:
-        groups.append(list(order[FALL_OFF_OBJECTS:]))
-    columns = []
-    for group in groups:
-        distance = scipy.ndimage.distance_transform_edt(~np.isin(labels, group))
-        radius = math.sqrt(max(sizes[label - 1] for label in group) / math.pi)
+    objects = scipy.ndimage.binary_opening(light)
+    regions, _ = scipy.ndimage.label(objects)
+    sizes = np.bincount(regions.ravel())
+    by_size = 1 + np.argsort(sizes[1:])[::-1]
+    cuts = range(1, FALL_OFF_OBJECTS + 1)
+    columns = [np.zeros((light.size, 0))]
+    for group in np.split(by_size, cuts):
+        if group.size == 0:
+            continue
+        radius = math.sqrt(sizes[group].max() / math.pi)
+        beside = ~np.isin(regions, group)
+        distance = scipy.ndimage.distance_transform_edt(beside)
+        distance = np.maximum(distance - 1, 0).ravel()
         last = 0.0
         for part in FALL_OFF:
             length = max(1.0, min(part * radius, longest))
-            if length <= 1.05 * last:
-                continue
-            last = length
-            fall = np.exp(-np.maximum(distance - 1, 0) / length)
-            columns.append(np.where(light, 0, fall).ravel())
-    return np.stack(columns, -1)
-
-
-def _downhill(start: np.ndarray, view: np.ndarray, allowed: np.ndarray, tolerance: float) -> np.ndarray:
-    """(h, w) bool: allowed cells that can be reached from `start` (h, w) without view (h, w) rising on the way by more
-    than `tolerance` above its lowest point so far."""
-    lowest = np.where(start, np.inf, -np.inf)
-    for _ in range(2 * max(view.shape)):
-        padded = np.pad(lowest, 1, constant_values=-np.inf)
-        windows = np.lib.stride_tricks.sliding_window_view(padded, (3, 3))  # (h, w, 3, 3)
-        best = windows.max((2, 3))
-        reached = np.where(view <= best + tolerance, np.minimum(best, view), -np.inf)
-        now = np.where(allowed & ~start, np.maximum(lowest, reached), lowest)
-        if (now == lowest).all():
-            break
-        lowest = now
-    return (lowest > -np.inf) & allowed & ~start
+            if length > FALL_OFF_RATIO * last:
+                fall = np.exp(-distance / length)
+                fall[light.ravel()] = 0
+                columns.append(fall[:, None])
+                last = length
+    return np.hstack(columns)
 
 
 def _outskirts(surfaces: _Surfaces, found: np.ndarray, light: np.ndarray, free: np.ndarray,
                reach: float) -> np.ndarray:
-    """(h, w) bool: cells about objects that may show their outskirts: above the surface, and falling off from them.
+    """Return cells about objects that may show their outskirts, (h, w) bool.
+
+    They stand above the surface, and fall off from the objects.
 
     Args:
-        found: coefficients of the surface. light: (h, w) bool, objects that add light.
-        free: (h, w) bool, cells that are called sky. reach: cells.
+        surfaces, found: coefficients (m + k, c) of one of these surfaces.
+        light: (h, w) bool, objects that add light.
+        free: (h, w) bool, cells that are called sky.
+        reach: the farthest that outskirts may reach, in cells.
     """
     cells = surfaces.cells
-    channels = math.sqrt(cells.values.shape[-1])
-    excess = channels * surfaces.excess(found).mean(-1)
-    rest = channels * surfaces.residual(found).mean(-1)[free]
-    spread = max(1.0, 1.4826 * np.median(np.abs(rest))) if rest.size else 1.0
-    labels, _ = scipy.ndimage.label(light)
-    radius = np.sqrt(np.bincount(labels.ravel()) / math.pi)[labels] * light
+    excess = _channels_together(surfaces.excess(found))  # (h, w)
+    rest = _channels_together(surfaces.residual(found))
+    spread = max(1.0, _deviation(rest[free]))
+    radius = np.sqrt(_areas(light) / math.pi)  # (h, w) cells
     most = min(reach, OUTSKIRTS_MOST * cells.longer)
-    near = _within(np.minimum(radius, most), most)
+    near = cells.usable & _within(np.minimum(radius, most), most)
     outskirts = np.zeros_like(light)
     for scale in OUTSKIRTS_SCALES:
-        view = cells.smooth(excess, scale, cells.usable & ~light)
-        sigma = spread / (math.sqrt(4 * math.pi) * scale)
-        allowed = near & cells.usable & (view > OUTSKIRTS_SIGMA * sigma)
+        view = _smooth(excess, scale, cells.usable & ~light)
+        sigma = spread * _noise_of_mean(scale)
+        allowed = near & ~light & (view > OUTSKIRTS_SIGMA * sigma)
         outskirts |= _downhill(light, view, allowed, sigma)
-    return outskirts & ~light
+    return outskirts
+
+
+def _downhill(start: np.ndarray, view: np.ndarray, allowed: np.ndarray,
+              tolerance: float) -> np.ndarray:
+    """Return the allowed cells that can be reached downhill, (h, w) bool.
+
+    Args:
+        start: (h, w) bool, where the ways begin.
+        view: (h, w) heights.
+        allowed: (h, w) bool, none of them in `start`.
+        tolerance: a way may rise by this much above its lowest point so far.
+    """
+    lowest = np.where(start, np.inf, -np.inf)  # (h, w) point of the best way so far
+    for _ in range(2 * max(view.shape)):
+        best = scipy.ndimage.maximum_filter(lowest, 3)  # of the cell and its eight neighbors
+        downhill = view <= best + tolerance
+        reached = np.where(downhill, np.minimum(best, view), -np.inf)
+        now = np.where(allowed, np.maximum(lowest, reached), lowest)
+        if (now == lowest).all():
+            break
+        lowest = now
+    return allowed & (lowest > -np.inf)
+
+
+# --- Choice ---
+
+GOOD_ENOUGH = 0.016
+"""The stiffest surface whose loss is this close to the best one wins. The number is about the
+scatter of the loss."""
+
+GOOD_ENOUGH_CLOSED = 0.03
+"""The same, where closed patches of light are taken for objects. It is larger, because a simple sky
+is part of that explanation."""
+
+PLANE_MARGIN = 0.006
+"""A plane wins only if its loss is this close to that of a plane with a bowl."""
+
+SIMPLE_SKY = 10.0
+"""Patches are objects if the smoothing of the sky beside them is at least this."""
+
+CLOSED_FLEXIBLE = 1.0
+"""Well closed patches may leave a sky that only has this smoothing..."""
+
+CLOSED_GAIN = 0.004
+"""... if its loss is smaller by this than that of a sky as flexible that includes the patches."""
+
+FEWEST_SKY = 30
+"""If fewer cells than this are sky, all cells that are used are taken for sky."""
+
+STIFF = 10.0
+"""From this smoothing on a surface is stiff enough to judge wide outskirts, and is fitted again
+without them."""
+
+OUTSKIRTS_ROUNDS = 3
+"""Such a surface is fitted again at most so many times."""
+
+OUTSKIRTS_LEFT = 0.5
+"""It is fitted again only if this part of the sky is left beside the outskirts."""
+
+OUTSKIRTS_CHANGE = 20
+"""It is fitted again only if at least so many cells of the outskirts changed."""
 
 
 class _Candidate(NamedTuple):
@@ -3240,127 +3675,6 @@ class _Candidate(NamedTuple):
     loss: float  # mean log(1 + residual in units of the noise) over the rest of the sky
 
 
-def _try_smoothing(surfaces: _Surfaces, scenery: _Scenery, sky: np.ndarray, smoothing: float) -> _Candidate:
-    """The surface of one smoothing. sky: (h, w) weights."""
-    cells = surfaces.cells
-    length = _averaging_length(smoothing) * cells.longer
-    beside = surfaces.with_halos(_falling_light(scenery.light, length))
-    free = sky > 0
-    found = beside.fit_below(sky, scenery.light, smoothing)
-    reach = OUTSKIRTS_REACH * length
-    outskirts = _outskirts(beside, found, scenery.light, free, reach)
-    # A stiff surface can be trusted to judge wide outskirts, and is fitted again without them while enough sky is left.
-    for _ in range(3 if smoothing >= 10 else 0):
-        rest = sky * ~outskirts
-        if rest.sum() < 0.5 * sky.sum():
-            break
-        found = beside.fit_below(rest, scenery.light | outskirts, smoothing)
-        before, outskirts = outskirts, _outskirts(beside, found, scenery.light, free, reach)
-        if (before != outskirts).sum() < 20:
-            break
-    distance = np.sqrt((beside.residual(found)**2).mean(-1))
-    counted = free & ~outskirts
-    loss = np.log1p(distance[counted]).mean() if counted.any() else math.inf
-    return _Candidate(smoothing, found, outskirts, loss)
-
-
-def _choose(candidates: list[_Candidate], margin: float) -> int:
-    """Index of the stiffest candidate whose loss is within `margin` of the best."""
-    losses = np.array([candidate.loss for candidate in candidates])
-    good = losses <= losses.min() + margin
-    chosen = int(good.argmax())
-    if chosen == 0 and len(losses) > 1 and losses[0] > losses[1] + PLANE_MARGIN:
-        chosen = 1 + int(good[1:].argmax()) if good[1:].any() else 0
-    return chosen
-
-
-@dataclass(frozen=True)
-class Sky:
-    """What was found out about the sky of a picture, on cells of the reduced frame; (h, w) cells, c channels."""
-
-    surface: Callable[[np.ndarray], np.ndarray]  # frame coordinates (..., 2) -> linear sky (..., c)
-    start: Callable[[np.ndarray], np.ndarray]  # the same: where the fit begins. In a plain run no object is left out
-    glow: Callable[[np.ndarray], np.ndarray]  # likewise: amplifiers' glow in the start. Its bending costs nothing
-    open: np.ndarray  # (h, w) bool: no object; what may be outskirts of one is in
-    weight: np.ndarray  # (h, w) float: 1 where a cell shows sky and nothing else
-    below: np.ndarray  # (h, w) bool: objects that add light, so that the sky is not above the picture
-    image: np.ndarray  # (h, w, c) linear cells; 0 where missing
-    noise: np.ndarray  # (h, w, c) standard deviation of `image`
-    centers: np.ndarray  # (h, w, 2) frame coordinates
-    size: int  # reduced pixels along a cell's side
-    share: float  # of the usable cells, that show sky
-    smoothing: float
-    unsure: str  # why the sky cannot be known, in words; empty if it can
-    why: str  # this smoothing
-
-    def seen(self, places: np.ndarray) -> np.ndarray:
-        """(...) bool: where the picture shows sky, outskirts of objects included, at frame coordinates (..., 2)."""
-        side = 2 * self.centers[0, 0]
-        row, column = np.moveaxis((places / side).astype(int), -1, 0)
-        height, width = self.open.shape
-        return self.open[np.minimum(row, height - 1), np.minimum(column, width - 1)]
-
-
-def find_sky(prepared: Prepared, settings: Settings) -> Sky | None:
-    """Find what is sky, its surface, how stiff it is, and how sure that is.
-
-    Args:
-        prepared: `linear` counts, and what was masked by thresholds or mask file is treated like an object.
-        settings: `smoothing` if given by hand, and `auto`: only then do objects decide where the fit starts.
-
-    Returns:
-        None if the picture is too small or too much of it is left out.
-    """
-    cells = _make_cells(prepared)
-    if min(cells.usable.shape) < 12 or cells.usable.sum() < 150:
-        return None
-    surfaces = _Surfaces(cells, prepared.full_shape)
-    used = (_block_means(prepared.used.astype(np.float32), cells.size) > 0.5) & cells.usable
-    if not used.any():
-        return None
-    looker = _Looker(surfaces)
-    surfaces = looker.surfaces
-    smoothings = SMOOTHINGS if settings.smoothing is None else (settings.smoothing,)
-    scenery, candidates, chosen = _look_for_sky(looker, used, smoothings)
-    best = candidates[chosen]
-    sky = used & ~scenery.objects
-    share = sky.sum() / cells.usable.sum()
-    why, unsure = "given by hand", ""
-    if settings.smoothing is None:
-        why = f"loss {best.loss:.3f}, pure noise has {_pure_noise(cells):g}"
-        best, unsure = _judge(surfaces, scenery, candidates, chosen, sky)
-    smoothing, start = best.smoothing, best.found
-    if not settings.auto:
-        if settings.smoothing is None:
-            smoothing *= 10**min(PLAIN_MOST, PLAIN_STIFFER * (1 - share))
-        start = surfaces.follow(used.astype(float), smoothing)
-
-    def linear(found):
-        def surface(places):
-            values = surfaces.at(places.reshape(-1, 2), found) * cells.scale + cells.pedestal
-            return values.reshape(*places.shape[:-1], -1)
-        return surface
-
-    def glow(places):
-        light = surfaces.glow_at(places.reshape(-1, 2), start) * cells.scale
-        return light.reshape(*places.shape[:-1], -1)
-
-    seen = sky & ~best.outskirts
-    if seen.sum() < max(30, LEAST_SEEN * sky.sum()):  # nearly all may be outskirts: then nothing is known of them
-        seen = sky if sky.any() else used
-    below = (scenery.light | best.outskirts) & ~seen
-    image = np.where(cells.usable[..., None], cells.values * cells.scale + cells.pedestal, 0)
-    return Sky(
-        surface=linear(best.found), start=linear(start), glow=glow, open=sky | seen, weight=seen.astype(float),
-        below=below, image=image, noise=cells.noise * cells.scale, centers=cells.centers,
-        size=cells.size, share=share, smoothing=smoothing,
-        unsure=unsure, why=why)
-
-
-def _pure_noise(cells: _Cells) -> float:
-    return PURE_NOISE[cells.values.shape[-1]]
-
-
 class _Explanation(NamedTuple):
     """What may be objects, and the surfaces that the rest may be."""
 
@@ -3370,139 +3684,408 @@ class _Explanation(NamedTuple):
 
     @property
     def best(self) -> _Candidate:
+        """The candidate that was chosen."""
         return self.candidates[self.chosen]
 
 
 def _look_for_sky(looker: _Looker, used: np.ndarray, smoothings: Sequence[float]) -> _Explanation:
-    """The picture explained with closed patches of light as objects if they earn it, else without.
+    """Explain the picture, with closed patches of light as objects if they earn it, else without.
 
-    Patches that are open on one side are objects only if the rest is then a simple sky. Patches that are well closed
-    may leave a more flexible sky, but it must explain the rest better than a sky as flexible that includes them.
+    Patches that are open on one side are objects only if the rest is then a simple sky. Patches
+    that are well closed may leave a more flexible sky, but it must explain the rest better than a
+    sky as flexible that includes them.
+
+    Args:
+        looker: knows the picture.
+        used: (h, w) bool, the cells that take part.
+        smoothings: to choose from, the stiffest first.
     """
-    explain = functools.partial(_explain, looker, used, smoothings)
-    closed = None
     for least in CLOSED_LEAST:
         patches = looker.patches(least)
-        if not patches.any():
-            continue
-        closed = explain(patches, GOOD_ENOUGH_CLOSED)
-        if closed.best.smoothing >= SIMPLE_SKY:
-            return closed
+        closed = None
+        if patches.any():
+            closed = _explain(looker, used, smoothings, patches, GOOD_ENOUGH_CLOSED)
+            if closed.best.smoothing >= SIMPLE_SKY:
+                return closed
     nothing = np.zeros_like(used)
-    smooth = explain(nothing, GOOD_ENOUGH)
-    if closed is not None and closed.best.smoothing >= CLOSED_FLEXIBLE and patches.any():
-        with_patches = closed.best.loss
-        as_flexible = smooth.candidates[closed.chosen].loss
-        if with_patches < as_flexible - CLOSED_GAIN:
+    smooth = _explain(looker, used, smoothings, nothing, GOOD_ENOUGH)
+    if closed is not None and closed.best.smoothing >= CLOSED_FLEXIBLE:
+        as_flexible = smooth.candidates[closed.chosen]
+        if closed.best.loss < as_flexible.loss - CLOSED_GAIN:
             return closed
     return smooth
 
 
 def _explain(looker: _Looker, used: np.ndarray, smoothings: Sequence[float], patches: np.ndarray,
              margin: float) -> _Explanation:
+    """Explain the picture with these patches, (h, w) bool, as objects; see `_look_for_sky`."""
     scenery = looker.scenery(patches)
     sky = used & ~scenery.objects
-    if sky.sum() < 30:  # hardly any: then whatever is used is sky
+    if sky.sum() < FEWEST_SKY:
         sky = used
     attempt = functools.partial(_try_smoothing, looker.surfaces, scenery, sky.astype(float))
     candidates = list(_each(attempt, smoothings))
     return _Explanation(scenery, candidates, _choose(candidates, margin))
 
 
-def _judge(surfaces: _Surfaces, scenery: _Scenery, candidates: list[_Candidate], chosen: int,
+def _try_smoothing(surfaces: _Surfaces, scenery: _Scenery, sky: np.ndarray,
+                   smoothing: float) -> _Candidate:
+    """Return the surface of one smoothing through the sky, (h, w) weights."""
+    length = _averaging_length(smoothing) * surfaces.cells.longer  # cells
+    light = scenery.light
+    beside = surfaces.with_halos(_falling_light(light, length))
+    free = sky > 0
+    reach = OUTSKIRTS_REACH * length
+    found = beside.fit_below(sky, light, smoothing)
+    outskirts = _outskirts(beside, found, light, free, reach)
+    for _ in range(OUTSKIRTS_ROUNDS if smoothing >= STIFF else 0):
+        rest = sky * ~outskirts
+        if rest.sum() < OUTSKIRTS_LEFT * sky.sum():
+            break
+        before = outskirts
+        found = beside.fit_below(rest, light | before, smoothing)
+        outskirts = _outskirts(beside, found, light, free, reach)
+        if (before != outskirts).sum() < OUTSKIRTS_CHANGE:
+            break
+    counted = free & ~outskirts
+    loss = math.inf
+    if counted.any():
+        loss = np.log1p(beside.distance(found)[counted]).mean()
+    return _Candidate(smoothing, found, outskirts, loss)
+
+
+def _averaging_length(smoothing: float) -> float:
+    """Return the length over which a surface averages, in units of the longer side.
+
+    The energy of a bump of that size is 8 pi / size^2 times its squared height. It equals the
+    squared height, summed over the bump, as part of a frame of two thirds of a square.
+    """
+    frame = 2 / 3
+    return (smoothing * STIFFNESS_UNIT / (8 * math.pi) * frame)**0.25
+
+
+def _choose(candidates: list[_Candidate], margin: float) -> int:
+    """Return the index of the stiffest candidate whose loss is within `margin` of the best."""
+    losses = np.array([candidate.loss for candidate in candidates])
+    good = np.flatnonzero(losses <= losses.min() + margin)  # (at least 1,)
+    if len(good) > 1 and good[0] == 0 and losses[0] > losses[1] + PLANE_MARGIN:
+        good = good[1:]
+    return int(good[0])
+
+
+# --- Doubt ---
+
+PURE_NOISE = {1: 0.535, 3: 0.632}
+"""The loss of a surface that leaves nothing but Gaussian noise, by the number of channels."""
+
+UNEXPLAINED = 1.28
+"""The sky cannot be known if the loss is more than this many times that of pure noise."""
+
+LITTLE_SKY = 0.15
+"""The sky cannot be known if less than this part of the picture shows it."""
+
+DISAGREEMENT = 0.15
+"""The sky cannot be known if surfaces that explain it alike differ by more than this part of its
+range (rms)."""
+
+ALIKE = 0.05
+"""Surfaces explain the sky alike if their losses differ by no more than this."""
+
+BULGE = 0.15
+"""The sky cannot be known if its surface has a closed top inside the frame that is higher than this
+part of its range."""
+
+SMALL_TOP = 0.2
+"""Where sky is seen, a top counts only if less than this part of the frame is in the upper half of
+it. That of vignetting is larger."""
+
+HIDDEN_TOP = 0.6
+"""A top is behind objects if they cover this part of its upper half."""
+
+HOLE = 0.33
+"""The sky cannot be known if the surface is flexible, and a cell is farther than this part of the
+longer side from what shows sky."""
+
+FLEXIBLE = 1.0
+"""A surface of less smoothing than this is flexible."""
+
+SEAM_SIGMA = 12.0
+"""Panels of a mosaic differ by so many sigma of the median along a seam."""
+
+SEAM_HEIGHT = 0.05
+"""Panels differ by this part of the picture's range (1st to 99th percentile)."""
+
+SEAM_ALIKE = 0.9
+"""Panels differ in the same direction along this part of a seam."""
+
+SEAM_SEEN = 0.5
+"""A row or column can be a seam if this part of it is usable."""
+
+FEWEST_LINES = 7
+"""Rows or columns in which a seam can be told from a slope."""
+
+MEDIAN_NOISE = 1.25
+"""The noise of a median of many values over that of their mean."""
+
+
+def _judge(surfaces: _Surfaces, explanation: _Explanation,
            sky: np.ndarray) -> tuple[_Candidate, str]:
-    """The candidate to take, and why the sky cannot be known, in words; empty if it can."""
+    """Decide which candidate to take, and whether the sky can be known.
+
+    Args:
+        surfaces, explanation: what was found.
+        sky: (h, w) bool, what is called sky.
+
+    Returns:
+        The candidate, and why the sky cannot be known, in words; empty if it can.
+    """
     cells = surfaces.cells
-    best = candidates[chosen]
+    best = explanation.best
+    scenery = explanation.scenery
     if best.loss > UNEXPLAINED * _pure_noise(cells):
-        return _bowl(surfaces, scenery, sky), "no smooth surface explains what looks like sky"
+        bowl = _bowl(surfaces, scenery, sky)
+        return bowl, "no smooth surface explains what looks like sky"
     bulge, hidden = _closed_top(surfaces, best, scenery.objects)
     if hidden and bulge > BULGE:
-        return _bowl(surfaces, scenery, sky), "the sky would be brightest behind an object"
+        bowl = _bowl(surfaces, scenery, sky)
+        return bowl, "the sky would be brightest behind an object"
     share = sky.sum() / cells.usable.sum()
     if share < LITTLE_SKY:
         return best, f"only {100 * share:.0f} % of the picture shows sky"
     if bulge > BULGE:
         return best, "the sky would have a bright patch inside the frame"
-    if _disagreement(surfaces, candidates, best) > DISAGREEMENT:
+    if _disagreement(surfaces, explanation.candidates, best) > DISAGREEMENT:
         return best, "stiffer and more flexible surfaces explain it alike, and differ"
     seen = sky & ~best.outskirts
-    hole = scipy.ndimage.distance_transform_edt(~seen)[cells.usable].max() / cells.longer
-    if hole > HOLE and best.smoothing < 1:
-        return best, "a flexible surface must bridge a large part of the frame where no sky is seen"
+    from_sky = scipy.ndimage.distance_transform_edt(~seen)[cells.usable]
+    if best.smoothing < FLEXIBLE and from_sky.max() > HOLE * cells.longer:
+        return best, ("a flexible surface must bridge a large part of the frame "
+                      "where no sky is seen")
     if _steps_along_a_line(cells):
         return best, "it steps along a straight line, as between the panels of a mosaic"
     return best, ""
 
 
-def _steps_along_a_line(cells: _Cells) -> bool:
-    """Whether the picture steps up or down along a whole row or column of cells, as panels that do not match do."""
-    light = (cells.values / cells.noise).sum(-1)  # (h, w) channels together
-    light = np.where(cells.usable, light, np.nan)
-    high, low = np.percentile(light[cells.usable], (99, 1))
-    for view in (light, light.T):
-        if view.shape[1] < 7:
-            continue
-        rise = view[:, 2:] - view[:, :-2]  # over two cells: the seam may lie within one
-        step = rise[:, 2:-2] - (rise[:, :-4] + rise[:, 4:]) / 2  # (rows, lines) beyond the slope beside it
-        count = np.isfinite(step).sum(0)
-        whole = count > 0.5 * view.shape[0]
-        step = step[:, whole]
-        if not whole.any():
-            continue
-        typical = np.nanmedian(step, axis=0)
-        scatter = 1.4826 * np.nanmedian(np.abs(step - typical), axis=0)
-        uncertain = 1.25 * scatter / np.sqrt(count[whole])
-        alike = np.nanmean(np.sign(step) == np.sign(typical), axis=0)
-        seam = (np.abs(typical) > SEAM_SIGMA * uncertain) & (np.abs(typical) > SEAM_HEIGHT * (high - low))
-        if (seam & (alike > SEAM_ALIKE)).any():
-            return True
-    return False
+def _pure_noise(cells: _Cells) -> float:
+    return PURE_NOISE[cells.values.shape[-1]]
 
 
 def _bowl(surfaces: _Surfaces, scenery: _Scenery, sky: np.ndarray) -> _Candidate:
-    """A plane with a bowl through all that is called sky, (h, w) bool: what is left where nothing better is known. (A
-    plane alone was worse than doing nothing on some skies, and kept objects hardly better.)"""
+    """Return a plane with a bowl through all that is called sky, (h, w) bool.
+
+    It is taken where nothing better is known. A plane alone was worse than doing nothing on some
+    skies, and kept objects hardly better.
+    """
     weight = sky if sky.any() else surfaces.cells.usable
     found = surfaces.fit_below(weight.astype(float), scenery.light, WITH_BOWL)
     return _Candidate(WITH_BOWL, found, np.zeros_like(sky), math.inf)
 
 
-def _closed_top(surfaces: _Surfaces, candidate: _Candidate, objects: np.ndarray) -> tuple[float, bool]:
-    """The height of the highest closed top of a surface, over its range, and whether it lies behind objects.
+def _closed_top(surfaces: _Surfaces, candidate: _Candidate,
+                objects: np.ndarray) -> tuple[float, bool]:
+    """Return the height of the highest closed top of a surface, and whether objects hide it.
 
-    Where sky is seen, a top counts only if it is small: vignetting's covers much of the frame.
+    Args:
+        surfaces, candidate: one of these surfaces.
+        objects: (h, w) bool.
+
+    Returns:
+        The height as a part of the surface's range; True if the top lies behind objects.
     """
     cells = surfaces.cells
-    frame = np.zeros_like(objects)
-    frame[[0, -1]] = True
-    frame[:, [0, -1]] = True
-    highest, hidden = 0.0, False
+    frame = np.full(objects.shape, True)
+    frame[1:-1, 1:-1] = False
+    highest = 0.0
+    hidden = False
     for view in np.moveaxis(surfaces.surface(candidate.found), -1, 0):
-        high, low = np.percentile(view[cells.usable], (99, 1))
-        closed = view - _way_out(view, frame)
-        height = closed.max() / max(high - low, 1e-12)
+        span = _span(view[cells.usable], (99, 1))
+        closed = view - _way_out(view, frame)  # (h, w)
+        height = closed.max() / max(span, 1e-12)
         core = closed > 0.5 * closed.max()
-        behind = (objects & core).sum() > 0.6 * core.sum()
-        if height > highest and (behind or core.mean() < 0.2):
-            highest, hidden = height, behind
+        behind = (objects & core).sum() > HIDDEN_TOP * core.sum()
+        if height > highest and (behind or core.mean() < SMALL_TOP):
+            highest = height
+            hidden = behind
     return highest, hidden
 
 
 def _disagreement(surfaces: _Surfaces, candidates: list[_Candidate], best: _Candidate) -> float:
-    """How far surfaces that explain the sky about as well lie from the best: rms over the frame, part of the range."""
-    usable = surfaces.cells.usable
-    chosen = surfaces.surface(best.found)[usable]  # (n, c)
-    high, low = np.percentile(chosen, (99, 1), axis=0)
-    span = np.maximum(high - low, PIXEL_NOISE * np.median(surfaces.cells.noise, axis=(0, 1)))
+    """Return how far surfaces that explain the sky about as well lie from the best.
+
+    It is their rms difference over the frame, as a part of the best one's range.
+    """
+    cells = surfaces.cells
+    chosen = surfaces.surface(best.found)[cells.usable]  # (cells, c)
+    invisible = PIXEL_NOISE * np.median(cells.noise, axis=(0, 1))
+    span = np.maximum(_span(chosen, (99, 1)), invisible)  # (c,)
     most = 0.0
     for candidate in candidates:
-        if candidate.loss <= best.loss + 0.05:
-            error = surfaces.surface(candidate.found)[usable] - chosen
+        if candidate.loss <= best.loss + ALIKE:
+            error = surfaces.surface(candidate.found)[cells.usable] - chosen
             error -= np.median(error, axis=0)
-            relative = error / span
-            most = max(most, float(np.sqrt((relative**2).mean())))
+            rms = np.sqrt(np.mean((error / span)**2))
+            most = max(most, float(rms))
     return most
+
+
+def _steps_along_a_line(cells: _Cells) -> bool:
+    """Tell whether the picture steps up or down along a whole row or column of cells.
+
+    Panels of a mosaic that do not match do so.
+    """
+    light = _channels_together(cells.values / cells.noise)
+    light = np.where(cells.usable, light, np.nan)
+    least = SEAM_HEIGHT * _span(light[cells.usable], (99, 1))
+    return _steps_along_a_column(light, least) or _steps_along_a_column(light.T, least)
+
+
+def _steps_along_a_column(light: np.ndarray, least: float) -> bool:
+    """Tell whether light (h, w), NaN where not usable, steps by `least` along a column."""
+    if light.shape[1] < FEWEST_LINES:
+        return False
+    rise = light[:, 2:] - light[:, :-2]  # over two cells: the seam may lie within one
+    slope = (rise[:, :-4] + rise[:, 4:]) / 2  # beside it
+    step = rise[:, 2:-2] - slope  # (h, columns)
+    count = np.isfinite(step).sum(0)
+    whole = count > SEAM_SEEN * len(light)
+    if not whole.any():
+        return False
+    step = step[:, whole]
+    typical = np.nanmedian(step, axis=0)  # (columns,)
+    height = np.abs(typical)
+    scatter = _deviation(step - typical, 0)
+    sigma = MEDIAN_NOISE * scatter / np.sqrt(count[whole])
+    same_sign = np.sign(step) == np.sign(typical)
+    seam = (height > least) & (height > SEAM_SIGMA * sigma)
+    seam &= same_sign.mean(0) > SEAM_ALIKE
+    return bool(seam.any())
+
+
+# --- Result ---
+
+PLAIN_STIFFER = 2.5
+"""A plain run leaves no object out, so its surface must be stiffer than the sky's: by so many
+powers of ten for the part of the picture that is not sky. It was measured on the truth bench,
+`tests/truth.py`."""
+
+PLAIN_MOST = 1.5
+"""The surface of a plain run is stiffer by at most so many powers of ten."""
+
+LEAST_SEEN = 0.05
+"""Part of what is called sky that must be left beside the outskirts of objects. Otherwise nothing
+is known of outskirts."""
+
+
+@dataclass(frozen=True)
+class Sky:
+    """What was found out about the sky of a picture, on cells of the reduced frame.
+
+    In the shapes, (h, w) are cells, and c is the number of channels. `surface`, `start`, and `glow`
+    take frame coordinates (..., 2), and return linear light (..., c).
+    """
+
+    surface: Callable[[np.ndarray], np.ndarray]  # the sky
+    start: Callable[[np.ndarray], np.ndarray]  # where the fit begins; no object left out if plain
+    glow: Callable[[np.ndarray], np.ndarray]  # of amplifiers, in the start; its bending is free
+    open: np.ndarray  # (h, w) bool: no object; what may be outskirts of one is in
+    weight: np.ndarray  # (h, w) float: 1 where a cell shows sky and nothing else, else 0
+    below: np.ndarray  # (h, w) bool: objects that add light: the sky is not above the picture
+    image: np.ndarray  # (h, w, c) linear cells; 0 where missing
+    noise: np.ndarray  # (h, w, c) standard deviation of `image`
+    centers: np.ndarray  # (h, w, 2) frame coordinates
+    size: int  # reduced pixels along a cell's side
+    share: float  # of the usable cells, that show sky, in [0, 1]
+    smoothing: float  # of the surface that the fit shall find
+    unsure: str  # why the sky cannot be known, in words; empty if it can
+    why: str  # this smoothing, in words
+
+    def seen(self, places: np.ndarray) -> np.ndarray:
+        """Return where the picture shows sky, outskirts of objects included.
+
+        Args:
+            places: (..., 2) frame coordinates.
+
+        Returns:
+            (...) bool.
+        """
+        side = 2 * self.centers[0, 0]  # (2,) of a cell
+        cell = (places / side).astype(int)
+        row, column = np.moveaxis(cell, -1, 0)
+        height, width = self.open.shape
+        row = np.minimum(row, height - 1)
+        column = np.minimum(column, width - 1)
+        return self.open[row, column]
+
+
+def find_sky(prepared: Prepared, settings: Settings) -> Sky | None:
+    """Find what is sky, its surface, how stiff it is, and how sure that is.
+
+    Args:
+        prepared: `linear` counts. What was masked by thresholds or mask file is treated like an
+            object.
+        settings: `smoothing` if given by hand, and `auto`: only then do objects decide where the
+            fit starts.
+
+    Returns:
+        None if the picture is too small, or if too much of it is left out.
+    """
+    cells = _make_cells(prepared)
+    if cells is None:
+        return None
+    used = cells.usable & _mostly(prepared.used, cells.size)  # (h, w)
+    if not used.any():
+        return None
+    looker = _Looker(_Surfaces(cells, prepared.full_shape))
+    surfaces = looker.surfaces
+    by_hand = settings.smoothing is not None
+    smoothings = (settings.smoothing,) if by_hand else SMOOTHINGS
+    explanation = _look_for_sky(looker, used, smoothings)
+    best = explanation.best
+    scenery = explanation.scenery
+    sky = used & ~scenery.objects
+    share = sky.sum() / cells.usable.sum()
+    why = "given by hand"
+    unsure = ""
+    if not by_hand:
+        why = f"loss {best.loss:.3f}, pure noise has {_pure_noise(cells):g}"
+        best, unsure = _judge(surfaces, explanation, sky)
+
+    smoothing = best.smoothing
+    start = best.found
+    if not settings.auto:
+        if not by_hand:
+            smoothing *= 10**min(PLAIN_MOST, PLAIN_STIFFER * (1 - share))
+        start = surfaces.follow(used.astype(float), smoothing)
+
+    seen = _without_outskirts(sky, best.outskirts, used)
+    image = cells.values * cells.scale + cells.pedestal
+    return Sky(
+        surface=functools.partial(surfaces.linear, best.found),
+        start=functools.partial(surfaces.linear, start),
+        glow=functools.partial(surfaces.linear_glow, start),
+        open=sky | seen,
+        weight=seen.astype(float),
+        below=(scenery.light | best.outskirts) & ~seen,
+        image=np.where(cells.usable[..., None], image, 0),
+        noise=cells.noise * cells.scale,
+        centers=cells.centers,
+        size=cells.size,
+        share=share,
+        smoothing=smoothing,
+        unsure=unsure,
+        why=why,
+    )
+
+
+def _without_outskirts(sky: np.ndarray, outskirts: np.ndarray, used: np.ndarray) -> np.ndarray:
+    """Return what shows sky and nothing else; (h, w) bool each.
+
+    If nearly all may be outskirts, nothing is known of them, and they do not count.
+    """
+    seen = sky & ~outskirts
+    if seen.sum() >= max(FEWEST_SKY, LEAST_SEEN * sky.sum()):
+        return seen
+    return sky if sky.any() else used
 
 
 # --------------------------------------------------------------------------------------------------
