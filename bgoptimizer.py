@@ -4060,9 +4060,31 @@ def fit_surface(prepared: Prepared, settings: Settings, start: tuple[np.ndarray,
     Raises:
         BgError: the spline cannot be computed at all from this start.
     """
-    tf = import_tensorflow()
     rest = rest_of_sky(prepared, settings.order, start)
-    training = _Training(prepared, settings, start, rest)
+    sample = sky_sample(prepared, settings)
+    noise = _noise_about(sample, rest, start, settings.order)
+    nodes, spacing = _bending_nodes(prepared.full_shape)  # (rows, columns, 2)
+    lesson = _make_lesson(prepared, settings, sample, nodes, rest, noise)
+    points, channels = start[1].shape
+    kind = _Kind(
+        channels, points, settings.order, settings.alpha, nodes.shape[:2], spacing,
+        lesson.image.device, _import_interpolate_spline())
+    training = _training(kind)
+    with training.lock:  # two threads may fit at the same time
+        training.begin(start, settings.learning_rate, lesson)
+        history, stopped, track = _train(training, settings, start, noise, on_epoch)
+        positions, values = [variable.numpy() for variable in training.best]
+    if not history:
+        raise BgError("the spline's equations cannot be solved from these control points; "
+                      "raise --smoothing, lower -N, or choose another --seed")
+    return Fit(positions, values, settings.order, settings.smoothing, np.array(history), stopped,
+               track, rest)
+
+
+def _train(training: _Training, settings: Settings, start: tuple[np.ndarray, np.ndarray],
+           noise: float, on_epoch: Callable[[int, float], None] | None) -> tuple[list, str, list]:
+    """Train until nothing improves; returns history, stopped and track, as `Fit` has them."""
+    tf = import_tensorflow()
     history = []
     track = [(0, *start)]
     rate = settings.learning_rate
@@ -4073,7 +4095,7 @@ def fit_surface(prepared: Prepared, settings: Settings, start: tuple[np.ndarray,
     stopped = f"all {settings.epochs} epochs done"
     for epoch in range(1, settings.epochs + 1):
         try:
-            losses = training.step().numpy()
+            losses = training.step()
         except tf.errors.InvalidArgumentError:  # the matrix is not invertible: points have met
             losses = np.array([np.nan])
         if not np.isfinite(losses).all():
@@ -4099,16 +4121,11 @@ def fit_surface(prepared: Prepared, settings: Settings, start: tuple[np.ndarray,
             training.adam.learning_rate = rate
         if epoch % STILL_EPOCHS == 0:
             now = training.on_nodes()
-            if _stands_still(before, now, training.noise):
+            if _stands_still(before, now, noise):
                 stopped = f"stopped at epoch {epoch}: the surface no longer moves"
                 break
             before = now
-    if not history:
-        raise BgError("the spline's equations cannot be solved from these control points; "
-                      "raise --smoothing, lower -N, or choose another --seed")
-    positions, values = [variable.numpy() for variable in training.best]
-    return Fit(positions, values, settings.order, settings.smoothing, np.array(history), stopped,
-               track, rest)
+    return history, stopped, track
 
 
 def _stands_still(before: np.ndarray, now: np.ndarray, noise: float) -> bool:
@@ -4124,97 +4141,158 @@ def _stands_still(before: np.ndarray, now: np.ndarray, noise: float) -> bool:
     return float(distance) < STILL_CHANGE * span
 
 
+class _Kind(NamedTuple):
+    """What fits must have in common to be trained by one step."""
+
+    channels: int
+    points: int
+    order: int
+    alpha: float
+    nodes: tuple[int, int]  # where the surface is watched: rows and columns
+    spacing: tuple[float, float]  # their distances down and along
+    device: str  # on which the variables are
+    interpolate: Callable
+
+
+class _Lesson(NamedTuple):
+    """What the training step sees of one picture: m pixels and n nodes, as tensors."""
+
+    image: np.ndarray  # [m, c] stretched
+    weight: np.ndarray  # [m, c]
+    clipped: np.ndarray  # [m, c] as bright as the stretch can tell, so a sky that is brighter is no
+    # overshoot
+    fitted: np.ndarray  # [] the pixels before this one are fitted
+    judging: np.ndarray  # [] this pixel and those after it judge
+    places: np.ndarray  # [m + n, 2] of the pixels, then of the nodes
+    rest: np.ndarray  # [m + n, c] see `rest_of_sky`
+    glow: np.ndarray  # [n, c] its bending costs nothing
+    unit: np.ndarray  # [c] of the bending
+    midtones: np.ndarray  # [c] of the stretch
+    stiffness: np.ndarray  # [] weight of the bending
+    bowl: np.ndarray  # [] see `loss_bending`
+
+
+def _make_lesson(prepared: Prepared, settings: Settings, sample: Sample, nodes: np.ndarray,
+                 rest: Callable, noise: float) -> _Lesson:
+    """Put together what the training step sees of a picture; the nodes are (rows, columns, 2)."""
+    tf = import_tensorflow()
+    count, channels = sample.image.shape
+    half = count // 2
+    split = count >= FEWEST_TO_SPLIT
+    nodes = nodes.reshape(-1, 2)
+    glow = np.zeros((len(nodes), channels))
+    if prepared.sky is not None:
+        glow = prepared.sky.glow(nodes) / prepared.stretch.scale
+    places = np.concatenate([sample.places, nodes])  # (m + n, 2)
+    # In finding the sky, bending stands beside the mean squared residual over 2 noise^2. Here it
+    # stands beside a logarithm of the residual.
+    stiffness = STIFFNESS_UNIT * settings.smoothing / (2 * noise**2)
+
+    def numbers(values):
+        return tf.constant(values, tf.float32)
+
+    return _Lesson(
+        image=numbers(sample.image),
+        weight=numbers(sample.weight),
+        clipped=tf.constant((sample.image >= 1) & sample.seen[:, None]),
+        fitted=tf.constant(half if split else count),
+        judging=tf.constant(half if split else 0),
+        places=numbers(places),
+        rest=numbers(rest(places)),
+        glow=numbers(glow),
+        unit=numbers(3 * prepared.stretch.midtones),  # that of the cells, nearly: 3 times the
+        # median above black
+        midtones=numbers(prepared.stretch.midtones),
+        stiffness=numbers(stiffness),
+        bowl=numbers(settings.smoothing >= PLANE))
+
+
+@functools.lru_cache(maxsize=8)  # a folder holds pictures of few sizes
+def _training(kind: _Kind) -> _Training:
+    """Return the training of fits of this kind.
+
+    It is made once: TensorFlow takes longer to trace a step than to do a hundred.
+    """
+    return _Training(kind)
+
+
 class _Training:
     """A spline in training, with the best control points so far.
 
     One half of the sample is fitted, and the other half judges: control points are the best if
     their surface is the truest for pixels that it was not fitted to.
+
+    It serves one picture after the other. `lock` is held from `begin` to the last look at a result.
     """
 
-    def __init__(self, prepared: Prepared, settings: Settings,
-                 start: tuple[np.ndarray, np.ndarray], rest: Callable):
+    def __init__(self, kind: _Kind):
         tf = self.tf = import_tensorflow()
-        sample = sky_sample(prepared, settings)
-        self.image = tf.constant(sample.image, tf.float32)  # [m, c]
-        self.weight = tf.constant(sample.weight, tf.float32)  # [m, c]
-        # As bright as the stretch can tell, so a sky that is brighter is no overshoot: [m, c]
-        self.clipped = (sample.image >= 1) & sample.seen[:, None]
-        self.count, channels = sample.image.shape
-        half = self.count // 2
-        self.fitted = slice(0, half)
-        self.judging = slice(half, None)
-        if self.count < FEWEST_TO_SPLIT:
-            self.fitted = slice(None)
-            self.judging = slice(None)
-
-        self.layer = spline_layer(*start, settings.order, INTERPOLATION_WEIGHT)
+        self.kind = kind
+        self.lock = threading.Lock()
+        positions = np.zeros((kind.points, 2), np.float32)
+        values = np.zeros((kind.points, kind.channels), np.float32)
+        self.layer = spline_layer(positions, values, kind.order, INTERPOLATION_WEIGHT)
         variables = self.layer.trainable_weights
         self.best = [tf.Variable(variable) for variable in variables]
         self.best_loss = tf.Variable(np.float32(np.inf))
-        self.adam = tf.keras.optimizers.Adam(settings.learning_rate)
+        self.adam = tf.keras.optimizers.Adam()
         self.adam.build(variables)
-
-        nodes, self.spacing = _bending_nodes(prepared.full_shape)  # (rows, columns, 2)
-        rows, columns, _ = nodes.shape
-        self.shape = (rows, columns, channels)
-        nodes = nodes.reshape(-1, 2)
-        glow = np.zeros((len(nodes), channels))
-        if prepared.sky is not None:
-            glow = prepared.sky.glow(nodes) / prepared.stretch.scale
-        self.glow = tf.constant(glow, tf.float32)  # [n, c]: its bending costs nothing
-        places = np.concatenate([sample.places, nodes])  # (m + n, 2)
-        self.places = tf.constant(places, tf.float32)
-        self.rest = tf.constant(rest(places), tf.float32)  # [m + n, c]
-
-        self.noise = _noise_about(sample, rest, start, settings.order)
-        # In finding the sky, bending stands beside the mean squared residual over 2 noise^2. Here
-        # it stands beside a logarithm of the residual.
-        variance = self.noise**2
-        self.stiffness = STIFFNESS_UNIT * settings.smoothing / (2 * variance)
-        self.bowl = float(settings.smoothing >= PLANE)
-        self.alpha = settings.alpha
-        midtones = np.float32(prepared.stretch.midtones)
-        self.stretch = replace(prepared.stretch, midtones=midtones)
-        # The unit of the cells, nearly: 3 times the median above black
-        unit = 3 * prepared.stretch.midtones
-        self.unit = tf.constant(unit, tf.float32)
         # Nothing in the step needs rewriting, which costs time and would reach into the drop-in
-        self.step = tf.function(self._step, autograph=False)
+        self._traced = tf.function(self._step, autograph=False, reduce_retracing=True)
+
+    def begin(self, start: tuple[np.ndarray, np.ndarray], learning_rate: float,
+              lesson: _Lesson) -> None:
+        """Forget the picture before, and start with these positions (n, 2) and values (n, c)."""
+        self.lesson = lesson
+        for variables in (self.layer.trainable_weights, self.best):
+            for variable, value in zip(variables, start):
+                variable.assign(value)
+        self.best_loss.assign(np.inf)
+        for variable in self.adam.variables:  # the epoch and the moments
+            variable.assign(self.tf.zeros_like(variable))
+        self.adam.learning_rate = learning_rate
 
     def on_nodes(self) -> np.ndarray:
         """Return the spline on the nodes, (n, c) stretched."""
-        nodes = self.places[self.count:]
+        count = len(self.lesson.image)
+        nodes = self.lesson.places[count:]
         return self.layer(nodes).numpy()
 
-    def _step(self):
+    def step(self) -> np.ndarray:
         """Do one step of training.
 
         Returns:
-            [7]: the loss and its terms as in Fit.history, then the loss of the pixels that judge.
+            (7,): the loss and its terms as in Fit.history, then the loss of the pixels that judge.
         """
+        return self._traced(self.lesson).numpy()
+
+    def _step(self, lesson):
+        """Do what `step` does, on tensors."""
         tf = self.tf
+        alpha = self.kind.alpha
         variables = self.layer.trainable_weights
+        count = tf.shape(lesson.image)[0]
         with tf.GradientTape() as tape:
-            surface = self.layer(self.places) + self.rest  # [m + n, c]
-            on_pixels = surface[:self.count]
-            on_nodes = surface[self.count:]
-            terms = self._pixel_terms(on_pixels)  # [m] each
-            judging = [term[self.judging] for term in terms]
-            fitted = [term[self.fitted] for term in terms]
-            bending = self._bending_term(on_nodes)
-            loss = log_loss(tf, fitted, self.alpha) + bending
-        judged = log_loss(tf, judging, self.alpha) + bending
+            surface = self.layer(lesson.places) + lesson.rest  # [m + n, c]
+            on_pixels = surface[:count]
+            on_nodes = surface[count:]
+            terms = self._pixel_terms(lesson, on_pixels)  # [m] each
+            judging = [term[lesson.judging:] for term in terms]
+            fitted = [term[:lesson.fitted] for term in terms]
+            bending = self._bending_term(lesson, on_nodes)
+            loss = log_loss(tf, fitted, alpha) + bending
+        judged = log_loss(tf, judging, alpha) + bending
         self._keep_if_better(judged)
         gradients = tape.gradient(loss, variables)
         self.adam.apply_gradients(zip(gradients, variables))
         means = [tf.reduce_mean(term) for term in fitted]
         return tf.stack([loss, *means, bending, judged])
 
-    def _pixel_terms(self, surface):
+    def _pixel_terms(self, lesson, surface):
         """Return the four terms of the loss of the pixels, [m] each."""
         tf = self.tf
-        picture = tf.where(self.clipped, tf.maximum(self.image, surface), self.image)
-        residual = self.weight * (picture - surface)
+        picture = tf.where(lesson.clipped, tf.maximum(lesson.image, surface), lesson.image)
+        residual = lesson.weight * (picture - surface)
         return [
             loss_error(tf, residual),
             loss_color(tf, residual),
@@ -4222,13 +4300,14 @@ class _Training:
             loss_negative(tf, surface),
         ]
 
-    def _bending_term(self, surface):
+    def _bending_term(self, lesson, surface):
         """Return the part of the loss for the bending of the surface on the nodes, []."""
         tf = self.tf
-        linear = self.stretch.invert_unscaled(tf, surface)
-        plate = (linear - self.glow) / self.unit
-        plate = tf.reshape(plate, self.shape)
-        return self.stiffness * loss_bending(tf, plate, self.spacing, self.bowl)
+        stretch = Stretch(0, 1, lesson.midtones)  # in its own unit
+        linear = stretch.invert_unscaled(tf, surface)
+        plate = (linear - lesson.glow) / lesson.unit
+        plate = tf.reshape(plate, (*self.kind.nodes, self.kind.channels))
+        return lesson.stiffness * loss_bending(tf, plate, self.kind.spacing, lesson.bowl)
 
     def _keep_if_better(self, judged):
         """Keep the control points if they were judged to be the best so far."""
