@@ -5949,9 +5949,7 @@ def _in_words(outcome: Outcome) -> str:
     message = outcome.message
     if not message.startswith(outcome.file):
         message = f"{outcome.file}: {message}"
-    if outcome.outcome == FAILED:
-        return f"failed: {message}"
-    return f"done, but {message}"
+    return f"failed: {message}" if outcome.outcome == FAILED else message
 
 
 def write_report(path: str, rows: list[Outcome]) -> None:
@@ -6045,16 +6043,37 @@ def _dask_client(options: argparse.Namespace, to_do: dict[str, dict]) -> Iterato
     with ExitStack() as stack:
         if options.dask is None:
             scratch = stack.enter_context(tempfile.TemporaryDirectory())
-            cluster = distributed.LocalCluster(
-                n_workers=count, threads_per_worker=1, memory_limit=None, dashboard_address=None,
-                local_directory=scratch, env=SINGLE_THREADED, silence_logs=logging.CRITICAL)
-            stack.enter_context(cluster)
+            with _ctrl_c_held_back():
+                cluster = distributed.LocalCluster(
+                    n_workers=count, threads_per_worker=1, memory_limit=None,
+                    dashboard_address=":0", local_directory=scratch, env=SINGLE_THREADED,
+                    silence_logs=logging.CRITICAL)
+                stack.enter_context(cluster)
             client = distributed.Client(cluster)
         else:
             client = _connect(distributed, options.dask)
         stack.enter_context(client)
         client.upload_file(_as_module().__file__)  # also to workers that come later
         yield client
+
+
+@contextmanager
+def _ctrl_c_held_back() -> Iterator[None]:
+    """Let Ctrl-C wait, and hide it from the processes that are started meanwhile.
+
+    A terminal sends it to them, too, but it is for this process to end them.
+    """
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    # Python starts this helper with the first process, and would let Ctrl-C in again
+    from multiprocessing import resource_tracker
+    resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _connect(distributed, address: str):
