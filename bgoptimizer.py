@@ -5746,20 +5746,20 @@ def run_many(options: argparse.Namespace, settings: Settings, interrupts: _Inter
 
     report = os.path.join(options.output_path, REPORT_NAME)
     to_do, outcomes = _plan(pictures, options, settings, report)
-    try:
-        with ExitStack() as stack:
-            client = stack.enter_context(_dask_client(options, to_do)) if to_do else None
-            tell = stack.enter_context(_progress_of_files(len(to_do)))
-            if client is None:
-                results = _one_by_one(to_do, settings, interrupts)
-            else:
-                results = _by_workers(to_do, client)
+    with ExitStack() as stack:
+        client = stack.enter_context(_dask_client(options, to_do)) if to_do else None
+        tell = stack.enter_context(_progress_of_files(len(to_do)))
+        if client is None:
+            results = _one_by_one(to_do, interrupts)
+        else:
+            results = _by_workers(to_do, client)
+        try:
             for outcome in results:
                 outcomes[outcome.file] = outcome
                 tell(outcome)
-    finally:  # an interrupted night has a report, too
-        rows = [outcomes[path] for path in pictures if path in outcomes]
-        write_report(report, rows)
+        finally:  # an interrupted night has a report, too
+            rows = [outcomes[path] for path in pictures if path in outcomes]
+            write_report(report, rows)
     _sum_up(rows, len(to_do), time.perf_counter() - started, report)
 
 
@@ -5769,13 +5769,14 @@ def _sum_up(rows: list[Outcome], tried: int, seconds: float, report: str) -> Non
     for row in rows:
         numbers[row.outcome] += 1
     parts = [f"{number} {kind}" for kind, number in numbers.items() if number]
-    line = f"{len(rows)} pictures: {', '.join(parts)}"
+    noun = "picture" if len(rows) == 1 else "pictures"
+    line = f"{len(rows)} {noun}: {', '.join(parts)}"
     if tried:
         line += f"; {seconds / tried:.1f} s a picture, {seconds:.1f} s in all"
     logger.info(f"{line}; wrote {report}")
     failed = numbers[FAILED]
     if failed:
-        raise BgError(f"{failed} of {len(rows)} pictures failed; {report} says why")
+        raise BgError(f"{failed} of {len(rows)} {noun} failed; {report} says why")
 
 
 def _plan(pictures: list[str], options: argparse.Namespace, settings: Settings,
@@ -5902,8 +5903,7 @@ def _interruptible_fit(interrupts: _Interrupts) -> Iterator[Callable[[int, float
     interrupts.check()
 
 
-def _one_by_one(to_do: dict[str, dict], settings: Settings,
-                interrupts: _Interrupts) -> Iterator[Outcome]:
+def _one_by_one(to_do: dict[str, dict], interrupts: _Interrupts) -> Iterator[Outcome]:
     """Do the pictures in this process."""
     for path, given in to_do.items():
         interrupts.check()

@@ -165,7 +165,7 @@ def test_skip_done_goes_on_where_a_run_was_and_keeps_its_report(lights, capsys):
 def test_a_single_file_can_be_skipped_too(sky, folder, capsys):
     for _ in range(2):
         assert run("sky.xisf", "out", *FAST, "--skip-done") == 0
-    assert "1 pictures: 1 skipped" in capsys.readouterr().out
+    assert "1 picture: 1 skipped" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(os.name == "nt", reason="signals differ")
@@ -219,6 +219,7 @@ def test_without_dask_jobs_say_how_to_install_it(lights, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "distributed", None)
     for flags in (["--jobs", "2"], ["--dask", "tcp://127.0.0.1:1"]):
         assert run("lights", "out", *flags) == 1
+        assert os.listdir("out") == []  # nothing was done, so no report tells of it
         lines = capsys.readouterr().err.splitlines()
         assert lines[-1] == (f"bgoptimizer: error: {flags[0]} needs Dask; install it with: "
                              'python -m pip install "dask[distributed]"')
