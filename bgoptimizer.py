@@ -105,8 +105,9 @@ STOP_PATIENCE = 100
 """The fit stops after so many epochs without improvement."""
 
 START_PATIENCE = 20
-"""The fit stops after so many epochs in which nothing was better than the start. With --auto that is
-the rule: the start is the sky that was found, and in all scenes of the tests it stays the best."""
+"""The fit stops after so many epochs in which nothing was better than the start. With --auto that
+is the rule: the start is the sky that was found, and in all scenes of the tests it stays the best.
+"""
 
 STOP_DELTA = 5e-5
 """The loss must fall by this much to count as improved."""
