@@ -142,8 +142,8 @@ def test_missing_input(folder, capsys):
     assert os.listdir(folder) == []
 
 
-def test_input_that_is_a_folder(folder, capsys):
-    assert run(folder) == 1
+def test_mask_that_is_a_folder(sky, folder, capsys):
+    assert run("sky.xisf", "-m", folder) == 1
     assert "is a folder" in refused(capsys)
 
 
