@@ -105,9 +105,9 @@ STOP_PATIENCE = 100
 """The fit stops after so many epochs without improvement."""
 
 START_PATIENCE = 20
-"""The fit stops after so many epochs in which nothing was better than the start. With --auto that
+"""With --auto, the fit stops after so many epochs in which nothing was better than the start. That
 is the rule: the start is the sky that was found, and in all scenes of the tests it stays the best.
-"""
+Without --auto, the first improvement may take 60 epochs."""
 
 STOP_DELTA = 5e-5
 """The loss must fall by this much to count as improved."""
@@ -4125,7 +4125,7 @@ def _train(training: _Training, settings: Settings, start: tuple[np.ndarray, np.
         if judged < least - STOP_DELTA:
             least = judged
             improved = changed = epoch
-        if improved == 1 and epoch - improved >= START_PATIENCE:
+        if settings.auto and improved == 1 and epoch > START_PATIENCE:
             stopped = f"stopped at epoch {epoch}: nothing is better than the sky it started from"
             break
         if epoch - improved >= STOP_PATIENCE:
