@@ -5796,18 +5796,13 @@ def _plan(pictures: list[str], options: argparse.Namespace, settings: Settings,
     outcomes = {}
     writers = {}  # path of an output -> its picture
     for path in pictures:
-        given = dict(vars(options))
-        given["figures"] = "save" if options.figures == "save" else "none"
-        for key, value in (("input_file", path), ("output_path", options.output_path),
-                           ("mask", options.mask)):
-            # Workers may stand in another folder
-            given[key] = value and os.path.abspath(value)
+        given = _options_for(path, options)
         try:
             task = _make_task(argparse.Namespace(**given), settings)
         except Exception as error:
-            message = _told(error).replace(given["input_file"], path)
-            outcomes[path] = Outcome(path, FAILED, message=message)
-            logger.warning(_in_words(outcomes[path]))
+            outcome = _named(Outcome(path, FAILED, message=_told(error)), path, given)
+            logger.warning(_in_words(outcome))
+            outcomes[path] = outcome
             continue
         for output in _written_by(task):
             other = writers.setdefault(os.path.normcase(output), path)
@@ -5822,7 +5817,19 @@ def _plan(pictures: list[str], options: argparse.Namespace, settings: Settings,
     return to_do, outcomes
 
 
+def _options_for(path: str, options: argparse.Namespace) -> dict:
+    """Return the options for one of many pictures; workers may stand in another folder."""
+    given = dict(vars(options))
+    given["figures"] = "save" if options.figures == "save" else "none"
+    given["input_file"] = os.path.abspath(path)
+    given["output_path"] = os.path.abspath(options.output_path)
+    if options.mask is not None:
+        given["mask"] = os.path.abspath(options.mask)
+    return given
+
+
 def _written_by(task: Task) -> list[str]:
+    """Return the paths of all that a task writes."""
     figure = [task.figure] if task.place_for_figure == "file" else []
     return [*task.outputs.values(), *figure]
 
