@@ -19,6 +19,9 @@ examples:
   bgoptimizer.py m31.fits out --format tiff FITS and TIFF too; m31_bgModel.tif ...
   bgoptimizer.py m31.xisf out --auto --save-mask --animate
                                             also the mask, to edit, and a GIF
+  bgoptimizer.py lights out --auto          all pictures of a folder, and a report
+  bgoptimizer.py "lights/*.fit" out --jobs 4 --skip-done
+                                            in 4 processes, without those done
 
 from Python, with image of shape (h, w, c), linear, in 0..1:
   result = bgoptimizer.optimize(image, bgoptimizer.Settings(auto=True))
@@ -31,7 +34,9 @@ from __future__ import annotations
 import argparse
 import base64
 import copy
+import csv
 import functools
+import glob
 import hashlib
 import importlib.util
 import io
@@ -99,6 +104,11 @@ FEWEST_TO_SPLIT = 512
 
 STOP_PATIENCE = 100
 """The fit stops after so many epochs without improvement."""
+
+START_PATIENCE = 20
+"""With --auto, the fit stops after so many epochs in which nothing was better than the start. That
+is the rule: the start is the sky that was found, and in all scenes of the tests it stays the best.
+Without --auto, the first improvement may take 60 epochs."""
 
 STOP_DELTA = 5e-5
 """The loss must fall by this much to count as improved."""
@@ -1394,6 +1404,9 @@ TIFF_KEPT = {271: "s", 272: "s", 306: "s", 315: "s", 33432: "s", 274: "H", 700: 
 """Tags that are carried over, and their types: camera, date, author, rights, orientation, XMP."""
 
 
+PICTURE_ENDINGS = re.compile(r"(?i)(?<=.)(\.(xisf|fits?|fts|fz|tiff?))+$")
+
+
 class Format(NamedTuple):
     """A kind of file."""
     ending: str
@@ -1436,7 +1449,7 @@ def read_picture(path):
 def picture_stem(path):
     """Return a file's name without folder and without the endings of pictures."""
     name = os.path.basename(path)
-    stem = re.sub(r"(?i)(?<=.)(\.(xisf|fits?|fts|fz|tiff?))+$", "", name)
+    stem = PICTURE_ENDINGS.sub("", name)
     return stem if stem != name else os.path.splitext(name)[0]
 
 
@@ -4669,9 +4682,31 @@ def fit_surface(prepared: Prepared, settings: Settings, start: tuple[np.ndarray,
     Raises:
         BgError: the spline cannot be computed at all from this start.
     """
-    tf = import_tensorflow()
     rest = rest_of_sky(prepared, settings.order, start)
-    training = _Training(prepared, settings, start, rest)
+    sample = sky_sample(prepared, settings)
+    noise = _noise_about(sample, rest, start, settings.order)
+    nodes, spacing = _bending_nodes(prepared.full_shape)  # (rows, columns, 2)
+    lesson = _make_lesson(prepared, settings, sample, nodes, rest, noise)
+    points, channels = start[1].shape
+    kind = _Kind(
+        channels, points, settings.order, settings.alpha, nodes.shape[:2], spacing,
+        lesson.image.device, _import_interpolate_spline())
+    training = _training(kind)
+    with training.lock:  # two threads may fit at the same time
+        training.begin(start, settings.learning_rate, lesson)
+        history, stopped, track = _train(training, settings, start, noise, on_epoch)
+        positions, values = [variable.numpy() for variable in training.best]
+    if not history:
+        raise BgError("the spline's equations cannot be solved from these control points; "
+                      "raise --smoothing, lower -N, or choose another --seed")
+    return Fit(positions, values, settings.order, settings.smoothing, np.array(history), stopped,
+               track, rest)
+
+
+def _train(training: _Training, settings: Settings, start: tuple[np.ndarray, np.ndarray],
+           noise: float, on_epoch: Callable[[int, float], None] | None) -> tuple[list, str, list]:
+    """Train until nothing improves; returns history, stopped and track, as `Fit` has them."""
+    tf = import_tensorflow()
     history = []
     track = [(0, *start)]
     rate = settings.learning_rate
@@ -4682,7 +4717,7 @@ def fit_surface(prepared: Prepared, settings: Settings, start: tuple[np.ndarray,
     stopped = f"all {settings.epochs} epochs done"
     for epoch in range(1, settings.epochs + 1):
         try:
-            losses = training.step().numpy()
+            losses = training.step()
         except tf.errors.InvalidArgumentError:  # the matrix is not invertible: points have met
             losses = np.array([np.nan])
         if not np.isfinite(losses).all():
@@ -4699,6 +4734,9 @@ def fit_surface(prepared: Prepared, settings: Settings, start: tuple[np.ndarray,
         if judged < least - STOP_DELTA:
             least = judged
             improved = changed = epoch
+        if settings.auto and improved == 1 and epoch > START_PATIENCE:
+            stopped = f"stopped at epoch {epoch}: nothing is better than the sky it started from"
+            break
         if epoch - improved >= STOP_PATIENCE:
             stopped = f"stopped at epoch {epoch}: no improvement in {STOP_PATIENCE} epochs"
             break
@@ -4708,16 +4746,11 @@ def fit_surface(prepared: Prepared, settings: Settings, start: tuple[np.ndarray,
             training.adam.learning_rate = rate
         if epoch % STILL_EPOCHS == 0:
             now = training.on_nodes()
-            if _stands_still(before, now, training.noise):
+            if _stands_still(before, now, noise):
                 stopped = f"stopped at epoch {epoch}: the surface no longer moves"
                 break
             before = now
-    if not history:
-        raise BgError("the spline's equations cannot be solved from these control points; "
-                      "raise --smoothing, lower -N, or choose another --seed")
-    positions, values = [variable.numpy() for variable in training.best]
-    return Fit(positions, values, settings.order, settings.smoothing, np.array(history), stopped,
-               track, rest)
+    return history, stopped, track
 
 
 def _stands_still(before: np.ndarray, now: np.ndarray, noise: float) -> bool:
@@ -4733,97 +4766,158 @@ def _stands_still(before: np.ndarray, now: np.ndarray, noise: float) -> bool:
     return float(distance) < STILL_CHANGE * span
 
 
+class _Kind(NamedTuple):
+    """What fits must have in common to be trained by one step."""
+
+    channels: int
+    points: int
+    order: int
+    alpha: float
+    nodes: tuple[int, int]  # where the surface is watched: rows and columns
+    spacing: tuple[float, float]  # their distances down and along
+    device: str  # on which the variables are
+    interpolate: Callable
+
+
+class _Lesson(NamedTuple):
+    """What the training step sees of one picture: m pixels and n nodes, as tensors."""
+
+    image: np.ndarray  # [m, c] stretched
+    weight: np.ndarray  # [m, c]
+    clipped: np.ndarray  # [m, c] as bright as the stretch can tell, so a sky that is brighter is no
+    # overshoot
+    fitted: np.ndarray  # [] the pixels before this one are fitted
+    judging: np.ndarray  # [] this pixel and those after it judge
+    places: np.ndarray  # [m + n, 2] of the pixels, then of the nodes
+    rest: np.ndarray  # [m + n, c] see `rest_of_sky`
+    glow: np.ndarray  # [n, c] its bending costs nothing
+    unit: np.ndarray  # [c] of the bending
+    midtones: np.ndarray  # [c] of the stretch
+    stiffness: np.ndarray  # [] weight of the bending
+    bowl: np.ndarray  # [] see `loss_bending`
+
+
+def _make_lesson(prepared: Prepared, settings: Settings, sample: Sample, nodes: np.ndarray,
+                 rest: Callable, noise: float) -> _Lesson:
+    """Put together what the training step sees of a picture; the nodes are (rows, columns, 2)."""
+    tf = import_tensorflow()
+    count, channels = sample.image.shape
+    half = count // 2
+    split = count >= FEWEST_TO_SPLIT
+    nodes = nodes.reshape(-1, 2)
+    glow = np.zeros((len(nodes), channels))
+    if prepared.sky is not None:
+        glow = prepared.sky.glow(nodes) / prepared.stretch.scale
+    places = np.concatenate([sample.places, nodes])  # (m + n, 2)
+    # In finding the sky, bending stands beside the mean squared residual over 2 noise^2. Here it
+    # stands beside a logarithm of the residual.
+    stiffness = STIFFNESS_UNIT * settings.smoothing / (2 * noise**2)
+
+    def numbers(values):
+        return tf.constant(values, tf.float32)
+
+    return _Lesson(
+        image=numbers(sample.image),
+        weight=numbers(sample.weight),
+        clipped=tf.constant((sample.image >= 1) & sample.seen[:, None]),
+        fitted=tf.constant(half if split else count),
+        judging=tf.constant(half if split else 0),
+        places=numbers(places),
+        rest=numbers(rest(places)),
+        glow=numbers(glow),
+        unit=numbers(3 * prepared.stretch.midtones),  # that of the cells, nearly: 3 times the
+        # median above black
+        midtones=numbers(prepared.stretch.midtones),
+        stiffness=numbers(stiffness),
+        bowl=numbers(settings.smoothing >= PLANE))
+
+
+@functools.lru_cache(maxsize=8)  # a folder holds pictures of few sizes
+def _training(kind: _Kind) -> _Training:
+    """Return the training of fits of this kind.
+
+    It is made once: TensorFlow takes longer to trace a step than to do a hundred.
+    """
+    return _Training(kind)
+
+
 class _Training:
     """A spline in training, with the best control points so far.
 
     One half of the sample is fitted, and the other half judges: control points are the best if
     their surface is the truest for pixels that it was not fitted to.
+
+    It serves one picture after the other. `lock` is held from `begin` to the last look at a result.
     """
 
-    def __init__(self, prepared: Prepared, settings: Settings,
-                 start: tuple[np.ndarray, np.ndarray], rest: Callable):
+    def __init__(self, kind: _Kind):
         tf = self.tf = import_tensorflow()
-        sample = sky_sample(prepared, settings)
-        self.image = tf.constant(sample.image, tf.float32)  # [m, c]
-        self.weight = tf.constant(sample.weight, tf.float32)  # [m, c]
-        # As bright as the stretch can tell, so a sky that is brighter is no overshoot: [m, c]
-        self.clipped = (sample.image >= 1) & sample.seen[:, None]
-        self.count, channels = sample.image.shape
-        half = self.count // 2
-        self.fitted = slice(0, half)
-        self.judging = slice(half, None)
-        if self.count < FEWEST_TO_SPLIT:
-            self.fitted = slice(None)
-            self.judging = slice(None)
-
-        self.layer = spline_layer(*start, settings.order, INTERPOLATION_WEIGHT)
+        self.kind = kind
+        self.lock = threading.Lock()
+        positions = np.zeros((kind.points, 2), np.float32)
+        values = np.zeros((kind.points, kind.channels), np.float32)
+        self.layer = spline_layer(positions, values, kind.order, INTERPOLATION_WEIGHT)
         variables = self.layer.trainable_weights
         self.best = [tf.Variable(variable) for variable in variables]
         self.best_loss = tf.Variable(np.float32(np.inf))
-        self.adam = tf.keras.optimizers.Adam(settings.learning_rate)
+        self.adam = tf.keras.optimizers.Adam()
         self.adam.build(variables)
-
-        nodes, self.spacing = _bending_nodes(prepared.full_shape)  # (rows, columns, 2)
-        rows, columns, _ = nodes.shape
-        self.shape = (rows, columns, channels)
-        nodes = nodes.reshape(-1, 2)
-        glow = np.zeros((len(nodes), channels))
-        if prepared.sky is not None:
-            glow = prepared.sky.glow(nodes) / prepared.stretch.scale
-        self.glow = tf.constant(glow, tf.float32)  # [n, c]: its bending costs nothing
-        places = np.concatenate([sample.places, nodes])  # (m + n, 2)
-        self.places = tf.constant(places, tf.float32)
-        self.rest = tf.constant(rest(places), tf.float32)  # [m + n, c]
-
-        self.noise = _noise_about(sample, rest, start, settings.order)
-        # In finding the sky, bending stands beside the mean squared residual over 2 noise^2. Here
-        # it stands beside a logarithm of the residual.
-        variance = self.noise**2
-        self.stiffness = STIFFNESS_UNIT * settings.smoothing / (2 * variance)
-        self.bowl = float(settings.smoothing >= PLANE)
-        self.alpha = settings.alpha
-        midtones = np.float32(prepared.stretch.midtones)
-        self.stretch = replace(prepared.stretch, midtones=midtones)
-        # The unit of the cells, nearly: 3 times the median above black
-        unit = 3 * prepared.stretch.midtones
-        self.unit = tf.constant(unit, tf.float32)
         # Nothing in the step needs rewriting, which costs time and would reach into the drop-in
-        self.step = tf.function(self._step, autograph=False)
+        self._traced = tf.function(self._step, autograph=False, reduce_retracing=True)
+
+    def begin(self, start: tuple[np.ndarray, np.ndarray], learning_rate: float,
+              lesson: _Lesson) -> None:
+        """Forget the picture before, and start with these positions (n, 2) and values (n, c)."""
+        self.lesson = lesson
+        for variables in (self.layer.trainable_weights, self.best):
+            for variable, value in zip(variables, start):
+                variable.assign(value)
+        self.best_loss.assign(np.inf)
+        for variable in self.adam.variables:  # the epoch and the moments
+            variable.assign(self.tf.zeros_like(variable))
+        self.adam.learning_rate = learning_rate
 
     def on_nodes(self) -> np.ndarray:
         """Return the spline on the nodes, (n, c) stretched."""
-        nodes = self.places[self.count:]
+        count = len(self.lesson.image)
+        nodes = self.lesson.places[count:]
         return self.layer(nodes).numpy()
 
-    def _step(self):
+    def step(self) -> np.ndarray:
         """Do one step of training.
 
         Returns:
-            [7]: the loss and its terms as in Fit.history, then the loss of the pixels that judge.
+            (7,): the loss and its terms as in Fit.history, then the loss of the pixels that judge.
         """
+        return self._traced(self.lesson).numpy()
+
+    def _step(self, lesson):
+        """Do what `step` does, on tensors."""
         tf = self.tf
+        alpha = self.kind.alpha
         variables = self.layer.trainable_weights
+        count = tf.shape(lesson.image)[0]
         with tf.GradientTape() as tape:
-            surface = self.layer(self.places) + self.rest  # [m + n, c]
-            on_pixels = surface[:self.count]
-            on_nodes = surface[self.count:]
-            terms = self._pixel_terms(on_pixels)  # [m] each
-            judging = [term[self.judging] for term in terms]
-            fitted = [term[self.fitted] for term in terms]
-            bending = self._bending_term(on_nodes)
-            loss = log_loss(tf, fitted, self.alpha) + bending
-        judged = log_loss(tf, judging, self.alpha) + bending
+            surface = self.layer(lesson.places) + lesson.rest  # [m + n, c]
+            on_pixels = surface[:count]
+            on_nodes = surface[count:]
+            terms = self._pixel_terms(lesson, on_pixels)  # [m] each
+            judging = [term[lesson.judging:] for term in terms]
+            fitted = [term[:lesson.fitted] for term in terms]
+            bending = self._bending_term(lesson, on_nodes)
+            loss = log_loss(tf, fitted, alpha) + bending
+        judged = log_loss(tf, judging, alpha) + bending
         self._keep_if_better(judged)
         gradients = tape.gradient(loss, variables)
         self.adam.apply_gradients(zip(gradients, variables))
         means = [tf.reduce_mean(term) for term in fitted]
         return tf.stack([loss, *means, bending, judged])
 
-    def _pixel_terms(self, surface):
+    def _pixel_terms(self, lesson, surface):
         """Return the four terms of the loss of the pixels, [m] each."""
         tf = self.tf
-        picture = tf.where(self.clipped, tf.maximum(self.image, surface), self.image)
-        residual = self.weight * (picture - surface)
+        picture = tf.where(lesson.clipped, tf.maximum(lesson.image, surface), lesson.image)
+        residual = lesson.weight * (picture - surface)
         return [
             loss_error(tf, residual),
             loss_color(tf, residual),
@@ -4831,13 +4925,14 @@ class _Training:
             loss_negative(tf, surface),
         ]
 
-    def _bending_term(self, surface):
+    def _bending_term(self, lesson, surface):
         """Return the part of the loss for the bending of the surface on the nodes, []."""
         tf = self.tf
-        linear = self.stretch.invert_unscaled(tf, surface)
-        plate = (linear - self.glow) / self.unit
-        plate = tf.reshape(plate, self.shape)
-        return self.stiffness * loss_bending(tf, plate, self.spacing, self.bowl)
+        stretch = Stretch(0, 1, lesson.midtones)  # in its own unit
+        linear = stretch.invert_unscaled(tf, surface)
+        plate = (linear - lesson.glow) / lesson.unit
+        plate = tf.reshape(plate, (*self.kind.nodes, self.kind.channels))
+        return lesson.stiffness * loss_bending(tf, plate, self.kind.spacing, lesson.bowl)
 
     def _keep_if_better(self, judged):
         """Keep the control points if they were judged to be the best so far."""
@@ -6147,6 +6242,484 @@ def put_picture(draw: Callable, where: str, path: str) -> None:
 
 
 # --------------------------------------------------------------------------------------------------
+# Many pictures
+#
+# The pictures of a folder are done one after the other in this process, or by workers of Dask, an
+# engine for that which knows what to do when one of them dies. What goes to a worker and comes back
+# is plain data, so that it does not matter where this script is there.
+# --------------------------------------------------------------------------------------------------
+
+REPORT_NAME = "bgoptimizer_report.csv"
+DONE, WARNED, FAILED, SKIPPED = "done", "warned", "failed", "skipped"
+
+OWN_OUTPUTS = ("_bgModel", "_bgSubtracted", "_bgDivided", "_bgMask", "_mask")
+"""How names of pictures end that this tool has written. They are nothing to work on."""
+
+COPIES_IN_MEMORY = 4
+"""A worker needs at most so many times the size of a picture's file: 16-bit samples become 32-bit,
+and some planes are there twice."""
+
+PATIENCE_WITH_SCHEDULER = 15
+"""Seconds until a scheduler that does not answer is taken for absent."""
+
+SINGLE_THREADED = {
+    "OPENBLAS_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "OMP_NUM_THREADS": "1",
+    "TF_NUM_INTRAOP_THREADS": "1",
+    "TF_NUM_INTEROP_THREADS": "1",
+    "TF_CPP_MIN_LOG_LEVEL": "3",
+}
+"""Environment of workers. There are as many as cores, so threads would only get in the way."""
+
+INSTALL_DASK = 'python -m pip install "dask[distributed]"'
+
+
+class Outcome(NamedTuple):
+    """What came of one picture: a row of the report, as text."""
+
+    file: str
+    outcome: str  # DONE, WARNED, FAILED, or SKIPPED
+    sky_share: str = ""
+    smoothing: str = ""
+    gradient_before: str = ""
+    gradient_after: str = ""
+    confidence: str = ""  # sure, unsure and why, or unknown
+    clipped: str = ""  # share of the samples
+    seconds: str = ""
+    message: str = ""  # the warnings, or why it failed
+
+
+def asks_for_many(options: argparse.Namespace) -> bool:
+    """Tell whether the command line names a folder or a pattern, or wants what is for many."""
+    flags = options.jobs, options.dask, options.skip_done
+    if any(flag not in (None, False) for flag in flags):
+        return True
+    where = options.input_file
+    return os.path.isdir(where) or _is_pattern(where)
+
+
+def _is_pattern(where: str) -> bool:
+    """Tell a pattern from a file that has brackets or stars in its name."""
+    return glob.has_magic(where) and not os.path.exists(where)
+
+
+def find_pictures(where: str, mask: str | None = None) -> list[str]:
+    """Return the paths of the pictures in a folder, or of those that fit a pattern, by name.
+
+    Hidden files, what this tool has written, and the mask are left out.
+
+    Raises:
+        BgError: there are none.
+    """
+    if os.path.isdir(where):
+        found = [os.path.join(where, name) for name in os.listdir(where)]
+    elif _is_pattern(where):
+        found = glob.glob(where, recursive=True)
+    else:
+        _check_given([where])
+        return [where]
+    pictures = [path for path in found if _is_input(path)]
+    if mask is not None and os.path.exists(mask):
+        pictures = [path for path in pictures if not os.path.samefile(path, mask)]
+    if not pictures:
+        raise BgError(f"{where} holds no XISF, FITS or TIFF pictures to work on; "
+                      "check the name of the folder, or the pattern")
+    return sorted(pictures)
+
+
+def _is_input(path: str) -> bool:
+    name = os.path.basename(path)
+    stem = picture_stem(path)
+    hidden = name.startswith(".")
+    if hidden or stem.endswith(OWN_OUTPUTS) or not PICTURE_ENDINGS.search(name):
+        return False
+    return os.path.isfile(path)
+
+
+def run_many(options: argparse.Namespace, settings: Settings, interrupts: _Interrupts) -> None:
+    """Do all pictures that the command line names, and write the report.
+
+    Raises:
+        BgError: nothing can be done at all, or some of the pictures failed.
+    """
+    started = time.perf_counter()
+    pictures = find_pictures(options.input_file, options.mask)
+    if options.preview:
+        raise BgError(f"--preview shows one picture; name it, such as {pictures[0]}")
+    if options.figures == "show":
+        raise BgError("--figures show is for one picture; use --figures save")
+    if options.mask is not None:
+        _check_given([options.mask])
+        _read_mask(options.mask)  # so that a bad one is told once
+    _check_folder(options)
+
+    report = os.path.join(options.output_path, REPORT_NAME)
+    to_do, outcomes = _plan(pictures, options, settings, report)
+    with ExitStack() as stack:
+        client = stack.enter_context(_dask_client(options, to_do)) if to_do else None
+        tell = stack.enter_context(_progress_of_files(len(to_do)))
+        if client is None:
+            results = _one_by_one(to_do, interrupts)
+        else:
+            results = _by_workers(to_do, client)
+        try:
+            for outcome in results:
+                outcomes[outcome.file] = outcome
+                tell(outcome)
+        finally:  # an interrupted night has a report, too
+            rows = [outcomes[path] for path in pictures if path in outcomes]
+            write_report(report, rows)
+    _sum_up(rows, len(to_do), time.perf_counter() - started, report)
+
+
+def _sum_up(rows: list[Outcome], tried: int, seconds: float, report: str) -> None:
+    """Log what came of all pictures; raises BgError if some failed."""
+    numbers = {kind: 0 for kind in (DONE, WARNED, FAILED, SKIPPED)}
+    for row in rows:
+        numbers[row.outcome] += 1
+    parts = [f"{number} {kind}" for kind, number in numbers.items() if number]
+    noun = "picture" if len(rows) == 1 else "pictures"
+    line = f"{len(rows)} {noun}: {', '.join(parts)}"
+    if tried:
+        line += f"; {seconds / tried:.1f} s a picture, {seconds:.1f} s in all"
+    logger.info(f"{line}; wrote {report}")
+    failed = numbers[FAILED]
+    if failed:
+        raise BgError(f"{failed} of {len(rows)} {noun} failed; {report} says why")
+
+
+def _plan(pictures: list[str], options: argparse.Namespace, settings: Settings,
+          report: str) -> tuple[dict[str, dict], dict[str, Outcome]]:
+    """Find out what there is to do.
+
+    Returns:
+        The options (those of the command line, as a dictionary) for each picture to do, and the
+        outcomes of those that are done already or cannot be started. Both are by path.
+
+    Raises:
+        BgError: two pictures would write one file.
+    """
+    known = read_report(report) if options.skip_done else {}
+    to_do = {}
+    outcomes = {}
+    writers = {}  # path of an output -> its picture
+    for path in pictures:
+        given = _options_for(path, options)
+        try:
+            task = _make_task(argparse.Namespace(**given), settings)
+        except Exception as error:
+            outcome = _named(Outcome(path, FAILED, message=_told(error)), path, given)
+            logger.warning(_in_words(outcome))
+            outcomes[path] = outcome
+            continue
+        for output in _written_by(task):
+            other = writers.setdefault(os.path.normcase(output), path)
+            if other != path:
+                name = os.path.basename(output)
+                raise BgError(f"{other} and {path} would both write {name}; rename one of them, "
+                              "or do them one after the other into two folders")
+        if options.skip_done and _is_done(task):
+            outcomes[path] = known.get(path, Outcome(path, SKIPPED))._replace(outcome=SKIPPED)
+        else:
+            to_do[path] = given
+    return to_do, outcomes
+
+
+def _options_for(path: str, options: argparse.Namespace) -> dict:
+    """Return the options for one of many pictures; workers may stand in another folder."""
+    given = dict(vars(options))
+    given["figures"] = "save" if options.figures == "save" else "none"
+    given["input_file"] = os.path.abspath(path)
+    given["output_path"] = os.path.abspath(options.output_path)
+    if options.mask is not None:
+        given["mask"] = os.path.abspath(options.mask)
+    return given
+
+
+def _written_by(task: Task) -> list[str]:
+    """Return the paths of all that a task writes."""
+    figure = [task.figure] if task.place_for_figure == "file" else []
+    return [*task.outputs.values(), *figure]
+
+
+def _is_done(task: Task) -> bool:
+    """Tell whether all outputs are there and newer than the picture."""
+    made = os.stat(task.input_file).st_mtime_ns
+    for path in _written_by(task):
+        if not os.path.exists(path) or os.stat(path).st_mtime_ns <= made:
+            return False
+    return True
+
+
+def _try_picture(given: dict, watched: ContextManager = nullcontext()) -> Outcome:
+    """Do one picture with these options, whatever may happen; nothing is printed."""
+    options = argparse.Namespace(**given)
+    started = time.perf_counter()
+    with _overheard() as warned:
+        try:
+            task = _make_task(options, _settings_of(options))
+            report = process_file(task, watched)
+        except Exception as error:
+            outcome = Outcome("", FAILED, message=_told(error))
+        else:
+            outcome = _outcome(report, warned)
+    seconds = time.perf_counter() - started
+    return outcome._replace(file=options.input_file, seconds=f"{seconds:.2f}")
+
+
+def _outcome(report: Report, warned: list[str]) -> Outcome:
+    """Put a report into the words and digits of a row."""
+    def digits(number):
+        return "" if math.isnan(number) else f"{number:.5g}"
+
+    confidence = "sure"
+    if report.unsure:
+        confidence = f"unsure: {report.unsure}"
+    elif math.isnan(report.sky_share):
+        confidence = "unknown"
+    return Outcome(
+        file="",
+        outcome=WARNED if warned else DONE,
+        sky_share=digits(report.sky_share),
+        smoothing=digits(report.smoothing),
+        gradient_before=digits(report.gradient_before),
+        gradient_after=digits(report.gradient_after),
+        confidence=confidence,
+        clipped=digits(report.clipped),
+        message=" | ".join(warned))
+
+
+@contextmanager
+def _overheard() -> Iterator[list[str]]:
+    """Collect warnings while a picture is done; nothing that it has to say is printed."""
+    heard = []
+
+    class Listener(logging.Handler):
+        def emit(self, record):
+            heard.append(record.getMessage())
+
+    before = logger.handlers[:], logger.propagate
+    logger.handlers[:] = [Listener(logging.WARNING)]
+    logger.propagate = False
+    try:
+        yield heard
+    finally:
+        logger.handlers[:], logger.propagate = before
+
+
+@contextmanager
+def _interruptible_fit(interrupts: _Interrupts) -> Iterator[Callable[[int, float], None]]:
+    """End a fit cleanly after Ctrl-C; yields what `on_epoch` is."""
+    interrupts.check()
+    interrupts.patient = True
+    try:
+        yield lambda epoch, loss: interrupts.check()
+    finally:
+        interrupts.patient = False
+    interrupts.check()
+
+
+def _one_by_one(to_do: dict[str, dict], interrupts: _Interrupts) -> Iterator[Outcome]:
+    """Do the pictures in this process."""
+    for path, given in to_do.items():
+        interrupts.check()
+        outcome = _try_picture(given, _interruptible_fit(interrupts))
+        yield _named(outcome, path, given)
+
+
+def _named(outcome: Outcome, path: str, given: dict) -> Outcome:
+    """Call the picture what it was called on the command line."""
+    message = outcome.message.replace(given["input_file"], path)
+    return outcome._replace(file=path, message=message)
+
+
+@contextmanager
+def _progress_of_files(total: int) -> Iterator[Callable[[Outcome], None]]:
+    """Yield a function to call with each outcome: a bar on a terminal, elsewhere a line a file.
+
+    What failed or was warned of is told in a line in any case.
+    """
+    terminal = sys.stderr is not None and sys.stderr.isatty()
+    bar = None
+    with ExitStack() as stack:
+        if terminal and logger.isEnabledFor(logging.INFO):
+            from tqdm import tqdm
+            bar = tqdm(total=total, unit="picture", leave=False)
+            stack.enter_context(bar)
+
+        def tell(outcome):
+            if outcome.outcome == DONE and bar is None:
+                logger.info(f"{outcome.file}: done, {outcome.seconds} s")
+            if outcome.outcome in (WARNED, FAILED):
+                with nullcontext() if bar is None else bar.external_write_mode():
+                    logger.warning(_in_words(outcome))
+            if bar is not None:
+                bar.set_postfix_str(os.path.basename(outcome.file), refresh=False)
+                bar.update()
+
+        yield tell
+
+
+def _in_words(outcome: Outcome) -> str:
+    """Return one line on a picture that failed or was warned of."""
+    message = outcome.message
+    if not message.startswith(outcome.file):
+        message = f"{outcome.file}: {message}"
+    return f"failed: {message}" if outcome.outcome == FAILED else message
+
+
+def write_report(path: str, rows: list[Outcome]) -> None:
+    """Write the outcomes as a table in CSV, at once and whole."""
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(Outcome._fields)
+    writer.writerows(rows)
+    with atomic_outputs(path) as (file,):
+        file.write(text.getvalue().encode("utf-8", "surrogateescape"))
+
+
+def read_report(path: str) -> dict[str, Outcome]:
+    """Return the outcomes of a report by file; none if there is no report, or not one of ours."""
+    if not os.path.isfile(path):
+        return {}
+    with open(path, encoding="utf-8", errors="surrogateescape", newline="") as file:
+        table = csv.DictReader(file)
+        if tuple(table.fieldnames or ()) != Outcome._fields:
+            return {}
+        rows = [Outcome(**row) for row in table if None not in row]
+    return {row.file: row for row in rows}
+
+
+# Many pictures: workers
+
+_one_at_a_time = threading.Lock()
+
+
+def do_picture(given: dict) -> tuple:
+    """Do one picture on a worker: takes the options for it, returns the fields of an `Outcome`.
+
+    A worker may have several threads. TensorFlow, the log, and memory are one for all of them.
+    """
+    with _one_at_a_time:
+        return tuple(_try_picture(given))
+
+
+def _by_workers(to_do: dict[str, dict], client) -> Iterator[Outcome]:
+    """Do the pictures on the workers of a Dask client, in the order in which they are ready."""
+    from distributed import as_completed
+    work = _as_module().do_picture
+    paths = {}
+    for path, given in to_do.items():
+        future = client.submit(work, given, pure=False)
+        paths[future] = path
+    for future in as_completed(paths):
+        path = paths.pop(future)
+        try:
+            outcome = Outcome(*future.result())
+        except Exception as error:  # a picture that has killed one worker after the other
+            message = f"it could not be done by any worker ({type(error).__name__}); try it alone"
+            outcome = Outcome(path, FAILED, message=message)
+        yield _named(outcome, path, to_do[path])
+
+
+def _as_module():
+    """Return this script as a module that workers can import, also where it is run as a script.
+
+    Python hands over functions of a script as they are, with all they use; those of a module by
+    name.
+    """
+    if __name__ != "__main__":
+        return sys.modules[__name__]
+    name, _ = os.path.splitext(os.path.basename(__file__))
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, __file__)
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        spec.loader.exec_module(module)
+    return sys.modules[name]
+
+
+@contextmanager
+def _dask_client(options: argparse.Namespace, to_do: dict[str, dict]) -> Iterator:
+    """Yield a client of a Dask scheduler whose workers have this script; None if none is asked for.
+
+    Raises:
+        BgError: Dask is not installed, or the scheduler cannot be used.
+    """
+    count = 1 if options.jobs is None else _jobs_that_fit(options.jobs, list(to_do))
+    if options.dask is None and count == 1:
+        yield None
+        return
+    try:
+        import distributed
+    except ImportError:
+        flag = "--jobs" if options.dask is None else "--dask"
+        raise BgError(f"{flag} needs Dask; install it with: {INSTALL_DASK}") from None
+    logging.getLogger("distributed").setLevel(logging.CRITICAL)  # we say what matters
+    with ExitStack() as stack:
+        if options.dask is None:
+            scratch = stack.enter_context(tempfile.TemporaryDirectory())
+            with _ctrl_c_held_back():
+                cluster = distributed.LocalCluster(
+                    n_workers=count, threads_per_worker=1, memory_limit=None,
+                    dashboard_address=":0", local_directory=scratch, env=SINGLE_THREADED,
+                    silence_logs=logging.CRITICAL)
+                stack.enter_context(cluster)
+            client = distributed.Client(cluster)
+        else:
+            client = _connect(distributed, options.dask)
+        stack.enter_context(client)
+        client.upload_file(_as_module().__file__)  # also to workers that come later
+        yield client
+
+
+@contextmanager
+def _ctrl_c_held_back() -> Iterator[None]:
+    """Let Ctrl-C wait, and hide it from the processes that are started meanwhile.
+
+    A terminal sends it to them, too, but it is for this process to end them.
+    """
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    # Python starts this helper with the first process, and would let Ctrl-C in again
+    from multiprocessing import resource_tracker
+    resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _connect(distributed, address: str):
+    """Return a client of the scheduler at an address."""
+    try:
+        client = distributed.Client(address, timeout=PATIENCE_WITH_SCHEDULER)
+    except (OSError, ValueError, TimeoutError) as error:
+        reason = str(error).splitlines() or [type(error).__name__]
+        raise BgError(f"no Dask scheduler answers at {address} ({reason[0]}); "
+                      "start one with: dask scheduler") from None
+    if not client.scheduler_info()["workers"]:
+        logger.warning(f"the scheduler at {address} has no workers yet; waiting for them "
+                       f"(start one with: dask worker --nthreads 1 {address})")
+    return client
+
+
+def _jobs_that_fit(jobs: int, pictures: list[str]) -> int:
+    """Return how many of the wanted workers there is work and memory for."""
+    largest = max(os.path.getsize(path) for path in pictures)
+    needed = TENSORFLOW_BYTES + COPIES_IN_MEMORY * largest
+    free = _free_memory()
+    room = jobs if math.isinf(free) else max(1, int(free / needed))
+    if room < jobs:
+        logger.warning(f"there is memory for {room} of {jobs} jobs "
+                       f"({free / 1e9:.1f} GB are free, and each needs {needed / 1e9:.1f} GB)")
+    return min(jobs, room, len(pictures))
+
+
+# --------------------------------------------------------------------------------------------------
 # Command line
 # --------------------------------------------------------------------------------------------------
 
@@ -6179,7 +6752,9 @@ def build_parser() -> argparse.ArgumentParser:
         prog="bgoptimizer.py", description=purpose, epilog=heading + examples, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("input_file", help="linear XISF, FITS or TIFF picture, gray or RGB")
+    add("input_file",
+        help="linear XISF, FITS or TIFF picture, gray or RGB; or a folder of them, or a pattern "
+             'such as "lights/*.fit"')
     add("output_path", nargs="?", default=".",
         help="folder for what is written; made if missing (default: .)")
     add("-c", "--compress", action="store_true",
@@ -6248,6 +6823,14 @@ def build_parser() -> argparse.ArgumentParser:
              "(default: %(default)s)")
     add("--animate", action="store_true",
         help="also write <name>_optimization.gif: how the surface settles (default: off)")
+    add("--skip-done", action="store_true",
+        help="leave out pictures whose outputs are there and newer than they are (default: off)")
+    add("--jobs", type=int, metavar="N",
+        help="do the pictures of a folder in N processes, as far as memory allows; needs Dask "
+             "(default: 1)")
+    add("--dask", metavar="ADDRESS",
+        help="do the pictures of a folder on the workers of the Dask scheduler at this address, "
+             "such as tcp://host:8786; they need to see the same files (default: none)")
     add("--quiet", action="store_true", help="print warnings and errors only (default: off)")
     add("--version", action="version", version=f"bgoptimizer {VERSION}")
     return parser
@@ -6260,12 +6843,22 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Settings]:
     for flag, given in (("--save-mask", options.save_mask), ("--animate", options.animate)):
         if given and options.preview:
             parser.error(f"{flag} needs a fit and --preview does none; leave one of them out")
-    given = vars(options)
+    if options.jobs is not None and options.dask is not None:
+        parser.error("--jobs starts workers here and --dask uses those of a scheduler; "
+                     "leave one of them out")
+    if options.jobs is not None and options.jobs < 1:
+        parser.error("--jobs must be 1 or more")
     try:
-        settings = Settings(**{item.name: given[item.name] for item in fields(Settings)})
+        settings = _settings_of(options)
     except ValueError as error:
         parser.error(str(error))
     return options, settings
+
+
+def _settings_of(options: argparse.Namespace) -> Settings:
+    """Return the settings that options give; raises ValueError as `Settings`."""
+    given = vars(options)
+    return Settings(**{item.name: given[item.name] for item in fields(Settings)})
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -6280,27 +6873,32 @@ def main(argv: Sequence[str] | None = None) -> int:
         return stop.code or 0
     except KeyboardInterrupt:
         return _fail("interrupted; what was not finished was not written", 130)
-    except BgError as error:
-        return _fail(str(error))
     except BrokenPipeError:  # whoever read our lines has left
         # Python flushes stdout at its end, and would complain once more
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())
         return 1
-    except MemoryError:
-        return _fail("there is not enough memory; "
-                     "close other programs, crop the picture, or split its channels")
-    except OSError as error:
+    except Exception as error:
+        return _fail(_told(error))
+
+
+def _told(error: Exception) -> str:
+    """Return one sentence on what went wrong."""
+    if isinstance(error, BgError):
+        return " ".join(str(error).split())
+    if isinstance(error, MemoryError):
+        return ("there is not enough memory; "
+                "close other programs, crop the picture, or split its channels")
+    if isinstance(error, OSError):
         name = error.filename or "a file"
         reason = error.strerror or error
-        return _fail(f"{name}: {reason}; check the path, the disk, your rights")
-    except ImportError as error:
-        return _fail(f"{error.name} cannot be imported; "
-                     "install it with: python -m pip install -r requirements.txt")
-    except Exception as error:
-        reason = " ".join(str(error).split())
-        return _fail(f"unexpected {type(error).__name__}: {reason[:300]}; "
-                     "this is a bug, please report it with your command")
+        return f"{name}: {reason}; check the path, the disk, your rights"
+    if isinstance(error, ImportError):
+        return (f"{error.name} cannot be imported; "
+                "install it with: python -m pip install -r requirements.txt")
+    reason = " ".join(str(error).split())
+    return (f"unexpected {type(error).__name__}: {reason[:300]}; "
+            "this is a bug, please report it with your command")
 
 
 def _fail(message: str, code: int = 1) -> int:
@@ -6344,6 +6942,9 @@ def _run(options: argparse.Namespace, settings: Settings, interrupts: _Interrupt
     with suppress(AttributeError):  # a notebook's stdout cannot do that, and there may be none
         # File names may hold characters that the terminal's encoding does not have
         sys.stdout.reconfigure(errors="backslashreplace")
+    if asks_for_many(options):
+        run_many(options, settings, interrupts)
+        return
     task = _make_task(options, settings)
     if options.preview:
         written = preview_file(task)

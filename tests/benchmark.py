@@ -3,6 +3,7 @@
 
     python tests/benchmark.py                          # 6 Mpix, with the plain version: two minutes
     python tests/benchmark.py --sizes 6 24 61          # the README's table: half an hour, most of it the plain version
+    python tests/benchmark.py --sizes 6 --no-plain --folder 10 -- --auto  # also a folder of ten, one by one and in jobs
     python tests/benchmark.py --no-plain --points 32 64 128 256 --factors 4 8 16
 
 Each row is a process of its own, on a picture of noise, stars and a bent sky, Float32 RGB in and out. "Plain" is what
@@ -30,10 +31,10 @@ SIZES = {1: (800, 1200), 6: (2000, 3000), 24: (4000, 6000), 61: (6376, 9568)}  #
 STAGES = ("import", "read", "stretch", "reduce", "fit", "surface", "write")
 
 
-def make_picture(path, shape):
+def make_picture(path, shape, seed=0):
     """Write an RGB picture of this (height, width)."""
     import bgoptimizer
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     y, x = ((np.arange(n, dtype=np.float32) + 0.5) / max(shape) for n in shape)
     planes = np.empty((3,) + shape, np.float32)
     for k, plane in enumerate(planes):
@@ -171,12 +172,40 @@ def row(name, result, ratio=None):
     print("| " + " | ".join(cells) + " |", flush=True)
 
 
+def measure_folder(folder, flags):
+    """The command on a folder, in a process of its own -> seconds, and the largest process in GB."""
+    import resource
+    with tempfile.TemporaryDirectory() as results:
+        started = time.perf_counter()
+        alone = [sys.executable, str(HERE.parent.parent / "bgoptimizer.py"), folder, results, "--quiet", *flags]
+        subprocess.run(alone, check=True, stderr=subprocess.DEVNULL)
+        seconds = time.perf_counter() - started
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes
+    return seconds, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * unit / 1e9
+
+
+def folder_rows(size, count, flags):
+    """A table of folders of `count` pictures: one by one, and where Dask is installed in as many jobs as cores."""
+    from importlib.util import find_spec
+    print(f"\n| folder of {count} x {size} Mpix | a picture (s) | pictures a minute | total (s) | peak of a process (GB) |")
+    print("|---" * 5 + "|")
+    with tempfile.TemporaryDirectory() as folder:
+        for number in range(count):
+            make_picture(os.path.join(folder, f"{number}.xisf"), SIZES[size], seed=number)
+        jobs = ["--jobs", str(os.cpu_count())]
+        for more in ([], jobs) if find_spec("distributed") else ([],):
+            seconds, memory = measure_folder(folder, [*flags, *more])
+            name = " ".join(more) or "one by one"
+            print(f"| {name} | {seconds / count:.2f} | {60 * count / seconds:.1f} | {seconds:.1f} | {memory:.2f} |", flush=True)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=int, nargs="+", choices=sorted(SIZES), default=[6],
                         help="megapixels (default: 6)")
     parser.add_argument("--points", type=int, nargs="*", default=[], help="also a row per -N, at the first size")
     parser.add_argument("--factors", type=int, nargs="*", default=[], help="also a row per -dx, at the first size")
+    parser.add_argument("--folder", type=int, metavar="N", help="also a folder of N pictures, of the first size")
     parser.add_argument("--no-plain", action="store_true", help="leave the plain version out")
     parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
     parser.add_argument("flags", nargs="*", help="after --: flags for every run, such as -e 100")
@@ -201,6 +230,8 @@ def main():
                 for value in values:
                     row(f"{size} Mpix, {flag} {value}", measure("ours", path, [flag, str(value), *options.flags]))
             os.unlink(path)
+    if options.folder:
+        folder_rows(options.sizes[0], options.folder, options.flags)
 
 
 if __name__ == "__main__":

@@ -48,7 +48,8 @@ def test_help_is_quick_and_names_every_flag_with_its_default():
             ("-dx", 8), ("-df", "median"), ("-dq", 0.95), ("-N", 32), ("-O", 2), ("-tm", 0.001), ("-tM", 1.0),
             ("-m", "none"), ("-i", "random"), ("-e", 1000), ("-a", 5), ("-B", 1), ("-lr", 0.001),
             ("--smoothing", "auto"), ("--seed", 0), ("-c", "off"), ("-p", "off"), ("--auto", "off"),
-            ("--figures", "auto"), ("--animate", "off"), ("--quiet", "off"), ("--save-mask", "off")):
+            ("--figures", "auto"), ("--animate", "off"), ("--quiet", "off"), ("--save-mask", "off"),
+            ("--skip-done", "off"), ("--jobs", 1), ("--dask", "none")):
         other_parentheses = r"[^(]*(\([^d)][^)]*\)[^(]*)*"
         assert re.search(rf" {flag}[ ,]{other_parentheses}\(default: {re.escape(str(default))}[,)]", words), flag
 
@@ -141,8 +142,8 @@ def test_missing_input(folder, capsys):
     assert os.listdir(folder) == []
 
 
-def test_input_that_is_a_folder(folder, capsys):
-    assert run(folder) == 1
+def test_mask_that_is_a_folder(sky, folder, capsys):
+    assert run("sky.xisf", "-m", folder) == 1
     assert "is a folder" in refused(capsys)
 
 

@@ -1,0 +1,359 @@
+"""Many pictures in one run: what is done with a folder, a pattern, and helpers beside this process."""
+import csv
+import importlib.util
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+import bgoptimizer
+from runner import FAST, SCRIPT, command, quick, refused, run
+from scenes import save, sloping_sky, to_planes
+
+DATES = re.compile(rb"20\d\d[-:]\d\d[-:]\d\d[T ]\d\d:\d\d:\d\dZ?")
+
+needs_dask = pytest.mark.skipif(
+    importlib.util.find_spec("distributed") is None, reason="Dask's distributed is not installed")
+
+
+def save_as(path, image):
+    """Write (h, w, c) in the format that the path's ending names."""
+    kind = {".xisf": "xisf", ".fits": "fits", ".tif": "tiff"}[os.path.splitext(path)[1]]
+    with open(path, "wb") as file:
+        bgoptimizer.FORMATS[kind].write(file, to_planes(image))
+
+
+@pytest.fixture
+def lights(folder):
+    """A folder of five good pictures, two broken ones, one that shows no sky, and other things."""
+    where = folder / "lights"
+    where.mkdir()
+    for seed, name in enumerate(("a.xisf", "b.fits", "c.tif", "d.xisf", "f.xisf")):
+        save_as(str(where / name), sloping_sky(48, 72, seed=seed)[0])
+    noise = np.random.default_rng(0).normal(0.1, 0.01, (8, 12, 3))  # too small to look for a sky
+    save(where / "e.xisf", noise.astype(np.float32))
+    (where / "broken.xisf").write_bytes(b"XISF0100" + bytes(100))
+    whole = (where / "b.fits").read_bytes()
+    (where / "cut.fits").write_bytes(whole[:5000])
+    (where / "notes.txt").write_text("no picture")
+    save(where / ".hidden.xisf", sloping_sky(48, 72)[0])
+    save(where / "a_bgModel.xisf", sloping_sky(48, 72)[0])
+    return where
+
+
+def rows_of(folder):
+    """The report of a run, by file name."""
+    with open(folder / "bgoptimizer_report.csv", newline="") as file:
+        return {os.path.basename(row["file"]): row for row in csv.DictReader(file)}
+
+
+def undated(folder):
+    """What the outputs in a folder hold, without the dates of the runs."""
+    found = {}
+    for name in sorted(os.listdir(folder)):
+        if not name.endswith(".csv"):
+            found[name] = DATES.sub(b"DATE", (folder / name).read_bytes())
+    return found
+
+
+def without_seconds(rows):
+    return {name: {**row, "seconds": ""} for name, row in rows.items()}
+
+
+# ------------------------------------------------------------------------------------ a folder
+
+def test_a_folder_is_done_in_the_order_of_names_and_broken_files_do_not_stop_it(lights, capsys):
+    assert run("lights", "out", *FAST) == 1
+    said = capsys.readouterr()
+    rows = rows_of(lights.parent / "out")
+    assert list(rows) == ["a.xisf", "b.fits", "broken.xisf", "c.tif", "cut.fits", "d.xisf",
+                          "e.xisf", "f.xisf"]
+    for name, row in rows.items():
+        failed = name in ("broken.xisf", "cut.fits")
+        assert (row["outcome"] == "failed") == failed
+        assert len([line for line in said.err.splitlines() if f"failed: lights/{name} " in line]) == failed
+        if not failed:
+            assert float(row["seconds"]) > 0 and float(row["clipped"]) >= 0 and row["smoothing"]
+    assert rows["a.xisf"]["confidence"] == "sure" and rows["e.xisf"]["confidence"] == "unknown"
+    assert float(rows["a.xisf"]["gradient_before"]) > 10 * float(rows["a.xisf"]["gradient_after"])
+    assert "8 pictures: " in said.out and "2 failed" in said.out and " s a picture" in said.out
+    assert said.err.splitlines()[-1].startswith("bgoptimizer: error: 2 of 8 pictures failed; ")
+    written = os.listdir(lights.parent / "out")
+    assert len(written) == 2 * 6 + 1
+    assert {"a_bgModel.xisf", "b_bgModel.fits", "c_bgSubtracted.tif"} < set(written)
+
+
+def test_a_picture_among_others_gives_the_bytes_that_it_gives_alone(lights):
+    run("lights", "out", *FAST, "--quiet")
+    for name in ("d.xisf", "c.tif"):
+        assert run(lights / name, "alone", *FAST, "--quiet") == 0
+    together = undated(lights.parent / "out")
+    for name, data in undated(lights.parent / "alone").items():
+        assert together[name] == data, name
+
+
+def test_a_pattern_names_pictures(lights, capsys):
+    assert run("lights/[ad].x*", "out", *FAST, "--quiet") == 0
+    assert list(rows_of(lights.parent / "out")) == ["a.xisf", "d.xisf"]
+
+
+def test_a_file_with_brackets_in_its_name_is_no_pattern(folder):
+    save(folder / "m31[Ha].xisf", sloping_sky()[0])
+    assert run("m31[Ha].xisf", "out", *FAST, "--quiet") == 0
+    assert "m31[Ha]_bgModel.xisf" in os.listdir("out")
+    assert "bgoptimizer_report.csv" not in os.listdir("out")
+
+
+@pytest.mark.parametrize("where", ["empty", "empty/*.fit", "lights/*.txt", "lights/*_bgModel*"])
+def test_where_there_are_no_pictures_is_told_in_a_line(where, lights, capsys):
+    (lights.parent / "empty").mkdir()
+    assert run(where, "out") == 1
+    line = refused(capsys)
+    assert where in line and "holds no XISF, FITS or TIFF pictures" in line
+    assert not (lights.parent / "out").exists()
+
+
+def test_two_pictures_that_would_write_one_file_are_refused_before_the_first_starts(lights, capsys):
+    save_as(str(lights / "d.fits"), sloping_sky(48, 72)[0])
+    assert run("lights", "out", "--format", "xisf", *FAST) == 1
+    line = refused(capsys)
+    assert "d.fits" in line and "d.xisf" in line and "d_bgModel.xisf" in line
+    assert os.listdir(lights.parent / "out") == []
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["-p"], "--preview shows one picture; name it, such as lights/a.xisf"),
+    (["--figures", "show"], "use --figures save"),
+    (["-m", "absent.xisf"], "absent.xisf does not exist")])
+def test_what_is_not_for_many_is_refused_in_a_line(flags, words, lights, capsys):
+    assert run("lights", "out", *flags) == 1
+    assert words in refused(capsys)
+
+
+def test_one_mask_serves_all_pictures_of_its_size(lights, capsys):
+    mask = np.ones((48, 72, 1), np.float32)
+    mask[:, :30] = 0
+    save(lights / "mask.xisf", mask)
+    assert run("lights/[ade]*.xisf", "out", "-m", "lights/mask.xisf", *FAST, "--quiet") == 1
+    rows = rows_of(lights.parent / "out")
+    assert rows["a.xisf"]["outcome"] == "done" and rows["d.xisf"]["outcome"] == "done"
+    assert rows["e.xisf"]["outcome"] == "failed" and "mask" in rows["e.xisf"]["message"]
+
+
+def test_skip_done_goes_on_where_a_run_was_and_keeps_its_report(lights, capsys):
+    assert run("lights/[acdf].*", "out", *FAST, "--quiet") == 0
+    out = lights.parent / "out"
+    before = rows_of(out)
+    (out / "c_bgModel.tif").unlink()
+    later = time.time() + 10
+    os.utime(lights / "d.xisf", (later, later))
+    kept = (out / "a_bgModel.xisf").stat().st_mtime_ns
+    assert run("lights/[acdf].*", "out", *FAST, "--skip-done") == 0
+    rows = rows_of(out)
+    outcomes = [row["outcome"] for row in rows.values()]
+    assert outcomes == ["skipped", "done", "done", "skipped"]
+    assert (out / "a_bgModel.xisf").stat().st_mtime_ns == kept
+    assert rows["a.xisf"] == {**before["a.xisf"], "outcome": "skipped"}
+    assert "4 pictures: 2 done, 2 skipped" in capsys.readouterr().out
+
+
+def test_a_single_file_can_be_skipped_too(sky, folder, capsys):
+    for _ in range(2):
+        assert run("sky.xisf", "out", *FAST, "--skip-done") == 0
+    assert "1 picture: 1 skipped" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals differ")
+@pytest.mark.slow
+def test_ctrl_c_between_pictures_leaves_whole_outputs_and_a_report(lights):
+    process = subprocess.Popen(
+        [sys.executable, "-u", str(SCRIPT), "lights/[abcdf].*", "out", "-dq", "0.999",
+         "-e", "100000", "-lr", "1e-5"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert b"a.xisf: done" in process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    error = process.communicate(timeout=60)[1].decode()
+    assert process.returncode == 130 and error.count("\n") == 1, error
+    done = list(rows_of(lights.parent / "out"))
+    assert done[0] == "a.xisf" and len(done) < 5
+    assert len(os.listdir(lights.parent / "out")) == 2 * len(done) + 1
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_number_of_pictures(folder):
+    (folder / "lights").mkdir()
+    image, _ = sloping_sky()
+    for number in range(120):
+        save(folder / "lights" / f"{number:03d}.xisf", image)
+    program = """
+import sys, bgoptimizer
+sizes = []
+one = bgoptimizer._try_picture
+def measured(*arguments):
+    outcome = one(*arguments)
+    with open("/proc/self/statm") as file:
+        sizes.append(int(file.read().split()[1]))
+    return outcome
+bgoptimizer._try_picture = measured
+code = bgoptimizer.main(sys.argv[1:])
+print(max(sizes[50:]) / sizes[50])
+sys.exit(code)
+"""
+    if not os.path.exists("/proc/self/statm"):
+        pytest.skip("this system does not tell the memory of a process")
+    done = subprocess.run(
+        [sys.executable, "-c", program, "lights", "out", "--smoothing", "1e4", "-e", "50", "--quiet"],
+        capture_output=True, text=True, timeout=600, env={**os.environ, "PYTHONPATH": str(SCRIPT.parent)})
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 1.05
+
+
+# ------------------------------------------------------------------------------------ workers
+
+def test_without_dask_jobs_say_how_to_install_it(lights, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "distributed", None)
+    for flags in (["--jobs", "2"], ["--dask", "tcp://127.0.0.1:1"]):
+        assert run("lights", "out", *flags) == 1
+        assert os.listdir("out") == []  # nothing was done, so no report tells of it
+        lines = capsys.readouterr().err.splitlines()
+        assert lines[-1] == (f"bgoptimizer: error: {flags[0]} needs Dask; install it with: "
+                             'python -m pip install "dask[distributed]"')
+
+
+def test_one_job_needs_no_dask(lights, monkeypatch):
+    monkeypatch.setitem(sys.modules, "distributed", None)
+    assert run("lights/[ad].xisf", "out", "--jobs", "1", *FAST, "--quiet") == 0
+
+
+@pytest.mark.parametrize("flags", [["--jobs", "0"], ["--jobs", "2", "--dask", "tcp://127.0.0.1:1"]])
+def test_wrong_jobs_are_wrong_usage(flags, lights, capsys):
+    assert run("lights", "out", *flags) == 2
+    assert "--jobs" in refused(capsys)
+
+
+def test_no_more_jobs_than_memory_allows(lights, monkeypatch, caplog):
+    pictures = [str(lights / name) for name in ("a.xisf", "d.xisf", "f.xisf")]
+    assert bgoptimizer._jobs_that_fit(8, pictures) == 3
+    monkeypatch.setattr(bgoptimizer, "_free_memory", lambda: 1.3e9)
+    assert bgoptimizer._jobs_that_fit(3, pictures) == 2
+    assert "there is memory for 2 of 3 jobs" in caplog.text
+
+
+@needs_dask
+@pytest.mark.slow
+def test_jobs_give_the_same_pictures_and_the_same_report(lights):
+    one_by_one = command("lights", "out", *FAST)
+    jobs = command("lights", "jobs", *FAST, "--jobs", "2")
+    assert one_by_one.returncode == jobs.returncode == 1
+    assert sorted(one_by_one.stderr.replace("out/", "jobs/").splitlines()) == sorted(jobs.stderr.splitlines())
+    alone, together = lights.parent / "out", lights.parent / "jobs"
+    assert undated(alone) == undated(together)
+    assert without_seconds(rows_of(alone)) == without_seconds(rows_of(together))
+
+
+@needs_dask
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="needs /proc")
+def test_what_a_killed_worker_was_at_is_done_by_another(lights):
+    for number in range(6):
+        save(lights / f"g{number}.xisf", sloping_sky(48, 72, seed=number)[0])
+    flags = ["-dq", "0.999", "-e", "400"]
+    assert command("lights", "out", *flags).returncode == 1
+    process = subprocess.Popen(
+        [sys.executable, "-u", str(SCRIPT), "lights", "jobs", *flags, "--jobs", "2"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.readline()  # the first picture is done
+    workers = [int(pid) for pid in children(process.pid) if b"spawn_main" in command_line(pid)]
+    assert len(workers) == 2
+    os.kill(workers[0], signal.SIGKILL)
+    error = process.communicate(timeout=300)[1].decode()
+    assert process.returncode == 1 and "Traceback" not in error, error
+    alone, together = lights.parent / "out", lights.parent / "jobs"
+    assert undated(alone) == undated(together)
+    assert without_seconds(rows_of(alone)) == without_seconds(rows_of(together))
+
+
+def children(pid):
+    """The processes that a process has started."""
+    found = set()
+    for task in os.listdir(f"/proc/{pid}/task"):
+        with open(f"/proc/{pid}/task/{task}/children") as file:
+            found.update(file.read().split())
+    return found
+
+
+def command_line(pid):
+    with open(f"/proc/{pid}/cmdline", "rb") as file:
+        return file.read()
+
+
+@needs_dask
+@pytest.mark.slow
+def test_a_scheduler_that_is_there_is_used(lights):
+    program = """
+import sys, bgoptimizer
+from distributed import LocalCluster
+with LocalCluster(n_workers=1, threads_per_worker=2, dashboard_address=":0") as cluster:
+    sys.exit(bgoptimizer.main([*sys.argv[1:], "--dask", cluster.scheduler_address]))
+"""
+    program = f"if __name__ == '__main__':\n" + "\n".join("    " + line for line in program.splitlines())
+    (lights.parent / "driver.py").write_text(program)
+    done = subprocess.run(
+        [sys.executable, "driver.py", "lights", "dask", *FAST], capture_output=True, text=True,
+        timeout=300, env={**os.environ, "PYTHONPATH": str(SCRIPT.parent)})
+    assert done.returncode == 1 and "2 of 8 pictures failed" in done.stderr, done.stderr
+    assert command("lights", "out", *FAST).returncode == 1
+    assert undated(lights.parent / "out") == undated(lights.parent / "dask")
+
+
+@needs_dask
+@pytest.mark.slow
+def test_a_scheduler_that_is_not_there_is_told_in_a_line(lights, capsys, monkeypatch):
+    monkeypatch.setattr(bgoptimizer, "PATIENCE_WITH_SCHEDULER", 1)
+    assert run("lights/a.xisf", "out", "--dask", "tcp://127.0.0.1:1") == 1
+    assert "no Dask scheduler answers at tcp://127.0.0.1:1 " in refused(capsys)
+
+
+# ----------------------------------------------------------------------------------- one training step
+
+def traces(monkeypatch):
+    """The list that grows by one whenever a step is traced."""
+    bgoptimizer._training.cache_clear()
+    found = []
+    step = bgoptimizer._Training._step
+
+    def traced(self, lesson):
+        found.append(self.kind)
+        return step(self, lesson)
+
+    monkeypatch.setattr(bgoptimizer._Training, "_step", traced)
+    return found
+
+
+def test_the_training_step_is_traced_once_for_pictures_of_one_shape(monkeypatch):
+    found = traces(monkeypatch)
+    for seed in range(3):
+        image, _ = sloping_sky(seed=seed)
+        image[:seed] = 0  # missing rows: the fit sees fewer pixels
+        bgoptimizer.optimize(image, quick(epochs=3))
+    assert len(found) == 1
+    image, _ = sloping_sky(channels=1)
+    bgoptimizer.optimize(image, quick(epochs=3))
+    assert len(found) == 2
+
+
+def test_a_step_that_is_used_again_has_forgotten_the_picture_before():
+    first, _ = sloping_sky()
+    second, _ = sloping_sky(seed=2, noise=0.002)
+    bgoptimizer._training.cache_clear()
+    alone = bgoptimizer.optimize(second, quick(epochs=30))
+    bgoptimizer._training.cache_clear()
+    bgoptimizer.optimize(first, quick(epochs=40, learning_rate=0.01))
+    after_another = bgoptimizer.optimize(second, quick(epochs=30))
+    assert (alone.model == after_another.model).all()
+    assert (alone.fit.history == after_another.fit.history).all()
