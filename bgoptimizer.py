@@ -4972,8 +4972,8 @@ def _log_numbers(prepared: Prepared, settings: Settings) -> None:
 # --------------------------------------------------------------------------------------------------
 # Pictures: preview, figures, animation
 #
-# All are drawn from the reduced picture, so a large frame costs no more than a small one. Of a small
-# picture, there is a close-up.
+# All are drawn from the reduced picture, so a large frame costs no more than a small one; of a
+# small picture, there is a close-up.
 # --------------------------------------------------------------------------------------------------
 
 FIGURE_SIZE = (13.6, 7.6)
