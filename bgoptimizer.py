@@ -2340,6 +2340,7 @@ class Prepared:
     linear: np.ndarray  # (h, w, c) block medians in the picture's own units; NaN where missing
     full_shape: tuple[int, int]  # (h, w) of the full-size picture
     user_mask: np.ndarray | None = None  # (h, w, 1 or c) the mask file, reduced
+    close_up: np.ndarray | None = None  # as `linear`, but reduced less: what is drawn if small
     black: float = 0.0  # the linear value that no light at all would give
     sky: Sky | None = None  # as it was found; None if it could not be looked for
 
@@ -5301,19 +5302,16 @@ def corrected(prepared: Prepared, linear: np.ndarray, sky: np.ndarray,
     return (linear - black) * gain + black
 
 
-def reduced_sky(prepared: Prepared, fit: Fit, correction: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return the sky, and the picture without it, on the reduced frame: linear, (h, w, c) each."""
-    sky = linear_sky(prepared, fit)(prepared.centers)
-    sky = sky.astype(np.float32)
-    return sky, corrected(prepared, prepared.linear, sky, correction)
-
-
 # --------------------------------------------------------------------------------------------------
 # The whole job on arrays
 # --------------------------------------------------------------------------------------------------
 
 SMOOTHING_OF_UNKNOWN_SKY = 1.0
 """Where no sky can be looked for: in the middle of what is chosen elsewhere."""
+
+OBJECTS_SHARE = 0.2
+"""Part of the frame. Stars alone take up to this; if objects take more, a plain run is told of
+--auto."""
 
 
 def examine(planes: np.ndarray, settings: Settings, mask: np.ndarray | None = None,
@@ -5335,7 +5333,7 @@ def examine(planes: np.ndarray, settings: Settings, mask: np.ndarray | None = No
     settings = settings.resolved()
     prepared = prepare(planes, settings, mask)
     sky = find_sky(prepared, settings)
-    prepared = replace(prepared, sky=sky, black=black)
+    prepared = replace(prepared, sky=sky, black=black, close_up=close_up(planes, settings))
     if sky is None:
         logger.info("too small or too much left out to tell objects from sky; fitted as it is "
                     "(a smaller -dx may help)")
@@ -5440,7 +5438,19 @@ def remove_sky(planes: np.ndarray, settings: Settings, mask: np.ndarray | None =
         logger.warning(f"{share:.1%} of the samples were clipped: the sky leaves no room "
                        "below or above it; add a pedestal to the picture, or use a stiffer "
                        "surface (--smoothing)")
+    _hint_at_objects(prepared, settings)
     return result
+
+
+def _hint_at_objects(prepared: Prepared, settings: Settings) -> None:
+    """Tell a plain run that it had much in its fit that is not sky."""
+    sky = prepared.sky
+    if settings.auto or sky is None or sky.unsure:
+        return
+    objects = prepared.used & ~sky.seen(prepared.centers)  # (h, w)
+    if objects.mean() > OBJECTS_SHARE:
+        logger.info("hint: objects were found in this picture; --auto would leave them out, "
+                    f"with a margin ({objects.mean():.0%} of the frame)")
 
 
 def optimize(image: np.ndarray, settings: Settings = Settings(), mask: np.ndarray | None = None,
@@ -5495,6 +5505,10 @@ VIEW_PIXELS = 600
 """Reduced pixels along the longer side that numbers and pictures are made of. More could not be
 seen."""
 
+SMALL_PICTURE = 1200
+"""Pixels along the longer side. A picture up to this size is drawn from itself, not from the
+reduced copy; a larger one has enough reduced pixels."""
+
 BLOWN_SHARE = 0.01
 """Part of the frame. If the stretch clips less sky than that, nobody needs to know."""
 
@@ -5525,6 +5539,19 @@ def thinned(prepared: Prepared, most: int = VIEW_PIXELS) -> Prepared:
         if part is not None:
             parts[name] = part[::step, ::step]
     return replace(prepared, **parts)
+
+
+def close_up(planes: np.ndarray, settings: Settings) -> np.ndarray | None:
+    """Reduce a small picture to what fits into a figure, for the reduced copy would look blocky.
+
+    Returns:
+        (h, w, c) linear, NaN where missing; None if the picture is large, or hardly reduced.
+    """
+    longer = max(planes.shape[1:])
+    factor = math.ceil(longer / VIEW_PIXELS)
+    if longer > SMALL_PICTURE or factor >= settings.downscaling_factor:
+        return None
+    return np.stack([reduce_plane(plane, factor, "mean") for plane in planes], -1)
 
 
 def blown_out(prepared: Prepared) -> np.ndarray:
@@ -5649,7 +5676,8 @@ def _log_numbers(prepared: Prepared, settings: Settings) -> None:
 # --------------------------------------------------------------------------------------------------
 # Pictures: preview, figures, animation
 #
-# All are drawn from the reduced picture, so a large frame costs no more than a small one.
+# All are drawn from the reduced picture, so a large frame costs no more than a small one; of a
+# small picture, there is a close-up.
 # --------------------------------------------------------------------------------------------------
 
 FIGURE_SIZE = (13.6, 7.6)
@@ -5760,8 +5788,9 @@ def draw_preview(figure, prepared: Prepared, settings: Settings, title: str) -> 
     blown = blown_out(prepared)
     panels, bottom = _lay_out(figure, title, 1.6)
     picture, stretched, hints = panels
-    stretch = display_stretch(prepared.linear)
-    _show(picture, stretch.apply(prepared.linear), "the picture, plain stretch")
+    linear = _drawn(prepared)
+    stretch = display_stretch(linear)
+    _show(picture, stretch.apply(linear), "the picture, plain stretch")
     _show(stretched, prepared.image, "stretched as for the fit, and what is left out")
     clipped = clipped_by_stretch(prepared).any(-1)
     _overlay(stretched, {**reasons, "clipped": clipped & prepared.used})
@@ -5779,6 +5808,11 @@ def draw_preview(figure, prepared: Prepared, settings: Settings, title: str) -> 
     axes.axis("off")
     words = "\n".join(_numbers(prepared, reasons, blown))
     axes.text(0.06, 1.0, words, va="top", family="monospace", fontsize=8, linespacing=1.35)
+
+
+def _drawn(prepared: Prepared) -> np.ndarray:
+    """Return the linear picture (h, w, c) as it is drawn."""
+    return prepared.linear if prepared.close_up is None else prepared.close_up
 
 
 def _lay_out(figure, title, ratio):
@@ -5900,10 +5934,13 @@ def draw_figures(figure, result: Result, title: str) -> None:
     figure.text(0.015, 0.012, facts(result), fontsize=8)
     fit = result.fit
     prepared = thinned(result.prepared)
-    sky, after = reduced_sky(prepared, fit, result.settings.correction)
-    stretch = display_stretch(prepared.linear)
+    linear = _drawn(prepared)
+    model = SkyModel(linear_sky(prepared, fit), linear.shape[:2])
+    sky = np.stack(list(model), -1)  # (h, w, c)
+    after = corrected(prepared, linear, sky, result.settings.correction)
+    stretch = display_stretch(linear)
     panels, bottom = _lay_out(figure, title, 1.25)
-    pictures = prepared.linear, sky, after
+    pictures = linear, sky, after
     titles = "before", "model, same stretch, lines of equal brightness", "after, same stretch"
     for axes, picture, words in zip(panels, pictures, titles):
         _show(axes, stretch.apply(picture), words)
@@ -5988,8 +6025,9 @@ def animation_frames(prepared: Prepared, fit: Fit, correction: str = "subtract",
     """
     tall, wide = _half_frame(prepared, width)
     prepared = thinned(prepared, max(tall, wide))
-    before = prepared.linear
+    before = _drawn(prepared)
     stretch = display_stretch(before)
+    enlarged = wide / prepared.image.shape[1]
     frames = []
     for words, positions, values in _settling(fit):
         step = replace(fit, positions=positions, values=values)
@@ -5997,7 +6035,7 @@ def animation_frames(prepared: Prepared, fit: Fit, correction: str = "subtract",
         model = SkyModel(sky, before.shape[:2], nodes=FRAME_NODES)
         model = np.stack(list(model), -1)  # (h, w, c)
         after = corrected(prepared, before, model, correction)
-        points = _pixel_positions(prepared, positions)
+        points = enlarged * _pixel_positions(prepared, positions)
         pictures = stretch.apply(model), stretch.apply(after)
         frames.append(_draw_frame(pictures, points, words, (wide, tall)))
     return np.stack(frames)
@@ -6006,16 +6044,15 @@ def animation_frames(prepared: Prepared, fit: Fit, correction: str = "subtract",
 def _draw_frame(pictures, points, words, size):
     """Draw two stretched pictures (h, w, c) beside each other, with points (n, 2) on the first.
 
-    Each is enlarged to a size (width, height). Returns bytes (h, w, 3).
+    Each is brought to a size (width, height). Returns bytes (h, w, 3).
     """
     from PIL import Image, ImageDraw
     wide, tall = size
     model, after = map(Image.fromarray, map(_drawable, pictures))
-    enlarged = wide / model.width
     model = model.resize(size, Image.BICUBIC)
     after = after.resize(size, Image.BICUBIC)
     pen = ImageDraw.Draw(model)
-    for y, x in enlarged * points:
+    for y, x in points:
         pen.ellipse((x - 3, y - 3, x + 3, y + 3), fill=END_INK, outline="black")
     left = FRAME_GAP  # where the two halves start
     right = left + wide + FRAME_GAP

@@ -73,7 +73,29 @@ def test_a_small_patch_of_data_is_warned_about_once_and_not_called_nan(folder, c
     assert "nan" not in said.out and "unknown" in said.out
 
 
+@pytest.mark.parametrize("family, extra, told", [("nebula", [], True), ("nebula", ["--auto"], False),
+                                                 ("city_glows", [], False)])
+def test_a_plain_run_with_objects_in_it_hints_at_auto(family, extra, told, folder, capsys):
+    save(folder / "picture.xisf", make_scene(family, 0, 400, 600, 3).image)
+    assert run("picture.xisf", *FAST, *extra) == 0
+    said = capsys.readouterr()
+    assert ("--auto would leave them out" in said.out) == told and "--auto" not in said.err
+
+
 # ------------------------------------------------------------------------------------------------ drawing
+
+def test_a_small_picture_is_drawn_from_itself_and_a_large_one_from_its_reduced_copy():
+    def drawn(height, width, factor):
+        image = np.random.default_rng(1).uniform(0.01, 0.02, (1, height, width)).astype(np.float32)
+        prepared, _ = examine(image, Settings(downscaling_factor=factor))
+        return image, prepared.close_up
+
+    image, close_up = drawn(200, 300, 8)
+    np.testing.assert_allclose(close_up[..., 0], image[0])
+    assert drawn(640, 960, 8)[1].shape == (320, 480, 1)  # a figure could not show more
+    assert drawn(1000, 1600, 8)[1] is None and drawn(200, 300, 1)[1] is None
+
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize("channels, shape", [(1, (96, 144)), (3, (144, 96)), (1, (9, 200)), (1, (1, 30))])
