@@ -198,24 +198,29 @@ class Settings:
         def whole(value, low, high=math.inf):
             return isinstance(value, numbers.Integral) and low <= value <= high
 
+        def number(value):  # NaN lies in no range
+            return value if isinstance(value, numbers.Real) else math.nan
+
         quantile = self.delinearization_quantile
         points = self.points
         smoothing = self.smoothing
-        above_minimum = self.threshold_min < self.threshold_max < math.inf
+        minimum = number(self.threshold_min)
+        above_minimum = minimum < number(self.threshold_max) < math.inf
         checks = (
             ("-dx", whole(self.downscaling_factor, 1, 1_000_000), "1 to 1000000"),
             ("-df", self.downscaling_func in ("median", "mean"), "median or mean"),
-            ("-dq", quantile is None or 0 < quantile <= 1, "above 0, at most 1"),
+            ("-dq", quantile is None or 0 < number(quantile) <= 1, "above 0, at most 1"),
             ("-N", points is None or whole(points, 3, 4096), "3 to 4096"),
             ("-O", self.order in (1, 2, 3, 4), "1, 2, 3 or 4"),
-            ("-tm", math.isfinite(self.threshold_min), "a finite number"),
+            ("-tm", -math.inf < minimum < math.inf, "a finite number"),
             ("-tM", above_minimum, "a finite number above -tm"),
             ("-i", self.initializer in ("random", "grid"), "random or grid"),
             ("-e", whole(self.epochs, 1), "1 or more"),
-            ("-a", 0 <= self.alpha <= 1e9, "0 to 1e9"),
+            ("-a", 0 <= number(self.alpha) <= 1e9, "0 to 1e9"),
             ("-B", whole(self.batch, 1), "1 or more"),
-            ("-lr", 0 < self.learning_rate <= 1e9, "above 0, at most 1e9"),
-            ("--smoothing", smoothing is None or 0 <= smoothing <= 1e9, "auto, or 0 to 1e9"),
+            ("-lr", 0 < number(self.learning_rate) <= 1e9, "above 0, at most 1e9"),
+            ("--smoothing", smoothing is None or 0 <= number(smoothing) <= 1e9,
+             "auto, or 0 to 1e9"),
             ("--correction", self.correction in ("subtract", "divide"), "subtract or divide"),
             ("--seed", whole(self.seed, 0, 2**32 - 1), "0 to 4294967295"),
         )
@@ -4746,8 +4751,8 @@ def optimize(image: np.ndarray, settings: Settings = Settings(), mask: np.ndarra
     What it finds out is logged as "bgoptimizer", at the level INFO; doubts are at WARNING.
 
     Args:
-        image: (h, w), (h, w, 1) or (h, w, 3), linear; 0 and what is not finite count as missing.
-            Integers count over their full range, floats in any unit: the results are in the same.
+        image: (h, w), (h, w, 1) or (h, w, 3), linear; 0, what is not finite, and what a masked
+            array masks count as missing. Integers count over their full range, floats in any unit: the results are in the same.
             Not changed.
         settings: see `Settings`.
         mask: (h, w), (h, w, 1) or (h, w, c) weights in [0, 1], 1 = use, 0 = ignore; or integers.
@@ -4769,7 +4774,11 @@ def optimize(image: np.ndarray, settings: Settings = Settings(), mask: np.ndarra
 
 
 def _to_planes(image: np.ndarray, name: str) -> np.ndarray:
-    """Copy (h, w) or (h, w, c) to (c, h, w), to Float64 if the image is, else to Float32."""
+    """Copy (h, w) or (h, w, c) to (c, h, w), to Float64 if the image is, else to Float32.
+
+    What a masked array masks becomes NaN.
+    """
+    masked = np.ma.getmask(image)
     image = np.asarray(image)
     kind = image.dtype.kind
     if image.ndim not in (2, 3) or not image.size or kind not in "fiub":
@@ -4779,6 +4788,8 @@ def _to_planes(image: np.ndarray, name: str) -> np.ndarray:
     dtype = np.float64 if image.dtype == np.float64 else np.float32
     planes = np.moveaxis(np.atleast_3d(image), -1, 0)
     planes = np.array(planes, dtype, order="C") / dtype(white)
+    if masked is not np.ma.nomask:
+        planes[np.moveaxis(np.atleast_3d(masked), -1, 0)] = np.nan
     keep_dark_samples(planes)
     return planes
 
@@ -5969,6 +5980,9 @@ def _check_folder(options: argparse.Namespace) -> None:
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise BgError(f"cannot write to {folder}: {error.strerror}; "
+                      "choose another folder") from None
+    except ValueError:  # a NUL, or what this system's names cannot hold
+        raise BgError(f"{folder!r} holds a character that no name of a folder can have; "
                       "choose another folder") from None
 
 
