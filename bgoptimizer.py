@@ -24,7 +24,7 @@ from Python, with image of shape (h, w, c), linear, in 0..1:
   result = bgoptimizer.optimize(image, bgoptimizer.Settings(auto=True))
   result.subtracted, result.model
 
-exit codes: 0 done, 1 could not be done, 2 wrong usage, 130 interrupted
+exit codes: 0 done, 1 could not be done, 2 wrong usage, 130 interrupted (TERM 143, HUP 129)
 """
 from __future__ import annotations
 
@@ -5672,6 +5672,7 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Settings]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code. Every failure is one line on stderr."""
+    interrupts = _Interrupts()
     try:
         with _Interrupts() as interrupts:
             options, settings = _parse(argv)
@@ -5681,7 +5682,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as stop:  # argparse has said why
         return stop.code or 0
     except KeyboardInterrupt:
-        return _fail("interrupted; what was not finished was not written", 130)
+        return _fail("interrupted; what was not finished was not written",
+                     128 + (interrupts.asked or signal.SIGINT))
     except BgError as error:
         return _fail(str(error))
     except BrokenPipeError:  # whoever read our lines has left
@@ -5893,24 +5895,31 @@ def _watched_fit(epochs: int, interrupts: _Interrupts) -> Iterator[Callable[[int
 
 
 class _Interrupts:
-    """Ctrl-C that cannot get lost.
+    """Ctrl-C, or another wish to end the run, that cannot get lost.
 
     A module that is being imported may swallow it. TensorFlow may crash when it is interrupted, so
     nothing is raised while `patient`: then `check` does it.
     """
 
     def __init__(self):
-        self.asked = False
+        self.asked = 0  # number of the signal
         self.patient = False
-        self.before = None
+        self.before = {}
 
     def __enter__(self):
-        if threading.current_thread() is threading.main_thread():  # signals reach no other
-            self.before = signal.signal(signal.SIGINT, self._listen)
+        if threading.current_thread() is not threading.main_thread():  # signals reach no other
+            return self
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)  # Windows has no HUP
+            # `nohup` has a command ignore HUP
+            before = None if number is None else signal.getsignal(number)
+            if before not in (None, signal.SIG_IGN):
+                self.before[number] = before
+                signal.signal(number, self._listen)
         return self
 
-    def _listen(self, *_):
-        self.asked = True
+    def _listen(self, number, _):
+        self.asked = number
         if not self.patient:
             raise KeyboardInterrupt
 
@@ -5920,8 +5929,8 @@ class _Interrupts:
             raise KeyboardInterrupt
 
     def __exit__(self, *_):
-        if self.before is not None:
-            signal.signal(signal.SIGINT, self.before)
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
 
 def _make_task(options: argparse.Namespace, settings: Settings) -> Task:
