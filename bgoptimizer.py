@@ -166,6 +166,28 @@ class BgError(Exception):
     """The job cannot be done. The text is one sentence: what is wrong, and what to do about it."""
 
 
+NO_MEMORY = re.compile(
+    "cannot allocate memory|unable to allocate|failed to map segment|bad_alloc|out of memory"
+    "|OOM when|ResourceExhausted|can't start new thread", re.IGNORECASE)
+"""What libraries say, each in its own way, when there is no memory left."""
+
+
+@contextmanager
+def memory_errors():
+    """Turn each error that comes from a lack of memory into a MemoryError."""
+    try:
+        yield
+    except (BgError, MemoryError):  # said already
+        raise
+    except Exception as error:
+        root = error
+        while root is not None:
+            if isinstance(root, MemoryError) or NO_MEMORY.search(f"{type(root).__name__} {root}"):
+                raise MemoryError from error
+            root = root.__cause__ or root.__context__
+        raise
+
+
 @dataclass(frozen=True)
 class Settings:
     """What a run is asked to do; checked when made.
@@ -434,7 +456,8 @@ def _refusals(path):
                  "check the name")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the libraries' own, on headers not quite right
-            yield
+            with memory_errors():
+                yield
     except BgError:
         raise
     except _Unreadable as error:
@@ -3642,7 +3665,10 @@ def import_tensorflow():
     # Or else it takes all memory of a GPU at once
     os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
     try:
-        return importlib.import_module("tensorflow")
+        with memory_errors():
+            return importlib.import_module("tensorflow")
+    except MemoryError:
+        raise
     except Exception as error:  # missing, or broken: then it fails with almost any error
         lines = str(error).splitlines() or [type(error).__name__]
         raise BgError(f"TensorFlow cannot be imported ({lines[0]}); "
@@ -5555,6 +5581,12 @@ def put_picture(draw: Callable, where: str, path: str) -> None:
 TENSORFLOW_BYTES = 0.6e9
 """Memory that TensorFlow and the fit take, about; measured with TensorFlow 2.15."""
 
+TENSORFLOW_MAPS = 1.2e9
+"""Addresses, in bytes, that TensorFlow takes and never fills. They count where `ulimit -v` limits."""
+
+MEMORY_LIMITS = "/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"
+"""Where Linux tells how much memory a container may fill: in version 2 and in version 1."""
+
 
 class _Parser(argparse.ArgumentParser):
     """An argument parser that says what is wrong in one line."""
@@ -5674,7 +5706,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code. Every failure is one line on stderr."""
     interrupts = _Interrupts()
     try:
-        with _Interrupts() as interrupts:
+        with interrupts, memory_errors():
             options, settings = _parse(argv)
             with _OnTerminal(options.quiet):
                 _run(options, settings, interrupts)
@@ -6099,13 +6131,30 @@ def _check_memory(planes: np.ndarray) -> None:
 
 
 def _free_memory() -> float:
-    """Return the bytes of memory that are free, as Linux tells it; elsewhere infinity."""
-    with suppress(OSError):
+    """Return the bytes that this process may still fill, as Linux tells it; elsewhere infinity."""
+    try:
+        import resource
         with open("/proc/meminfo") as file:
-            found = re.search(r"MemAvailable: *(\d+) kB", file.read())
-        if found:
-            return 1024 * int(found[1])
-    return math.inf
+            available = re.search(r"MemAvailable: *(\d+) kB", file.read())
+        with open("/proc/self/statm") as file:
+            pages = file.read().split()
+    except (ImportError, OSError):
+        return math.inf
+    page = resource.getpagesize()
+    mapped = int(pages[0]) * page
+    filled = int(pages[1]) * page
+    free = [math.inf]
+    if available:
+        free.append(1024 * int(available[1]))
+    for path in MEMORY_LIMITS:
+        with suppress(OSError, ValueError):  # no such container, or "max"
+            with open(path) as file:
+                limit = int(file.read())
+            free.append(limit - filled)
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit != resource.RLIM_INFINITY:
+        free.append(limit - mapped - TENSORFLOW_MAPS)
+    return max(0, min(free))
 
 
 @contextmanager
