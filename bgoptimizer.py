@@ -32,6 +32,7 @@ import argparse
 import base64
 import copy
 import functools
+import glob
 import hashlib
 import importlib.util
 import io
@@ -39,13 +40,13 @@ import logging
 import math
 import numbers
 import os
+import platform
 import re
 import secrets
 import shutil
 import signal
 import stat
 import sys
-import tempfile
 import textwrap
 import threading
 import time
@@ -58,6 +59,11 @@ from datetime import datetime, timezone
 from typing import Callable, ContextManager, Iterator, NamedTuple, Sequence
 from xml.etree import ElementTree
 from xml.parsers import expat
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 if __name__ == "__main__":
     # Until `main` listens, Ctrl-C ends the command at once, without a traceback of imports
@@ -1066,34 +1072,6 @@ def _markup(element):
     return text.replace("\r", "&#13;").replace("\t", "&#9;").encode()
 
 
-@contextmanager
-def atomic_outputs(*paths):
-    """Open files that take the names `paths` once all are whole, and else leave nothing behind.
-
-    Raises BgError if they cannot be written.
-    """
-    temporary = []
-    for path in paths:
-        # Two runs may write into one folder, so nobody else may have this name. `mkstemp` would
-        # hide the results from other users.
-        name = f".bgoptimizer-{secrets.token_hex(8)}.tmp"
-        temporary.append(os.path.join(os.path.dirname(path), name))
-    try:
-        with ExitStack() as stack:
-            yield [stack.enter_context(open(name, "x+b")) for name in temporary]
-        for name, path in zip(temporary, paths):
-            os.replace(name, path)
-    except OSError as error:
-        folder = os.path.dirname(paths[0]) or "."
-        reason = error.strerror or error
-        raise BgError(f"cannot write to {folder}: {reason}; "
-                      "free space or choose another folder") from None
-    finally:
-        for name in temporary:
-            with suppress(OSError):
-                os.unlink(name)
-
-
 # --------------------------------------------------------------------------------------------------
 # Pictures on disk: units, and metadata that all formats can hold
 #
@@ -1950,6 +1928,147 @@ FORMATS = {
     "fits": Format(".fits", read_fits, write_fits),
     "tiff": Format(".tif", read_tiff, write_tiff),
 }
+
+
+# --------------------------------------------------------------------------------------------------
+# Outputs: all files of a run, or none
+# --------------------------------------------------------------------------------------------------
+
+LOCKED_FOR = 24 * 3600
+"""Seconds. A lock that is older has been left behind, if nothing better is known: another machine
+holds it, or the disk knows no locks."""
+
+HOST = re.sub(r"(?a)\W", "_", platform.node())[:64]
+"""Name of this machine, as a part of file names."""
+
+
+@contextmanager
+def atomic_outputs(*paths):
+    """Open files that take the names `paths` once all are whole, and else leave nothing behind.
+
+    While they are open, no other run can open the first of `paths`. The files survive a power cut
+    as soon as they have their names.
+
+    Raises BgError if they cannot be written, or another run writes them.
+    """
+    folder = os.path.dirname(paths[0])
+    try:
+        with memory_errors(), _locked(paths[0]) as stem, ExitStack() as stack:
+            temporary = [f"{stem}-{k}.tmp" for k in range(len(paths))]
+            files = [stack.enter_context(open(name, "x+b")) for name in temporary]
+            yield files
+            for file in files:
+                file.flush()
+                os.fsync(file.fileno())
+            stack.close()  # Windows renames no open file
+            _rename_all(temporary, paths)
+            _sync_folder(folder)
+    except OSError as error:
+        reason = error.strerror or error
+        raise BgError(f"cannot write to {folder or '.'}: {reason}; "
+                      "free space or choose another folder") from None
+
+
+def _rename_all(names, paths):
+    """Give files their names, all or none. A kill may leave some out, but never mixes two runs."""
+    for path in paths[1:]:
+        with suppress(FileNotFoundError):
+            os.unlink(path)
+    renamed = []
+    try:
+        for name, path in zip(names, paths):
+            os.replace(name, path)
+            renamed.append(path)
+    except BaseException:
+        for path in renamed:
+            os.unlink(path)
+        raise
+
+
+def _sync_folder(folder):
+    """Wait until the names in a folder are on the disk."""
+    with suppress(OSError):  # Windows opens no folders, and some disks cannot do that
+        opened = os.open(folder or ".", os.O_RDONLY)
+        try:
+            os.fsync(opened)
+        finally:
+            os.close(opened)
+
+
+@contextmanager
+def _locked(path):
+    """Lock an output; yields what the names of its temporaries, in the same folder, begin with.
+
+    The lock is a file whose name tells what is locked and by whom. The system holds it as long as
+    the process lives. So what was left behind by a kill is known, and removed here.
+
+    Raises BgError if another run holds a lock on this output.
+    """
+    name = os.path.basename(path)
+    digest = hashlib.sha1(os.fsencode(name)).hexdigest()  # any name is short enough then
+    start = os.path.join(os.path.dirname(path), f".bgoptimizer-{digest[:12]}")
+    stem = f"{start}-{secrets.token_hex(4)}-{os.getpid()}-{HOST}"
+    file = _create_locked(f"{stem}.lock")
+    try:
+        _remove_abandoned(os.path.dirname(path))
+        for lock in glob.glob(f"{glob.escape(start)}-*.lock"):
+            if lock != file.name:
+                *_, process, host = lock[:-len(".lock")].rsplit("-", 2)
+                raise BgError(f"process {process} on {host} is writing {path}; wait until it ends, "
+                              f"or choose another folder (if it runs no more, delete {lock})")
+        yield stem
+    finally:
+        _remove_temporaries(stem)
+        file.close()  # Windows removes no open file
+        with suppress(OSError):
+            os.unlink(file.name)
+
+
+def _create_locked(name):
+    """Create a file and let the system lock it until it is closed, or the process ends."""
+    while True:
+        file = open(name, "xb")
+        if fcntl is not None:
+            with suppress(OSError):  # some disks know no locks
+                fcntl.flock(file, fcntl.LOCK_EX)
+        if os.path.exists(name):
+            return file
+        file.close()  # another run took it for abandoned before it was locked
+
+
+def _remove_abandoned(folder):
+    """Remove locks and temporaries of runs that have ended without doing so."""
+    pattern = os.path.join(glob.escape(folder), ".bgoptimizer-*.lock")
+    for lock in glob.glob(pattern):
+        if _is_abandoned(lock):
+            _remove_temporaries(lock[:-len(".lock")])
+            with suppress(OSError):
+                os.unlink(lock)
+
+
+def _is_abandoned(lock):
+    """Tell whether the run that made this lock has ended."""
+    try:
+        if lock.endswith(f"-{HOST}.lock"):
+            if fcntl is None:
+                os.rename(lock, lock)  # Windows refuses this while the file is open
+                return True
+            with open(lock, "rb") as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return True
+    except BlockingIOError:
+        return False
+    except OSError:  # it is open on Windows, it has just gone, or the disk knows no locks
+        pass
+    with suppress(OSError):
+        return time.time() - os.stat(lock).st_mtime > LOCKED_FOR
+    return False
+
+
+def _remove_temporaries(stem):
+    for name in glob.glob(f"{glob.escape(stem)}-*.tmp"):
+        with suppress(OSError):
+            os.unlink(name)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -5836,13 +5955,14 @@ def process_file(task: Task, watched: ContextManager = nullcontext()) -> Report:
     Raises:
         BgError: the picture cannot be done.
     """
-    picture = _read_input(task)
-    _check_disk(task, picture.planes)
-    _check_memory(picture.planes)
-    _start_importing()
-    mask = _read_mask(task.mask_file)
-    result = remove_sky(picture.planes, task.settings, mask, picture.unit, watched)
-    _write_outputs(task, picture, result)
+    with atomic_outputs(*task.outputs.values()) as files:
+        picture = _read_input(task)
+        _check_disk(task, picture.planes)
+        _check_memory(picture.planes)
+        _start_importing()
+        mask = _read_mask(task.mask_file)
+        result = remove_sky(picture.planes, task.settings, mask, picture.unit, watched)
+        _write_outputs(task, picture, result, files)
     draw = functools.partial(draw_figures, result=result, title=task.title)
     written = [*task.outputs.values(), *_put_figure(task, draw)]
     sky = result.prepared.sky
@@ -5869,8 +5989,8 @@ def _put_figure(task: Task, draw: Callable) -> list[str]:
     return [task.figure] if task.place_for_figure == "file" else []
 
 
-def _write_outputs(task: Task, picture: Picture, result: Result) -> None:
-    """Write all files that a task asks for, or none."""
+def _write_outputs(task: Task, picture: Picture, result: Result, opened: list) -> None:
+    """Write what a task asks for into its opened files."""
     history = _history(task, result)
     write = FORMATS[task.format].write
     source = picture.source
@@ -5882,23 +6002,26 @@ def _write_outputs(task: Task, picture: Picture, result: Result) -> None:
     if "mask" in task.outputs:
         mask = full_mask(result.prepared, result.settings)
         pictures["mask"] = mask, None, Unit(), "the mask, 1 = sky"
-    with atomic_outputs(*task.outputs.values()) as opened:
-        files = dict(zip(task.outputs, opened))
-        for kind, (planes, metadata, unit, what) in pictures.items():
-            lines = history + [f"bgoptimizer: this is {what}"]
-            write(files[kind], planes, metadata, lines, task.compress, unit)
-        if "animation" in files:
-            correction = result.settings.correction
-            frames = animation_frames(result.prepared, result.fit, correction)
-            write_animation(files["animation"], frames)
+    files = dict(zip(task.outputs, opened))
+    for kind, (planes, metadata, unit, what) in pictures.items():
+        lines = history + [f"bgoptimizer: this is {what}"]
+        write(files[kind], planes, metadata, lines, task.compress, unit)
+    if "animation" in files:
+        correction = result.settings.correction
+        frames = animation_frames(result.prepared, result.fit, correction)
+        write_animation(files["animation"], frames)
 
 
 def _history(task: Task, result: Result) -> list[str]:
-    """Return HISTORY lines: what made this picture, to the last setting."""
+    """Return HISTORY lines: what made this picture, to the last setting.
+
+    The first is the same in all pictures of one run, and in no other picture: its time has
+    microseconds.
+    """
     settings = result.settings
     fit = result.fit
     now = datetime.now(timezone.utc)
-    date = now.strftime("%Y-%m-%dT%H:%M:%SZ")
+    date = now.strftime("%Y-%m-%dT%H:%M:%S.%fZ")
     lines = [f"{name} = {value}" for name, value in vars(settings).items()]
     mask = None if task.mask_file is None else os.path.basename(task.mask_file)
     lines.append(f"mask = {mask}")
@@ -5994,6 +6117,9 @@ def _make_task(options: argparse.Namespace, settings: Settings) -> Task:
             if os.path.samefile(path, kept):
                 raise BgError(f"{path} would be overwritten, and you gave it to read; "
                               "choose another output folder")
+        if os.path.isdir(path):
+            raise BgError(f"{path} is a folder, and a file of that name is to be written; "
+                          "choose another output folder")
     place = _place_for_figure(options)
     return Task(options.input_file, options.mask, settings, outputs, figure, place, name,
                 options.compress)
@@ -6018,7 +6144,6 @@ def _check_folder(options: argparse.Namespace) -> None:
         return
     try:
         os.makedirs(folder, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise BgError(f"cannot write to {folder}: {error.strerror}; "
                       "choose another folder") from None
