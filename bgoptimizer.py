@@ -69,10 +69,13 @@ if __name__ == "__main__":
     # Until `main` listens, Ctrl-C ends the command at once, without a traceback of imports
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-# Full-size work has threads of its own, and the equations solved here are small. Threads of BLAS
-# would only get in the way: with them --auto needs 2.7 s to find the sky, without them 0.8 s.
-# OpenBLAS reads this once, when it is loaded.
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# Full-size work has threads of its own, and the equations solved here are small. More threads of
+# BLAS would only get in the way: with them --auto needs 2.7 s to find the sky, without them 0.8 s.
+# And sums are taken in another order by every number of threads, so their last digits differ,
+# and the fit turns these into a thousandth of the model's range.
+# The libraries read these once, when they are loaded.
+for variable in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "TF_NUM_INTRAOP_THREADS"):
+    os.environ[variable] = "1"
 
 import lz4.block  # noqa: E402
 import numpy as np  # noqa: E402
@@ -1971,6 +1974,9 @@ def atomic_outputs(*paths):
 
 def _rename_all(names, paths):
     """Give files their names, all or none. A kill may leave some out, but never mixes two runs."""
+    for path in paths:
+        with suppress(FileNotFoundError):
+            os.rename(path, path)  # Windows refuses this while another program has it open
     for path in paths[1:]:
         with suppress(FileNotFoundError):
             os.unlink(path)

@@ -264,6 +264,36 @@ def test_names_as_long_as_the_system_takes_can_be_written(folder):
     assert len(os.listdir(".")) == 1
 
 
+# ------------------------------------------------------------------------------------------------ the same everywhere
+
+THREADS = """
+import os, sys, bgoptimizer
+import numpy as np
+sys.path.insert(0, sys.argv[1])
+from scenes import sloping_sky
+settings = bgoptimizer.Settings(downscaling_factor=1, epochs=12, batch=16, delinearization_quantile=0.999)
+result = bgoptimizer.optimize(sloping_sky(192, 288)[0], settings)
+sys.stdout.write(result.subtracted.tobytes().hex() + result.model.tobytes().hex())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity") or os.cpu_count() < 2, reason="one processor")
+def test_the_same_bytes_come_from_any_number_of_threads():
+    allowed = os.sched_getaffinity(0)
+    done = []
+    try:
+        for processors in (allowed, {min(allowed)}):
+            os.sched_setaffinity(0, processors)
+            many = {"OPENBLAS_NUM_THREADS": str(len(processors)), "TF_NUM_INTRAOP_THREADS": str(4 * len(processors))}
+            done.append(subprocess.run([sys.executable, "-c", THREADS, str(Path(__file__).parent)], capture_output=True,
+                                       env={**os.environ, "PYTHONPATH": str(SCRIPT.parent), **many}, timeout=120))
+    finally:
+        os.sched_setaffinity(0, allowed)
+    assert [run.returncode for run in done] == [0, 0], done[0].stderr
+    assert done[0].stdout == done[1].stdout and done[0].stdout
+
+
 # ------------------------------------------------------------------------------------------------ short of memory
 
 @pytest.mark.parametrize("error", [
