@@ -34,6 +34,7 @@ import copy
 import functools
 import glob
 import hashlib
+import importlib.metadata
 import importlib.util
 import io
 import logging
@@ -6036,8 +6037,18 @@ def _history(task: Task, result: Result) -> list[str]:
     what = "offset" if settings.correction == "subtract" else "model's median"
     for channel, offset in enumerate(result.offsets):
         lines.append(f"{what} of channel {channel} = {offset:.9g}")
+    lines += _versions()
     lines = [f"bgoptimizer: {line}" for line in lines]
     return [f"bgoptimizer {VERSION}, {date}"] + lines
+
+
+def _versions() -> list[str]:
+    """Return lines that tell the versions of what a result depends on, as pip takes them."""
+    lines = [f"Python {platform.python_version()}"]
+    for name in ("tensorflow", "tensorflow-addons", "keras", "numpy", "scipy", "scikit-image"):
+        with suppress(importlib.metadata.PackageNotFoundError):
+            lines.append(f"{name}=={importlib.metadata.version(name)}")
+    return lines
 
 
 @contextmanager

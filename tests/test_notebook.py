@@ -1,4 +1,5 @@
 """The notebook as Colab and as plain Jupyter run it, from its first cell to its last."""
+import os
 import re
 import shutil
 import subprocess
@@ -178,7 +179,9 @@ def test_the_tool_comes_from_an_address_a_repository_or_an_upload(folder, monkey
     shutil.copy(bgoptimizer.__file__, folder / "origin")
     script = folder / "origin" / "bgoptimizer.py"
     monkeypatch.chdir(folder / "address")
-    run_cells(source("get-the-tool", tool_source=script.as_uri()))
+    with monkeypatch.context() as patch:
+        patch.setattr("urllib.request.urlretrieve", lambda address, path: shutil.copy(script, path))
+        run_cells(source("get-the-tool", tool_source="https://example.org/bgoptimizer.py"))
     assert (folder / "address" / "bgoptimizer.py").exists()
 
     monkeypatch.chdir(folder / "upload")
@@ -193,8 +196,19 @@ def test_the_tool_comes_from_an_address_a_repository_or_an_upload(folder, monkey
     git = ["git", "-C", str(folder / "origin"), "-c", "user.name=a", "-c", "user.email=a@b"]
     for command in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "a"]):
         subprocess.run(git + command, check=True)
-    run_cells(source("get-the-tool", tool_source=(folder / "origin").as_uri()))
+    monkeypatch.setenv("GIT_CONFIG_COUNT", "1")
+    monkeypatch.setenv("GIT_CONFIG_KEY_0", f"url.{(folder / 'origin').as_uri()}.insteadOf")
+    monkeypatch.setenv("GIT_CONFIG_VALUE_0", "https://example.org/bgoptimizer")
+    run_cells(source("get-the-tool", tool_source="https://example.org/bgoptimizer"))
     assert Path.cwd() == folder / "repository" / "bgoptimizer"
+
+
+@pytest.mark.parametrize("address", ["http://example.org/bgoptimizer.py", "file:///tmp/bgoptimizer.py",
+                                     "git://example.org/bgoptimizer", "ext::sh -c id", "/tmp/bgoptimizer"])
+def test_code_is_taken_from_https_only(address, folder):
+    with pytest.raises(ValueError, match="https://"):
+        run_cells(source("get-the-tool", tool_source=address))
+    assert os.listdir(folder) == []
 
 
 def test_the_forms_first_values_are_the_commands():
@@ -206,7 +220,7 @@ def test_the_forms_first_values_are_the_commands():
 
 
 def test_interrupting_or_wrong_settings_stop_all_but_a_bad_file_only_itself(capsys):
-    for code, wanted in ((130, 1), (2, 1), (1, 3), (0, 3)):
+    for code, wanted in ((130, 1), (143, 1), (2, 1), (1, 3), (0, 3)):
         called = []
         tool = types.SimpleNamespace(main=lambda argv, code=code: called.append(argv[0]) or code)
         run_cells(source("settings"), bgoptimizer=tool, pictures=["a", "b", "c"])["run_all"]()

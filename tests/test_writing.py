@@ -294,6 +294,27 @@ def test_the_same_bytes_come_from_any_number_of_threads():
     assert done[0].stdout == done[1].stdout and done[0].stdout
 
 
+def test_history_tells_the_versions_as_pip_takes_them(sky, folder):
+    assert run("sky.xisf", *FAST) == 0
+    text = Path(PAIR[0]).read_bytes()[:30_000].decode("utf-8", "replace")
+    assert f"bgoptimizer: Python {sys.version.split()[0]}" in text
+    assert f"bgoptimizer: numpy=={np.__version__}" in text
+    assert re.search(r"bgoptimizer: tensorflow==[\d.]+\d", text)
+
+
+def test_no_requirement_forbids_what_nobody_has_seen_fail():
+    lines = (SCRIPT.parent / "requirements.txt").read_text().splitlines()
+    wanted = [line.split("#")[0].split(";")[0].strip() for line in lines]
+    bounded = {line.split()[0] for line in wanted if re.search("<|~=|==", line)}
+    assert bounded == {"tensorflow"}  # tensorflow-addons and Python 3.8 need an old one
+
+
+def test_nothing_says_that_the_package_index_has_this_tool():
+    for name in ("README.md", "bgoptimizer_colab.ipynb", "pyproject.toml", "requirements.txt", "bgoptimizer.py"):
+        text = (SCRIPT.parent / name).read_text(encoding="utf-8")
+        assert not re.search(r"(pip|pipx) install (-\S+ )*bgoptimizer(?!\.)", text), name
+
+
 # ------------------------------------------------------------------------------------------------ short of memory
 
 @pytest.mark.parametrize("error", [
