@@ -27,7 +27,7 @@ from Python, with image of shape (h, w, c), linear, in 0..1:
   result = bgoptimizer.optimize(image, bgoptimizer.Settings(auto=True))
   result.subtracted, result.model
 
-exit codes: 0 done, 1 could not be done, 2 wrong usage, 130 interrupted
+exit codes: 0 done, 1 could not be done, 2 wrong usage, 130 interrupted (TERM 143, HUP 129)
 """
 from __future__ import annotations
 
@@ -38,12 +38,14 @@ import csv
 import functools
 import glob
 import hashlib
+import importlib.metadata
 import importlib.util
 import io
 import logging
 import math
 import numbers
 import os
+import platform
 import re
 import secrets
 import shutil
@@ -51,7 +53,6 @@ import signal
 import stat
 import subprocess
 import sys
-import tempfile
 import textwrap
 import threading
 import time
@@ -65,14 +66,22 @@ from typing import Callable, ContextManager, Iterator, NamedTuple, Sequence
 from xml.etree import ElementTree
 from xml.parsers import expat
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 if __name__ == "__main__":
     # Until `main` listens, Ctrl-C ends the command at once, without a traceback of imports
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
-# Full-size work has threads of its own, and the equations solved here are small. Threads of BLAS
-# would only get in the way: with them --auto needs 2.7 s to find the sky, without them 0.8 s.
-# OpenBLAS reads this once, when it is loaded.
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# Full-size work has threads of its own, and the equations solved here are small. More threads of
+# BLAS would only get in the way: with them --auto needs 2.7 s to find the sky, without them 0.8 s.
+# And sums are taken in another order by every number of threads, so their last digits differ,
+# and the fit turns these into a thousandth of the model's range.
+# The libraries read these once, when they are loaded.
+for variable in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "TF_NUM_INTRAOP_THREADS"):
+    os.environ[variable] = "1"
 
 import lz4.block  # noqa: E402
 import numpy as np  # noqa: E402
@@ -177,6 +186,28 @@ class BgError(Exception):
     """The job cannot be done. The text is one sentence: what is wrong, and what to do about it."""
 
 
+NO_MEMORY = re.compile(
+    "cannot allocate memory|unable to allocate|failed to map segment|bad_alloc|out of memory"
+    "|OOM when|ResourceExhausted|can't start new thread", re.IGNORECASE)
+"""What libraries say, each in its own way, when there is no memory left."""
+
+
+@contextmanager
+def memory_errors():
+    """Turn each error that comes from a lack of memory into a MemoryError."""
+    try:
+        yield
+    except (BgError, MemoryError):  # said already
+        raise
+    except Exception as error:
+        root = error
+        while root is not None:
+            if isinstance(root, MemoryError) or NO_MEMORY.search(f"{type(root).__name__} {root}"):
+                raise MemoryError from error
+            root = root.__cause__ or root.__context__
+        raise
+
+
 @dataclass(frozen=True)
 class Settings:
     """What a run is asked to do; checked when made.
@@ -209,24 +240,29 @@ class Settings:
         def whole(value, low, high=math.inf):
             return isinstance(value, numbers.Integral) and low <= value <= high
 
+        def number(value):  # NaN lies in no range
+            return value if isinstance(value, numbers.Real) else math.nan
+
         quantile = self.delinearization_quantile
         points = self.points
         smoothing = self.smoothing
-        above_minimum = self.threshold_min < self.threshold_max < math.inf
+        minimum = number(self.threshold_min)
+        above_minimum = minimum < number(self.threshold_max) < math.inf
         checks = (
             ("-dx", whole(self.downscaling_factor, 1, 1_000_000), "1 to 1000000"),
             ("-df", self.downscaling_func in ("median", "mean"), "median or mean"),
-            ("-dq", quantile is None or 0 < quantile <= 1, "above 0, at most 1"),
+            ("-dq", quantile is None or 0 < number(quantile) <= 1, "above 0, at most 1"),
             ("-N", points is None or whole(points, 3, 4096), "3 to 4096"),
             ("-O", self.order in (1, 2, 3, 4), "1, 2, 3 or 4"),
-            ("-tm", math.isfinite(self.threshold_min), "a finite number"),
+            ("-tm", -math.inf < minimum < math.inf, "a finite number"),
             ("-tM", above_minimum, "a finite number above -tm"),
             ("-i", self.initializer in ("random", "grid"), "random or grid"),
             ("-e", whole(self.epochs, 1), "1 or more"),
-            ("-a", 0 <= self.alpha <= 1e9, "0 to 1e9"),
+            ("-a", 0 <= number(self.alpha) <= 1e9, "0 to 1e9"),
             ("-B", whole(self.batch, 1), "1 or more"),
-            ("-lr", 0 < self.learning_rate <= 1e9, "above 0, at most 1e9"),
-            ("--smoothing", smoothing is None or 0 <= smoothing <= 1e9, "auto, or 0 to 1e9"),
+            ("-lr", 0 < number(self.learning_rate) <= 1e9, "above 0, at most 1e9"),
+            ("--smoothing", smoothing is None or 0 <= number(smoothing) <= 1e9,
+             "auto, or 0 to 1e9"),
             ("--correction", self.correction in ("subtract", "divide"), "subtract or divide"),
             ("--seed", whole(self.seed, 0, 2**32 - 1), "0 to 4294967295"),
         )
@@ -440,7 +476,8 @@ def _refusals(path):
                  "check the name")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the libraries' own, on headers not quite right
-            yield
+            with memory_errors():
+                yield
     except BgError:
         raise
     except _Unreadable as error:
@@ -1047,34 +1084,6 @@ def _markup(element):
     text = NOT_XML.sub("", text)
     # Parsers would turn a bare carriage return or tab into something else
     return text.replace("\r", "&#13;").replace("\t", "&#9;").encode()
-
-
-@contextmanager
-def atomic_outputs(*paths):
-    """Open files that take the names `paths` once all are whole, and else leave nothing behind.
-
-    Raises BgError if they cannot be written.
-    """
-    temporary = []
-    for path in paths:
-        # Two runs may write into one folder, so nobody else may have this name. `mkstemp` would
-        # hide the results from other users.
-        name = f".bgoptimizer-{secrets.token_hex(8)}.tmp"
-        temporary.append(os.path.join(os.path.dirname(path), name))
-    try:
-        with ExitStack() as stack:
-            yield [stack.enter_context(open(name, "x+b")) for name in temporary]
-        for name, path in zip(temporary, paths):
-            os.replace(name, path)
-    except OSError as error:
-        folder = os.path.dirname(paths[0]) or "."
-        reason = error.strerror or error
-        raise BgError(f"cannot write to {folder}: {reason}; "
-                      "free space or choose another folder") from None
-    finally:
-        for name in temporary:
-            with suppress(OSError):
-                os.unlink(name)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1961,6 +1970,150 @@ FORMATS = {
     "fits": Format(".fits", read_fits, write_fits),
     "tiff": Format(".tif", read_tiff, write_tiff),
 }
+
+
+# --------------------------------------------------------------------------------------------------
+# Outputs: all files of a run, or none
+# --------------------------------------------------------------------------------------------------
+
+LOCKED_FOR = 24 * 3600
+"""Seconds. A lock that is older has been left behind, if nothing better is known: another machine
+holds it, or the disk knows no locks."""
+
+HOST = re.sub(r"(?a)\W", "_", platform.node())[:64]
+"""Name of this machine, as a part of file names."""
+
+
+@contextmanager
+def atomic_outputs(*paths):
+    """Open files that take the names `paths` once all are whole, and else leave nothing behind.
+
+    While they are open, no other run can open the first of `paths`. The files survive a power cut
+    as soon as they have their names.
+
+    Raises BgError if they cannot be written, or another run writes them.
+    """
+    folder = os.path.dirname(paths[0])
+    try:
+        with memory_errors(), _locked(paths[0]) as stem, ExitStack() as stack:
+            temporary = [f"{stem}-{k}.tmp" for k in range(len(paths))]
+            files = [stack.enter_context(open(name, "x+b")) for name in temporary]
+            yield files
+            for file in files:
+                file.flush()
+                os.fsync(file.fileno())
+            stack.close()  # Windows renames no open file
+            _rename_all(temporary, paths)
+            _sync_folder(folder)
+    except OSError as error:
+        reason = error.strerror or error
+        raise BgError(f"cannot write to {folder or '.'}: {reason}; "
+                      "free space or choose another folder") from None
+
+
+def _rename_all(names, paths):
+    """Give files their names, all or none. A kill may leave some out, but never mixes two runs."""
+    for path in paths:
+        with suppress(FileNotFoundError):
+            os.rename(path, path)  # Windows refuses this while another program has it open
+    for path in paths[1:]:
+        with suppress(FileNotFoundError):
+            os.unlink(path)
+    renamed = []
+    try:
+        for name, path in zip(names, paths):
+            os.replace(name, path)
+            renamed.append(path)
+    except BaseException:
+        for path in renamed:
+            os.unlink(path)
+        raise
+
+
+def _sync_folder(folder):
+    """Wait until the names in a folder are on the disk."""
+    with suppress(OSError):  # Windows opens no folders, and some disks cannot do that
+        opened = os.open(folder or ".", os.O_RDONLY)
+        try:
+            os.fsync(opened)
+        finally:
+            os.close(opened)
+
+
+@contextmanager
+def _locked(path):
+    """Lock an output; yields what the names of its temporaries, in the same folder, begin with.
+
+    The lock is a file whose name tells what is locked and by whom. The system holds it as long as
+    the process lives. So what was left behind by a kill is known, and removed here.
+
+    Raises BgError if another run holds a lock on this output.
+    """
+    name = os.path.basename(path)
+    digest = hashlib.sha1(os.fsencode(name)).hexdigest()  # any name is short enough then
+    start = os.path.join(os.path.dirname(path), f".bgoptimizer-{digest[:12]}")
+    stem = f"{start}-{secrets.token_hex(4)}-{os.getpid()}-{HOST}"
+    file = _create_locked(f"{stem}.lock")
+    try:
+        _remove_abandoned(os.path.dirname(path))
+        for lock in glob.glob(f"{glob.escape(start)}-*.lock"):
+            if lock != file.name:
+                *_, process, host = lock[:-len(".lock")].rsplit("-", 2)
+                raise BgError(f"process {process} on {host} is writing {path}; wait until it ends, "
+                              f"or choose another folder (if it runs no more, delete {lock})")
+        yield stem
+    finally:
+        _remove_temporaries(stem)
+        file.close()  # Windows removes no open file
+        with suppress(OSError):
+            os.unlink(file.name)
+
+
+def _create_locked(name):
+    """Create a file and let the system lock it until it is closed, or the process ends."""
+    while True:
+        file = open(name, "xb")
+        if fcntl is not None:
+            with suppress(OSError):  # some disks know no locks
+                fcntl.flock(file, fcntl.LOCK_EX)
+        if os.path.exists(name):
+            return file
+        file.close()  # another run took it for abandoned before it was locked
+
+
+def _remove_abandoned(folder):
+    """Remove locks and temporaries of runs that have ended without doing so."""
+    pattern = os.path.join(glob.escape(folder), ".bgoptimizer-*.lock")
+    for lock in glob.glob(pattern):
+        if _is_abandoned(lock):
+            _remove_temporaries(lock[:-len(".lock")])
+            with suppress(OSError):
+                os.unlink(lock)
+
+
+def _is_abandoned(lock):
+    """Tell whether the run that made this lock has ended."""
+    try:
+        if lock.endswith(f"-{HOST}.lock"):
+            if fcntl is None:
+                os.rename(lock, lock)  # Windows refuses this while the file is open
+                return True
+            with open(lock, "rb") as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return True
+    except BlockingIOError:
+        return False
+    except OSError:  # it is open on Windows, it has just gone, or the disk knows no locks
+        pass
+    with suppress(OSError):
+        return time.time() - os.stat(lock).st_mtime > LOCKED_FOR
+    return False
+
+
+def _remove_temporaries(stem):
+    for name in glob.glob(f"{glob.escape(stem)}-*.tmp"):
+        with suppress(OSError):
+            os.unlink(name)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -4260,7 +4413,10 @@ def import_tensorflow():
     # Or else it takes all memory of a GPU at once
     os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
     try:
-        return importlib.import_module("tensorflow")
+        with memory_errors():
+            return importlib.import_module("tensorflow")
+    except MemoryError:
+        raise
     except Exception as error:  # missing, or broken: then it fails with almost any error
         lines = str(error).splitlines() or [type(error).__name__]
         raise BgError(f"TensorFlow cannot be imported ({lines[0]}); "
@@ -5460,8 +5616,8 @@ def optimize(image: np.ndarray, settings: Settings = Settings(), mask: np.ndarra
     What it finds out is logged as "bgoptimizer", at the level INFO; doubts are at WARNING.
 
     Args:
-        image: (h, w), (h, w, 1) or (h, w, 3), linear; 0 and what is not finite count as missing.
-            Integers count over their full range, floats in any unit: the results are in the same.
+        image: (h, w), (h, w, 1) or (h, w, 3), linear; 0, what is not finite, and what a masked
+            array masks count as missing. Integers count over their full range, floats in any unit: the results are in the same.
             Not changed.
         settings: see `Settings`.
         mask: (h, w), (h, w, 1) or (h, w, c) weights in [0, 1], 1 = use, 0 = ignore; or integers.
@@ -5483,7 +5639,11 @@ def optimize(image: np.ndarray, settings: Settings = Settings(), mask: np.ndarra
 
 
 def _to_planes(image: np.ndarray, name: str) -> np.ndarray:
-    """Copy (h, w) or (h, w, c) to (c, h, w), to Float64 if the image is, else to Float32."""
+    """Copy (h, w) or (h, w, c) to (c, h, w), to Float64 if the image is, else to Float32.
+
+    What a masked array masks becomes NaN.
+    """
+    masked = np.ma.getmask(image)
     image = np.asarray(image)
     kind = image.dtype.kind
     if image.ndim not in (2, 3) or not image.size or kind not in "fiub":
@@ -5493,6 +5653,8 @@ def _to_planes(image: np.ndarray, name: str) -> np.ndarray:
     dtype = np.float64 if image.dtype == np.float64 else np.float32
     planes = np.moveaxis(np.atleast_3d(image), -1, 0)
     planes = np.array(planes, dtype, order="C") / dtype(white)
+    if masked is not np.ma.nomask:
+        planes[np.moveaxis(np.atleast_3d(masked), -1, 0)] = np.nan
     keep_dark_samples(planes)
     return planes
 
@@ -6763,6 +6925,12 @@ def _jobs_that_fit(jobs: int, pictures: list[str]) -> int:
 TENSORFLOW_BYTES = 0.6e9
 """Memory that TensorFlow and the fit take, about; measured with TensorFlow 2.15."""
 
+TENSORFLOW_MAPS = 1.2e9
+"""Addresses, in bytes, that TensorFlow takes and never fills. They count where `ulimit -v` limits."""
+
+MEMORY_LIMITS = "/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"
+"""Where Linux tells how much memory a container may fill: in version 2 and in version 1."""
+
 
 class _Parser(argparse.ArgumentParser):
     """An argument parser that says what is wrong in one line."""
@@ -6900,8 +7068,9 @@ def _settings_of(options: argparse.Namespace) -> Settings:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code. Every failure is one line on stderr."""
+    interrupts = _Interrupts()
     try:
-        with _Interrupts() as interrupts:
+        with interrupts, memory_errors():
             options, settings = _parse(argv)
             with _OnTerminal(options.quiet):
                 _run(options, settings, interrupts)
@@ -6909,7 +7078,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as stop:  # argparse has said why
         return stop.code or 0
     except KeyboardInterrupt:
-        return _fail("interrupted; what was not finished was not written", 130)
+        return _fail("interrupted; what was not finished was not written",
+                     128 + (interrupts.asked or signal.SIGINT))
     except BrokenPipeError:  # whoever read our lines has left
         # Python flushes stdout at its end, and would complain once more
         nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -7038,13 +7208,14 @@ def process_file(task: Task, watched: ContextManager = nullcontext()) -> Report:
     Raises:
         BgError: the picture cannot be done.
     """
-    picture = _read_input(task)
-    _check_disk(task, picture.planes)
-    _check_memory(picture.planes)
-    _start_importing()
-    mask = _read_mask(task.mask_file)
-    result = remove_sky(picture.planes, task.settings, mask, picture.unit, watched)
-    _write_outputs(task, picture, result)
+    with atomic_outputs(*task.outputs.values()) as files:
+        picture = _read_input(task)
+        _check_disk(task, picture.planes)
+        _check_memory(picture.planes)
+        _start_importing()
+        mask = _read_mask(task.mask_file)
+        result = remove_sky(picture.planes, task.settings, mask, picture.unit, watched)
+        _write_outputs(task, picture, result, files)
     draw = functools.partial(draw_figures, result=result, title=task.title)
     written = [*task.outputs.values(), *_put_figure(task, draw)]
     sky = result.prepared.sky
@@ -7071,8 +7242,8 @@ def _put_figure(task: Task, draw: Callable) -> list[str]:
     return [task.figure] if task.place_for_figure == "file" else []
 
 
-def _write_outputs(task: Task, picture: Picture, result: Result) -> None:
-    """Write all files that a task asks for, or none."""
+def _write_outputs(task: Task, picture: Picture, result: Result, opened: list) -> None:
+    """Write what a task asks for into its opened files."""
     history = _history(task, result)
     write = FORMATS[task.format].write
     source = picture.source
@@ -7084,23 +7255,26 @@ def _write_outputs(task: Task, picture: Picture, result: Result) -> None:
     if "mask" in task.outputs:
         mask = full_mask(result.prepared, result.settings)
         pictures["mask"] = mask, None, Unit(), "the mask, 1 = sky"
-    with atomic_outputs(*task.outputs.values()) as opened:
-        files = dict(zip(task.outputs, opened))
-        for kind, (planes, metadata, unit, what) in pictures.items():
-            lines = history + [f"bgoptimizer: this is {what}"]
-            write(files[kind], planes, metadata, lines, task.compress, unit)
-        if "animation" in files:
-            correction = result.settings.correction
-            frames = animation_frames(result.prepared, result.fit, correction)
-            write_animation(files["animation"], frames)
+    files = dict(zip(task.outputs, opened))
+    for kind, (planes, metadata, unit, what) in pictures.items():
+        lines = history + [f"bgoptimizer: this is {what}"]
+        write(files[kind], planes, metadata, lines, task.compress, unit)
+    if "animation" in files:
+        correction = result.settings.correction
+        frames = animation_frames(result.prepared, result.fit, correction)
+        write_animation(files["animation"], frames)
 
 
 def _history(task: Task, result: Result) -> list[str]:
-    """Return HISTORY lines: what made this picture, to the last setting."""
+    """Return HISTORY lines: what made this picture, to the last setting.
+
+    The first is the same in all pictures of one run, and in no other picture: its time has
+    microseconds.
+    """
     settings = result.settings
     fit = result.fit
     now = datetime.now(timezone.utc)
-    date = now.strftime("%Y-%m-%dT%H:%M:%SZ")
+    date = now.strftime("%Y-%m-%dT%H:%M:%S.%fZ")
     lines = [f"{name} = {value}" for name, value in vars(settings).items()]
     mask = None if task.mask_file is None else os.path.basename(task.mask_file)
     lines.append(f"mask = {mask}")
@@ -7109,8 +7283,18 @@ def _history(task: Task, result: Result) -> list[str]:
     what = "offset" if settings.correction == "subtract" else "model's median"
     for channel, offset in enumerate(result.offsets):
         lines.append(f"{what} of channel {channel} = {offset:.9g}")
+    lines += _versions()
     lines = [f"bgoptimizer: {line}" for line in lines]
     return [f"bgoptimizer {VERSION}, {date}"] + lines
+
+
+def _versions() -> list[str]:
+    """Return lines that tell the versions of what a result depends on, as pip takes them."""
+    lines = [f"Python {platform.python_version()}"]
+    for name in ("tensorflow", "tensorflow-addons", "keras", "numpy", "scipy", "scikit-image"):
+        with suppress(importlib.metadata.PackageNotFoundError):
+            lines.append(f"{name}=={importlib.metadata.version(name)}")
+    return lines
 
 
 @contextmanager
@@ -7129,24 +7313,31 @@ def _watched_fit(epochs: int, interrupts: _Interrupts) -> Iterator[Callable[[int
 
 
 class _Interrupts:
-    """Ctrl-C that cannot get lost.
+    """Ctrl-C, or another wish to end the run, that cannot get lost.
 
     A module that is being imported may swallow it. TensorFlow may crash when it is interrupted, so
     nothing is raised while `patient`: then `check` does it.
     """
 
     def __init__(self):
-        self.asked = False
+        self.asked = 0  # number of the signal
         self.patient = False
-        self.before = None
+        self.before = {}
 
     def __enter__(self):
-        if threading.current_thread() is threading.main_thread():  # signals reach no other
-            self.before = signal.signal(signal.SIGINT, self._listen)
+        if threading.current_thread() is not threading.main_thread():  # signals reach no other
+            return self
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)  # Windows has no HUP
+            # `nohup` has a command ignore HUP
+            before = None if number is None else signal.getsignal(number)
+            if before not in (None, signal.SIG_IGN):
+                self.before[number] = before
+                signal.signal(number, self._listen)
         return self
 
-    def _listen(self, *_):
-        self.asked = True
+    def _listen(self, number, _):
+        self.asked = number
         if not self.patient:
             raise KeyboardInterrupt
 
@@ -7156,8 +7347,8 @@ class _Interrupts:
             raise KeyboardInterrupt
 
     def __exit__(self, *_):
-        if self.before is not None:
-            signal.signal(signal.SIGINT, self.before)
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
 
 def _make_task(options: argparse.Namespace, settings: Settings) -> Task:
@@ -7189,6 +7380,9 @@ def _make_task(options: argparse.Namespace, settings: Settings) -> Task:
             if os.path.samefile(path, kept):
                 raise BgError(f"{path} would be overwritten, and you gave it to read; "
                               "choose another output folder")
+        if os.path.isdir(path):
+            raise BgError(f"{path} is a folder, and a file of that name is to be written; "
+                          "choose another output folder")
     place = _place_for_figure(options)
     return Task(options.input_file, options.mask, settings, outputs, figure, place, name,
                 options.compress)
@@ -7213,9 +7407,11 @@ def _check_folder(options: argparse.Namespace) -> None:
         return
     try:
         os.makedirs(folder, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise BgError(f"cannot write to {folder}: {error.strerror}; "
+                      "choose another folder") from None
+    except ValueError:  # a NUL, or what this system's names cannot hold
+        raise BgError(f"{folder!r} holds a character that no name of a folder can have; "
                       "choose another folder") from None
 
 
@@ -7323,13 +7519,30 @@ def _check_memory(planes: np.ndarray) -> None:
 
 
 def _free_memory() -> float:
-    """Return the bytes of memory that are free, as Linux tells it; elsewhere infinity."""
-    with suppress(OSError):
+    """Return the bytes that this process may still fill, as Linux tells it; elsewhere infinity."""
+    try:
+        import resource
         with open("/proc/meminfo") as file:
-            found = re.search(r"MemAvailable: *(\d+) kB", file.read())
-        if found:
-            return 1024 * int(found[1])
-    return math.inf
+            available = re.search(r"MemAvailable: *(\d+) kB", file.read())
+        with open("/proc/self/statm") as file:
+            pages = file.read().split()
+    except (ImportError, OSError):
+        return math.inf
+    page = resource.getpagesize()
+    mapped = int(pages[0]) * page
+    filled = int(pages[1]) * page
+    free = [math.inf]
+    if available:
+        free.append(1024 * int(available[1]))
+    for path in MEMORY_LIMITS:
+        with suppress(OSError, ValueError):  # no such container, or "max"
+            with open(path) as file:
+                limit = int(file.read())
+            free.append(limit - filled)
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if limit != resource.RLIM_INFINITY:
+        free.append(limit - mapped - TENSORFLOW_MAPS)
+    return max(0, min(free))
 
 
 @contextmanager

@@ -140,3 +140,36 @@ def test_odd_pictures_give_a_picture_or_a_sentence(shape):
         assert ";" in str(error)  # what is wrong; what to do
     else:
         assert np.isfinite(result.model).all() and np.isfinite(result.subtracted).all()
+
+
+@pytest.mark.parametrize("name, value", [
+    ("alpha", "5"), ("threshold_min", None), ("threshold_max", None), ("learning_rate", None), ("smoothing", "1"),
+    ("delinearization_quantile", "0.9"), ("points", 3.5), ("epochs", None), ("seed", "0"), ("order", "2")])
+def test_settings_of_a_wrong_type_are_refused_as_values(name, value):
+    with pytest.raises(ValueError, match=" must be "):
+        Settings(**{name: value})
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.uint16])
+def test_what_a_masked_array_masks_is_missing(dtype):
+    image = sloping_sky()[0]
+    unit = 1 if dtype == np.float32 else 65535
+    masked = np.ma.masked_array((image * unit).astype(dtype))
+    masked[20:40, 30:60] = np.ma.masked
+    missing = masked.astype(np.float32) / unit
+    nans = missing.filled(np.nan)
+    before = masked.copy()
+    for given, same in ((masked, nans), (masked[..., 0], nans[..., 0])):
+        result, expected = optimize(given, QUICK), optimize(same.astype(np.float32), QUICK)
+        assert not result.prepared.weight[6:9, 9:14].any()
+        np.testing.assert_allclose(result.model, expected.model, atol=2e-6)
+    assert (masked.mask == before.mask).all() and (masked.data == before.data).all()
+
+
+def test_weights_that_a_masked_array_masks_are_none():
+    image = sloping_sky()[0]
+    weights = np.ma.masked_array(np.ones(image.shape[:2]))
+    weights[:48] = np.ma.masked
+    result = optimize(image, QUICK, weights)
+    expected = optimize(image, QUICK, weights.filled(0))
+    np.testing.assert_array_equal(result.prepared.weight, expected.prepared.weight)

@@ -10,7 +10,6 @@ import re
 import struct
 import subprocess
 import sys
-import threading
 import time
 import tracemalloc
 import zlib
@@ -932,24 +931,6 @@ def test_an_interrupted_run_leaves_nothing(interruption, folder):
     assert (folder / "a.xisf").read_bytes() == b"old"
 
 
-def test_an_interruption_between_the_two_renames_leaves_whole_files_only(folder, monkeypatch):
-    replace, calls = os.replace, []
-
-    def interrupted(*names):
-        calls.append(names)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        replace(*names)
-
-    monkeypatch.setattr(bg.os, "replace", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        with bg.atomic_outputs("a.xisf", "b.xisf") as files:
-            for file in files:
-                write(file)
-    assert os.listdir(".") == ["a.xisf"]
-    Walked((folder / "a.xisf").read_bytes())
-
-
 def test_a_killed_run_leaves_no_half_output(folder):
     done = run("""
 import os, signal, numpy
@@ -993,25 +974,6 @@ def test_folders_that_cannot_be_written_are_said_in_one_line(folder, monkeypatch
             with bg.atomic_outputs("a.xisf"):
                 pass
     assert sorted(os.listdir(".")) == ["file", "folder.xisf"]
-
-
-def test_two_runs_into_one_folder_do_not_meet(folder):
-    barrier = threading.Barrier(8)
-
-    def work(number):
-        with bg.atomic_outputs("a.xisf") as (file,):
-            barrier.wait()
-            write(file, compress=number > 4, value=number / 10, size=300)
-            barrier.wait()
-
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(1, 9)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert os.listdir(".") == ["a.xisf"]
-    after = Walked((folder / "a.xisf").read_bytes())
-    assert len(np.unique(after.planes())) == 1
 
 
 # ------------------------------------------------------------------------------------ fuzzing

@@ -1,0 +1,355 @@
+"""What is left of a run that is ended from outside, or meets another: whole pairs of one run, or nothing."""
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import bgoptimizer
+from runner import FAST, SCRIPT, command, python, refused, run
+from scenes import load, save, sloping_sky
+
+PAIR = ["sky_bgModel.xisf", "sky_bgSubtracted.xisf"]
+SIGNALS = pytest.mark.skipif(os.name == "nt", reason="signals differ")
+
+# Opens its outputs, tells that it has, and waits
+HOLDER = """
+import sys, time, bgoptimizer
+with bgoptimizer.atomic_outputs(*sys.argv[1:]) as files:
+    files[0].write(b"half")
+    print("opened", flush=True)
+    time.sleep(60)
+"""
+
+
+def holder(*paths):
+    """A process that has the outputs `paths` open."""
+    process = subprocess.Popen([sys.executable, "-c", HOLDER, *map(str, paths)], stdout=subprocess.PIPE, text=True,
+                               env={**os.environ, "PYTHONPATH": str(SCRIPT.parent)})
+    assert process.stdout.readline() == "opened\n"
+    return process
+
+
+def end(process, number=signal.SIGTERM):
+    process.send_signal(number)
+    process.wait(60)
+    process.stdout.close()
+
+
+def write(*paths, data=b"new"):
+    with bgoptimizer.atomic_outputs(*map(str, paths)) as files:
+        for file in files:
+            file.write(data)
+
+
+def run_of(path):
+    """The line of HISTORY that all pictures of one run have in common."""
+    return re.search(rb"bgoptimizer [\d.]+, (\S+?Z)", Path(path).read_bytes())[1]
+
+
+# ------------------------------------------------------------------------------------------------ ended from outside
+
+@SIGNALS
+@pytest.mark.slow
+@pytest.mark.parametrize("name, code", [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
+def test_a_signal_ends_a_fit_with_its_code_one_line_and_no_leftovers(name, code, folder):
+    save(folder / "sky.xisf", sloping_sky(400, 600)[0])
+    endless = [sys.executable, "-u", str(SCRIPT), "sky.xisf", "out", "-e", "100000", "-dq", "0.999"]
+    process = subprocess.Popen(endless, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    while b"fitting" not in process.stdout.readline():
+        assert process.poll() is None
+    process.send_signal(getattr(signal, name))
+    error = process.communicate(timeout=60)[1].decode()
+    assert process.returncode == code
+    assert error == "bgoptimizer: error: interrupted; what was not finished was not written\n"
+    assert os.listdir(folder / "out") == []
+
+
+@SIGNALS
+@pytest.mark.parametrize("name, code", [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
+def test_the_exit_code_tells_the_signal(name, code, sky, folder, capsys, monkeypatch):
+    def signalled(*_):
+        os.kill(os.getpid(), getattr(signal, name))
+        time.sleep(1)
+    monkeypatch.setattr(bgoptimizer, "examine", signalled)
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+    assert run("sky.xisf", "out", *FAST) == code
+    assert "interrupted" in refused(capsys)
+    assert os.listdir("out") == []
+    assert before == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+
+
+@SIGNALS
+def test_a_command_under_nohup_does_not_end_when_the_terminal_closes():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with bgoptimizer._Interrupts() as interrupts:
+            os.kill(os.getpid(), signal.SIGHUP)
+            interrupts.check()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_the_next_run_into_the_folder_removes_what_a_killed_one_left(folder):
+    process = holder("a.xisf", "b.xisf")
+    process.kill()
+    end(process, 0)
+    assert len(os.listdir(".")) == 3  # a lock and two temporaries
+    write("other.png")
+    assert os.listdir(".") == ["other.png"]
+
+
+def test_what_another_machine_left_goes_after_a_day(folder):
+    def leave(age):
+        for ending in (".lock", "-0.tmp"):
+            path = folder / f".bgoptimizer-0123456789ab-01234567-99-elsewhere{ending}"
+            path.write_bytes(b"")
+            os.utime(path, (time.time() - age,) * 2)
+
+    leave(3600)
+    write("a.xisf")
+    assert len(os.listdir(".")) == 3
+    leave(90_000)
+    write("a.xisf")
+    assert os.listdir(".") == ["a.xisf"]
+
+
+@SIGNALS
+def test_a_kill_between_the_names_never_mixes_two_runs(folder):
+    write("a.xisf", "b.xisf", data=b"old")
+    killed = """
+import os, signal, sys, bgoptimizer
+rename, calls = os.replace, []
+def dies(*names):
+    calls.append(names)
+    if len(calls) == int(sys.argv[1]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    rename(*names)
+os.replace = dies
+with bgoptimizer.atomic_outputs("a.xisf", "b.xisf") as files:
+    for file in files:
+        file.write(b"new")
+"""
+    for at in ("1", "2"):
+        assert python(killed, at).returncode == -signal.SIGKILL
+        outputs = [name for name in os.listdir(".") if not name.startswith(".")]
+        assert len({Path(name).read_bytes() for name in outputs}) == 1
+    write("a.xisf", "b.xisf")
+    assert sorted(os.listdir(".")) == ["a.xisf", "b.xisf"]
+
+
+@pytest.mark.parametrize("failure", [KeyboardInterrupt, OSError])
+def test_a_failure_between_the_names_leaves_none(failure, folder, monkeypatch):
+    rename, calls = os.replace, []
+
+    def fails(*names):
+        calls.append(names)
+        if len(calls) == 2:
+            raise failure
+        rename(*names)
+
+    monkeypatch.setattr(bgoptimizer.os, "replace", fails)
+    with pytest.raises((KeyboardInterrupt, bgoptimizer.BgError)):
+        write("a.xisf", "b.xisf")
+    assert os.listdir(".") == []
+
+
+def test_files_and_then_their_names_are_on_the_disk_before_a_run_ends(folder, monkeypatch):
+    done = []
+    for name in ("fsync", "replace"):
+        real = getattr(os, name)
+        monkeypatch.setattr(bgoptimizer.os, name, lambda *a, name=name, real=real: (done.append(name), real(*a)))
+    write("a.xisf", "b.xisf")
+    folder_too = [] if os.name == "nt" else ["fsync"]
+    assert done == ["fsync", "fsync", "replace", "replace", *folder_too]
+
+
+@SIGNALS
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["SIGKILL", "SIGTERM"])
+def test_runs_killed_at_any_moment_leave_whole_pairs(name, folder):
+    save(folder / "sky.xisf", sloping_sky(40, 60)[0])
+    kept = (folder / "sky.xisf").read_bytes()
+    arguments = [sys.executable, str(SCRIPT), "sky.xisf", "out", *FAST]
+    started = time.perf_counter()
+    assert subprocess.run(arguments, stdout=subprocess.DEVNULL).returncode == 0
+    whole = time.perf_counter() - started
+    for part in (0.3, 0.6, 0.9):
+        process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(part * whole)
+        process.send_signal(getattr(signal, name))
+        process.wait(60)
+        assert len({run_of(f"out/{name}") for name in PAIR}) == 1
+    assert run("sky.xisf", "out", "-p", "--figures", "save") == 0
+    assert sorted(os.listdir("out")) == [*PAIR, "sky_preview.png"]
+    assert (folder / "sky.xisf").read_bytes() == kept
+
+
+# ------------------------------------------------------------------------------------------------ two runs at once
+
+def test_the_second_run_of_a_pair_says_who_holds_it(sky, folder, capsys, monkeypatch):
+    monkeypatch.setattr(bgoptimizer, "fit_sky", None)  # nothing is fitted before
+    os.mkdir("out")
+    process = holder("out/sky_bgModel.xisf")
+    assert run("sky.xisf", "out", *FAST) == 1
+    said = refused(capsys)
+    assert f"process {process.pid} on {bgoptimizer.HOST} is writing" in said and "sky_bgModel.xisf" in said
+    lock, = Path("out").glob(".*.lock")
+    assert str(lock) in said
+    end(process)
+
+
+def test_runs_on_different_pictures_share_a_folder(folder):
+    process = holder("a.xisf")
+    write("b.xisf")
+    assert (folder / "b.xisf").read_bytes() == b"new"
+    assert len(os.listdir(".")) == 3
+    end(process)
+
+
+def test_of_two_threads_one_writes_and_one_is_refused(folder):
+    refusals = []
+
+    def second():
+        try:
+            write("a.xisf", data=b"second")
+        except bgoptimizer.BgError as refusal:
+            refusals.append(str(refusal))
+
+    with bgoptimizer.atomic_outputs("a.xisf") as (file,):
+        thread = threading.Thread(target=second)
+        thread.start()
+        thread.join()
+        file.write(b"first")
+    assert len(refusals) == 1 and f"process {os.getpid()}" in refusals[0]
+    assert (folder / "a.xisf").read_bytes() == b"first"
+    assert os.listdir(".") == ["a.xisf"]
+
+
+def test_the_pictures_of_a_run_tell_that_they_belong_together(sky, folder):
+    for _ in range(2):
+        before = run_of(PAIR[0]) if os.path.exists(PAIR[0]) else None
+        assert run("sky.xisf", *FAST, "--save-mask") == 0
+        runs = {run_of(name) for name in [*PAIR, "sky_mask.xisf"]}
+        assert len(runs) == 1 and before not in runs
+
+
+# ------------------------------------------------------------------------------------------------ names
+
+@pytest.mark.parametrize("name", [*PAIR, "sky_figures.png"])
+def test_a_folder_named_like_an_output_is_found_before_the_fit(name, sky, folder, capsys, monkeypatch):
+    monkeypatch.setattr(bgoptimizer, "read_picture", None)
+    os.makedirs(f"out/{name}")
+    assert run("sky.xisf", "out", *FAST, "--figures", "save") == 1
+    assert "is a folder" in refused(capsys)
+    assert os.listdir("out") == [name]
+
+
+@pytest.mark.parametrize("name", ["a\0b", "a\ud800b"])
+def test_a_name_that_no_folder_can_have_is_one_clear_line(name, sky, folder, capsys):
+    assert run("sky.xisf", name) == 1
+    said = refused(capsys)
+    assert "no name of a folder can have" in said and "bug" not in said
+
+
+def test_names_as_long_as_the_system_takes_can_be_written(folder):
+    write("m" * 250 + ".tif")
+    assert len(os.listdir(".")) == 1
+
+
+# ------------------------------------------------------------------------------------------------ the same everywhere
+
+THREADS = """
+import os, sys, bgoptimizer
+import numpy as np
+sys.path.insert(0, sys.argv[1])
+from scenes import sloping_sky
+settings = bgoptimizer.Settings(downscaling_factor=1, epochs=12, batch=16, delinearization_quantile=0.999)
+result = bgoptimizer.optimize(sloping_sky(192, 288)[0], settings)
+sys.stdout.write(result.subtracted.tobytes().hex() + result.model.tobytes().hex())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity") or os.cpu_count() < 2, reason="one processor")
+def test_the_same_bytes_come_from_any_number_of_threads():
+    allowed = os.sched_getaffinity(0)
+    done = []
+    try:
+        for processors in (allowed, {min(allowed)}):
+            os.sched_setaffinity(0, processors)
+            many = {"OPENBLAS_NUM_THREADS": str(len(processors)), "TF_NUM_INTRAOP_THREADS": str(4 * len(processors))}
+            done.append(subprocess.run([sys.executable, "-c", THREADS, str(Path(__file__).parent)], capture_output=True,
+                                       env={**os.environ, "PYTHONPATH": str(SCRIPT.parent), **many}, timeout=120))
+    finally:
+        os.sched_setaffinity(0, allowed)
+    assert [run.returncode for run in done] == [0, 0], done[0].stderr
+    assert done[0].stdout == done[1].stdout and done[0].stdout
+
+
+def test_history_tells_the_versions_as_pip_takes_them(sky, folder):
+    assert run("sky.xisf", *FAST) == 0
+    text = Path(PAIR[0]).read_bytes()[:30_000].decode("utf-8", "replace")
+    assert f"bgoptimizer: Python {sys.version.split()[0]}" in text
+    assert f"bgoptimizer: numpy=={np.__version__}" in text
+    assert re.search(r"bgoptimizer: tensorflow==[\d.]+\d", text)
+
+
+def test_no_requirement_forbids_what_nobody_has_seen_fail():
+    lines = (SCRIPT.parent / "requirements.txt").read_text().splitlines()
+    wanted = [line.split("#")[0].split(";")[0].strip() for line in lines]
+    bounded = {line.split()[0] for line in wanted if re.search("<|~=|==", line)}
+    assert bounded == {"tensorflow"}  # tensorflow-addons and Python 3.8 need an old one
+
+
+def test_nothing_says_that_the_package_index_has_this_tool():
+    for name in ("README.md", "bgoptimizer_colab.ipynb", "pyproject.toml", "requirements.txt", "bgoptimizer.py"):
+        text = (SCRIPT.parent / name).read_text(encoding="utf-8")
+        assert not re.search(r"(pip|pipx) install (-\S+ )*bgoptimizer(?!\.)", text), name
+
+
+# ------------------------------------------------------------------------------------------------ short of memory
+
+@pytest.mark.parametrize("error", [
+    MemoryError(), OSError(12, "Cannot allocate memory"), RuntimeError("std::bad_alloc"),
+    ImportError("libx.so.2: failed to map segment from shared object"), RuntimeError("can't start new thread")])
+def test_every_failure_for_want_of_memory_says_memory(error, sky, folder, capsys, monkeypatch):
+    def fails(*_):
+        raise error
+    for stage in ("read_picture", "examine", "write_xisf"):
+        with monkeypatch.context() as patch:
+            patch.setattr(bgoptimizer, stage, fails)
+            assert run("sky.xisf", "out", *FAST) == 1
+            said = refused(capsys)
+            assert "memory" in said and "install" not in said and "bug" not in said, stage
+    assert os.listdir("out") == []
+
+
+def test_tensorflow_that_has_no_room_is_not_to_be_installed_again(folder, monkeypatch):
+    def fails(_):
+        raise ImportError("libtensorflow_cc.so.2: failed to map segment from shared object")
+    monkeypatch.setattr(bgoptimizer.importlib, "import_module", fails)
+    with pytest.raises(MemoryError):
+        bgoptimizer.import_tensorflow()
+
+
+LIMITED = """
+import resource, sys, bgoptimizer
+resource.setrlimit(resource.RLIMIT_AS, (int(sys.argv[1]), resource.RLIM_INFINITY))
+sys.exit(bgoptimizer.main(["sky.xisf", "out", "-e", "2"]))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts addresses as Linux does")
+@pytest.mark.parametrize("limit", [1_200_000_000, 1_700_000_000])
+def test_a_limit_on_addresses_is_told_before_tensorflow_meets_it(limit, sky, folder):
+    done = python(LIMITED, str(limit), cwd=folder)  # TensorFlow itself may abort
+    assert "more memory is needed" in done.stderr and "Traceback" not in done.stderr
+    assert "install" not in done.stderr
