@@ -6469,7 +6469,9 @@ SINGLE_THREADED = {
     "TF_NUM_INTEROP_THREADS": "1",
     "TF_CPP_MIN_LOG_LEVEL": "3",
 }
-"""Environment of workers. There are as many as cores, so threads would only get in the way."""
+"""Environment of workers. There are as many as cores, so threads would only get in the way. Threads
+of BLAS would also change last bits. Dask's nanny forbids them to workers of a scheduler elsewhere;
+workers without a nanny need it from who starts them."""
 
 INSTALL_DASK = 'python -m pip install "dask[distributed]"'
 
