@@ -15,7 +15,7 @@ import bgoptimizer
 from runner import FAST, SCRIPT, command, quick, refused, run
 from scenes import save, sloping_sky, to_planes
 
-DATES = re.compile(rb"20\d\d[-:]\d\d[-:]\d\d[T ]\d\d:\d\d:\d\dZ?")
+DATES = re.compile(rb"20\d\d[-:]\d\d[-:]\d\d[T ]\d\d:\d\d:\d\d(\.\d+)?Z?")
 
 needs_dask = pytest.mark.skipif(
     importlib.util.find_spec("distributed") is None, reason="Dask's distributed is not installed")
@@ -301,7 +301,7 @@ from distributed import LocalCluster
 with LocalCluster(n_workers=1, threads_per_worker=2, dashboard_address=":0") as cluster:
     sys.exit(bgoptimizer.main([*sys.argv[1:], "--dask", cluster.scheduler_address]))
 """
-    program = f"if __name__ == '__main__':\n" + "\n".join("    " + line for line in program.splitlines())
+    program = "if __name__ == '__main__':\n" + "\n".join("    " + line for line in program.splitlines())
     (lights.parent / "driver.py").write_text(program)
     done = subprocess.run(
         [sys.executable, "driver.py", "lights", "dask", *FAST], capture_output=True, text=True,

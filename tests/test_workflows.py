@@ -9,12 +9,10 @@ import subprocess
 import sys
 import types
 from contextlib import contextmanager
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-import bgoptimizer
 from runner import SCRIPT
 from scenes import load, save, sloping_sky, to_planes
 

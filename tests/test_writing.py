@@ -1,7 +1,6 @@
 """What is left of a run that is ended from outside, or meets another: whole pairs of one run, or nothing."""
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -13,8 +12,8 @@ import numpy as np
 import pytest
 
 import bgoptimizer
-from runner import FAST, SCRIPT, command, python, refused, run
-from scenes import load, save, sloping_sky
+from runner import FAST, SCRIPT, python, refused, run
+from scenes import save, sloping_sky
 
 PAIR = ["sky_bgModel.xisf", "sky_bgSubtracted.xisf"]
 SIGNALS = pytest.mark.skipif(os.name == "nt", reason="signals differ")
