@@ -3068,10 +3068,11 @@ class _Surfaces:
         """Return the matrix, the right sides for all channels, and the sum of the weights."""
         w = weight.ravel() * self.inverse
         counted = np.flatnonzero(w)
-        columns = columns[counted]
-        weighted = columns * w[counted, None]
-        gram = weighted.T @ columns
-        right = weighted.T @ self.values[counted]
+        root = np.sqrt(w[counted, None])  # (counted, 1)
+        rows = columns[counted] * root
+        values = self.values[counted] * root
+        gram = rows.T @ rows  # of one matrix: BLAS computes half of it
+        right = rows.T @ values
         return gram, right, w.sum()
 
     def _solve(self, gram, right, energy):
