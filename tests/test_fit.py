@@ -51,6 +51,17 @@ def test_random_start_follows_the_seed_and_stays_in_the_frame():
     assert (starts[0] >= 0).all() and (starts[0] <= [1 / 3, 1]).all()
 
 
+def test_auto_leaves_no_wide_hole_between_random_starts():
+    def widest_hole(auto):
+        settings = Settings(auto=auto, points=64, seed=3)
+        points = start_positions(settings, (400, 600))
+        places = bgoptimizer.frame_coordinates(400, 600, 8).reshape(-1, 2)
+        distances = np.linalg.norm(places[:, None] - points, axis=-1)
+        return distances.min(1).max()
+
+    assert widest_hole(True) < 0.75 * widest_hole(False)
+
+
 def test_without_a_found_sky_first_values_are_the_pictures_and_under_a_mask_the_medians():
     planes = to_planes(sloping_sky(96, 144)[0])
     mask = np.ones((1, 96, 144), np.float32)
@@ -106,6 +117,21 @@ def test_every_order_and_start_finds_it(order, initializer):
     image, sky = sloping_sky()
     result = optimize(image, quick(order=order, initializer=initializer, points=16))
     assert error_in_percent(result.model, sky) < 5
+
+
+def test_where_no_sky_is_seen_the_model_goes_little_beyond_its_range():
+    planes = to_planes(sloping_sky(96, 144)[0])
+    mask = np.zeros((1, 96, 144), np.float32)
+    mask[:, :, :36] = 1
+    prepared = prepare(planes, Settings(), mask)
+    positions = start_positions(Settings(initializer="grid"), (96, 144))
+    channels = len(planes)
+    values = np.tile(0.2 + 0.5 * positions[:, 1:], channels)  # a steep slope, all over the frame
+    fit = bgoptimizer.Fit(positions, values, 2, 1.0, np.zeros((1, 6)), "", [],
+                          lambda places: np.zeros((*places.shape[:-1], channels)))
+    sky = bgoptimizer.linear_sky(prepared, fit)(prepared.centers)
+    seen = sky[prepared.used]
+    assert (np.ptp(sky, (0, 1)) < 1.7 * np.ptp(seen, 0)).all()
 
 
 def test_the_loss_falls_and_the_best_surface_is_kept(fitted):
