@@ -3816,7 +3816,7 @@ CLOSED_FLEXIBLE = 1.0
 """Well closed patches may leave a sky that only has this smoothing..."""
 
 CLOSED_GAIN = 0.004
-"""... if its loss is smaller by this than that of a sky as flexible that includes the patches."""
+"""... if its loss is smaller by this than that of the sky that includes the patches."""
 
 FEWEST_SKY = 30
 """If fewer cells than this are sky, all cells that are used are taken for sky."""
@@ -3861,8 +3861,8 @@ def _look_for_sky(looker: _Looker, used: np.ndarray, smoothings: Sequence[float]
     """Explain the picture, with closed patches of light as objects if they earn it, else without.
 
     Patches that are open on one side are objects only if the rest is then a simple sky. Patches
-    that are well closed may leave a more flexible sky, but it must explain the rest better than a
-    sky as flexible that includes them.
+    that are well closed may leave a more flexible sky, but it must explain the rest better than the
+    sky that includes them does.
 
     Args:
         looker: knows the picture.
@@ -3879,8 +3879,7 @@ def _look_for_sky(looker: _Looker, used: np.ndarray, smoothings: Sequence[float]
     nothing = np.zeros_like(used)
     smooth = _explain(looker, used, smoothings, nothing, GOOD_ENOUGH)
     if closed is not None and closed.best.smoothing >= CLOSED_FLEXIBLE:
-        as_flexible = smooth.candidates[closed.chosen]
-        if closed.best.loss < as_flexible.loss - CLOSED_GAIN:
+        if closed.best.loss < smooth.best.loss - CLOSED_GAIN:
             return closed
     return smooth
 
@@ -3978,13 +3977,13 @@ longer side from what shows sky."""
 FLEXIBLE = 1.0
 """A surface of less smoothing than this is flexible."""
 
-SEAM_SIGMA = 12.0
+SEAM_SIGMA = 20.0
 """Panels of a mosaic differ by so many sigma of the median along a seam."""
 
 SEAM_HEIGHT = 0.05
 """Panels differ by this part of the picture's range (1st to 99th percentile)."""
 
-SEAM_ALIKE = 0.9
+SEAM_ALIKE = 0.95
 """Panels differ in the same direction along this part of a seam."""
 
 SEAM_SEEN = 0.5
