@@ -1,6 +1,7 @@
 """The fit finds the sky, from every start and on every device."""
 import logging
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -299,3 +300,104 @@ def test_tensorflow_has_nothing_to_say_about_the_drop_in(monkeypatch):
     finally:
         logger.removeHandler(handler)
     assert messages == []
+
+
+# ------------------------------------------------------------------------------------------------ rules of the fit
+
+@pytest.fixture(scope="module")
+def nebula():
+    """A nebula under two glows as --auto sees it, with the start of its fit."""
+    scene = make_scene("nebula", 1, 400, 600, 1)
+    settings = Settings(auto=True, initializer="grid", downscaling_factor=4)
+    prepared, settings = bgoptimizer.examine(to_planes(scene.image), settings)
+    positions = start_positions(settings, prepared.full_shape)
+    start = positions, start_values(prepared, positions, settings.order)
+    return prepared, settings, start
+
+
+def test_the_loss_of_a_pixel_is_the_logarithm_of_all_its_terms():
+    tf = import_tensorflow()
+    terms = [tf.constant([term, 2 * term]) for term in (0.1, 0.02, 0.003, 0.0004)]
+    total = np.array([1, 2]) * (0.1 + 0.02 + 5 * (0.003 + 0.0004))
+    expected = np.log(bgoptimizer.LOSS_FLOOR + total).mean()
+    assert abs(float(bgoptimizer.log_loss(tf, terms, 5.0)) - expected) < 1e-5
+
+
+def test_the_fit_starts_from_the_found_sky_however_few_its_points(nebula):
+    prepared, settings, _ = nebula
+    positions = np.array([[0.1, 0.1], [0.5, 0.3], [0.2, 0.9]], np.float32)
+    start = positions, start_values(prepared, positions, settings.order)
+    fit = bgoptimizer.Fit(*start, settings.order, 1.0, np.zeros((1, 6)), "", [],
+                          bgoptimizer.rest_of_sky(prepared, settings.order, start))
+    found = prepared.stretch.extend(prepared.sky.start(prepared.centers))
+    np.testing.assert_allclose(fit.surface(prepared.centers), found, atol=1e-6)
+
+
+def test_behind_objects_the_found_sky_stands_for_the_picture(nebula):
+    prepared, settings, _ = nebula
+    sample = sky_sample(prepared, settings)
+    hidden = ~sample.seen
+    assert 0.1 < hidden.mean() < 0.9 and (sample.weight[hidden] > 0).all()
+    found = prepared.stretch.extend(prepared.sky.start(sample.places[hidden]))
+    np.testing.assert_allclose(sample.image[hidden], found, atol=1e-6)
+
+
+def test_noise_does_not_move_the_surface_that_fits_best():
+    """The loss likes the low side of the noise; the sample is moved there beforehand."""
+    tf = import_tensorflow()
+    scene = make_scene("flat", 1, 400, 600, 1)
+    settings = Settings(auto=True, downscaling_factor=4)
+    prepared, settings = bgoptimizer.examine(to_planes(scene.image), settings)
+    sample = sky_sample(prepared, settings)
+    truth = prepared.stretch.extend(scene.sky.mean((0, 1)))
+    noise = sample.image[sample.seen].std()
+    offsets = np.linspace(-2, 2, 41)
+    losses = []
+    for offset in offsets:
+        residual = tf.constant(sample.image[sample.seen] - truth - offset * noise)
+        terms = [bgoptimizer.loss_error(tf, residual), bgoptimizer.loss_color(tf, residual),
+                 bgoptimizer.loss_overshoot(tf, residual), 0.0]
+        losses.append(float(bgoptimizer.log_loss(tf, terms, settings.alpha)))
+    assert abs(offsets[np.argmin(losses)]) < 0.4
+
+
+def test_one_half_of_the_sample_is_fitted_and_the_other_judges(nebula):
+    prepared, settings, start = nebula
+    nodes, _ = bgoptimizer._bending_nodes(prepared.full_shape)
+    rest = bgoptimizer.rest_of_sky(prepared, settings.order, start)
+    sample = sky_sample(prepared, settings)
+    lesson = bgoptimizer._make_lesson(prepared, settings, sample, nodes, rest, 0.01)
+    assert int(lesson.fitted) == int(lesson.judging) == len(sample.places) // 2
+    few = bgoptimizer.Sample(*(part[:100] for part in sample))
+    lesson = bgoptimizer._make_lesson(prepared, settings, few, nodes, rest, 0.01)
+    assert (int(lesson.fitted), int(lesson.judging)) == (100, 0)
+    clipped = few._replace(image=np.where(np.arange(100)[:, None] < 7, 1.0, few.image),
+                           seen=np.arange(100) != 3)
+    lesson = bgoptimizer._make_lesson(prepared, settings, clipped, nodes, rest, 0.01)
+    assert lesson.clipped.numpy().sum() == 6  # where sky is seen, and as bright as can be told
+    for smoothing, costs in ((1e4, 1), (1e3, 0)):  # of a bowl
+        stiff = replace(settings, smoothing=smoothing)
+        lesson = bgoptimizer._make_lesson(prepared, stiff, sample, nodes, rest, 0.01)
+        assert float(lesson.bowl) == costs
+
+
+def test_a_learning_rate_that_is_far_too_high_costs_nothing(nebula):
+    """The control points that were judged best are kept, not the last ones."""
+    prepared, settings, start = nebula
+    wild = replace(settings, learning_rate=0.3, epochs=15)
+    fit = bgoptimizer.fit_surface(prepared, wild, start)
+    found = prepared.stretch.extend(prepared.sky.start(prepared.centers))
+    assert np.abs(fit.surface(prepared.centers) - found).max() < 0.01
+
+
+def test_a_fit_that_never_stands_still_ends_when_nothing_improves(monkeypatch):
+    monkeypatch.setattr(bgoptimizer, "STILL_CHANGE", 0.0)
+    result = optimize(sloping_sky(96, 144)[0], quick(epochs=1000))
+    assert "no improvement" in result.fit.stopped
+
+
+def test_the_sample_is_spread_evenly():
+    everywhere = np.full((256, 256), True)
+    row, column = np.divmod(bgoptimizer.sample_pixels(everywhere, 2048, 1), 256)
+    count = np.bincount(row // 32 * 8 + column // 32, minlength=64)  # in 64 tiles, 32 each
+    assert count.std() < 3  # of a purely random one about 5.6
