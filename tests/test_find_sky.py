@@ -11,8 +11,9 @@ from scipy.ndimage import gaussian_filter
 
 import bgoptimizer
 from bgoptimizer import Settings, examine, frame_coordinates, optimize
-from scenes import make_scene, score, sloping_sky, to_planes
+from scenes import REAL, make_scene, score, sloping_sky, to_planes
 
+NIGHT_SKY = REAL / "nightsky.xisf"
 AUTO = Settings(auto=True, initializer="grid", downscaling_factor=4)
 
 FAMILIES = """
@@ -122,6 +123,13 @@ def test_vignetting_has_a_top_inside_the_frame_and_is_sky():
     sky = find(image).sky
     assert sky.share > 0.95
     assert not sky.unsure
+
+
+@pytest.mark.skipif(not NIGHT_SKY.exists(), reason="the real pictures are not part of the project")
+def test_the_dome_of_a_real_night_sky_is_no_object():
+    planes = bgoptimizer.read_picture(str(NIGHT_SKY)).planes
+    prepared, _ = examine(planes, Settings(auto=True))
+    assert prepared.sky.share > 0.9
 
 
 @pytest.mark.slow
