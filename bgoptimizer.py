@@ -3215,7 +3215,7 @@ FOREGROUND_EDGE = 5
 GLOW_CORNER = 0.02
 """The glow of an amplifier is brightest within this part of the longer side from a corner."""
 
-GLOW_HALF = 0.1
+GLOW_HALF = 0.16
 """The glow has fallen to half within this part of the longer side."""
 
 GLOW_REACH = 0.3
@@ -3977,7 +3977,7 @@ longer side from what shows sky."""
 FLEXIBLE = 1.0
 """A surface of less smoothing than this is flexible."""
 
-SEAM_SIGMA = 20.0
+SEAM_SIGMA = 12.0
 """Panels of a mosaic differ by so many sigma of the median along a seam."""
 
 SEAM_HEIGHT = 0.05
@@ -5678,6 +5678,10 @@ BLOWN_SHARE = 0.01
 MOST_CLIPPED = 0.01
 """Part of the samples. If the correction clips more than that, something is wrong."""
 
+GRADIENT_SCALE = 6.0
+"""Cells: what the found sky misses is measured on Gaussian means of so many. Noise is small in
+them, and every gradient is wider."""
+
 STRETCHED_TOP = 0.6
 STRETCHED_MEDIAN = 0.15
 """A picture looks stretched if its brightest thousandth is above the first number, and its median
@@ -5777,7 +5781,10 @@ def _looks_like_mosaic(plane: np.ndarray) -> bool:
 
 
 def gradient(prepared: Prepared, fit: Fit | None = None, correction: str = "subtract") -> float:
-    """Tell how uneven the sky is: the range of the found sky over its level, mean of the channels.
+    """Tell how uneven the sky is: its range over its level, mean of the channels.
+
+    Before the correction it is the range of the sky that was found. Afterwards, what the found sky
+    misses of the picture counts as well: the model is like the found sky by its making.
 
     Args:
         prepared: with its sky.
@@ -5790,12 +5797,14 @@ def gradient(prepared: Prepared, fit: Fit | None = None, correction: str = "subt
     found = prepared.sky
     if found is None:
         return math.nan
-    places = found.centers[found.weight > 0]  # (n, 2)
-    sky = found.surface(places)  # (n, c)
+    shows_sky = found.weight > 0  # (h, w)
+    sky = found.surface(found.centers[shows_sky])  # (n, c)
     level = np.maximum(np.median(sky, axis=0), 1e-12)
     if fit is not None:
-        model = linear_sky(prepared, fit)(places)
-        sky = corrected(prepared, sky, model, correction)
+        missed = found.image - found.surface(found.centers)  # (h, w, c)
+        missed = _smooth(missed, GRADIENT_SCALE, shows_sky)[shows_sky]
+        model = linear_sky(prepared, fit)(found.centers[shows_sky])
+        sky = corrected(prepared, sky + missed, model, correction)
     high, low = np.percentile(sky, (99, 1), axis=0)
     return float(np.mean((high - low) / level))
 

@@ -1,5 +1,6 @@
 """What pytest reads first: the surroundings of the tests, their fixtures, and the switch for the slow ones."""
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -45,3 +46,15 @@ def fitted():
     """A picture, its sky, and what came of it: one fit for all tests that only look at the result."""
     image, sky = sloping_sky()
     return image, sky, optimize(image, QUICK)
+
+
+@pytest.fixture(autouse=True)
+def signals_are_heard():
+    """Who starts the tests in the background or under nohup has them ignore signals: not ours, and not those of the
+    processes that tests start."""
+    heard = {"SIGINT": signal.default_int_handler, "SIGTERM": signal.SIG_DFL, "SIGHUP": signal.SIG_DFL}
+    numbers = {getattr(signal, name): handler for name, handler in heard.items() if hasattr(signal, name)}
+    before = {number: signal.signal(number, handler) for number, handler in numbers.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
