@@ -23,7 +23,7 @@ examples:
   bgoptimizer.py "lights/*.fit" out --jobs 4 --skip-done
                                             in 4 processes, without those done
 
-from Python, with image of shape (h, w, c), linear, in 0..1:
+from Python, with image of shape (h, w, c), linear, in any unit:
   result = bgoptimizer.optimize(image, bgoptimizer.Settings(auto=True))
   result.subtracted, result.model
 
@@ -106,8 +106,8 @@ this are fitted well enough. Without it noiseless pixels would dominate the loss
 
 SAMPLE_PIXELS = 2048
 """Reduced pixels in one independent sample; a fit sees `-B` samples. The surface has some hundred
-degrees of freedom. Where the noise of a block is 1 % of the gradient, 2048 pixels determine 36
-control points to 0.13 %, which is a quarter of the method's other errors."""
+degrees of freedom. Where the noise of a block is 1 % of the gradient, 2048 pixels determine 32
+control points to 0.13 %."""
 
 FEWEST_TO_SPLIT = 512
 """Pixels. A sample with fewer pixels is not split into one half to fit and one half to judge by."""
@@ -116,9 +116,9 @@ STOP_PATIENCE = 100
 """The fit stops after so many epochs without improvement."""
 
 START_PATIENCE = 20
-"""With --auto, the fit stops after so many epochs in which nothing was better than the start. That
-is the rule: the start is the sky that was found, and in all scenes of the tests it stays the best.
-Without --auto, the first improvement may take 60 epochs."""
+"""With --auto, the fit stops after so many epochs in which nothing was better than the start by
+STOP_DELTA. That is the rule: the start is the sky that was found, and in all scenes of the tests it
+stays the best. Without --auto, the first improvement may take 60 epochs."""
 
 STOP_DELTA = 5e-5
 """The loss must fall by this much to count as improved."""
@@ -1217,7 +1217,7 @@ def _fit_into_unit_range(planes, name):
 def _room_below(planes, lowest, highest):
     """Return how much darker than its darkest sample a picture may become."""
     height, width = planes[0].shape
-    every = (height * width >> 20) | 1  # odd, so that it meets all columns
+    every = (height * width >> 20) | 1  # odd, so that it meets odd and even columns
     sample = planes.reshape(len(planes), -1)[:, ::every]
     sample = sample[np.isfinite(sample) & (sample != 0)]
     middle, bright = lowest, highest
@@ -1380,7 +1380,8 @@ SAFE_ASTROPY = "5.3"
 END_CARD = "END".ljust(FITS_CARD)
 FITS_TYPES = {8: "u1", 16: "i2", 32: "i4", 64: "i8", -32: "f4", -64: "f8"}  # by BITPIX
 SAFE_FITS_CODECS = ("RICE_1", "RICE_ONE", "GZIP_1", "GZIP_2", "NOCOMPRESS")
-"""At damaged data of others, HCOMPRESS_1 above all, astropy crashes, and Python with it."""
+"""The codecs that astropy unpacks safely. On damaged data of the others, HCOMPRESS_1 above all, it
+crashes, and Python with it."""
 
 UNPACK_FITS = """
 import sys, warnings
@@ -2006,6 +2007,8 @@ def atomic_outputs(*paths):
             stack.close()  # Windows renames no open file
             _rename_all(temporary, paths)
             _sync_folder(folder)
+    except BrokenPipeError:  # that of stdout: no output is a pipe
+        raise
     except OSError as error:
         reason = error.strerror or error
         raise BgError(f"cannot write to {folder or '.'}: {reason}; "
@@ -2364,7 +2367,7 @@ class Stretch:
         """The linear values that are taken to 1, (c,)."""
         return self.pedestal + self.scale
 
-    def channel(self, k: int) -> "Stretch":
+    def channel(self, k: int) -> Stretch:
         """Return the same stretch for channel `k` alone."""
         only = [k]
         return Stretch(self.pedestal[only], self.scale[only], self.midtones[only])
@@ -2665,7 +2668,7 @@ def shares(prepared: Prepared) -> dict[str, float]:
 #
 # 1. The sky is smooth. What has fine structure (arms, filaments, dust lanes, stars) is an object.
 #    Hills and trees are recognized by their step down from the sky.
-# 2. Glow comes from outside the frame and grows towards an edge. A smooth patch of light that is
+# 2. Glow comes from outside the frame and grows toward an edge. A smooth patch of light that is
 #    closed, which means surrounded by darker picture on all sides, is an object too: a nebula
 #    drowned in noise, a globular cluster.
 # 3. The light of an object falls off with the distance from it. Light around an object that stands
@@ -2676,7 +2679,7 @@ def shares(prepared: Prepared) -> dict[str, float]:
 # stiffest surface that explains the sky nearly as well as the best one does: it bulges least where
 # no sky is seen.
 #
-# The rooms of this section, in the order in which the picture passes through them:
+# The parts of this section, in the order in which the picture passes through them:
 #
 #   Cells                  the picture, reduced once more, and its noise
 #   Surfaces               all surfaces that the sky may have, and how they are fitted
@@ -3925,8 +3928,9 @@ def _try_smoothing(surfaces: _Surfaces, scenery: _Scenery, sky: np.ndarray,
 def _averaging_length(smoothing: float) -> float:
     """Return the length over which a surface averages, in units of the longer side.
 
-    The energy of a bump of that size is 8 pi / size^2 times its squared height. It equals the
-    squared height, summed over the bump, as part of a frame of two thirds of a square.
+    The energy of a bump of that size, as it is counted here (over 8 pi), is 1 / (8 pi size^2) times
+    its squared height. It equals the squared height, summed over the bump, as part of a frame of
+    3 to 2.
     """
     frame = 2 / 3
     return (smoothing * STIFFNESS_UNIT / (8 * math.pi) * frame)**0.25
@@ -4572,7 +4576,7 @@ class Fit:
     values: np.ndarray  # (n, c) final values there, stretched units
     order: int
     smoothing: float
-    history: np.ndarray  # (epochs, 6): loss, then the means of LOSS_TERMS
+    history: np.ndarray  # (epochs, 6): loss, then LOSS_TERMS, four as means
     stopped: str  # why the fit ended, in words
     track: list[tuple[int, np.ndarray, np.ndarray]]  # (epoch, positions, values); the start first
     rest: Callable[[np.ndarray], np.ndarray]  # see `rest_of_sky`
@@ -4692,7 +4696,7 @@ def sample_pixels(usable: np.ndarray, wanted: int, seed: int) -> np.ndarray:
     costs no more than one of 6 Mpix. The sample is stratified: the pixels are put in the order of
     a coarse grid of tiles, and one is drawn at random from each run of equal length.
     """
-    height, width = usable.shape
+    _, width = usable.shape
     row, column = np.nonzero(usable)
     if row.size > wanted:
         side = math.sqrt(row.size / wanted)
@@ -4856,7 +4860,7 @@ def fit_surface(prepared: Prepared, settings: Settings, start: tuple[np.ndarray,
         positions, values = [variable.numpy() for variable in training.best]
     if not history:
         raise BgError("the spline's equations cannot be solved from these control points; "
-                      "raise --smoothing, lower -N, or choose another --seed")
+                      "lower -N, or choose another --seed")
     return Fit(positions, values, settings.order, settings.smoothing, np.array(history), stopped,
                track, rest)
 
@@ -4880,7 +4884,7 @@ def _train(training: _Training, settings: Settings, start: tuple[np.ndarray, np.
             losses = np.array([np.nan])
         if not np.isfinite(losses).all():
             stopped = (f"stopped at epoch {epoch}: the spline's equations became singular; "
-                       "best surface so far taken (try a larger --smoothing)")
+                       "best surface so far taken (try a smaller -lr, or another --seed)")
             break
         history.append(losses[:-1])
         if on_epoch is not None:
@@ -4987,7 +4991,7 @@ def _make_lesson(prepared: Prepared, settings: Settings, sample: Sample, nodes: 
         # median above black
         midtones=numbers(prepared.stretch.midtones),
         stiffness=numbers(stiffness),
-        bowl=numbers(settings.smoothing >= PLANE))
+        bowl=numbers(1.0 if settings.smoothing >= PLANE else 0.0))
 
 
 @functools.lru_cache(maxsize=8)  # a folder holds pictures of few sizes
@@ -5618,8 +5622,8 @@ def optimize(image: np.ndarray, settings: Settings = Settings(), mask: np.ndarra
 
     Args:
         image: (h, w), (h, w, 1) or (h, w, 3), linear; 0, what is not finite, and what a masked
-            array masks count as missing. Integers count over their full range, floats in any unit: the results are in the same.
-            Not changed.
+            array masks count as missing. Integers count over their full range, which becomes 0 to
+            1. Floats may have any unit, and the results are in it. Not changed.
         settings: see `Settings`.
         mask: (h, w), (h, w, 1) or (h, w, c) weights in [0, 1], 1 = use, 0 = ignore; or integers.
         on_epoch: called after each epoch with its number, from 1, and its loss.
@@ -5635,6 +5639,7 @@ def optimize(image: np.ndarray, settings: Settings = Settings(), mask: np.ndarra
         raise BgError(f"the image has shape {np.shape(image)}; "
                       "give (h, w), (h, w, 1) or (h, w, 3)")
     unit = array_unit(planes)
+    keep_dark_samples(planes)
     weights = None if mask is None else mask_weights(_to_planes(mask, "the mask"))
     return remove_sky(planes, settings, weights, unit, nullcontext(on_epoch))
 
@@ -5656,7 +5661,6 @@ def _to_planes(image: np.ndarray, name: str) -> np.ndarray:
     planes = np.array(planes, dtype, order="C") / dtype(white)
     if masked is not np.ma.nomask:
         planes[np.moveaxis(np.atleast_3d(masked), -1, 0)] = np.nan
-    keep_dark_samples(planes)
     return planes
 
 
@@ -5773,7 +5777,7 @@ def _looks_like_mosaic(plane: np.ndarray) -> bool:
         median = np.median(phase)
         noise = GAUSSIAN_DEVIATION * np.median(np.abs(phase - median))
         medians.append(median)
-        errors.append(1.25 * noise / math.sqrt(phase.size))  # of a median of Gaussian noise
+        errors.append(MEDIAN_NOISE * noise / math.sqrt(phase.size))
         dark = min(dark, np.quantile(phase, 0.01))
     difference = np.ptp(medians)
     height = np.median(medians) - dark
@@ -5783,7 +5787,7 @@ def _looks_like_mosaic(plane: np.ndarray) -> bool:
 def gradient(prepared: Prepared, fit: Fit | None = None, correction: str = "subtract") -> float:
     """Tell how uneven the sky is: its range over its level, mean of the channels.
 
-    Before the correction it is the range of the sky that was found. Afterwards, what the found sky
+    Before the correction it is the range of the sky that was found. After it, what the found sky
     misses of the picture counts as well: the model is like the found sky by its making.
 
     Args:
@@ -6461,7 +6465,7 @@ def put_picture(draw: Callable, where: str, path: str) -> None:
 REPORT_NAME = "bgoptimizer_report.csv"
 DONE, WARNED, FAILED, SKIPPED = "done", "warned", "failed", "skipped"
 
-OWN_OUTPUTS = ("_bgModel", "_bgSubtracted", "_bgDivided", "_bgMask", "_mask")
+OWN_OUTPUTS = ("_bgModel", "_bgSubtracted", "_bgDivided", "_mask")
 """How names of pictures end that this tool has written. They are nothing to work on."""
 
 COPIES_IN_MEMORY = 4
@@ -6479,9 +6483,9 @@ SINGLE_THREADED = {
     "TF_NUM_INTEROP_THREADS": "1",
     "TF_CPP_MIN_LOG_LEVEL": "3",
 }
-"""Environment of workers. There are as many as cores, so threads would only get in the way. Threads
-of BLAS would also change last bits. Dask's nanny forbids them to workers of a scheduler elsewhere;
-workers without a nanny need it from who starts them."""
+"""Environment of workers. There may be as many as cores, so threads would only get in the way.
+Threads of BLAS would also change last bits. Dask's nanny forbids them to workers of a scheduler
+elsewhere; workers without a nanny need it from who starts them."""
 
 INSTALL_DASK = 'python -m pip install "dask[distributed]"'
 
@@ -6938,7 +6942,8 @@ TENSORFLOW_BYTES = 0.6e9
 """Memory that TensorFlow and the fit take, about; measured with TensorFlow 2.15."""
 
 TENSORFLOW_MAPS = 1.2e9
-"""Addresses, in bytes, that TensorFlow takes and never fills. They count where `ulimit -v` limits."""
+"""Addresses, in bytes, that TensorFlow takes and never fills. They count where `ulimit -v`
+limits."""
 
 MEMORY_LIMITS = "/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"
 """Where Linux tells how much memory a container may fill: in version 2 and in version 1."""
@@ -7312,16 +7317,12 @@ def _versions() -> list[str]:
 @contextmanager
 def _watched_fit(epochs: int, interrupts: _Interrupts) -> Iterator[Callable[[int, float], None]]:
     """Show how a fit goes on, and end it cleanly after Ctrl-C; yields what `on_epoch` is."""
-    interrupts.check()
-    interrupts.patient = True
-    with _progress(epochs) as show:
+    with _interruptible_fit(interrupts) as check, _progress(epochs) as show:
         def on_epoch(epoch, loss):
-            interrupts.check()
+            check(epoch, loss)
             show(epoch, loss)
 
         yield on_epoch
-    interrupts.patient = False
-    interrupts.check()
 
 
 class _Interrupts:
@@ -7380,9 +7381,9 @@ def _make_task(options: argparse.Namespace, settings: Settings) -> Task:
     figure = f"{start}_preview.png"
     if not options.preview:
         figure = f"{start}_figures.png"
-        corrected = "bgSubtracted" if settings.correction == "subtract" else "bgDivided"
+        what = "bgSubtracted" if settings.correction == "subtract" else "bgDivided"
         outputs["model"] = f"{start}_bgModel{ending}"
-        outputs["subtracted"] = f"{start}_{corrected}{ending}"
+        outputs["subtracted"] = f"{start}_{what}{ending}"
     if options.save_mask:
         outputs["mask"] = f"{start}_mask{ending}"
     if options.animate:
@@ -7442,7 +7443,7 @@ def _place_for_figure(options: argparse.Namespace) -> str | None:
     return "file" if options.preview else None
 
 
-@functools.lru_cache(maxsize=None)  # once is enough for all pictures
+@functools.lru_cache(maxsize=None)  # so that only the first call does anything
 def _start_importing() -> None:
     """Import TensorFlow beside stretching and reducing.
 
@@ -7458,9 +7459,9 @@ def _start_importing() -> None:
 
 
 def _import_silently() -> None:
-    """Import TensorFlow and do its first operation, with stderr closed.
+    """Import TensorFlow and do its first operation, with stderr led to nowhere.
 
-    Its C++ greets with a page of log lines at both, and no setting silences all of them.
+    Both print a page of log lines from C++, and no setting silences all of them.
     """
     with suppress(Exception):  # there is no stderr, no TensorFlow, or a GPU that does not start
         kept = os.dup(2)

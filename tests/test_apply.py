@@ -2,7 +2,8 @@
 import numpy as np
 import pytest
 
-from bgoptimizer import BgError, Settings, SkyModel, frame_coordinates, optimize, prepare, spline_surface, keep_dark_samples
+from bgoptimizer import (BgError, Settings, SkyModel, _to_planes, frame_coordinates, keep_dark_samples, optimize, prepare,
+                         spline_surface)
 from runner import QUICK, quick
 from scenes import sloping_sky
 
@@ -173,3 +174,9 @@ def test_weights_that_a_masked_array_masks_are_none():
     result = optimize(image, QUICK, weights)
     expected = optimize(image, QUICK, weights.filled(0))
     np.testing.assert_array_equal(result.prepared.weight, expected.prepared.weight)
+
+
+def test_a_lone_zero_in_a_mask_leaves_its_pixel_out():
+    mask = np.random.default_rng(1).uniform(0.1, 1, (64, 64)).astype(np.float32)
+    mask[::9, ::9] = 0
+    assert (_to_planes(mask, "the mask") == 0).sum() == (mask == 0).sum()

@@ -352,3 +352,11 @@ def test_a_limit_on_addresses_is_told_before_tensorflow_meets_it(limit, sky, fol
     done = python(LIMITED, str(limit), cwd=folder)  # TensorFlow itself may abort
     assert "more memory is needed" in done.stderr and "Traceback" not in done.stderr
     assert "install" not in done.stderr
+
+
+@SIGNALS
+def test_a_reader_of_our_lines_who_leaves_is_no_full_disk(sky, folder):
+    command = f"{sys.executable} {SCRIPT} sky.xisf out --figures none -dx 4 -e 20 | true"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120)
+    assert "cannot write" not in done.stderr and "Traceback" not in done.stderr
+    assert [name for name in os.listdir("out") if name.startswith(".")] == []
