@@ -3872,8 +3872,12 @@ def _look_for_sky(looker: _Looker, used: np.ndarray, smoothings: Sequence[float]
         used: (h, w) bool, the cells that take part.
         smoothings: to choose from, the stiffest first.
     """
+    tried = None
     for least in CLOSED_LEAST:
         patches = looker.patches(least)
+        if np.array_equal(patches, tried):
+            break  # all of them are well closed, and `closed` explains the picture with them
+        tried = patches
         closed = None
         if patches.any():
             closed = _explain(looker, used, smoothings, patches, GOOD_ENOUGH_CLOSED)
@@ -5802,10 +5806,11 @@ def gradient(prepared: Prepared, fit: Fit | None = None, correction: str = "subt
     if found is None:
         return math.nan
     shows_sky = found.weight > 0  # (h, w)
-    sky = found.surface(found.centers[shows_sky])  # (n, c)
+    surface = found.surface(found.centers)  # (h, w, c)
+    sky = surface[shows_sky]  # (n, c)
     level = np.maximum(np.median(sky, axis=0), 1e-12)
     if fit is not None:
-        missed = found.image - found.surface(found.centers)  # (h, w, c)
+        missed = found.image - surface
         missed = _smooth(missed, GRADIENT_SCALE, shows_sky)[shows_sky]
         model = linear_sky(prepared, fit)(found.centers[shows_sky])
         sky = corrected(prepared, sky + missed, model, correction)
@@ -7234,11 +7239,11 @@ def process_file(task: Task, watched: ContextManager = nullcontext()) -> Report:
         result = remove_sky(picture.planes, task.settings, mask, picture.unit, watched)
         _write_outputs(task, picture, result, files)
     draw = functools.partial(draw_figures, result=result, title=task.title)
-    written = [*task.outputs.values(), *_put_figure(task, draw)]
+    _put_figure(task, draw)
     sky = result.prepared.sky
     share, unsure = (math.nan, "") if sky is None else (sky.share, sky.unsure)
     return Report(share, unsure, result.settings.smoothing, result.gradient_before,
-                  result.gradient_after, result.clipped, written)
+                  result.gradient_after, result.clipped, _written_by(task))
 
 
 def preview_file(task: Task) -> list[str]:
@@ -7248,15 +7253,14 @@ def preview_file(task: Task) -> list[str]:
     prepared, settings = examine(picture.planes, task.settings, mask)
     draw = functools.partial(
         draw_preview, prepared=prepared, settings=settings, title=task.title)
-    return _put_figure(task, draw)
+    _put_figure(task, draw)
+    return _written_by(task)
 
 
-def _put_figure(task: Task, draw: Callable) -> list[str]:
-    """Draw a figure where the task wants it; returns the paths of what was written."""
-    if task.place_for_figure is None:
-        return []
-    put_picture(draw, task.place_for_figure, task.figure)
-    return [task.figure] if task.place_for_figure == "file" else []
+def _put_figure(task: Task, draw: Callable) -> None:
+    """Draw a figure where the task wants it."""
+    if task.place_for_figure is not None:
+        put_picture(draw, task.place_for_figure, task.figure)
 
 
 def _write_outputs(task: Task, picture: Picture, result: Result, opened: list) -> None:
