@@ -2945,6 +2945,19 @@ CEILING_WEIGHT = 0.5
 """Weight of "the sky is not above the picture" under an object, beside 1 for a cell of sky."""
 
 
+class _Equations(NamedTuple):
+    """Normal equations of a fit by weighted least squares. They are linear in the weights."""
+
+    gram: np.ndarray  # (m, m)
+    right: np.ndarray  # (m, c) of all channels
+    total: float  # sum of the weights
+
+    def less(self, other: _Equations) -> _Equations:
+        """Return the equations for these weights less other weights."""
+        return _Equations(
+            self.gram - other.gram, self.right - other.right, self.total - other.total)
+
+
 class _Surfaces:
     """All surfaces that the sky may have on the cells. They are thin plates, bowls, and glows.
 
@@ -3038,11 +3051,11 @@ class _Surfaces:
         squared = self.residual(found)**2
         return np.sqrt(squared.mean(-1))
 
-    def fit(self, weight: np.ndarray, ceiling: np.ndarray, smoothing: float) -> np.ndarray:
+    def fit(self, equations: _Equations, ceiling: np.ndarray, smoothing: float) -> np.ndarray:
         """Return the coefficients of the best surface, and of the halos beside it, (m + k, c).
 
         Args:
-            weight: (h, w) of the squared residuals, in units of the noise.
+            equations: of the surface and the halos.
             ceiling: (h, w, c) further weights, for the surface without the halos.
             smoothing: see `SMOOTHINGS`.
         """
@@ -3054,21 +3067,24 @@ class _Surfaces:
         energy *= STIFFNESS_UNIT
         energy += 1e-10 * np.eye(m)  # keeps the equations solvable
 
-        gram, right, total = self._normal_equations(self.columns, weight)
         coefficients = []
         for k in range(self.values.shape[1]):
-            more_gram, more_right, more = self._normal_equations(self.matrix, ceiling[..., k])
-            system = gram.copy()  # (m + k, m + k)
-            system[:m, :m] += more_gram
-            wanted = right[:, k].copy()  # (m + k,)
-            wanted[:m] += more_right[:, k]
-            system /= total + more
-            wanted /= total + more
+            more = self.equations(self.matrix, ceiling[..., k])
+            total = equations.total + more.total
+            system = equations.gram.copy()  # (m + k, m + k)
+            system[:m, :m] += more.gram
+            wanted = equations.right[:, k].copy()  # (m + k,)
+            wanted[:m] += more.right[:, k]
+            system /= total
+            wanted /= total
             coefficients.append(self._solve(system, wanted, energy))
         return np.stack(coefficients, -1)
 
-    def _normal_equations(self, columns, weight):
-        """Return the matrix, the right sides for all channels, and the sum of the weights."""
+    def equations(self, columns: np.ndarray, weight: np.ndarray) -> _Equations:
+        """Return the equations for columns (cells, m), with weights (h, w) in units of the noise.
+
+        Cells without weight cost no time.
+        """
         w = weight.ravel() * self.inverse
         counted = np.flatnonzero(w)
         root = np.sqrt(w[counted, None])  # (counted, 1)
@@ -3076,7 +3092,7 @@ class _Surfaces:
         values = self.values[counted] * root
         gram = rows.T @ rows  # of one matrix: BLAS computes half of it
         right = rows.T @ values
-        return gram, right, w.sum()
+        return _Equations(gram, right, w.sum())
 
     def _solve(self, gram, right, energy):
         """Solve the equations of one channel. The light of halos must not be negative."""
@@ -3105,7 +3121,8 @@ class _Surfaces:
         no_ceiling = np.zeros_like(self.cells.values)
         kept = weight
         for k in range(FOLLOW_ROUNDS):
-            found = self.fit(kept, no_ceiling, smoothing)
+            equations = self.equations(self.columns, kept)
+            found = self.fit(equations, no_ceiling, smoothing)
             residual = self.excess(found)
             size = np.abs(residual.mean(-1))
             typical = np.median(size[weight > 0])
@@ -3123,18 +3140,19 @@ class _Surfaces:
             sky: (h, w) weights of cells of sky.
             bounds: (h, w) bool: cells that only bound the sky from above.
             smoothing: see `SMOOTHINGS`.
-            rounds: of fitting again, with the weights that the last fit suggests.
+            rounds: of fitting, with the weights that the last fit suggests.
         """
-        kept = sky
-        ceiling = np.zeros_like(self.cells.values)  # (h, w, c)
-        for _ in range(rounds):
-            found = self.fit(kept, ceiling, smoothing)
+        of_sky = self.equations(self.columns, sky)
+        found = self.fit(of_sky, np.zeros_like(self.cells.values), smoothing)
+        for _ in range(rounds - 1):
             distance = np.maximum(self.distance(found), 1e-9)
             typical = HUBER_DEVIATION * np.median(distance[sky > 0])
             limit = HUBER_LIMIT * max(1.0, typical)
-            kept = sky * np.minimum(1, limit / distance)
+            lost = sky * (1 - np.minimum(1, limit / distance))  # nothing, in most cells
+            equations = of_sky.less(self.equations(self.columns, lost))
             pierced = self.excess(found) < 0
-            ceiling = CEILING_WEIGHT * (bounds[..., None] & pierced)
+            ceiling = CEILING_WEIGHT * (bounds[..., None] & pierced)  # (h, w, c)
+            found = self.fit(equations, ceiling, smoothing)
         return found
 
 
