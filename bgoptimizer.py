@@ -5016,6 +5016,35 @@ def _make_lesson(prepared: Prepared, settings: Settings, sample: Sample, nodes: 
         bowl=numbers(1.0 if settings.smoothing >= PLANE else 0.0))
 
 
+def _any_lesson(kind: _Kind) -> _Lesson:
+    """Return the types and shapes of all lessons of one kind, as the signature of the step.
+
+    The number of pixels stays open. A step traced for the number of its first picture would round
+    differently, and what came first in a folder would change the results of all others.
+    """
+    tf = import_tensorflow()
+    m = None
+    n = math.prod(kind.nodes)
+    c = kind.channels
+
+    def numbers(*shape):
+        return tf.TensorSpec(shape, tf.float32)
+
+    return _Lesson(
+        image=numbers(m, c),
+        weight=numbers(m, c),
+        clipped=tf.TensorSpec((m, c), tf.bool),
+        fitted=tf.TensorSpec((), tf.int32),
+        judging=tf.TensorSpec((), tf.int32),
+        places=numbers(m, 2),
+        rest=numbers(m, c),
+        glow=numbers(n, c),
+        unit=numbers(c),
+        midtones=numbers(c),
+        stiffness=numbers(),
+        bowl=numbers())
+
+
 @functools.lru_cache(maxsize=8)  # a folder holds pictures of few sizes
 def _training(kind: _Kind) -> _Training:
     """Return the training of fits of this kind.
@@ -5047,7 +5076,8 @@ class _Training:
         self.adam = tf.keras.optimizers.Adam()
         self.adam.build(variables)
         # Nothing in the step needs rewriting, which costs time and would reach into the drop-in
-        self._traced = tf.function(self._step, autograph=False, reduce_retracing=True)
+        self._traced = tf.function(
+            self._step, input_signature=[_any_lesson(kind)], autograph=False)
 
     def begin(self, start: tuple[np.ndarray, np.ndarray], learning_rate: float,
               lesson: _Lesson) -> None:

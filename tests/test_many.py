@@ -282,15 +282,8 @@ def test_what_a_killed_worker_was_at_is_done_by_another(lights):
     error = process.communicate(timeout=300)[1].decode()
     assert process.returncode == 1 and "Traceback" not in error, error
     alone, together = lights.parent / "out", lights.parent / "jobs"
-    # All is there, and whole. Bytes are not compared: in the worker that takes the place of the
-    # killed one, last bits of a plain fit were seen to differ, about once in five runs.
-    assert sorted(undated(alone)) == sorted(undated(together))
-    for name in undated(together):
-        if not name.endswith(".csv"):
-            bgoptimizer.read_picture(str(together / name))
-    outcomes = [{name: row["outcome"] for name, row in rows_of(folder).items()}
-                for folder in (alone, together)]
-    assert outcomes[0] == outcomes[1]
+    assert_same_files(alone, together)
+    assert without_seconds(rows_of(alone)) == without_seconds(rows_of(together))
 
 
 def children(pid):
@@ -350,11 +343,10 @@ def traces(monkeypatch):
     return found
 
 
-def test_the_training_step_is_traced_once_for_pictures_of_one_shape(monkeypatch):
+def test_the_training_step_is_traced_once_for_pictures_of_one_ratio(monkeypatch):
     found = traces(monkeypatch)
-    for seed in range(3):
-        image, _ = sloping_sky(seed=seed)
-        image[:seed] = 0  # missing rows: the fit sees fewer pixels
+    for size in (1, 2, 3):
+        image, _ = sloping_sky(24 * size, 36 * size)
         bgoptimizer.optimize(image, quick(epochs=3))
     assert len(found) == 1
     image, _ = sloping_sky(channels=1)
@@ -363,12 +355,12 @@ def test_the_training_step_is_traced_once_for_pictures_of_one_shape(monkeypatch)
 
 
 def test_a_step_that_is_used_again_has_forgotten_the_picture_before():
-    first, _ = sloping_sky()
+    first, _ = sloping_sky(24, 36)
     second, _ = sloping_sky(seed=2, noise=0.002)
     bgoptimizer._training.cache_clear()
-    alone = bgoptimizer.optimize(second, quick(epochs=30))
+    alone = bgoptimizer.optimize(second, quick(epochs=120))
     bgoptimizer._training.cache_clear()
     bgoptimizer.optimize(first, quick(epochs=40, learning_rate=0.01))
-    after_another = bgoptimizer.optimize(second, quick(epochs=30))
+    after_another = bgoptimizer.optimize(second, quick(epochs=120))
     assert (alone.model == after_another.model).all()
     assert (alone.fit.history == after_another.fit.history).all()
