@@ -63,7 +63,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timezone
-from typing import Callable, ContextManager, Iterator, NamedTuple, Sequence
+from typing import Any, Callable, ContextManager, Iterator, NamedTuple, Sequence
 from xml.etree import ElementTree
 from xml.parsers import expat
 
@@ -2124,6 +2124,9 @@ def _remove_temporaries(stem):
 # What the stages share
 # --------------------------------------------------------------------------------------------------
 
+GAUSSIAN_DEVIATION = 1.4826
+"""Standard deviation of a Gaussian over its median distance from the median."""
+
 TILE = 8
 """Pixels along a side of the tiles by which missing data are told from dark samples."""
 
@@ -3430,7 +3433,7 @@ def _corner_glow(surfaces: _Surfaces, plain: np.ndarray, from_corner: np.ndarray
 
 
 def _closed_patches(surfaces: _Surfaces, usable: np.ndarray, plain: np.ndarray,
-                    objects: np.ndarray, closed: float) -> np.ndarray:
+                    objects: np.ndarray, closedness: float) -> np.ndarray:
     """Return smooth patches of light that are surrounded by darker picture, (h, w) bool.
 
     Their height is measured above a stiff surface through the rest of the sky. It is fitted again
@@ -3439,7 +3442,7 @@ def _closed_patches(surfaces: _Surfaces, usable: np.ndarray, plain: np.ndarray,
     Args:
         usable, objects: (h, w) bool.
         plain: (h, w) bool, usable cells without structure.
-        closed: see `CLOSED_LEAST`.
+        closedness: see `CLOSED_LEAST`.
     """
     found = np.zeros_like(usable)
     before = found
@@ -3449,7 +3452,7 @@ def _closed_patches(surfaces: _Surfaces, usable: np.ndarray, plain: np.ndarray,
             break
         stiff = surfaces.fit_below(sky.astype(float), found | objects, WITH_BOWL, rounds=5)
         before = found
-        found = _patches_above(surfaces, stiff, usable, plain, closed)
+        found = _patches_above(surfaces, stiff, usable, plain, closedness)
         if attempt and (before != found).sum() < CLOSED_CHANGE:
             break
     lasting = before & found
@@ -3457,7 +3460,7 @@ def _closed_patches(surfaces: _Surfaces, usable: np.ndarray, plain: np.ndarray,
 
 
 def _patches_above(surfaces: _Surfaces, stiff: np.ndarray, usable: np.ndarray, plain: np.ndarray,
-                   closed: float) -> np.ndarray:
+                   closedness: float) -> np.ndarray:
     """Return closed patches of light above a surface, (h, w) bool.
 
     A patch curves down in all directions, both in the picture (glow that fades from an edge does
@@ -3465,7 +3468,7 @@ def _patches_above(surfaces: _Surfaces, stiff: np.ndarray, usable: np.ndarray, p
 
     Args:
         stiff: (m, c) coefficients of the surface.
-        usable, plain, closed: as for `_closed_patches`.
+        usable, plain, closedness: as for `_closed_patches`.
     """
     from skimage.morphology import flood
     cells = surfaces.cells
@@ -3494,7 +3497,7 @@ def _patches_above(surfaces: _Surfaces, stiff: np.ndarray, usable: np.ndarray, p
             peak = scipy.ndimage.maximum_position(view, top)
             height = view[peak]
             level = way_out[peak]
-            if height > least and 1 - level / height >= closed:
+            if height > least and 1 - level / height >= closedness:
                 foot = max(level, CLOSED_FOOT * height)
                 above_foot = usable & (view > foot)
                 found |= top | flood(above_foot, peak, connectivity=1)
@@ -3619,10 +3622,10 @@ class _Looker:
         self.excess = self.surfaces.excess(found)  # (h, w, c)
         self.rough, self.objects = _rough_cells(self.cells, self.usable, self.excess)
 
-    def patches(self, closed: float) -> np.ndarray:
+    def patches(self, closedness: float) -> np.ndarray:
         """Return closed patches of light, (h, w) bool; see `_closed_patches`."""
         plain = self.usable & ~self.objects & ~self.rough
-        return _closed_patches(self.surfaces, self.usable, plain, self.objects, closed)
+        return _closed_patches(self.surfaces, self.usable, plain, self.objects, closedness)
 
     def scenery(self, patches: np.ndarray) -> _Scenery:
         """Return the objects with their halos.
@@ -3894,19 +3897,19 @@ def _look_for_sky(looker: _Looker, used: np.ndarray, smoothings: Sequence[float]
     for least in CLOSED_LEAST:
         patches = looker.patches(least)
         if np.array_equal(patches, tried):
-            break  # all of them are well closed, and `closed` explains the picture with them
+            break  # all of them are well closed, and `with_patches` explains the picture with them
         tried = patches
-        closed = None
+        with_patches = None
         if patches.any():
-            closed = _explain(looker, used, smoothings, patches, GOOD_ENOUGH_CLOSED)
-            if closed.best.smoothing >= SIMPLE_SKY:
-                return closed
+            with_patches = _explain(looker, used, smoothings, patches, GOOD_ENOUGH_CLOSED)
+            if with_patches.best.smoothing >= SIMPLE_SKY:
+                return with_patches
     nothing = np.zeros_like(used)
-    smooth = _explain(looker, used, smoothings, nothing, GOOD_ENOUGH)
-    if closed is not None and closed.best.smoothing >= CLOSED_FLEXIBLE:
-        if closed.best.loss < smooth.best.loss - CLOSED_GAIN:
-            return closed
-    return smooth
+    without = _explain(looker, used, smoothings, nothing, GOOD_ENOUGH)
+    if with_patches is not None and with_patches.best.smoothing >= CLOSED_FLEXIBLE:
+        if with_patches.best.loss < without.best.loss - CLOSED_GAIN:
+            return with_patches
+    return without
 
 
 def _explain(looker: _Looker, used: np.ndarray, smoothings: Sequence[float], patches: np.ndarray,
@@ -4087,15 +4090,15 @@ def _closed_top(surfaces: _Surfaces, candidate: _Candidate,
         The height as a part of the surface's range; True if the top lies behind objects.
     """
     cells = surfaces.cells
-    frame = np.full(objects.shape, True)
-    frame[1:-1, 1:-1] = False
+    border = np.full(objects.shape, True)
+    border[1:-1, 1:-1] = False
     highest = 0.0
     hidden = False
     for view in np.moveaxis(surfaces.surface(candidate.found), -1, 0):
         span = _span(view[cells.usable], (99, 1))
-        closed = view - _way_out(view, frame)  # (h, w)
-        height = closed.max() / max(span, 1e-12)
-        core = closed > 0.5 * closed.max()
+        above = view - _way_out(view, border)  # (h, w)
+        height = above.max() / max(span, 1e-12)
+        core = above > 0.5 * above.max()
         behind = (objects & core).sum() > HIDDEN_TOP * core.sum()
         if height > highest and (behind or core.mean() < SMALL_TOP):
             highest = height
@@ -4292,7 +4295,7 @@ grow without bound. The value is that of tensorflow-addons."""
 
 
 def spline_surface(query: np.ndarray, positions: np.ndarray, values: np.ndarray, order: int,
-                   smoothing: float) -> np.ndarray:
+                   regularization: float) -> np.ndarray:
     """Evaluate the surface through values at control points, in Float64.
 
     It is that of `interpolate_spline`, for where no gradient is needed. It is linear in the values:
@@ -4303,12 +4306,12 @@ def spline_surface(query: np.ndarray, positions: np.ndarray, values: np.ndarray,
         positions: (n, 2) control points.
         values: (n, k) at the control points.
         order: of the kernel phi, which is r^order if odd and r^order log r if even.
-        smoothing: weight on the diagonal of the interpolation system, 0 = through the values.
+        regularization: weight on the diagonal of the interpolation system, 0 = through the values.
 
     Returns:
         (..., k).
     """
-    coefficients = _spline_coefficients(positions, order, smoothing) @ values
+    coefficients = _spline_coefficients(positions, order, regularization) @ values
     weights, slopes, level = np.split(coefficients, (-3, -1))  # (n, k), (2, k), (1, k)
     points = query.reshape(-1, 2)  # (m, 2)
     # In parts: the kernels of all points at once would be the largest array of a run
@@ -4321,7 +4324,7 @@ def spline_surface(query: np.ndarray, positions: np.ndarray, values: np.ndarray,
     return values_there.reshape(*query.shape[:-1], -1)
 
 
-def _spline_coefficients(positions: np.ndarray, order: int, smoothing: float) -> np.ndarray:
+def _spline_coefficients(positions: np.ndarray, order: int, regularization: float) -> np.ndarray:
     """Return the matrix that takes values at control points to the spline's coefficients.
 
     It has the shape (n + 3, n). The coefficients are n weights of kernels, two slopes, and a level.
@@ -4330,7 +4333,7 @@ def _spline_coefficients(positions: np.ndarray, order: int, smoothing: float) ->
     kernels = _kernel(positions, positions, order)  # (n, n)
     plane = np.c_[positions, np.ones(n)]  # (n, 3)
     system = np.zeros((n + 3, n + 3))
-    system[:n, :n] = kernels + smoothing * np.eye(n)
+    system[:n, :n] = kernels + regularization * np.eye(n)
     system[:n, n:] = plane
     system[n:, :n] = plane.T
     values = np.eye(n + 3, n)
@@ -4465,7 +4468,7 @@ def _import_interpolate_spline() -> Callable:
             return interpolate_spline
 
 
-def spline_layer(positions: np.ndarray, values: np.ndarray, order: int, smoothing: float):
+def spline_layer(positions: np.ndarray, values: np.ndarray, order: int, regularization: float):
     """Return a Keras layer, query points [m, 2] -> surface [m, c].
 
     Its trainable weights are the control points: first their positions, then their values.
@@ -4474,7 +4477,7 @@ def spline_layer(positions: np.ndarray, values: np.ndarray, order: int, smoothin
         positions: (n, 2) where the control points start.
         values: (n, c) of the surface there, at the start.
         order: of the spline.
-        smoothing: regularization weight of its interpolation.
+        regularization: weight on the diagonal of the interpolation system.
     """
     tf = import_tensorflow()
     interpolate = _import_interpolate_spline()
@@ -4491,7 +4494,7 @@ def spline_layer(positions: np.ndarray, values: np.ndarray, order: int, smoothin
 
         def call(self, query):
             surface = interpolate(
-                self.positions[None], self.values[None], query[None], order, smoothing)
+                self.positions[None], self.values[None], query[None], order, regularization)
             return surface[0]
 
     return SplineSurface()
@@ -4964,21 +4967,21 @@ class _Kind(NamedTuple):
 
 
 class _Lesson(NamedTuple):
-    """What the training step sees of one picture: m pixels and n nodes, as tensors."""
+    """What the training step sees of one picture: m pixels and n nodes, as tensors of TensorFlow."""
 
-    image: np.ndarray  # [m, c] stretched
-    weight: np.ndarray  # [m, c]
-    clipped: np.ndarray  # [m, c] as bright as the stretch can tell, so a sky that is brighter is no
+    image: Any  # [m, c] stretched
+    weight: Any  # [m, c]
+    clipped: Any  # [m, c] as bright as the stretch can tell, so a sky that is brighter is no
     # overshoot
-    fitted: np.ndarray  # [] the pixels before this one are fitted
-    judging: np.ndarray  # [] this pixel and those after it judge
-    places: np.ndarray  # [m + n, 2] of the pixels, then of the nodes
-    rest: np.ndarray  # [m + n, c] see `rest_of_sky`
-    glow: np.ndarray  # [n, c] its bending costs nothing
-    unit: np.ndarray  # [c] of the bending
-    midtones: np.ndarray  # [c] of the stretch
-    stiffness: np.ndarray  # [] weight of the bending
-    bowl: np.ndarray  # [] see `loss_bending`
+    fitted: Any  # [] the pixels before this one are fitted
+    judging: Any  # [] this pixel and those after it judge
+    places: Any  # [m + n, 2] of the pixels, then of the nodes
+    rest: Any  # [m + n, c] see `rest_of_sky`
+    glow: Any  # [n, c] its bending costs nothing
+    unit: Any  # [c] of the bending
+    midtones: Any  # [c] of the stretch
+    stiffness: Any  # [] weight of the bending
+    bowl: Any  # [] see `loss_bending`
 
 
 def _make_lesson(prepared: Prepared, settings: Settings, sample: Sample, nodes: np.ndarray,
@@ -5519,6 +5522,10 @@ def corrected(prepared: Prepared, linear: np.ndarray, sky: np.ndarray,
 # The whole job on arrays
 # --------------------------------------------------------------------------------------------------
 
+MOST_CLIPPED = 0.01
+"""Part of the samples. If the correction clips more than that, something is wrong."""
+
+
 SMOOTHING_OF_UNKNOWN_SKY = 1.0
 """Where no sky can be looked for: in the middle of what is chosen elsewhere."""
 
@@ -5625,7 +5632,7 @@ def remove_sky(planes: np.ndarray, settings: Settings, mask: np.ndarray | None =
     prepared, settings = examine(planes, settings, mask, black)
     with watched as on_epoch:
         fit = fit_sky(prepared, settings, on_epoch)
-    logger.info(f"{fit.stopped}; best loss {fit.history[:, 0].min():.4f}")
+    logger.info(f"{fit.stopped}; lowest loss {fit.history[:, 0].min():.4f}")
     sky = full_size_sky(prepared, fit, planes.dtype)
     if settings.correction == "divide":
         levels, clipped = divide(planes, sky, black)
@@ -5731,9 +5738,6 @@ reduced copy; a larger one has enough reduced pixels."""
 BLOWN_SHARE = 0.01
 """Part of the frame. If the stretch clips less sky than that, nobody needs to know."""
 
-MOST_CLIPPED = 0.01
-"""Part of the samples. If the correction clips more than that, something is wrong."""
-
 GRADIENT_SCALE = 6.0
 """Cells: what the found sky misses is measured on Gaussian means of so many. Noise is small in
 them, and every gradient is wider."""
@@ -5747,10 +5751,6 @@ stars."""
 MOSAIC_DIFFERENCE = 0.03
 """The medians of the four phases of a mosaic differ by at least this part of their height above
 black."""
-
-GAUSSIAN_DEVIATION = 1.4826
-"""Standard deviation of a Gaussian over its median distance from the median."""
-
 
 def thinned(prepared: Prepared, most: int = VIEW_PIXELS) -> Prepared:
     """Take every k-th pixel of the reduced frame, so that its longer side has about `most`."""
@@ -7315,11 +7315,10 @@ def _write_outputs(task: Task, picture: Picture, result: Result, opened: list) -
     """Write what a task asks for into its opened files."""
     history = _history(task, result)
     write = FORMATS[task.format].write
-    source = picture.source
-    unit = picture.unit
+    own = picture.source, picture.unit
     pictures = {
-        "model": (result.sky, source, unit, "the sky"),
-        "subtracted": (result.planes, source, unit, "the picture without the sky"),
+        "model": (result.sky, *own, "the sky"),
+        "subtracted": (result.planes, *own, "the picture without the sky"),
     }
     if "mask" in task.outputs:
         mask = full_mask(result.prepared, result.settings)
