@@ -27,7 +27,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # as the script does; here NumPy comes first
+# The threads that the script allows its libraries; here NumPy comes first. The plain version has
+# the same.
+for variable in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "TF_NUM_INTRAOP_THREADS"):
+    os.environ[variable] = "1"
 
 import numpy as np  # noqa: E402
 
