@@ -226,8 +226,8 @@ def plain_surface(tf, points):
         def call(self, query):
             of_query = tf.reduce_sum(query**2, 1, keepdims=True)  # (n, 1)
             of_points = tf.reduce_sum(self.positions**2, 1)  # (points,)
-            products = query @ tf.transpose(self.positions)
-            squared = tf.maximum(of_query - 2 * products + of_points, 1e-10)
+            squared = of_query - 2 * query @ tf.transpose(self.positions) + of_points
+            squared = tf.maximum(squared, 1e-10)
             kernel = 0.5 * squared * tf.math.log(squared)  # (n, points)
             ones = tf.ones_like(query[:, :1])
             terms = tf.concat([query, ones], 1)  # (n, 3)
