@@ -48,14 +48,19 @@ def command(*arguments, **options):
     )
 
 
-def python(program, *arguments, **options):
+def imports_script(**more):
+    """Return the surroundings of a process that can import the script, and has more variables."""
+    return {**os.environ, "PYTHONPATH": str(SCRIPT.parent), **more}
+
+
+def python(program, *arguments, timeout=60, env=None, **options):
     """Run a program that imports the script, in a process of its own."""
     return subprocess.run(
         [sys.executable, "-c", program, *arguments],
         capture_output=True,
         text=True,
-        timeout=60,
-        env={**os.environ, "PYTHONPATH": str(SCRIPT.parent)},
+        timeout=timeout,
+        env=env or imports_script(),
         **options,
     )
 
