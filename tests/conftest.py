@@ -1,4 +1,4 @@
-"""What pytest reads first: the surroundings of the tests, fixtures, and the switch for slow ones."""
+"""What pytest reads first: the surroundings of the tests, fixtures, a switch for the slow ones."""
 import os
 import signal
 import sys
