@@ -1,4 +1,4 @@
-"""What pytest reads first: the surroundings of the tests, their fixtures, and the switch for the slow ones."""
+"""What pytest reads first: the surroundings of the tests, fixtures, a switch for the slow ones."""
 import os
 import signal
 import sys
@@ -6,8 +6,10 @@ from pathlib import Path
 
 os.environ.setdefault("MPLBACKEND", "Agg")  # no test opens a window
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # as the script does, which here is imported after NumPy
-sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
+# As the script does, which here is imported after NumPy
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 import pytest  # noqa: E402
 
@@ -21,10 +23,12 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Without --all the slow tests stay out, unless -m or a node id (file::test) asks for tests by itself."""
-    if config.getoption("--all") or config.option.markexpr or any("::" in argument for argument in config.args):
+    """Leave the slow tests out, unless --all, -m or a node id (file::test) asks for them."""
+    by_node_id = any("::" in argument for argument in config.args)
+    if config.getoption("--all") or config.option.markexpr or by_node_id:
         return
-    config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("slow")])
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    config.hook.pytest_deselected(items=slow)
     items[:] = [item for item in items if not item.get_closest_marker("slow")]
 
 
@@ -38,23 +42,36 @@ def folder(tmp_path, monkeypatch):
 @pytest.fixture
 def sky(folder):
     """The path of a picture, sky.xisf, alone in the folder to stand in."""
-    return save(folder / "sky.xisf", sloping_sky()[0])
+    image, _ = sloping_sky()
+    return save(folder / "sky.xisf", image)
 
 
 @pytest.fixture(scope="session")
 def fitted():
-    """A picture, its sky, and what came of it: one fit for all tests that only look at the result."""
+    """A picture, its sky, and what came of it.
+
+    This is one fit for all tests that only look at the result.
+    """
     image, sky = sloping_sky()
     return image, sky, optimize(image, QUICK)
 
 
 @pytest.fixture(autouse=True)
 def signals_are_heard():
-    """Who starts the tests in the background or under nohup has them ignore signals: not ours, and not those of the
-    processes that tests start."""
-    heard = {"SIGINT": signal.default_int_handler, "SIGTERM": signal.SIG_DFL, "SIGHUP": signal.SIG_DFL}
-    numbers = {getattr(signal, name): handler for name, handler in heard.items() if hasattr(signal, name)}
-    before = {number: signal.signal(number, handler) for number, handler in numbers.items()}
+    """Signals end the processes that tests start, and the tests themselves.
+
+    Who starts the tests in the background or under nohup has them ignore signals.
+    """
+    heard = {
+        "SIGINT": signal.default_int_handler,
+        "SIGTERM": signal.SIG_DFL,
+        "SIGHUP": signal.SIG_DFL,
+    }
+    before = {}
+    for name, handler in heard.items():
+        if hasattr(signal, name):
+            number = getattr(signal, name)
+            before[number] = signal.signal(number, handler)
     yield
     for number, handler in before.items():
         signal.signal(number, handler)

@@ -1,4 +1,7 @@
-"""FITS and TIFF: the same picture in all formats, nothing lost between them, nothing hostile let in."""
+"""FITS and TIFF: the same picture in all formats, nothing lost between them.
+
+Nothing hostile is let in.
+"""
 
 import io
 import os

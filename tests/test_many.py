@@ -1,4 +1,4 @@
-"""Many pictures in one run: what is done with a folder, a pattern, and helpers beside this process."""
+"""Many pictures in one run: a folder, a pattern, and helpers beside this process."""
 import csv
 import importlib.util
 import os
@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import bgoptimizer
-from runner import FAST, SCRIPT, command, quick, refused, run
+from runner import FAST, SCRIPT, command, imports_script, python, quick, refused, run
 from scenes import save, sloping_sky, to_planes
 
 DATES = re.compile(rb"20\d\d[-:]\d\d[-:]\d\d[T ]\d\d:\d\d:\d\d(\.\d+)?Z?")
@@ -78,13 +78,15 @@ def without_seconds(rows):
 def test_a_folder_is_done_in_the_order_of_names_and_broken_files_do_not_stop_it(lights, capsys):
     assert run("lights", "out", *FAST) == 1
     said = capsys.readouterr()
+    errors = said.err.splitlines()
     rows = rows_of(lights.parent / "out")
     assert list(rows) == ["a.xisf", "b.fits", "broken.xisf", "c.tif", "cut.fits", "d.xisf",
                           "e.xisf", "f.xisf"]
     for name, row in rows.items():
         failed = name in ("broken.xisf", "cut.fits")
         assert (row["outcome"] == "failed") == failed
-        assert len([line for line in said.err.splitlines() if f"failed: lights/{name} " in line]) == failed
+        told = [line for line in errors if f"failed: lights/{name} " in line]
+        assert len(told) == failed
         if not failed:
             assert float(row["seconds"]) > 0 and float(row["clipped"]) >= 0 and row["smoothing"]
     assert rows["a.xisf"]["confidence"] == "sure" and rows["e.xisf"]["confidence"] == "unknown"
@@ -214,9 +216,8 @@ sys.exit(code)
 """
     if not os.path.exists("/proc/self/statm"):
         pytest.skip("this system does not tell the memory of a process")
-    done = subprocess.run(
-        [sys.executable, "-c", program, "lights", "out", "--smoothing", "1e4", "-e", "50", "--quiet"],
-        capture_output=True, text=True, timeout=600, env={**os.environ, "PYTHONPATH": str(SCRIPT.parent)})
+    options = "--smoothing", "1e4", "-e", "50", "--quiet"
+    done = python(program, "lights", "out", *options, timeout=600)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout) < 1.05
 
@@ -258,7 +259,8 @@ def test_jobs_give_the_same_pictures_and_the_same_report(lights):
     one_by_one = command("lights", "out", *FAST)
     jobs = command("lights", "jobs", *FAST, "--jobs", "2")
     assert one_by_one.returncode == jobs.returncode == 1
-    assert sorted(one_by_one.stderr.replace("out/", "jobs/").splitlines()) == sorted(jobs.stderr.splitlines())
+    expected = one_by_one.stderr.replace("out/", "jobs/")
+    assert sorted(jobs.stderr.splitlines()) == sorted(expected.splitlines())
     alone, together = lights.parent / "out", lights.parent / "jobs"
     assert_same_files(alone, together)
     assert without_seconds(rows_of(alone)) == without_seconds(rows_of(together))
@@ -304,16 +306,20 @@ def command_line(pid):
 @pytest.mark.slow
 def test_a_scheduler_that_is_there_is_used(lights):
     program = """
-import sys, bgoptimizer
-from distributed import LocalCluster
-with LocalCluster(n_workers=1, threads_per_worker=2, dashboard_address=":0") as cluster:
-    sys.exit(bgoptimizer.main([*sys.argv[1:], "--dask", cluster.scheduler_address]))
+if __name__ == "__main__":
+    import sys, bgoptimizer
+    from distributed import LocalCluster
+    with LocalCluster(n_workers=1, threads_per_worker=2, dashboard_address=":0") as cluster:
+        sys.exit(bgoptimizer.main([*sys.argv[1:], "--dask", cluster.scheduler_address]))
 """
-    program = "if __name__ == '__main__':\n" + "\n".join("    " + line for line in program.splitlines())
     (lights.parent / "driver.py").write_text(program)
     done = subprocess.run(
-        [sys.executable, "driver.py", "lights", "dask", *FAST], capture_output=True, text=True,
-        timeout=300, env={**os.environ, "PYTHONPATH": str(SCRIPT.parent)})
+        [sys.executable, "driver.py", "lights", "dask", *FAST],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=imports_script(),
+    )
     assert done.returncode == 1 and "2 of 8 pictures failed" in done.stderr, done.stderr
     assert command("lights", "out", *FAST).returncode == 1
     assert_same_files(lights.parent / "out", lights.parent / "dask")
@@ -327,7 +333,7 @@ def test_a_scheduler_that_is_not_there_is_told_in_a_line(lights, capsys, monkeyp
     assert "no Dask scheduler answers at tcp://127.0.0.1:1 " in refused(capsys)
 
 
-# ----------------------------------------------------------------------------------- one training step
+# ---------------------------------------------------------------------------- one training step
 
 def traces(monkeypatch):
     """The list that grows by one whenever a step is traced."""

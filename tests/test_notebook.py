@@ -13,18 +13,31 @@ import pytest
 import bgoptimizer
 from scenes import load, save, sloping_sky
 
-nbformat, nbclient = pytest.importorskip("nbformat"), pytest.importorskip("nbclient")
+nbformat = pytest.importorskip("nbformat")
+nbclient = pytest.importorskip("nbclient")
 pytest.importorskip("ipykernel")
 
 ROOT = Path(bgoptimizer.__file__).resolve().parent
 NOTEBOOK = ROOT / "bgoptimizer_colab.ipynb"
-GOOD, BAD, MASK = "M 31 [Ha] 'new' #2.xisf", "bad one [1].xisf", "my mask [1].xisf"
-FAST = dict(auto=False, delinearization_quantile="0.999", smoothing="1", initializer="grid", downscaling_factor=4,
-            epochs=110)  # what is filled into the form
-RED, AMBER = "\033[1;31m", "\033[1;33m"
+STEM = "M 31 [Ha] 'new' #2"
+GOOD = f"{STEM}.xisf"
+BAD = "bad one [1].xisf"
+MASK = "my mask [1].xisf"
+FAST = dict(  # what is filled into the form
+    auto=False,
+    delinearization_quantile="0.999",
+    smoothing="1",
+    initializer="grid",
+    downscaling_factor=4,
+    epochs=110,
+)
+RED = "\033[1;31m"
+AMBER = "\033[1;33m"
+PLAIN = "\033[0m"
 
 
-# What google.colab does, as far as the notebook can tell: files come from and go to folders beside its own.
+# What google.colab does, as far as the notebook can tell: files come from and go to folders beside
+# its own.
 COLAB = '''
 import os, shutil, sys, types
 
@@ -47,28 +60,34 @@ def read():
 
 
 def source(cell_id, **form):
-    """A cell's source, its form fields filled in."""
-    text = next(cell.source for cell in read().cells if cell.id == cell_id)
+    """Return a cell's source, its form fields filled in."""
+    sources = {cell.id: cell.source for cell in read().cells}
+    text = sources[cell_id]
     for name, value in form.items():
-        text, count = re.subn(rf"(?m)^{name} = .*?(?=  #@param)", lambda _: f"{name} = {value!r}", text)
+        filled_in = f"{name} = {value!r}"
+        text, count = re.subn(rf"(?m)^{name} = .*?(?=  #@param)", lambda _: filled_in, text)
         assert count == 1, name
     return text
 
 
 def execute(folder, forms, colab=None):
-    """Run the whole notebook in a folder; returns {cell id: (text, pictures)}."""
+    """Run the whole notebook in a folder; returns {cell id: (text, number of pictures)}."""
     notebook = read()
     for cell in notebook.cells:
         cell.source = source(cell.id, **forms.get(cell.id, {}))
     if colab:
         notebook.cells.insert(0, nbformat.v4.new_code_cell(colab, id="stand-in"))
     shutil.copy(bgoptimizer.__file__, folder)
-    nbclient.NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(folder)}}).execute()
+    surroundings = {"metadata": {"path": str(folder)}}
+    nbclient.NotebookClient(notebook, timeout=120, resources=surroundings).execute()
     results = {}
     for cell in notebook.cells:
-        outputs = cell.get("outputs", [])
-        results[cell.id] = ("".join(output.get("text", "") for output in outputs),
-                            [output.data["image/png"] for output in outputs if "image/png" in output.get("data", {})])
+        text = ""
+        pictures = 0
+        for output in cell.get("outputs", []):
+            text += output.get("text", "")
+            pictures += "image/png" in output.get("data", {})
+        results[cell.id] = text, pictures
     return results
 
 
@@ -79,20 +98,43 @@ def run_cells(*sources, **names):
     return names
 
 
-def check_model(path, sky):
-    """The model is the known sky, but for a constant."""
-    error = load(path) - sky
-    assert np.abs(error - np.median(error, (0, 1))).max() < 0.1 * np.ptp(sky, (0, 1)).min()
+def check_model(model, sky):
+    """Assert that a model (h, w, c) is the known sky, but for a constant."""
+    error = model - sky
+    error -= np.median(error, (0, 1))
+    assert np.abs(error).max() < 0.1 * np.ptp(sky, (0, 1)).min()
+
+
+def stand_in_for_colab(monkeypatch, upload):
+    """Make google.colab importable; its upload is the one that is given."""
+    files = types.SimpleNamespace(upload=upload)
+    monkeypatch.setitem(sys.modules, "google.colab", types.SimpleNamespace(files=files))
+
+
+@pytest.fixture
+def demo(folder):
+    """The demo picture, in the folder to stand in as in the project's own."""
+    (folder / "imgs").mkdir()
+    shutil.copy(ROOT / "imgs" / "demo.xisf", folder / "imgs")
 
 
 def test_the_notebook_is_valid_bare_and_has_stable_ids():
     notebook = read()
     nbformat.validate(notebook)
     assert [cell.id for cell in notebook.cells] == [
-        "what-it-is", "get-the-tool", "device", "pictures", "settings", "preview", "optimize", "download",
-        "all-options"]
+        "what-it-is",
+        "get-the-tool",
+        "device",
+        "pictures",
+        "settings",
+        "preview",
+        "optimize",
+        "download",
+        "all-options",
+    ]
     for cell in notebook.cells[1:]:
-        assert cell.outputs == [] and cell.execution_count is None
+        assert cell.outputs == []
+        assert cell.execution_count is None
         compile(cell.source, cell.id, "exec")
 
 
@@ -105,32 +147,47 @@ def test_the_first_cell_is_short_and_no_cell_uses_what_is_private():
 @pytest.mark.slow
 def test_on_colab_uploads_become_downloads(folder):
     image, sky = sloping_sky()
-    for name in ("uploads", "downloads", "content"):
-        (folder / name).mkdir()
-    save(folder / "uploads" / GOOD, image)
-    save(folder / "uploads" / MASK, np.ones_like(image[..., :1]))
-    (folder / "uploads" / BAD).write_bytes(b"XISF0100 and then nothing")
-    colab = COLAB.format(uploads=str(folder / "uploads"), downloads=str(folder / "downloads"))
+    uploads = folder / "uploads"
+    downloads = folder / "downloads"
+    content = folder / "content"
+    for each in (uploads, downloads, content):
+        each.mkdir()
+    save(uploads / GOOD, image)
+    save(uploads / MASK, np.ones_like(image[..., :1]))
+    (uploads / BAD).write_bytes(b"XISF0100 and then nothing")
+    colab = COLAB.format(uploads=str(uploads), downloads=str(downloads))
     form = dict(FAST, mask=MASK, compress=True, more_options="--seed '7'")
-    told = execute(folder / "content", {"settings": form}, colab)
+    told = execute(content, {"settings": form}, colab)
 
-    for word in (f"bgoptimizer {bgoptimizer.VERSION}\n", f"Python {sys.version_info[0]}.", "tensorflow 2.",
-                 "Computing on the CPU"):
-        assert word in told["device"][0]
-    assert "WARNING" not in told["device"][0]
+    text, _ = told["device"]
+    version = f"bgoptimizer {bgoptimizer.VERSION}\n"
+    python = f"Python {sys.version_info[0]}."
+    for words in (version, python, "tensorflow 2.", "Computing on the CPU"):
+        assert words in text
+    assert "WARNING" not in text
     text, pictures = told["preview"]  # of the first picture
-    assert len(pictures) == 1 and "144 x 96" in text and "100.0% used" in text
+    assert pictures == 1
+    assert "144 x 96" in text
+    assert "100.0% used" in text
     text, pictures = told["optimize"]
-    assert len(pictures) == 1 and "Traceback" not in text
-    assert text.count(f"{RED}bgoptimizer: error: ") == 1 and f"{RED}bgoptimizer: warning: failed: " in text
-    names = sorted(path.name for path in (folder / "downloads").iterdir())
-    stem = GOOD[:-5]
-    assert names == [f"{stem}_bgModel.xisf", f"{stem}_bgSubtracted.xisf", f"{stem}_figures.png",
-                     "bgoptimizer_report.csv"]
-    check_model(folder / "downloads" / names[0], sky)
-    header = (folder / "downloads" / names[0]).read_bytes()[:100_000]
-    assert b"seed = 7" in header and b'compression="lz4hc+sh' in header
-    assert "--delinearization-quantile" in told["all-options"][0]
+    assert pictures == 1
+    assert "Traceback" not in text
+    assert text.count(f"{RED}bgoptimizer: error: ") == 1
+    assert f"{RED}bgoptimizer: warning: failed: " in text
+    text, _ = told["all-options"]
+    assert "--delinearization-quantile" in text
+
+    model = f"{STEM}_bgModel.xisf"
+    assert sorted(os.listdir(downloads)) == [
+        model,
+        f"{STEM}_bgSubtracted.xisf",
+        f"{STEM}_figures.png",
+        "bgoptimizer_report.csv",
+    ]
+    check_model(load(downloads / model), sky)
+    header = (downloads / model).read_bytes()[:100_000]
+    assert b"seed = 7" in header
+    assert b'compression="lz4hc+sh' in header
 
 
 @pytest.mark.slow
@@ -144,86 +201,106 @@ def test_in_jupyter_files_come_from_a_folder(folder):
     form = dict(FAST, output_folder="out 'here'", save_mask=True, output_format="fits")
     told = execute(folder, {"pictures": {"folder": str(lights)}, "settings": form})
 
+    _, pictures = told["preview"]
+    assert pictures == 1
     text, pictures = told["optimize"]
-    assert "2 pictures: 2 done" in text and len(pictures) == 2 and len(told["preview"][1]) == 1
-    stems = [GOOD[:-5], "b"]
-    endings = "bgModel.fits", "bgSubtracted.fits", "figures.png", "mask.fits"
-    written = {f"{stem}_{ending}" for stem in stems for ending in endings} | {"bgoptimizer_report.csv"}
-    assert {path.name for path in (folder / "out 'here'").iterdir()} == written
-    model = bgoptimizer.read_picture(str(folder / "out 'here'" / "b_bgModel.fits")).planes.transpose(1, 2, 0)
-    error = model - sky
-    assert np.abs(error - np.median(error)).max() < 0.1 * np.ptp(sky)
-    assert told["download"][0].count(" MB\n") == 9 and str(folder) in told["download"][0]
+    assert pictures == 2
+    assert "2 pictures: 2 done" in text
+    text, _ = told["download"]
+    assert text.count(" MB\n") == 9
+    assert str(folder) in text
+
+    written = {"bgoptimizer_report.csv"}
+    for stem in (STEM, "b"):
+        for ending in ("bgModel.fits", "bgSubtracted.fits", "figures.png", "mask.fits"):
+            written.add(f"{stem}_{ending}")
+    out = folder / "out 'here'"
+    assert set(os.listdir(out)) == written
+    planes = bgoptimizer.read_picture(str(out / "b_bgModel.fits")).planes
+    check_model(np.moveaxis(planes, 0, -1), sky)
 
 
 @pytest.mark.parametrize("colab", [True, False])
-def test_without_pictures_the_demo_is_taken(colab, folder, monkeypatch, capsys):
-    (folder / "imgs").mkdir()
-    shutil.copy(ROOT / "imgs" / "demo.xisf", folder / "imgs")
-    files = types.SimpleNamespace(upload=dict)  # cancelled
-    monkeypatch.setitem(sys.modules, "google.colab", types.SimpleNamespace(files=files))
+def test_without_pictures_the_demo_is_taken(colab, demo, monkeypatch, capsys):
+    stand_in_for_colab(monkeypatch, upload=dict)  # cancelled
     names = run_cells(source("pictures"), COLAB=colab, os=os, bgoptimizer=bgoptimizer)
-    assert names["where"] == names["pictures"][0] == os.path.join("imgs", "demo.xisf")
+    path = os.path.join("imgs", "demo.xisf")
+    assert names["where"] == path
+    assert names["pictures"][0] == path
     assert "demo" in capsys.readouterr().out
 
 
-def test_a_wrong_folder_is_said_and_no_demo_put_in_its_place(folder, capsys):
-    (folder / "imgs").mkdir()
-    shutil.copy(ROOT / "imgs" / "demo.xisf", folder / "imgs")
+def test_a_wrong_folder_is_said_and_no_demo_put_in_its_place(demo, capsys):
     cell = source("pictures", folder="absent [x]")
-    assert run_cells(cell, COLAB=False, os=os, bgoptimizer=bgoptimizer)["pictures"] == []
+    names = run_cells(cell, COLAB=False, os=os, bgoptimizer=bgoptimizer)
+    assert names["pictures"] == []
     assert "absent [x] holds no" in capsys.readouterr().out
 
 
 def test_only_what_is_missing_is_installed_and_never_tensorflow(folder, monkeypatch):
     shutil.copy(bgoptimizer.__file__, folder)
     asked = []
-    monkeypatch.setattr(subprocess, "run", lambda command, **_: asked.append(command))
-    missing = "xisf", "PIL", "tensorflow"
-    monkeypatch.setattr("importlib.util.find_spec", lambda name, *_: None if name in missing else object())
+
+    def note(command, **_):
+        asked.append(command)
+
+    def find_spec(name, *_):
+        missing = name in ("xisf", "PIL", "tensorflow")
+        return None if missing else object()
+
+    monkeypatch.setattr(subprocess, "run", note)
+    monkeypatch.setattr("importlib.util.find_spec", find_spec)
     run_cells(source("get-the-tool"))
     assert asked == [[sys.executable, "-m", "pip", "install", "--quiet", "pillow", "xisf"]]
 
 
 def test_what_it_installs_is_what_the_tool_needs_beside_tensorflow():
-    text = (ROOT / "requirements.txt").read_text()
-    needed = {line.split()[0] for line in text.splitlines() if line and not line.startswith("#")}
-    listed = set(re.search(r'modules = "(.*?)"', source("get-the-tool"))[1].split())
-    packages = {{"PIL": "pillow", "skimage": "scikit-image"}.get(name, name) for name in listed}
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    needed = {line.split()[0] for line in lines if line and not line.startswith("#")}
+    listed = re.search(r'modules = "(.*?)"', source("get-the-tool"))[1]
+    package_of = {"PIL": "pillow", "skimage": "scikit-image"}
+    packages = {package_of.get(module, module) for module in listed.split()}
     assert packages == needed - {"tensorflow", "tensorflow-addons"}
 
 
 def test_the_tool_is_uploaded_or_comes_from_an_address_with_https(folder, monkeypatch):
-    script = bgoptimizer.__file__
-    for name in ("upload", "repository", "other"):
+    def stand_in(name):
         (folder / name).mkdir()
-    monkeypatch.chdir(folder / "upload")
-    files = types.SimpleNamespace(upload=lambda: shutil.copy(script, "bgoptimizer.py"))
-    monkeypatch.setitem(sys.modules, "google.colab", types.SimpleNamespace(files=files))
-    run_cells(source("get-the-tool"))
+        monkeypatch.chdir(folder / name)
+
+    def upload():
+        shutil.copy(bgoptimizer.__file__, "bgoptimizer.py")
+
+    stand_in("upload")
+    with monkeypatch.context() as patch:
+        stand_in_for_colab(patch, upload)
+        run_cells(source("get-the-tool"))
     assert (folder / "upload" / "bgoptimizer.py").exists()
-    monkeypatch.delitem(sys.modules, "google.colab")
 
     asked = []
 
     def clone(command, check):
         asked.append(command[-2:])
-        (folder / "repository" / "tool").mkdir()
-        shutil.copy(script, folder / "repository" / "tool")
+        os.mkdir("tool")
+        shutil.copy(bgoptimizer.__file__, "tool")
 
+    stand_in("repository")
     monkeypatch.setattr(subprocess, "run", clone)
-    monkeypatch.chdir(folder / "repository")
     run_cells(source("get-the-tool", tool_source="https://example.org/tool.git"))
-    assert asked == [["https://example.org/tool.git", "tool"]] and Path.cwd().name == "tool"
+    assert asked == [["https://example.org/tool.git", "tool"]]
+    assert Path.cwd().name == "tool"
 
-    monkeypatch.chdir(folder / "other")
+    stand_in("other")
     for address in ("http://example.org/tool.git", "file:///tool", "--upload-pack=x"):
-        run_cells(source("get-the-tool", tool_source=address))  # here the tool can be imported all the same
+        # Here the tool can be imported all the same.
+        run_cells(source("get-the-tool", tool_source=address))
     assert len(asked) == 1
 
 
 def settings_cell(**form):
-    return run_cells(source("settings", **form), os=os, where=os.curdir)["arguments"]
+    """Return the arguments of the command that the settings cell makes of the form."""
+    names = run_cells(source("settings", **form), os=os, where=os.curdir)
+    return names["arguments"]
 
 
 def test_the_forms_first_values_are_the_commands():
@@ -235,29 +312,69 @@ def test_the_forms_first_values_are_the_commands():
 
 
 def test_the_form_reaches_the_command():
-    arguments = settings_cell(correction="divide", output_format="tiff", mask="m.xisf", compress=True,
-                              more_options="-dx 4")
+    arguments = settings_cell(
+        correction="divide",
+        output_format="tiff",
+        mask="m.xisf",
+        compress=True,
+        more_options="-dx 4",
+    )
     options, settings = bgoptimizer._parse(["a.xisf", *arguments])
-    assert (settings.correction, settings.downscaling_factor, settings.auto) == ("divide", 4, True)
-    assert (options.format, options.mask, options.compress) == ("tiff", "m.xisf", True)
+    assert settings.correction == "divide"
+    assert settings.downscaling_factor == 4
+    assert settings.auto is True
+    assert options.format == "tiff"
+    assert options.mask == "m.xisf"
+    assert options.compress is True
 
 
 def test_the_preview_is_of_the_first_picture_and_leaves_out_what_needs_a_fit():
     called = []
-    tool = types.SimpleNamespace(main=lambda argv: called.append(argv) or 0)
+
+    def main(arguments):
+        called.append(arguments)
+        return 0
+
+    def find(where, mask):
+        return ["a b.xisf", "c.xisf"]
+
     settings = source("settings", save_mask=True, more_options="--animate --figures 'save'")
-    run_cells(settings, source("preview"), bgoptimizer=tool, os=os, where="lights",
-              find=lambda where, mask: ["a b.xisf", "c.xisf"])
-    assert called[0][:2] == ["a b.xisf", "results"] and called[0][-3:] == ["--figures", "save", "--preview"]
-    assert not {"--animate", "--save-mask"} & set(called[0])
+    run_cells(
+        settings,
+        source("preview"),
+        bgoptimizer=types.SimpleNamespace(main=main),
+        os=os,
+        where="lights",
+        find=find,
+    )
+    arguments = called[0]
+    assert arguments[:2] == ["a b.xisf", "results"]
+    assert arguments[-3:] == ["--figures", "save", "--preview"]
+    assert "--animate" not in arguments
+    assert "--save-mask" not in arguments
 
 
-@pytest.mark.parametrize("found, given", [(["lights/a.xisf"], "lights/a.xisf"), (["a", "b"], "lights"), ([], None)])
+@pytest.mark.parametrize("found, given", [
+    (["lights/a.xisf"], "lights/a.xisf"),
+    (["a", "b"], "lights"),
+    ([], None),
+])
 def test_several_pictures_are_one_run_of_their_folder(found, given, folder):
     called = []
-    names = run_cells(source("optimize"), os=os, output_folder="results", pictures=found, where="lights",
-                      run=lambda *words: called.append(words))
-    assert called == ([(given, "--figures", "save")] if given else [])
+
+    def run(*words):
+        called.append(words)
+
+    names = run_cells(
+        source("optimize"),
+        os=os,
+        output_folder="results",
+        pictures=found,
+        where="lights",
+        run=run,
+    )
+    expected = [(given, "--figures", "save")] if given else []
+    assert called == expected
     assert names["written"] == []
 
 
@@ -268,10 +385,23 @@ def test_warnings_are_amber_and_errors_red(capsys):
         print("bgoptimizer: error: no", file=sys.stderr)
         return 1
 
-    run = run_cells(source("preview"), bgoptimizer=types.SimpleNamespace(main=main), arguments=[], mask="", where="",
-                    output_folder="", find=lambda *_: [])["run"]
-    assert run("a.xisf") == 1
+    def find(where, mask):
+        return []
+
+    names = run_cells(
+        source("preview"),
+        bgoptimizer=types.SimpleNamespace(main=main),
+        arguments=[],
+        mask="",
+        where="",
+        output_folder="",
+        find=find,
+    )
+    assert names["run"]("a.xisf") == 1
     said = capsys.readouterr()
     assert said.err == ""
-    assert said.out == (f"as usual\n{AMBER}bgoptimizer: warning: look\033[0m\n"
-                        f"{RED}bgoptimizer: error: no\033[0m\n")
+    assert said.out == (
+        "as usual\n"
+        f"{AMBER}bgoptimizer: warning: look{PLAIN}\n"
+        f"{RED}bgoptimizer: error: no{PLAIN}\n"
+    )

@@ -5,117 +5,177 @@ import types
 
 import numpy as np
 import pytest
+from numpy.testing import assert_allclose, assert_array_equal
 from PIL import Image
 
-from bgoptimizer import Settings, blown_out, examine, frame_coordinates, gradient, mask_reasons, prepare, shares
+from bgoptimizer import (
+    Settings,
+    blown_out,
+    examine,
+    frame_coordinates,
+    gradient,
+    mask_reasons,
+    prepare,
+    shares,
+)
 from runner import FAST, command, python, refused, run
 from scenes import make_scene, save, sloping_sky, to_planes
 
 
-# ------------------------------------------------------------------------------------------------ numbers and warnings
+# ---------------------------------------------------------------------------- numbers and warnings
 
 def test_missing_masked_and_used_add_up_and_have_their_reasons():
-    image = sloping_sky(80, 120)[0]
+    image, _ = sloping_sky(80, 120)
     image[:16] = 0
     mask = np.ones((1, 80, 120), np.float32)
     mask[:, :, :24] = 0
     settings = Settings(threshold_max=0.3)
     prepared = prepare(to_planes(image), settings, mask)
-    part, reasons = shares(prepared), mask_reasons(prepared, settings)
-    assert part["missing"] == pytest.approx(0.2) and part["missing"] + part["masked"] + part["used"] == pytest.approx(1)
-    assert reasons["missing"].mean() == pytest.approx(0.2) and reasons["mask file"].any() and reasons["threshold"].any()
-    np.testing.assert_array_equal(sum(area.astype(int) for area in reasons.values()), ~prepared.used)
+    part = shares(prepared)
+    assert part["missing"] == pytest.approx(0.2)
+    assert part["missing"] + part["masked"] + part["used"] == pytest.approx(1)
+    reasons = mask_reasons(prepared, settings)
+    assert reasons["missing"].mean() == pytest.approx(0.2)
+    assert reasons["mask file"].any()
+    assert reasons["threshold"].any()
+    count = sum(area.astype(int) for area in reasons.values())
+    assert_array_equal(count, ~prepared.used)
 
 
 @pytest.mark.parametrize("correction", ["subtract", "divide"])
 def test_the_gradient_after_is_that_of_the_picture_as_it_was_corrected(correction):
-    x = frame_coordinates(240, 360)[..., 1]
-    sky = 0.02 * np.exp(3 * x)
+    places = frame_coordinates(240, 360)
+    sky = 0.02 * np.exp(3 * places[..., 1])
     noise = np.random.default_rng(1).normal(0, 0.0005, sky.shape)
-    prepared, _ = examine((sky + noise)[None].astype(np.float32), Settings(downscaling_factor=4))
+    image = (sky + noise).astype(np.float32)
+    prepared, _ = examine(image[None], Settings(downscaling_factor=4))
 
-    def model(places):  # the half of it, as one sees it
+    def model(places):
+        """Return half of the sky, as one sees it."""
         return 0.05 * np.exp(1.5 * places[..., 1:])
 
-    fit = types.SimpleNamespace(surface=lambda places: prepared.stretch.extend(model(places)))
-    taken = model(frame_coordinates(240, 360))[..., 0]
-    left = sky - taken if correction == "subtract" else sky / taken * np.median(taken)
-    expected = np.ptp(np.quantile(left, (0.01, 0.99))) / np.median(sky)
+    def surface(places):
+        return prepared.stretch.extend(model(places))
+
+    taken = model(places)[..., 0]
+    if correction == "subtract":
+        left = sky - taken
+    else:
+        left = sky / taken * np.median(taken)
+    low, high = np.quantile(left, (0.01, 0.99))
+    expected = (high - low) / np.median(sky)
+    fit = types.SimpleNamespace(surface=surface)
     assert gradient(prepared, fit, correction) == pytest.approx(expected, rel=0.05)
 
 
-@pytest.mark.parametrize("family, warned", [("city_glows", True), ("moon", True), ("galaxy", False), ("stars", False),
-                                            ("nebula", False), ("flat", False)])
+@pytest.mark.parametrize("family, warned", [
+    ("city_glows", True),
+    ("moon", True),
+    ("galaxy", False),
+    ("stars", False),
+    ("nebula", False),
+    ("flat", False),
+])
 def test_blown_out_sky_is_told_from_blown_out_objects(family, warned):
-    seed = {"galaxy": 3, "stars": 2}.get(family, 0)  # other seeds have a bright corner of sky besides
-    scene = make_scene(family, seed, 400, 600, 3)
-    prepared, _ = examine(to_planes(scene.image), Settings(downscaling_factor=4))
+    seeds = {"galaxy": 3, "stars": 2}  # others have a bright corner of sky besides
+    scene = make_scene(family, seeds.get(family, 0), 400, 600, 3)
+    planes = to_planes(scene.image)
+    prepared, _ = examine(planes, Settings(downscaling_factor=4))
     assert blown_out(prepared).any() == warned
-    weak, _ = examine(to_planes(scene.image), Settings(downscaling_factor=4, delinearization_quantile=0.999))
-    assert not blown_out(weak).any()  # what the warning asks for helps
+    weak = Settings(downscaling_factor=4, delinearization_quantile=0.999)
+    prepared, _ = examine(planes, weak)
+    assert not blown_out(prepared).any()  # what the warning asks for helps
 
 
 def test_preview_warns_when_the_stretch_clips_sky(folder, capsys):
-    save(folder / "city.xisf", make_scene("city_glows", 0, 400, 600, 3).image)
-    assert run("city.xisf", "-p", "-dx", "4") == 0
+    scene = make_scene("city_glows", 0, 400, 600, 3)
+    save(folder / "city.xisf", scene.image)
+    preview = "city.xisf", "-p", "-dx", "4"
+    assert run(*preview) == 0
     assert "raise -dq" in capsys.readouterr().err
-    assert run("city.xisf", "-p", "-dx", "4", "-dq", "0.999") == 0
+    assert run(*preview, "-dq", "0.999") == 0
     assert capsys.readouterr().err == ""
 
 
 def test_a_small_patch_of_data_is_warned_about_once_and_not_called_nan(folder, capsys):
     image = np.zeros((64, 80, 1), np.float32)
-    image[8:16, 16:24] = sloping_sky(8, 8, 1)[0]  # one block at an odd place
+    patch, _ = sloping_sky(8, 8, 1)
+    image[8:16, 16:24] = patch  # one block at an odd place
     save(folder / "patch.xisf", image)
     assert run("patch.xisf", "-e", "2", "--smoothing", "1", "-dq", "1") == 0
     said = capsys.readouterr()
-    assert said.err.count("warning") == 1 and "missing" in said.err
-    assert "nan" not in said.out and "unknown" in said.out
+    assert said.err.count("warning") == 1
+    assert "missing" in said.err
+    assert "nan" not in said.out
+    assert "unknown" in said.out
 
 
-@pytest.mark.parametrize("family, extra, told", [("nebula", [], True), ("nebula", ["--auto"], False),
-                                                 ("city_glows", [], False)])
+@pytest.mark.parametrize("family, extra, told", [
+    ("nebula", [], True),
+    ("nebula", ["--auto"], False),
+    ("city_glows", [], False),
+])
 def test_a_plain_run_with_objects_in_it_hints_at_auto(family, extra, told, folder, capsys):
-    save(folder / "picture.xisf", make_scene(family, 0, 400, 600, 3).image)
+    scene = make_scene(family, 0, 400, 600, 3)
+    save(folder / "picture.xisf", scene.image)
     assert run("picture.xisf", *FAST, *extra) == 0
     said = capsys.readouterr()
-    assert ("--auto would leave them out" in said.out) == told and "--auto" not in said.err
+    assert ("--auto would leave them out" in said.out) == told
+    assert "--auto" not in said.err
 
 
-# ------------------------------------------------------------------------------------------------ drawing
+# ------------------------------------------------------------------------------------ drawing
 
 def test_a_small_picture_is_drawn_from_itself_and_a_large_one_from_its_reduced_copy():
-    def drawn(height, width, factor):
-        image = np.random.default_rng(1).uniform(0.01, 0.02, (1, height, width)).astype(np.float32)
+    def close_up(height, width, factor):
+        noise = np.random.default_rng(1).uniform(0.01, 0.02, (1, height, width))
+        image = noise.astype(np.float32)
         prepared, _ = examine(image, Settings(downscaling_factor=factor))
         return image, prepared.close_up
 
-    image, close_up = drawn(200, 300, 8)
-    np.testing.assert_allclose(close_up[..., 0], image[0])
-    assert drawn(640, 960, 8)[1].shape == (320, 480, 1)  # a figure could not show more
-    assert drawn(1000, 1600, 8)[1] is None and drawn(200, 300, 1)[1] is None
-
+    image, drawn = close_up(200, 300, 8)
+    assert_allclose(drawn[..., 0], image[0])
+    _, halved = close_up(640, 960, 8)
+    assert halved.shape == (320, 480, 1)  # a figure could not show more
+    _, none = close_up(1000, 1600, 8)
+    assert none is None
+    _, none = close_up(200, 300, 1)
+    assert none is None
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("channels, shape", [(1, (96, 144)), (3, (144, 96)), (1, (9, 200)), (1, (1, 30))])
+@pytest.mark.parametrize("channels, shape", [
+    (1, (96, 144)),
+    (3, (144, 96)),
+    (1, (9, 200)),
+    (1, (1, 30)),
+])
 def test_pictures_are_drawn_of_every_shape(channels, shape, folder):
-    save(folder / "sky.xisf", sloping_sky(*shape, channels)[0])
+    image, _ = sloping_sky(*shape, channels)
+    save(folder / "sky.xisf", image)
     assert run("sky.xisf", "-p") == 0
     assert run("sky.xisf", *FAST, "--figures", "save", "--animate") == 0
 
 
 def test_figures_and_animation_on_request(sky, folder):
     assert run("sky.xisf", "out", *FAST, "--figures", "save", "--animate") == 0
-    assert sorted(os.listdir("out")) == ["sky_bgModel.xisf", "sky_bgSubtracted.xisf", "sky_figures.png",
-                                         "sky_optimization.gif"]
-    animation = Image.open("out/sky_optimization.gif")
-    assert animation.is_animated and animation.width <= 900 and os.path.getsize("out/sky_optimization.gif") < 3e6
+    assert sorted(os.listdir("out")) == [
+        "sky_bgModel.xisf",
+        "sky_bgSubtracted.xisf",
+        "sky_figures.png",
+        "sky_optimization.gif",
+    ]
+    path = "out/sky_optimization.gif"
+    assert os.path.getsize(path) < 3e6
+    animation = Image.open(path)
+    assert animation.is_animated
+    assert animation.width <= 900
 
 
 def test_animation_lasts_as_long_as_promised(sky, folder):
     assert run("sky.xisf", "-dx", "4", "-e", "300", "--smoothing", "1", "--animate") == 0
-    animation, total = Image.open("sky_optimization.gif"), 0
+    animation = Image.open("sky_optimization.gif")
+    total = 0  # milliseconds
     for k in range(animation.n_frames):
         animation.seek(k)
         total += animation.info["duration"]
@@ -124,28 +184,36 @@ def test_animation_lasts_as_long_as_promised(sky, folder):
 
 @pytest.mark.slow
 def test_names_that_are_formulas_or_cannot_be_printed_do_no_harm(folder):
-    names = [r"$\a_{$.xisf", "☃.xisf"] + ["bad\udcff.xisf"] * (sys.platform == "linux")
+    image, _ = sloping_sky(20, 30, 1)
+    names = [r"$\a_{$.xisf", "☃.xisf"]
+    if sys.platform == "linux":
+        names.append("bad\udcff.xisf")
+    ascii_only = {**os.environ, "PYTHONIOENCODING": "ascii:strict"}
     for name in names:
-        save(folder / name, sloping_sky(20, 30, 1)[0])
-        done = command(name, "-p", "-dq", "1", cwd=folder, env={**os.environ, "PYTHONIOENCODING": "ascii:strict"})
-        assert done.returncode == 0 and done.stderr == "", done.stderr
+        save(folder / name, image)
+        done = command(name, "-p", "-dq", "1", cwd=folder, env=ascii_only)
+        assert done.returncode == 0, done.stderr
+        assert done.stderr == ""
 
 
-# ------------------------------------------------------------------------------------------------ without a display
+# ----------------------------------------------------------------------------- without a display
 
 def test_preview_needs_no_display_and_writes_one_png(sky, folder):
-    absent = "DISPLAY", "WAYLAND_DISPLAY", "MPLBACKEND"
-    bare = {name: value for name, value in os.environ.items() if name not in absent}
+    bare = dict(os.environ)
+    for name in ("DISPLAY", "WAYLAND_DISPLAY", "MPLBACKEND"):
+        bare.pop(name, None)
     done = command("sky.xisf", "out", "--preview", cwd=folder, env=bare)
     assert done.returncode == 0, done.stderr
     assert os.listdir(folder / "out") == ["sky_preview.png"]
-    assert Image.open(folder / "out/sky_preview.png").width <= 1440
+    preview = Image.open(folder / "out/sky_preview.png")
+    assert preview.width <= 1440
 
 
 def test_a_notebooks_backend_handed_down_does_no_harm(sky, folder):
     inline = {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
     done = command("sky.xisf", "-p", cwd=folder, env={**os.environ, **inline})
-    assert done.returncode == 0 and (folder / "sky_preview.png").exists(), done.stderr
+    assert done.returncode == 0, done.stderr
+    assert (folder / "sky_preview.png").exists(), done.stderr
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems always have a display")
@@ -156,7 +224,14 @@ def test_figures_cannot_be_shown_without_a_display(sky, capsys, monkeypatch):
     assert "--figures save" in refused(capsys)
 
 
+DRAWS_NOTHING = """
+import sys, bgoptimizer
+bgoptimizer.main(sys.argv[1:])
+sys.exit("matplotlib" in sys.modules)
+"""
+
+
 def test_matplotlib_is_not_imported_where_nothing_is_drawn(sky, folder):
-    program = "import sys, bgoptimizer; bgoptimizer.main(sys.argv[1:]); sys.exit('matplotlib' in sys.modules)"
     for arguments in (["--help"], ["absent.xisf"], ["sky.xisf", "-p", "--figures", "none"]):
-        assert python(program, *arguments, cwd=folder).returncode == 0, arguments
+        done = python(DRAWS_NOTHING, *arguments, cwd=folder)
+        assert done.returncode == 0, arguments

@@ -1,67 +1,94 @@
 """The spline is the known one, in TensorFlow and in NumPy."""
 import numpy as np
 import pytest
+from numpy.testing import assert_allclose
 from scipy.interpolate import RBFInterpolator
 
 from bgoptimizer import import_tensorflow, interpolate_spline, spline_layer, spline_surface
 
 RNG = np.random.default_rng(11)
-POINTS, VALUES, QUERY = RNG.random((20, 2)), RNG.random((20, 3)), RNG.random((300, 2))
+POINTS = RNG.random((20, 2))
+VALUES = RNG.random((20, 3))
+QUERY = RNG.random((300, 2))
+
+every_order = pytest.mark.parametrize("order", [1, 2, 3, 4])
 
 
 def evaluate(function, order, smoothing, dtype):
-    """Values, and gradients of a sum of squares for positions and for values."""
+    """Return the values at QUERY, and the gradients of their sum of squares.
+
+    The gradients are those for the positions and for the values of the control points.
+    """
     tf = import_tensorflow()
-    points, values, query = (tf.constant(a[None], dtype) for a in (POINTS, VALUES, QUERY))
+    points = tf.constant(POINTS[None], dtype)  # (1, 20, 2)
+    values = tf.constant(VALUES[None], dtype)  # (1, 20, 3)
+    query = tf.constant(QUERY[None], dtype)  # (1, 300, 2)
     with tf.GradientTape() as tape:
         tape.watch([points, values])
-        out = function(points, values, query, order, smoothing)
-        loss = tf.reduce_sum(out * out)
-    return [a.numpy()[0] for a in [out] + tape.gradient(loss, [points, values])]
+        surface = function(points, values, query, order, smoothing)  # (1, 300, 3)
+        loss = tf.reduce_sum(surface * surface)
+    gradients = tape.gradient(loss, [points, values])
+    return [tensor.numpy()[0] for tensor in (surface, *gradients)]
 
 
-@pytest.mark.parametrize("order", [1, 2, 3, 4])
+@every_order
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
 def test_drop_in_has_the_values_and_gradients_of_tensorflow_addons(order, smoothing):
-    addons = pytest.importorskip("tensorflow_addons.image.interpolate_spline", exc_type=Exception)
+    module = "tensorflow_addons.image.interpolate_spline"
+    addons = pytest.importorskip(module, exc_type=Exception)
     ours = evaluate(interpolate_spline, order, smoothing, "float32")
     theirs = evaluate(addons.interpolate_spline, order, smoothing, "float32")
     for mine, other in zip(ours, theirs):
-        np.testing.assert_allclose(mine, other, rtol=1e-5, atol=1e-5 * np.abs(other).max())
+        largest = np.abs(other).max()
+        assert_allclose(mine, other, rtol=1e-5, atol=1e-5 * largest)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_thin_plate_is_that_of_scipy(smoothing):
-    # With r^2 log r all values have the same sign in both, so the weight on the diagonal has the other one in scipy.
-    ours = evaluate(interpolate_spline, 2, smoothing, "float64")[0]
-    scipy = RBFInterpolator(POINTS, VALUES, kernel="thin_plate_spline", smoothing=smoothing)(QUERY)
-    np.testing.assert_allclose(ours, scipy, atol=1e-6)
+    # With r^2 log r all values have the same sign in both, so the weight on the diagonal has the
+    # other one in scipy.
+    ours, *_ = evaluate(interpolate_spline, 2, smoothing, "float64")
+    spline = RBFInterpolator(
+        POINTS,
+        VALUES,
+        kernel="thin_plate_spline",
+        smoothing=smoothing,
+    )
+    assert_allclose(ours, spline(QUERY), atol=1e-6)
 
 
-@pytest.mark.parametrize("order", [1, 2, 3, 4])
+@every_order
 @pytest.mark.parametrize("smoothing", [0.0, 0.5])
 def test_numpy_and_tensorflow_give_the_same_surface(order, smoothing):
-    ours = evaluate(interpolate_spline, order, smoothing, "float64")[0]
-    np.testing.assert_allclose(spline_surface(QUERY, POINTS, VALUES, order, smoothing), ours, atol=1e-7)
+    in_tensorflow, *_ = evaluate(interpolate_spline, order, smoothing, "float64")
+    in_numpy = spline_surface(QUERY, POINTS, VALUES, order, smoothing)
+    assert_allclose(in_numpy, in_tensorflow, atol=1e-7)
 
 
-@pytest.mark.parametrize("order", [1, 2, 3, 4])
+@every_order
 @pytest.mark.parametrize("smoothing", [0.0, 10.0])
 def test_a_plane_stays_a_plane(order, smoothing):
     def plane(places):
         return places @ [[0.3], [-0.7]] + 0.2
 
     surface = spline_surface(QUERY, POINTS, plane(POINTS), order, smoothing)
-    np.testing.assert_allclose(surface, plane(QUERY), atol=1e-8)
+    assert_allclose(surface, plane(QUERY), atol=1e-8)
 
 
 def test_control_points_on_top_of_each_other_give_a_finite_surface():
     points = np.repeat(POINTS[:5], 2, axis=0)
-    assert np.isfinite(spline_surface(QUERY, points, np.eye(len(points)), 2, 0.0)).all()
+    values = np.eye(len(points))
+    surface = spline_surface(QUERY, points, values, 2, 0.0)
+    assert np.isfinite(surface).all()
 
 
 def test_the_layer_trains_positions_and_values():
-    layer = spline_layer(POINTS.astype(np.float32), VALUES.astype(np.float32), 2, 0.1)
-    assert [tuple(w.shape) for w in layer.trainable_weights] == [(20, 2), (20, 3)]
+    tf = import_tensorflow()
+    points = POINTS.astype(np.float32)
+    values = VALUES.astype(np.float32)
+    layer = spline_layer(points, values, 2, 0.1)
+    shapes = [tuple(weights.shape) for weights in layer.trainable_weights]
+    assert shapes == [(20, 2), (20, 3)]
+    surface = layer(tf.constant(QUERY, "float32")).numpy()
     expected = spline_surface(QUERY, POINTS, VALUES, 2, 0.1)
-    np.testing.assert_allclose(layer(import_tensorflow().constant(QUERY, "float32")).numpy(), expected, atol=1e-4)
+    assert_allclose(surface, expected, atol=1e-4)

@@ -1,6 +1,6 @@
-"""The scripts for Siril and PixInsight, as they stand in README.md, against stand-ins of the two programs.
+"""The scripts for Siril and PixInsight, as they stand in README.md.
 
-Only the settings at their top are filled in, as a user does it.
+The two programs are stand-ins. Only the settings at their top are filled in, as a user does it.
 """
 import json
 import re
@@ -31,16 +31,24 @@ def script(name, **settings):
 
 
 def flatness(image):
-    """How uneven a picture (h, w, c) is: range of the means of its 4 x 4 parts over their median."""
-    height, width, _ = image.shape
-    parts = image[:height // 4 * 4, :width // 4 * 4].reshape(4, height // 4, 4, width // 4, -1).mean((1, 3))
-    return np.ptp(parts, (0, 1)).max() / np.median(parts)
+    """Return how uneven a picture (h, w, c) is.
+
+    This is the range of the means of its 4 x 4 parts over their median.
+    """
+    height = image.shape[0] // 4
+    width = image.shape[1] // 4
+    whole = image[:4 * height, :4 * width]
+    means = whole.reshape(4, height, 4, width, -1).mean((1, 3))  # (4, 4, c)
+    return np.ptp(means, (0, 1)).max() / np.median(means)
 
 
-# ------------------------------------------------------------------------------------------------ Siril
+# ------------------------------------------------------------------------------------ Siril
 
 class Siril:
-    """The part of sirilpy's interface that is used: a picture is open, and what is done is noted."""
+    """The part of sirilpy's interface that is used.
+
+    A picture is open, and what is done is noted.
+    """
 
     def __init__(self, pixels):
         self.pixels = pixels
@@ -77,10 +85,18 @@ class Siril:
 
 def run_siril_script(monkeypatch, pixels, options=OPTIONS):
     siril = Siril(pixels)
-    module = types.SimpleNamespace(SirilInterface=siril, SirilError=type("SirilError", (Exception,), {}),
-                                   ensure_installed=lambda *names: None)
+    module = types.SimpleNamespace(
+        SirilInterface=siril,
+        SirilError=type("SirilError", (Exception,), {}),
+        ensure_installed=lambda *names: None,
+    )
     monkeypatch.setitem(sys.modules, "sirilpy", module)
-    text = script("siril", HOME=str(SCRIPT.parent), TOOL=[sys.executable, "-E", str(SCRIPT)], OPTIONS=options)
+    text = script(
+        "siril",
+        HOME=str(SCRIPT.parent),
+        TOOL=[sys.executable, "-E", str(SCRIPT)],
+        OPTIONS=options,
+    )
     exec(compile(text, "siril", "exec"), {})
     return siril
 
@@ -110,20 +126,31 @@ def test_siril_keeps_its_picture_when_the_tool_fails(monkeypatch):
     assert any("error:" in line for line in siril.lines) and "did nothing" in siril.lines[-1]
 
 
-# ------------------------------------------------------------------------------------------------ PixInsight
+# ------------------------------------------------------------------------------------ PixInsight
 
-# The objects of PixInsight that are used. Samples are the bytes of an XISF file; what is done is noted.
+# The objects of PixInsight that are used. Samples are the bytes of an XISF file; what is done is
+# noted.
 PIXINSIGHT = r"""
 const fs = require("fs"), done = [], printed = [];
-const CoreApplication = {ensureMinimumVersion: (...version) => done.push("version " + version.join("."))};
+const CoreApplication = {
+  ensureMinimumVersion: (...version) => done.push("version " + version.join(".")),
+};
 const UndoFlag = {NoSwapFile: "NoSwapFile"};
 const processEvents = () => done.push("events");
 console.writeln = text => printed.push(text);
 const File = {
-  systemTempDirectory: FOLDER, exists: path => fs.existsSync(path), remove: path => fs.unlinkSync(path),
+  systemTempDirectory: FOLDER,
+  exists: path => fs.existsSync(path),
+  remove: path => fs.unlinkSync(path),
 };
 class Image {
-  constructor(samples) { Object.assign(this, {samples, width: 144, height: 96, numberOfChannels: 3, isColor: true}); }
+  constructor(samples) {
+    this.samples = samples;
+    this.width = 144;
+    this.height = 96;
+    this.numberOfChannels = 3;
+    this.isColor = true;
+  }
   assign(other) { this.samples = other.samples; }
 }
 class View {
@@ -153,7 +180,10 @@ ImageWindow.activeWindow.mainView = new View("active", fs.readFileSync(PICTURE))
 class ExternalProcess {
   start(program, words) {
     const ended = require("child_process").spawnSync(program, words, {encoding: "utf8"});
-    Object.assign(this, {exitCode: ended.status, stdout: ended.stdout, stderr: ended.stderr, turns: 2});
+    this.exitCode = ended.status;
+    this.stdout = ended.stdout;
+    this.stderr = ended.stderr;
+    this.turns = 2;
   }
   get isRunning() { return this.turns > 0; }
   waitForFinished(milliseconds) {  // never true: as in Qt, if it ends while events are processed
@@ -182,9 +212,16 @@ def run_pixinsight_script(folder, image, **settings):
     assert text.startswith("#engine v8\n")
     text = text.split("\n", 1)[1]  # a line for PixInsight's preprocessor
     program = PIXINSIGHT.replace("SCRIPT", text)
-    program = program.replace("FOLDER", json.dumps(str(temporary))).replace("PICTURE", json.dumps(picture))
+    program = program.replace("FOLDER", json.dumps(str(temporary)))
+    program = program.replace("PICTURE", json.dumps(picture))
     (folder / "program.js").write_text(program, encoding="utf-8")
-    done = subprocess.run(["node", "program.js"], cwd=folder, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        ["node", "program.js"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 0, done.stderr
     assert list(temporary.iterdir()) == []  # temporary files are removed
     return json.loads(done.stdout), load(picture)
@@ -198,10 +235,22 @@ def test_pixinsight_gets_its_picture_back_without_the_sky(correction, shown, fol
     told, after = run_pixinsight_script(folder, image, OPTIONS=options, SHOW_MODEL=shown)
     assert told["failure"] == "" and "gradient" in told["printed"]
     corrected = "_bgSubtracted" if correction == "subtract" else "_bgDivided"
+    model = ["show _bgModel"] if shown else []
     assert told["done"] == [
-        "version 1.9.4", "new 144 96 3 32 true true", "begin copy NoSwapFile", "end copy",
-        "save false false true false", "wait 250", "events", "wait 250", "begin active", "end active",
-        f"close {corrected}", *["show _bgModel"] * shown, "close copy"]
+        "version 1.9.4",
+        "new 144 96 3 32 true true",
+        "begin copy NoSwapFile",
+        "end copy",
+        "save false false true false",
+        "wait 250",
+        "events",
+        "wait 250",
+        "begin active",
+        "end active",
+        f"close {corrected}",
+        *model,
+        "close copy",
+    ]
     assert flatness(after) < 0.1 * flatness(image)
 
 

@@ -1,4 +1,7 @@
-"""What is left of a run that is ended from outside, or meets another: whole pairs of one run, or nothing."""
+"""What is left of a run that is ended from outside, or meets another.
+
+These are whole pairs of one run, or nothing.
+"""
 import os
 import re
 import signal
@@ -12,10 +15,9 @@ import numpy as np
 import pytest
 
 import bgoptimizer
-from runner import FAST, SCRIPT, python, refused, run
+from runner import FAST, PAIR, SCRIPT, imports_script, python, refused, run
 from scenes import save, sloping_sky
 
-PAIR = ["sky_bgModel.xisf", "sky_bgSubtracted.xisf"]
 SIGNALS = pytest.mark.skipif(os.name == "nt", reason="signals differ")
 
 # Opens its outputs, tells that it has, and waits
@@ -29,11 +31,21 @@ with bgoptimizer.atomic_outputs(*sys.argv[1:]) as files:
 
 
 def holder(*paths):
-    """A process that has the outputs `paths` open."""
-    process = subprocess.Popen([sys.executable, "-c", HOLDER, *map(str, paths)], stdout=subprocess.PIPE, text=True,
-                               env={**os.environ, "PYTHONPATH": str(SCRIPT.parent)})
+    """Return a process that has the outputs `paths` open."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, *map(str, paths)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=imports_script(),
+    )
     assert process.stdout.readline() == "opened\n"
     return process
+
+
+def handlers():
+    """Return what is called at each of the signals that end a run."""
+    ending = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+    return [signal.getsignal(number) for number in ending]
 
 
 def end(process, number=signal.SIGTERM):
@@ -53,7 +65,7 @@ def run_of(path):
     return re.search(rb"bgoptimizer [\d.]+, (\S+?Z)", Path(path).read_bytes())[1]
 
 
-# ------------------------------------------------------------------------------------------------ ended from outside
+# ------------------------------------------------------------------------------- ended from outside
 
 @SIGNALS
 @pytest.mark.slow
@@ -77,12 +89,13 @@ def test_the_exit_code_tells_the_signal(name, code, sky, folder, capsys, monkeyp
     def signalled(*_):
         os.kill(os.getpid(), getattr(signal, name))
         time.sleep(1)
+
     monkeypatch.setattr(bgoptimizer, "examine", signalled)
-    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+    before = handlers()
     assert run("sky.xisf", "out", *FAST) == code
     assert "interrupted" in refused(capsys)
     assert os.listdir("out") == []
-    assert before == [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+    assert before == handlers()
 
 
 @SIGNALS
@@ -162,9 +175,18 @@ def test_a_failure_between_the_names_leaves_none(failure, folder, monkeypatch):
 
 def test_files_and_then_their_names_are_on_the_disk_before_a_run_ends(folder, monkeypatch):
     done = []
-    for name in ("fsync", "replace"):
+
+    def note(name):
         real = getattr(os, name)
-        monkeypatch.setattr(bgoptimizer.os, name, lambda *a, name=name, real=real: (done.append(name), real(*a)))
+
+        def noted(*arguments):
+            done.append(name)
+            return real(*arguments)
+
+        monkeypatch.setattr(bgoptimizer.os, name, noted)
+
+    note("fsync")
+    note("replace")
     write("a.xisf", "b.xisf")
     folder_too = [] if os.name == "nt" else ["fsync"]
     assert done == ["fsync", "fsync", "replace", "replace", *folder_too]
@@ -191,7 +213,7 @@ def test_runs_killed_at_any_moment_leave_whole_pairs(name, folder):
     assert (folder / "sky.xisf").read_bytes() == kept
 
 
-# ------------------------------------------------------------------------------------------------ two runs at once
+# --------------------------------------------------------------------------------- two runs at once
 
 def test_the_second_run_of_a_pair_says_who_holds_it(sky, folder, capsys, monkeypatch):
     monkeypatch.setattr(bgoptimizer, "fit_sky", None)  # nothing is fitted before
@@ -199,7 +221,8 @@ def test_the_second_run_of_a_pair_says_who_holds_it(sky, folder, capsys, monkeyp
     process = holder("out/sky_bgModel.xisf")
     assert run("sky.xisf", "out", *FAST) == 1
     said = refused(capsys)
-    assert f"process {process.pid} on {bgoptimizer.HOST} is writing" in said and "sky_bgModel.xisf" in said
+    assert f"process {process.pid} on {bgoptimizer.HOST} is writing" in said
+    assert "sky_bgModel.xisf" in said
     lock, = Path("out").glob(".*.lock")
     assert str(lock) in said
     end(process)
@@ -240,10 +263,11 @@ def test_the_pictures_of_a_run_tell_that_they_belong_together(sky, folder):
         assert len(runs) == 1 and before not in runs
 
 
-# ------------------------------------------------------------------------------------------------ names
+# ------------------------------------------------------------------------------------ names
 
 @pytest.mark.parametrize("name", [*PAIR, "sky_figures.png"])
-def test_a_folder_named_like_an_output_is_found_before_the_fit(name, sky, folder, capsys, monkeypatch):
+def test_a_folder_named_like_an_output_is_found_before_the_fit(
+        name, sky, folder, capsys, monkeypatch):
     monkeypatch.setattr(bgoptimizer, "read_picture", None)
     os.makedirs(f"out/{name}")
     assert run("sky.xisf", "out", *FAST, "--figures", "save") == 1
@@ -263,34 +287,47 @@ def test_names_as_long_as_the_system_takes_can_be_written(folder):
     assert len(os.listdir(".")) == 1
 
 
-# ------------------------------------------------------------------------------------------------ the same everywhere
+# ------------------------------------------------------------------------------ the same everywhere
 
 THREADS = """
 import os, sys, bgoptimizer
 import numpy as np
 sys.path.insert(0, sys.argv[1])
 from scenes import sloping_sky
-settings = bgoptimizer.Settings(downscaling_factor=1, epochs=12, batch=16, delinearization_quantile=0.999)
-result = bgoptimizer.optimize(sloping_sky(192, 288)[0], settings)
+settings = bgoptimizer.Settings(
+    downscaling_factor=1,
+    epochs=12,
+    batch=16,
+    delinearization_quantile=0.999,
+)
+image, _ = sloping_sky(192, 288)
+result = bgoptimizer.optimize(image, settings)
 sys.stdout.write(result.subtracted.tobytes().hex() + result.model.tobytes().hex())
 """
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not hasattr(os, "sched_setaffinity") or os.cpu_count() < 2, reason="one processor")
+@pytest.mark.skipif(
+    not hasattr(os, "sched_setaffinity") or os.cpu_count() < 2,
+    reason="one processor",
+)
 def test_the_same_bytes_come_from_any_number_of_threads():
     allowed = os.sched_getaffinity(0)
+    tests = str(Path(__file__).parent)
     done = []
     try:
         for processors in (allowed, {min(allowed)}):
             os.sched_setaffinity(0, processors)
-            many = {"OPENBLAS_NUM_THREADS": str(len(processors)), "TF_NUM_INTRAOP_THREADS": str(4 * len(processors))}
-            done.append(subprocess.run([sys.executable, "-c", THREADS, str(Path(__file__).parent)], capture_output=True,
-                                       env={**os.environ, "PYTHONPATH": str(SCRIPT.parent), **many}, timeout=120))
+            threads = imports_script(
+                OPENBLAS_NUM_THREADS=str(len(processors)),
+                TF_NUM_INTRAOP_THREADS=str(4 * len(processors)),
+            )
+            done.append(python(THREADS, tests, env=threads, timeout=120))
     finally:
         os.sched_setaffinity(0, allowed)
     assert [run.returncode for run in done] == [0, 0], done[0].stderr
-    assert done[0].stdout == done[1].stdout and done[0].stdout
+    assert done[0].stdout == done[1].stdout
+    assert done[0].stdout
 
 
 def test_history_tells_the_versions_as_pip_takes_them(sky, folder):
@@ -309,16 +346,26 @@ def test_no_requirement_forbids_what_nobody_has_seen_fail():
 
 
 def test_nothing_says_that_the_package_index_has_this_tool():
-    for name in ("README.md", "bgoptimizer_colab.ipynb", "pyproject.toml", "requirements.txt", "bgoptimizer.py"):
+    for name in (
+            "README.md",
+            "bgoptimizer_colab.ipynb",
+            "pyproject.toml",
+            "requirements.txt",
+            "bgoptimizer.py",
+    ):
         text = (SCRIPT.parent / name).read_text(encoding="utf-8")
         assert not re.search(r"(pip|pipx) install (-\S+ )*bgoptimizer(?!\.)", text), name
 
 
-# ------------------------------------------------------------------------------------------------ short of memory
+# ---------------------------------------------------------------------------------- short of memory
 
 @pytest.mark.parametrize("error", [
-    MemoryError(), OSError(12, "Cannot allocate memory"), RuntimeError("std::bad_alloc"),
-    ImportError("libx.so.2: failed to map segment from shared object"), RuntimeError("can't start new thread")])
+    MemoryError(),
+    OSError(12, "Cannot allocate memory"),
+    RuntimeError("std::bad_alloc"),
+    ImportError("libx.so.2: failed to map segment from shared object"),
+    RuntimeError("can't start new thread"),
+])
 def test_every_failure_for_want_of_memory_says_memory(error, sky, folder, capsys, monkeypatch):
     def fails(*_):
         raise error

@@ -27,7 +27,12 @@ METADATA = (
     '</Metadata>')
 POSITION = 8192  # where the pixels are attached, unless a row says otherwise
 KINDS = {
-    "UInt8": "u1", "UInt16": "u2", "UInt32": "u4", "UInt64": "u8", "Float32": "f4", "Float64": "f8",
+    "UInt8": "u1",
+    "UInt16": "u2",
+    "UInt32": "u4",
+    "UInt64": "u8",
+    "Float32": "f4",
+    "Float64": "f8",
 }
 
 
@@ -54,8 +59,10 @@ def header_of(file):
 
 def tag(name, attributes, content=""):
     """An element; attributes that are None are left out."""
-    given = [(key, value) for key, value in attributes.items() if value is not None]
-    text = "".join(' {}="{}"'.format(key, value) for key, value in given)
+    text = ""
+    for key, value in attributes.items():
+        if value is not None:
+            text += ' {}="{}"'.format(key, value)
     return "<{}{}>{}</{}>".format(name, text, content, name)
 
 
@@ -156,10 +163,24 @@ def bad(name, says, samples=None, **changes):
 def rows():
     """All rows."""
     return itertools.chain(
-        format_rows(), bounds_rows(), value_rows(), channel_rows(), embedded_rows(),
-        location_rows(), codec_rows(), longer_stream_rows(), packing_rows(), bomb_rows(),
-        checksum_rows(), attribute_rows(), header_rows(), cut_rows(), header_bomb_rows(),
-        keyword_rows(), property_rows())
+        format_rows(),
+        bounds_rows(),
+        value_rows(),
+        channel_rows(),
+        embedded_rows(),
+        location_rows(),
+        codec_rows(),
+        longer_stream_rows(),
+        packing_rows(),
+        bomb_rows(),
+        checksum_rows(),
+        attribute_rows(),
+        header_rows(),
+        cut_rows(),
+        header_bomb_rows(),
+        keyword_rows(),
+        property_rows(),
+    )
 
 
 def format_rows():
@@ -171,8 +192,14 @@ def format_rows():
             if normal:
                 name += "-normal"
             yield good(name, samples, truth, order=order, normal=normal)
-    yield good("case-folded", RGB, RGB_TRUTH,
-               colorSpace="rgb", sampleFormat="uint16", pixelStorage="planar")
+    yield good(
+        "case-folded",
+        RGB,
+        RGB_TRUTH,
+        colorSpace="rgb",
+        sampleFormat="uint16",
+        pixelStorage="planar",
+    )
     yield good("white-space", geometry=" 13 : 7 :1 ", sampleFormat=" UInt16\n",
                location=" attachment : {} : {} ".format(POSITION, SIZE))
     yield good("hexadecimal", geometry="0xd:7:1", location="attachment:0x2000:%d" % SIZE)
@@ -185,20 +212,38 @@ def bounds_rows():
     for (lower, upper), kind in itertools.product(ranges, ("Float32", "Float64")):
         dtype = KINDS[kind]
         width = upper - lower
-        samples = (FLOAT_TRUTH.astype("f8") * width + lower).astype(dtype)
+        samples = FLOAT_TRUTH.astype("f8") * width + lower
+        samples = samples.astype(dtype)
         truth = (samples.astype("f8") - lower) / width
+        truth = np.clip(truth, 0, 1).astype(dtype)
         bounds = "{}:{}".format(lower, upper)
         name = "bounds-{}-{}".format(kind, bounds)
-        yield good(name, samples, np.clip(truth, 0, 1).astype(dtype), bounds=bounds)
+        yield good(name, samples, truth, bounds=bounds)
     yield good("bounds-swapped", FLOATS, FLOAT_TRUTH, bounds="1:0")
     yield good("bounds-third-item", FLOATS, FLOAT_TRUTH, bounds=" 0 : 1. : 7")
     twelve_bits = (SAMPLES >> 4).astype("u2")
     yield good("bounds-integer-4095", twelve_bits, unit(twelve_bits, 4095), bounds="0:4095")
-    yield good("bounds-integer-clipped", twelve_bits, np.minimum(unit(twelve_bits, 1000), 1),
-               r"0 samples below and \d+ above .*0:1000.*clipped", bounds="0:1000")
+    clipped = np.minimum(unit(twelve_bits, 1000), 1)
+    yield good(
+        "bounds-integer-clipped",
+        twelve_bits,
+        clipped,
+        r"0 samples below and \d+ above .*0:1000.*clipped",
+        bounds="0:1000",
+    )
     doubles, _ = picture("Float64")
-    for text in ("", "0", "a:b", "1:1", "nan:1", "0:inf", "-inf:inf", "0:1,5", "0:1d3",
-                 "-1e308:1e308"):
+    for text in (
+            "",
+            "0",
+            "a:b",
+            "1:1",
+            "nan:1",
+            "0:inf",
+            "-inf:inf",
+            "0:1,5",
+            "0:1d3",
+            "-1e308:1e308",
+    ):
         yield bad("bounds-bad-" + text, "bounds", doubles, bounds=text)
     yield bad("bounds-missing", "bounds", FLOATS, bounds=None)
     yield bad("bounds-integer-negative", "bounds", bounds="-1:65535")
@@ -206,15 +251,17 @@ def bounds_rows():
 
 
 def value_rows():
+    smallest = np.finfo("f4").tiny
     wild = FLOATS.copy()
     wild[0, 0, :5] = np.nan, np.inf, -np.inf, 0, -0.5
     wild[1, 1, :4] = 1.5, 1e-42, 1, -1e-30
     tame = wild.copy()
-    tame[0, 0, 4] = np.finfo("f4").tiny
+    tame[0, 0, 4] = smallest
     tame[1, 1, 0] = 1
-    tame[1, 1, 3] = np.finfo("f4").tiny
+    tame[1, 1, 3] = smallest
     yield good("values-wild", wild, tame, "2 samples below and 1 above its bounds 0:1: clipped")
-    wild = picture("Float64")[0].copy()
+    wild, _ = picture("Float64")
+    wild = wild.copy()
     wild[0, 0, :3] = np.nan, -3, 0
     wild[0, 1, :3] = 7, 5, np.inf
     tame = wild / 5
@@ -232,11 +279,23 @@ def channel_rows():
     floats, float_truth = picture("Float32", 4)
     yield good("alpha-gray", two, two_truth[:1], "alpha.*dropped", colorSpace="Gray")
     yield good("alpha-rgb", four, four_truth[:3], "alpha.*dropped", colorSpace="RGB")
-    yield good("alpha-rgb-normal-big", four, four_truth[:3], "alpha",
-               colorSpace="RGB", normal=True, order=">")
+    yield good(
+        "alpha-rgb-normal-big",
+        four,
+        four_truth[:3],
+        "alpha",
+        colorSpace="RGB",
+        normal=True,
+        order=">",
+    )
     yield good("alpha-float", floats, float_truth[:3], "alpha", colorSpace="RGB")
-    yield good("three-channels-called-gray", RGB, RGB_TRUTH[:1], "2 alpha.*dropped",
-               colorSpace=None)
+    yield good(
+        "three-channels-called-gray",
+        RGB,
+        RGB_TRUTH[:1],
+        "2 alpha.*dropped",
+        colorSpace=None,
+    )
     yield bad("two-channels-called-rgb", "RGB", two, colorSpace="RGB")
     mosaic = '<ColorFilterArray pattern="RGGB" width="2" height="2"/>'
     yield good("mosaic", says="mosaic", children=mosaic)
@@ -292,13 +351,25 @@ def embedded_rows():
 
 def location_rows():
     elsewhere = "elsewhere|location"
-    for location in ("url(http://localhost/x)", "path(/etc/passwd)", "path(@header_dir/x.xisb):1",
-                     "attached:4096:5", ""):
+    for location in (
+            "url(http://localhost/x)",
+            "path(/etc/passwd)",
+            "path(@header_dir/x.xisb):1",
+            "attached:4096:5",
+            "",
+    ):
         yield bad("location-" + location.replace("/", "_"), elsewhere, location=location)
     yield bad("location-missing", elsewhere, location=None)
-    for text in ("attachment:8192", "attachment:-1:5", "attachment:08192:182", "attachment:8192:x",
-                 "attachment:::", "attachment:8192:%d:1" % SIZE, "attachment:1e3:5",
-                 "attachment:%s:5" % ("9" * 5000)):
+    for text in (
+            "attachment:8192",
+            "attachment:-1:5",
+            "attachment:08192:182",
+            "attachment:8192:x",
+            "attachment:::",
+            "attachment:8192:%d:1" % SIZE,
+            "attachment:1e3:5",
+            "attachment:%s:5" % ("9" * 5000),
+    ):
         yield bad("location-" + text[:40], "location", location=text)
     huge = "attachment:8192:1000000000000000"
     yield bad("location-in-header", "location", location="attachment:16:%d" % SIZE)
@@ -312,8 +383,13 @@ def location_rows():
 
 
 def codec_rows():
-    pictures = ((SAMPLES, TRUTH), (RGB, RGB_TRUTH), (FLOATS, FLOAT_TRUTH),
-                picture("Float64", 3), picture("UInt8"))
+    pictures = (
+        (SAMPLES, TRUTH),
+        (RGB, RGB_TRUTH),
+        (FLOATS, FLOAT_TRUTH),
+        picture("Float64", 3),
+        picture("UInt8"),
+    )
     codecs = ("zlib", "lz4", "lz4hc", "zstd", "LZ4HC")
     for codec, (samples, truth) in itertools.product(codecs, pictures):
         raw = samples.tobytes()
@@ -374,17 +450,48 @@ def packing_rows():
                block=packed("zlib", DATA), compression="zlib:%d:2" % SIZE)
     flat = np.zeros((1, 64, 64), "u2")  # 8192 bytes
     small = packed("zlib", flat.tobytes())
-    for text in ("zlib", "zlib:", "zlib:x", "zlib:-5", "zlib+sh:8192", "zlib+sh:8192:0",
-                 "zlib+sh:8192:17", "zlib:8192:99", "zlib:08192", "zlib+sh:8192:2:2", "gzip:8192",
-                 "zlib+xx:8192:2", "", "bzip2+sh:8192:2", "zlib:8191", "zlib:8193", "lz4:8192",
-                 "zstd:8192"):
+    for text in (
+            "zlib",
+            "zlib:",
+            "zlib:x",
+            "zlib:-5",
+            "zlib+sh:8192",
+            "zlib+sh:8192:0",
+            "zlib+sh:8192:17",
+            "zlib:8192:99",
+            "zlib:08192",
+            "zlib+sh:8192:2:2",
+            "gzip:8192",
+            "zlib+xx:8192:2",
+            "",
+            "bzip2+sh:8192:2",
+            "zlib:8191",
+            "zlib:8193",
+            "lz4:8192",
+            "zstd:8192",
+    ):
         yield bad("compression-" + text, "compress|samples", flat, block=small, compression=text)
     half = len(small) // 2
     rest = len(small) - half
-    for text in ("", "1,2", "{0},8192:0,0", "{0},8191", "{1},4096:{2},4096,7", "0,4096:{0},4096",
-                 "{1},-1:{2},8193", "a,b", "{1},4096:{2},4096"):
-        yield bad("subblocks-" + text, "sub-blocks|contradicts|decompressed", flat, block=small,
-                  compression="zlib:8192", subblocks=text.format(len(small), half, rest))
+    for text in (
+            "",
+            "1,2",
+            "{0},8192:0,0",
+            "{0},8191",
+            "{1},4096:{2},4096,7",
+            "0,4096:{0},4096",
+            "{1},-1:{2},8193",
+            "a,b",
+            "{1},4096:{2},4096",
+    ):
+        yield bad(
+            "subblocks-" + text,
+            "sub-blocks|contradicts|decompressed",
+            flat,
+            block=small,
+            compression="zlib:8192",
+            subblocks=text.format(len(small), half, rest),
+        )
 
 
 def bomb_rows():
@@ -419,8 +526,14 @@ def checksum_rows():
     compressed = packed("lz4hc", shuffled(FLOATS.tobytes(), 4))
     compression = "lz4hc+sh:%d:4" % FLOATS.nbytes
     algorithms = {
-        "sha-1": "sha1", "sha1": "sha1", "sha-256": "sha256", "sha256": "sha256",
-        "SHA-512": "sha512", "sha512": "sha512", "sha3-256": "sha3_256", "sha3-512": "sha3_512",
+        "sha-1": "sha1",
+        "sha1": "sha1",
+        "sha-256": "sha256",
+        "sha256": "sha256",
+        "SHA-512": "sha512",
+        "sha512": "sha512",
+        "sha3-256": "sha3_256",
+        "sha3-512": "sha3_512",
     }
     for name, algorithm in algorithms.items():
         digest = hashlib.new(algorithm, DATA).hexdigest()
@@ -428,17 +541,49 @@ def checksum_rows():
         yield good("checksum-upper-" + name, checksum=name + ":" + digest.upper())
         yield bad("checksum-wrong-" + name, "checksum", checksum=name + ":" + digest[::-1])
         digest = hashlib.new(algorithm, compressed).hexdigest()
-        yield good("checksum-compressed-" + name, FLOATS, FLOAT_TRUTH, block=compressed,
-                   compression=compression, checksum=name + ":" + digest)
-    for text in ("md5:" + hashlib.md5(DATA).hexdigest(), "sha-1", "sha-1:", "", "sha-1:00",
-                 "sha-384:00", "blake2b:00"):
+        yield good(
+            "checksum-compressed-" + name,
+            FLOATS,
+            FLOAT_TRUTH,
+            block=compressed,
+            compression=compression,
+            checksum=name + ":" + digest,
+        )
+    md5 = hashlib.md5(DATA).hexdigest()
+    for text in (
+            "md5:" + md5,
+            "sha-1",
+            "sha-1:",
+            "",
+            "sha-1:00",
+            "sha-384:00",
+            "blake2b:00",
+    ):
         yield bad("checksum-bad-" + text[:7], "checksum", checksum=text)
 
 
 def attribute_rows():
-    for text in ("0:7:1", "-13:7:1", "13:-7:1", "13:7:0", "13:7", "13", "13:7:1:1", "a:b:c", "",
-                 "13,7,1", "13.0:7:1", "013:7:1", "4294967296:7:1", "1_3:7:1",
-                 "\u0661\u0663:7:1", "9" * 5000 + ":1:1", "99999999:99999999:3", "7:7:1", "14:7:1"):
+    for text in (
+            "0:7:1",
+            "-13:7:1",
+            "13:-7:1",
+            "13:7:0",
+            "13:7",
+            "13",
+            "13:7:1:1",
+            "a:b:c",
+            "",
+            "13,7,1",
+            "13.0:7:1",
+            "013:7:1",
+            "4294967296:7:1",
+            "1_3:7:1",
+            "\u0661\u0663:7:1",
+            "9" * 5000 + ":1:1",
+            "99999999:99999999:3",
+            "7:7:1",
+            "14:7:1",
+    ):
         yield bad("geometry-" + text[:30], "geometry|samples", geometry=text)
     yield bad("geometry-missing", "geometry", geometry=None)
     for text in ("UInt24", "Int16", "Complex32", "Complex64", "", "Byte", "Float16"):
@@ -450,8 +595,13 @@ def attribute_rows():
         yield bad("pixelStorage-" + text, "order", pixelStorage=text)
     for text in ("middle", "Big", "LITTLE", ""):
         yield bad("byteOrder-" + text, "order", byteOrder=text)
-    odd = {"id": "1 bad-id", "uuid": "no-uuid", "orientation": "flip;90", "offset": "-1",
-           "imageType": "Cat"}
+    odd = {
+        "id": "1 bad-id",
+        "uuid": "no-uuid",
+        "orientation": "flip;90",
+        "offset": "-1",
+        "imageType": "Cat",
+    }
     for name, value in odd.items():
         yield good("odd-" + name, **{name: value})
 
@@ -511,8 +661,9 @@ def cut_rows():
         yield bad("header-length-%d" % length, "XML", length=length)
     for length in (len(file), 2 ** 31, 2 ** 32 - 1):
         yield bad("header-length-%d" % length, "cut short", length=length)
-    for cut in (0, 4, 7, 8, 11, 12, 15, 16, 17, 100, end - 1, end, 8191, 8192, 8193,
-                len(file) - 1):
+    cuts = [0, 4, 7, 8, 11, 12, 15, 16, 17, 100]
+    cuts += [end - 1, end, 8191, 8192, 8193, len(file) - 1]
+    for cut in cuts:
         yield Row("cut-at-%d" % cut, file[:cut], None, "cut short|XISF")
 
 
@@ -545,8 +696,13 @@ def header_bomb_rows():
 def keyword_rows():
     """Bad keywords and metadata must not cost the picture."""
     no_id = '<Metadata><Property type="String">x</Property></Metadata>'
-    metadata = {"none": "", "empty": "<Metadata/>", "two": METADATA * 2,
-                "unknown": "<Metadata><x/>y</Metadata>", "no-id": no_id}
+    metadata = {
+        "none": "",
+        "empty": "<Metadata/>",
+        "two": METADATA * 2,
+        "unknown": "<Metadata><x/>y</Metadata>",
+        "no-id": no_id,
+    }
     for name, text in metadata.items():
         yield good("metadata-" + name, metadata=text)
     yield good("unknown-children", children="<Frob a='1'>text<x/></Frob>",
@@ -565,10 +721,22 @@ def keyword_rows():
 def property_rows():
     """Bad properties must not cost the picture. Those that cannot be kept are named."""
     values = (
-        ("Float64", "NaN"), ("Float64", "Inf"), ("Float32", "-inf"), ("Float64", ""),
-        ("Float64", "word"), ("Int32", "1.5"), ("Boolean", "1"), ("Boolean", "perhaps"),
-        ("UInt8", "-1"), ("Complex64", "(1,2)"), ("TimePoint", "yesterday"), ("Frob", "1"),
-        ("", "1"), ("Int128", "9" * 40), ("String", "in the wrong place"))
+        ("Float64", "NaN"),
+        ("Float64", "Inf"),
+        ("Float32", "-inf"),
+        ("Float64", ""),
+        ("Float64", "word"),
+        ("Int32", "1.5"),
+        ("Boolean", "1"),
+        ("Boolean", "perhaps"),
+        ("UInt8", "-1"),
+        ("Complex64", "(1,2)"),
+        ("TimePoint", "yesterday"),
+        ("Frob", "1"),
+        ("", "1"),
+        ("Int128", "9" * 40),
+        ("String", "in the wrong place"),
+    )
     for kind, value in values:
         attributes = {"id": "A:b", "type": kind, "value": value}
         yield good("property-%s-%s" % (kind, value), children=tag("Property", attributes))
