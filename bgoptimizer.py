@@ -83,6 +83,8 @@ if __name__ == "__main__":
 # The libraries read these once, when they are loaded.
 for variable in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "TF_NUM_INTRAOP_THREADS"):
     os.environ[variable] = "1"
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")  # else it takes all memory of a GPU
 
 import lz4.block  # noqa: E402
 import numpy as np  # noqa: E402
@@ -3873,12 +3875,7 @@ class _Explanation(NamedTuple):
 
     scenery: _Scenery
     candidates: list  # of _Candidate, the stiffest first
-    chosen: int  # index into them
-
-    @property
-    def best(self) -> _Candidate:
-        """The candidate that was chosen."""
-        return self.candidates[self.chosen]
+    best: _Candidate  # the one that was chosen
 
 
 def _look_for_sky(looker: _Looker, used: np.ndarray, smoothings: Sequence[float]) -> _Explanation:
@@ -3961,13 +3958,13 @@ def _averaging_length(smoothing: float) -> float:
     return (smoothing * STIFFNESS_UNIT / (8 * math.pi) * frame)**0.25
 
 
-def _choose(candidates: list[_Candidate], margin: float) -> int:
-    """Return the index of the stiffest candidate whose loss is within `margin` of the best."""
+def _choose(candidates: list[_Candidate], margin: float) -> _Candidate:
+    """Return the stiffest candidate whose loss is within `margin` of the best."""
     losses = np.array([candidate.loss for candidate in candidates])
     good = np.flatnonzero(losses <= losses.min() + margin)  # (at least 1,)
     if len(good) > 1 and good[0] == 0 and losses[0] > losses[1] + PLANE_MARGIN:
         good = good[1:]
-    return int(good[0])
+    return candidates[good[0]]
 
 
 # --- Doubt ---
@@ -4261,7 +4258,7 @@ def find_sky(prepared: Prepared, settings: Settings) -> Sky | None:
         start=functools.partial(surfaces.linear, start),
         glow=functools.partial(surfaces.linear_glow, start),
         open=sky | seen,
-        weight=seen.astype(float),
+        weight=seen,
         below=(scenery.light | best.outskirts) & ~seen,
         image=np.where(cells.usable[..., None], image, 0),
         noise=cells.noise * cells.scale,
@@ -4373,7 +4370,7 @@ def interpolate_spline(train_points, train_values, query_points, order, regulari
 
     Source: https://en.wikipedia.org/wiki/Polyharmonic_spline; notation (c, f, w, v, A, B) as there.
     """
-    tf = import_tensorflow()
+    import tensorflow as tf
     with tf.name_scope(name):
         c = tf.convert_to_tensor(train_points)
         f = tf.convert_to_tensor(train_values)
@@ -4381,8 +4378,8 @@ def interpolate_spline(train_points, train_values, query_points, order, regulari
         b, n = tf.shape(c)[0], tf.shape(c)[1]
         d = c.shape[-1]
 
-        r2 = _squared_distances(tf, c, c)
-        matrix_a = _phi(tf, r2, order)  # [b, n, n]
+        r2 = _squared_distances(c, c)
+        matrix_a = _phi(r2, order)  # [b, n, n]
         if regularization_weight > 0:
             matrix_a += regularization_weight * tf.eye(n, dtype=c.dtype)
         matrix_b = tf.concat([c, tf.ones_like(c[..., :1])], 2)  # [b, n, d + 1]
@@ -4398,14 +4395,15 @@ def interpolate_spline(train_points, train_values, query_points, order, regulari
         w = w_v[:, :n]
         v = w_v[:, n:]  # with b of the formula in the last row
 
-        r2 = _squared_distances(tf, q, c)
-        kernels = _phi(tf, r2, order)  # [b, m, n]
+        r2 = _squared_distances(q, c)
+        kernels = _phi(r2, order)  # [b, m, n]
         linear = tf.concat([q, tf.ones_like(q[..., :1])], 2)  # [b, m, d + 1]
         return tf.matmul(kernels, w) + tf.matmul(linear, v)
 
 
-def _squared_distances(tf, x, y):
+def _squared_distances(x, y):
     """Return the squared distances of x `[b, n, d]` from y `[b, m, d]`: `[b, n, m]`."""
+    import tensorflow as tf
     product = tf.matmul(x, y, transpose_b=True)
     if x is y:
         # These norms are rounded as the product is, so the diagonal, where the kernel is steepest,
@@ -4417,8 +4415,9 @@ def _squared_distances(tf, x, y):
     return x_norm[:, :, None] - 2 * product + y_norm[:, None, :]
 
 
-def _phi(tf, r2, order):
+def _phi(r2, order):
     """Return the kernel for squared distances r2, of any shape."""
+    import tensorflow as tf
     guarded = tf.maximum(r2, _TINY_SQUARED_DISTANCE)
     if order == 1:
         return tf.sqrt(guarded)
@@ -4439,9 +4438,6 @@ def import_tensorflow():
 
     It takes seconds, and help, errors, and previews do not need it.
     """
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    # Or else it takes all memory of a GPU at once
-    os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")
     try:
         with memory_errors():
             return importlib.import_module("tensorflow")
@@ -4479,7 +4475,7 @@ def spline_layer(positions: np.ndarray, values: np.ndarray, order: int, regulari
         order: of the spline.
         regularization: weight on the diagonal of the interpolation system.
     """
-    tf = import_tensorflow()
+    import tensorflow as tf
     interpolate = _import_interpolate_spline()
 
     class SplineSurface(tf.keras.layers.Layer):
@@ -4507,44 +4503,49 @@ def spline_layer(positions: np.ndarray, values: np.ndarray, order: int, regulari
 # surface, [m, c]), or of b, the surface, [m, c]. The bending is one number for the whole surface.
 # --------------------------------------------------------------------------------------------------
 
-def loss_error(tf, r):
+def loss_error(r):
     """Return how far the surface is from the picture: the mean |r| of the channels."""
+    import tensorflow as tf
     return tf.reduce_mean(tf.abs(r), -1)
 
 
-def loss_color(tf, r):
+def loss_color(r):
     """Return how far the channels disagree: the variance of r over them, 0 for a gray picture.
 
     It keeps the background neutral.
     """
+    import tensorflow as tf
     return tf.math.reduce_variance(r, -1)
 
 
-def loss_overshoot(tf, r):
+def loss_overshoot(r):
     """Return how far the surface lies above the picture.
 
     Subtracting more light than there is leaves dark holes.
     """
+    import tensorflow as tf
     return tf.reduce_mean(tf.abs(r) - r, -1)
 
 
-def loss_negative(tf, b):
+def loss_negative(b):
     """Return how far the surface lies below zero: there is no negative sky."""
+    import tensorflow as tf
     return tf.reduce_mean(tf.abs(b) - b, -1)
 
 
-def log_loss(tf, terms, alpha):
+def log_loss(terms, alpha):
     """Return the loss of pixels with these four terms, [m] each.
 
     It is a mean of logarithms, which forgives pixels that no smooth surface can meet.
     """
+    import tensorflow as tf
     error, color, overshoot, negative = terms
     penalties = overshoot + negative
     total = error + color + alpha * penalties
     return tf.reduce_mean(tf.math.log(LOSS_FLOOR + total))
 
 
-def loss_bending(tf, nodes, spacing, bowl):
+def loss_bending(nodes, spacing, bowl):
     """Return the bending energy of a surface: that of a thin plate over 8 pi.
 
     It is the integral of the squared second derivatives over the frame; mean of the channels.
@@ -4555,6 +4556,7 @@ def loss_bending(tf, nodes, spacing, bowl):
         bowl: weight of the mean second derivatives, which are those of a bowl. The deviations from
             them have the weight 1.
     """
+    import tensorflow as tf
     down, along = spacing
     inner = slice(1, -1)
     inside = inner, inner
@@ -4816,7 +4818,7 @@ def _sample_of_cells(prepared, settings, pick):
     image = stretch.apply(light) + shift * noise
     # What the user's mask counts less counts less here, too
     trust = _picked(_block_means(prepared.weight, sky.size), pick)
-    shows_sky = _picked(sky.weight[..., None], pick) > 0  # (m, 1)
+    shows_sky = _picked(sky.weight[..., None], pick)  # (m, 1)
     seen = shows_sky & (trust > 0).all(-1, keepdims=True)
     found = stretch.extend(sky.start(places))
     image = np.where(seen, image, found)
@@ -4835,7 +4837,7 @@ def _low_side(alpha: float, noise: float, channels: int) -> float:
     Returns:
         The distance in units of the noise.
     """
-    tf = import_tensorflow()
+    import tensorflow as tf
     rng = np.random.default_rng(0)
     draws = noise * rng.normal(size=(4096, channels))
     shifts = np.linspace(0, 2.5, 51)
@@ -4843,11 +4845,11 @@ def _low_side(alpha: float, noise: float, channels: int) -> float:
     for shift in shifts:
         residual = tf.constant(draws + shift * noise)
         terms = (
-            loss_error(tf, residual),
-            loss_color(tf, residual),
-            loss_overshoot(tf, residual),
+            loss_error(residual),
+            loss_color(residual),
+            loss_overshoot(residual),
             0.0)  # a sky above zero
-        loss = log_loss(tf, terms, alpha)
+        loss = log_loss(terms, alpha)
         losses.append(float(loss))
     best = np.argmin(losses)
     return float(shifts[best])
@@ -4893,7 +4895,7 @@ def fit_surface(prepared: Prepared, settings: Settings, start: tuple[np.ndarray,
 def _train(training: _Training, settings: Settings, start: tuple[np.ndarray, np.ndarray],
            noise: float, on_epoch: Callable[[int, float], None] | None) -> tuple[list, str, list]:
     """Train until nothing improves; returns history, stopped and track, as `Fit` has them."""
-    tf = import_tensorflow()
+    import tensorflow as tf
     history = []
     track = [(0, *start)]
     rate = settings.learning_rate
@@ -4967,7 +4969,7 @@ class _Kind(NamedTuple):
 
 
 class _Lesson(NamedTuple):
-    """What the training step sees of one picture: m pixels and n nodes, as tensors of TensorFlow."""
+    """What the training step sees of one picture, as tensors: m pixels and n nodes."""
 
     image: Any  # [m, c] stretched
     weight: Any  # [m, c]
@@ -4987,7 +4989,7 @@ class _Lesson(NamedTuple):
 def _make_lesson(prepared: Prepared, settings: Settings, sample: Sample, nodes: np.ndarray,
                  rest: Callable, noise: float) -> _Lesson:
     """Put together what the training step sees of a picture; the nodes are (rows, columns, 2)."""
-    tf = import_tensorflow()
+    import tensorflow as tf
     count, channels = sample.image.shape
     half = count // 2
     split = count >= FEWEST_TO_SPLIT
@@ -5019,33 +5021,13 @@ def _make_lesson(prepared: Prepared, settings: Settings, sample: Sample, nodes: 
         bowl=numbers(1.0 if settings.smoothing >= PLANE else 0.0))
 
 
-def _any_lesson(kind: _Kind) -> _Lesson:
-    """Return the types and shapes of all lessons of one kind, as the signature of the step.
-
-    The number of pixels stays open. A step traced for the number of its first picture would round
-    differently, and what came first in a folder would change the results of all others.
-    """
-    tf = import_tensorflow()
-    m = None
-    n = math.prod(kind.nodes)
-    c = kind.channels
-
-    def numbers(*shape):
-        return tf.TensorSpec(shape, tf.float32)
-
-    return _Lesson(
-        image=numbers(m, c),
-        weight=numbers(m, c),
-        clipped=tf.TensorSpec((m, c), tf.bool),
-        fitted=tf.TensorSpec((), tf.int32),
-        judging=tf.TensorSpec((), tf.int32),
-        places=numbers(m, 2),
-        rest=numbers(m, c),
-        glow=numbers(n, c),
-        unit=numbers(c),
-        midtones=numbers(c),
-        stiffness=numbers(),
-        bowl=numbers())
+def _with_open_length(tensor):
+    """Return the type and shape of a tensor of a lesson, with the number of its rows left open."""
+    import tensorflow as tf
+    shape = list(tensor.shape)
+    if len(shape) > 1:
+        shape[0] = None
+    return tf.TensorSpec(shape, tensor.dtype)
 
 
 @functools.lru_cache(maxsize=8)  # a folder holds pictures of few sizes
@@ -5067,7 +5049,7 @@ class _Training:
     """
 
     def __init__(self, kind: _Kind):
-        tf = self.tf = import_tensorflow()
+        import tensorflow as tf
         self.kind = kind
         self.lock = threading.Lock()
         positions = np.zeros((kind.points, 2), np.float32)
@@ -5078,20 +5060,25 @@ class _Training:
         self.best_loss = tf.Variable(np.float32(np.inf))
         self.adam = tf.keras.optimizers.Adam()
         self.adam.build(variables)
-        # Nothing in the step needs rewriting, which costs time and would reach into the drop-in
-        self._traced = tf.function(
-            self._step, input_signature=[_any_lesson(kind)], autograph=False)
+        self._traced = None  # the step, once a first lesson shows what lessons look like
 
     def begin(self, start: tuple[np.ndarray, np.ndarray], learning_rate: float,
               lesson: _Lesson) -> None:
         """Forget the picture before, and start with these positions (n, 2) and values (n, c)."""
+        import tensorflow as tf
         self.lesson = lesson
+        if self._traced is None:
+            # A step traced for the number of pixels of its first picture would round differently,
+            # so that what comes first in a folder changed the results of all others.
+            # Nothing in it needs rewriting, which costs time and would reach into the drop-in.
+            signature = tf.nest.map_structure(_with_open_length, lesson)
+            self._traced = tf.function(self._step, input_signature=[signature], autograph=False)
         for variables in (self.layer.trainable_weights, self.best):
             for variable, value in zip(variables, start):
                 variable.assign(value)
         self.best_loss.assign(np.inf)
         for variable in self.adam.variables:  # the epoch and the moments
-            variable.assign(self.tf.zeros_like(variable))
+            variable.assign(tf.zeros_like(variable))
         self.adam.learning_rate = learning_rate
 
     def on_nodes(self) -> np.ndarray:
@@ -5110,7 +5097,7 @@ class _Training:
 
     def _step(self, lesson):
         """Do what `step` does, on tensors."""
-        tf = self.tf
+        import tensorflow as tf
         alpha = self.kind.alpha
         variables = self.layer.trainable_weights
         count = tf.shape(lesson.image)[0]
@@ -5122,8 +5109,8 @@ class _Training:
             judging = [term[lesson.judging:] for term in terms]
             fitted = [term[:lesson.fitted] for term in terms]
             bending = self._bending_term(lesson, on_nodes)
-            loss = log_loss(tf, fitted, alpha) + bending
-        judged = log_loss(tf, judging, alpha) + bending
+            loss = log_loss(fitted, alpha) + bending
+        judged = log_loss(judging, alpha) + bending
         self._keep_if_better(judged)
         gradients = tape.gradient(loss, variables)
         self.adam.apply_gradients(zip(gradients, variables))
@@ -5132,28 +5119,28 @@ class _Training:
 
     def _pixel_terms(self, lesson, surface):
         """Return the four terms of the loss of the pixels, [m] each."""
-        tf = self.tf
+        import tensorflow as tf
         picture = tf.where(lesson.clipped, tf.maximum(lesson.image, surface), lesson.image)
         residual = lesson.weight * (picture - surface)
         return [
-            loss_error(tf, residual),
-            loss_color(tf, residual),
-            loss_overshoot(tf, residual),
-            loss_negative(tf, surface),
+            loss_error(residual),
+            loss_color(residual),
+            loss_overshoot(residual),
+            loss_negative(surface),
         ]
 
     def _bending_term(self, lesson, surface):
         """Return the part of the loss for the bending of the surface on the nodes, []."""
-        tf = self.tf
+        import tensorflow as tf
         stretch = Stretch(0, 1, lesson.midtones)  # in its own unit
         linear = stretch.invert_unscaled(tf, surface)
         plate = (linear - lesson.glow) / lesson.unit
         plate = tf.reshape(plate, (*self.kind.nodes, self.kind.channels))
-        return lesson.stiffness * loss_bending(tf, plate, self.kind.spacing, lesson.bowl)
+        return lesson.stiffness * loss_bending(plate, self.kind.spacing, lesson.bowl)
 
     def _keep_if_better(self, judged):
         """Keep the control points if they were judged to be the best so far."""
-        tf = self.tf
+        import tensorflow as tf
         better = judged < self.best_loss
         kept = [*self.best, self.best_loss]
         new = [*self.layer.trainable_weights, judged]
@@ -5191,9 +5178,8 @@ def _noise_about(sample: Sample, rest: Callable, start: tuple[np.ndarray, np.nda
     sky = sample.seen & counted
     if not sky.any():
         return LOSS_FLOOR
-    distances = np.abs(sample.image - surface)
-    deviation = GAUSSIAN_DEVIATION * np.median(distances[sky])
-    return max(float(deviation), LOSS_FLOOR)
+    above = sample.image - surface
+    return max(float(_deviation(above[sky])), LOSS_FLOOR)
 
 
 class Device(NamedTuple):
@@ -5228,7 +5214,7 @@ def on_first_that_works(devices: list[Device], work: Callable):
     Raises:
         BgError: the last device has too little memory. Its other errors are raised as they are.
     """
-    tf = import_tensorflow()
+    import tensorflow as tf
     last = devices[-1]
     for device in devices:
         try:
@@ -5379,7 +5365,7 @@ def linear_sky(prepared: Prepared, fit: Fit) -> Callable[[np.ndarray], np.ndarra
     places = _picked(prepared.centers, sample)
     found = prepared.sky
     if found is not None:  # under objects that add light, the picture limits the sky from above
-        limited = (found.weight > 0) | found.below
+        limited = found.weight | found.below
         more = found.centers[limited]
         places = np.concatenate([places, more])
     stretched = fit.surface(places)  # (samples, c)
@@ -5801,11 +5787,12 @@ def doubts(planes: np.ndarray, prepared: Prepared) -> list[str]:
     """
     sentences = []
     linear = prepared.linear[prepared.present.all(-1)]  # (n, c)
-    low, median, high = np.quantile(linear, (0, 0.5, 0.999), axis=0)
-    stretched = (high > STRETCHED_TOP) & (median - low > STRETCHED_MEDIAN * (high - low))
-    if stretched.all():
-        sentences.append("the picture looks stretched; "
-                         "light can be subtracted only while the data are linear")
+    if linear.size:  # there are pixels of which no channel is missing
+        low, median, high = np.quantile(linear, (0, 0.5, 0.999), axis=0)
+        stretched = (high > STRETCHED_TOP) & (median - low > STRETCHED_MEDIAN * (high - low))
+        if stretched.all():
+            sentences.append("the picture looks stretched; "
+                             "light can be subtracted only while the data are linear")
     if len(planes) == 1 and _looks_like_mosaic(planes[0]):
         sentences.append("the picture looks like an undebayered color picture; debayer it first")
     missing = 1 - prepared.present.mean()
@@ -5827,7 +5814,7 @@ def _looks_like_mosaic(plane: np.ndarray) -> bool:
         if phase.size < 1000:
             return False
         median = np.median(phase)
-        noise = GAUSSIAN_DEVIATION * np.median(np.abs(phase - median))
+        noise = _deviation(phase - median)
         medians.append(median)
         errors.append(MEDIAN_NOISE * noise / math.sqrt(phase.size))
         dark = min(dark, np.quantile(phase, 0.01))
@@ -5853,7 +5840,7 @@ def gradient(prepared: Prepared, fit: Fit | None = None, correction: str = "subt
     found = prepared.sky
     if found is None:
         return math.nan
-    shows_sky = found.weight > 0  # (h, w)
+    shows_sky = found.weight  # (h, w)
     surface = found.surface(found.centers)  # (h, w, c)
     sky = surface[shows_sky]  # (n, c)
     level = np.maximum(np.median(sky, axis=0), 1e-12)
@@ -5862,8 +5849,7 @@ def gradient(prepared: Prepared, fit: Fit | None = None, correction: str = "subt
         missed = _smooth(missed, GRADIENT_SCALE, shows_sky)[shows_sky]
         model = linear_sky(prepared, fit)(found.centers[shows_sky])
         sky = corrected(prepared, sky + missed, model, correction)
-    high, low = np.percentile(sky, (99, 1), axis=0)
-    return float(np.mean((high - low) / level))
+    return float(np.mean(_span(sky, (99, 1)) / level))
 
 
 def gradients(result: Result) -> str:
@@ -6727,34 +6713,35 @@ def _try_picture(given: dict, watched: ContextManager = nullcontext()) -> Outcom
     with _overheard() as warned:
         try:
             task = _make_task(options, _settings_of(options))
-            report = process_file(task, watched)
+            result = process_file(task, watched)
         except Exception as error:
             outcome = Outcome("", FAILED, message=_told(error))
         else:
-            outcome = _outcome(report, warned)
+            outcome = _outcome(result, warned)
     seconds = time.perf_counter() - started
     return outcome._replace(file=options.input_file, seconds=f"{seconds:.2f}")
 
 
-def _outcome(report: Report, warned: list[str]) -> Outcome:
-    """Put a report into the words and digits of a row."""
+def _outcome(result: Result, warned: list[str]) -> Outcome:
+    """Put a result into the words and digits of a row."""
     def digits(number):
         return "" if math.isnan(number) else f"{number:.5g}"
 
-    confidence = "sure"
-    if report.unsure:
-        confidence = f"unsure: {report.unsure}"
-    elif math.isnan(report.sky_share):
-        confidence = "unknown"
+    sky = result.prepared.sky
+    share = math.nan
+    confidence = "unknown"
+    if sky is not None:
+        share = sky.share
+        confidence = f"unsure: {sky.unsure}" if sky.unsure else "sure"
     return Outcome(
         file="",
         outcome=WARNED if warned else DONE,
-        sky_share=digits(report.sky_share),
-        smoothing=digits(report.smoothing),
-        gradient_before=digits(report.gradient_before),
-        gradient_after=digits(report.gradient_after),
+        sky_share=digits(share),
+        smoothing=digits(result.settings.smoothing),
+        gradient_before=digits(result.gradient_before),
+        gradient_after=digits(result.gradient_after),
         confidence=confidence,
-        clipped=digits(report.clipped),
+        clipped=digits(result.clipped),
         message=" | ".join(warned))
 
 
@@ -7224,10 +7211,10 @@ def _run(options: argparse.Namespace, settings: Settings, interrupts: _Interrupt
         return
     task = _make_task(options, settings)
     if options.preview:
-        written = preview_file(task)
+        preview_file(task)
     else:
-        written = process_file(task, _watched_fit(settings.epochs, interrupts)).written
-    for path in written:
+        process_file(task, _watched_fit(settings.epochs, interrupts))
+    for path in _written_by(task):
         logger.info(f"wrote {path}")
     logger.info(f"{time.perf_counter() - started:.1f} s")
     if task.place_for_figure == "window":
@@ -7256,19 +7243,7 @@ class Task:
         return name.replace("$", r"\$")  # matplotlib would take it for a formula
 
 
-class Report(NamedTuple):
-    """What there is to tell of a picture that was done. It is small, so that many can be kept."""
-
-    sky_share: float  # of the picture; NaN if no sky could be looked for
-    unsure: str  # why the sky cannot be known, in words; empty if it can
-    smoothing: float
-    gradient_before: float
-    gradient_after: float
-    clipped: float  # share of the samples
-    written: list[str]  # paths
-
-
-def process_file(task: Task, watched: ContextManager = nullcontext()) -> Report:
+def process_file(task: Task, watched: ContextManager = nullcontext()) -> Result:
     """Take the sky out of one picture, from file to files.
 
     Args:
@@ -7288,21 +7263,17 @@ def process_file(task: Task, watched: ContextManager = nullcontext()) -> Report:
         _write_outputs(task, picture, result, files)
     draw = functools.partial(draw_figures, result=result, title=task.title)
     _put_figure(task, draw)
-    sky = result.prepared.sky
-    share, unsure = (math.nan, "") if sky is None else (sky.share, sky.unsure)
-    return Report(share, unsure, result.settings.smoothing, result.gradient_before,
-                  result.gradient_after, result.clipped, _written_by(task))
+    return result
 
 
-def preview_file(task: Task) -> list[str]:
-    """Draw the preview of one picture; returns the paths of what was written."""
+def preview_file(task: Task) -> None:
+    """Draw the preview of one picture."""
     picture = _read_input(task)
     mask = _read_mask(task.mask_file)
     prepared, settings = examine(picture.planes, task.settings, mask)
     draw = functools.partial(
         draw_preview, prepared=prepared, settings=settings, title=task.title)
     _put_figure(task, draw)
-    return _written_by(task)
 
 
 def _put_figure(task: Task, draw: Callable) -> None:

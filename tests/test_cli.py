@@ -440,16 +440,16 @@ def gradients_told(capsys):
 def test_what_is_reported_of_a_picture_is_what_was_printed(sky, folder, capsys):
     options, settings = bgoptimizer._parse(["sky.xisf", "out", *FAST])
     task = bgoptimizer._make_task(options, settings)
-    report = bgoptimizer.process_file(task)
+    result = bgoptimizer.process_file(task)
     assert run("sky.xisf", "out", *FAST) == 0
     before, after = gradients_told(capsys)
-    assert report.gradient_before * 100 == pytest.approx(before, abs=0.06)
-    assert report.gradient_after * 100 == pytest.approx(after, abs=0.06)
-    assert report.smoothing == 1
-    assert 0.5 < report.sky_share <= 1
-    assert report.unsure == ""
-    assert report.clipped < 0.01
-    assert [os.path.basename(path) for path in report.written] == PAIR
+    row = bgoptimizer._outcome(result, [])
+    assert float(row.gradient_before) * 100 == pytest.approx(before, abs=0.06)
+    assert float(row.gradient_after) * 100 == pytest.approx(after, abs=0.06)
+    assert float(row.smoothing) == 1
+    assert 0.5 < float(row.sky_share) <= 1
+    assert row.confidence == "sure"
+    assert float(row.clipped) < 0.01
 
 
 def test_a_program_that_logs_too_sees_each_line_once_and_its_loggers_unchanged(

@@ -244,6 +244,14 @@ def test_a_picture_that_is_not_one_to_run_it_on_is_warned_about(spoil, words, ca
     assert words in caplog.text
 
 
+def test_channels_that_are_nowhere_present_together_are_no_fault():
+    image, _ = sloping_sky(200, 300)
+    image[:100, :, 0] = 0
+    image[100:, :, 1] = 0
+    prepared, _ = examine(to_planes(image), Settings(downscaling_factor=4))
+    assert not prepared.present.all(-1).any()
+
+
 def test_what_is_given_by_hand_wins():
     image, _ = sloping_sky(300, 400, 1)
     settings = Settings(auto=True, downscaling_factor=2, delinearization_quantile=0.9, points=20,

@@ -67,7 +67,7 @@ def test_each_loss_term_sees_its_own_fault():
         bgoptimizer.loss_negative: [0, 0.2, 0.4],
     }
     for term, values in expected.items():
-        assert_allclose(term(tf, r), values, atol=1e-7)
+        assert_allclose(term(r), values, atol=1e-7)
 
 
 # ------------------------------------------------------------------------------ start and sample
@@ -456,7 +456,7 @@ def test_the_loss_of_a_pixel_is_the_logarithm_of_all_its_terms():
     total = 0.1 + 0.02 + alpha * (0.003 + 0.0004)
     of_pixels = np.array([total, 2 * total])
     expected = np.log(bgoptimizer.LOSS_FLOOR + of_pixels).mean()
-    loss = bgoptimizer.log_loss(tf, terms, alpha)
+    loss = bgoptimizer.log_loss(terms, alpha)
     assert abs(float(loss) - expected) < 1e-5
 
 
@@ -493,12 +493,12 @@ def test_noise_does_not_move_the_surface_that_fits_best():
     def loss(offset):
         residual = tf.constant(seen - truth - offset * seen.std())
         terms = [
-            bgoptimizer.loss_error(tf, residual),
-            bgoptimizer.loss_color(tf, residual),
-            bgoptimizer.loss_overshoot(tf, residual),
+            bgoptimizer.loss_error(residual),
+            bgoptimizer.loss_color(residual),
+            bgoptimizer.loss_overshoot(residual),
             0.0,
         ]
-        return float(bgoptimizer.log_loss(tf, terms, settings.alpha))
+        return float(bgoptimizer.log_loss(terms, settings.alpha))
 
     offsets = np.linspace(-2, 2, 41)  # over the noise
     losses = [loss(offset) for offset in offsets]
