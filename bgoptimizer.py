@@ -410,7 +410,6 @@ class Picture:
     source: Source  # or a FitsSource, or a TiffSource
     warnings: list  # of str, one line each
     unit: Unit = Unit()
-    format: str = "xisf"  # a name in FORMATS
     note: str = ""  # what the samples were, in words
 
 
@@ -1454,9 +1453,7 @@ def read_picture(path):
         name = picture_format(path)
         _require(name or os.path.isfile(path), *NOT_A_FILE)
         _require(name, "is not an XISF, FITS, or TIFF file", "save the picture as one of them")
-    picture = FORMATS[name].read(path)
-    picture.format = name
-    return picture
+    return FORMATS[name].read(path)
 
 
 def picture_stem(path):
@@ -7008,7 +7005,6 @@ def _number_or_auto(text: str) -> float | None:
 
 def build_parser() -> argparse.ArgumentParser:
     """Build the parser of the command line; every default is the one of `Settings`."""
-    default = Settings()
     purpose, heading, examples = (__doc__ or "").partition("examples:")
     parser = _Parser(
         prog="bgoptimizer.py", description=purpose, epilog=heading + examples, allow_abbrev=False,
@@ -7022,9 +7018,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("-c", "--compress", action="store_true",
         help="compress the outputs without loss: lz4hc with byte shuffling, in FITS GZIP_2, in "
              "TIFF deflate (default: off)")
-    add("-dx", "--downscaling-factor", type=int, default=default.downscaling_factor,
+    add("-dx", "--downscaling-factor", type=int,
         help="side of the blocks of pixels that the fit sees as one pixel (default: %(default)s)")
-    add("-df", "--downscaling-func", choices=("median", "mean"), default=default.downscaling_func,
+    add("-df", "--downscaling-func", choices=("median", "mean"),
         metavar="DOWNSCALING_FUNC",
         help="what a block is reduced to, median or mean; the median drops small stars "
              "(default: %(default)s)")
@@ -7037,43 +7033,43 @@ def build_parser() -> argparse.ArgumentParser:
     add("-N", dest="points", metavar="N", type=int,
         help="number of control points that the fit trains; --smoothing decides how stiff the "
              f"surface is (default: {DEFAULT_POINTS}, with --auto {AUTO_POINTS})")
-    add("-O", dest="order", metavar="O", type=int, choices=(1, 2, 3, 4), default=default.order,
+    add("-O", dest="order", metavar="O", type=int, choices=(1, 2, 3, 4),
         help="order of the spline, 1 to 4; 2 is a thin plate, 3 is cubic (default: %(default)s)")
-    add("-tm", "--threshold-min", type=float, default=default.threshold_min,
+    add("-tm", "--threshold-min", type=float,
         help="leave out what is darker than this in the stretched picture (default: %(default)s)")
-    add("-tM", "--threshold-max", type=float, default=default.threshold_max,
+    add("-tM", "--threshold-max", type=float,
         help="leave out what is brighter than this in the stretched picture; lower it to mask "
              "objects (default: %(default)s)")
     add("-m", "--mask",
         help="mask in XISF, FITS or TIFF, as high and wide as the picture, with 1 channel or as "
              "many: 1 = use, 0 = leave out, between = weight (default: none)")
-    add("-i", "--initializer", choices=("random", "grid"), default=default.initializer,
+    add("-i", "--initializer", choices=("random", "grid"),
         metavar="INITIALIZER",
         help="where the control points start, random or grid (default: %(default)s)")
-    add("-e", "--epochs", type=int, default=default.epochs,
+    add("-e", "--epochs", type=int,
         help="largest number of epochs; the fit stops earlier if nothing improves "
              "(default: %(default)s)")
-    add("-a", "--alpha", type=float, default=default.alpha,
+    add("-a", "--alpha", type=float,
         help="weight of the penalties on a sky that is negative or brighter than the picture "
              "(default: %(default)g)")
-    add("-B", dest="batch", metavar="B", type=int, default=default.batch,
+    add("-B", dest="batch", metavar="B", type=int,
         help=f"batch size: independent samples of {SAMPLE_PIXELS} pixels that the fit sees "
              "(default: %(default)s)")
-    add("-lr", dest="learning_rate", metavar="LR", type=float, default=default.learning_rate,
+    add("-lr", dest="learning_rate", metavar="LR", type=float,
         help="learning rate at the start (default: %(default)s)")
 
     add = parser.add_argument_group("more").add_argument
     add("--auto", action="store_true",
         help="find objects and leave them out; flags given by hand stay in force (default: off)")
-    add("--smoothing", type=_number_or_auto, default=None, metavar="{auto,NUMBER}",
+    add("--smoothing", type=_number_or_auto, metavar="{auto,NUMBER}",
         help="stiffness of the surface: 10000 is a plane, 1000 a plane with a bowl, 0.001 follows "
              "all that is smooth (default: auto, found from the picture)")
-    add("--correction", choices=("subtract", "divide"), default=default.correction,
+    add("--correction", choices=("subtract", "divide"),
         help="what is done with the sky: subtract it, or divide by it, against vignetting "
              "(default: %(default)s)")
-    add("--format", choices=tuple(FORMATS), default=None,
+    add("--format", choices=tuple(FORMATS),
         help="format of the outputs (default: the one of the input)")
-    add("--seed", type=int, default=default.seed,
+    add("--seed", type=int,
         help="seed of all random numbers; the same command gives the same pictures "
              "(default: %(default)s)")
     add("--save-mask", action="store_true",
@@ -7095,6 +7091,7 @@ def build_parser() -> argparse.ArgumentParser:
              "such as tcp://host:8786; they need to see the same files (default: none)")
     add("--quiet", action="store_true", help="print warnings and errors only (default: off)")
     add("--version", action="version", version=f"bgoptimizer {VERSION}")
+    parser.set_defaults(**vars(Settings()))
     return parser
 
 
