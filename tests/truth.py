@@ -5,6 +5,7 @@
     python tests/truth.py --full --check                  # 2000 x 3000; exit 1 if not kept
     python tests/truth.py --pictures /tmp/look -- -N 49   # flags after -- go to the tool
     python tests/truth.py --inject                        # known gradients put into real pictures
+    python tests/truth.py --rivals                        # other tools, where they are installed
 
 Each seed is another picture of its family. Unless --channels, --border or --portrait say otherwise,
 the seeds take mono and RGB, both orientations, with and without border in turns.
@@ -21,9 +22,13 @@ With --inject a gradient G is added to a real picture P, whose sky nobody knows.
 what is smooth finds all of it: model(P + G) - model(P) = G. Its rms without a constant is given in
 percent of G's range. `kept` is then the structure of the picture that is not in model(P), and
 `depth` the range of model(P) in units of the pixel noise.
+
+With --rivals the columns are those of other tools (see `RIVALS`), and of --columns if it is given.
+Nothing requires them: one that is not installed is left out. `warned` are the pictures that a rival
+gave up on, which count as if nothing had been done.
 """
 import argparse
-import importlib
+import importlib.util
 import logging
 import multiprocessing
 import os
@@ -178,6 +183,87 @@ def each(work, items, arguments, note):
 
 
 # ------------------------------------------------------------------------------------------------
+# Rivals
+# ------------------------------------------------------------------------------------------------
+
+def photutils_sky(planes, boxes, exclude):
+    """The sky that photutils finds in planes (c, h, w), NaN where missing -> (c, h, w).
+
+    As in its user guide: sources are what is 2 sigma over a plane's clipped median in 10 connected
+    pixels, and 10 pixels around it. Background2D does the rest by its defaults: each box's mode
+    (SExtractorBackground) clipped at 3 sigma, and a median filter of 3 x 3 boxes. `boxes` go along
+    the longer side. One with more than `exclude` percent masked is left out; by the default, 10,
+    a dense star field is left without any.
+    """
+    from photutils.background import Background2D
+    from photutils.segmentation import detect_sources, detect_threshold
+    from photutils.utils import circular_footprint
+
+    box = -(-max(planes.shape) // boxes)  # rounded up: the last box is not a sliver
+    skies = []
+    for plane in planes:
+        missing = np.isnan(plane)
+        threshold = detect_threshold(plane, 2.0, mask=missing)
+        found = detect_sources(plane, threshold, 10, mask=missing)
+        sources = None
+        if found is not None:
+            sources = found.make_source_mask(footprint=circular_footprint(10))
+        background = Background2D(plane, box, mask=sources, coverage_mask=missing,
+                                  exclude_percentile=exclude)
+        skies.append(background.background)
+    return np.stack(skies)
+
+
+def seiza_sky(planes, **settings):
+    """The sky that seiza fits to planes (c, h, w), NaN where missing -> (c, h, w)."""
+    import seiza
+
+    missing = np.isnan(planes).any(axis=0)
+    image = np.moveaxis(planes, 0, -1)
+    image = np.ascontiguousarray(image.squeeze())  # (h, w, 3) or (h, w)
+    fitted = seiza.fit_background(image, mask=missing, **settings)
+    sky = np.atleast_3d(fitted.render())
+    return np.moveaxis(sky, -1, 0)
+
+
+# A column's name, the package it needs, and how it is called. Where a package's documentation
+# leaves a choice, it is the one that does best on these scenes.
+RIVALS = {
+    "photutils": ("photutils", photutils_sky, {"boxes": 16, "exclude": 80}),
+    # "automatic" is what its README shows: the degree, up to this one, that predicts samples best.
+    "seiza": ("seiza", seiza_sky, {"model": "automatic", "degree": 4}),
+    "seiza-rbf": ("seiza", seiza_sky, {"model": "radial_basis"}),
+}
+
+
+def rival_sky(scene, column):
+    """Run a rival on a scene -> as `model_sky`; it is told what is missing, as a user would."""
+    _, find, settings = RIVALS[column]
+    image = np.where(scene.valid[..., None], scene.image, np.float32(np.nan))
+    planes = scenes.to_planes(image)
+    gave_up = []
+    start = time.perf_counter()
+    try:
+        sky = find(planes, **settings)
+    except (ValueError, RuntimeError) as error:  # too few samples or boxes
+        sky = np.zeros_like(planes)
+        gave_up.append(str(error))
+    seconds = time.perf_counter() - start
+    return np.moveaxis(sky, 0, -1), seconds, gave_up
+
+
+def rival_columns():
+    """The columns of the installed rivals; says which are left out."""
+    packages = sorted({package for package, _, _ in RIVALS.values()})
+    missing = [package for package in packages if importlib.util.find_spec(package) is None]
+    columns = [column for column in RIVALS if RIVALS[column][0] not in missing]
+    if missing:
+        what = "left out, not installed" if columns else "no rival is installed"
+        tell("%s: to see them, python -m pip install %s" % (what, " ".join(missing)))
+    return columns
+
+
+# ------------------------------------------------------------------------------------------------
 # Scenes with a known sky
 # ------------------------------------------------------------------------------------------------
 
@@ -213,7 +299,10 @@ def measure(picture, arguments):
     nothing, _ = scenes.score(np.zeros_like(scene.sky), scene)
     rows, models = {}, {}
     for column, flags in arguments.flags.items():
-        model, seconds, warnings = model_sky(scene.image, flags, arguments.tool)
+        if column in RIVALS:
+            model, seconds, warnings = rival_sky(scene, column)
+        else:
+            model, seconds, warnings = model_sky(scene.image, flags, arguments.tool)
         rms, p999 = scenes.score(model, scene)
         kept, ring = scenes.object_score(model, scene)
         rows[column] = Row(
@@ -700,8 +789,9 @@ def build_parser():
         help="these for every seed, not in turns")
     add("--border", action="store_true", help="a registration border on every picture")
     add("--portrait", action="store_true", help="every picture upright")
-    add("--columns", nargs="+", default=list(COLUMNS), metavar="COLUMN",
-        help="columns of the table, of: plain, auto (both)")
+    add("--columns", nargs="+", metavar="COLUMN",
+        help="columns of the table, of: plain, auto (both; with --rivals: none)")
+    add("--rivals", action="store_true", help="columns of other tools: " + ", ".join(RIVALS))
     add("--jobs", type=int, default=1,
         help="pictures at a time, each in a process of its own (1)")
     add("--threads", type=int, metavar="N",
@@ -728,12 +818,20 @@ def main(argv=None):
 
     optimizer = importlib.import_module(arguments.tool)
     arguments.flags = {}  # {column: flags of the tool}
-    for name in arguments.columns:
+    for name in arguments.columns or ([] if arguments.rivals else COLUMNS):
         name = "--auto" if name == "auto" else name
         if name not in COLUMNS:
             parser.error("there are the columns plain and auto, not %s" % name)
         arguments.flags[name] = COLUMNS[name] + for_tool
         settings_from(optimizer, arguments.flags[name])  # what is wrong with them is said now
+
+    if arguments.rivals:
+        if arguments.inject is not None:
+            parser.error("--rivals needs scenes, not --inject")
+        rivals = rival_columns()
+        if not rivals:
+            return 1
+        arguments.flags.update(dict.fromkeys(rivals, []))  # our flags are not theirs
 
     if arguments.inject is not None:
         run_injections(arguments)
