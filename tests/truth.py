@@ -484,7 +484,7 @@ def summary(column, rows):
     kept = numbers_of(rows, "kept")
     warned = warned_of(rows)
     middle = np.median(rms)
-    worse = rms > numbers_of(rows, "nothing")
+    worse = rms > 1.000001 * numbers_of(rows, "nothing")  # a flat sky is as good, but for rounding
     lines = [
         "%s: median %.2f %%, worst %.2f %%" % (column, middle, rms.max()),
         "  worse than doing nothing: %d" % worse.sum(),
