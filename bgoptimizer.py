@@ -4179,7 +4179,7 @@ class Sky:
     start: Callable[[np.ndarray], np.ndarray]  # where the fit begins; no object left out if plain
     glow: Callable[[np.ndarray], np.ndarray]  # of amplifiers, in the start; its bending is free
     open: np.ndarray  # (h, w) bool: no object; what may be outskirts of one is in
-    weight: np.ndarray  # (h, w) float: 1 where a cell shows sky and nothing else, else 0
+    shows_sky: np.ndarray  # (h, w) bool: sky and nothing else
     below: np.ndarray  # (h, w) bool: objects that add light: the sky is not above the picture
     image: np.ndarray  # (h, w, c) linear cells; 0 where missing
     noise: np.ndarray  # (h, w, c) standard deviation of `image`
@@ -4255,7 +4255,7 @@ def find_sky(prepared: Prepared, settings: Settings) -> Sky | None:
         start=functools.partial(surfaces.linear, start),
         glow=functools.partial(surfaces.linear_glow, start),
         open=sky | seen,
-        weight=seen,
+        shows_sky=seen,
         below=(scenery.light | best.outskirts) & ~seen,
         image=np.where(cells.usable[..., None], image, 0),
         noise=cells.noise * cells.scale,
@@ -4781,7 +4781,7 @@ def sky_sample(prepared: Prepared, settings: Settings) -> Sample:
         return np.random.default_rng(settings.seed).permutation(pick)
 
     if settings.auto and prepared.sky is not None:
-        everywhere = np.full(prepared.sky.weight.shape, True)
+        everywhere = np.full(prepared.sky.shows_sky.shape, True)
         return _sample_of_cells(prepared, settings, draw(everywhere))
     pick = draw(prepared.used)
     return Sample(
@@ -4815,7 +4815,7 @@ def _sample_of_cells(prepared, settings, pick):
     image = stretch.apply(light) + shift * noise
     # What the user's mask counts less counts less here, too
     trust = _picked(_block_means(prepared.weight, sky.size), pick)
-    shows_sky = _picked(sky.weight[..., None], pick)  # (m, 1)
+    shows_sky = _picked(sky.shows_sky[..., None], pick)  # (m, 1)
     seen = shows_sky & (trust > 0).all(-1, keepdims=True)
     found = stretch.extend(sky.start(places))
     image = np.where(seen, image, found)
@@ -5362,7 +5362,7 @@ def linear_sky(prepared: Prepared, fit: Fit) -> Callable[[np.ndarray], np.ndarra
     places = _picked(prepared.centers, sample)
     found = prepared.sky
     if found is not None:  # under objects that add light, the picture limits the sky from above
-        limited = found.weight | found.below
+        limited = found.shows_sky | found.below
         more = found.centers[limited]
         places = np.concatenate([places, more])
     stretched = fit.surface(places)  # (samples, c)
@@ -5507,7 +5507,6 @@ def corrected(prepared: Prepared, linear: np.ndarray, sky: np.ndarray,
 
 MOST_CLIPPED = 0.01
 """Part of the samples. If the correction clips more than that, something is wrong."""
-
 
 SMOOTHING_OF_UNKNOWN_SKY = 1.0
 """Where no sky can be looked for: in the middle of what is chosen elsewhere."""
@@ -5735,6 +5734,7 @@ MOSAIC_DIFFERENCE = 0.03
 """The medians of the four phases of a mosaic differ by at least this part of their height above
 black."""
 
+
 def thinned(prepared: Prepared, most: int = VIEW_PIXELS) -> Prepared:
     """Take every k-th pixel of the reduced frame, so that its longer side has about `most`."""
     longer = max(prepared.image.shape[:2])
@@ -5837,7 +5837,7 @@ def gradient(prepared: Prepared, fit: Fit | None = None, correction: str = "subt
     found = prepared.sky
     if found is None:
         return math.nan
-    shows_sky = found.weight  # (h, w)
+    shows_sky = found.shows_sky  # (h, w)
     surface = found.surface(found.centers)  # (h, w, c)
     sky = surface[shows_sky]  # (n, c)
     level = np.maximum(np.median(sky, axis=0), 1e-12)
@@ -6517,7 +6517,6 @@ SINGLE_THREADED = {
     "OMP_NUM_THREADS": "1",
     "TF_NUM_INTRAOP_THREADS": "1",
     "TF_NUM_INTEROP_THREADS": "1",
-    "TF_CPP_MIN_LOG_LEVEL": "3",
 }
 """Environment of workers. There may be as many as cores, so threads would only get in the way.
 Threads of BLAS would also change last bits. Dask's nanny forbids them to workers of a scheduler

@@ -5,7 +5,6 @@ import sys
 from pathlib import Path
 
 os.environ.setdefault("MPLBACKEND", "Agg")  # no test opens a window
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 # As the script does, which here is imported after NumPy
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 HERE = Path(__file__).resolve().parent
