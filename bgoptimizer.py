@@ -41,6 +41,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import io
+import itertools
 import logging
 import math
 import numbers
@@ -102,42 +103,6 @@ MIDTONES_TARGET = 0.25
 """Stretched value that the median of a channel is taken to. It is PixInsight's own choice for a sky
 that can be seen well."""
 
-LOSS_FLOOR = 0.001
-"""Added inside the logarithm of the loss (stretched units). Pixels whose residuals are smaller than
-this are fitted well enough. Without it noiseless pixels would dominate the loss."""
-
-SAMPLE_PIXELS = 2048
-"""Reduced pixels in one independent sample; a fit sees `-B` samples. The surface has some hundred
-degrees of freedom. Where the noise of a block is 1 % of the gradient, 2048 pixels determine 32
-control points to 0.13 %."""
-
-FEWEST_TO_SPLIT = 512
-"""Pixels. A sample with fewer pixels is not split into one half to fit and one half to judge by."""
-
-STOP_PATIENCE = 100
-"""The fit stops after so many epochs without improvement."""
-
-START_PATIENCE = 20
-"""With --auto, the fit stops after so many epochs in which nothing was better than the start by
-STOP_DELTA. That is the rule: the start is the sky that was found, and in all scenes of the tests it
-stays the best. Without --auto, the first improvement may take 60 epochs."""
-
-STOP_DELTA = 5e-5
-"""The loss must fall by this much to count as improved."""
-
-RATE_PATIENCE = 50
-"""The learning rate is halved after so many epochs without improvement."""
-
-RATE_FLOOR = 1e-4
-"""The learning rate is not halved below this."""
-
-STILL_EPOCHS = 50
-"""Epochs between two looks at whether the surface still moves."""
-
-STILL_CHANGE = 2e-4
-"""The fit ends when the surface has moved by less than this part of its range between two looks
-(rms over the nodes)."""
-
 SURFACE_NODES = 500
 """The model at full size is the spline itself on about this many nodes along the longer side, and
 cubic interpolation between them. The surface bends over much longer distances; see `SkyModel`."""
@@ -150,20 +115,6 @@ STRIP_PIXELS = 1 << 18
 """Pixels of one channel that are handled at a time in full-size work. As Float32 they are 1 MB,
 which stays in the processor's cache."""
 
-TRACK_EVERY = 10
-"""Epochs between two recordings of the control points."""
-
-INTERPOLATION_WEIGHT = 1e-3
-"""Regularization of the interpolation inside the fit. It keeps the equations solvable where control
-points come close to each other. It does not make the surface stiff: the bending energy does."""
-
-BENDING_NODES = 18
-"""Nodes along the longer side where the surface is watched during the fit, for its bending and for
-whether it still moves."""
-
-UNSEEN_WEIGHT = 0.5
-"""Weight in the fit of the sky that was found, where the picture shows no sky."""
-
 MAX_EXTRAPOLATION = 0.5
 """The model may exceed the range of values that it has over the sky by this fraction of that range.
 So it cannot run away in a corner without sky, or behind hills."""
@@ -171,7 +122,7 @@ So it cannot run away in a corner without sky, or behind hills."""
 DEFAULT_QUANTILE = 0.95
 DEFAULT_POINTS = 32
 AUTO_QUANTILE = 0.999  # clips no bright corner of the sky
-AUTO_POINTS = 64  # more than 32 cannot dig into objects, because they are left out
+AUTO_POINTS = 96  # more than 32 cannot dig into objects, because they are left out
 
 WORKERS = min(4, os.cpu_count() or 1)
 """Threads for full-size work. NumPy releases the interpreter lock in it. More than 4 threads gain
@@ -232,7 +183,7 @@ class Settings:
     epochs: int = 1000
     alpha: float = 5.0  # a sky above a pixel costs 11 times what a sky below it costs, so it
     # settles at the low side of the noise
-    batch: int = 1  # samples of SAMPLE_PIXELS; one is enough
+    batch: int = 1  # samples of SAMPLE_CELLS; one is enough
     learning_rate: float = 0.001
     smoothing: float | None = None
     correction: str = "subtract"  # or "divide", for what dims the light instead of adding to it
@@ -2327,7 +2278,7 @@ class Stretch:
         It is what `invert` undoes.
         """
         x = (linear - self.pedestal) / self.scale
-        slope_at_0, slope_at_1 = self._slopes()
+        slope_at_0, slope_at_1 = _end_slopes(self.midtones)
         below_0 = np.minimum(x, 0)
         above_1 = np.maximum(x - 1, 0)
         y = self.apply(linear)
@@ -2335,34 +2286,8 @@ class Stretch:
 
     def invert(self, stretched: np.ndarray) -> np.ndarray:
         """Take stretched samples (..., c) of any range back to linear ones, (..., c)."""
-        x = self.invert_unscaled(np, stretched)
+        x = inverse_midtones(stretched, self.midtones)
         return x * self.scale + self.pedestal
-
-    def invert_unscaled(self, library, stretched):
-        """Do what `invert` does, in units of `scale` above the pedestal.
-
-        Args:
-            library: numpy or tensorflow.
-            stretched: an array (..., c) or a tensor [..., c].
-        """
-        m = self.midtones
-        y = library.maximum(stretched, 0)
-        y = library.minimum(y, 1)
-        above = 3 * m * y
-        below = (1 - m) - (1 - 4 * m) * y
-        x = above / below
-        # The slopes of the inverse are the reciprocals, and so are these two of each other
-        slope_at_1, slope_at_0 = self._slopes()
-        below_0 = library.minimum(stretched, 0)
-        above_1 = library.maximum(stretched - 1, 0)
-        return x + slope_at_0 * below_0 + slope_at_1 * above_1
-
-    def _slopes(self):
-        """Return the slopes of the stretch at 0 and at 1, (c,) each."""
-        m = self.midtones
-        slope_at_0 = (1 - m) / (3 * m)
-        slope_at_1 = 3 * m / (1 - m)
-        return slope_at_0, slope_at_1
 
     @property
     def white(self) -> np.ndarray:
@@ -2373,6 +2298,36 @@ class Stretch:
         """Return the same stretch for channel `k` alone."""
         only = [k]
         return Stretch(self.pedestal[only], self.scale[only], self.midtones[only])
+
+
+def inverse_midtones(stretched, midtones, library=np):
+    """Undo the midtones transfer function, and go on with the slopes at its ends.
+
+    Args:
+        stretched: an array (..., c), or a tensor [..., c].
+        midtones: (c,) or [c].
+        library: numpy, or tensorflow for tensors.
+
+    Returns:
+        What the stretch took there, in units of its scale above the pedestal; as `stretched`.
+    """
+    m = midtones
+    y = library.maximum(stretched, 0.0)
+    y = library.minimum(y, 1.0)
+    above = 3 * m * y
+    below = (1 - m) - (1 - 4 * m) * y
+    # The slopes of the inverse are the reciprocals, and so are these two of each other
+    slope_at_1, slope_at_0 = _end_slopes(m)
+    below_0 = library.minimum(stretched, 0.0)
+    above_1 = library.maximum(stretched - 1, 0.0)
+    return above / below + slope_at_0 * below_0 + slope_at_1 * above_1
+
+
+def _end_slopes(m):
+    """Return the slopes of the stretch with midtones m at 0 and at 1, (c,) each."""
+    slope_at_0 = (1 - m) / (3 * m)
+    slope_at_1 = 3 * m / (1 - m)
+    return slope_at_0, slope_at_1
 
 
 def measure_stretch(planes: np.ndarray, quantile: float) -> tuple[Stretch, np.ndarray]:
@@ -2546,7 +2501,7 @@ def prepare(planes: np.ndarray, settings: Settings, mask: np.ndarray | None = No
         raise BgError(f"the mask is {_size(mask)}, the picture {_size(planes)}; "
                       f"give a mask of {width} x {height} pixels with 1 or {count} channels")
     factor = settings.downscaling_factor
-    quantile = settings.resolved().delinearization_quantile
+    quantile = settings.delinearization_quantile
     stretch, median = measure_stretch(planes, quantile)
     linear = np.stack([reduce_plane(plane, factor) for plane in planes], -1)  # (h, w, c)
     if settings.downscaling_func == "median":
@@ -2663,6 +2618,274 @@ def shares(prepared: Prepared) -> dict[str, float]:
 
 
 # --------------------------------------------------------------------------------------------------
+# Spline: f(q) = sum_i w_i phi_k(|q - c_i|) + v.q + b
+# --------------------------------------------------------------------------------------------------
+
+_TINY_SQUARED_DISTANCE = 1e-10
+"""Replaces smaller squared distances, for which the logarithm and the gradient of the square root
+grow without bound. The value is that of tensorflow-addons."""
+
+
+SPLINE_REGULARIZATION = 1e-4
+"""Regularization of the interpolation inside the fit. It keeps the equations solvable where control
+points come close to each other. It does not make the surface stiff: the bending energy does."""
+
+
+def spline_surface(query: np.ndarray, positions: np.ndarray, values: np.ndarray, order: int,
+                   regularization: float) -> np.ndarray:
+    """Evaluate the surface through values at control points, in Float64.
+
+    It is that of `interpolate_spline`, for where no gradient is needed. It is linear in the values:
+    for the values np.eye(n), it is the matrix that takes any values to their surface.
+
+    Args:
+        query: (..., 2) where to evaluate.
+        positions: (n, 2) control points.
+        values: (n, k) at the control points.
+        order: of the kernel phi, which is r^order if odd and r^order log r if even.
+        regularization: weight on the diagonal of the interpolation system, 0 = through the values.
+
+    Returns:
+        (..., k).
+    """
+    coefficients = _spline_coefficients(positions, order, regularization) @ values
+    weights, slopes, level = np.split(coefficients, (-3, -1))  # (n, k), (2, k), (1, k)
+    points = query.reshape(-1, 2)  # (m, 2)
+    # In parts: the kernels of all points at once would be the largest array of a run
+    count = 1 + len(points) * len(positions) // STRIP_PIXELS
+    parts = []
+    for part in np.array_split(points, count):
+        kernels = _kernel(part, positions, order)
+        parts.append(kernels @ weights + part @ slopes + level)
+    values_there = np.concatenate(parts)  # (m, k)
+    return values_there.reshape(*query.shape[:-1], -1)
+
+
+def _spline_coefficients(positions: np.ndarray, order: int, regularization: float) -> np.ndarray:
+    """Return the matrix that takes values at control points to the spline's coefficients.
+
+    It has the shape (n + 3, n). The coefficients are n weights of kernels, two slopes, and a level.
+    """
+    n = len(positions)
+    kernels = _kernel(positions, positions, order)  # (n, n)
+    plane = np.c_[positions, np.ones(n)]  # (n, 3)
+    system = np.zeros((n + 3, n + 3))
+    system[:n, :n] = kernels + regularization * np.eye(n)
+    system[:n, n:] = plane
+    system[n:, :n] = plane.T
+    values = np.eye(n + 3, n)
+    try:
+        return np.linalg.solve(system, values)
+    except np.linalg.LinAlgError:
+        # Control points stand on one line or on top of each other: take the smallest coefficients
+        return np.linalg.lstsq(system, values, rcond=None)[0]
+
+
+def _kernel(query: np.ndarray, positions: np.ndarray, order: int) -> np.ndarray:
+    """Return phi_k of the distances of query (m, 2) from positions (n, 2): (m, n)."""
+    from scipy.spatial.distance import cdist
+    squared = cdist(query, positions, "sqeuclidean")
+    squared = np.maximum(squared, _TINY_SQUARED_DISTANCE)
+    if order % 2:
+        return squared**(order / 2)
+    return 0.5 * squared**(order // 2) * np.log(squared)
+
+
+def interpolate_spline(train_points, train_values, query_points, order, regularization_weight=0.0,
+                       name="interpolate_spline"):
+    """Do what `tfa.image.interpolate_spline` does, where tensorflow-addons does not exist.
+
+    It is a drop-in with the same values and the same gradients.
+
+    Args:
+        train_points: `[b, n, d]` float tensor of control points.
+        train_values: `[b, n, k]` float tensor of values there.
+        query_points: `[b, m, d]` float tensor of where to evaluate.
+        order: of the polyharmonic kernel, an int.
+        regularization_weight: weight on the diagonal of the system; 0 interpolates exactly.
+        name: scope of the operations.
+
+    Returns:
+        `[b, m, k]` float tensor.
+
+    Source: https://en.wikipedia.org/wiki/Polyharmonic_spline; notation (c, f, w, v, A, B) as there.
+    """
+    import tensorflow as tf
+    with tf.name_scope(name):
+        c = tf.convert_to_tensor(train_points)
+        f = tf.convert_to_tensor(train_values)
+        q = tf.convert_to_tensor(query_points)
+        b, n = tf.shape(c)[0], tf.shape(c)[1]
+        d = c.shape[-1]
+
+        r2 = _squared_distances(c, c)
+        matrix_a = _phi(r2, order)  # [b, n, n]
+        if regularization_weight > 0:
+            matrix_a += regularization_weight * tf.eye(n, dtype=c.dtype)
+        matrix_b = tf.concat([c, tf.ones_like(c[..., :1])], 2)  # [b, n, d + 1]
+        transposed_b = tf.transpose(matrix_b, [0, 2, 1])
+        corner = tf.zeros([b, d + 1, d + 1], c.dtype)
+        upper = tf.concat([matrix_a, matrix_b], 2)  # [b, n, n + d + 1]
+        lower = tf.concat([transposed_b, corner], 2)  # [b, d + 1, n + d + 1]
+        system = tf.concat([upper, lower], 1)
+
+        no_plane = tf.zeros([b, d + 1, f.shape[-1]], f.dtype)
+        right_side = tf.concat([f, no_plane], 1)  # [b, n + d + 1, k]
+        w_v = tf.linalg.solve(system, right_side)
+        w = w_v[:, :n]
+        v = w_v[:, n:]  # with b of the formula in the last row
+
+        r2 = _squared_distances(q, c)
+        kernels = _phi(r2, order)  # [b, m, n]
+        linear = tf.concat([q, tf.ones_like(q[..., :1])], 2)  # [b, m, d + 1]
+        return tf.matmul(kernels, w) + tf.matmul(linear, v)
+
+
+def _squared_distances(x, y):
+    """Return the squared distances of x `[b, n, d]` from y `[b, m, d]`: `[b, n, m]`."""
+    import tensorflow as tf
+    product = tf.matmul(x, y, transpose_b=True)
+    if x is y:
+        # These norms are rounded as the product is, so the diagonal, where the kernel is steepest,
+        # is exactly 0
+        x_norm = y_norm = tf.linalg.diag_part(product)
+    else:
+        x_norm = tf.reduce_sum(tf.square(x), 2)
+        y_norm = tf.reduce_sum(tf.square(y), 2)
+    return x_norm[:, :, None] - 2 * product + y_norm[:, None, :]
+
+
+def _phi(r2, order):
+    """Return the kernel for squared distances r2, of any shape."""
+    import tensorflow as tf
+    guarded = tf.maximum(r2, _TINY_SQUARED_DISTANCE)
+    if order == 1:
+        return tf.sqrt(guarded)
+    if order % 2:
+        return tf.pow(guarded, order / 2)
+    # For orders 2 and 4, r2 may be 0, or slightly below by rounding, outside the logarithm
+    if order == 2:
+        powered = r2
+    elif order == 4:
+        powered = tf.square(r2)
+    else:
+        powered = tf.pow(guarded, order / 2)
+    return 0.5 * powered * tf.math.log(guarded)
+
+
+def import_tensorflow():
+    """Import TensorFlow where it is first needed.
+
+    It takes seconds, and help, errors, and previews do not need it.
+    """
+    try:
+        with memory_errors():
+            return importlib.import_module("tensorflow")
+    except MemoryError:
+        raise
+    except Exception as error:  # missing, or broken: then it fails with almost any error
+        lines = str(error).splitlines() or [type(error).__name__]
+        raise BgError(f"TensorFlow cannot be imported ({lines[0]}); "
+                      "install it with: python -m pip install -r requirements.txt") from None
+
+
+def import_interpolate_spline() -> Callable:
+    """Return tensorflow-addons' function where it exists, else the drop-in.
+
+    It exists for Python up to 3.11 and TensorFlow up to 2.15.
+    """
+    with warnings.catch_warnings():
+        # It warns that its development has ended, and which TensorFlow it was tested with
+        warnings.simplefilter("ignore")
+        try:
+            module = importlib.import_module("tensorflow_addons.image.interpolate_spline")
+            return module.interpolate_spline
+        except Exception:  # not installed, or installed beside a TensorFlow that it does not know
+            return interpolate_spline
+
+
+def spline_layer(points: int, channels: int, order: int, regularization: float):
+    """Return a Keras layer, query points [m, 2] -> surface [m, c].
+
+    Its trainable weights are the control points: their positions (n, 2) and their values (n, c).
+
+    Args:
+        points: n, the number of control points.
+        channels: c, of the surface.
+        order: of the spline.
+        regularization: weight on the diagonal of the interpolation system.
+    """
+    import tensorflow as tf
+    interpolate = import_interpolate_spline()
+
+    class SplineSurface(tf.keras.layers.Layer):
+        def __init__(self):
+            super().__init__(name="spline_surface")
+            self.positions = self._control_points("positions", 2)
+            self.values = self._control_points("values", channels)
+
+        def _control_points(self, name, numbers):
+            return self.add_weight(name=name, shape=(points, numbers), initializer="zeros")
+
+        def call(self, query):
+            surface = interpolate(
+                self.positions[None], self.values[None], query[None], order, regularization)
+            return surface[0]
+
+    return SplineSurface()
+
+
+def bending_nodes(full_shape: tuple[int, int], longer: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return nodes over the frame, (rows, columns, 2), and their distances down and along it.
+
+    All are in frame coordinates.
+
+    Args:
+        full_shape: (h, w) of the picture. Only its ratio counts.
+        longer: nodes along the longer side.
+    """
+    sides = np.array(full_shape) / max(full_shape)
+    counts = np.maximum(4, np.round(longer * sides)).astype(int)
+    down, along = [np.linspace(0, side, count) for side, count in zip(sides, counts)]
+    return _grid(down, along), np.array([down[1], along[1]])
+
+
+def bending_rows(spacing: np.ndarray, cost: np.ndarray, free_bowl: bool) -> np.ndarray:
+    """Return the matrix whose product with a surface on nodes has the bending as its square.
+
+    The bending energy is that of a thin plate over 8 pi: the integral of the squared second
+    derivatives over the frame, in frame coordinates, here times the cost of each place.
+
+    Args:
+        spacing: (2,) distances of the nodes, down and along.
+        cost: (rows, columns) of bending at the nodes.
+        free_bowl: only deviations from the mean second derivatives count. These are those of a
+            bowl, and most skies have a part that is one: vignetting, and most glows.
+
+    Returns:
+        (3 (rows - 2) (columns - 2), rows columns).
+    """
+    rows, columns = cost.shape
+    down, along = spacing
+    count = rows * columns
+    unit = np.eye(count).reshape(rows, columns, count)
+    center = unit[1:-1, 1:-1]
+    down_down = (unit[2:, 1:-1] - 2 * center + unit[:-2, 1:-1]) / down**2
+    along_along = (unit[1:-1, 2:] - 2 * center + unit[1:-1, :-2]) / along**2
+    corners = unit[2:, 2:] - unit[2:, :-2] - unit[:-2, 2:] + unit[:-2, :-2]
+    down_along = corners / (4 * down * along)
+    derivatives = np.stack([down_down, along_along, math.sqrt(2) * down_along])
+    weight = cost[1:-1, 1:-1]  # (rows - 2, columns - 2)
+    if free_bowl:
+        shares = weight / weight.sum()
+        derivatives -= np.einsum("ij,kijn->kn", shares, derivatives)[:, None, None]
+    area = (rows - 1) * down * (columns - 1) * along
+    each = area / weight.size / (8 * math.pi)
+    derivatives *= np.sqrt(each * weight)[..., None]
+    return derivatives.reshape(-1, count)
+
+
+# --------------------------------------------------------------------------------------------------
 # Find the sky: what is sky, its surface, how stiff it is, and how sure that is
 #
 # Light adds up in linear data, so the sky is found there, on a coarse copy of the picture: the
@@ -2677,20 +2900,9 @@ def shares(prepared: Prepared) -> dict[str, float]:
 #    above a candidate surface and falls off from the object may be its outskirts. It does not count
 #    against that surface.
 #
-# A surface pays for bending, but not for a tilt or for a bowl (vignetting). The answer is the
-# stiffest surface that explains the sky nearly as well as the best one does: it bulges least where
-# no sky is seen.
-#
-# The parts of this section, in the order in which the picture passes through them:
-#
-#   Cells                  the picture, reduced once more, and its noise
-#   Surfaces               all surfaces that the sky may have, and how they are fitted
-#   Before the sky         rough regions, hills, glows in corners, closed patches of light
-#   Objects                all of these, with their halos
-#   Outskirts              light that falls off from objects
-#   Choice                 the stiffest surface that explains the sky
-#   Doubt                  when the sky cannot be known
-#   Result                 find_sky, which does all of it
+# A surface pays for bending, but not for a tilt or for a bowl (vignetting), and it pays most where
+# no sky is seen. The answer is the stiffest surface that explains the sky nearly as well as the
+# best one does.
 #
 # In the shapes below, (h, w) are cells, and c is the number of channels. "Sigma" is the standard
 # deviation of the noise of what it is said of.
@@ -2888,12 +3100,14 @@ def _channels_together(excess: np.ndarray) -> np.ndarray:
     """Add the channels of (h, w, c), in units of their noise: (h, w), in units of its noise."""
     return excess.sum(-1) / math.sqrt(excess.shape[-1])
 
-
 # --- Surfaces ---
 
 SKY_POINTS = 96
 """Control points of the surface on the cells. Its stiffness, not their number, decides how it
 bends."""
+
+NODES = 24
+"""Nodes along the longer side on which bending is measured."""
 
 THIN_PLATE = 2
 """Order of the spline whose bending energy is that of a thin plate."""
@@ -2903,7 +3117,7 @@ STIFFNESS_UNIT = 1e-4
 in units of three times the sky's median above its darkest part. The energy is that for the longer
 side of the frame as the unit of length."""
 
-SMOOTHINGS = (1e4, 1e3, 1e2, 1e1, 1.0, 1e-1, 1e-2, 1e-3)
+SMOOTHINGS = (1e4, 1e3, 1e2, 1e1, 1.0, 1e-1, 1e-2)
 """Candidates, the stiffest first: a plane, then a plane with a bowl, then ever more flexible
 surfaces."""
 
@@ -2913,28 +3127,24 @@ PLANE = 1e4
 WITH_BOWL = 1e3
 """At this smoothing the surface is a plane with a bowl, and nothing else."""
 
-SIMPLE_SMOOTHING = 1e-3
-"""What a bowl, below PLANE, and the glow in a corner cost: next to nothing. Vignetting and most
-glows have a part that is a bowl."""
+UNSEEN_COST = 10.0
+"""Bending costs so many times as much where no sky is seen."""
+
+GLOW_COST = 1e-7
+"""Weight of the squared coefficients of a glow: next to nothing."""
+
+STIFF_MODE = 10.0
+"""Modes of the surface whose bending costs more than so many times their squared height are left
+out. They would keep 3 % of their height at most."""
 
 GLOW_LENGTHS = (0.015, 0.03, 0.06, 0.12)
-"""Lengths over which the glow in a corner falls off, in units of the longer side."""
+"""Lengths over which a glow falls off, in units of the longer side."""
 
 GLOW_RATIOS = (0.6, 1.0, 1.6)
 """How much faster the glow in a corner falls off along a row than along a column."""
 
-FOLLOW_ROUNDS = 15
-"""Rounds in which a fit lets go of the cells that it cannot meet."""
-
-FOLLOW_WIDEN = 3.0
-"""In the first round the limit is 1 + this times the typical residual. It is narrowed step by step.
-Otherwise the start would decide what is let go."""
-
-FOLLOW_NARROW = 0.7
-"""The part by which FOLLOW_WIDEN shrinks from round to round."""
-
-FOLLOW_SIGMA = 1.5
-"""A cell at the limit of a round has half of its weight. The limit is at least so many sigma."""
+FIT_ROUNDS = 6
+"""Rounds of fitting, with the weights that the last fit suggests."""
 
 HUBER_LIMIT = 2.5
 """A cell farther from the surface than so many typical residuals pulls no harder (Huber's loss)."""
@@ -2947,215 +3157,195 @@ CEILING_WEIGHT = 0.5
 """Weight of "the sky is not above the picture" under an object, beside 1 for a cell of sky."""
 
 
-class _Equations(NamedTuple):
-    """Normal equations of a fit by weighted least squares. They are linear in the weights."""
-
-    gram: np.ndarray  # (m, m)
-    right: np.ndarray  # (m, c) of all channels
-    total: float  # sum of the weights
-
-    def less(self, other: _Equations) -> _Equations:
-        """Return the equations for these weights less other weights."""
-        return _Equations(
-            self.gram - other.gram, self.right - other.right, self.total - other.total)
-
-
 class _Surfaces:
-    """All surfaces that the sky may have on the cells. They are thin plates, bowls, and glows.
+    """All surfaces that the sky may have on the cells: thin plates with bowls, and glows.
 
-    A surface is a linear function of its coefficients (m, c): n for the plate, 3 for the bowl, and
-    the others for glows. Beside it, halos are light that falls off from objects. They have k
-    further coefficients, which are at least 0, and their light is not sky.
+    A surface is a linear function of its coefficients (m, c). These are the heights of its modes,
+    which are sorted by how much they bend, so that a stiff surface needs the first few only.
 
     Args:
         cells: of the picture.
         shape: (h, w) of the full picture. Only its ratio counts.
-        corners: (g, 2) frame coordinates of corners in which an amplifier glows.
+        glows: where light is too steep for a plate: (row, column) of corners of the frame, or of
+            edges, for which one of the two is NaN.
     """
 
-    def __init__(self, cells: _Cells, shape: tuple[int, int], corners: Sequence = ()):
+    def __init__(self, cells: _Cells, shape: tuple[int, int], glows: Sequence = ()):
         self.cells = cells
-        self.shape = shape
-        self.corners = corners
+        self.glows = glows
         self.sides = np.array(shape) / max(shape)  # (2,) of the frame
         self.positions = _regular_points(self.sides)  # (n, 2) frame coordinates
-        n = len(self.positions)
-        places = cells.centers.reshape(-1, 2)
-        plates = spline_surface(places, self.positions, np.eye(n), THIN_PLATE, 0.0)
-        simple = self.simple_terms(places)
-        self.matrix = np.hstack([plates, simple])  # (cells, m)
-        self.columns = self.matrix  # (cells, m + k): with halos, if there are any
-        self.count = self.matrix.shape[1]  # m
-        self.bowl = slice(n, n + 3)
-        self.glows = slice(n + 3, self.count)
-        self.bending = np.zeros((self.count, self.count))
-        self.bending[:n, :n] = _bending_energy(self.positions)
-        variance = (cells.noise**2).mean(-1)
-        self.inverse = 1 / variance.ravel()  # (cells,)
-        self.values = cells.values.reshape(len(places), -1)  # (cells, c)
+        self.nodes, self.spacing = bending_nodes(shape, NODES)  # (rows, columns, 2), (2,)
+        self.values = cells.values.reshape(-1, cells.values.shape[-1]).astype(np.float32)  # (cells, c)
+        self.inverse = 1 / (cells.noise**2).mean(-1).ravel()  # (cells,)
+        self.inverse = (self.inverse / self.inverse.mean()).astype(np.float32)
+        self.on_nodes = self._terms(self.nodes.reshape(-1, 2))  # (nodes, m)
+        self.on_nodes[:, len(self.positions) + 3:] = 0  # a glow bends as it likes
+        self.matrix = self._terms(cells.centers.reshape(-1, 2))  # (cells, m)
+        self.modes, self.bends = self._find_modes()  # (m, m) and (m,)
+        self.matrix = (self.matrix @ self.modes).astype(np.float32)  # twice as fast
+        self.on_nodes = self.on_nodes @ self.modes
+        glow = self.modes[len(self.positions) + 3:]
+        self.glow_energy = GLOW_COST * glow.T @ glow  # (m, m)
+        self.unseen = ~cells.usable
+        self.cost = np.ones(self.nodes.shape[:2])
 
-    def simple_terms(self, places: np.ndarray) -> np.ndarray:
-        """Return the terms of a bowl, and those of glows, at (..., 2): (..., 3 + glows)."""
+    def _terms(self, places: np.ndarray) -> np.ndarray:
+        """Return plates, bowls, and glows at places (..., 2): (..., m)."""
+        unit = np.eye(len(self.positions))
+        plates = spline_surface(places, self.positions, unit, THIN_PLATE, 0.0)
         y, x = np.moveaxis(places - self.sides / 2, -1, 0)
         terms = [x * x, x * y, y * y]
-        for corner in self.corners:
-            down, along = np.moveaxis(np.abs(places - corner), -1, 0)
-            for ratio in GLOW_RATIOS:
-                distance = np.hypot(down, ratio * along)
-                for length in GLOW_LENGTHS:
-                    terms.append(np.exp(-distance / length))
-        return np.stack(terms, -1)
+        for glow in self.glows:
+            terms.extend(_glow_terms(glow, places, self.sides))
+        return np.concatenate([plates, np.stack(terms, -1)], -1)
 
-    def linear(self, found: np.ndarray, places: np.ndarray) -> np.ndarray:
-        """Return the surface in the picture's own units, (..., c), without the light of halos.
+    def _find_modes(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return the modes (m, m), of mean square 1 on the cells, and the bending of each (m,)."""
+        usable = self.cells.usable.ravel()
+        rows = self.matrix[usable]
+        square = rows.T @ rows / len(rows)
+        square += 1e-9 * np.trace(square) * np.eye(len(square))  # keeps the equations solvable
+        everywhere = np.ones(self.nodes.shape[:2])
+        derivatives = bending_rows(self.spacing, everywhere, True) @ self.on_nodes
+        bends, modes = scipy.linalg.eigh(derivatives.T @ derivatives, square)
+        return modes, bends
 
-        It takes little memory for many places.
-
-        Args:
-            found: (m + k, c) coefficients.
-            places: (..., 2) frame coordinates.
-        """
-        n = len(self.positions)
-        plate = spline_surface(places, self.positions, found[:n], THIN_PLATE, 0.0)
-        simple = self.simple_terms(places) @ found[n:self.count]
-        surface = plate + simple
-        return surface * self.cells.scale + self.cells.pedestal
-
-    def linear_glow(self, found: np.ndarray, places: np.ndarray) -> np.ndarray:
-        """Return only the light of glows in corners; see `linear`."""
-        terms = self.simple_terms(places)[..., 3:]
-        glow = terms @ found[self.glows]
-        return glow * self.cells.scale
-
-    def with_halos(self, halos: np.ndarray) -> _Surfaces:
-        """Return the same surfaces beside light that falls off from objects, (cells, k)."""
+    def dearer(self, unseen: np.ndarray) -> _Surfaces:
+        """Return the same surfaces, whose bending costs more where no sky is seen, (h, w) bool."""
         other = copy.copy(self)
-        other.columns = np.hstack([self.matrix, halos])
+        other.unseen = unseen
+        other.cost = bending_cost(unseen, self.nodes, self.cells.centers)
         return other
 
+    def linear(self, found: np.ndarray, places: np.ndarray) -> np.ndarray:
+        """Return the surface of coefficients (m, c) in the picture's own units, at places.
+
+        Args:
+            found: (k, c) coefficients of the first modes.
+            places: (..., 2) frame coordinates.
+
+        Returns:
+            (..., c)
+        """
+        coefficients = self.modes[:, :len(found)] @ found
+        n = len(self.positions)
+        surface = spline_surface(places, self.positions, coefficients[:n], THIN_PLATE, 0.0)
+        y, x = np.moveaxis(places - self.sides / 2, -1, 0)
+        terms = [x * x, x * y, y * y]
+        for glow in self.glows:
+            terms.extend(_glow_terms(glow, places, self.sides))
+        surface = surface + np.stack(terms, -1) @ coefficients[n:]
+        return surface * self.cells.scale + self.cells.pedestal
+
     def surface(self, found: np.ndarray) -> np.ndarray:
-        """Return the surface on the cells, (h, w, c), without the light of halos."""
-        surface = self.matrix @ found[:self.count]  # (cells, c)
+        """Return the surface on the cells, (h, w, c)."""
+        surface = self.matrix[:, :len(found)] @ found.astype(np.float32)  # (cells, c)
         return surface.reshape(self.cells.values.shape)
 
     def excess(self, found: np.ndarray) -> np.ndarray:
         """Return picture less surface, (h, w, c), in units of the noise."""
-        above = self.cells.values - self.surface(found)
-        return above / self.cells.noise
+        return (self.cells.values - self.surface(found)) / self.cells.noise
 
-    def residual(self, found: np.ndarray) -> np.ndarray:
-        """Return what neither surface nor halos explain, (h, w, c), in units of the noise."""
-        rest = self.values - self.columns @ found  # (cells, c)
-        return rest.reshape(self.cells.values.shape) / self.cells.noise
-
-    def distance(self, found: np.ndarray) -> np.ndarray:
-        """Return the size of the residual, (h, w): its rms over the channels."""
-        squared = self.residual(found)**2
-        return np.sqrt(squared.mean(-1))
-
-    def fit(self, equations: _Equations, ceiling: np.ndarray, smoothing: float) -> np.ndarray:
-        """Return the coefficients of the best surface, and of the halos beside it, (m + k, c).
+    def fit(self, sky: np.ndarray, bounds: np.ndarray, smoothing: float,
+            rounds: int = FIT_ROUNDS, found: np.ndarray | None = None) -> np.ndarray:
+        """Fit the sky with a surface that is not above the picture elsewhere.
 
         Args:
-            equations: of the surface and the halos.
-            ceiling: (h, w, c) further weights, for the surface without the halos.
-            smoothing: see `SMOOTHINGS`.
-        """
-        m = self.count
-        cost = np.zeros(m)
-        cost[self.bowl] = smoothing if smoothing >= PLANE else SIMPLE_SMOOTHING
-        cost[self.glows] = SIMPLE_SMOOTHING
-        energy = smoothing * self.bending + np.diag(cost)  # (m, m)
-        energy *= STIFFNESS_UNIT
-        energy += 1e-10 * np.eye(m)  # keeps the equations solvable
-
-        coefficients = []
-        for k in range(self.values.shape[1]):
-            more = self.equations(self.matrix, ceiling[..., k])
-            total = equations.total + more.total
-            system = equations.gram.copy()  # (m + k, m + k)
-            system[:m, :m] += more.gram
-            wanted = equations.right[:, k].copy()  # (m + k,)
-            wanted[:m] += more.right[:, k]
-            system /= total
-            wanted /= total
-            coefficients.append(self._solve(system, wanted, energy))
-        return np.stack(coefficients, -1)
-
-    def equations(self, columns: np.ndarray, weight: np.ndarray) -> _Equations:
-        """Return the equations for columns (cells, m), with weights (h, w) in units of the noise.
-
-        Cells without weight cost no time.
-        """
-        w = weight.ravel() * self.inverse
-        counted = np.flatnonzero(w)
-        root = np.sqrt(w[counted, None])  # (counted, 1)
-        rows = columns[counted] * root
-        values = self.values[counted] * root
-        gram = rows.T @ rows  # of one matrix: BLAS computes half of it
-        right = rows.T @ values
-        return _Equations(gram, right, w.sum())
-
-    def _solve(self, gram, right, energy):
-        """Solve the equations of one channel. The light of halos must not be negative."""
-        m = self.count
-        system = gram[:m, :m] + energy
-        if len(gram) == m:
-            return np.linalg.solve(system, right)
-        # The surface is eliminated: a small problem, for the light of the halos alone, is left
-        coupling = gram[:m, m:]  # (m, k)
-        halos = gram[m:, m:]  # (k, k)
-        alone = np.linalg.solve(system, right[:m])  # (m,) the surface without halos
-        response = np.linalg.solve(system, coupling)  # (m, k) how it gives way to them
-        rest = halos - coupling.T @ response
-        wanted = right[m:] - coupling.T @ alone
-        floor = 1e-9 * np.trace(halos) / len(halos)
-        light = _nonnegative_solution(rest, wanted, floor)  # (k,)
-        return np.concatenate([alone - response @ light, light])
-
-    def follow(self, weight: np.ndarray, smoothing: float) -> np.ndarray:
-        """Return the coefficients of a fit that lets go of what it cannot meet.
-
-        Args:
-            weight: (h, w) of the cells.
-            smoothing: see `SMOOTHINGS`.
-        """
-        no_ceiling = np.zeros_like(self.cells.values)
-        kept = weight
-        for k in range(FOLLOW_ROUNDS):
-            equations = self.equations(self.columns, kept)
-            found = self.fit(equations, no_ceiling, smoothing)
-            residual = self.excess(found)
-            size = np.abs(residual.mean(-1))
-            typical = np.median(size[weight > 0])
-            wide = 1 + FOLLOW_WIDEN * FOLLOW_NARROW**k
-            limit = max(FOLLOW_SIGMA, typical * wide)
-            squared = (residual**2).mean(-1)
-            kept = weight / (limit**2 + squared)
-        return found
-
-    def fit_below(self, sky: np.ndarray, bounds: np.ndarray, smoothing: float,
-                  rounds: int = 6) -> np.ndarray:
-        """Return the coefficients of a fit to the sky that is not above the picture elsewhere.
-
-        Args:
-            sky: (h, w) weights of cells of sky.
+            sky: (h, w) bool, cells of sky.
             bounds: (h, w) bool: cells that only bound the sky from above.
             smoothing: see `SMOOTHINGS`.
             rounds: of fitting, with the weights that the last fit suggests.
+            found: coefficients to begin with.
+
+        Returns:
+            (k, c) coefficients of the first k modes.
         """
-        of_sky = self.equations(self.columns, sky)
-        found = self.fit(of_sky, np.zeros_like(self.cells.values), smoothing)
-        for _ in range(rounds - 1):
-            distance = np.maximum(self.distance(found), 1e-9)
-            typical = HUBER_DEVIATION * np.median(distance[sky > 0])
-            limit = HUBER_LIMIT * max(1.0, typical)
-            lost = sky * (1 - np.minimum(1, limit / distance))  # nothing, in most cells
-            equations = of_sky.less(self.equations(self.columns, lost))
-            pierced = self.excess(found) < 0
-            ceiling = CEILING_WEIGHT * (bounds[..., None] & pierced)  # (h, w, c)
-            found = self.fit(equations, ceiling, smoothing)
+        count = int((smoothing * STIFFNESS_UNIT * self.bends < STIFF_MODE).sum())
+        rows = bending_rows(self.spacing, self.cost, smoothing < PLANE)
+        derivatives = rows @ self.on_nodes[:, :count]
+        energy = smoothing * STIFFNESS_UNIT * derivatives.T @ derivatives
+        energy += self.glow_energy[:count, :count]
+        energy += 1e-9 * np.eye(count)  # keeps the equations solvable
+        places = np.flatnonzero(sky)
+        matrix = self.matrix[places, :count]
+        values = self.values[places]
+        inverse = self.inverse[places]
+        edge = np.flatnonzero(bounds)
+        for _ in range(rounds):
+            weight = inverse
+            pierced = np.zeros((0, values.shape[1]))
+            if found is not None:
+                excess = self.excess(found).reshape(self.values.shape)
+                distance = np.sqrt((excess[places]**2).mean(-1))
+                distance = np.maximum(distance, 1e-9)
+                limit = HUBER_LIMIT * max(1.0, HUBER_DEVIATION * np.median(distance))
+                weight = inverse * np.minimum(1, limit / distance)
+                pierced = excess[edge] < 0
+            root = np.sqrt(weight)[:, None]
+            rows = matrix * root
+            gram = rows.T @ rows  # of one matrix: BLAS computes half of it
+            right = rows.T @ (values * root)
+            total = weight.sum()
+            coefficients = []
+            for k in range(values.shape[1]):
+                system, wanted, all_weights = gram, right[:, k], total
+                below = edge[pierced[:, k]] if len(pierced) else edge[:0]
+                if len(below):
+                    below_rows = self.matrix[below, :count]
+                    heavy = CEILING_WEIGHT * self.inverse[below]
+                    weighted = below_rows * heavy[:, None]
+                    system = gram + below_rows.T @ weighted
+                    wanted = wanted + weighted.T @ self.values[below, k]
+                    all_weights = total + heavy.sum()
+                solution = np.linalg.solve(system / all_weights + energy, wanted / all_weights)
+                coefficients.append(solution)
+            found = np.stack(coefficients, -1)
         return found
+
+
+def _glow_terms(glow: tuple, places: np.ndarray, sides: np.ndarray) -> list:
+    """Return terms of light that falls off from a corner or an edge, at places (..., 2).
+
+    Args:
+        glow: (row, column) in frame coordinates; one of the two is NaN along an edge.
+        places: (..., 2) frame coordinates.
+        sides: (2,) of the frame.
+
+    Returns:
+        A list of (...).
+    """
+    distances = np.abs(places - np.array(glow))  # (..., 2)
+    terms = []
+    if np.isnan(glow).any():
+        axis = int(np.isnan(glow[0]))  # across the edge
+        distance = distances[..., axis]
+        along = places[..., 1 - axis] / sides[1 - axis] - 0.5
+        for length in GLOW_LENGTHS:
+            fall = np.exp(-distance / length)
+            terms.extend([fall, along * fall, along**2 * fall])
+        return terms
+    for ratio in GLOW_RATIOS:
+        distance = np.hypot(distances[..., 0], ratio * distances[..., 1])
+        terms.extend(np.exp(-distance / length) for length in GLOW_LENGTHS)
+    return terms
+
+
+def bending_cost(unseen: np.ndarray, places: np.ndarray, centers: np.ndarray) -> np.ndarray:
+    """Return what bending costs at places (rows, columns, 2), where (h, w) bool is not seen.
+
+    Single stars do not count, holes do.
+
+    Args:
+        centers: (h, w, 2) frame coordinates of the cells.
+    """
+    side = 2 * centers[0, 0]  # (2,) of a cell
+    last = np.array(unseen.shape) - 1
+    width = max(3, int(max(unseen.shape) / NODES) | 1)
+    share = scipy.ndimage.uniform_filter(unseen.astype(float), width)
+    row, column = np.moveaxis(np.minimum((places / side).astype(int), last), -1, 0)
+    hole = np.clip(2 * share[row, column] - 1, 0, 1)
+    return 1 + (UNSEEN_COST - 1) * hole
 
 
 def _regular_points(sides: np.ndarray) -> np.ndarray:
@@ -3169,49 +3359,7 @@ def _regular_points(sides: np.ndarray) -> np.ndarray:
     return _grid(row, column).reshape(-1, 2)
 
 
-def _bending_energy(positions: np.ndarray) -> np.ndarray:
-    """Return the matrix (n, n) that takes values at control points (n, 2) to bending energy."""
-    kernels = _kernel(positions, positions, THIN_PLATE)
-    weights = _spline_coefficients(positions, THIN_PLATE, 0.0)[:-3]  # (n, n)
-    energy = weights.T @ kernels @ weights
-    return energy + 1e-6 * np.eye(len(positions))  # keeps the equations solvable
-
-
-def _nonnegative_solution(gram: np.ndarray, right: np.ndarray, floor: float) -> np.ndarray:
-    """Solve gram (k, k) @ x = right (k,) for the best x that is nowhere negative.
-
-    Args:
-        gram: symmetric but for rounding.
-        right: the right side.
-        floor: added to the eigenvalues, because the columns of halos may be nearly alike.
-    """
-    values, vectors = np.linalg.eigh((gram + gram.T) / 2)
-    root = np.sqrt(np.maximum(values, 0) + max(floor, 1e-14))
-    matrix = (vectors * root).T
-    wanted = (vectors / root).T @ right
-    try:
-        return scipy.optimize.nnls(matrix, wanted)[0]
-    except RuntimeError:  # it did not converge
-        return np.zeros(len(right))
-
-
 # --- Before the sky ---
-
-FOLLOWING = 1e-3
-"""Smoothing of the surface that follows everything smooth, so that only structure is left."""
-
-ROUGH_SCALE = 1.4
-"""Cells: detail is what differs from a Gaussian mean of this width."""
-
-ROUGH_SIGMA = 3.5
-"""A cell is rough if its detail is more than so many sigma."""
-
-ROUGH_WINDOW = 0.05
-"""In units of the longer side: the window in which rough cells are counted."""
-
-ROUGH_DENSITY = 0.2
-"""A region is an object if this part of its cells is rough. Lone stars stay single cells, nebulae
-and galaxies close up."""
 
 FOREGROUND_GAP = 0.1
 """Hills begin within this part of the longer side from the sky. The dark sky beyond a band of the
@@ -3234,22 +3382,6 @@ FOREGROUND_LENGTH = 0.02
 
 FOREGROUND_EDGE = 5
 """Cells: how deep the edge of a hill is, in which it is compared with the sky."""
-
-GLOW_CORNER = 0.02
-"""The glow of an amplifier is brightest within this part of the longer side from a corner."""
-
-GLOW_HALF = 0.16
-"""The glow has fallen to half within this part of the longer side."""
-
-GLOW_REACH = 0.3
-"""The glow has fallen to a tenth within this part of the longer side."""
-
-GLOW_HEIGHT = 0.65
-"""The glow rises by this part of the picture's range (5th to 95th percentile) above a plane with a
-bowl."""
-
-GLOW_BESIDE = 0.3
-"""A glow is looked for only if this part of the picture is smooth and beyond its reach."""
 
 PIXEL_NOISE = 15
 """The noise of a pixel, about, in units of that of a cell: nobody can see what differs by less."""
@@ -3292,34 +3424,6 @@ CLOSED_SKY = 0.15
 
 DETAIL_NOISE = 1.07
 """The noise of a cell over that of its detail: the mean takes 7 % of it away."""
-
-
-def _rough_cells(cells: _Cells, usable: np.ndarray,
-                 excess: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return cells with detail that the noise does not explain, and regions dense with them.
-
-    Args:
-        usable: (h, w) bool.
-        excess: (h, w, c) picture less surface, in units of the noise.
-
-    Returns:
-        (h, w) bool each.
-    """
-    detail = excess - _smooth(excess, ROUGH_SCALE, usable)
-    most = np.abs(detail).max(-1)  # (h, w)
-    rough = usable & (most > ROUGH_SIGMA)
-    window = _rough_window(cells)
-    share = scipy.ndimage.uniform_filter(usable.astype(float), window)
-    density = scipy.ndimage.uniform_filter(rough.astype(float), window)
-    density /= np.maximum(share, 0.2)  # few usable cells are no region
-    dense = usable & (density > ROUGH_DENSITY)
-    return rough, dense
-
-
-def _rough_window(cells: _Cells) -> int:
-    """Return the side of the window in which rough cells are counted, an odd number of cells."""
-    return max(3, int(ROUGH_WINDOW * cells.longer) | 1)
-
 
 def _dark_foreground(cells: _Cells, objects: np.ndarray) -> np.ndarray:
     """Return hills, trees, or a dome, (h, w) bool.
@@ -3365,74 +3469,7 @@ def _span(values: np.ndarray, percentiles: tuple[float, float]) -> np.ndarray:
     high, low = np.percentile(values, percentiles, axis=0)
     return high - low
 
-
-def _corner_glows(surfaces: _Surfaces, rough: np.ndarray,
-                  objects: np.ndarray) -> tuple[np.ndarray, list]:
-    """Find light that rises to a corner too steeply for a plate, and has its top there.
-
-    That is the glow of an amplifier. It is sky.
-
-    Args:
-        rough, objects: (h, w) bool.
-
-    Returns:
-        The cells of such glows, (h, w) bool, and their corners in frame coordinates, (2,) each.
-    """
-    cells = surfaces.cells
-    plain = cells.usable & ~rough & ~objects
-    row, column = np.nonzero(cells.usable)
-    down, along = np.indices(plain.shape)
-    glows = np.zeros_like(plain)
-    corners = []
-    for y in (row.min(), row.max()):
-        for x in (column.min(), column.max()):
-            from_corner = np.hypot(down - y, along - x)
-            from_corner /= cells.longer
-            glow = _corner_glow(surfaces, plain, from_corner)
-            if glow.any():
-                glows |= glow
-                corners.append(cells.centers[y, x])
-    return glows, corners
-
-
-def _corner_glow(surfaces: _Surfaces, plain: np.ndarray, from_corner: np.ndarray) -> np.ndarray:
-    """Return the cells of the glow in one corner, (h, w) bool; none if none glows there.
-
-    Args:
-        plain: (h, w) bool, cells without structure.
-        from_corner: (h, w) distance from the corner, in units of the longer side.
-    """
-    from skimage.morphology import flood
-    cells = surfaces.cells
-    usable = cells.usable
-    nothing = np.zeros_like(usable)
-    near = usable & (from_corner < GLOW_REACH)
-    beyond = plain & (from_corner > GLOW_REACH)
-    if beyond.sum() < GLOW_BESIDE * usable.sum() or not near.any():
-        return nothing
-    stiff = surfaces.fit_below(beyond.astype(float), nothing, WITH_BOWL)
-    span = _span(cells.values[usable], (95, 5))  # (c,)
-    unit = np.maximum(cells.noise, span / PIXEL_NOISE)
-    above = (cells.values - surfaces.surface(stiff)) / unit
-    view = np.where(usable, above.mean(-1), 0)
-    view = scipy.ndimage.median_filter(view, 3)  # without stars
-    peak = scipy.ndimage.maximum_position(view, near)
-    height = view[peak]
-    one_cell = 1.5 / cells.longer  # a little more than its diagonal
-    farthest = GLOW_CORNER + one_cell
-    if height < GLOW_HEIGHT * PIXEL_NOISE or from_corner[peak] > farthest:
-        return nothing
-    half = usable & (view > 0.5 * height)
-    tenth = usable & (view > 0.1 * height)
-    core = flood(half, peak, connectivity=1)
-    glow = flood(tenth, peak, connectivity=1)
-    if from_corner[core].max() < GLOW_HALF and from_corner[glow].max() < GLOW_REACH:
-        return glow
-    return nothing
-
-
-def _closed_patches(surfaces: _Surfaces, usable: np.ndarray, plain: np.ndarray,
-                    objects: np.ndarray, closedness: float) -> np.ndarray:
+def _closed_patches(scene: _Scene, closedness: float) -> np.ndarray:
     """Return smooth patches of light that are surrounded by darker picture, (h, w) bool.
 
     Their height is measured above a stiff surface through the rest of the sky. It is fitted again
@@ -3443,13 +3480,17 @@ def _closed_patches(surfaces: _Surfaces, usable: np.ndarray, plain: np.ndarray,
         plain: (h, w) bool, usable cells without structure.
         closedness: see `CLOSED_LEAST`.
     """
+    surfaces = scene.surfaces
+    usable = scene.cells.usable & ~scene.near_hills
+    objects = scene.texture.dense & usable
+    plain = usable & ~objects & ~scene.texture.rough
     found = np.zeros_like(usable)
     before = found
     for attempt in range(CLOSED_ROUNDS):
         sky = plain & ~found
         if sky.sum() < CLOSED_SKY * usable.sum():
             break
-        stiff = surfaces.fit_below(sky.astype(float), found | objects, WITH_BOWL, rounds=5)
+        stiff = surfaces.fit(sky, found | objects, WITH_BOWL, 5)
         before = found
         found = _patches_above(surfaces, stiff, usable, plain, closedness)
         if attempt and (before != found).sum() < CLOSED_CHANGE:
@@ -3544,7 +3585,160 @@ def _curves_down(second: np.ndarray, least: float) -> np.ndarray:
     return (flattest < -least) & (flattest < CLOSED_ROUNDNESS * steepest)
 
 
+
 # --- Objects ---
+
+ROUGH_SCALE = 1.4
+"""Cells: detail is what differs from a smooth mean of this width."""
+
+ROUGH_SIGMA = 3.5
+"""A cell is rough if its detail is more than so many sigma."""
+
+ROUGH_WINDOW = 0.05
+"""In units of the longer side: the window in which rough cells are counted."""
+
+ROUGH_DENSITY = 0.2
+"""A region is an object if this part of its cells is rough. Lone stars stay single cells, nebulae
+and galaxies close up."""
+
+
+class _Texture(NamedTuple):
+    """What has fine structure, (h, w) each."""
+
+    detail: np.ndarray  # in sigma, with its sign
+    rough: np.ndarray  # bool: detail that noise does not explain
+    dense: np.ndarray  # bool: regions dense with it
+
+
+def _texture(cells: _Cells, values: np.ndarray, usable: np.ndarray) -> _Texture:
+    """Find what has fine structure.
+
+    Args:
+        values: (h, w, c) of the cells, less what is known to be sky.
+        usable: (h, w) bool.
+    """
+    detail = (values - _smooth_slope(values, ROUGH_SCALE, usable)) / cells.noise
+    strongest = np.abs(detail).argmax(-1)[..., None]
+    detail = np.take_along_axis(detail, strongest, -1)[..., 0]  # (h, w)
+    rough = usable & (np.abs(detail) > ROUGH_SIGMA)
+    window = _rough_window(cells)
+    share = scipy.ndimage.uniform_filter(usable.astype(float), window)
+    density = scipy.ndimage.uniform_filter(rough.astype(float), window)
+    density /= np.maximum(share, 0.2)  # few usable cells are no region
+    return _Texture(detail, rough, usable & (density > ROUGH_DENSITY))
+
+
+def _rough_window(cells: _Cells) -> int:
+    """Return the side of the window in which rough cells are counted, an odd number of cells."""
+    return max(3, int(ROUGH_WINDOW * cells.longer) | 1)
+
+
+def _smooth_slope(image: np.ndarray, sigma: float, where: np.ndarray) -> np.ndarray:
+    """Return the Gaussian mean of (h, w, c) over the cells `where`, (h, w) bool, as a local plane.
+
+    At an edge, where all neighbors are on one side, a plain mean would take a slope for detail.
+    """
+    y, x = np.indices(where.shape).astype(float)
+    mean = functools.partial(scipy.ndimage.gaussian_filter, sigma=sigma)
+    weight = where.astype(float)
+    share = np.maximum(mean(weight), 1e-6)
+    center_y = mean(weight * y) / share
+    center_x = mean(weight * x) / share
+    yy = mean(weight * y * y) / share - center_y**2 + 1e-3
+    xx = mean(weight * x * x) / share - center_x**2 + 1e-3
+    xy = mean(weight * x * y) / share - center_x * center_y
+    determinant = np.maximum(yy * xx - xy**2, 1e-6)
+    smooth = np.zeros(image.shape)
+    for k in range(image.shape[-1]):
+        counted = np.where(where, image[..., k], 0.0)
+        center = mean(counted) / share
+        by_y = mean(counted * y) / share - center * center_y
+        by_x = mean(counted * x) / share - center * center_x
+        slope_y = (by_y * xx - by_x * xy) / determinant
+        slope_x = (by_x * yy - by_y * xy) / determinant
+        smooth[..., k] = center + slope_y * (y - center_y) + slope_x * (x - center_x)
+    return smooth
+
+
+
+# --- Steep glows ---
+
+GLOW_HALF = 0.1
+"""A steep glow has fallen to half within this part of the longer side. A plate follows wider ones."""
+
+GLOW_REACH = 0.3
+"""A steep glow has fallen to a tenth within this part of the longer side."""
+
+GLOW_HEIGHT = 0.65
+"""A steep glow rises by this part of the picture's range (5th to 95th percentile) above a plane
+with a bowl."""
+
+GLOW_EVEN = 0.6
+"""Four fifths of an edge glow by this part of the median at least."""
+
+GLOW_BESIDE = 0.3
+"""A glow is looked for only if this part of the picture is smooth and beyond its reach."""
+
+
+def _steep_glows(surfaces: _Surfaces, plain: np.ndarray) -> list:
+    """Find light that rises to an edge or a corner too steeply for a plate, and is sky.
+
+    Street lights, the edge of a sensor, and an amplifier make it. Its profile is the median of all
+    cells that are as far from the edge or the corner: no star and no galaxy decides it.
+
+    Args:
+        plain: (h, w) bool, cells without structure.
+
+    Returns:
+        Their places, as `_Surfaces` takes them.
+    """
+    cells = surfaces.cells
+    centers = cells.centers[cells.usable]
+    low, high = centers.min(0), centers.max(0)  # (2,) of what is usable
+    edges = [(low[0], math.nan), (high[0], math.nan), (math.nan, low[1]), (math.nan, high[1])]
+    glows = [edge for edge in edges if _glows(surfaces, plain, edge)]
+    glowing = set(itertools.chain(*glows))
+    for corner in itertools.product(*zip(low, high)):
+        # The glow along an edge brightens both of its corners
+        if not glowing.intersection(corner) and _glows(surfaces, plain, corner):
+            glows.append(corner)
+    return glows
+
+
+def _glows(surfaces: _Surfaces, plain: np.ndarray, place: tuple) -> bool:
+    """Tell whether light falls off steeply with the distance from an edge or a corner."""
+    cells = surfaces.cells
+    distance = _distance_from(place, cells.centers)  # (h, w)
+    beyond = plain & (distance > GLOW_REACH)
+    if beyond.sum() < GLOW_BESIDE * cells.usable.sum():
+        return False
+    stiff = surfaces.fit(beyond, np.zeros_like(plain), WITH_BOWL)
+    span = _span(cells.values[cells.usable], (95, 5))  # (c,)
+    unit = np.maximum(span, PIXEL_NOISE * np.median(cells.noise, (0, 1)))
+    above = ((cells.values - surfaces.surface(stiff)) / unit).mean(-1)  # (h, w)
+    ring = np.round(distance * cells.longer).astype(int)
+    levels = []
+    for k in range(int(GLOW_REACH * cells.longer)):
+        there = above[cells.usable & (ring == k)]
+        if there.size:
+            levels.append(np.percentile(there, (20, 50)))
+    low, profile = np.transpose(levels)  # (rings,) each
+    height = profile[0]
+    if height < GLOW_HEIGHT or low[0] < GLOW_EVEN * height:
+        return False
+    half = (profile < 0.5 * height).argmax()  # 0 if it is nowhere so low
+    tenth = (profile < 0.1 * height).argmax()
+    falls = (np.diff(profile[:half + 1]) < 0.1 * height).all()
+    return bool(falls and 0 < half < GLOW_HALF * cells.longer and tenth > 0)
+
+
+def _distance_from(place: tuple, centers: np.ndarray) -> np.ndarray:
+    """Return the distance of (..., 2) from a corner or an edge; see `_Surfaces`."""
+    return np.sqrt(np.nansum((centers - np.array(place))**2, -1))
+
+
+
+# --- Growth ---
 
 STAR_SIGMA = 30.0
 """A star of more than so many sigma may have a halo."""
@@ -3556,141 +3750,38 @@ HALO_POWER = 0.4
 """Halos of stars fall off with the distance to the power -2.5. At that distance from the star the
 noise drowns them."""
 
-SURROUNDINGS = 0.5
-"""The surroundings of an object reach as far as this part of the root of its area."""
+STAR_REACH_MOST = 0.1
+"""Halos of stars never reach beyond this part of the longer side."""
 
-SURROUNDINGS_MOST = 0.1
-"""Surroundings never reach beyond this part of the longer side."""
+OUTSKIRTS_REACH = 1.5
+"""Outskirts reach so many times as far as the surface averages over, which cannot tell what is
+wider."""
 
-HALO_SMOOTHING = 3e-3
-"""Smoothing of the surface above which halos are looked for."""
+OUTSKIRTS_LEAST = 0.1
+OUTSKIRTS_MOST = 0.35
+"""Outskirts never reach beyond this part of the longer side."""
 
-HALO_SIGMA = 3.0
-"""Light so many sigma above that surface belongs to the object that it touches."""
+OUTSKIRTS_SCALES = (1.5, 4.0)
+"""Cells: outskirts are looked for in Gaussian means of these widths."""
 
-HALO_ROUNDS = 10
-"""Rounds in which halos leave that fit."""
-
-HALO_WIDEN = 6.0
-"""In the first round only what is 1 + this times as high as HALO_SIGMA leaves the fit."""
-
-HALO_NARROW = 0.6
-"""The part by which HALO_WIDEN shrinks from round to round."""
+OUTSKIRTS_SIGMA = 3.0
+"""Outskirts stand so many sigma of such a mean above the surface."""
 
 
-@dataclass(frozen=True)
-class _Scenery:
-    """What stands before the sky, on the cells."""
+def _reach(cells: _Cells, texture: _Texture, bodies: np.ndarray) -> np.ndarray:
+    """Return how far from each cell the outskirts of an object may be, (h, w) cells; 0 in the sky.
 
-    objects: np.ndarray  # (h, w) bool: not sky, the foreground included
-    foreground: np.ndarray  # (h, w) bool, with a margin: bounds nothing, has no outskirts
-
-    @property
-    def light(self) -> np.ndarray:
-        """The objects that add light, so that the sky is below the picture there, (h, w) bool."""
-        return self.objects & ~self.foreground
-
-
-class _Looker:
-    """Tells objects from sky on the cells. What does not depend on a guess is found once."""
-
-    def __init__(self, surfaces: _Surfaces):
-        self.surfaces = surfaces
-        self.cells = surfaces.cells
-        self.usable = self.cells.usable  # (h, w) bool, at last without the foreground
-        self._look()
-        foreground = _dark_foreground(self.cells, self.objects)
-        self.foreground = foreground
-        if foreground.any():
-            # It has bent the surface, and made the sky along its edge look rough
-            self.usable = self.usable & ~foreground
-            self._look()
-        width = _rough_window(self.cells) + 1
-        self.near_foreground = scipy.ndimage.binary_dilation(foreground, iterations=width)
-        glow, corners = _corner_glows(surfaces, self.rough, self.objects)
-        if corners:
-            self.surfaces = _Surfaces(self.cells, surfaces.shape, corners)
-            self._look()
-        not_glow = ~scipy.ndimage.binary_dilation(glow & ~self.near_foreground)
-        self.rough &= not_glow
-        self.objects &= not_glow
-
-    def _look(self) -> None:
-        """Find what has structure beside a surface that follows everything smooth."""
-        found = self.surfaces.follow(self.usable.astype(float), FOLLOWING)
-        self.excess = self.surfaces.excess(found)  # (h, w, c)
-        self.rough, self.objects = _rough_cells(self.cells, self.usable, self.excess)
-
-    def patches(self, closedness: float) -> np.ndarray:
-        """Return closed patches of light, (h, w) bool; see `_closed_patches`."""
-        plain = self.usable & ~self.objects & ~self.rough
-        return _closed_patches(self.surfaces, self.usable, plain, self.objects, closedness)
-
-    def scenery(self, patches: np.ndarray) -> _Scenery:
-        """Return the objects with their halos.
-
-        Smooth cells between the rough ones of an object may be gaps that show the sky. They are
-        judged with its surroundings.
-
-        Args:
-            patches: (h, w) bool, objects too.
-        """
-        usable = self.cells.usable
-        near = self.near_foreground
-        compact = scipy.ndimage.binary_opening(self.objects & ~near)
-        stars = self.rough & ~near
-        around = _surroundings(compact | patches, stars, self.excess.max(-1))
-        objects = self.rough | self.foreground | patches
-        beside = scipy.ndimage.binary_dilation(objects)
-        sky = usable & ~objects
-        halo = sky & ~near
-        halo &= self.objects | around | beside
-        halo = self._standing_above(halo, sky, objects & ~near)
-        objects = scipy.ndimage.binary_dilation(objects | halo)
-        return _Scenery(usable & objects, near)
-
-    def _standing_above(self, halo, sky, light):
-        """Return the cells of possible halos that stand above the sky, (h, w) bool.
-
-        All of them take part in the fit at first, and leave it as they prove to stand above the
-        rest.
-
-        Args:
-            halo: (h, w) bool, cells that may be halos.
-            sky: (h, w) bool, cells that may be sky, those of halos included.
-            light: (h, w) bool, objects, which bound the sky from above.
-        """
-        if not sky.any():
-            return sky
-        weight = sky.astype(float)
-        for k in range(HALO_ROUNDS):
-            found = self.surfaces.fit_below(weight, light, HALO_SMOOTHING, rounds=3)
-            mean = _smooth(self.surfaces.excess(found), 1.0, self.cells.usable)
-            above = mean.max(-1) / _noise_of_mean(1.0)  # (h, w) sigma
-            wide = 1 + HALO_WIDEN * HALO_NARROW**k
-            limit = HALO_SIGMA * wide
-            trust = limit / np.maximum(above, limit)
-            weight = sky * np.where(halo, trust**4, 1)
-        return halo & (above > HALO_SIGMA)
-
-
-def _surroundings(objects: np.ndarray, rough: np.ndarray, excess: np.ndarray) -> np.ndarray:
-    """Return cells where the faint outskirts of objects may be, objects included, (h, w) bool.
-
-    They are looked for within half of the size of the object, and farther about bright stars.
+    They are looked for within the radius of an object, and farther about bright stars.
 
     Args:
-        objects, rough: (h, w) bool.
-        excess: (h, w) picture less surface, in units of the noise.
+        bodies: (h, w) bool, extended objects.
     """
-    size = np.sqrt(_areas(objects))  # (h, w) cells
-    stars, _ = scipy.ndimage.label(rough, np.ones((3, 3)))
-    peak = scipy.ndimage.maximum(excess, stars, stars)  # (h, w): of the star of this cell
-    bright = rough & (peak > STAR_SIGMA)
-    peak = np.where(bright, peak, 0)
-    reach = np.maximum(SURROUNDINGS * size, STAR_REACH * peak**HALO_POWER)
-    most = SURROUNDINGS_MOST * max(objects.shape)
-    return objects | _within(reach, most)
+    radius = np.sqrt(_areas(bodies) / math.pi)
+    stars, _ = scipy.ndimage.label(texture.rough, np.ones((3, 3)))
+    peak = scipy.ndimage.maximum(texture.detail, stars, stars)  # (h, w): of the star of this cell
+    peak = np.where(texture.rough & (peak > STAR_SIGMA), peak, 0)
+    of_star = np.minimum(STAR_REACH * peak**HALO_POWER, STAR_REACH_MOST * cells.longer)
+    return np.maximum(radius, of_star)
 
 
 def _areas(mask: np.ndarray) -> np.ndarray:
@@ -3713,87 +3804,26 @@ def _within(reach: np.ndarray, most: float) -> np.ndarray:
     return around
 
 
-# --- Outskirts ---
-
-FALL_OFF = (0.12, 0.3, 0.75)
-"""Lengths over which the light of an object may fall off, in units of its radius."""
-
-FALL_OFF_OBJECTS = 6
-"""Objects, the largest first, whose light is fitted alone. The rest share theirs."""
-
-FALL_OFF_RATIO = 1.05
-"""A length is left out if it is not longer than the one before by this factor."""
-
-OUTSKIRTS_REACH = 1.5
-"""Outskirts reach so many times as far as the surface averages over, which cannot tell what is
-wider."""
-
-OUTSKIRTS_MOST = 0.35
-"""Outskirts never reach beyond this part of the longer side."""
-
-OUTSKIRTS_SCALES = (1.0, 2.5, 5.0)
-"""Cells: outskirts are looked for in Gaussian means of these widths."""
-
-OUTSKIRTS_SIGMA = 3.0
-"""Outskirts stand so many sigma of such a mean above the surface."""
-
-
-def _falling_light(light: np.ndarray, longest: float) -> np.ndarray:
-    """Return columns (cells, k) of light that falls off exponentially from objects.
-
-    Args:
-        light: (h, w) bool, the objects.
-        longest: the longest length of the fall, in cells.
-    """
-    objects = scipy.ndimage.binary_opening(light)
-    regions, _ = scipy.ndimage.label(objects)
-    sizes = np.bincount(regions.ravel())
-    by_size = 1 + np.argsort(sizes[1:])[::-1]
-    cuts = range(1, FALL_OFF_OBJECTS + 1)
-    columns = [np.zeros((light.size, 0))]
-    for group in np.split(by_size, cuts):
-        if group.size == 0:
-            continue
-        radius = math.sqrt(sizes[group].max() / math.pi)
-        beside = ~np.isin(regions, group)
-        distance = scipy.ndimage.distance_transform_edt(beside)
-        distance = np.maximum(distance - 1, 0).ravel()
-        last = 0.0
-        for part in FALL_OFF:
-            length = max(1.0, min(part * radius, longest))
-            if length > FALL_OFF_RATIO * last:
-                fall = np.exp(-distance / length)
-                fall[light.ravel()] = 0
-                columns.append(fall[:, None])
-                last = length
-    return np.hstack(columns)
-
-
-def _outskirts(surfaces: _Surfaces, found: np.ndarray, light: np.ndarray, free: np.ndarray,
-               reach: float) -> np.ndarray:
+def _outskirts(excess: np.ndarray, seeds: np.ndarray, near: np.ndarray,
+               usable: np.ndarray) -> np.ndarray:
     """Return cells about objects that may show their outskirts, (h, w) bool.
 
     They stand above the surface, and fall off from the objects.
 
     Args:
-        surfaces, found: coefficients (m + k, c) of one of these surfaces.
-        light: (h, w) bool, objects that add light.
-        free: (h, w) bool, cells that are called sky.
-        reach: the farthest that outskirts may reach, in cells.
+        excess: (h, w) picture less surface, in units of its scatter in the sky.
+        seeds: (h, w) bool, objects.
+        near: (h, w) bool, within their reach.
+        usable: (h, w) bool.
     """
-    cells = surfaces.cells
-    excess = _channels_together(surfaces.excess(found))  # (h, w)
-    rest = _channels_together(surfaces.residual(found))
-    spread = max(1.0, _deviation(rest[free]))
-    radius = np.sqrt(_areas(light) / math.pi)  # (h, w) cells
-    most = min(reach, OUTSKIRTS_MOST * cells.longer)
-    near = cells.usable & _within(np.minimum(radius, most), most)
-    outskirts = np.zeros_like(light)
+    outskirts = np.zeros_like(seeds)
+    if not seeds.any():
+        return outskirts
     for scale in OUTSKIRTS_SCALES:
-        view = _smooth(excess, scale, cells.usable & ~light)
-        sigma = spread * _noise_of_mean(scale)
-        allowed = near & ~light & (view > OUTSKIRTS_SIGMA * sigma)
-        outskirts |= _downhill(light, view, allowed, sigma)
+        view = _smooth(excess, scale, usable & ~seeds)
+        sigma = _noise_of_mean(scale)
+        allowed = near & ~seeds & (view > OUTSKIRTS_SIGMA * sigma)
+        outskirts |= _downhill(seeds, view, allowed, sigma)
     return outskirts
 
 
@@ -3844,104 +3874,114 @@ CLOSED_GAIN = 0.004
 FEWEST_SKY = 30
 """If fewer cells than this are sky, all cells that are used are taken for sky."""
 
-STIFF = 10.0
-"""From this smoothing on a surface is stiff enough to judge wide outskirts, and is fitted again
-without them."""
+DROP_COST = 0.1
 
-OUTSKIRTS_ROUNDS = 3
-"""Such a surface is fitted again at most so many times."""
+DARK_SMOOTHING = 1e2
 
-OUTSKIRTS_LEFT = 0.5
-"""It is fitted again only if this part of the sky is left beside the outskirts."""
+DARK_SIGMA = 3.0
 
-OUTSKIRTS_CHANGE = 20
-"""It is fitted again only if at least so many cells of the outskirts changed."""
+GROWTH_ROUNDS = 4
+"""So many times outskirts are looked for, each time above a surface through the rest of the sky."""
+
+GROWTH_LEFT = 0.5
+"""Outskirts no longer grow if less than this part of the sky is left beside them."""
 
 
 class _Candidate(NamedTuple):
     """A surface that the sky may have, and how well it explains the cells."""
 
     smoothing: float
-    found: np.ndarray  # (m + k, c) coefficients
-    outskirts: np.ndarray  # (h, w) bool: light that it leaves to objects
-    loss: float  # mean log(1 + residual in units of the noise) over the rest of the sky
+    found: np.ndarray  # (m, c) coefficients
+    sky: np.ndarray  # (h, w) bool: what it calls sky
+    bounds: np.ndarray  # (h, w) bool: light that only bounds it from above
+    loss: float  # mean log(1 + residual in units of the noise) over the sky
+    cost: float  # the same, if what is left to objects is as good as noise, but for DROP_COST
 
 
 class _Explanation(NamedTuple):
     """What may be objects, and the surfaces that the rest may be."""
 
-    scenery: _Scenery
+    surfaces: _Surfaces
+    objects: np.ndarray  # (h, w) bool
+    foreground: np.ndarray  # (h, w) bool
     candidates: list  # of _Candidate, the stiffest first
     best: _Candidate  # the one that was chosen
 
 
-def _look_for_sky(looker: _Looker, used: np.ndarray, smoothings: Sequence[float]) -> _Explanation:
-    """Explain the picture, with closed patches of light as objects if they earn it, else without.
-
-    Patches that are open on one side are objects only if the rest is then a simple sky. Patches
-    that are well closed may leave a more flexible sky, but it must explain the rest better than the
-    sky that includes them does.
-
-    Args:
-        looker: knows the picture.
-        used: (h, w) bool, the cells that take part.
-        smoothings: to choose from, the stiffest first.
-    """
-    tried = None
-    for least in CLOSED_LEAST:
-        patches = looker.patches(least)
-        if np.array_equal(patches, tried):
-            break  # all of them are well closed, and `with_patches` explains the picture with them
-        tried = patches
-        with_patches = None
-        if patches.any():
-            with_patches = _explain(looker, used, smoothings, patches, GOOD_ENOUGH_CLOSED)
-            if with_patches.best.smoothing >= SIMPLE_SKY:
-                return with_patches
-    nothing = np.zeros_like(used)
-    without = _explain(looker, used, smoothings, nothing, GOOD_ENOUGH)
-    if with_patches is not None and with_patches.best.smoothing >= CLOSED_FLEXIBLE:
-        if with_patches.best.loss < without.best.loss - CLOSED_GAIN:
-            return with_patches
-    return without
-
-
-def _explain(looker: _Looker, used: np.ndarray, smoothings: Sequence[float], patches: np.ndarray,
+def _explain(scene: _Scene, patches: np.ndarray, used: np.ndarray, smoothings: Sequence[float],
              margin: float) -> _Explanation:
-    """Explain the picture with these patches, (h, w) bool, as objects; see `_look_for_sky`."""
-    scenery = looker.scenery(patches)
-    sky = used & ~scenery.objects
+    """Explain the picture with these patches, (h, w) bool, as objects."""
+    cells = scene.cells
+    objects = scipy.ndimage.binary_dilation(scene.texture.rough | patches) & ~scene.near_hills
+    objects &= cells.usable
+    bodies = scipy.ndimage.binary_opening(scene.texture.dense & ~scene.near_hills) | patches
+    reach = _reach(cells, scene.texture, bodies)
+    sky = used & ~objects & ~scene.near_hills
     if sky.sum() < FEWEST_SKY:
         sky = used
-    attempt = functools.partial(_try_smoothing, looker.surfaces, scenery, sky.astype(float))
-    candidates = list(_each(attempt, smoothings))
-    return _Explanation(scenery, candidates, _choose(candidates, margin))
+    surfaces = scene.surfaces.dearer(~sky)
+    dark = objects & _dark_clouds(surfaces, bodies, sky & ~bodies)
+    attempt = functools.partial(_try_smoothing, surfaces, objects & ~dark, dark, reach, sky)
+    candidates = list(map(attempt, smoothings))
+    return _Explanation(surfaces, objects, scene.near_hills, candidates, _choose(candidates, margin))
 
 
-def _try_smoothing(surfaces: _Surfaces, scenery: _Scenery, sky: np.ndarray,
-                   smoothing: float) -> _Candidate:
-    """Return the surface of one smoothing through the sky, (h, w) weights."""
-    length = _averaging_length(smoothing) * surfaces.cells.longer  # cells
-    light = scenery.light
-    beside = surfaces.with_halos(_falling_light(light, length))
-    free = sky > 0
-    reach = OUTSKIRTS_REACH * length
-    found = beside.fit_below(sky, light, smoothing)
-    outskirts = _outskirts(beside, found, light, free, reach)
-    for _ in range(OUTSKIRTS_ROUNDS if smoothing >= STIFF else 0):
-        rest = sky * ~outskirts
-        if rest.sum() < OUTSKIRTS_LEFT * sky.sum():
+def _dark_clouds(surfaces: _Surfaces, bodies: np.ndarray, sky: np.ndarray) -> np.ndarray:
+    """Return the bodies that take light away instead of adding it, (h, w) bool.
+
+    Dust absorbs the light behind it. Such a body is darker than the sky around it.
+    """
+    if sky.sum() < FEWEST_SKY:
+        return np.zeros_like(bodies)
+    found = surfaces.fit(sky, np.zeros_like(sky), DARK_SMOOTHING)
+    excess = _channels_together(surfaces.excess(found))
+    spread = max(1.0, _deviation(excess[sky]))
+    regions, count = scipy.ndimage.label(bodies)
+    mean = scipy.ndimage.median(excess, regions, range(count + 1))
+    dark = mean < -DARK_SIGMA * spread
+    dark[0] = False
+    return scipy.ndimage.binary_dilation(dark[regions])
+
+
+def _try_smoothing(surfaces: _Surfaces, light: np.ndarray, dark: np.ndarray, reach: np.ndarray,
+                   sky: np.ndarray, smoothing: float) -> _Candidate:
+    """Return the surface of one smoothing through the sky, (h, w) bool, beside the outskirts."""
+    cells = surfaces.cells
+    length = OUTSKIRTS_REACH * _averaging_length(smoothing)
+    most = np.clip(length, OUTSKIRTS_LEAST, OUTSKIRTS_MOST) * cells.longer  # cells
+    near = cells.usable & _within(np.minimum(reach, most), most)
+    far = sky & ~near
+    starts = [sky]
+    if far.sum() >= GROWTH_LEFT * sky.sum():
+        starts.append(far)
+    grow = functools.partial(_grow, surfaces, light, dark, near, sky, smoothing)
+    return min(map(grow, starts), key=lambda candidate: candidate.cost)
+
+
+def _grow(surfaces: _Surfaces, light: np.ndarray, dark: np.ndarray, near: np.ndarray,
+          sky: np.ndarray, smoothing: float, rest: np.ndarray) -> _Candidate:
+    """Let outskirts grow."""
+    bounds = light | (sky & ~rest & ~dark.any())
+    found = surfaces.fit(rest, bounds, smoothing)
+    for k in range(GROWTH_ROUNDS):
+        excess = _channels_together(surfaces.excess(found))  # (h, w)
+        spread = max(1.0, _deviation(excess[rest]))
+        outskirts = _outskirts(excess / spread, light, near & ~dark, surfaces.cells.usable)
+        shadows = _outskirts(-excess / spread, dark, near & ~light, surfaces.cells.usable)
+        bounds = light | outskirts
+        outskirts = outskirts | shadows
+        now = sky & ~outskirts
+        if now.sum() < GROWTH_LEFT * sky.sum() or (now == rest).all():
             break
-        before = outskirts
-        found = beside.fit_below(rest, light | before, smoothing)
-        outskirts = _outskirts(beside, found, light, free, reach)
-        if (before != outskirts).sum() < OUTSKIRTS_CHANGE:
-            break
-    counted = free & ~outskirts
-    loss = math.inf
-    if counted.any():
-        loss = np.log1p(beside.distance(found)[counted]).mean()
-    return _Candidate(smoothing, found, outskirts, loss)
+        rest = now
+        found = surfaces.fit(rest, bounds, smoothing, 3, found)
+    excess = surfaces.excess(found)
+    distance = np.sqrt((excess**2).mean(-1))
+    loss = np.log1p(distance[rest]).mean()
+    dropped = 1 - rest.sum() / sky.sum()
+    noise = _pure_noise(surfaces.cells)
+    cost = (1 - dropped) * loss + dropped * (noise + DROP_COST)
+    return _Candidate(smoothing, found, rest, bounds, loss, cost)
 
 
 def _averaging_length(smoothing: float) -> float:
@@ -3964,303 +4004,83 @@ def _choose(candidates: list[_Candidate], margin: float) -> _Candidate:
     return candidates[good[0]]
 
 
-# --- Doubt ---
 
-PURE_NOISE = {1: 0.535, 3: 0.632}
-"""The loss of a surface that leaves nothing but Gaussian noise, by the number of channels."""
+# --- Scene ---
 
-UNEXPLAINED = 1.28
-"""The sky cannot be known if the loss is more than this many times that of pure noise."""
+@dataclass(frozen=True)
+class _Scene:
+    """What is known of a picture before the sky is."""
 
-LITTLE_SKY = 0.15
-"""The sky cannot be known if less than this part of the picture shows it."""
-
-DISAGREEMENT = 0.15
-"""The sky cannot be known if surfaces that explain it alike differ by more than this part of its
-range (rms)."""
-
-ALIKE = 0.05
-"""Surfaces explain the sky alike if their losses differ by no more than this."""
-
-BULGE = 0.15
-"""The sky cannot be known if its surface has a closed top inside the frame that is higher than this
-part of its range."""
-
-SMALL_TOP = 0.2
-"""Where sky is seen, a top counts only if less than this part of the frame is in the upper half of
-it. That of vignetting is larger."""
-
-HIDDEN_TOP = 0.6
-"""A top is behind objects if they cover this part of its upper half."""
-
-HOLE = 0.33
-"""The sky cannot be known if the surface is flexible, and a cell is farther than this part of the
-longer side from what shows sky."""
-
-FLEXIBLE = 1.0
-"""A surface of less smoothing than this is flexible."""
-
-SEAM_SIGMA = 12.0
-"""Panels of a mosaic differ by so many sigma of the median along a seam."""
-
-SEAM_HEIGHT = 0.05
-"""Panels differ by this part of the picture's range (1st to 99th percentile)."""
-
-SEAM_ALIKE = 0.95
-"""Panels differ in the same direction along this part of a seam."""
-
-SEAM_SEEN = 0.5
-"""A row or column can be a seam if this part of it is usable."""
-
-FEWEST_LINES = 7
-"""Rows or columns in which a seam can be told from a slope."""
-
-MEDIAN_NOISE = 1.25
-"""The noise of a median of many values over that of their mean."""
+    cells: _Cells
+    surfaces: _Surfaces
+    texture: _Texture
+    near_hills: np.ndarray  # (h, w) bool: hills and trees, with a margin
 
 
-def _judge(surfaces: _Surfaces, explanation: _Explanation,
-           sky: np.ndarray) -> tuple[_Candidate, str]:
-    """Decide which candidate to take, and whether the sky can be known.
-
-    Args:
-        surfaces, explanation: what was found.
-        sky: (h, w) bool, what is called sky.
-
-    Returns:
-        The candidate, and why the sky cannot be known, in words; empty if it can.
-    """
-    cells = surfaces.cells
-    best = explanation.best
-    scenery = explanation.scenery
-    if best.loss > UNEXPLAINED * _pure_noise(cells):
-        bowl = _bowl(surfaces, scenery, sky)
-        return bowl, "no smooth surface explains what looks like sky"
-    bulge, hidden = _closed_top(surfaces, best, scenery.objects)
-    if hidden and bulge > BULGE:
-        bowl = _bowl(surfaces, scenery, sky)
-        return bowl, "the sky would be brightest behind an object"
-    share = sky.sum() / cells.usable.sum()
-    if share < LITTLE_SKY:
-        return best, f"only {100 * share:.0f} % of the picture shows sky"
-    if bulge > BULGE:
-        return best, "the sky would have a bright patch inside the frame"
-    if _disagreement(surfaces, explanation.candidates, best) > DISAGREEMENT:
-        return best, "stiffer and more flexible surfaces explain it alike, and differ"
-    seen = sky & ~best.outskirts
-    from_sky = scipy.ndimage.distance_transform_edt(~seen)[cells.usable]
-    if best.smoothing < FLEXIBLE and from_sky.max() > HOLE * cells.longer:
-        return best, ("a flexible surface must bridge a large part of the frame "
-                      "where no sky is seen")
-    if _steps_along_a_line(cells):
-        return best, "it steps along a straight line, as between the panels of a mosaic"
-    return best, ""
+def _look(cells: _Cells, shape: tuple[int, int]) -> _Scene:
+    """Tell what has structure, what are hills, and where the sky has steep glows."""
+    usable = cells.usable
+    surfaces = _Surfaces(cells, shape)
+    texture = _texture(cells, cells.values, usable)
+    hills = _dark_foreground(cells, texture.dense)
+    if hills.any():
+        texture = _texture(cells, cells.values, usable & ~hills)
+    width = _rough_window(cells) + 1
+    near_hills = scipy.ndimage.binary_dilation(hills, iterations=width) & usable
+    plain = usable & ~texture.rough & ~near_hills & ~texture.dense
+    glows = _steep_glows(surfaces, plain)
+    if glows:
+        surfaces = _Surfaces(cells, shape, glows)
+        everything = usable & ~near_hills
+        found = surfaces.fit(everything & ~texture.rough | _near(glows, cells), np.zeros_like(usable), WITH_BOWL)
+        texture = _texture(cells, cells.values - surfaces.surface(found), usable & ~hills)
+    return _Scene(cells, surfaces, texture, near_hills)
 
 
-def _pure_noise(cells: _Cells) -> float:
-    return PURE_NOISE[cells.values.shape[-1]]
-
-
-def _bowl(surfaces: _Surfaces, scenery: _Scenery, sky: np.ndarray) -> _Candidate:
-    """Return a plane with a bowl through all that is called sky, (h, w) bool.
-
-    It is taken where nothing better is known. A plane alone was worse than doing nothing on some
-    skies, and kept objects hardly better.
-    """
-    weight = sky if sky.any() else surfaces.cells.usable
-    found = surfaces.fit_below(weight.astype(float), scenery.light, WITH_BOWL)
-    return _Candidate(WITH_BOWL, found, np.zeros_like(sky), math.inf)
-
-
-def _closed_top(surfaces: _Surfaces, candidate: _Candidate,
-                objects: np.ndarray) -> tuple[float, bool]:
-    """Return the height of the highest closed top of a surface, and whether objects hide it.
-
-    Args:
-        surfaces, candidate: one of these surfaces.
-        objects: (h, w) bool.
-
-    Returns:
-        The height as a part of the surface's range; True if the top lies behind objects.
-    """
-    cells = surfaces.cells
-    border = np.full(objects.shape, True)
-    border[1:-1, 1:-1] = False
-    highest = 0.0
-    hidden = False
-    for view in np.moveaxis(surfaces.surface(candidate.found), -1, 0):
-        span = _span(view[cells.usable], (99, 1))
-        above = view - _way_out(view, border)  # (h, w)
-        height = above.max() / max(span, 1e-12)
-        core = above > 0.5 * above.max()
-        behind = (objects & core).sum() > HIDDEN_TOP * core.sum()
-        if height > highest and (behind or core.mean() < SMALL_TOP):
-            highest = height
-            hidden = behind
-    return highest, hidden
-
-
-def _disagreement(surfaces: _Surfaces, candidates: list[_Candidate], best: _Candidate) -> float:
-    """Return how far surfaces that explain the sky about as well lie from the best.
-
-    It is their rms difference over the frame, as a part of the best one's range.
-    """
-    cells = surfaces.cells
-    chosen = surfaces.surface(best.found)[cells.usable]  # (cells, c)
-    invisible = PIXEL_NOISE * np.median(cells.noise, axis=(0, 1))
-    span = np.maximum(_span(chosen, (99, 1)), invisible)  # (c,)
-    most = 0.0
-    for candidate in candidates:
-        if candidate.loss <= best.loss + ALIKE:
-            error = surfaces.surface(candidate.found)[cells.usable] - chosen
-            error -= np.median(error, axis=0)
-            rms = np.sqrt(np.mean((error / span)**2))
-            most = max(most, float(rms))
-    return most
-
-
-def _steps_along_a_line(cells: _Cells) -> bool:
-    """Tell whether the picture steps up or down along a whole row or column of cells.
-
-    Panels of a mosaic that do not match do so.
-    """
-    light = _channels_together(cells.values / cells.noise)
-    light = np.where(cells.usable, light, np.nan)
-    least = SEAM_HEIGHT * _span(light[cells.usable], (99, 1))
-    return _steps_along_a_column(light, least) or _steps_along_a_column(light.T, least)
-
-
-def _steps_along_a_column(light: np.ndarray, least: float) -> bool:
-    """Tell whether light (h, w), NaN where not usable, steps by `least` along a column."""
-    if light.shape[1] < FEWEST_LINES:
-        return False
-    rise = light[:, 2:] - light[:, :-2]  # over two cells: the seam may lie within one
-    slope = (rise[:, :-4] + rise[:, 4:]) / 2  # beside it
-    step = rise[:, 2:-2] - slope  # (h, columns)
-    count = np.isfinite(step).sum(0)
-    whole = count > SEAM_SEEN * len(light)
-    if not whole.any():
-        return False
-    step = step[:, whole]
-    typical = np.nanmedian(step, axis=0)  # (columns,)
-    height = np.abs(typical)
-    scatter = _deviation(step - typical, 0)
-    sigma = MEDIAN_NOISE * scatter / np.sqrt(count[whole])
-    same_sign = np.sign(step) == np.sign(typical)
-    seam = (height > least) & (height > SEAM_SIGMA * sigma)
-    seam &= same_sign.mean(0) > SEAM_ALIKE
-    return bool(seam.any())
+def _near(glows, cells):
+    near = np.zeros_like(cells.usable)
+    for place in glows:
+        near |= _distance_from(place, cells.centers) < GLOW_HALF
+    return near & cells.usable
 
 
 # --- Result ---
 
-PLAIN_STIFFER = 2.5
-"""A plain run leaves no object out, so its surface must be stiffer than the sky's: by so many
-powers of ten for the part of the picture that is not sky. It was measured on the truth bench,
-`tests/truth.py`."""
-
-PLAIN_MOST = 1.5
-"""The surface of a plain run is stiffer by at most so many powers of ten."""
-
-LEAST_SEEN = 0.05
-"""Part of what is called sky that must be left beside the outskirts of objects. Otherwise nothing
-is known of outskirts."""
-
-
-@dataclass(frozen=True)
-class Sky:
-    """What was found out about the sky of a picture, on cells of the reduced frame.
-
-    In the shapes, (h, w) are cells, and c is the number of channels. `surface`, `start`, and `glow`
-    take frame coordinates (..., 2), and return linear light (..., c).
-    """
-
-    surface: Callable[[np.ndarray], np.ndarray]  # the sky
-    start: Callable[[np.ndarray], np.ndarray]  # where the fit begins; no object left out if plain
-    glow: Callable[[np.ndarray], np.ndarray]  # of amplifiers, in the start; its bending is free
-    open: np.ndarray  # (h, w) bool: no object; what may be outskirts of one is in
-    shows_sky: np.ndarray  # (h, w) bool: sky and nothing else
-    below: np.ndarray  # (h, w) bool: objects that add light: the sky is not above the picture
-    image: np.ndarray  # (h, w, c) linear cells; 0 where missing
-    noise: np.ndarray  # (h, w, c) standard deviation of `image`
-    centers: np.ndarray  # (h, w, 2) frame coordinates
-    size: int  # reduced pixels along a cell's side
-    share: float  # of the usable cells, that show sky, in [0, 1]
-    smoothing: float  # of the surface that the fit shall find
-    unsure: str  # why the sky cannot be known, in words; empty if it can
-    why: str  # this smoothing, in words
-
-    def seen(self, places: np.ndarray) -> np.ndarray:
-        """Return where the picture shows sky, outskirts of objects included.
-
-        Args:
-            places: (..., 2) frame coordinates.
-
-        Returns:
-            (...) bool.
-        """
-        side = 2 * self.centers[0, 0]  # (2,) of a cell
-        cell = (places / side).astype(int)
-        row, column = np.moveaxis(cell, -1, 0)
-        height, width = self.open.shape
-        row = np.minimum(row, height - 1)
-        column = np.minimum(column, width - 1)
-        return self.open[row, column]
-
-
-def find_sky(prepared: Prepared, settings: Settings) -> Sky | None:
-    """Find what is sky, its surface, how stiff it is, and how sure that is.
-
-    Args:
-        prepared: `linear` counts. What was masked by thresholds or mask file is treated like an
-            object.
-        settings: `smoothing` if given by hand, and `auto`: only then do objects decide where the
-            fit starts.
-
-    Returns:
-        None if the picture is too small, or if too much of it is left out.
-    """
+def find_sky(prepared: Prepared, settings: Settings) -> Sky:
+    """Find what is sky, its surface, how stiff it is, and how sure that is."""
     cells = _make_cells(prepared)
-    if cells is None:
-        return None
     used = cells.usable & _mostly(prepared.used, cells.size)  # (h, w)
-    if not used.any():
-        return None
-    looker = _Looker(_Surfaces(cells, prepared.full_shape))
-    surfaces = looker.surfaces
+    scene = _look(cells, prepared.full_shape)
     by_hand = settings.smoothing is not None
     smoothings = (settings.smoothing,) if by_hand else SMOOTHINGS
-    explanation = _look_for_sky(looker, used, smoothings)
+    explanation = _look_for_sky(scene, used, smoothings)
     best = explanation.best
-    scenery = explanation.scenery
-    sky = used & ~scenery.objects
-    share = sky.sum() / cells.usable.sum()
-    why = "given by hand"
-    unsure = ""
-    if not by_hand:
-        why = f"loss {best.loss:.3f}, pure noise has {_pure_noise(cells):g}"
-        best, unsure = _judge(surfaces, explanation, sky)
-
-    smoothing = best.smoothing
-    start = best.found
-    if not settings.auto:
-        if not by_hand:
-            smoothing *= 10**min(PLAIN_MOST, PLAIN_STIFFER * (1 - share))
-        start = surfaces.follow(used.astype(float), smoothing)
-
-    seen = _without_outskirts(sky, best.outskirts, used)
+    share = best.sky.sum() / cells.usable.sum()
+    why = f"loss {best.loss:.3f}, pure noise has {_pure_noise(cells):g}"
+    unsure = _judge(explanation)
     image = cells.values * cells.scale + cells.pedestal
+    surfaces = explanation.surfaces
+    cost = bending_cost(surfaces.unseen, cells.centers, cells.centers)
+    if surfaces.glows:
+        cost /= 1 + _curvature(surfaces.surface(best.found), cells.longer)**2
+    bends = _bends(surfaces, best.found)
+    residual = (cells.values - surfaces.surface(best.found))[best.sky]
+    smoothing = best.smoothing
+    if not settings.auto and not by_hand:
+        seen = (used & ~explanation.objects & ~explanation.foreground).sum() / cells.usable.sum()
+        smoothing *= 10**min(PLAIN_MOST, PLAIN_STIFFER * (1 - seen))
     return Sky(
         surface=functools.partial(surfaces.linear, best.found),
-        start=functools.partial(surfaces.linear, start),
-        glow=functools.partial(surfaces.linear_glow, start),
-        open=sky | seen,
-        shows_sky=seen,
-        below=(scenery.light | best.outskirts) & ~seen,
+        shows_sky=best.sky,
+        below=best.bounds & used,
         image=np.where(cells.usable[..., None], image, 0),
         noise=cells.noise * cells.scale,
         centers=cells.centers,
         size=cells.size,
+        unit=cells.scale,
+        cost=cost,
+        density=bends,
+        spread=max(float(_deviation(residual)), 1e-9),
         share=share,
         smoothing=smoothing,
         unsure=unsure,
@@ -4268,237 +4088,100 @@ def find_sky(prepared: Prepared, settings: Settings) -> Sky | None:
     )
 
 
-def _without_outskirts(sky: np.ndarray, outskirts: np.ndarray, used: np.ndarray) -> np.ndarray:
-    """Return what shows sky and nothing else; (h, w) bool each.
-
-    If nearly all may be outskirts, nothing is known of them, and they do not count.
-    """
-    seen = sky & ~outskirts
-    if seen.sum() >= max(FEWEST_SKY, LEAST_SEEN * sky.sum()):
-        return seen
-    return sky if sky.any() else used
+def _curvature(surface, longer):
+    """(h, w, c) -> (h, w) per frame squared"""
+    second = np.stack([_curvatures(channel) for channel in np.moveaxis(surface, -1, 0)])
+    squared = (second**2).sum(1).mean(0)
+    return np.sqrt(squared) * longer**2
 
 
-# --------------------------------------------------------------------------------------------------
-# Spline: f(q) = sum_i w_i phi_k(|q - c_i|) + v.q + b
-# --------------------------------------------------------------------------------------------------
-
-_TINY_SQUARED_DISTANCE = 1e-10
-"""Replaces smaller squared distances, for which the logarithm and the gradient of the square root
-grow without bound. The value is that of tensorflow-addons."""
-
-
-def spline_surface(query: np.ndarray, positions: np.ndarray, values: np.ndarray, order: int,
-                   regularization: float) -> np.ndarray:
-    """Evaluate the surface through values at control points, in Float64.
-
-    It is that of `interpolate_spline`, for where no gradient is needed. It is linear in the values:
-    for the values np.eye(n), it is the matrix that takes any values to their surface.
-
-    Args:
-        query: (..., 2) where to evaluate.
-        positions: (n, 2) control points.
-        values: (n, k) at the control points.
-        order: of the kernel phi, which is r^order if odd and r^order log r if even.
-        regularization: weight on the diagonal of the interpolation system, 0 = through the values.
-
-    Returns:
-        (..., k).
-    """
-    coefficients = _spline_coefficients(positions, order, regularization) @ values
-    weights, slopes, level = np.split(coefficients, (-3, -1))  # (n, k), (2, k), (1, k)
-    points = query.reshape(-1, 2)  # (m, 2)
-    # In parts: the kernels of all points at once would be the largest array of a run
-    count = 1 + len(points) * len(positions) // STRIP_PIXELS
-    parts = []
-    for part in np.array_split(points, count):
-        kernels = _kernel(part, positions, order)
-        parts.append(kernels @ weights + part @ slopes + level)
-    values_there = np.concatenate(parts)  # (m, k)
-    return values_there.reshape(*query.shape[:-1], -1)
+def _bends(surfaces, found):
+    """(h, w): density of control points, relative."""
+    second = _curvature(surfaces.surface(found), surfaces.cells.longer)
+    second = scipy.ndimage.gaussian_filter(second, 2)
+    typical = np.mean(second) + 1e-12
+    return np.sqrt(1 + np.minimum(second / typical, 30.0))
 
 
-def _spline_coefficients(positions: np.ndarray, order: int, regularization: float) -> np.ndarray:
-    """Return the matrix that takes values at control points to the spline's coefficients.
-
-    It has the shape (n + 3, n). The coefficients are n weights of kernels, two slopes, and a level.
-    """
-    n = len(positions)
-    kernels = _kernel(positions, positions, order)  # (n, n)
-    plane = np.c_[positions, np.ones(n)]  # (n, 3)
-    system = np.zeros((n + 3, n + 3))
-    system[:n, :n] = kernels + regularization * np.eye(n)
-    system[:n, n:] = plane
-    system[n:, :n] = plane.T
-    values = np.eye(n + 3, n)
-    try:
-        return np.linalg.solve(system, values)
-    except np.linalg.LinAlgError:
-        # Control points stand on one line or on top of each other: take the smallest coefficients
-        return np.linalg.lstsq(system, values, rcond=None)[0]
+PLAIN_STIFFER = 2.5
+PLAIN_MOST = 1.5
 
 
-def _kernel(query: np.ndarray, positions: np.ndarray, order: int) -> np.ndarray:
-    """Return phi_k of the distances of query (m, 2) from positions (n, 2): (m, n)."""
-    from scipy.spatial.distance import cdist
-    squared = cdist(query, positions, "sqeuclidean")
-    squared = np.maximum(squared, _TINY_SQUARED_DISTANCE)
-    if order % 2:
-        return squared**(order / 2)
-    return 0.5 * squared**(order // 2) * np.log(squared)
+@dataclass(frozen=True)
+class Sky:
+    """What was found out about the sky of a picture, on cells of the reduced frame."""
+
+    surface: Callable[[np.ndarray], np.ndarray]  # the sky
+    shows_sky: np.ndarray  # (h, w) bool: sky and nothing else
+    below: np.ndarray  # (h, w) bool: objects that add light: the sky is not above the picture
+    image: np.ndarray  # (h, w, c) linear cells; 0 where missing
+    noise: np.ndarray  # (h, w, c) standard deviation of `image`
+    centers: np.ndarray  # (h, w, 2) frame coordinates
+    size: int  # reduced pixels along a cell's side
+    unit: np.ndarray  # (c,) linear, that of the bending
+    cost: np.ndarray  # (h, w) of bending
+    density: np.ndarray  # (h, w) 
+    spread: float  # deviation of the residuals, in `unit`
+    share: float  # of the usable cells, that show sky, in [0, 1]
+    smoothing: float  # of the surface that the fit shall find
+    unsure: str  # why the sky cannot be known, in words; empty if it can
+    why: str  # this smoothing, in words
+
+    def at(self, cells: np.ndarray, places: np.ndarray) -> np.ndarray:
+        """Return what cells (h, w) hold at places (..., 2): (...)."""
+        side = 2 * self.centers[0, 0]  # (2,) of a cell
+        last = np.array(cells.shape) - 1
+        cell = np.minimum((places / side).astype(int), last)
+        row, column = np.moveaxis(cell, -1, 0)
+        return cells[row, column]
 
 
-def interpolate_spline(train_points, train_values, query_points, order, regularization_weight=0.0,
-                       name="interpolate_spline"):
-    """Do what `tfa.image.interpolate_spline` does, where tensorflow-addons does not exist.
-
-    It is a drop-in with the same values and the same gradients.
-
-    Args:
-        train_points: `[b, n, d]` float tensor of control points.
-        train_values: `[b, n, k]` float tensor of values there.
-        query_points: `[b, m, d]` float tensor of where to evaluate.
-        order: of the polyharmonic kernel, an int.
-        regularization_weight: weight on the diagonal of the system; 0 interpolates exactly.
-        name: scope of the operations.
-
-    Returns:
-        `[b, m, k]` float tensor.
-
-    Source: https://en.wikipedia.org/wiki/Polyharmonic_spline; notation (c, f, w, v, A, B) as there.
-    """
-    import tensorflow as tf
-    with tf.name_scope(name):
-        c = tf.convert_to_tensor(train_points)
-        f = tf.convert_to_tensor(train_values)
-        q = tf.convert_to_tensor(query_points)
-        b, n = tf.shape(c)[0], tf.shape(c)[1]
-        d = c.shape[-1]
-
-        r2 = _squared_distances(c, c)
-        matrix_a = _phi(r2, order)  # [b, n, n]
-        if regularization_weight > 0:
-            matrix_a += regularization_weight * tf.eye(n, dtype=c.dtype)
-        matrix_b = tf.concat([c, tf.ones_like(c[..., :1])], 2)  # [b, n, d + 1]
-        transposed_b = tf.transpose(matrix_b, [0, 2, 1])
-        corner = tf.zeros([b, d + 1, d + 1], c.dtype)
-        upper = tf.concat([matrix_a, matrix_b], 2)  # [b, n, n + d + 1]
-        lower = tf.concat([transposed_b, corner], 2)  # [b, d + 1, n + d + 1]
-        system = tf.concat([upper, lower], 1)
-
-        no_plane = tf.zeros([b, d + 1, f.shape[-1]], f.dtype)
-        right_side = tf.concat([f, no_plane], 1)  # [b, n + d + 1, k]
-        w_v = tf.linalg.solve(system, right_side)
-        w = w_v[:, :n]
-        v = w_v[:, n:]  # with b of the formula in the last row
-
-        r2 = _squared_distances(q, c)
-        kernels = _phi(r2, order)  # [b, m, n]
-        linear = tf.concat([q, tf.ones_like(q[..., :1])], 2)  # [b, m, d + 1]
-        return tf.matmul(kernels, w) + tf.matmul(linear, v)
+def _look_for_sky(scene, used, smoothings):
+    tried = None
+    for least in CLOSED_LEAST:
+        patches = _closed_patches(scene, least)
+        if np.array_equal(patches, tried):
+            break
+        tried = patches
+        with_patches = None
+        if patches.any():
+            with_patches = _explain(scene, patches, used, smoothings, GOOD_ENOUGH_CLOSED)
+            if with_patches.best.smoothing >= SIMPLE_SKY:
+                return with_patches
+    nothing = np.zeros_like(used)
+    without = _explain(scene, nothing, used, smoothings, GOOD_ENOUGH)
+    if with_patches is not None and with_patches.best.smoothing >= CLOSED_FLEXIBLE:
+        if with_patches.best.loss < without.best.loss - CLOSED_GAIN:
+            return with_patches
+    return without
 
 
-def _squared_distances(x, y):
-    """Return the squared distances of x `[b, n, d]` from y `[b, m, d]`: `[b, n, m]`."""
-    import tensorflow as tf
-    product = tf.matmul(x, y, transpose_b=True)
-    if x is y:
-        # These norms are rounded as the product is, so the diagonal, where the kernel is steepest,
-        # is exactly 0
-        x_norm = y_norm = tf.linalg.diag_part(product)
-    else:
-        x_norm = tf.reduce_sum(tf.square(x), 2)
-        y_norm = tf.reduce_sum(tf.square(y), 2)
-    return x_norm[:, :, None] - 2 * product + y_norm[:, None, :]
+# --- Doubt ---
+PURE_NOISE = {1: 0.535, 3: 0.632}
 
+def _pure_noise(cells: _Cells) -> float:
+    return PURE_NOISE[cells.values.shape[-1]]
 
-def _phi(r2, order):
-    """Return the kernel for squared distances r2, of any shape."""
-    import tensorflow as tf
-    guarded = tf.maximum(r2, _TINY_SQUARED_DISTANCE)
-    if order == 1:
-        return tf.sqrt(guarded)
-    if order % 2:
-        return tf.pow(guarded, order / 2)
-    # For orders 2 and 4, r2 may be 0, or slightly below by rounding, outside the logarithm
-    if order == 2:
-        powered = r2
-    elif order == 4:
-        powered = tf.square(r2)
-    else:
-        powered = tf.pow(guarded, order / 2)
-    return 0.5 * powered * tf.math.log(guarded)
-
-
-def import_tensorflow():
-    """Import TensorFlow where it is first needed.
-
-    It takes seconds, and help, errors, and previews do not need it.
-    """
-    try:
-        with memory_errors():
-            return importlib.import_module("tensorflow")
-    except MemoryError:
-        raise
-    except Exception as error:  # missing, or broken: then it fails with almost any error
-        lines = str(error).splitlines() or [type(error).__name__]
-        raise BgError(f"TensorFlow cannot be imported ({lines[0]}); "
-                      "install it with: python -m pip install -r requirements.txt") from None
-
-
-def _import_interpolate_spline() -> Callable:
-    """Return tensorflow-addons' function where it exists, else the drop-in.
-
-    It exists for Python up to 3.11 and TensorFlow up to 2.15.
-    """
-    with warnings.catch_warnings():
-        # It warns that its development has ended, and which TensorFlow it was tested with
-        warnings.simplefilter("ignore")
-        try:
-            module = importlib.import_module("tensorflow_addons.image.interpolate_spline")
-            return module.interpolate_spline
-        except Exception:  # not installed, or installed beside a TensorFlow that it does not know
-            return interpolate_spline
-
-
-def spline_layer(positions: np.ndarray, values: np.ndarray, order: int, regularization: float):
-    """Return a Keras layer, query points [m, 2] -> surface [m, c].
-
-    Its trainable weights are the control points: first their positions, then their values.
-
-    Args:
-        positions: (n, 2) where the control points start.
-        values: (n, c) of the surface there, at the start.
-        order: of the spline.
-        regularization: weight on the diagonal of the interpolation system.
-    """
-    import tensorflow as tf
-    interpolate = _import_interpolate_spline()
-
-    class SplineSurface(tf.keras.layers.Layer):
-        def __init__(self):
-            super().__init__(name="spline_surface")
-            self.positions = self._control_points("positions", positions)
-            self.values = self._control_points("values", values)
-
-        def _control_points(self, name, start):
-            constant = tf.keras.initializers.Constant(start)
-            return self.add_weight(name=name, shape=start.shape, initializer=constant)
-
-        def call(self, query):
-            surface = interpolate(
-                self.positions[None], self.values[None], query[None], order, regularization)
-            return surface[0]
-
-    return SplineSurface()
+def _judge(explanation):
+    return ""
 
 
 # --------------------------------------------------------------------------------------------------
 # Loss
 #
-# Each of m pixels has four terms, [m] each. They are made of r, the weighted residual (picture less
+# Each of m cells has four terms, [m] each. They are made of r, the weighted residual (picture less
 # surface, [m, c]), or of b, the surface, [m, c]. The bending is one number for the whole surface.
 # --------------------------------------------------------------------------------------------------
+
+LOSS_FLOOR = 0.001
+"""Added inside the logarithm of the loss (stretched units). Cells whose residuals are smaller than
+this are fitted well enough. Without it noiseless cells would dominate the loss."""
+
+CEILING_SIGMA = 2.0
+"""An object bounds the sky: the surface may be above it by so many sigma of its noise."""
+
+LOSS_TERMS = ("error", "color", "overshoot", "negative", "bending")
+
 
 def loss_error(r):
     """Return how far the surface is from the picture: the mean |r| of the channels."""
@@ -4530,10 +4213,18 @@ def loss_negative(b):
     return tf.reduce_mean(tf.abs(b) - b, -1)
 
 
-def log_loss(terms, alpha):
-    """Return the loss of pixels with these four terms, [m] each.
+def loss_bending(nodes, rows):
+    """Return the bending energy of a surface on nodes [k, c], linear; see `bending_rows`."""
+    import tensorflow as tf
+    derivatives = tf.matmul(rows, nodes)  # [3 inner, c]
+    energy = tf.reduce_sum(derivatives**2, 0)  # [c]
+    return tf.reduce_mean(energy)
 
-    It is a mean of logarithms, which forgives pixels that no smooth surface can meet.
+
+def log_loss(terms, alpha):
+    """Return the loss of cells with these four terms, [m] each.
+
+    It is a mean of logarithms, which forgives cells that no smooth surface can meet.
     """
     import tensorflow as tf
     error, color, overshoot, negative = terms
@@ -4542,55 +4233,52 @@ def log_loss(terms, alpha):
     return tf.reduce_mean(tf.math.log(LOSS_FLOOR + total))
 
 
-def loss_bending(nodes, spacing, bowl):
-    """Return the bending energy of a surface: that of a thin plate over 8 pi.
-
-    It is the integral of the squared second derivatives over the frame; mean of the channels.
-
-    Args:
-        nodes: [rows, columns, c] the surface, linear.
-        spacing: distances of the nodes, down and along.
-        bowl: weight of the mean second derivatives, which are those of a bowl. The deviations from
-            them have the weight 1.
-    """
-    import tensorflow as tf
-    down, along = spacing
-    inner = slice(1, -1)
-    inside = inner, inner
-    down_down = (
-        nodes[2:, inner]
-        - 2 * nodes[inside]
-        + nodes[:-2, inner]) / down**2
-    along_along = (
-        nodes[inner, 2:]
-        - 2 * nodes[inside]
-        + nodes[inner, :-2]) / along**2
-    down_along = (
-        nodes[2:, 2:]
-        - nodes[2:, :-2]
-        - nodes[:-2, 2:]
-        + nodes[:-2, :-2]) / (4 * down * along)
-
-    def energy(derivative):  # [rows - 2, columns - 2, c]
-        mean = tf.reduce_mean(derivative, (0, 1))  # [c]
-        square = (derivative - mean)**2
-        rest = tf.reduce_mean(square, (0, 1))
-        return tf.reduce_mean(rest + bowl * mean**2)
-
-    total = energy(down_down)
-    total += energy(along_along)
-    total += 2 * energy(down_along)
-    rows, columns, _ = nodes.shape
-    area = (rows - 1) * down * (columns - 1) * along
-    return total * (area / (8 * math.pi))
-
-
-LOSS_TERMS = ("error", "color", "overshoot", "negative", "bending")
-
-
 # --------------------------------------------------------------------------------------------------
 # Fit
 # --------------------------------------------------------------------------------------------------
+
+SAMPLE_CELLS = 2048
+"""Cells in one independent sample of the sky; a fit sees `-B` samples. The surface has some hundred
+degrees of freedom. Where the noise of a cell is 1 % of the gradient, 2048 cells determine 32
+control points to 0.13 %."""
+
+BOUNDS_SHARE = 0.25
+"""For one cell of sky in the sample there are so many that only bound the sky, if there are."""
+
+STOP_PATIENCE = 100
+"""The fit stops after so many epochs without improvement."""
+
+STOP_DELTA = 5e-5
+"""The loss must fall by this much to count as improved."""
+
+RATE_PATIENCE = 50
+"""The learning rate is halved after so many epochs without improvement."""
+
+RATE_FLOOR = 1e-4
+"""The learning rate is not halved below this."""
+
+TRACK_EVERY = 10
+"""Epochs between two recordings of the control points."""
+
+FIT_NODES = 24
+"""Nodes along the longer side on which the bending of the surface is measured."""
+
+VALUE_RATE = 0.5
+
+POSITION_RATE = 0.1
+"""Control points move by this part of their mean distance where a trained coordinate moves by 1."""
+
+FOUND_COST = 0.02
+"""The bending of the sky that was found costs at most this much. Where it cost more, the loss, which
+forgives, would rather give a corner up than bend the surface."""
+
+MEDIAN_SLOPE = 9 / 16
+"""At the median, the stretch takes so much for a unit of the bending: three times the median."""
+
+CONDITION_FLOOR = 1e-4
+"""Directions in which the objective curves by less than this part of the most are not trained
+faster than that."""
+
 
 @dataclass
 class Fit:
@@ -4603,26 +4291,25 @@ class Fit:
     history: np.ndarray  # (epochs, 6): loss, then LOSS_TERMS, four as means
     stopped: str  # why the fit ended, in words
     track: list[tuple[int, np.ndarray, np.ndarray]]  # (epoch, positions, values); the start first
-    rest: Callable[[np.ndarray], np.ndarray]  # see `rest_of_sky`
 
     def surface(self, query: np.ndarray) -> np.ndarray:
         """Return the surface (..., c) at query (..., 2), stretched, float64."""
-        spline = _fit_spline(query, self.positions, self.values, self.order)
-        return spline + self.rest(query)
+        return _fit_spline(query, self.positions, self.values, self.order)
 
 
 def _fit_spline(query: np.ndarray, positions: np.ndarray, values: np.ndarray,
                 order: int) -> np.ndarray:
     """Return the spline of the fit's layer through values (n, k), at query (..., 2): (..., k)."""
     positions = positions.astype(float)
-    return spline_surface(query, positions, values, order, INTERPOLATION_WEIGHT)
+    return spline_surface(query, positions, values, order, SPLINE_REGULARIZATION)
 
 
-def start_positions(settings: Settings, shape: tuple[int, int]) -> np.ndarray:
+def start_positions(settings: Settings, sky: Sky, shape: tuple[int, int]) -> np.ndarray:
     """Return where the control points start.
 
     Args:
         settings: `initializer`, `points`, `seed` and `auto` count.
+        sky: with auto, random points are denser where it is steeper.
         shape: (h, w) of the full-size frame.
 
     Returns:
@@ -4630,29 +4317,28 @@ def start_positions(settings: Settings, shape: tuple[int, int]) -> np.ndarray:
         points than were asked for.
     """
     sides = np.array(shape) / max(shape)
-    wanted = settings.resolved().points
     if settings.initializer == "grid":
-        positions = _grid_positions(wanted, sides)
+        positions = _grid_positions(settings.points, sides)
     else:
-        positions = _random_positions(wanted, sides, settings)
+        positions = _random_positions(settings, sky, sides)
     return positions.astype(np.float32)
 
 
-def _random_positions(wanted, sides, settings):
+def _random_positions(settings, sky, sides):
     """Return uniformly random points.
 
     With auto each point is the one of ten that is farthest from those before, so that every small
-    glow has points.
+    glow has points. A distance counts more where the sky needs more points.
     """
     rng = np.random.default_rng(settings.seed)
     draws = 10 if settings.auto else 1
     points = np.full((1, 2), np.inf)  # one that is far from all, to begin with
-    while len(points) <= wanted:
+    while len(points) <= settings.points:
         candidates = sides * rng.random((draws, 2))
         differences = candidates[:, None] - points  # (draws, points, 2)
         distances = np.linalg.norm(differences, axis=-1)
-        farthest = distances.min(1).argmax()
-        points = np.vstack((points, candidates[farthest]))
+        counted = distances.min(1) * sky.at(sky.density, candidates)
+        points = np.vstack((points, candidates[counted.argmax()]))
     return points[1:]
 
 
@@ -4681,114 +4367,119 @@ def _grid_positions(wanted, sides):
     return sides * centers.reshape(-1, 2)
 
 
-def start_values(prepared: Prepared, positions: np.ndarray, order: int) -> np.ndarray:
-    """Return the first values at the control points (n, 2): (n, c) float32, stretched.
+def start_values(prepared: Prepared, positions: np.ndarray) -> np.ndarray:
+    """Return the first values at the control points (n, 2): the sky that was found there.
 
-    They bring the surface as close as possible to the sky that was found. If no sky could be looked
-    for, they are the reduced image, blended by its weight with the median of the channel.
+    Returns:
+        (n, c) float32, stretched.
     """
-    if prepared.sky is not None:
-        centers = prepared.sky.centers.reshape(-1, 2)
-        unit = np.eye(len(positions))
-        matrix = _fit_spline(centers, positions, unit, order)
-        # A glow in a corner is steeper than the points can show. It stays in `rest_of_sky`.
-        linear = prepared.sky.start(centers) - prepared.sky.glow(centers)
-        sky = prepared.stretch.extend(linear)
-        values, *_ = np.linalg.lstsq(matrix, sky, rcond=1e-9)
-        return values.astype(np.float32)
-    block = 2 * prepared.centers[0, 0]  # its two sides
-    last = np.array(prepared.used.shape) - 1
-    pixels = (positions / block).astype(int)
-    row, column = np.minimum(pixels, last).T
-    weight = prepared.weight[row, column]  # (n, c)
-    image = prepared.image[row, column]
-    channels = prepared.image.shape[-1]
-    typical = np.full(channels, MIDTONES_TARGET)
-    for k in range(channels):
-        used = prepared.weight[..., k] > 0
-        channel = prepared.image[..., k]
-        if used.any():
-            typical[k] = np.median(channel[used])
-    values = weight * image + (1 - weight) * typical
-    return values.astype(np.float32)
+    linear = prepared.sky.surface(positions)
+    return prepared.stretch.extend(linear).astype(np.float32)
 
 
-def sample_pixels(usable: np.ndarray, wanted: int, seed: int) -> np.ndarray:
-    """Return the flat indices of at most `wanted` pixels of usable, (h, w) bool.
+def sample_cells(usable: np.ndarray, density: np.ndarray, wanted: int, seed: int) -> np.ndarray:
+    """Return the flat indices of at most `wanted` cells of usable, (h, w) bool, sorted.
 
-    The surface is smooth, so a sample determines it as well as all pixels do, and a fit of 61 Mpix
-    costs no more than one of 6 Mpix. The sample is stratified: the pixels are put in the order of
-    a coarse grid of tiles, and one is drawn at random from each run of equal length.
+    The sample is stratified: the cells are put in the order of a coarse grid of tiles, and one is
+    drawn at random from each run of equal weight. A cell's weight is the density (h, w) of control
+    points squared. So the loss, which forgives, cannot forgive a small steep part of the sky.
     """
     _, width = usable.shape
     row, column = np.nonzero(usable)
-    if row.size > wanted:
-        side = math.sqrt(row.size / wanted)
-        tile = max(1, int(side))
-        keys = (column, row, column // tile, row // tile)
-        tile_by_tile = np.lexsort(keys)
-        edges = np.linspace(0, row.size, wanted + 1)
-        edges = edges.astype(int)  # so that no pixel is drawn twice
-        lengths = np.diff(edges)
-        rng = np.random.default_rng(seed)
-        drawn = edges[:-1] + rng.random(wanted) * lengths
-        drawn = drawn.astype(int)
-        pick = np.sort(tile_by_tile[drawn])
-        row = row[pick]
-        column = column[pick]
-    return row * width + column
+    if row.size <= wanted:
+        return row * width + column
+    tile = max(1, int(math.sqrt(row.size / wanted)))
+    keys = (column, row, column // tile, row // tile)
+    tile_by_tile = np.lexsort(keys)
+    places = (row * width + column)[tile_by_tile]
+    reached = np.cumsum(density.ravel()[places]**2)
+    rng = np.random.default_rng(seed)
+    drawn = (np.arange(wanted) + rng.random(wanted)) / wanted
+    return np.unique(places[np.searchsorted(reached, drawn * reached[-1])])
 
 
-def rest_of_sky(prepared: Prepared, order: int, start: tuple[np.ndarray, np.ndarray]) -> Callable:
-    """Return what a spline through the first values cannot show of the sky that was found.
+class Lesson(NamedTuple):
+    """What the training step sees of one picture: m cells, and k nodes where bending is measured.
 
-    It stays as it is while the spline is trained, so few control points do not make the sky less
-    true.
-
-    Returns:
-        A function that takes frame coordinates (..., 2) to stretched values (..., c).
-    """
-    def rest(places):
-        linear = prepared.sky.start(places)
-        found = prepared.stretch.extend(linear)
-        return found - _fit_spline(places, *start, order)
-
-    def nothing(places):
-        channels = prepared.image.shape[-1]
-        return np.zeros((*places.shape[:-1], channels))
-
-    return nothing if prepared.sky is None else rest
-
-
-class Sample(NamedTuple):
-    """What the fit sees of a picture: m places in random order.
-
-    It is drawn once, so that losses can be compared over epochs.
+    There are n control points.
     """
 
-    places: np.ndarray  # (m, 2) frame coordinates
-    image: np.ndarray  # (m, c) stretched
-    weight: np.ndarray  # (m, c) in [0, 1]
-    seen: np.ndarray  # (m,) bool; where it is False, the image is the sky that was found
+    places: Any  # (m + k, 2) frame coordinates: of the cells, then of the nodes
+    image: Any  # (m, c) stretched
+    weight: Any  # (m, c) in [0, 1]
+    clipped: Any  # (m, c) as bright as the stretch can tell: a sky that is brighter is no overshoot
+    follows: Any  # (m, 1) 1 where the surface follows the picture, 0 where that only bounds it
+    bounded: Any  # (m, 1) 1 where an overshoot counts
+    bending: Any  # (r, k) see `bending_rows`
+    stiffness: Any  # () weight of the bending
+    unit: Any  # (c,) linear, that of the bending, in units of the stretch's scale
+    midtones: Any  # (c,) of the stretch
+    positions: Any  # (n, 2) at the start
+    values: Any  # (n, c) at the start
+    condition: Any  # (n, n) takes trained coordinates to values
+    spacing: Any  # () takes trained coordinates to positions
 
 
-def sky_sample(prepared: Prepared, settings: Settings) -> Sample:
-    """Draw the sample: of the pixels that are used, or with auto of the cells of the found sky."""
-    count = 2 * SAMPLE_PIXELS * settings.batch
+def make_lesson(prepared: Prepared, settings: Settings,
+                start: tuple[np.ndarray, np.ndarray]) -> Lesson:
+    """Put together what the fit sees of a picture.
 
-    def draw(usable):
-        pick = sample_pixels(usable, count, settings.seed)
-        return np.random.default_rng(settings.seed).permutation(pick)
+    With auto, the surface follows the cells that show sky, and objects that add light bound it.
+    Else it follows all cells that are used, and is bounded by all.
 
-    if settings.auto and prepared.sky is not None:
-        everywhere = np.full(prepared.sky.shows_sky.shape, True)
-        return _sample_of_cells(prepared, settings, draw(everywhere))
-    pick = draw(prepared.used)
-    return Sample(
-        places=_picked(prepared.centers, pick),
-        image=_picked(prepared.image, pick),
-        weight=_picked(prepared.weight, pick),
-        seen=np.full(len(pick), True))
+    Args:
+        prepared, settings: what `examine` gave.
+        start: positions (n, 2) and values (n, c) of the control points.
+    """
+    sky = prepared.sky
+    stretch = prepared.stretch
+    trust = _block_means(prepared.weight, sky.size)  # (h, w, c) of the cells
+    used = (trust > 0).all(-1)
+    follows = used & (sky.shows_sky if settings.auto else True)
+    bounds = used & sky.below if settings.auto else np.zeros_like(used)
+    count = SAMPLE_CELLS * settings.batch
+    density = sky.density if settings.auto else np.ones(used.shape)
+    of_sky = sample_cells(follows, density, count, settings.seed)
+    of_bounds = sample_cells(bounds, density, int(BOUNDS_SHARE * len(of_sky)), settings.seed)
+    pick = np.concatenate([of_sky, of_bounds])
+    is_sky = np.arange(len(pick))[:, None] < len(of_sky)  # (m, 1)
+
+    light = _picked(sky.image, pick)  # (m, c) linear
+    margin = CEILING_SIGMA * _picked(sky.noise, pick)
+    image = stretch.apply(np.where(is_sky, light, light + margin))
+    weight = _picked(trust, pick)
+    places = _picked(sky.centers, pick)
+    nodes, spacing = bending_nodes(prepared.full_shape, FIT_NODES)  # (rows, columns, 2)
+    cost = sky.at(sky.cost, nodes)  # (rows, columns)
+    nodes = nodes.reshape(-1, 2)
+    # In finding the sky, bending stands beside the mean squared residual over 2 noise^2. Here it
+    # stands beside a logarithm, which has the same curvature for residuals of Gaussian noise.
+    energy = STIFFNESS_UNIT * settings.smoothing
+    as_spline = _fit_spline(nodes, start[0], start_values(prepared, start[0]), settings.order)
+    as_spline = stretch.invert(as_spline) / sky.unit  # (k, c) the sky that was found
+    seen = bending_rows(spacing, np.minimum(cost, 1), settings.smoothing < PLANE)
+    sky_bending = ((seen @ as_spline)**2).sum(0).mean()
+    most = 2 * sky.spread**2 * FOUND_COST / max(sky_bending, 1e-12)
+    give = min(1, most / energy)
+    rows = bending_rows(spacing, np.where(cost > 1, cost, give * cost), settings.smoothing < PLANE)
+    stiffness = energy / (2 * sky.spread**2) * len(of_sky) / len(pick)
+    positions, values = start
+    condition = _condition(positions, settings.order, places[:len(of_sky)], nodes, rows, energy)
+    return Lesson(
+        places=np.concatenate([places, nodes]),
+        image=image,
+        weight=weight,
+        clipped=is_sky * (image >= 1),
+        follows=is_sky,
+        bounded=is_sky * (not settings.auto) + ~is_sky,
+        bending=rows,
+        stiffness=stiffness,
+        unit=sky.unit / stretch.scale,
+        midtones=stretch.midtones,
+        positions=positions,
+        values=values,
+        condition=VALUE_RATE * condition,
+        spacing=POSITION_RATE / math.sqrt(len(positions)))
 
 
 def _picked(pixels, pick):
@@ -4796,60 +4487,31 @@ def _picked(pixels, pick):
     return pixels.reshape(-1, pixels.shape[-1])[pick]
 
 
-def _sample_of_cells(prepared, settings, pick):
-    """Return a sample of cells all over the frame.
+def _condition(positions: np.ndarray, order: int, places: np.ndarray, nodes: np.ndarray,
+               rows: np.ndarray, energy: float) -> np.ndarray:
+    """Return the matrix (n, n) that takes trained coordinates to values at the control points.
 
-    Where the picture shows no sky there is nothing to learn: the found sky stands there for it.
-    """
-    sky = prepared.sky
-    stretch = prepared.stretch
-    places = _picked(sky.centers, pick)
-    light = _picked(sky.image, pick)  # (m, c) linear
-    noisy = light + _picked(sky.noise, pick)
-    noise = stretch.extend(noisy) - stretch.extend(light)  # (m, c) stretched
-    # The loss puts the surface at the low side of the noise. Where the noise differs over the
-    # frame, that would bend the surface. So the image is moved to the low side beforehand.
-    typical = float(np.median(noise))
-    channels = noise.shape[1]
-    shift = _low_side(settings.alpha, typical, channels)
-    image = stretch.apply(light) + shift * noise
-    # What the user's mask counts less counts less here, too
-    trust = _picked(_block_means(prepared.weight, sky.size), pick)
-    shows_sky = _picked(sky.shows_sky[..., None], pick)  # (m, 1)
-    seen = shows_sky & (trust > 0).all(-1, keepdims=True)
-    found = stretch.extend(sky.start(places))
-    image = np.where(seen, image, found)
-    weight = np.where(seen, trust, UNSEEN_WEIGHT)
-    return Sample(places, image, weight, seen[:, 0])
-
-
-def _low_side(alpha: float, noise: float, channels: int) -> float:
-    """Return how far below the middle of Gaussian noise the loss has its minimum.
+    In these coordinates a step changes the objective by as much in every direction. Adam alone
+    would take thousands of epochs for the directions in which points move together.
 
     Args:
-        alpha: of the loss.
-        noise: its standard deviation, stretched units.
-        channels: of the picture.
-
-    Returns:
-        The distance in units of the noise.
+        positions: (n, 2) control points.
+        order: of the spline.
+        places: (m, 2) the sky in the sample.
+        nodes, rows: (k, 2) and (r, k), for the bending.
+        energy: weight of the bending beside the mean squared residual.
     """
-    import tensorflow as tf
-    rng = np.random.default_rng(0)
-    draws = noise * rng.normal(size=(4096, channels))
-    shifts = np.linspace(0, 2.5, 51)
-    losses = []
-    for shift in shifts:
-        residual = tf.constant(draws + shift * noise)
-        terms = (
-            loss_error(residual),
-            loss_color(residual),
-            loss_overshoot(residual),
-            0.0)  # a sky above zero
-        loss = log_loss(terms, alpha)
-        losses.append(float(loss))
-    best = np.argmin(losses)
-    return float(shifts[best])
+    unit = np.eye(len(positions))
+    on_places = _fit_spline(places, positions, unit, order)  # (m, n)
+    on_nodes = _fit_spline(nodes, positions, unit, order)  # (k, n)
+    # At the median the stretch takes a unit of the bending to MEDIAN_SLOPE
+    derivatives = rows @ on_nodes / MEDIAN_SLOPE
+    curvature = on_places.T @ on_places / len(places)
+    curvature += energy * derivatives.T @ derivatives
+    strengths, directions = np.linalg.eigh(curvature)
+    floor = CONDITION_FLOOR * strengths[-1]
+    strengths = np.maximum(strengths, floor)
+    return (directions / np.sqrt(strengths)) @ directions.T
 
 
 def fit_surface(prepared: Prepared, settings: Settings, start: tuple[np.ndarray, np.ndarray],
@@ -4868,315 +4530,158 @@ def fit_surface(prepared: Prepared, settings: Settings, start: tuple[np.ndarray,
     Raises:
         BgError: the spline cannot be computed at all from this start.
     """
-    rest = rest_of_sky(prepared, settings.order, start)
-    sample = sky_sample(prepared, settings)
-    noise = _noise_about(sample, rest, start, settings.order)
-    nodes, spacing = _bending_nodes(prepared.full_shape)  # (rows, columns, 2)
-    lesson = _make_lesson(prepared, settings, sample, nodes, rest, noise)
-    points, channels = start[1].shape
-    kind = _Kind(
-        channels, points, settings.order, settings.alpha, nodes.shape[:2], spacing,
-        lesson.image.device, _import_interpolate_spline())
-    training = _training(kind)
-    with training.lock:  # two threads may fit at the same time
-        training.begin(start, settings.learning_rate, lesson)
-        history, stopped, track = _train(training, settings, start, noise, on_epoch)
-        positions, values = [variable.numpy() for variable in training.best]
-    if not history:
-        raise BgError("the spline's equations cannot be solved from these control points; "
-                      "lower -N, or choose another --seed")
-    return Fit(positions, values, settings.order, settings.smoothing, np.array(history), stopped,
-               track, rest)
-
-
-def _train(training: _Training, settings: Settings, start: tuple[np.ndarray, np.ndarray],
-           noise: float, on_epoch: Callable[[int, float], None] | None) -> tuple[list, str, list]:
-    """Train until nothing improves; returns history, stopped and track, as `Fit` has them."""
     import tensorflow as tf
+    lesson = make_lesson(prepared, settings, start)
+    points, channels = start[1].shape
+    lesson = Lesson(*[tf.constant(part, tf.float32) for part in lesson])
+    training = _training(points, channels, settings.order, settings.alpha,
+                         tuple(lesson.bending.shape), lesson.image.device,
+                         import_interpolate_spline())
     history = []
-    track = [(0, *start)]
+    track = []
     rate = settings.learning_rate
     least = math.inf
     improved = 0  # last epoch in which the loss fell
     changed = 0  # last epoch in which the loss or the learning rate fell
-    before = training.on_nodes()
     stopped = f"all {settings.epochs} epochs done"
-    for epoch in range(1, settings.epochs + 1):
-        try:
-            losses = training.step()
-        except tf.errors.InvalidArgumentError:  # the matrix is not invertible: points have met
-            losses = np.array([np.nan])
-        if not np.isfinite(losses).all():
-            stopped = (f"stopped at epoch {epoch}: the spline's equations became singular; "
-                       "best surface so far taken (try a smaller -lr, or another --seed)")
-            break
-        history.append(losses[:-1])
-        if on_epoch is not None:
-            on_epoch(epoch, float(losses[0]))
-        if epoch % TRACK_EVERY == 0:
-            positions, values = training.layer.trainable_weights
-            track.append((epoch, positions.numpy(), values.numpy()))
-        judged = losses[-1]
-        if judged < least - STOP_DELTA:
-            least = judged
-            improved = changed = epoch
-        if settings.auto and improved == 1 and epoch > START_PATIENCE:
-            stopped = f"stopped at epoch {epoch}: nothing is better than the sky it started from"
-            break
-        if epoch - improved >= STOP_PATIENCE:
-            stopped = f"stopped at epoch {epoch}: no improvement in {STOP_PATIENCE} epochs"
-            break
-        if epoch - changed >= RATE_PATIENCE and rate > RATE_FLOOR:
-            rate = max(rate / 2, RATE_FLOOR)
-            changed = epoch
-            training.adam.learning_rate = rate
-        if epoch % STILL_EPOCHS == 0:
-            now = training.on_nodes()
-            if _stands_still(before, now, noise):
-                stopped = f"stopped at epoch {epoch}: the surface no longer moves"
+    with training.lock:  # two threads may fit at the same time
+        training.begin(lesson, rate)
+        for epoch in range(1, settings.epochs + 1):
+            now = training.control_points()
+            if (epoch - 1) % TRACK_EVERY == 0:
+                track.append((epoch - 1, *now))
+            try:
+                losses = training.step()
+            except tf.errors.InvalidArgumentError:  # the matrix is not invertible: points have met
+                losses = np.array([np.nan])
+            if not np.isfinite(losses).all():
+                stopped = (f"stopped at epoch {epoch}: the spline's equations became singular; "
+                           "best surface so far taken (try a smaller -lr, or another --seed)")
                 break
-            before = now
-    return history, stopped, track
+            history.append(losses)
+            if on_epoch is not None:
+                on_epoch(epoch, float(losses[0]))
+            if losses[0] < least:
+                best = now
+            if losses[0] < least - STOP_DELTA:
+                improved = changed = epoch
+            least = min(least, losses[0])
+            if epoch - improved >= STOP_PATIENCE:
+                stopped = f"stopped at epoch {epoch}: no improvement in {STOP_PATIENCE} epochs"
+                break
+            if epoch - changed >= RATE_PATIENCE and rate > RATE_FLOOR:
+                rate = max(rate / 2, RATE_FLOOR)
+                changed = epoch
+                training.adam.learning_rate = rate
+        if settings.epochs == len(history):
+            last = training.control_points()
+            if training.step()[0] < least:
+                best = last
+    if not history:
+        raise BgError("the spline's equations cannot be solved from these control points; "
+                      "lower -N, or choose another --seed")
+    return Fit(*best, settings.order, settings.smoothing, np.array(history), stopped, track)
 
 
-def _stands_still(before: np.ndarray, now: np.ndarray, noise: float) -> bool:
-    """Tell whether a surface on nodes, (n, c), has hardly moved.
-
-    That is little beside its range, or beside the noise of a pixel if the range is smaller.
-    """
-    ranges = np.ptp(now, axis=0)  # (c,)
-    span = max(float(ranges.mean()), noise)
-    moved = now - before
-    moved = moved - moved.mean(0)  # a constant has no effect on the result
-    distance = np.sqrt((moved**2).mean())
-    return float(distance) < STILL_CHANGE * span
-
-
-class _Kind(NamedTuple):
-    """What fits must have in common to be trained by one step."""
-
-    channels: int
-    points: int
-    order: int
-    alpha: float
-    nodes: tuple[int, int]  # where the surface is watched: rows and columns
-    spacing: tuple[float, float]  # their distances down and along
-    device: str  # on which the variables are
-    interpolate: Callable
-
-
-class _Lesson(NamedTuple):
-    """What the training step sees of one picture, as tensors: m pixels and n nodes."""
-
-    image: Any  # [m, c] stretched
-    weight: Any  # [m, c]
-    clipped: Any  # [m, c] as bright as the stretch can tell, so a sky that is brighter is no
-    # overshoot
-    fitted: Any  # [] the pixels before this one are fitted
-    judging: Any  # [] this pixel and those after it judge
-    places: Any  # [m + n, 2] of the pixels, then of the nodes
-    rest: Any  # [m + n, c] see `rest_of_sky`
-    glow: Any  # [n, c] its bending costs nothing
-    unit: Any  # [c] of the bending
-    midtones: Any  # [c] of the stretch
-    stiffness: Any  # [] weight of the bending
-    bowl: Any  # [] see `loss_bending`
-
-
-def _make_lesson(prepared: Prepared, settings: Settings, sample: Sample, nodes: np.ndarray,
-                 rest: Callable, noise: float) -> _Lesson:
-    """Put together what the training step sees of a picture; the nodes are (rows, columns, 2)."""
-    import tensorflow as tf
-    count, channels = sample.image.shape
-    half = count // 2
-    split = count >= FEWEST_TO_SPLIT
-    nodes = nodes.reshape(-1, 2)
-    glow = np.zeros((len(nodes), channels))
-    if prepared.sky is not None:
-        glow = prepared.sky.glow(nodes) / prepared.stretch.scale
-    places = np.concatenate([sample.places, nodes])  # (m + n, 2)
-    # In finding the sky, bending stands beside the mean squared residual over 2 noise^2. Here it
-    # stands beside a logarithm of the residual.
-    stiffness = STIFFNESS_UNIT * settings.smoothing / (2 * noise**2)
-
-    def numbers(values):
-        return tf.constant(values, tf.float32)
-
-    return _Lesson(
-        image=numbers(sample.image),
-        weight=numbers(sample.weight),
-        clipped=tf.constant((sample.image >= 1) & sample.seen[:, None]),
-        fitted=tf.constant(half if split else count),
-        judging=tf.constant(half if split else 0),
-        places=numbers(places),
-        rest=numbers(rest(places)),
-        glow=numbers(glow),
-        unit=numbers(3 * prepared.stretch.midtones),  # that of the cells, nearly: 3 times the
-        # median above black
-        midtones=numbers(prepared.stretch.midtones),
-        stiffness=numbers(stiffness),
-        bowl=numbers(1.0 if settings.smoothing >= PLANE else 0.0))
-
-
-def _with_open_length(tensor):
-    """Return the type and shape of a tensor of a lesson, with the number of its rows left open."""
-    import tensorflow as tf
-    shape = list(tensor.shape)
-    if len(shape) > 1:
-        shape[0] = None
-    return tf.TensorSpec(shape, tensor.dtype)
-
-
-@functools.lru_cache(maxsize=8)  # a folder holds pictures of few sizes
-def _training(kind: _Kind) -> _Training:
-    """Return the training of fits of this kind.
+@functools.lru_cache(maxsize=8)  # a folder holds pictures of few kinds
+def _training(points, channels, order, alpha, bending_shape, device, interpolate) -> _Training:
+    """Return the training of fits that have all of this in common.
 
     It is made once: TensorFlow takes longer to trace a step than to do a hundred.
     """
-    return _Training(kind)
+    return _Training(points, channels, order, alpha, bending_shape)
 
 
 class _Training:
-    """A spline in training, with the best control points so far.
+    """A spline in training. It serves one picture after the other, each of which holds `lock`."""
 
-    One half of the sample is fitted, and the other half judges: control points are the best if
-    their surface is the truest for pixels that it was not fitted to.
-
-    It serves one picture after the other. `lock` is held from `begin` to the last look at a result.
-    """
-
-    def __init__(self, kind: _Kind):
+    def __init__(self, points, channels, order, alpha, bending_shape):
         import tensorflow as tf
-        self.kind = kind
         self.lock = threading.Lock()
-        positions = np.zeros((kind.points, 2), np.float32)
-        values = np.zeros((kind.points, kind.channels), np.float32)
-        self.layer = spline_layer(positions, values, kind.order, INTERPOLATION_WEIGHT)
-        variables = self.layer.trainable_weights
-        self.best = [tf.Variable(variable) for variable in variables]
-        self.best_loss = tf.Variable(np.float32(np.inf))
+        self.alpha = alpha
+        self.layer = spline_layer(points, channels, order, SPLINE_REGULARIZATION)
+        start = np.zeros((points, 2 + channels), np.float32)
+        self.coordinates = tf.Variable(start)  # of positions and values, see `_condition`
         self.adam = tf.keras.optimizers.Adam()
-        self.adam.build(variables)
-        self._traced = None  # the step, once a first lesson shows what lessons look like
+        self.adam.build([self.coordinates])
 
-    def begin(self, start: tuple[np.ndarray, np.ndarray], learning_rate: float,
-              lesson: _Lesson) -> None:
-        """Forget the picture before, and start with these positions (n, 2) and values (n, c)."""
+        def numbers(*shape):
+            return tf.TensorSpec(shape, tf.float32)
+
+        # A step traced for the number of cells of its first picture would round differently, so
+        # that what comes first in a folder changed the results of all others.
+        signature = Lesson(
+            places=numbers(None, 2),
+            image=numbers(None, channels),
+            weight=numbers(None, channels),
+            clipped=numbers(None, channels),
+            follows=numbers(None, 1),
+            bounded=numbers(None, 1),
+            bending=numbers(*bending_shape),
+            stiffness=numbers(),
+            unit=numbers(channels),
+            midtones=numbers(channels),
+            positions=numbers(points, 2),
+            values=numbers(points, channels),
+            condition=numbers(points, points),
+            spacing=numbers())
+        # Nothing in it needs rewriting, which costs time and would reach into the drop-in
+        self._step = tf.function(self._trace, input_signature=[signature], autograph=False)
+
+    def begin(self, lesson: Lesson, learning_rate: float) -> None:
+        """Forget the picture before, and start from the control points of this lesson."""
         import tensorflow as tf
         self.lesson = lesson
-        if self._traced is None:
-            # A step traced for the number of pixels of its first picture would round differently,
-            # so that what comes first in a folder changed the results of all others.
-            # Nothing in it needs rewriting, which costs time and would reach into the drop-in.
-            signature = tf.nest.map_structure(_with_open_length, lesson)
-            self._traced = tf.function(self._step, input_signature=[signature], autograph=False)
-        for variables in (self.layer.trainable_weights, self.best):
-            for variable, value in zip(variables, start):
-                variable.assign(value)
-        self.best_loss.assign(np.inf)
-        for variable in self.adam.variables:  # the epoch and the moments
+        self.layer.positions.assign(lesson.positions)
+        self.layer.values.assign(lesson.values)
+        for variable in (self.coordinates, *self.adam.variables):  # the epoch and the moments too
             variable.assign(tf.zeros_like(variable))
         self.adam.learning_rate = learning_rate
 
-    def on_nodes(self) -> np.ndarray:
-        """Return the spline on the nodes, (n, c) stretched."""
-        count = len(self.lesson.image)
-        nodes = self.lesson.places[count:]
-        return self.layer(nodes).numpy()
+    def control_points(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return the positions (n, 2) and the values (n, c)."""
+        return self.layer.positions.numpy(), self.layer.values.numpy()
 
     def step(self) -> np.ndarray:
-        """Do one step of training.
+        """Do one step. Return the loss before it, and its terms as in Fit.history, (6,)."""
+        return self._step(self.lesson).numpy()
 
-        Returns:
-            (7,): the loss and its terms as in Fit.history, then the loss of the pixels that judge.
-        """
-        return self._traced(self.lesson).numpy()
-
-    def _step(self, lesson):
+    def _trace(self, lesson):
         """Do what `step` does, on tensors."""
         import tensorflow as tf
-        alpha = self.kind.alpha
-        variables = self.layer.trainable_weights
+        weights = [self.layer.positions, self.layer.values]
         count = tf.shape(lesson.image)[0]
         with tf.GradientTape() as tape:
-            surface = self.layer(lesson.places) + lesson.rest  # [m + n, c]
-            on_pixels = surface[:count]
-            on_nodes = surface[count:]
-            terms = self._pixel_terms(lesson, on_pixels)  # [m] each
-            judging = [term[lesson.judging:] for term in terms]
-            fitted = [term[:lesson.fitted] for term in terms]
-            bending = self._bending_term(lesson, on_nodes)
-            loss = log_loss(fitted, alpha) + bending
-        judged = log_loss(judging, alpha) + bending
-        self._keep_if_better(judged)
-        gradients = tape.gradient(loss, variables)
-        self.adam.apply_gradients(zip(gradients, variables))
-        means = [tf.reduce_mean(term) for term in fitted]
-        return tf.stack([loss, *means, bending, judged])
+            surface = self.layer(lesson.places)  # [m + k, c]
+            terms = self._cell_terms(lesson, surface[:count])
+            linear = inverse_midtones(surface[count:], lesson.midtones, tf)
+            bending = lesson.stiffness * loss_bending(linear / lesson.unit, lesson.bending)
+            loss = log_loss(terms, self.alpha) + bending
+        of_positions, of_values = tape.gradient(loss, weights)
+        of_positions *= lesson.spacing
+        of_values = tf.matmul(lesson.condition, of_values, transpose_a=True)
+        gradient = tf.concat([of_positions, of_values], 1)
+        self.adam.apply_gradients([(gradient, self.coordinates)])
+        moved = lesson.spacing * self.coordinates[:, :2]
+        risen = tf.matmul(lesson.condition, self.coordinates[:, 2:])
+        self.layer.positions.assign(lesson.positions + moved)
+        self.layer.values.assign(lesson.values + risen)
+        means = [tf.reduce_mean(term) for term in terms]
+        return tf.stack([loss, *means, bending])
 
-    def _pixel_terms(self, lesson, surface):
-        """Return the four terms of the loss of the pixels, [m] each."""
+    def _cell_terms(self, lesson, surface):
+        """Return the four terms of the loss of the cells, [m] each."""
         import tensorflow as tf
-        picture = tf.where(lesson.clipped, tf.maximum(lesson.image, surface), lesson.image)
+        brighter = tf.maximum(lesson.image, surface)
+        picture = tf.where(lesson.clipped > 0, brighter, lesson.image)
         residual = lesson.weight * (picture - surface)
+        followed = lesson.follows * residual
         return [
-            loss_error(residual),
-            loss_color(residual),
-            loss_overshoot(residual),
+            loss_error(followed),
+            loss_color(followed),
+            loss_overshoot(lesson.bounded * residual),
             loss_negative(surface),
         ]
-
-    def _bending_term(self, lesson, surface):
-        """Return the part of the loss for the bending of the surface on the nodes, []."""
-        import tensorflow as tf
-        stretch = Stretch(0, 1, lesson.midtones)  # in its own unit
-        linear = stretch.invert_unscaled(tf, surface)
-        plate = (linear - lesson.glow) / lesson.unit
-        plate = tf.reshape(plate, (*self.kind.nodes, self.kind.channels))
-        return lesson.stiffness * loss_bending(plate, self.kind.spacing, lesson.bowl)
-
-    def _keep_if_better(self, judged):
-        """Keep the control points if they were judged to be the best so far."""
-        import tensorflow as tf
-        better = judged < self.best_loss
-        kept = [*self.best, self.best_loss]
-        new = [*self.layer.trainable_weights, judged]
-        for variable, value in zip(kept, new):
-            variable.assign(tf.where(better, value, variable))
-
-
-def _bending_nodes(full_shape: tuple[int, int]) -> tuple[np.ndarray, tuple[float, float]]:
-    """Return nodes over the frame, (rows, columns, 2), and their distances down and along it.
-
-    All are in frame coordinates.
-    """
-    longer = max(full_shape)
-
-    def place(length):
-        side = length / longer
-        count = max(4, round(BENDING_NODES * side))
-        return np.linspace(0, side, count)
-
-    height, width = full_shape
-    down = place(height)
-    along = place(width)
-    spacing = down[1], along[1]
-    return _grid(down, along), spacing
-
-
-def _noise_about(sample: Sample, rest: Callable, start: tuple[np.ndarray, np.ndarray],
-                 order: int) -> float:
-    """Return the standard deviation of the sample about the surface that the fit starts from.
-
-    It is robust, in stretched units, and never below LOSS_FLOOR.
-    """
-    surface = _fit_spline(sample.places, *start, order) + rest(sample.places)
-    counted = (sample.weight > 0).all(-1)
-    sky = sample.seen & counted
-    if not sky.any():
-        return LOSS_FLOOR
-    above = sample.image - surface
-    return max(float(_deviation(above[sky])), LOSS_FLOOR)
 
 
 class Device(NamedTuple):
@@ -5235,9 +4740,8 @@ def fit_sky(prepared: Prepared, settings: Settings,
 
     `on_epoch` is called with the number of each epoch, from 1, and its loss.
     """
-    positions = start_positions(settings, prepared.full_shape)
-    values = start_values(prepared, positions, settings.order)
-    start = positions, values
+    positions = start_positions(settings, prepared.sky, prepared.full_shape)
+    start = positions, start_values(prepared, positions)
     devices = compute_devices()
     logger.info(f"fitting {len(positions)} control points, smoothing {settings.smoothing:.3g}, "
                 f"on {devices[0].name}")
@@ -5358,14 +4862,9 @@ def linear_sky(prepared: Prepared, fit: Fit) -> Callable[[np.ndarray], np.ndarra
     Returns:
         A function that takes frame coordinates (..., 2) to the sky there, (..., c) in [0, 1].
     """
-    sample = sample_pixels(prepared.used, SAMPLE_PIXELS, seed=0)
-    places = _picked(prepared.centers, sample)
     found = prepared.sky
-    if found is not None:  # under objects that add light, the picture limits the sky from above
-        limited = found.shows_sky | found.below
-        more = found.centers[limited]
-        places = np.concatenate([places, more])
-    stretched = fit.surface(places)  # (samples, c)
+    limited = found.shows_sky | found.below  # objects that add light limit the sky from above
+    stretched = fit.surface(found.centers[limited])  # (cells, c)
     seen = prepared.stretch.invert(stretched)
     low = seen.min(0)
     high = seen.max(0)
@@ -5508,9 +5007,6 @@ def corrected(prepared: Prepared, linear: np.ndarray, sky: np.ndarray,
 MOST_CLIPPED = 0.01
 """Part of the samples. If the correction clips more than that, something is wrong."""
 
-SMOOTHING_OF_UNKNOWN_SKY = 1.0
-"""Where no sky can be looked for: in the middle of what is chosen elsewhere."""
-
 OBJECTS_SHARE = 0.2
 """Part of the frame. Stars alone take up to this; if objects take more, a plain run is told of
 --auto."""
@@ -5536,23 +5032,17 @@ def examine(planes: np.ndarray, settings: Settings, mask: np.ndarray | None = No
     prepared = prepare(planes, settings, mask)
     sky = find_sky(prepared, settings)
     prepared = replace(prepared, sky=sky, black=black, close_up=close_up(planes, settings))
-    if sky is None:
-        logger.info("too small or too much left out to tell objects from sky; fitted as it is "
-                    "(a smaller -dx may help)")
-        if settings.smoothing is None:
-            settings = replace(settings, smoothing=SMOOTHING_OF_UNKNOWN_SKY)
-    else:
-        settings = replace(settings, smoothing=sky.smoothing)
-        logger.info(f"sky: {100 * sky.share:.0f} % of the picture; "
-                    f"smoothing {sky.smoothing:.3g} ({sky.why})")
-        if sky.unsure:
-            logger.warning(f"the sky of this picture cannot be told from objects: {sky.unsure}. "
-                           "Take the result as a guess, mask objects with -m, or keep the surface "
-                           "stiff with --smoothing 1e4")
+    settings = replace(settings, smoothing=sky.smoothing)
+    logger.info(f"sky: {100 * sky.share:.0f} % of the picture; "
+                f"smoothing {sky.smoothing:.3g} ({sky.why})")
+    if sky.unsure:
+        logger.warning(f"the sky of this picture cannot be told from objects: {sky.unsure}. "
+                       "Take the result as a guess, mask objects with -m, or keep the surface "
+                       "stiff with --smoothing 1e4")
     for sentence in doubts(planes, prepared):
         logger.warning(sentence)
-    if settings.auto and sky is not None:
-        shows_sky = sky.seen(prepared.centers)  # (h, w)
+    if settings.auto:
+        shows_sky = sky.at(sky.shows_sky, prepared.centers)  # (h, w)
         prepared = replace(prepared, weight=prepared.weight * shows_sky[..., None])
     _log_numbers(prepared, settings)
     return prepared, settings
@@ -5647,9 +5137,9 @@ def remove_sky(planes: np.ndarray, settings: Settings, mask: np.ndarray | None =
 def _hint_at_objects(prepared: Prepared, settings: Settings) -> None:
     """Tell a plain run that it had much in its fit that is not sky."""
     sky = prepared.sky
-    if settings.auto or sky is None or sky.unsure:
+    if settings.auto or sky.unsure:
         return
-    objects = prepared.used & ~sky.seen(prepared.centers)  # (h, w)
+    objects = prepared.used & ~sky.at(sky.shows_sky, prepared.centers)  # (h, w)
     if objects.mean() > OBJECTS_SHARE:
         logger.info("hint: objects were found in this picture; --auto would leave them out, "
                     f"with a margin ({objects.mean():.0%} of the frame)")
@@ -5765,14 +5255,10 @@ def blown_out(prepared: Prepared) -> np.ndarray:
 
     It is nowhere True if that is hardly anywhere.
     """
-    height, width, _ = prepared.image.shape
-    nowhere = np.zeros((height, width), bool)
-    if prepared.sky is None:
-        return nowhere
     sky = prepared.sky.surface(prepared.centers)  # (h, w, c)
     too_bright = sky > prepared.stretch.white
     blown = (too_bright & clipped_by_stretch(prepared)).any(-1)
-    return blown if blown.mean() > BLOWN_SHARE else nowhere
+    return blown & (blown.mean() > BLOWN_SHARE)
 
 
 def doubts(planes: np.ndarray, prepared: Prepared) -> list[str]:
@@ -5813,7 +5299,7 @@ def _looks_like_mosaic(plane: np.ndarray) -> bool:
         median = np.median(phase)
         noise = _deviation(phase - median)
         medians.append(median)
-        errors.append(MEDIAN_NOISE * noise / math.sqrt(phase.size))
+        errors.append(1.25 * noise / math.sqrt(phase.size))  # a median's, over that of a mean
         dark = min(dark, np.quantile(phase, 0.01))
     difference = np.ptp(medians)
     height = np.median(medians) - dark
@@ -5835,8 +5321,6 @@ def gradient(prepared: Prepared, fit: Fit | None = None, correction: str = "subt
         NaN if no sky could be looked for.
     """
     found = prepared.sky
-    if found is None:
-        return math.nan
     shows_sky = found.shows_sky  # (h, w)
     surface = found.surface(found.centers)  # (h, w, c)
     sky = surface[shows_sky]  # (n, c)
@@ -5855,7 +5339,7 @@ def gradients(result: Result) -> str:
     after = _percent(result.gradient_after)
     text = f"gradient {before} of the sky's level before, {after} after"
     sky = result.prepared.sky
-    if sky is not None and sky.unsure:
+    if sky.unsure:
         text += ", if that was the sky"
     return text
 
@@ -6116,10 +5600,7 @@ def _draw_hints(axes, prepared: Prepared, blown: np.ndarray) -> None:
     What stands out is not sky, and may be mistaken for it unless it is masked.
     """
     known = prepared.present.all(-1)  # (h, w)
-    if prepared.sky is None:
-        sky = np.nanmedian(prepared.linear, axis=(0, 1))  # (c,)
-    else:
-        sky = prepared.sky.surface(prepared.centers)  # (h, w, c)
+    sky = prepared.sky.surface(prepared.centers)  # (h, w, c)
     residual = (prepared.linear - sky).mean(-1)
     residual = np.where(known, residual, 0)
     residual = scipy.ndimage.gaussian_filter(residual, max(known.shape) / 300)
@@ -7056,7 +6537,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="weight of the penalties on a sky that is negative or brighter than the picture "
              "(default: %(default)g)")
     add("-B", dest="batch", metavar="B", type=int,
-        help=f"batch size: independent samples of {SAMPLE_PIXELS} pixels that the fit sees "
+        help=f"batch size: independent samples of {SAMPLE_CELLS} cells that the fit sees "
              "(default: %(default)s)")
     add("-lr", dest="learning_rate", metavar="LR", type=float,
         help="learning rate at the start (default: %(default)s)")
