@@ -3243,6 +3243,12 @@ class _Surfaces:
         surface = self.matrix[:, :len(found)] @ found.astype(np.float32)  # (cells, c)
         return surface.reshape(self.cells.values.shape)
 
+    def glow(self, found: np.ndarray) -> np.ndarray:
+        """Return the light of the glows alone on the cells, (h, w, c)."""
+        first = len(self.positions) + 3
+        terms = self._terms(self.cells.centers)[..., first:]
+        return terms @ (self.modes[first:, :len(found)] @ found)
+
     def excess(self, found: np.ndarray) -> np.ndarray:
         """Return picture less surface, (h, w, c), in units of the noise."""
         return (self.cells.values - self.surface(found)) / self.cells.noise
@@ -3262,11 +3268,7 @@ class _Surfaces:
             (k, c) coefficients of the first k modes.
         """
         count = int((smoothing * STIFFNESS_UNIT * self.bends < STIFF_MODE).sum())
-        rows = bending_rows(self.spacing, self.cost, smoothing < PLANE)
-        derivatives = rows @ self.on_nodes[:, :count]
-        energy = smoothing * STIFFNESS_UNIT * derivatives.T @ derivatives
-        energy += self.glow_energy[:count, :count]
-        energy += 1e-9 * np.eye(count)  # keeps the equations solvable
+        energy = self._energy(smoothing, count)
         places = np.flatnonzero(sky)
         matrix = self.matrix[places, :count]
         values = self.values[places]
@@ -3302,6 +3304,31 @@ class _Surfaces:
                 coefficients.append(solution)
             found = np.stack(coefficients, -1)
         return found
+
+
+    def _energy(self, smoothing: float, count: int) -> np.ndarray:
+        """Return the cost of the first modes beside the mean squared residual, (count, count)."""
+        rows = bending_rows(self.spacing, self.cost, smoothing < PLANE)
+        derivatives = rows @ self.on_nodes[:, :count]
+        energy = smoothing * STIFFNESS_UNIT * derivatives.T @ derivatives
+        energy += self.glow_energy[:count, :count]
+        return energy + 1e-9 * np.eye(count)  # keeps the equations solvable
+
+    def deviation(self, found: np.ndarray, sky: np.ndarray, smoothing: float) -> np.ndarray:
+        """Return the standard deviation of a fitted surface, (h, w, c).
+
+        It is that of the posterior, if bending is what the smoothing expects, and the residuals of
+        cells (h, w) bool are independent.
+        """
+        count = len(found)
+        rows = self.matrix[sky.ravel(), :count].astype(float)
+        weight = self.inverse[sky.ravel(), None]
+        system = rows.T @ (rows * weight) / weight.sum() + self._energy(smoothing, count)
+        root = np.linalg.cholesky(np.linalg.inv(system))
+        spread = np.linalg.norm(self.matrix[:, :count] @ root, axis=1)  # (cells,)
+        residual = (self.cells.values - self.surface(found))[sky]  # (n, c)
+        noise = _deviation(residual, 0) / math.sqrt(len(residual))  # (c,)
+        return (spread[:, None] * noise).reshape(self.cells.values.shape)
 
 
 def _glow_terms(glow: tuple, places: np.ndarray, sides: np.ndarray) -> list:
@@ -3663,73 +3690,64 @@ def _smooth_slope(image: np.ndarray, sigma: float, where: np.ndarray) -> np.ndar
 
 # --- Steep glows ---
 
-GLOW_HALF = 0.1
+GLOW_REACH = 0.3
+"""A glow is compared with the picture this part of the longer side away."""
+
+GLOW_HALF = 0.12
 """A steep glow has fallen to half within this part of the longer side. A plate follows wider ones."""
 
-GLOW_REACH = 0.3
-"""A steep glow has fallen to a tenth within this part of the longer side."""
+GLOW_HEIGHT = 0.5
+"""A steep glow rises by this part of the picture's range (5th to 95th percentile)."""
 
-GLOW_HEIGHT = 0.65
-"""A steep glow rises by this part of the picture's range (5th to 95th percentile) above a plane
-with a bowl."""
+GLOW_EVEN = 0.2
+"""Four fifths of an edge glow by at least this part of the median."""
 
-GLOW_EVEN = 0.6
-"""Four fifths of an edge glow by this part of the median at least."""
-
-GLOW_BESIDE = 0.3
-"""A glow is looked for only if this part of the picture is smooth and beyond its reach."""
+GLOW_SMOOTH = 0.06
+"""The picture differs from a glow by at most this part of the glow's light, median in its core. True
+glows have up to 0.03, nebulae 0.16 and more."""
 
 
-def _steep_glows(surfaces: _Surfaces, plain: np.ndarray) -> list:
+def _steep_glows(cells: _Cells, usable: np.ndarray) -> list:
     """Find light that rises to an edge or a corner too steeply for a plate, and is sky.
 
     Street lights, the edge of a sensor, and an amplifier make it. Its profile is the median of all
     cells that are as far from the edge or the corner: no star and no galaxy decides it.
 
-    Args:
-        plain: (h, w) bool, cells without structure.
-
     Returns:
         Their places, as `_Surfaces` takes them.
     """
-    cells = surfaces.cells
+    light = _channels_together(cells.values / cells.noise)
     centers = cells.centers[cells.usable]
     low, high = centers.min(0), centers.max(0)  # (2,) of what is usable
     edges = [(low[0], math.nan), (high[0], math.nan), (math.nan, low[1]), (math.nan, high[1])]
-    glows = [edge for edge in edges if _glows(surfaces, plain, edge)]
+    glows = [edge for edge in edges if _falls_off(cells, light, usable, edge)]
     glowing = set(itertools.chain(*glows))
     for corner in itertools.product(*zip(low, high)):
         # The glow along an edge brightens both of its corners
-        if not glowing.intersection(corner) and _glows(surfaces, plain, corner):
+        if not glowing.intersection(corner) and _falls_off(cells, light, usable, corner):
             glows.append(corner)
     return glows
 
 
-def _glows(surfaces: _Surfaces, plain: np.ndarray, place: tuple) -> bool:
-    """Tell whether light falls off steeply with the distance from an edge or a corner."""
-    cells = surfaces.cells
-    distance = _distance_from(place, cells.centers)  # (h, w)
-    beyond = plain & (distance > GLOW_REACH)
-    if beyond.sum() < GLOW_BESIDE * cells.usable.sum():
+def _falls_off(cells: _Cells, light: np.ndarray, usable: np.ndarray, place: tuple) -> bool:
+    """Tell whether light (h, w) falls off steeply with the distance from an edge or a place."""
+    ring = np.round(_distance_from(place, cells.centers) * cells.longer).astype(int)
+    if not (usable & (ring == 0)).any():  # hills stand there
         return False
-    stiff = surfaces.fit(beyond, np.zeros_like(plain), WITH_BOWL)
-    span = _span(cells.values[cells.usable], (95, 5))  # (c,)
-    unit = np.maximum(span, PIXEL_NOISE * np.median(cells.noise, (0, 1)))
-    above = ((cells.values - surfaces.surface(stiff)) / unit).mean(-1)  # (h, w)
-    ring = np.round(distance * cells.longer).astype(int)
     levels = []
     for k in range(int(GLOW_REACH * cells.longer)):
-        there = above[cells.usable & (ring == k)]
+        there = light[usable & (ring == k)]
         if there.size:
             levels.append(np.percentile(there, (20, 50)))
     low, profile = np.transpose(levels)  # (rings,) each
-    height = profile[0]
-    if height < GLOW_HEIGHT or low[0] < GLOW_EVEN * height:
-        return False
-    half = (profile < 0.5 * height).argmax()  # 0 if it is nowhere so low
-    tenth = (profile < 0.1 * height).argmax()
+    base = profile.min()
+    height = profile[0] - base
+    even = low[0] - base > GLOW_EVEN * height
+    span = _span(light[usable], (95, 5))
+    half = (profile < base + 0.5 * height).argmax()
     falls = (np.diff(profile[:half + 1]) < 0.1 * height).all()
-    return bool(falls and 0 < half < GLOW_HALF * cells.longer and tenth > 0)
+    return bool(even and falls and half < GLOW_HALF * cells.longer
+                and height > max(GLOW_HEIGHT * span, PIXEL_NOISE))
 
 
 def _distance_from(place: tuple, centers: np.ndarray) -> np.ndarray:
@@ -4028,20 +4046,23 @@ def _look(cells: _Cells, shape: tuple[int, int]) -> _Scene:
     width = _rough_window(cells) + 1
     near_hills = scipy.ndimage.binary_dilation(hills, iterations=width) & usable
     plain = usable & ~texture.rough & ~near_hills & ~texture.dense
-    glows = _steep_glows(surfaces, plain)
-    if glows:
+    glows = _steep_glows(cells, usable & ~near_hills)
+    while glows:
         surfaces = _Surfaces(cells, shape, glows)
-        everything = usable & ~near_hills
-        found = surfaces.fit(everything & ~texture.rough | _near(glows, cells), np.zeros_like(usable), WITH_BOWL)
-        texture = _texture(cells, cells.values - surfaces.surface(found), usable & ~hills)
+        cores = [_distance_from(glow, cells.centers) < GLOW_HALF for glow in glows]
+        smooth = plain | np.any(cores, 0) & usable & ~near_hills
+        found = surfaces.fit(smooth, np.zeros_like(usable), WITH_BOWL)
+        rest = np.abs(surfaces.excess(found)).mean(-1)  # (h, w)
+        glow = np.abs(surfaces.glow(found) / cells.noise).mean(-1)
+        rough = [np.median(rest[core & usable]) / np.median(glow[core & usable]) for core in cores]
+        smooth_ones = [glow for glow, part in zip(glows, rough) if part < GLOW_SMOOTH]
+        if smooth_ones == glows:
+            light = surfaces.surface(found)
+            texture = _texture(cells, cells.values - light, usable & ~hills)
+            break
+        glows = smooth_ones
+        surfaces = _Surfaces(cells, shape)
     return _Scene(cells, surfaces, texture, near_hills)
-
-
-def _near(glows, cells):
-    near = np.zeros_like(cells.usable)
-    for place in glows:
-        near |= _distance_from(place, cells.centers) < GLOW_HALF
-    return near & cells.usable
 
 
 # --- Result ---
@@ -4163,6 +4184,24 @@ def _pure_noise(cells: _Cells) -> float:
     return PURE_NOISE[cells.values.shape[-1]]
 
 def _judge(explanation):
+    global FEATURES
+    surfaces=explanation.surfaces; cells=surfaces.cells; best=explanation.best
+    u=cells.usable
+    chosen=surfaces.surface(best.found)
+    span=np.maximum(_span(chosen[u],(99,1)), PIXEL_NOISE*np.median(cells.noise,(0,1)))
+    dev=surfaces.deviation(best.found,best.sky,best.smoothing)/span
+    post=np.sqrt((dev[u]**2).mean())
+    def dist(c):
+        e=(surfaces.surface(c.found)-chosen)[u]; e=e-np.median(e,0); return float(np.sqrt(((e/span)**2).mean()))
+    alike=[dist(c) for c in explanation.candidates if c.loss<=best.loss+0.05]
+    alike2=[dist(c) for c in explanation.candidates if c.loss<=best.loss+0.02]
+    k=explanation.candidates.index(best)
+    nb=[dist(c) for c in explanation.candidates[max(0,k-1):k+2]]
+    border=np.ones(u.shape,bool); border[1:-1,1:-1]=False
+    bulge=0
+    for v in np.moveaxis(chosen,-1,0):
+        ab=v-_way_out(v,border); bulge=max(bulge,ab.max()/_span(v[u],(99,1)).clip(1e-12))
+    FEATURES=dict(loss=best.loss/_pure_noise(cells),post=float(post),alike=max(alike),alike2=max(alike2),nb=max(nb),bulge=float(bulge),share=float(best.sky.sum()/u.sum()),noise=float(np.median(cells.noise)/span.mean()))
     return ""
 
 
@@ -4263,7 +4302,7 @@ TRACK_EVERY = 10
 FIT_NODES = 24
 """Nodes along the longer side on which the bending of the surface is measured."""
 
-VALUE_RATE = 0.5
+VALUE_RATE = 0.2
 
 POSITION_RATE = 0.1
 """Control points move by this part of their mean distance where a trained coordinate moves by 1."""
