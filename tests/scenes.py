@@ -6,7 +6,8 @@ apart until the end,
 
     image = pedestal + sky + light of the objects + noise    (0 in the registration border: missing)
 
-(dark clouds take light away: theirs is negative), and the test or bench compares a model with `pedestal + sky` alone.
+(dark clouds take light away: theirs is negative), and the test or bench compares a model with
+`pedestal + sky` alone.
 
     scene = make_scene("galaxy", seed=3, height=400, width=600, channels=3, border=True)
     rms, p999 = score(model, scene)          # both in percent
@@ -1956,7 +1957,7 @@ def _near_moon(canvas):
     outside = uniform(0.03, 0.25)
     moon = canvas.at_edge(outside)
     r = canvas.distance(moon)
-    blunt = uniform(0.03, 0.1)  # its disk, and the optics
+    blunt = uniform(0.05, 0.15)  # its disk, haze, and the optics
     power = uniform(0.8, 1.6)
     aureole = (r ** 2 + blunt ** 2) ** (-power / 2)  # light scattered forward
     amount = uniform(2, 8)
