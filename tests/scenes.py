@@ -12,6 +12,7 @@ apart until the end,
     scene = make_scene("galaxy", seed=3, height=400, width=600, channels=3, border=True)
     rms, p999 = score(model, scene)          # both in percent
     kept, ring = object_score(model, scene)  # both in percent
+    reference = make_reference(scene)        # another picture of the same region
     image, sky = sloping_sky()               # where a bent slope, noise and a few stars will do
     path = save("sky.xisf", image)
 
@@ -73,10 +74,16 @@ def make_scene(family, seed=0, height=400, width=600, channels=3, border=False):
         raise ValueError("unknown family %r; there are: %s" % (family, known))
     if channels not in (1, 3):
         raise ValueError("a scene has 1 or 3 channels, not %r" % (channels,))
+    canvas = _painted(family, seed, height, width)
+    return canvas.finish(channels, border)
+
+
+def _painted(family, seed, height, width):
+    """The canvas (a _Canvas) with a family's sky and objects on it."""
     canvas = _Canvas(family, seed, height, width)
     paint = globals()["_" + family]
     paint(canvas)
-    return canvas.finish(channels, border)
+    return canvas
 
 
 # ------------------------------------------------------------------------------------------------
@@ -189,6 +196,191 @@ def sloping_sky(height=96, width=144, channels=3, noise=0.0005, seed=1):
     columns = rng.integers(0, width, 40)
     image[rows, columns] += 0.4
     return image.astype(np.float32), sky
+
+
+# ------------------------------------------------------------------------------------------------
+# References
+# ------------------------------------------------------------------------------------------------
+
+CELL = 1 / 130
+"""Side of the cells on which the tool looks for the sky, in units of the longer side."""
+
+MOST_PIXELS = 1.5
+"""Of a reference along a side, for each of the scene's; a finer one covers less than the frame."""
+
+
+@dataclass
+class Reference:
+    """Another picture of a scene's region, and where both lie in the sky."""
+    image: np.ndarray  # (h, w, c) float32, in [0, 1]
+    header: object  # astropy's fits.Header of its plate solution; image[0, 0] is FITS pixel 1, 1
+    scene_header: object  # the scene's
+
+
+def make_reference(scene, seed=0, channels=3, degrees=17.0, mirrored=None, scale=None,
+                   seeing=None, covers=None, gradient=0.2, changed=0.1, gamma=0.9,
+                   distorted=False):
+    """Make a picture of a scene's region as another telescope saw it on another night.
+
+    It has a gradient of its own in another direction, its own noise and response to colors, and
+    is saturated earlier or later. It sees the sky without the scene's hills and vignetting. What
+    the scene takes for sky, as the Milky Way behind dark clouds, is not in it. Beyond the frame
+    it shows the field mirrored: what is there is nobody's concern.
+
+    Args:
+        degrees: how far it is turned against the scene.
+        mirrored: whether its parity is the other one.
+        scale: size of its pixels, in the scene's (0.3 to 4).
+        seeing: full width at half maximum of its stars, in CELLs (1 to 6).
+        covers: its sides, in the scene's (0.7 to 1.6), but see MOST_PIXELS.
+        gradient: range of its own, in that of the scene's sky.
+        changed: share of the frame in which it shows other things, or none.
+        gamma: of its values, 1 for a linear picture.
+        distorted: its plate solution has SIP terms.
+
+    `seed` decides on what is None, and on the rest.
+    """
+    rng = np.random.default_rng([seed, scene.seed, zlib.crc32(scene.family.encode())])
+    drawn = rng.random(4)
+    if mirrored is None:
+        mirrored = drawn[0] < 0.5
+    if scale is None:
+        scale = 0.3 * (4 / 0.3) ** drawn[1]
+    if seeing is None:
+        seeing = 1 + 5 * drawn[2]
+    if covers is None:
+        covers = 0.7 * (1.6 / 0.7) ** drawn[3]
+
+    # Where it lies
+    height, width = scene.valid.shape
+    longer = max(height, width)
+    pixels = min(covers / scale, MOST_PIXELS)
+    shape = max(round(pixels * height), 8), max(round(pixels * width), 8)
+    field = rng.uniform(0.5, 4)  # degrees along the longer side
+    pixel = field / longer
+    place = np.array([rng.uniform(0, 360), rng.uniform(-60, 60)])
+    aside = field * rng.uniform(-0.08, 0.08, 2)
+    aside[0] /= np.cos(np.deg2rad(place[1]))
+    angle = rng.uniform(0, 2 * np.pi)
+    turned = angle + np.deg2rad(degrees)
+    ours = _plate_solution(scene.valid.shape, place, pixel, angle)
+    theirs = _plate_solution(shape, place + aside, scale * pixel, turned, mirrored)
+    if distorted:
+        _distort(theirs, shape, rng)
+    x, y = _pixels_there(ours, theirs, shape)
+
+    # The light of the objects
+    canvas = _painted(scene.family, scene.seed, height, width)
+    _, light = canvas.objects(scene.noise.mean(), 3)  # (h, w, 3)
+    light = _other_things(light, changed, rng)
+    through = rng.uniform(0.6, 1.5, 3)
+    spilled = rng.uniform(0, 0.1, (3, 3))
+    response = np.diag(through) + spilled
+    if channels == 1:
+        response = response.mean(axis=0, keepdims=True)
+    light = light @ response.T  # (h, w, c)
+    cells = seeing / 2.355
+    sigma = cells * CELL * longer  # pixels
+    box = scale / np.sqrt(12)  # the mean over its pixel
+    sigma = np.hypot(sigma, box)
+    seen = []
+    for k in range(channels):
+        blurred = ndimage.gaussian_filter(light[..., k], sigma, mode="mirror", truncate=3)
+        seen.append(ndimage.map_coordinates(blurred, (y, x), order=1, mode="mirror"))
+    seen = np.stack(seen, axis=-1)  # (rows, columns, c) of the reference, as all below
+
+    # Its own sky, noise, and camera
+    noise = scene.noise.mean() * rng.uniform(0.3, 1.5)
+    level = rng.uniform(0.01, 0.04)
+    level = max(level, 6 * noise - seen.min())  # nothing ends below 0, dark clouds neither
+    height_there = gradient * score_unit(scene).mean()
+    slopes = height_there * rng.uniform(0.8, 1.2, channels)
+    sky = _another_slope(scene, x, y, rng)
+    sky = level + sky[..., None] * slopes
+    grain = rng.standard_normal(seen.shape, np.float32)
+    image = seen + sky
+    image = image + noise * grain
+    full = rng.uniform(0.2, 1)  # where it is saturated, as a part of the scene's full scale
+    image = np.clip(image / full, 1e-6, 1)
+    image = image ** gamma
+    return Reference(
+        image=image.astype(np.float32),
+        header=theirs.to_header(relax=True),
+        scene_header=ours.to_header(),
+    )
+
+
+def _pixels_there(ours, theirs, shape):
+    """Where a reference's pixels lie in the scene -> columns x and rows y from 0, (h, w) each."""
+    rows, columns = np.indices(shape)
+    rows = rows.ravel()
+    columns = columns.ravel()
+    longitude, latitude = theirs.all_pix2world(columns, rows, 0)
+    x, y = ours.all_world2pix(longitude, latitude, 0)
+    return x.reshape(shape), y.reshape(shape)
+
+
+def _plate_solution(shape, place, pixel, angle, mirrored=False):
+    """A tangential projection (astropy's WCS) around a place; degrees, and `angle` in radians."""
+    from astropy.wcs import WCS
+
+    height, width = shape
+    cos, sin = np.cos(angle), np.sin(angle)
+    turn = np.array([[-cos, sin], [sin, cos]])  # the sky from inside: east is left of north
+    if mirrored:
+        turn[:, 0] *= -1
+    solution = WCS(naxis=2)
+    solution.wcs.ctype = "RA---TAN", "DEC--TAN"
+    solution.wcs.crval = place
+    solution.wcs.crpix = (width + 1) / 2, (height + 1) / 2
+    solution.wcs.cd = pixel * turn
+    solution.wcs.set()
+    return solution
+
+
+def _distort(solution, shape, rng):
+    """Give a plate solution SIP terms of the second order, some thousandths of the frame."""
+    from astropy.wcs import Sip
+
+    strength = 0.01 / max(shape)
+    along, across = np.zeros((2, 3, 3))  # of u^p v^q
+    for p, q in (2, 0), (1, 1), (0, 2):
+        along[p, q] = rng.normal(0, strength)
+        across[p, q] = rng.normal(0, strength)
+    solution.sip = Sip(along, across, None, None, solution.wcs.crpix)
+    solution.wcs.ctype = "RA---TAN-SIP", "DEC--TAN-SIP"
+    solution.wcs.set()
+
+
+def _other_things(light, changed, rng):
+    """Light (h, w, c) with patches over a share of the frame: half show other things, half none."""
+    height, width, _ = light.shape
+    coarse = rng.standard_normal((30, 30))
+    zooms = height / 30, width / 30
+    patches = ndimage.zoom(coarse, zooms, order=3, grid_mode=True, mode="nearest")
+    half = changed / 2
+    low, high = np.quantile(patches, (half, 1 - half))
+    shift = round(0.07 * max(height, width))
+    elsewhere = np.roll(light, shift, axis=(0, 1))
+    has_moved = patches < low
+    is_gone = patches > high
+    light = np.where(has_moved[..., None], elsewhere, light)
+    light[is_gone] = 0
+    return light
+
+
+def _another_slope(scene, x, y, rng):
+    """A bent slope from 0 to 1 at pixels (h, w) of a scene, 60 to 140 degrees off its sky's."""
+    gray = scene.sky.mean(axis=2)
+    down, right = np.gradient(gray)
+    angle = np.arctan2(down.mean(), right.mean())
+    angle = angle + rng.choice((-1, 1)) * rng.uniform(1, 2.5)
+    cos, sin = np.cos(angle), np.sin(angle)
+    along = x * cos + y * sin
+    along = along - along.min()
+    along = along / along.max()
+    bend = rng.uniform(-0.3, 0.3)
+    return along + bend * along * (1 - along)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -725,12 +917,7 @@ class _Canvas:
         sky = self.sky_over_pedestal(channels)  # (h, w, c)
         typical = np.median(sky[::4, ::4], axis=(0, 1))  # (c,)
         noise = self.noise_fraction * typical  # (c,)
-        extended = np.zeros(sky.shape, np.float32)
-        self.add(extended, self.light_parts)
-        light = extended.copy()
-        for k, star_light in enumerate(self.stars(noise.mean(), channels)):
-            light[..., k] += star_light
-        self.add(light, self.star_parts)
+        extended, light = self.objects(noise.mean(), channels)
         if self.vignette is not None:
             dimmed = self.vignette[..., None]
             sky *= dimmed
@@ -789,6 +976,16 @@ class _Canvas:
         sky[:] = self.level * _seen(self.sky_color, channels)
         self.add(sky, self.sky_parts)
         return sky
+
+    def objects(self, noise, channels):
+        """Light of extended objects, and of those and the stars -> two (h, w, c) float32."""
+        extended = np.zeros(self.shape + (channels,), np.float32)
+        self.add(extended, self.light_parts)
+        light = extended.copy()
+        for k, star_light in enumerate(self.stars(noise, channels)):
+            light[..., k] += star_light
+        self.add(light, self.star_parts)
+        return extended, light
 
     def add(self, picture, parts):
         """Add maps times colors to a picture (h, w, c), in its own precision."""
