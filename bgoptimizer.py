@@ -35,6 +35,7 @@ import argparse
 import base64
 import copy
 import csv
+import errno
 import functools
 import glob
 import hashlib
@@ -1929,8 +1930,8 @@ FORMATS = {
 # --------------------------------------------------------------------------------------------------
 
 LOCKED_FOR = 24 * 3600
-"""Seconds. A lock that is older has been left behind, if nothing better is known: another machine
-holds it, or the disk knows no locks."""
+"""Seconds. A temporary file that is older has been left behind, if nothing better is known: another
+machine made it, or the disk knows no locks."""
 
 HOST = re.sub(r"(?a)\W", "_", platform.node())[:64]
 """Name of this machine, as a part of file names."""
@@ -1940,21 +1941,31 @@ HOST = re.sub(r"(?a)\W", "_", platform.node())[:64]
 def atomic_outputs(*paths):
     """Open files that take the names `paths` once all are whole, and else leave nothing behind.
 
-    While they are open, no other run can open the first of `paths`. The files survive a power cut
-    as soon as they have their names.
+    Until then they are locked, hidden files in the same folder. Their names tell what they will be
+    and who writes them, so that another run that would write one of `paths` is refused, and what a
+    killed run left is removed by the next one. The files survive a power cut as soon as they have
+    their names.
 
     Raises BgError if they cannot be written, or another run writes them.
     """
     folder = os.path.dirname(paths[0])
+    own = f"{secrets.token_hex(4)}-{os.getpid()}-{HOST}"
+    temporary = [f"{_hidden(path)}-{own}.tmp" for path in paths]
     try:
-        with memory_errors(), _locked(paths[0]) as stem, ExitStack() as stack:
-            temporary = [f"{stem}-{k}.tmp" for k in range(len(paths))]
-            files = [stack.enter_context(open(name, "x+b")) for name in temporary]
+        with memory_errors(), ExitStack() as stack:
+            stack.callback(_remove, temporary)
+            files = [stack.enter_context(_create_locked(name)) for name in temporary]
+            _remove_abandoned(folder)
+            for path in paths:
+                for other in glob.glob(f"{glob.escape(_hidden(path))}-*.tmp"):
+                    if other not in temporary:
+                        raise _said_busy(path, other)
             yield files
             for file in files:
                 file.flush()
                 os.fsync(file.fileno())
-            stack.close()  # Windows renames no open file
+                if fcntl is None:
+                    file.close()  # Windows renames no open file
             _rename_all(temporary, paths)
             _sync_folder(folder)
     except BrokenPipeError:  # that of stdout: no output is a pipe
@@ -1965,23 +1976,98 @@ def atomic_outputs(*paths):
                       "free space or choose another folder") from None
 
 
+def _hidden(path):
+    """Return what the names of an output's temporaries begin with; any name is short enough."""
+    folder, name = os.path.split(path)
+    digest = hashlib.sha1(os.fsencode(name)).hexdigest()
+    return os.path.join(folder, f".bgoptimizer-{digest[:12]}")
+
+
+def _said_busy(path, other):
+    *_, process, host = other[:-len(".tmp")].rsplit("-", 2)
+    return BgError(f"process {process} on {host} is writing {path}; wait until it ends, "
+                   f"or choose another folder (if it runs no more, delete {other})")
+
+
+def _create_locked(name):
+    """Create a file and let the system lock it until it is closed, or the process ends."""
+    while True:
+        file = open(name, "x+b")
+        if fcntl is not None:
+            with suppress(OSError):  # some disks know no locks
+                fcntl.flock(file, fcntl.LOCK_EX)
+        if os.path.exists(name):
+            return file
+        file.close()  # another run took it for abandoned before it was locked
+
+
+def _remove_abandoned(folder):
+    """Remove the temporaries of runs that have ended, and then what these had set aside."""
+    start = os.path.join(glob.escape(folder), ".bgoptimizer-")
+    _remove(filter(_is_abandoned, glob.glob(f"{start}*.tmp")))
+    for aside in glob.glob(f"{start}*.old"):
+        run = "-".join(aside[:-len(".old")].rsplit("-", 3)[1:])
+        if not glob.glob(f"{start}*-{run}.tmp"):
+            _remove([aside])
+
+
+def _is_abandoned(name):
+    """Tell whether the run that made this file has ended."""
+    with suppress(OSError):  # it is open on Windows, it has just gone, or the disk knows no locks
+        if name.endswith(f"-{HOST}.tmp"):
+            if fcntl is None:
+                os.rename(name, name)  # Windows refuses this while the file is open
+                return True
+            with open(name, "rb") as file:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                    return True
+                except BlockingIOError:
+                    return False
+    with suppress(OSError):
+        return time.time() - os.stat(name).st_mtime > LOCKED_FOR
+    return False
+
+
 def _rename_all(names, paths):
-    """Give files their names, all or none. A kill may leave some out, but never mixes two runs."""
-    for path in paths:
-        with suppress(FileNotFoundError):
-            os.rename(path, path)  # Windows refuses this while another program has it open
-    for path in paths[1:]:
-        with suppress(FileNotFoundError):
-            os.unlink(path)
-    renamed = []
+    """Give files their names, all or none: what had these names before, comes back if one fails.
+
+    A kill may leave some out, but never mixes two runs.
+    """
+    set_aside, renamed = [], []
     try:
+        for name, path in zip(names, paths):
+            aside = f"{name[:-len('.tmp')]}.old"
+            if os.path.isdir(path):
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+            with suppress(FileNotFoundError):
+                _set_aside(path, aside, stays=path == paths[0])
+                set_aside.append((aside, path))
         for name, path in zip(names, paths):
             os.replace(name, path)
             renamed.append(path)
     except BaseException:
-        for path in renamed:
-            os.unlink(path)
+        _remove(renamed)
+        for aside, path in set_aside:
+            os.replace(aside, path)
         raise
+    finally:
+        _remove(aside for aside, _ in set_aside)
+
+
+def _set_aside(path, aside, stays):
+    """Give a file another name; one that stays keeps its own, too, where the disk can do that."""
+    if stays:
+        with suppress(OSError, NotImplementedError):
+            os.link(path, aside)
+            return
+    os.rename(path, aside)
+
+
+def _remove(names):
+    for name in names:
+        with suppress(OSError):
+            os.unlink(name)
 
 
 def _sync_folder(folder):
@@ -1992,82 +2078,6 @@ def _sync_folder(folder):
             os.fsync(opened)
         finally:
             os.close(opened)
-
-
-@contextmanager
-def _locked(path):
-    """Lock an output; yields what the names of its temporaries, in the same folder, begin with.
-
-    The lock is a file whose name tells what is locked and by whom. The system holds it as long as
-    the process lives. So what was left behind by a kill is known, and removed here.
-
-    Raises BgError if another run holds a lock on this output.
-    """
-    name = os.path.basename(path)
-    digest = hashlib.sha1(os.fsencode(name)).hexdigest()  # any name is short enough then
-    start = os.path.join(os.path.dirname(path), f".bgoptimizer-{digest[:12]}")
-    stem = f"{start}-{secrets.token_hex(4)}-{os.getpid()}-{HOST}"
-    file = _create_locked(f"{stem}.lock")
-    try:
-        _remove_abandoned(os.path.dirname(path))
-        for lock in glob.glob(f"{glob.escape(start)}-*.lock"):
-            if lock != file.name:
-                *_, process, host = lock[:-len(".lock")].rsplit("-", 2)
-                raise BgError(f"process {process} on {host} is writing {path}; wait until it ends, "
-                              f"or choose another folder (if it runs no more, delete {lock})")
-        yield stem
-    finally:
-        _remove_temporaries(stem)
-        file.close()  # Windows removes no open file
-        with suppress(OSError):
-            os.unlink(file.name)
-
-
-def _create_locked(name):
-    """Create a file and let the system lock it until it is closed, or the process ends."""
-    while True:
-        file = open(name, "xb")
-        if fcntl is not None:
-            with suppress(OSError):  # some disks know no locks
-                fcntl.flock(file, fcntl.LOCK_EX)
-        if os.path.exists(name):
-            return file
-        file.close()  # another run took it for abandoned before it was locked
-
-
-def _remove_abandoned(folder):
-    """Remove locks and temporaries of runs that have ended without doing so."""
-    pattern = os.path.join(glob.escape(folder), ".bgoptimizer-*.lock")
-    for lock in glob.glob(pattern):
-        if _is_abandoned(lock):
-            _remove_temporaries(lock[:-len(".lock")])
-            with suppress(OSError):
-                os.unlink(lock)
-
-
-def _is_abandoned(lock):
-    """Tell whether the run that made this lock has ended."""
-    try:
-        if lock.endswith(f"-{HOST}.lock"):
-            if fcntl is None:
-                os.rename(lock, lock)  # Windows refuses this while the file is open
-                return True
-            with open(lock, "rb") as file:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            return True
-    except BlockingIOError:
-        return False
-    except OSError:  # it is open on Windows, it has just gone, or the disk knows no locks
-        pass
-    with suppress(OSError):
-        return time.time() - os.stat(lock).st_mtime > LOCKED_FOR
-    return False
-
-
-def _remove_temporaries(stem):
-    for name in glob.glob(f"{glob.escape(stem)}-*.tmp"):
-        with suppress(OSError):
-            os.unlink(name)
 
 
 # --------------------------------------------------------------------------------------------------
