@@ -1647,7 +1647,7 @@ def read_fits(path):
         step, zero = header.number("BSCALE", 1), header.number("BZERO", 0)
         possible = step and math.isfinite(step) and math.isfinite(zero)
         _require(possible, f"has the impossible BSCALE {step!r} or BZERO {zero!r}")
-        blank = header.whole("BLANK", None) if dtype.kind != "f" else None
+        blank = header.whole("BLANK") if "BLANK" in header and dtype.kind != "f" else None
         white = _white(dtype, step, zero)
         source = _read_fits_source(file, parts, number, white, notes)
         if shape[0] == 1 and ("BAYERPAT" in header or "COLORTYP" in header):
@@ -1663,21 +1663,24 @@ class _FitsHeader(dict):
 
     def __init__(self, cards):
         super().__init__()
-        for name, value, _ in filter(None, map(_parse_card, cards)):
-            self.setdefault(name, value)
+        for card in cards:
+            card = _printable(card)
+            parsed = _parse_card(card)
+            damaged = not parsed and FITS_STRUCTURE.fullmatch(card[:8].rstrip())
+            _require(not damaged, f"has the damaged card {card.rstrip()!r}")
+            if parsed:
+                self.setdefault(*parsed[:2])
 
     def number(self, name, default=None):
         """Return a number, or refuse the file."""
         value = _number(self[name]) if name in self else default
-        _require(value is not None or name not in self,
-                 f"has the impossible {name} {self.get(name)}")
+        _require(value is not None, f"has no or the impossible {name} {self.get(name, '')}")
         return value
 
     def whole(self, name, default=None):
         """Return a whole number, or refuse the file."""
         value = self.number(name, default)
-        _require(value is default or isinstance(value, int),
-                 f"has the impossible {name} {self.get(name)}")
+        _require(isinstance(value, int), f"has the impossible {name} {value}")
         return value
 
     def text(self, name):
@@ -1688,7 +1691,7 @@ class _FitsHeader(dict):
         """Return the lengths of the axes, the last named first, as NumPy has them."""
         count = self.whole(prefix + "NAXIS")
         _require(count in range(1000), f"has the impossible {prefix}NAXIS {count!r}")
-        axes = [self.whole(f"{prefix}NAXIS{axis}", -1) for axis in range(count, 0, -1)]
+        axes = [self.whole(f"{prefix}NAXIS{axis}") for axis in range(count, 0, -1)]
         _require(min(axes, default=0) >= 0, f"has the impossible axes {axes}")
         return axes
 
@@ -1920,8 +1923,11 @@ def write_fits(file, planes, source=None, history=(), compress=False, unit=Unit(
     shape = planes.shape if planes.shape[0] > 1 else planes.shape[1:]
     file.write(source.before)
     if compress:
-        made = _compressed_fits(np.stack([_in_own_unit(plane[rows], unit) for plane in planes]))
-        empty_hdu, structure, pieces = made
+        data = np.empty(planes.shape, planes.dtype)
+        one_by_one = iter(planes)
+        for target in data:
+            target[...] = _in_own_unit(next(one_by_one)[rows], unit)
+        empty_hdu, structure, pieces = _compressed_fits(data)
         if not source.before:
             file.write(empty_hdu)
     else:
@@ -2033,7 +2039,8 @@ can stand for."""
 TIFF_COLORS = {0: 1, 1: 1, 2: 3}  # channels of gray (white is 0 or largest) and RGB, by photometric
 TIFF_MINISWHITE = 0
 TIFF_SENSOR = (32803, 34892)  # photometric of a color filter mosaic, and of a camera's linear data
-TIFF_DESCRIPTION, TIFF_ICC, TIFF_MAKE, TIFF_DNG = 270, 34675, 271, 50706  # tags
+TIFF_PHOTOMETRIC, TIFF_DESCRIPTION, TIFF_ICC = 262, 270, 34675  # tags
+TIFF_MAKE, TIFF_DNG = 271, 50706
 TIFF_X_RESOLUTION, TIFF_Y_RESOLUTION, TIFF_RESOLUTION_UNIT = 282, 283, 296
 TIFF_CHUNKS = 273, 279, 324, 325  # offsets and sizes of strips, and of tiles
 TIFF_PLANAR = 1, 2  # samples of a pixel together, or planes
@@ -2129,6 +2136,7 @@ def _tiff_samples(file, number, page, dtype):
 def _check_tiff_page(page, size):
     """Refuse a page that is not read, or that lies about its size; return its number of colors."""
     advice = "save it as 32-bit float or 16-bit, grayscale or RGB"
+    _require(TIFF_PHOTOMETRIC in page.tags, "does not say whether it is gray or RGB", advice)
     colors = TIFF_COLORS.get(int(page.photometric))
     _require(colors, f"is neither gray nor RGB, but {_tiff_word(page.photometric)}", advice)
     compression = int(page.compression)
@@ -2146,8 +2154,9 @@ def _check_tiff_page(page, size):
     offsets, counts = page.dataoffsets, page.databytecounts
     _require(len(offsets) <= MAX_TILES or page.is_final, "has too many strips to be true")
     chunks = math.prod(page.chunked)
-    listed = {page.tags[code].count for code in TIFF_CHUNKS if code in page.tags}
-    complete = listed == {chunks} and all(offsets) and all(counts)  # tifffile forgives others
+    listed = [page.tags[code].count for code in TIFF_CHUNKS if code in page.tags]
+    # tifffile makes up what is missing, and leaves out what is too much
+    complete = listed == [chunks, chunks] and all(offsets) and all(counts)
     _require(complete and page.planarconfig in (None, *TIFF_PLANAR),
              f"is damaged: it has not the {chunks} strips or tiles that it needs")
     last = max(map(sum, zip(offsets, counts)))
@@ -2186,7 +2195,8 @@ def _read_tiff_source(page, white, notes):
     options = {"extratags": tags}
     resolution = value(TIFF_X_RESOLUTION), value(TIFF_Y_RESOLUTION)
     unit = value(TIFF_RESOLUTION_UNIT) or TIFF_INCH
-    if all(resolution) and unit in TIFF_RESOLUTION_UNITS:
+    fractions = all(isinstance(found, tuple) and all(found) for found in resolution)
+    if fractions and unit in TIFF_RESOLUTION_UNITS:
         options.update(resolution=resolution, resolutionunit=int(unit))
     description = text(TIFF_DESCRIPTION).rstrip(b"\0 \r\n")
     cards = _cards_of_tiff(description)
@@ -2226,9 +2236,9 @@ def write_tiff(file, planes, source=None, history=(), compress=False, unit=Unit(
     if not isinstance(source, TiffSource):
         source = _to_tiff_source(source, height)
     data = np.empty((height, width, channels), np.float32)
-    for channel, plane in enumerate(planes):
-        data[..., channel] = _in_own_unit(plane, unit)
-        del plane  # before the next one is made
+    one_by_one = iter(planes)
+    for channel in range(channels):
+        data[..., channel] = _in_own_unit(next(one_by_one), unit)
     photometric = "rgb"
     if channels == 1:
         data = data[..., 0]
