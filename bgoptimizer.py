@@ -401,15 +401,20 @@ def _unzipped(packed):
 
 
 @contextmanager
-def _decoded_apart(kind, file, number, dtype, size):
-    """Yield a stream of samples that another process decodes, which may crash instead.
+def _stream_of(kind, file, number, position, dtype, size):
+    """Yield a stream of a picture's samples: the file itself, or what another process decodes.
 
     Args:
         kind: "fits" or "tiff".
-        file: opened; nothing can be read from it afterwards.
+        file: opened; if the samples are decoded, nothing can be read from it afterwards.
         number: of the HDU or page.
+        position: of the samples in the file; None if they are to be decoded, which may crash.
         dtype, size: of the samples, in all in bytes.
     """
+    if position is not None:
+        file.seek(position)
+        yield file
+        return
     seconds = int(DECODING_SECONDS + size / DECODING_SPEED)
     limits = os.getpid(), seconds, 3 * size + DECODER_SPARE
     arguments = map(str, (kind, number, dtype.str, *limits))
@@ -792,11 +797,10 @@ def _number(value):
     return int(number) if number.is_integer() else number
 
 
-def _what_keywords_say(keywords, notes):
-    """Add to `notes` what keywords (name, value, ...) tell against a picture as input."""
-    said = {name: value.strip("' ") for name, value, *_ in reversed(keywords)}
+def _what_keywords_say(values, notes):
+    """Add to `notes` what keywords (texts by name) tell against a picture as input."""
     for name in ("imageType", "IMAGETYP", "FRAME", "FRAMETYP"):
-        kind = said.get(name, "")
+        kind = str(values.get(name, "")).strip("' ")
         if NO_LIGHT.search(kind) and "light" not in kind.lower():
             notes.append(f"is no light frame, says its {name} {kind[:40]!r}: "
                          "there is no sky in it to take out")
@@ -1331,9 +1335,9 @@ def _read_source(root, opened):
     """Return the Source; what cannot be carried over is left out and named in the warnings."""
     image = root.find("Image")
     checksum = "checksum" in image.attrib or image.find("Data[@checksum]") is not None
-    keywords = [(element.get("name", ""), element.get("value", ""))
-                for element in image.findall("FITSKeyword")]
-    _what_keywords_say([("imageType", image.get("imageType", "")), *keywords], opened.warnings)
+    keywords = {element.get("name"): element.get("value")
+                for element in image.findall("FITSKeyword")}
+    _what_keywords_say({**keywords, **image.attrib}, opened.warnings)
     metadata = ElementTree.Element("Metadata")
     metadata[:] = root.findall("Metadata/Property")
     namespaces = {name: root.get(name) for name in root.keys() if name.startswith("xmlns:")}
@@ -1608,9 +1612,9 @@ and cfitsio's files with 16 bits of it come out wrong."""
 
 # Cards of the table in which a compressed picture stands
 FITS_TABLE = re.compile(
-    r"TFIELDS|THEAP|T(TYPE|FORM|UNIT|NULL|SCAL|ZERO|DIM|DISP)\d+|Z(IMAGE|TENSION|BITPIX|NAXIS\d*"
-    r"|TILE\d+|CMPTYPE|NAME\d+|VAL\d+|SIMPLE|EXTEND|PCOUNT|GCOUNT|HECKSUM|DATASUM|MASKCMP|BLANK"
-    r"|QUANTIZ|DITHER0|SCALE|ZERO)")
+    r"EXTNAME = 'COMPRESSED_IMAGE'|(TFIELDS|THEAP|T(TYPE|FORM|UNIT|NULL|SCAL|ZERO|DIM|DISP)\d+"
+    r"|Z(IMAGE|TENSION|BITPIX|NAXIS\d*|TILE\d+|CMPTYPE|NAME\d+|VAL\d+|SIMPLE|EXTEND|PCOUNT|GCOUNT"
+    r"|HECKSUM|DATASUM|MASKCMP|BLANK|QUANTIZ|DITHER0|SCALE|ZERO)) *=")
 # Settings of the decoders, and what they can be; with others they write where they must not
 FITS_CODEC_SETTINGS = {"BLOCKSIZE": (16, 32), "BYTEPIX": (1, 2, 4), "ZDITHER0": range(1, 10_001)}
 
@@ -1642,78 +1646,66 @@ def read_fits(path):
         part = parts[number]
         header = part.header
         shape, together = _fits_layout(part.shape)
-        bits = header.whole("ZBITPIX" if part.is_compressed else "BITPIX")
+        bits = header.get("ZBITPIX" if part.packed else "BITPIX")
+        _require(bits in FITS_TYPES, f"has the impossible BITPIX {bits!r}")
         dtype = np.dtype(">" + FITS_TYPES[bits])
-        step, zero = header.number("BSCALE", 1), header.number("BZERO", 0)
-        possible = step and math.isfinite(step) and math.isfinite(zero)
-        _require(possible, f"has the impossible BSCALE {step!r} or BZERO {zero!r}")
-        blank = header.whole("BLANK") if "BLANK" in header and dtype.kind != "f" else None
-        white = _white(dtype, step, zero)
-        source = _read_fits_source(file, parts, number, white, notes)
+        size = math.prod(shape) * dtype.itemsize
+        if part.packed:
+            _check_fits_tiles(part, size)
+        step, zero = header.get("BSCALE", 1), header.get("BZERO", 0)
+        numbers = isinstance(step, (int, float)) and isinstance(zero, (int, float))
+        _require(numbers and step and math.isfinite(step) and math.isfinite(zero),
+                 f"has the impossible BSCALE {step!r} or BZERO {zero!r}")
+        blank = header.get("BLANK") if dtype.kind != "f" else None
+        source = _read_fits_source(file, parts, number, _white(dtype, step, zero), notes)
         if shape[0] == 1 and ("BAYERPAT" in header or "COLORTYP" in header):
             notes.append("seems to be a color filter mosaic: if it is, debayer it first")
-        with _fits_samples(file, number, part, dtype) as stream:
+        position = None if part.packed else part.data
+        with _stream_of("fits", file, number, position, dtype, size) as stream:
             planes, unit, note, marked = _read_planes(
                 stream, dtype, shape, together, path, step, zero, blank, not source.top_down)
     return Picture(planes, source, notes + marked, unit, note=note)
 
 
-class _FitsHeader(dict):
-    """The values of a header, as they stand in it, by keyword: of repeated ones the first."""
+def _header_values(cards):
+    """Return numbers and texts (in capitals) by keyword; of repeated ones the first."""
+    values = {}
+    for card in map(_printable, cards):
+        parsed = _parse_card(card)
+        damaged = not parsed and FITS_STRUCTURE.fullmatch(card[:8].rstrip())
+        _require(not damaged, f"has the damaged card {card.rstrip()!r}")
+        if parsed:
+            name, text, _ = parsed
+            number = _number(text)
+            value = text.strip("' ").upper() if number is None else number
+            values.setdefault(name, value)
+    return values
 
-    def __init__(self, cards):
-        super().__init__()
-        for card in cards:
-            card = _printable(card)
-            parsed = _parse_card(card)
-            damaged = not parsed and FITS_STRUCTURE.fullmatch(card[:8].rstrip())
-            _require(not damaged, f"has the damaged card {card.rstrip()!r}")
-            if parsed:
-                self.setdefault(*parsed[:2])
 
-    def number(self, name, default=None):
-        """Return a number, or refuse the file."""
-        value = _number(self[name]) if name in self else default
-        _require(value is not None, f"has no or the impossible {name} {self.get(name, '')}")
-        return value
-
-    def whole(self, name, default=None):
-        """Return a whole number, or refuse the file."""
-        value = self.number(name, default)
-        _require(isinstance(value, int), f"has the impossible {name} {value}")
-        return value
-
-    def text(self, name):
-        """Return a text without its quotes, in capitals; "" without one."""
-        return self.get(name, "").strip("' ").upper()
-
-    def axes(self, prefix=""):
-        """Return the lengths of the axes, the last named first, as NumPy has them."""
-        count = self.whole(prefix + "NAXIS")
-        _require(count in range(1000), f"has the impossible {prefix}NAXIS {count!r}")
-        axes = [self.whole(f"{prefix}NAXIS{axis}") for axis in range(count, 0, -1)]
-        _require(min(axes, default=0) >= 0, f"has the impossible axes {axes}")
-        return axes
+def _fits_axes(header, prefix=""):
+    """Return the lengths of the axes, the last named first, as NumPy has them."""
+    count = header.get(prefix + "NAXIS")
+    _require(count in range(1000), f"has the impossible {prefix}NAXIS {count!r}")
+    axes = [header.get(f"{prefix}NAXIS{axis}") for axis in range(count, 0, -1)]
+    possible = all(isinstance(length, int) and length >= 0 for length in axes)
+    _require(possible, f"has the impossible axes {axes}")
+    return axes
 
 
 class _FitsPart(NamedTuple):
     """An HDU: a header and its data."""
-    header: _FitsHeader
+    header: dict  # values by keyword
     cards: list  # of str
     start: int  # byte at which the header starts
     data: int  # byte at which the data start
     length: int  # bytes of the data
     shape: list  # of its picture; empty if it has none
-
-    @property
-    def is_compressed(self):
-        return self.header.get("ZIMAGE") == "T"
+    packed: bool  # True if it is a table in which a compressed picture stands
 
     @property
     def end(self):
         """The byte behind the data and their padding."""
-        end = self.data + self.length
-        return end + -end % FITS_BLOCK
+        return self.data + self.length + -self.length % FITS_BLOCK
 
 
 def _read_fits_parts(file, notes):
@@ -1746,35 +1738,29 @@ def _read_fits_part(file, position, size):
         _require(len(cards) <= MAX_FITS_CARDS, "has a header too large to be true")
     start_of_data = file.tell()
     cards = cards[:cards.index(END_CARD)]
-    header = _FitsHeader(cards)
-    bits = header.whole("BITPIX")
+    header = _header_values(cards)
+    bits = header.get("BITPIX")
     _require(bits in FITS_TYPES, f"has the impossible BITPIX {bits!r}")
-    axes = header.axes()
+    shape = _fits_axes(header)
     _require(header.get("GROUPS") != "T", "holds random groups, the data of a radio interferometer",
              "name a picture")
-    samples = math.prod(axes) if axes else 0
-    length = abs(bits) // 8 * (samples + header.whole("PCOUNT", 0)) * header.whole("GCOUNT", 1)
-    shape = axes
-    if header.get("ZIMAGE") == "T":
-        shape = header.axes("Z")
-    elif header.text("XTENSION") not in ("", "IMAGE"):
+    samples = math.prod(shape) if shape else 0
+    length = abs(bits) // 8 * (samples + header.get("PCOUNT", 0)) * header.get("GCOUNT", 1)
+    packed = header.get("ZIMAGE") == "T"
+    if packed:
+        shape = _fits_axes(header, "Z")
+    elif header.get("XTENSION", "IMAGE") != "IMAGE":
         shape = []
     while len(shape) > 2 and shape[0] == 1:
         shape = shape[1:]
     if len(shape) < 2 or 0 in shape:
         shape = []
     missing = start_of_data + length - size
-    _require(length >= 0 and missing <= 0, _what_is_missing(missing, length, shape))
-    return _FitsPart(header, cards, position, start_of_data, length, shape)
-
-
-def _what_is_missing(missing, length, shape):
-    """Return what is wrong with a file that lacks so many of its bytes."""
-    if not shape:
-        return "is cut short: part of its data are missing"
     rows = math.prod(shape[:-1])
     gone = min(rows, math.ceil(rows * missing / max(1, length)))
-    return f"is cut short: the last {gone} of its {rows} rows are missing"
+    _require(length >= 0 and missing <= 0, f"is cut short: the last {gone} of its {rows} rows are "
+                                           "missing" if shape else "is cut short")
+    return _FitsPart(header, cards, position, start_of_data, length, shape, packed)
 
 
 def _fits_layout(shape):
@@ -1790,42 +1776,27 @@ def _fits_layout(shape):
                       "save its planes as pictures of their own")
 
 
-@contextmanager
-def _fits_samples(file, number, part, dtype):
-    """Yield a stream of the samples of a picture, HDU `number`."""
-    if not part.is_compressed:
-        file.seek(part.data)
-        yield file
-        return
-    size = math.prod(part.shape) * dtype.itemsize
-    _check_fits_tiles(part, size)
-    with _decoded_apart("fits", file, number, dtype, size) as stream:
-        yield stream
-
-
 def _check_fits_tiles(part, size):
     """Refuse a compressed picture of so many bytes that lies about its size or its settings."""
     header = part.header
-    codec = header.text("ZCMPTYPE")
+    codec = header.get("ZCMPTYPE")
     _require(codec in FITS_EXPANSION, f"is compressed with {codec}, which is not read",
              "unpack the file with funpack first")
     _require_honest(size, part.length, FITS_EXPANSION[codec])
-    settings = {"ZDITHER0": header.whole("ZDITHER0", 1)}
+    settings = {"ZDITHER0": header.get("ZDITHER0", 1)}
     for name in header:
         if name.startswith("ZNAME"):
-            settings[header.text(name)] = header.number(name.replace("NAME", "VAL"), 0)
+            settings[header[name]] = header.get(name.replace("NAME", "VAL"))
     for name, value in settings.items():
         possible = FITS_CODEC_SETTINGS.get(name, (value,))
         _require(value in possible, f"has the impossible {name} {value!r}")
-    columns = header.whole("TFIELDS")
-    _require(columns in range(1000), "has too many columns to be true")
+    _require(header.get("TFIELDS") in range(1000), "has too many columns to be true")
     tiles = 1
-    for axis, length in enumerate(header.axes("Z")[::-1], 1):
-        side = header.whole(f"ZTILE{axis}", length if axis == 1 else 1)
-        _require(side > 0, f"has the impossible ZTILE{axis} {side!r}")
+    for axis, length in enumerate(_fits_axes(header, "Z")[::-1], 1):
+        side = header.get(f"ZTILE{axis}", length if axis == 1 else 1)
+        _require(isinstance(side, int) and side > 0, f"has the impossible ZTILE{axis} {side!r}")
         tiles *= math.ceil(length / side)
-    rows = header.whole("NAXIS2")
-    _require(tiles == rows <= MAX_TILES, "has another number of tiles than it claims")
+    _require(tiles == header["NAXIS2"] <= MAX_TILES, "has another number of tiles than it claims")
 
 
 def _read_fits_source(file, parts, number, white, notes):
@@ -1834,13 +1805,11 @@ def _read_fits_source(file, parts, number, white, notes):
     Levels of integers, whose largest is `white`, become those of samples in [0, 1].
     """
     part = parts[number]
-    structure = [FITS_STRUCTURE, FITS_TABLE] if part.is_compressed else [FITS_STRUCTURE]
     kept, untrue = [], []
     for card in part.cards:
         name = card[:8].rstrip()
-        if any(pattern.fullmatch(name) for pattern in structure):
-            continue
-        if part.is_compressed and card.startswith("EXTNAME = 'COMPRESSED_IMAGE'"):
+        of_table = FITS_TABLE.match(card) if part.packed else None
+        if FITS_STRUCTURE.fullmatch(name) or of_table:
             continue
         if STALE_PIXEL_METADATA.match(f"FITSKeyword {name}"):
             untrue.append(name)
@@ -1849,24 +1818,24 @@ def _read_fits_source(file, parts, number, white, notes):
     if untrue:
         notes.append(f"had {', '.join(untrue)[:200]}: "
                      "not kept, because the new pixels make them untrue")
-    _what_keywords_say(list(part.header.items()), notes)
+    _what_keywords_say(part.header, notes)
     if white:
         kept = _changed_cards(kept, _in_unit(Unit(white)))
     file.seek(0)
     before = file.read(part.start)
     names = [card[:8].rstrip() for card in parts[0].cards]
     says_nothing = all(FITS_STRUCTURE.fullmatch(name) or name in FITS_TEXT_NAMES for name in names)
-    if part.is_compressed and number == 1 and says_nothing:
+    if part.packed and number == 1 and says_nothing:
         before = b""  # it is there because a compressed picture cannot be the first
     file.seek(part.end)
     after = file.read(parts[-1].end - part.end)
     icc = b""
     for other in parts:
-        if other.header.text("EXTNAME") == "ICCPROFILE":
+        if other.header.get("EXTNAME") == "ICCPROFILE":
             file.seek(other.data)
             icc = file.read(other.length)
     checksum = "DATASUM" in part.header or "CHECKSUM" in part.header
-    top_down = part.header.text(ROW_ORDER) == "TOP-DOWN"
+    top_down = part.header.get(ROW_ORDER) == "TOP-DOWN"
     return FitsSource(kept, before, _padded(after), checksum, icc, top_down)
 
 
@@ -1960,18 +1929,11 @@ def _compressed_fits(data):
         warnings.simplefilter("ignore")
         hdu = fits.CompImageHDU(data, compression_type="GZIP_2", quantize_level=0)
         fits.HDUList([fits.PrimaryHDU(), hdu]).writeto(made)
-    made.seek(0)
-    _, packed = _read_fits_parts_of(made)
-    cards = [card for card in packed.cards if card.rstrip() and not card.startswith("EXTNAME")]
     content = made.getbuffer()
+    first = _read_fits_part(made, 0, len(content))
+    packed = _read_fits_part(made, first.end, len(content))
+    cards = [card for card in packed.cards if card.rstrip() and not card.startswith("EXTNAME")]
     return content[:packed.start], cards, [content[packed.data:packed.end]]
-
-
-def _read_fits_parts_of(made):
-    """Return the HDUs of a file in memory."""
-    size = len(made.getbuffer())
-    first = _read_fits_part(made, 0, size)
-    return first, _read_fits_part(made, first.end, size)
 
 
 def _write_hdu(file, cards, pieces, checksum):
@@ -2056,7 +2018,7 @@ MAX_PAGES = 16
 """Pages among which the picture is looked for."""
 
 FOR_PROGRAMS = re.compile(
-    rb"\s*(\{|<|\[|\w+=|Aperio |state\.|# )|.*(scanimage\.SI|>\s*$)", re.DOTALL)
+    rb"\s*(\{|<|\[|(ImageJ|shape)=|Aperio |state\.|# )|.*(scanimage\.SI|>\s*$)", re.DOTALL)
 """Descriptions that programs parse, who would stumble over more lines: JSON of tifffile, OME-XML,
 ImageJ=, and their like. They tell how the old file was made up."""
 
@@ -2088,7 +2050,8 @@ def read_tiff(path):
             is_negative = page.photometric == TIFF_MINISWHITE
             _require(white or not is_negative, "is gray, with white as 0, and not unsigned",
                      "save it with black as 0")
-            with _tiff_samples(file, number, page, dtype) as stream:
+            position = page.dataoffsets[0] if page.is_final else None
+            with _stream_of("tiff", file, number, position, dtype, page.nbytes) as stream:
                 planes, unit, note, marked = _read_planes(
                     stream, dtype, (colors, height, width), together, path, negative=is_negative)
     return Picture(planes, source, notes + marked, unit, note=note)
@@ -2120,17 +2083,6 @@ def _refuse_raw(kind):
     raise _Unreadable(f"is a camera's raw file ({kind}), a single undeveloped frame",
                       "calibrate, debayer, and stack it first, and save the stack as XISF, FITS, "
                       "or TIFF")
-
-
-@contextmanager
-def _tiff_samples(file, number, page, dtype):
-    """Yield a stream of the samples of a page."""
-    if page.is_final:
-        file.seek(page.dataoffsets[0])
-        yield file
-        return
-    with _decoded_apart("tiff", file, number, dtype, page.nbytes) as stream:
-        yield stream
 
 
 def _check_tiff_page(page, size):
@@ -2202,7 +2154,7 @@ def _read_tiff_source(page, white, notes):
     cards = _cards_of_tiff(description)
     if cards:
         description = b""
-        _what_keywords_say(_keywords(cards), notes)
+        _what_keywords_say({name: value for name, value, _ in _keywords(cards)}, notes)
         if white:
             cards = _changed_cards(cards, _in_unit(Unit(white)))
     elif FOR_PROGRAMS.match(description):
@@ -2276,14 +2228,14 @@ GZIP_WINDOW = 31
 
 PICTURE_ENDINGS = re.compile(r"(?i)(?<=.)(\.(xisf|fits?|fts|fz|tiff?)(\.gz)?)+$")
 
-FOREIGN = {  # how files begin that people try, and what they are
-    rb"\xff\xd8\xff": "JPEG", rb"\x89PNG": "PNG", rb"BM": "BMP", rb"GIF8": "GIF",
-    rb"RIFF....WEBP": "WebP", rb"....ftyp(heic|heix|mif1|avif)": "HEIF"}
-RAW = {
+RAW = {  # how files begin that people try, and what they are
     rb"(II\*\0|MM\0\*)....CR": "Canon CR2", rb"....ftypcrx ": "Canon CR3",
     rb"II\x1a\0\0\0HEAPCCDR": "Canon CRW", rb"FUJIFILMCCD-RAW": "Fujifilm RAF",
     rb"IIU\0": "Panasonic RW2", rb"IIRO|IIRS|MMOR": "Olympus ORF", rb"FOVb": "Sigma X3F",
-    rb"\0MRM": "Minolta MRW", rb"LUCAM-RECORDER": "SER, a video"}
+    rb"\0MRM": "Minolta MRW"}
+STRETCHED = {
+    rb"\xff\xd8\xff": "JPEG", rb"\x89PNG": "PNG", rb"BM": "BMP", rb"GIF8": "GIF",
+    rb"RIFF....WEBP": "WebP", rb"....ftyp(heic|heix|mif1|avif)": "HEIF"}
 
 MASK_FORMATS = ("PNG", "TIFF", "JPEG", "BMP", "GIF", "PPM", "WEBP")
 """What Pillow may open."""
@@ -2298,23 +2250,27 @@ class Format(NamedTuple):
 
 def picture_format(path):
     """Return the name in FORMATS of a file's format, by its content; None for another one."""
-    start = _first_bytes(path)
+    return _tell_format(_first_bytes(path))
+
+
+def _first_bytes(path):
+    """Return the first bytes of a file, unpacked; none of what is no file."""
+    if not stat.S_ISREG(os.stat(path).st_mode):  # opening a FIFO would wait forever
+        return b""
+    with open(path, "rb") as file:
+        start = file.read(FITS_BLOCK)
     if start.startswith(GZIP_START):
         with suppress(zlib.error):
-            start = zlib.decompressobj(GZIP_WINDOW).decompress(start, 16)
+            return zlib.decompressobj(GZIP_WINDOW).decompress(start, 16)
+    return start
+
+
+def _tell_format(start):
     if start.startswith(b"XISF"):
         return "xisf"
     if start.startswith(b"SIMPLE  ="):
         return "fits"
     return "tiff" if start[:4] in TIFF_STARTS else None
-
-
-def _first_bytes(path):
-    """Return the first bytes of a file; none of what is no file."""
-    if not stat.S_ISREG(os.stat(path).st_mode):  # opening a FIFO would wait forever
-        return b""
-    with open(path, "rb") as file:
-        return file.read(FITS_BLOCK)
 
 
 def read_picture(path):
@@ -2328,16 +2284,16 @@ def read_picture(path):
     Raises BgError if the file is damaged, hostile, or of a kind that is not read.
     """
     with _refusals(path):
-        name = picture_format(path)
-        _require(name or os.path.isfile(path), *NOT_A_FILE)
         start = _first_bytes(path)
+        _require(start or os.path.isfile(path), *NOT_A_FILE)
         for pattern, kind in RAW.items():
             if re.match(pattern, start, re.DOTALL):
                 _refuse_raw(kind)
-        for pattern, kind in FOREIGN.items():
-            if not name and re.match(pattern, start, re.DOTALL):
-                raise _Unreadable(f"is a {kind} picture, stretched and no longer linear",
-                                  "give the linear stack as XISF, FITS, or TIFF")
+        for pattern, kind in STRETCHED.items():
+            _require(not re.match(pattern, start, re.DOTALL),
+                     f"is a {kind} picture, stretched and no longer linear",
+                     "give the linear stack as XISF, FITS, or TIFF")
+        name = _tell_format(start)
         _require(name, "is not an XISF, FITS, or TIFF file", "save the picture as one of them")
     return FORMATS[name].read(path)
 

@@ -1078,7 +1078,7 @@ def test_a_file_that_is_cut_while_it_is_read_is_refused(kind, folder, monkeypatc
         return real(*arguments)
 
     if kind in ("lzw", "fz"):
-        monkeypatch.setattr(bg, "_decoded_apart", cut_before(path, bg._decoded_apart))
+        monkeypatch.setattr(bg, "_stream_of", cut_before(path, bg._stream_of))
     else:
         monkeypatch.setattr(bg, "_fill", cut)
     with pytest.raises(bg.BgError, match="cut short|damaged"):
