@@ -246,8 +246,9 @@ class Settings:
 # is done in a process of its own.
 # --------------------------------------------------------------------------------------------------
 
-LARGEST_VALUE = 1e30
-"""Floating point beyond it is no light: it is damage, or means something else."""
+LARGEST_VALUE = 1e30  # floating point beyond it is no light, but damage, or means something else
+READ_AT_ONCE = 1 << 20  # bytes that are read together where no picture gives the measure
+GZIP_START = b"\x1f\x8b"
 
 NO_QUESTIONS = 1 << 28
 """Bytes that compressed data may claim to hold, as far as their codec can do that."""
@@ -256,16 +257,9 @@ MOST_COMPRESSED = 1032
 """Bytes that one stored byte may stand for beyond NO_QUESTIONS. That much deflate makes of a flat
 mask; of pictures, with their noise, nothing makes more than some dozens."""
 
-READ_AT_ONCE = 1 << 20
-"""Bytes that are read together where no picture gives the measure."""
-
-GZIP_START = b"\x1f\x8b"
-
-DECODING_SECONDS, DECODING_SPEED = 60, 500_000
-"""A decoder may take so many seconds, and one more for so many bytes: tenfold of what it needs."""
-
-DECODER_SPARE = 1 << 27
-"""Bytes that a decoder may take beside thrice what it decodes."""
+# What a decoder may take: seconds, one more for so many bytes (tenfold of what it needs), and bytes
+# beside thrice what it decodes
+DECODING_SECONDS, DECODING_SPEED, DECODER_SPARE = 60, 500_000, 1 << 27
 
 DECODER = """
 import os, sys, warnings
@@ -279,12 +273,12 @@ else:
     import imagecodecs, tifffile
 try:
     import ctypes, resource
-    ctypes.CDLL(None).prctl(1, 9)  # Linux ends this process with its parent
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     with open("/proc/self/statm") as file:
         memory += int(file.read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
-    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    ctypes.CDLL(None).prctl(1, 9)  # Linux ends this process with its parent
 except (ImportError, AttributeError, OSError, ValueError, TypeError):
     pass  # another system
 if hasattr(os, "getppid") and os.name != "nt" and os.getppid() != parent:
@@ -883,35 +877,20 @@ CHECKSUMS = {  # XISF's names and those of hashlib
     "sha-512": "sha512", "sha512": "sha512", "sha3-256": "sha3_256", "sha3-512": "sha3_512",
 }
 
-PART_WEIGHT = 64
-"""Bytes of memory that a tag or an attribute of a header takes, roughly."""
-
-MAX_HEADER_WEIGHT = 1 << 24
-"""Heaviest header that is read: its bytes, and PART_WEIGHT for each tag and attribute. Real ones
-are far below."""
-
-MAX_KEPT_WEIGHT = 3 << 22
-"""Heaviest metadata that the outputs take over. With HISTORY, their header must stay below
-MAX_HEADER_WEIGHT, so that it can be read again."""
-
-MAX_HEADER_DEPTH = 64
-"""Elements inside each other."""
-
-MAX_EXPANSION = {"zlib": 1032, "lz4": 255, "lz4hc": 255, "zstd": 1 << 16}
-"""Bytes that one byte of a codec's stream can stand for. A block that claims more is a lie."""
-
-MAX_SUBBLOCKS = 10_000
-"""Sub-blocks of one block. Writers make a few for each thread of the processor."""
+# Limits that no real file meets
+PART_WEIGHT = 64  # bytes of memory that a tag or an attribute of a header takes, roughly
+MAX_HEADER_WEIGHT = 1 << 24  # of a header: its bytes, and PART_WEIGHT for each of these
+MAX_KEPT_WEIGHT = 3 << 22  # of what outputs take over: with HISTORY, they must be readable, too
+MAX_HEADER_DEPTH = 64  # elements inside each other
+MAX_SUBBLOCKS = 10_000  # of one block; writers make a few for each thread
+MAX_EXPANSION = {"zlib": 1032, "lz4": 255, "lz4hc": 255, "zstd": 1 << 16}  # of one stored byte
 
 LZ4_LIMIT = 0x7E000000
 """Bytes: the largest LZ4 block. More would need sub-blocks, and PixInsight fails on those of more
 than 2 GiB together."""
 
-ALIGNMENT = 4096
-"""Bytes: attached blocks start at multiples of it, as in PixInsight's own files."""
-
-FAR_BELOW = 1.0
-"""Samples more than the whole range below black are no light: they mark what is missing."""
+ALIGNMENT = 4096  # bytes: attached blocks start at multiples of it, as in PixInsight's own files
+FAR_BELOW = 1.0  # samples more than the whole range below black mark what is missing
 
 XISF_NAME = re.compile("[_a-zA-Z][_a-zA-Z0-9]*")
 # Without leading zeros: PixInsight takes 010 for 8
@@ -985,13 +964,10 @@ def read_xisf(path):
     Returns a Picture.
     Raises BgError if the file is damaged, hostile, or of a kind that is not read.
     """
-    with _refusals(path):
-        mode = os.stat(path).st_mode
-        _require(stat.S_ISREG(mode), *NOT_A_FILE)  # and opening a FIFO would wait forever
-        with open(path, "rb") as file:
-            root, opened = _read_header(file)
-            planes = _read_pixels(root, opened)
-            source = _read_source(root, opened)
+    with _refusals(path), _opened(path) as file:
+        root, opened = _read_header(file)
+        planes = _read_pixels(root, opened)
+        source = _read_source(root, opened)
     return Picture(planes, source, opened.warnings)
 
 
@@ -1150,7 +1126,10 @@ def _read_pixels(root, opened):
     _require(channels >= colors, f"is called RGB but has {channels} channel(s)")
     if channels > colors:
         opened.warnings.append(f"has {channels - colors} alpha channel(s): dropped")
-    dtype = _read_dtype(attributes, block)
+    sample_format = _value(attributes, "sampleFormat").lower()
+    name = _look_up(SAMPLE_FORMATS, sample_format, "samples of the kind")
+    byte_order = _value(block.attributes, "byteOrder", "little")
+    dtype = np.dtype(_look_up(BYTE_ORDERS, byte_order, "the byte order") + name)
     bounds = _read_bounds(attributes, dtype)
     storage = _value(attributes, "pixelStorage", "Planar").lower()
     interleaved = _look_up(INTERLEAVED, storage, "its samples in the order")
@@ -1177,14 +1156,6 @@ def _read_pixels(root, opened):
         for keyword in images[0].findall("FITSKeyword"):
             keyword.set("value", change(keyword.get("name", ""), keyword.get("value", "")))
     return planes
-
-
-def _read_dtype(attributes, block):
-    """Return the type of the samples, with their byte order."""
-    sample_format = _value(attributes, "sampleFormat").lower()
-    name = _look_up(SAMPLE_FORMATS, sample_format, "samples of the kind")
-    byte_order = _value(block.attributes, "byteOrder", "little")
-    return np.dtype(_look_up(BYTE_ORDERS, byte_order, "the byte order") + name)
 
 
 def _read_bounds(attributes, dtype):
@@ -1582,26 +1553,15 @@ def _markup(element):
 # The FITS standard: https://fits.gsfc.nasa.gov/fits_standard.html.
 # --------------------------------------------------------------------------------------------------
 
-FITS_BLOCK = 2880
-"""Bytes: headers and data of FITS files fill whole blocks."""
-
-MAX_FITS_CARDS = 20_000
-"""Cards of a FITS header that is read. Real ones have some hundreds."""
-
-MAX_KEPT_CARDS = 18_000
-"""Cards that the outputs take over. With HISTORY, there must be fewer than MAX_FITS_CARDS, so that
-they can be read again."""
-
-MAX_HDUS = 1000
-"""Parts of a file that are looked at. Real files have some dozens."""
-
-MAX_TILES = 100_000
-"""Tiles or strips of a picture, each of which takes a call to decompress. Real ones hold a row or
-more."""
-
+FITS_BLOCK = 2880  # bytes: headers and data fill whole blocks
 END_CARD = "END".ljust(FITS_CARD)
-ROW_ORDER = "ROWORDER"
-"""The keyword that says which row is the first: the lowest, unless it is 'TOP-DOWN'."""
+ROW_ORDER = "ROWORDER"  # says which row is the first: the lowest, unless it is 'TOP-DOWN'
+
+# Limits that no real file meets
+MAX_FITS_CARDS = 20_000  # of a header
+MAX_KEPT_CARDS = 18_000  # that outputs take over: with HISTORY, they must be readable, too
+MAX_HDUS = 1000  # of a file
+MAX_TILES = 100_000  # or strips of a picture, each of which takes a call to decompress
 
 FITS_TYPES = {8: "u1", 16: "i2", 32: "i4", 64: "i8", -32: "f4", -64: "f8"}  # by BITPIX
 FITS_EXPANSION = {
@@ -2001,12 +1961,10 @@ can stand for."""
 TIFF_COLORS = {0: 1, 1: 1, 2: 3}  # channels of gray (white is 0 or largest) and RGB, by photometric
 TIFF_MINISWHITE = 0
 TIFF_SENSOR = (32803, 34892)  # photometric of a color filter mosaic, and of a camera's linear data
-TIFF_PHOTOMETRIC, TIFF_DESCRIPTION, TIFF_ICC = 262, 270, 34675  # tags
-TIFF_MAKE, TIFF_DNG = 271, 50706
-TIFF_X_RESOLUTION, TIFF_Y_RESOLUTION, TIFF_RESOLUTION_UNIT = 282, 283, 296
-TIFF_CHUNKS = 273, 279, 324, 325  # offsets and sizes of strips, and of tiles
+TIFF_ICC = 34675
+TIFF_CHUNKS = ("StripOffsets", "StripByteCounts", "TileOffsets", "TileByteCounts")
 TIFF_PLANAR = 1, 2  # samples of a pixel together, or planes
-TIFF_OLD_KIND, TIFF_THUMBNAIL = 255, 2  # a tag and its value
+TIFF_THUMBNAIL = 2  # value of the old SubfileType
 TIFF_INCH = 2
 TIFF_RESOLUTION_UNITS = 1, 2, 3  # none, inch, centimeter
 LARGEST_TIFF = 0xF0000000  # bytes; larger ones are BigTIFF
@@ -2014,8 +1972,7 @@ TIFF_BYTES = 7  # a type
 TIFF_KEPT = {271: "s", 272: "s", 306: "s", 315: "s", 33432: "s", 274: "H", 700: "B"}
 """Tags that are carried over, and their types: camera, date, author, rights, orientation, XMP."""
 
-MAX_PAGES = 16
-"""Pages among which the picture is looked for."""
+MAX_PAGES = 16  # among which the picture is looked for
 
 FOR_PROGRAMS = re.compile(
     rb"\s*(\{|<|\[|(ImageJ|shape)=|Aperio |state\.|# )|.*(scanimage\.SI|>\s*$)", re.DOTALL)
@@ -2065,12 +2022,12 @@ def _find_page(tiff):
             pages.append(tiff.pages[number])
     _require(pages, "holds no picture")
     parts = [*pages, *(pages[0].pages or ())]
-    is_raw = TIFF_DNG in pages[0].tags or any(part.photometric in TIFF_SENSOR for part in parts)
+    is_raw = "DNGVersion" in pages[0].tags or any(part.photometric in TIFF_SENSOR for part in parts)
     if is_raw:
-        maker = str(pages[0].tags.valueof(TIFF_MAKE) or "").strip()
+        maker = str(pages[0].tags.valueof("Make") or "").strip()
         _refuse_raw(f"of {maker[:30]}" if maker else "such as DNG")
     pictures = [number for number, page in enumerate(pages)
-                if not page.is_reduced and page.tags.valueof(TIFF_OLD_KIND) != TIFF_THUMBNAIL]
+                if not page.is_reduced and page.tags.valueof("SubfileType") != TIFF_THUMBNAIL]
     _require(pictures, "holds nothing but a thumbnail")
     notes = []
     if len(pictures) > 1:
@@ -2088,7 +2045,8 @@ def _refuse_raw(kind):
 def _check_tiff_page(page, size):
     """Refuse a page that is not read, or that lies about its size; return its number of colors."""
     advice = "save it as 32-bit float or 16-bit, grayscale or RGB"
-    _require(TIFF_PHOTOMETRIC in page.tags, "does not say whether it is gray or RGB", advice)
+    known = "PhotometricInterpretation" in page.tags
+    _require(known, "does not say whether it is gray or RGB", advice)
     colors = TIFF_COLORS.get(int(page.photometric))
     _require(colors, f"is neither gray nor RGB, but {_tiff_word(page.photometric)}", advice)
     compression = int(page.compression)
@@ -2145,12 +2103,12 @@ def _read_tiff_source(page, white, notes):
     if icc:
         tags.append((TIFF_ICC, TIFF_BYTES, len(icc), icc, True))
     options = {"extratags": tags}
-    resolution = value(TIFF_X_RESOLUTION), value(TIFF_Y_RESOLUTION)
-    unit = value(TIFF_RESOLUTION_UNIT) or TIFF_INCH
+    resolution = value("XResolution"), value("YResolution")
+    unit = value("ResolutionUnit") or TIFF_INCH
     fractions = all(isinstance(found, tuple) and all(found) for found in resolution)
     if fractions and unit in TIFF_RESOLUTION_UNITS:
         options.update(resolution=resolution, resolutionunit=int(unit))
-    description = text(TIFF_DESCRIPTION).rstrip(b"\0 \r\n")
+    description = text("ImageDescription").rstrip(b"\0 \r\n")
     cards = _cards_of_tiff(description)
     if cards:
         description = b""
@@ -2246,6 +2204,7 @@ class Format(NamedTuple):
     ending: str
     read: Callable  # path -> Picture
     write: Callable  # file, planes, source, history, compress, unit
+    held: tuple  # pictures in memory beside the one that is written: plain, and compressed
 
 
 def picture_format(path):
@@ -2397,9 +2356,9 @@ def rows_of(source):
 
 
 FORMATS = {
-    "xisf": Format(".xisf", read_xisf, _write_xisf_of_any),
-    "fits": Format(".fits", read_fits, write_fits),
-    "tiff": Format(".tif", read_tiff, write_tiff),
+    "xisf": Format(".xisf", read_xisf, _write_xisf_of_any, (0, 2.5)),
+    "fits": Format(".fits", read_fits, write_fits, (0, 3)),
+    "tiff": Format(".tif", read_tiff, write_tiff, (1, 1)),
 }
 
 
@@ -2437,7 +2396,10 @@ def atomic_outputs(*paths):
             for path in paths:
                 for other in glob.glob(f"{glob.escape(_hidden(path))}-*.tmp"):
                     if other not in temporary:
-                        raise _said_busy(path, other)
+                        *_, process, host = other[:-len(".tmp")].rsplit("-", 2)
+                        raise BgError(f"process {process} on {host} is writing {path}; wait until "
+                                      "it ends, or choose another folder (if it runs no more, "
+                                      f"delete {other})")
             yield files
             for file in files:
                 file.flush()
@@ -2445,7 +2407,10 @@ def atomic_outputs(*paths):
                 if fcntl is None:
                     file.close()  # Windows renames no open file
             _rename_all(temporary, paths)
-            _sync_folder(folder)
+            with suppress(OSError):  # Windows opens no folders, and some disks cannot do that
+                opened = os.open(folder or ".", os.O_RDONLY)
+                stack.callback(os.close, opened)
+                os.fsync(opened)
     except BrokenPipeError:  # that of stdout: no output is a pipe
         raise
     except OSError as error:
@@ -2459,12 +2424,6 @@ def _hidden(path):
     folder, name = os.path.split(path)
     digest = hashlib.sha1(os.fsencode(name)).hexdigest()
     return os.path.join(folder, f".bgoptimizer-{digest[:12]}")
-
-
-def _said_busy(path, other):
-    *_, process, host = other[:-len(".tmp")].rsplit("-", 2)
-    return BgError(f"process {process} on {host} is writing {path}; wait until it ends, "
-                   f"or choose another folder (if it runs no more, delete {other})")
 
 
 def _create_locked(name):
@@ -2546,16 +2505,6 @@ def _remove(names):
     for name in names:
         with suppress(OSError):
             os.unlink(name)
-
-
-def _sync_folder(folder):
-    """Wait until the names in a folder are on the disk."""
-    with suppress(OSError):  # Windows opens no folders, and some disks cannot do that
-        opened = os.open(folder or ".", os.O_RDONLY)
-        try:
-            os.fsync(opened)
-        finally:
-            os.close(opened)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -7225,7 +7174,7 @@ def process_file(task: Task, watched: ContextManager = nullcontext()) -> Result:
     with atomic_outputs(*task.outputs.values()) as files:
         picture = _read_input(task)
         _check_disk(task, picture.planes)
-        _check_memory(picture.planes)
+        _check_memory(task, picture.planes)
         _start_importing()
         mask = _read_mask(task.mask_file)
         result = remove_sky(picture.planes, task.settings, mask, picture.unit, watched)
@@ -7512,9 +7461,10 @@ def _check_disk(task: Task, planes: np.ndarray) -> None:
                       "or try --compress")
 
 
-def _check_memory(planes: np.ndarray) -> None:
+def _check_memory(task: Task, planes: np.ndarray) -> None:
     """Warn if the memory may not suffice: a system that is short of it ends the run silently."""
-    needed = TENSORFLOW_BYTES + 2 * planes[0].nbytes  # two planes while the outputs are written
+    held = FORMATS[task.format].held[task.compress] * planes.nbytes
+    needed = TENSORFLOW_BYTES + 2 * planes[0].nbytes + held
     free = _free_memory()
     if free < needed:
         logger.warning(f"about {needed / 1e9:.1f} GB more memory is needed and "
