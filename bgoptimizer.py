@@ -495,10 +495,8 @@ def _read_planes(stream, dtype, shape, together, path, step=1, zero=0, blank=Non
     _fill(upright, together, _rows_of(stream, dtype, (shape[2], together)), convert)
     if white:
         return planes, Unit(), f"integers, {white} = white", []
-    mark, marked = _leave_out_marks(planes)
-    unit, note = _fit_into_unit_range(planes, path)
-    notes = [marked] if marked else []
-    return planes, unit._replace(mark=mark), note, notes
+    unit, note, marked = _fit_into_unit_range(planes, path)
+    return planes, unit, note, marked
 
 
 def _white(dtype, step=1, zero=0):
@@ -525,11 +523,10 @@ def _finite_range(values):
 
 def array_unit(planes):
     """Bring planes outside [0, 1] into it, in place, and return their Unit. Raises BgError."""
-    mark, marked = _leave_out_marks(planes)
-    if marked:
-        logger.warning(f"the image {marked}")
-    unit, _ = _fit_into_unit_range(planes, "the image")
-    return unit._replace(mark=mark)
+    unit, _, marked = _fit_into_unit_range(planes, "the image")
+    for text in marked:
+        logger.warning(f"the image {text}")
+    return unit
 
 
 def _leave_out_marks(planes):
@@ -537,33 +534,31 @@ def _leave_out_marks(planes):
 
     It is a negative whole number, far below all others: they are nearer to their median.
 
-    Returns the value and a warning, or None twice.
+    Returns the value, None without one, and how many they are.
     """
     lowest = min(_finite_range(plane)[0] for plane in planes)
     if not (-LARGEST_VALUE < lowest < 0 and lowest == round(lowest)):
-        return None, None
-    others = [plane[np.isfinite(plane) & (plane > lowest)] for plane in planes]
-    others = np.concatenate(others)
+        return None, 0
+    others = np.concatenate([plane[np.isfinite(plane) & (plane > lowest)] for plane in planes])
     if not others.size or others.min() - lowest <= np.median(others) - others.min():
-        return None, None
-    count = 0
-    for plane in planes:
-        marked = plane == lowest
-        count += np.count_nonzero(marked)
-        plane[marked] = np.nan
-    return lowest, f"has {count} samples of {lowest:g}, which are taken for missing"
+        return None, 0
+    marked = planes == lowest
+    planes[marked] = np.nan
+    return lowest, np.count_nonzero(marked)
 
 
 def _fit_into_unit_range(planes, name):
-    """Bring planes outside [0, 1] into it, in place; return their Unit and a sentence on it.
+    """Bring planes outside [0, 1] into it, in place; return their Unit, a sentence, and warnings.
 
     Room is left where the corrected picture may need it: above the brightest star, and below the
     noise of the darkest sky, so that negative values stay what they are.
     """
+    mark, count = _leave_out_marks(planes)
+    marked = [f"has {count} samples of {mark:g}, which are taken for missing"] if count else []
     lows, highs = zip(*map(_finite_range, planes))
     lowest, highest = min(lows), max(highs)
     if lowest >= 0 and highest <= 1 or lowest > highest:
-        return Unit(), "from 0 to 1"
+        return Unit(mark=mark), "from 0 to 1", marked
     values_are = f"from {lowest:.6g} to {highest:.6g}"
     if max(-lowest, highest) >= LARGEST_VALUE:
         raise BgError(f"{name} has values {values_are}, which cannot be light; "
@@ -581,7 +576,7 @@ def _fit_into_unit_range(planes, name):
         plane /= scale
         plane[missing] = 0
     note = f"{values_are}, written back in this unit; the levels below are {value} / {scale:g}"
-    return Unit(scale, offset), note
+    return Unit(scale, offset, mark), note, marked
 
 
 def _room_below(planes, lowest, highest):
@@ -936,15 +931,6 @@ class _OpenFile:
     warnings: list  # of str, for the user
 
 
-@dataclass
-class _Block:
-    """The bytes that belong to an element, as they are stored."""
-    attributes: dict  # tell how the bytes are packed
-    size: int  # bytes
-    position: int | None = None  # in the file
-    data: bytes = b""  # the bytes themselves, if they stand in the header
-
-
 class _BlockReader(XISF):
     """The `xisf` package's reader, which is told where a block is, and parses no header itself."""
 
@@ -1049,7 +1035,10 @@ def _look_up(choices, text, what):
 
 
 def _find_block(element, opened):
-    """Return the _Block of an element. No other file is ever opened for it."""
+    """Return the bytes of an element, (n,) uint8 as they are stored, and what tells how.
+
+    No other file is ever opened for it.
+    """
     attributes = element.attrib
     location = _value(attributes, "location")
     method, _, place = location.partition(":")
@@ -1061,7 +1050,7 @@ def _find_block(element, opened):
                                "are missing")
         opened.bytes_left -= size
         _require(opened.bytes_left >= 0, "has data that overlap with others")
-        return _Block(attributes, size, position)
+        return _read_attached(opened.file, position, size), attributes
     encoding = place
     if method == "embedded":
         element = element.find("Data")
@@ -1074,39 +1063,31 @@ def _find_block(element, opened):
     decode = _look_up(TEXT_DECODERS, encoding.lower(), "data in the encoding")
     digits = "".join((element.text or "").split())
     try:
-        data = decode(digits)
+        return np.frombuffer(decode(digits), np.uint8), attributes
     except ValueError:
         raise _Unreadable(f"has damaged {encoding} data") from None
-    return _Block(attributes, len(data), data=data)
 
 
-def _read_bytes(block, opened, start, size):
-    """Return the `size` stored bytes from byte `start` of a block on, (size,) uint8."""
-    if block.position is None:
-        return np.frombuffer(block.data, np.uint8)[start:start + size]
-    place = "attachment", block.position + start, size
-    # The package opens a file by name or descriptor, and closes it. By descriptor it is still the
-    # same file if another one takes over its name.
-    file = os.dup(opened.file.fileno())
-    described = {"geometry": (size, 1, 1), "dtype": np.dtype(np.uint8), "location": place}
+def _read_attached(file, position, size):
+    """Let the `xisf` package read so many bytes."""
+    # It opens a file by name or descriptor, and closes it. By descriptor it is still the same file
+    # if another one takes over its name.
+    described = {"geometry": (size, 1, 1), "dtype": np.dtype(np.uint8),
+                 "location": ("attachment", position, size)}
     try:
-        return _BlockReader(file, described).read_image(0, "channels_first").ravel()
+        reader = _BlockReader(os.dup(file.fileno()), described)
+        return reader.read_image(0, "channels_first").ravel()
     except ValueError:  # fewer bytes than described
         raise _Unreadable(NOT_DECODED) from None
 
 
-def _verify_checksum(block, opened):
-    """Refuse a block that does not match its checksum."""
-    if "checksum" not in block.attributes:
-        return
-    checksum = _value(block.attributes, "checksum").lower()
-    name, _, expected = checksum.partition(":")
-    digest = hashlib.new(_look_up(CHECKSUMS, name, "a checksum of the kind"))
-    for start in range(0, block.size, READ_AT_ONCE):
-        size = min(READ_AT_ONCE, block.size - start)
-        digest.update(_read_bytes(block, opened, start, size))
-    matches = digest.hexdigest() == expected
-    _require(matches, "is damaged: its data do not match their checksum")
+def _verify_checksum(stored, attributes):
+    """Refuse bytes that do not match their checksum."""
+    if "checksum" in attributes:
+        name, _, expected = _value(attributes, "checksum").lower().partition(":")
+        digest = hashlib.new(_look_up(CHECKSUMS, name, "a checksum of the kind"), stored)
+        matches = digest.hexdigest() == expected
+        _require(matches, "is damaged: its data do not match their checksum")
 
 
 def _read_pixels(root, opened):
@@ -1116,8 +1097,8 @@ def _read_pixels(root, opened):
     if len(images) > 1:
         opened.warnings.append(f"holds {len(images)} images: only the first is used and kept")
     attributes = images[0].attrib
-    block = _find_block(images[0], opened)
-    _verify_checksum(block, opened)
+    stored, packing = _find_block(images[0], opened)
+    _verify_checksum(stored, packing)
     geometry = _integers(_value(attributes, "geometry"), 3, "geometry")
     _require(0 not in geometry, "is a picture without samples")
     width, height, channels = geometry
@@ -1128,14 +1109,14 @@ def _read_pixels(root, opened):
         opened.warnings.append(f"has {channels - colors} alpha channel(s): dropped")
     sample_format = _value(attributes, "sampleFormat").lower()
     name = _look_up(SAMPLE_FORMATS, sample_format, "samples of the kind")
-    byte_order = _value(block.attributes, "byteOrder", "little")
+    byte_order = _value(packing, "byteOrder", "little")
     dtype = np.dtype(_look_up(BYTE_ORDERS, byte_order, "the byte order") + name)
     bounds = _read_bounds(attributes, dtype)
     storage = _value(attributes, "pixelStorage", "Planar").lower()
     interleaved = _look_up(INTERLEAVED, storage, "its samples in the order")
     together = channels if interleaved else 1
     size = width * height * channels * dtype.itemsize
-    read_rows = _open_samples(block, opened, size, dtype, (width, together))
+    read_rows = _open_samples(stored, packing, size, dtype, (width, together), opened.warnings)
     planes = np.empty((colors, height, width), "f8" if dtype.name == "float64" else "f4")
     counts = np.zeros(3, int)
 
@@ -1173,40 +1154,34 @@ def _read_bounds(attributes, dtype):
     return lower, upper
 
 
-def _open_samples(block, opened, size, dtype, row_shape):
+def _open_samples(stored, attributes, size, dtype, row_shape, notes):
     """Return a function for `_fill` that reads rows of samples; all together have `size` bytes."""
-    codec, unpacked_size, item = _read_compression(block)
+    codec, unpacked_size, item = _read_compression(stored, attributes)
     # Checked before memory is taken that the stored bytes do not vouch for
     _require(unpacked_size == size,
              f"is damaged: its data hold {unpacked_size} bytes, its samples need {size}")
     row_size = math.prod(row_shape) * dtype.itemsize
-    if codec:
-        data = _decompress(block, opened, codec, size)
-        if item != dtype.itemsize:
-            data = _unshuffle(data, item)
-            item = 1
-        data = data.reshape(item, -1)  # byte 0 of all samples, byte 1, ...; or all their bytes
+    data = _decompress(stored, attributes, codec, size, notes)
+    if item != dtype.itemsize:
+        data = _unshuffle(data, item)
+        item = 1
+    data = data.reshape(item, -1)  # byte 0 of all samples, byte 1, ...; or all their bytes
 
     def read_rows(start, stop):
-        first, last = start * row_size, stop * row_size
-        if codec:
-            part = data[:, first // item:last // item]
-            stored = _unshuffle(part.ravel(), item)
-        else:
-            stored = _read_bytes(block, opened, first, last - first)
-        return stored.view(dtype).reshape(stop - start, *row_shape)
+        part = data[:, start * row_size // item:stop * row_size // item]
+        return _unshuffle(part.ravel(), item).view(dtype).reshape(stop - start, *row_shape)
 
     return read_rows
 
 
-def _read_compression(block):
+def _read_compression(stored, attributes):
     """Return the codec (None: not compressed), the size of the data, and of the shuffled items.
 
     Sizes are in bytes; items of one byte are not shuffled.
     """
-    if "compression" not in block.attributes:
-        return None, block.size, 1
-    text = _value(block.attributes, "compression").lower()
+    if "compression" not in attributes:
+        return None, stored.size, 1
+    text = _value(attributes, "compression").lower()
     match = XISF_COMPRESSION.fullmatch(text)
     complete = match and (match["item"] or not match["shuffled"])
     _require(complete, f"is compressed in the unknown way {text!r}")
@@ -1214,56 +1189,53 @@ def _read_compression(block):
     return match["codec"], int(match["size"]), item
 
 
-def _decompress(block, opened, codec, size):
-    """Return the `size` bytes that a compressed block holds, (size,) uint8."""
-    sizes = [block.size, size]  # of each piece, as stored and unpacked
-    if "subblocks" in block.attributes:
-        text = _value(block.attributes, "subblocks").replace(",", ":")
+def _decompress(stored, attributes, codec, size, notes):
+    """Return the `size` bytes that stored ones hold, (size,) uint8."""
+    if codec is None:
+        return stored
+    sizes = [stored.size, size]  # of each piece, as stored and unpacked
+    if "subblocks" in attributes:
+        text = _value(attributes, "subblocks").replace(",", ":")
         count = min(1 + text.count(":"), 2 * MAX_SUBBLOCKS)
         sizes = _integers(text, count, "list of sub-blocks")
     stored_sizes, unpacked_sizes = sizes[::2], sizes[1::2]
     consistent = len(sizes) % 2 == 0 and 0 not in sizes
     totals = sum(stored_sizes), sum(unpacked_sizes)
-    _require(consistent and totals == (block.size, size),
+    _require(consistent and totals == (stored.size, size),
              "has a compressed block that contradicts itself")
     pieces = []
     start = 0
     for stored_size, unpacked_size in zip(stored_sizes, unpacked_sizes):
         _require_honest(unpacked_size, stored_size, MAX_EXPANSION[codec])
-        stored = _read_bytes(block, opened, start, stored_size)
-        pieces.append(_decompress_piece(stored, codec, unpacked_size, opened))
+        piece = stored[start:start + stored_size]
+        pieces.append(_decompress_piece(piece, codec, unpacked_size, notes))
         start += stored_size
     return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
 
-def _decompress_piece(stored, codec, size, opened):
+def _decompress_piece(stored, codec, size, notes):
     """Return the `size` bytes in stored ones; never expand further."""
     if stored.size == size:  # what does not shrink is stored as it was
         return stored
-    decode = {"zlib": _decode_zlib, "zstd": _decode_zstd}.get(codec, lz4.block.decompress)
     with suppress(ValueError, zlib.error, zstandard.ZstdError, lz4.block.LZ4BlockError):
-        data = decode(stored, size)
+        if codec == "zlib":
+            decoder = zlib.decompressobj()
+            data = decoder.decompress(stored, size + 1)
+            _require(decoder.eof, NOT_DECODED)  # the stream's own checksum stands at its end
+        elif codec == "zstd":  # would be expanded to what it claims
+            _require(zstandard.frame_content_size(stored) == size, NOT_DECODED)
+            data = zstandard.ZstdDecompressor().decompress(stored)
+        else:
+            data = lz4.block.decompress(stored, size)
         _require(len(data) == size, NOT_DECODED)
         return np.frombuffer(data, np.uint8)
     _require(stored.size > size, NOT_DECODED)
     # Other programs keep a stream that is longer than the data, PixInsight never does
-    warning = ("has data that cannot be decompressed and are longer than they should be: "
-               "taken as uncompressed, as PixInsight does")
-    if warning not in opened.warnings:  # from another piece
-        opened.warnings.append(warning)
+    note = ("has data that cannot be decompressed and are longer than they should be: "
+            "taken as uncompressed, as PixInsight does")
+    if note not in notes:  # from another piece
+        notes.append(note)
     return stored[:size]
-
-
-def _decode_zlib(stored, size):
-    decoder = zlib.decompressobj()
-    data = decoder.decompress(stored, size + 1)
-    return data if decoder.eof else b""  # the stream's own checksum stands at its end
-
-
-def _decode_zstd(stored, size):
-    if zstandard.frame_content_size(stored) != size:  # it would be expanded to that
-        return b""
-    return zstandard.ZstdDecompressor().decompress(stored)
 
 
 def _unshuffle(data, item):
@@ -1394,10 +1366,10 @@ def _attached_bytes(element, blocks, opened):
         location = part.get("location")
         if location is None or location in blocks:  # several elements may share one block
             continue
-        block = _find_block(part, opened)
-        _verify_checksum(block, opened)
-        if block.position is not None:  # others stand in the element itself
-            attached[location] = _read_bytes(block, opened, 0, block.size)
+        stored, attributes = _find_block(part, opened)
+        _verify_checksum(stored, attributes)
+        if location.strip().startswith("attachment"):  # others stand in the element itself
+            attached[location] = stored
     return attached
 
 
@@ -1406,15 +1378,13 @@ def _icc_of_xisf(source):
     element = source.root.find("Image/ICCProfile")
     if element is None:
         return b""
-    data = source.blocks.get(element.get("location"))
-    if data is None:
-        block = _find_block(element, opened=None)  # it stands in the header
-    else:
-        block = _Block(element.attrib, len(data), data=bytes(data))
-    codec, size, item = _read_compression(block)
-    if codec is None:
-        return block.data
-    data = _decompress(block, None, codec, size)
+    stored = source.blocks.get(element.get("location"))
+    attributes = element.attrib
+    if stored is None:  # it stands in the header
+        stored, attributes = _find_block(element, opened=None)
+    stored = np.frombuffer(stored, np.uint8)
+    codec, size, item = _read_compression(stored, attributes)
+    data = _decompress(stored, attributes, codec, size, [])
     return bytes(_unshuffle(data, item))
 
 
@@ -1953,7 +1923,6 @@ def _checksum(total):
 # tifffile reads the tags, which are checked here, and writes.
 # --------------------------------------------------------------------------------------------------
 
-TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 TIFF_EXPANSION = {1: 1, 5: 4096, 8: 1032, 32946: 1032, 32773: 64, 50000: 1 << 16}
 """The compressions that are read (none, LZW, deflate, PackBits, zstd), and how many bytes one byte
 can stand for."""
@@ -2181,12 +2150,12 @@ def _to_tiff_source(source, height):
 # Pictures on disk: the table of formats, and masks
 # --------------------------------------------------------------------------------------------------
 
-GZIP_WINDOW = 31
-"""What zlib calls gzip."""
-
+GZIP_WINDOW = 31  # what zlib calls gzip
 PICTURE_ENDINGS = re.compile(r"(?i)(?<=.)(\.(xisf|fits?|fts|fz|tiff?)(\.gz)?)+$")
 
-RAW = {  # how files begin that people try, and what they are
+STARTS = {  # how files begin, by format
+    "xisf": b"XISF", "fits": b"SIMPLE  =", "tiff": (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")}
+RAW = {  # and those of others that people try
     rb"(II\*\0|MM\0\*)....CR": "Canon CR2", rb"....ftypcrx ": "Canon CR3",
     rb"II\x1a\0\0\0HEAPCCDR": "Canon CRW", rb"FUJIFILMCCD-RAW": "Fujifilm RAF",
     rb"IIU\0": "Panasonic RW2", rb"IIRO|IIRS|MMOR": "Olympus ORF", rb"FOVb": "Sigma X3F",
@@ -2209,7 +2178,9 @@ class Format(NamedTuple):
 
 def picture_format(path):
     """Return the name in FORMATS of a file's format, by its content; None for another one."""
-    return _tell_format(_first_bytes(path))
+    start = _first_bytes(path)
+    names = [name for name, starts in STARTS.items() if start.startswith(starts)]
+    return names[0] if names else None
 
 
 def _first_bytes(path):
@@ -2222,14 +2193,6 @@ def _first_bytes(path):
         with suppress(zlib.error):
             return zlib.decompressobj(GZIP_WINDOW).decompress(start, 16)
     return start
-
-
-def _tell_format(start):
-    if start.startswith(b"XISF"):
-        return "xisf"
-    if start.startswith(b"SIMPLE  ="):
-        return "fits"
-    return "tiff" if start[:4] in TIFF_STARTS else None
 
 
 def read_picture(path):
@@ -2252,7 +2215,7 @@ def read_picture(path):
             _require(not re.match(pattern, start, re.DOTALL),
                      f"is a {kind} picture, stretched and no longer linear",
                      "give the linear stack as XISF, FITS, or TIFF")
-        name = _tell_format(start)
+        name = picture_format(path)
         _require(name, "is not an XISF, FITS, or TIFF file", "save the picture as one of them")
     return FORMATS[name].read(path)
 

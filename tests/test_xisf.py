@@ -437,7 +437,7 @@ def test_the_package_reads_the_attached_pixels(name, tmp_path, monkeypatch):
 
 
 def test_a_file_that_takes_over_the_name_is_not_mixed_in(tmp_path, monkeypatch):
-    """Big pictures are read in strips; all come from the file whose header was read."""
+    """All data come from the file whose header was read."""
     path, other = tmp_path / "in.xisf", tmp_path / "other.xisf"
     path.write_bytes(one_image(np.full((1, 1000, 1000), 0.25, "f4")))
     other.write_bytes(one_image(np.full((1, 1000, 1000), 0.75, "f4")))
@@ -458,12 +458,11 @@ def test_a_file_that_is_cut_while_it_is_read_is_refused_and_closed(tmp_path, mon
     path.write_bytes(one_image(np.full((1, 1000, 1000), 0.25, "f4")))
     read_image = xisf.XISF.read_image
 
-    def read_and_cut(*arguments):
-        samples = read_image(*arguments)
+    def cut_and_read(*arguments):
         os.truncate(str(path), 2_000_000)
-        return samples
+        return read_image(*arguments)
 
-    monkeypatch.setattr(xisf.XISF, "read_image", read_and_cut)
+    monkeypatch.setattr(xisf.XISF, "read_image", cut_and_read)
     next_descriptor = os.dup(0)
     os.close(next_descriptor)
     with pytest.raises(bg.BgError, match="damaged"):
