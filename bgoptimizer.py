@@ -1162,14 +1162,14 @@ def _open_samples(stored, attributes, size, dtype, row_shape, notes):
              f"is damaged: its data hold {unpacked_size} bytes, its samples need {size}")
     row_size = math.prod(row_shape) * dtype.itemsize
     data = _decompress(stored, attributes, codec, size, notes)
-    if item != dtype.itemsize:
+    if item not in (1, dtype.itemsize):
         data = _unshuffle(data, item)
         item = 1
     data = data.reshape(item, -1)  # byte 0 of all samples, byte 1, ...; or all their bytes
 
     def read_rows(start, stop):
-        part = data[:, start * row_size // item:stop * row_size // item]
-        return _unshuffle(part.ravel(), item).view(dtype).reshape(stop - start, *row_shape)
+        part = data[:, start * row_size // item:stop * row_size // item].ravel()
+        return _unshuffle(part, item).view(dtype).reshape(stop - start, *row_shape)
 
     return read_rows
 
@@ -1243,6 +1243,8 @@ def _unshuffle(data, item):
 
     What is less than an item stays behind them.
     """
+    if item == 1:
+        return data
     items = data.size // item
     end = items * item
     unshuffled = np.empty_like(data)
