@@ -262,7 +262,9 @@ mask; of pictures, with their noise, nothing makes more than some dozens."""
 DECODING_SECONDS, DECODING_SPEED, DECODER_SPARE = 60, 500_000, 1 << 27
 
 DECODER = """
-import os, sys, warnings
+import sys
+sys.path[:] = filter(None, sys.path)  # nothing is imported from where pictures are
+import os, warnings
 import numpy
 kind, number, dtype = sys.argv[1], int(sys.argv[2]), sys.argv[3]
 parent, seconds, memory = map(int, sys.argv[4:])

@@ -1034,6 +1034,12 @@ def test_a_decoder_that_crashes_or_hangs_costs_only_its_picture(
         bg.read_picture(path)
 
 
+def test_a_decoder_imports_nothing_from_where_the_pictures_are(small, folder):
+    save_tiff("a.tif", small, compression="lzw")
+    (folder / "numpy.py").write_text("raise SystemExit")
+    assert bg.read_picture("a.tif").planes.shape == small.shape
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="as Linux does it")
 def test_a_decoder_ends_with_its_parent(small, folder):
     path = save_tiff("a.tif", small, compression="lzw")
@@ -1565,6 +1571,30 @@ def test_the_command_writes_the_format_of_the_input_or_another(
     assert (
         run("sky" + bg.FORMATS[source].ending, "out2", *FEW, "-m", "out/" + names[2]) == 0
     )
+
+
+@pytest.mark.slow
+def test_damaged_pictures_in_a_folder_cost_no_good_ones(small, folder, capsys):
+    os.mkdir("lights")
+    os.chdir("lights")
+    for name in HOSTILE:
+        with open(name.replace(" ", "_") + ".fits", "wb") as file:
+            file.write(HOSTILE[name])
+    path = save_tiff("damaged.tif", small, compression="lzw")
+    with open(path, "r+b") as file:
+        file.seek(-3000, os.SEEK_END)
+        file.write(b"\xff" * 2000)
+    save_fits("a.fits", small)
+    save_tiff("m.tif", small, compression="lzw")
+    save_compressed("z.fits.fz", small, "RICE_1")
+    os.chdir("..")
+    assert run("lights", "out", *FEW[:-3], "-dq", "1") == 1
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == len(HOSTILE) + 2, said
+    written_files = {f"{stem}_{kind}" for stem in ("a", "m", "z")
+                     for kind in ("bgModel", "bgSubtracted")}
+    assert {os.path.splitext(name)[0] for name in os.listdir("out")} == {
+        *written_files, "bgoptimizer_report"}
 
 
 @pytest.mark.slow
