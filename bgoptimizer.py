@@ -814,11 +814,27 @@ def _cards_of_xisf(source):
         else:
             if value.startswith("'"):
                 value = value[1:-1].replace("''", "'").rstrip()
-            from astropy.io import fits
-            with warnings.catch_warnings(), suppress(ValueError):  # a name that no card can have
-                warnings.simplefilter("ignore")
-                cards += _split_cards(str(fits.Card(name, value, comment)))
+            cards += _long_text_cards(name, value, comment)
     return cards
+
+
+def _long_text_cards(name, text, comment):
+    """Return the cards of a text, which may need several; none for a name that no card can have."""
+    start = f"{name:8}= "
+    if not FITS_NAME.fullmatch(name):
+        start = f"HIERARCH {name} = "
+    room = FITS_CARD - len(start) - len("'&'")
+    step = room // 2 if "'" in text else room  # a quote takes the room of two
+    pieces = [text[at:at + step].replace("'", "''") for at in range(0, len(text) or 1, step)]
+    if start.startswith("HIERARCH") and len(pieces) > 1:
+        return []
+    cards = []
+    for number, piece in enumerate(pieces, 1):
+        end = "&'" if number < len(pieces) else f"' / {comment}" if comment else "'"
+        card = f"{start}'{piece:8}{end}"[:FITS_CARD].ljust(FITS_CARD)
+        cards.append(card)
+        start = "CONTINUE  "
+    return cards if _parse_card(cards[0]) else []
 
 
 def _shared_metadata(source, height):
