@@ -1170,6 +1170,7 @@ print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss >> 10)
     assert int(own) < 400 and int(child) < 400  # MB, of which half are libraries
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", bg.FORMATS)
 @pytest.mark.parametrize("compress", [False, True])
 def test_writing_takes_twice_as_long_for_twice_the_keywords(name, compress, small, folder):
@@ -1183,6 +1184,7 @@ def test_writing_takes_twice_as_long_for_twice_the_keywords(name, compress, smal
     assert growth(there_and_back) < LINEAR
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="measures as Linux does")
 @pytest.mark.parametrize("name", bg.FORMATS)
 @pytest.mark.parametrize("compress", [False, True])
