@@ -247,6 +247,7 @@ class Settings:
 # --------------------------------------------------------------------------------------------------
 
 LARGEST_VALUE = 1e30  # floating point beyond it is no light, but damage, or means something else
+SMALLEST_MARK = -99  # -99, -999, -9999, -32768, and the like stand for what is missing
 READ_AT_ONCE = 1 << 20  # bytes that are read together where no picture gives the measure
 GZIP_START = b"\x1f\x8b"
 
@@ -534,12 +535,12 @@ def array_unit(planes):
 def _leave_out_marks(planes):
     """Set samples to NaN, in place, that a value such as -9999 marks as missing.
 
-    It is a negative whole number, far below all others: they are nearer to their median.
+    It is a whole number up to SMALLEST_MARK, and all others are nearer to their median than to it.
 
     Returns the value, None without one, and how many they are.
     """
     lowest = min(_finite_range(plane)[0] for plane in planes)
-    if not (-LARGEST_VALUE < lowest < 0 and lowest == round(lowest)):
+    if not (-LARGEST_VALUE < lowest <= SMALLEST_MARK and lowest == round(lowest)):
         return None, 0
     others = np.concatenate([plane[np.isfinite(plane) & (plane > lowest)] for plane in planes])
     if not others.size or others.min() - lowest <= np.median(others) - others.min():
