@@ -2090,8 +2090,7 @@ def _read_tiff_source(page, white, notes):
             tags.append((code, kind, count, kept, True))
     icc = value(TIFF_ICC)
     icc = icc if isinstance(icc, bytes) else b""
-    if icc:
-        tags.append((TIFF_ICC, TIFF_BYTES, len(icc), icc, True))
+    tags += _icc_tags(icc)
     options = {"extratags": tags}
     resolution = value("XResolution"), value("YResolution")
     unit = value("ResolutionUnit") or TIFF_INCH
@@ -2163,8 +2162,12 @@ def write_tiff(file, planes, source=None, history=(), compress=False, unit=Unit(
 def _to_tiff_source(source, height):
     """Return a TiffSource that holds what TIFF can hold of another one."""
     cards, icc = _shared_metadata(source, height)
-    tags = [(TIFF_ICC, TIFF_BYTES, len(icc), icc, True)] if icc else []
-    return TiffSource(b"", cards, icc, {"extratags": tags})
+    return TiffSource(b"", cards, icc, {"extratags": _icc_tags(icc)})
+
+
+def _icc_tags(icc):
+    """Return the tag of a color profile in a list, which is empty without one."""
+    return [(TIFF_ICC, TIFF_BYTES, len(icc), icc, True)] if icc else []
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2185,8 +2188,8 @@ STRETCHED = {
     rb"\xff\xd8\xff": "JPEG", rb"\x89PNG": "PNG", rb"BM": "BMP", rb"GIF8": "GIF",
     rb"RIFF....WEBP": "WebP", rb"....ftyp(heic|heix|mif1|avif)": "HEIF"}
 
-MASK_FORMATS = ("PNG", "TIFF", "JPEG", "BMP", "GIF", "PPM", "WEBP")
-"""What Pillow may open."""
+MASK_FORMATS = ("PNG", "TIFF", "JPEG", "BMP", "GIF", "PPM", "WEBP")  # what Pillow may open
+MASK_MODES = ("1", "P", "PA", "CMYK", "YCbCr")  # what it makes RGB of
 
 
 class Format(NamedTuple):
@@ -2272,15 +2275,15 @@ def read_mask(path):
 def _read_with_pillow(path):
     """Return a mask as a Picture; None if Pillow does not read it."""
     from PIL import Image
-    if picture_format(path) not in (None, "tiff"):
-        return None
+    is_tiff = picture_format(path) == "tiff"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # of sizes beyond all masks
             with Image.open(path, formats=MASK_FORMATS) as image:
-                mode = image.mode
-                if mode in ("1", "P", "PA", "CMYK", "YCbCr"):
+                if image.mode in MASK_MODES:
                     image = image.convert("RGB")
+                elif is_tiff:  # why it was refused is known
+                    return None
                 samples = np.atleast_3d(np.asarray(image))  # (h, w, channels)
     except Exception:  # it raises anything
         return None
