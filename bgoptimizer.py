@@ -2197,7 +2197,6 @@ class Format(NamedTuple):
     ending: str
     read: Callable  # path -> Picture
     write: Callable  # file, planes, source, history, compress, unit
-    held: tuple  # pictures in memory beside the one that is written: plain, and compressed
 
 
 def picture_format(path):
@@ -2343,9 +2342,9 @@ def rows_of(source):
 
 
 FORMATS = {
-    "xisf": Format(".xisf", read_xisf, _write_xisf_of_any, (0, 2.5)),
-    "fits": Format(".fits", read_fits, write_fits, (0, 3)),
-    "tiff": Format(".tif", read_tiff, write_tiff, (1, 1)),
+    "xisf": Format(".xisf", read_xisf, _write_xisf_of_any),
+    "fits": Format(".fits", read_fits, write_fits),
+    "tiff": Format(".tif", read_tiff, write_tiff),
 }
 
 
@@ -7161,7 +7160,7 @@ def process_file(task: Task, watched: ContextManager = nullcontext()) -> Result:
     with atomic_outputs(*task.outputs.values()) as files:
         picture = _read_input(task)
         _check_disk(task, picture.planes)
-        _check_memory(task, picture.planes)
+        _check_memory(picture.planes)
         _start_importing()
         mask = _read_mask(task.mask_file)
         result = remove_sky(picture.planes, task.settings, mask, picture.unit, watched)
@@ -7448,10 +7447,9 @@ def _check_disk(task: Task, planes: np.ndarray) -> None:
                       "or try --compress")
 
 
-def _check_memory(task: Task, planes: np.ndarray) -> None:
+def _check_memory(planes: np.ndarray) -> None:
     """Warn if the memory may not suffice: a system that is short of it ends the run silently."""
-    held = FORMATS[task.format].held[task.compress] * planes.nbytes
-    needed = TENSORFLOW_BYTES + 2 * planes[0].nbytes + held
+    needed = TENSORFLOW_BYTES + 2 * planes[0].nbytes  # two planes while the outputs are written
     free = _free_memory()
     if free < needed:
         logger.warning(f"about {needed / 1e9:.1f} GB more memory is needed and "

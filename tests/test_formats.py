@@ -1184,42 +1184,6 @@ def test_writing_takes_twice_as_long_for_twice_the_keywords(name, compress, smal
     assert growth(there_and_back) < LINEAR
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="measures as Linux does")
-@pytest.mark.parametrize("name", bg.FORMATS)
-@pytest.mark.parametrize("compress", [False, True])
-def test_writing_takes_no_more_memory_than_is_said(name, compress, folder):
-    program = """
-import re, sys
-import numpy as np
-import bgoptimizer as bg
-name, compress = sys.argv[1], int(sys.argv[2])
-planes = np.random.default_rng(0).normal(0.1, 0.001, (3, 1500, 2000)).astype("f4")
-
-class Model:
-    shape, dtype = planes.shape, planes.dtype
-    def __iter__(self):
-        for plane in planes:
-            yield plane * np.float32(0.5)
-
-def peak(what):
-    with open("/proc/self/status") as file:
-        return int(re.search(what + r":\\s*(\\d+)", file.read())[1]) << 10
-
-small = bg.Picture(planes[:, :9, :9], None, [])
-with open("small", "w+b") as file:
-    bg.FORMATS[name].write(file, small.planes, None, [], compress)  # imports
-with open("/proc/self/clear_refs", "w") as file:
-    file.write("5")
-before = peak("VmRSS")
-with open("out", "w+b") as file:
-    bg.FORMATS[name].write(file, Model(), None, [], compress)
-held = bg.FORMATS[name].held[compress] * planes.nbytes + 2 * planes[0].nbytes
-print((peak("VmHWM") - before) / held)
-"""
-    assert float(python(program, name, str(int(compress)), cwd=folder).stdout) < 1.05
-
-
 # ------------------------------------------------------------------------------------ keywords
 
 
