@@ -843,18 +843,18 @@ def _shared_metadata(source, height):
 
     The cards are those of a picture whose rows go from the lowest up, of which there are `height`.
     """
-    if isinstance(source, Source):
-        icc = b""
-        with suppress(_Unreadable, AttributeError):  # a damaged profile is lost, not the picture
-            icc = _icc_of_xisf(source)
-        cards = _cards_of_xisf(source)
-        return cards, icc
     if source is None:
         return [], b""
-    cards = [card for card in source.cards if card[:8] != ROW_ORDER]
+    if isinstance(source, Source):
+        cards, icc = _cards_of_xisf(source), b""
+        with suppress(_Unreadable, AttributeError):  # a damaged profile is lost, not the picture
+            icc = _icc_of_xisf(source)
+    else:
+        cards, icc = source.cards, source.icc
+    cards = [card for card in cards if card[:8] != ROW_ORDER]
     if isinstance(source, FitsSource) and source.top_down:
         cards = _changed_cards(cards, _upside_down(height, cards))
-    return cards, source.icc
+    return cards, icc
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1814,7 +1814,6 @@ def _structure_cards(start, bits, axes):
 def _to_fits_source(source, height):
     """Return a FitsSource that holds what FITS can hold of another one."""
     cards, icc = _shared_metadata(source, height)
-    cards = [card for card in cards if card[:8] != ROW_ORDER]
     cards.append(_value_card(ROW_ORDER, "'BOTTOM-UP'"))
     after = b""
     if icc:
