@@ -2010,13 +2010,17 @@ def _find_page(tiff):
         for number in range(MAX_PAGES):
             pages.append(tiff.pages[number])
     _require(pages, "holds no picture")
-    parts = [*pages, *(pages[0].pages or ())]
-    is_raw = "DNGVersion" in pages[0].tags or any(part.photometric in TIFF_SENSOR for part in parts)
-    if is_raw:
-        maker = str(pages[0].tags.valueof("Make") or "").strip()
+    first = pages[0]
+    parts = [*pages, *(first.pages or ())]
+    from_sensor = any(part.photometric in TIFF_SENSOR for part in parts)
+    if from_sensor or "DNGVersion" in first.tags:
+        maker = str(first.tags.valueof("Make") or "").strip()
         _refuse_raw(f"of {maker[:30]}" if maker else "such as DNG")
-    pictures = [number for number, page in enumerate(pages)
-                if not page.is_reduced and page.tags.valueof("SubfileType") != TIFF_THUMBNAIL]
+    pictures = []
+    for number, page in enumerate(pages):
+        old_kind = page.tags.valueof("SubfileType")
+        if not page.is_reduced and old_kind != TIFF_THUMBNAIL:
+            pictures.append(number)
     _require(pictures, "holds nothing but a thumbnail")
     notes = []
     if len(pictures) > 1:
@@ -2073,8 +2077,7 @@ def _tiff_word(value):
 
 
 def _read_tiff_source(page, white, notes):
-    """Return what the outputs keep of a page, whose largest sample is `white` if it has integers.
-    """
+    """Return what the outputs keep of a page; integers have `white` for their largest."""
     value = page.tags.valueof
 
     def text(code):
