@@ -1,4 +1,16 @@
 #!/usr/bin/env python3
+# /// script
+# requires-python = ">= 3.8, < 3.14"  # 3.13 is the newest tried
+# dependencies = [  # those of requirements.txt
+#   'tensorflow ~= 2.13.0 ; python_version < "3.9"',
+#   'tensorflow ~= 2.15.0 ; python_version >= "3.9" and python_version < "3.12"',
+#   'tensorflow >= 2.16 ; python_version >= "3.12" and python_version < "3.15"',
+#   'tensorflow == 0+needs.Python.3.14.or.older ; python_version >= "3.15"',
+#   'tensorflow-addons >= 0.21 ; python_version < "3.12" and platform_machine != "aarch64"',
+#   'astropy', 'imagecodecs', 'lz4', 'matplotlib', 'numpy', 'pillow', 'scikit-image', 'scipy',
+#   'tifffile', 'tqdm', 'xisf >= 0.9.6', 'zstandard',
+# ]
+# ///
 """Take the uneven sky out of a linear astrophoto.
 
 Light pollution, moonlight, and airglow lay a smooth, uneven veil over every
