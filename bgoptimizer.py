@@ -3473,8 +3473,8 @@ class _Cells:
         return self.usable & ~scipy.ndimage.binary_erosion(self.usable, iterations=2)
 
 
-def _make_cells(prepared: Prepared) -> _Cells | None:
-    """Reduce the picture to cells. Return None if too few of them are usable."""
+def _make_cells(prepared: Prepared) -> _Cells:
+    """Reduce the picture to cells."""
     usable = prepared.present.all(-1) & prepared.used  # (rows, columns) of reduced pixels
     longer = max(usable.shape)
     smallest = 2 if longer >= 2 * FEWEST_CELLS else 1
@@ -3483,12 +3483,11 @@ def _make_cells(prepared: Prepared) -> _Cells | None:
     planes = [reduce_plane(channel, size) for channel in np.moveaxis(shown, -1, 0)]
     light = np.stack(planes, -1).astype(float)  # (h, w, c)
 
-    whole = np.isfinite(light).all(-1)
-    whole &= _mostly(usable, size)
+    some = np.isfinite(light).all(-1)
+    whole = some & _mostly(usable, size)
     # A cell beside a border mixes with it, and is left out as well
-    usable = scipy.ndimage.minimum_filter(whole, 3)  # (h, w)
-    if min(usable.shape) < SMALLEST_SIDE or usable.sum() < FEWEST_USABLE:
-        return None
+    inner = scipy.ndimage.minimum_filter(whole, 3)  # (h, w)
+    usable = next((cells for cells in (inner, whole, some) if cells.sum() >= FEWEST_USABLE), some)
     light[~usable] = 0
     dark, median = np.percentile(light[usable], (0.5, 50), axis=0)  # (c,) each
     scale = np.maximum(3 * (median - dark), 1e-9)
@@ -3649,7 +3648,7 @@ GLOW_LENGTHS = (0.015, 0.03, 0.06, 0.12)
 GLOW_RATIOS = (0.6, 1.0, 1.6)
 """How much faster the glow in a corner falls off along a row than along a column."""
 
-FIT_ROUNDS = 6
+FIT_ROUNDS = 4
 """Rounds of fitting, with the weights that the last fit suggests."""
 
 HUBER_LIMIT = 2.5
@@ -3760,15 +3759,14 @@ class _Surfaces:
         return (self.cells.values - self.surface(found)) / self.cells.noise
 
     def fit(self, sky: np.ndarray, bounds: np.ndarray, smoothing: float,
-            rounds: int = FIT_ROUNDS, found: np.ndarray | None = None) -> np.ndarray:
+            found: np.ndarray | None = None) -> np.ndarray:
         """Fit the sky with a surface that is not above the picture elsewhere.
 
         Args:
             sky: (h, w) bool, cells of sky.
             bounds: (h, w) bool: cells that only bound the sky from above.
             smoothing: see `SMOOTHINGS`.
-            rounds: of fitting, with the weights that the last fit suggests.
-            found: coefficients to begin with.
+            found: coefficients to begin with, for half of the rounds.
 
         Returns:
             (k, c) coefficients of the first k modes.
@@ -3780,7 +3778,7 @@ class _Surfaces:
         values = self.values[places]
         inverse = self.inverse[places]
         edge = np.flatnonzero(bounds)
-        for _ in range(rounds):
+        for _ in range(FIT_ROUNDS if found is None else FIT_ROUNDS // 2):
             weight = inverse
             pierced = np.zeros((0, values.shape[1]))
             if found is not None:
@@ -4023,7 +4021,7 @@ def _closed_patches(scene: _Scene, closedness: float) -> np.ndarray:
         sky = plain & ~found
         if sky.sum() < CLOSED_SKY * usable.sum():
             break
-        stiff = surfaces.fit(sky, found | objects, WITH_BOWL, 5)
+        stiff = surfaces.fit(sky, found | objects, WITH_BOWL)
         before = found
         found = _patches_above(surfaces, stiff, usable, plain, closedness)
         if attempt and (before != found).sum() < CLOSED_CHANGE:
@@ -4262,6 +4260,50 @@ def _distance_from(place: tuple, centers: np.ndarray) -> np.ndarray:
 
 
 
+# --- Scene ---
+
+@dataclass(frozen=True)
+class _Scene:
+    """What is known of a picture before its sky is."""
+
+    cells: _Cells
+    surfaces: _Surfaces  # with the steep glows of this sky
+    texture: _Texture
+    near_hills: np.ndarray  # (h, w) bool: hills and trees, with a margin
+
+
+def _look(cells: _Cells, shape: tuple[int, int]) -> _Scene:
+    """Tell what has structure, what are hills, and where the sky has steep glows.
+
+    Args:
+        cells: of the picture.
+        shape: (h, w) of the full picture.
+    """
+    usable = cells.usable
+    texture = _texture(cells, cells.values, usable)
+    hills = _dark_foreground(cells, texture.dense)
+    if hills.any():
+        texture = _texture(cells, cells.values, usable & ~hills)
+    width = _rough_window(cells) + 1
+    near_hills = usable & scipy.ndimage.binary_dilation(hills, iterations=width)
+    beside = usable & ~near_hills
+    plain = beside & ~texture.rough & ~texture.dense
+    glows = _steep_glows(cells, beside)
+    while glows:
+        surfaces = _Surfaces(cells, shape, glows)
+        cores = [beside & (_distance_from(glow, cells.centers) < GLOW_HALF) for glow in glows]
+        found = surfaces.fit(plain | np.any(cores, 0), np.zeros_like(usable), WITH_BOWL)
+        rest = np.abs(surfaces.excess(found)).mean(-1)  # (h, w)
+        glow = np.abs(surfaces.glow(found) / cells.noise).mean(-1)
+        smooth = [place for place, core in zip(glows, cores)
+                  if np.median(rest[core]) < GLOW_SMOOTH * np.median(glow[core])]
+        if smooth == glows:
+            texture = _texture(cells, cells.values - surfaces.surface(found), usable & ~hills)
+            return _Scene(cells, surfaces, texture, near_hills)
+        glows = smooth
+    return _Scene(cells, _Surfaces(cells, shape), texture, near_hills)
+
+
 # --- Growth ---
 
 STAR_SIGMA = 30.0
@@ -4281,9 +4323,8 @@ OUTSKIRTS_REACH = 1.5
 """Outskirts reach so many times as far as the surface averages over, which cannot tell what is
 wider."""
 
-OUTSKIRTS_LEAST = 0.1
-OUTSKIRTS_MOST = 0.35
-"""Outskirts never reach beyond this part of the longer side."""
+OUTSKIRTS_PARTS = (0.1, 0.35)
+"""Outskirts may reach as far as the first part of the longer side, and never beyond the second."""
 
 OUTSKIRTS_SCALES = (1.5, 4.0)
 """Cells: outskirts are looked for in Gaussian means of these widths."""
@@ -4398,17 +4439,29 @@ CLOSED_GAIN = 0.004
 FEWEST_SKY = 30
 """If fewer cells than this are sky, all cells that are used are taken for sky."""
 
-DROP_COST = 0.1
-
-DARK_SMOOTHING = 1e2
-
-DARK_SIGMA = 3.0
-
-GROWTH_ROUNDS = 4
+GROWTH_ROUNDS = 3
 """So many times outskirts are looked for, each time above a surface through the rest of the sky."""
 
 GROWTH_LEFT = 0.5
 """Outskirts no longer grow if less than this part of the sky is left beside them."""
+
+DROP_COST = 0.1
+"""A cell that is left to outskirts counts as much as noise alone, and this."""
+
+DARK_SMOOTHING = 100.0
+"""Smoothing of the surface below which a body is dark."""
+
+DARK_SIGMA = 3.0
+"""A dark body lies so many sigma below that surface."""
+
+
+class _Objects(NamedTuple):
+    """What is no sky, before a surface tells what its outskirts are; (h, w) each."""
+
+    light: np.ndarray  # bool: adds light, so that the sky is below the picture there
+    dark: np.ndarray  # bool: takes light away
+    reach: np.ndarray  # how far the outskirts of an object here may be, in cells
+    sky: np.ndarray  # bool: what may be sky, outskirts included
 
 
 class _Candidate(NamedTuple):
@@ -4419,41 +4472,75 @@ class _Candidate(NamedTuple):
     sky: np.ndarray  # (h, w) bool: what it calls sky
     bounds: np.ndarray  # (h, w) bool: light that only bounds it from above
     loss: float  # mean log(1 + residual in units of the noise) over the sky
-    cost: float  # the same, if what is left to objects is as good as noise, but for DROP_COST
+    cost: float  # the same, with DROP_COST
 
 
 class _Explanation(NamedTuple):
     """What may be objects, and the surfaces that the rest may be."""
 
     surfaces: _Surfaces
-    objects: np.ndarray  # (h, w) bool
-    foreground: np.ndarray  # (h, w) bool
+    objects: _Objects
     candidates: list  # of _Candidate, the stiffest first
     best: _Candidate  # the one that was chosen
 
 
+def _look_for_sky(scene: _Scene, used: np.ndarray, smoothings: Sequence[float]) -> _Explanation:
+    """Explain the picture, with closed patches of light as objects if they earn it, else without.
+
+    Patches that are open on one side are objects only if the rest is then a simple sky. Patches
+    that are well closed may leave a more flexible sky, but it must explain the rest better than the
+    sky that includes them does.
+
+    Args:
+        scene: the picture.
+        used: (h, w) bool, the cells that take part.
+        smoothings: to choose from, the stiffest first.
+    """
+    tried = None
+    for least in CLOSED_LEAST:
+        patches = _closed_patches(scene, least)
+        if np.array_equal(patches, tried):
+            break  # all of them are well closed, and `with_patches` explains the picture with them
+        tried = patches
+        with_patches = None
+        if patches.any():
+            with_patches = _explain(scene, patches, used, smoothings, GOOD_ENOUGH_CLOSED)
+            if with_patches.best.smoothing >= SIMPLE_SKY:
+                return with_patches
+    without = _explain(scene, np.zeros_like(used), used, smoothings, GOOD_ENOUGH)
+    if with_patches is not None and with_patches.best.smoothing >= CLOSED_FLEXIBLE:
+        if with_patches.best.loss < without.best.loss - CLOSED_GAIN:
+            return with_patches
+    return without
+
+
 def _explain(scene: _Scene, patches: np.ndarray, used: np.ndarray, smoothings: Sequence[float],
              margin: float) -> _Explanation:
-    """Explain the picture with these patches, (h, w) bool, as objects."""
+    """Explain the picture with these patches, (h, w) bool, as objects; see `_look_for_sky`."""
     cells = scene.cells
-    objects = scipy.ndimage.binary_dilation(scene.texture.rough | patches) & ~scene.near_hills
-    objects &= cells.usable
-    bodies = scipy.ndimage.binary_opening(scene.texture.dense & ~scene.near_hills) | patches
-    reach = _reach(cells, scene.texture, bodies)
-    sky = used & ~objects & ~scene.near_hills
+    no_hills = ~scene.near_hills
+    objects = scipy.ndimage.binary_dilation(scene.texture.rough | patches)
+    objects &= cells.usable & no_hills
+    bodies = patches | scipy.ndimage.binary_opening(scene.texture.dense & no_hills)
+    sky = used & ~objects & no_hills
     if sky.sum() < FEWEST_SKY:
         sky = used
     surfaces = scene.surfaces.dearer(~sky)
-    dark = objects & _dark_clouds(surfaces, bodies, sky & ~bodies)
-    attempt = functools.partial(_try_smoothing, surfaces, objects & ~dark, dark, reach, sky)
-    candidates = list(map(attempt, smoothings))
-    return _Explanation(surfaces, objects, scene.near_hills, candidates, _choose(candidates, margin))
+    dark = objects & _dark_bodies(surfaces, bodies, sky & ~bodies)
+    reach = _reach(cells, scene.texture, bodies)
+    found = _Objects(objects & ~dark, dark, reach, sky)
+    candidates = [_try_smoothing(surfaces, found, smoothing) for smoothing in smoothings]
+    return _Explanation(surfaces, found, candidates, _choose(candidates, margin))
 
 
-def _dark_clouds(surfaces: _Surfaces, bodies: np.ndarray, sky: np.ndarray) -> np.ndarray:
-    """Return the bodies that take light away instead of adding it, (h, w) bool.
+def _dark_bodies(surfaces: _Surfaces, bodies: np.ndarray, sky: np.ndarray) -> np.ndarray:
+    """Return the bodies that take light away instead of adding it, with a margin, (h, w) bool.
 
-    Dust absorbs the light behind it. Such a body is darker than the sky around it.
+    Dust absorbs the light behind it, so it is darker than the sky around it.
+
+    Args:
+        bodies: (h, w) bool, extended objects.
+        sky: (h, w) bool.
     """
     if sky.sum() < FEWEST_SKY:
         return np.zeros_like(bodies)
@@ -4461,51 +4548,58 @@ def _dark_clouds(surfaces: _Surfaces, bodies: np.ndarray, sky: np.ndarray) -> np
     excess = _channels_together(surfaces.excess(found))
     spread = max(1.0, _deviation(excess[sky]))
     regions, count = scipy.ndimage.label(bodies)
-    mean = scipy.ndimage.median(excess, regions, range(count + 1))
-    dark = mean < -DARK_SIGMA * spread
-    dark[0] = False
+    level = scipy.ndimage.median(excess, regions, range(count + 1))
+    dark = level < -DARK_SIGMA * spread
+    dark[0] = False  # the sky
     return scipy.ndimage.binary_dilation(dark[regions])
 
 
-def _try_smoothing(surfaces: _Surfaces, light: np.ndarray, dark: np.ndarray, reach: np.ndarray,
-                   sky: np.ndarray, smoothing: float) -> _Candidate:
-    """Return the surface of one smoothing through the sky, (h, w) bool, beside the outskirts."""
+def _try_smoothing(surfaces: _Surfaces, objects: _Objects, smoothing: float) -> _Candidate:
+    """Return the best surface of one smoothing through the sky beside the outskirts of objects.
+
+    Two starts are tried, because either may be caught by what it took for sky: all that may be sky,
+    and only what is beyond the reach of all objects.
+    """
     cells = surfaces.cells
-    length = OUTSKIRTS_REACH * _averaging_length(smoothing)
-    most = np.clip(length, OUTSKIRTS_LEAST, OUTSKIRTS_MOST) * cells.longer  # cells
-    near = cells.usable & _within(np.minimum(reach, most), most)
-    far = sky & ~near
-    starts = [sky]
-    if far.sum() >= GROWTH_LEFT * sky.sum():
+    part = np.clip(OUTSKIRTS_REACH * _averaging_length(smoothing), *OUTSKIRTS_PARTS)
+    most = part * cells.longer  # cells
+    near = cells.usable & _within(np.minimum(objects.reach, most), most)
+    starts = [objects.sky]
+    far = objects.sky & ~near
+    if far.sum() >= GROWTH_LEFT * objects.sky.sum():
         starts.append(far)
-    grow = functools.partial(_grow, surfaces, light, dark, near, sky, smoothing)
-    return min(map(grow, starts), key=lambda candidate: candidate.cost)
+    grown = [_grow(surfaces, objects, near, smoothing, start) for start in starts]
+    return min(grown, key=lambda candidate: candidate.cost)
 
 
-def _grow(surfaces: _Surfaces, light: np.ndarray, dark: np.ndarray, near: np.ndarray,
-          sky: np.ndarray, smoothing: float, rest: np.ndarray) -> _Candidate:
-    """Let outskirts grow."""
-    bounds = light | (sky & ~rest & ~dark.any())
-    found = surfaces.fit(rest, bounds, smoothing)
-    for k in range(GROWTH_ROUNDS):
+def _grow(surfaces: _Surfaces, objects: _Objects, near: np.ndarray, smoothing: float,
+          sky: np.ndarray) -> _Candidate:
+    """Let the outskirts of objects grow until they no longer change.
+
+    Args:
+        near: (h, w) bool, within the reach of objects.
+        sky: (h, w) bool, what is taken for sky at first.
+    """
+    light, dark, _, open_sky = objects
+    usable = surfaces.cells.usable
+    bounds = light if dark.any() else light | (open_sky & ~sky)
+    found = surfaces.fit(sky, bounds, smoothing)
+    for _ in range(GROWTH_ROUNDS):
         excess = _channels_together(surfaces.excess(found))  # (h, w)
-        spread = max(1.0, _deviation(excess[rest]))
-        outskirts = _outskirts(excess / spread, light, near & ~dark, surfaces.cells.usable)
-        shadows = _outskirts(-excess / spread, dark, near & ~light, surfaces.cells.usable)
-        bounds = light | outskirts
-        outskirts = outskirts | shadows
-        now = sky & ~outskirts
-        if now.sum() < GROWTH_LEFT * sky.sum() or (now == rest).all():
+        excess /= max(1.0, _deviation(excess[sky]))
+        outskirts = _outskirts(excess, light, near & ~dark, usable)
+        shadows = _outskirts(-excess, dark, near & ~light, usable)
+        now = open_sky & ~outskirts & ~shadows
+        if now.sum() < GROWTH_LEFT * open_sky.sum() or (now == sky).all():
             break
-        rest = now
-        found = surfaces.fit(rest, bounds, smoothing, 3, found)
-    excess = surfaces.excess(found)
-    distance = np.sqrt((excess**2).mean(-1))
-    loss = np.log1p(distance[rest]).mean()
-    dropped = 1 - rest.sum() / sky.sum()
-    noise = _pure_noise(surfaces.cells)
-    cost = (1 - dropped) * loss + dropped * (noise + DROP_COST)
-    return _Candidate(smoothing, found, rest, bounds, loss, cost)
+        sky = now
+        bounds = light | outskirts
+        found = surfaces.fit(sky, bounds, smoothing, found)
+    distance = np.sqrt((surfaces.excess(found)**2).mean(-1))  # (h, w)
+    loss = np.log1p(distance[sky]).mean()
+    dropped = 1 - sky.sum() / open_sky.sum()
+    cost = loss + dropped * (_pure_noise(surfaces.cells) + DROP_COST - loss)
+    return _Candidate(smoothing, found, sky, bounds, loss, cost)
 
 
 def _averaging_length(smoothing: float) -> float:
@@ -4528,134 +4622,177 @@ def _choose(candidates: list[_Candidate], margin: float) -> _Candidate:
     return candidates[good[0]]
 
 
+# --- Doubt ---
 
-# --- Scene ---
+PURE_NOISE = {1: 0.535, 3: 0.632}
+"""The loss of a surface that leaves nothing but Gaussian noise, by the number of channels."""
 
-@dataclass(frozen=True)
-class _Scene:
-    """What is known of a picture before the sky is."""
+UNEXPLAINED = 1.28
+"""The sky cannot be known if the loss is more than this many times that of pure noise."""
 
-    cells: _Cells
-    surfaces: _Surfaces
-    texture: _Texture
-    near_hills: np.ndarray  # (h, w) bool: hills and trees, with a margin
+LITTLE_SKY = 0.15
+"""The sky cannot be known if less than this part of the picture shows it."""
+
+MOST_DOUBT = 0.05
+"""The sky cannot be known if it is uncertain by more than this part of its range."""
+
+ALIKE = 0.05
+"""Surfaces explain the sky alike if their losses differ by no more than this."""
+
+ALIKE_DOUBT = 0.5
+"""The sky is uncertain by this part of the difference between surfaces that explain it alike."""
+
+POSTERIOR_DOUBT = 6.0
+"""The sky is uncertain by so many times the deviation of its posterior, in which residuals are
+independent. They are not: what is left of objects is smooth as well. Measured on the truth bench."""
+
+BULGE = 0.1
+"""The sky cannot be known if its surface has a closed top inside the frame that is higher than this
+part of its range."""
+
+SMALL_TOP = 0.2
+"""A top counts only if less than this part of the frame is in the upper half of it. That of
+vignetting is larger."""
+
+HIDDEN_TOP = 0.6
+"""It counts all the same if objects cover this part of its upper half."""
+
+SEAM_SHARE = 0.52
+"""Along a seam of panels so much more of the cells has structure than along the lines beside it."""
+
+SEAM_LENGTH = 0.4
+"""A seam is at least this part of the longer side long."""
+
+SEAM_BESIDE = 5
+"""Cells between a seam and the lines beside it."""
 
 
-def _look(cells: _Cells, shape: tuple[int, int]) -> _Scene:
-    """Tell what has structure, what are hills, and where the sky has steep glows."""
-    usable = cells.usable
-    surfaces = _Surfaces(cells, shape)
-    texture = _texture(cells, cells.values, usable)
-    hills = _dark_foreground(cells, texture.dense)
-    if hills.any():
-        texture = _texture(cells, cells.values, usable & ~hills)
-    width = _rough_window(cells) + 1
-    near_hills = scipy.ndimage.binary_dilation(hills, iterations=width) & usable
-    plain = usable & ~texture.rough & ~near_hills & ~texture.dense
-    glows = _steep_glows(cells, usable & ~near_hills)
-    while glows:
-        surfaces = _Surfaces(cells, shape, glows)
-        cores = [_distance_from(glow, cells.centers) < GLOW_HALF for glow in glows]
-        smooth = plain | np.any(cores, 0) & usable & ~near_hills
-        found = surfaces.fit(smooth, np.zeros_like(usable), WITH_BOWL)
-        rest = np.abs(surfaces.excess(found)).mean(-1)  # (h, w)
-        glow = np.abs(surfaces.glow(found) / cells.noise).mean(-1)
-        rough = [np.median(rest[core & usable]) / np.median(glow[core & usable]) for core in cores]
-        smooth_ones = [glow for glow, part in zip(glows, rough) if part < GLOW_SMOOTH]
-        if smooth_ones == glows:
-            light = surfaces.surface(found)
-            texture = _texture(cells, cells.values - light, usable & ~hills)
-            break
-        glows = smooth_ones
-        surfaces = _Surfaces(cells, shape)
-    return _Scene(cells, surfaces, texture, near_hills)
+def _judge(explanation: _Explanation, texture: _Texture, doubt: float) -> str:
+    """Return why the sky cannot be known, in words; empty if it can.
+
+    Args:
+        explanation: what was found.
+        texture: of the same picture.
+        doubt: by which part of its range the sky is uncertain.
+    """
+    surfaces, objects, _, best = explanation
+    cells = surfaces.cells
+    if _has_seam(texture, cells):
+        return "it steps along a straight line, as between the panels of a mosaic"
+    if best.loss > UNEXPLAINED * _pure_noise(cells):
+        return "no smooth surface explains what looks like sky"
+    share = best.sky.sum() / cells.usable.sum()
+    if share < LITTLE_SKY:
+        return f"only {100 * share:.0f} % of the picture shows sky"
+    if _closed_top(surfaces, best, objects.light) > BULGE:
+        return "the sky would have a bright patch inside the frame"
+    if doubt > MOST_DOUBT:
+        return f"it is uncertain by about {100 * doubt:.0f} % of its range"
+    return ""
+
+
+def _pure_noise(cells: _Cells) -> float:
+    return PURE_NOISE[cells.values.shape[-1]]
+
+
+def _doubt(explanation: _Explanation) -> float:
+    """Return by which part of its range the sky is uncertain, rms over the frame.
+
+    That is the deviation of the fit itself, and how far surfaces that explain the sky about as well
+    lie from it.
+    """
+    surfaces, _, candidates, best = explanation
+    cells = surfaces.cells
+    chosen = surfaces.surface(best.found)[cells.usable]  # (cells, c)
+    invisible = PIXEL_NOISE * np.median(cells.noise, axis=(0, 1))
+    span = np.maximum(_span(chosen, (99, 1)), invisible)  # (c,)
+    deviation = surfaces.deviation(best.found, best.sky, best.smoothing)[cells.usable]
+    differences = [POSTERIOR_DOUBT * np.sqrt(np.mean((deviation / span)**2))]
+    for candidate in candidates:
+        if candidate.loss <= best.loss + ALIKE:
+            error = surfaces.surface(candidate.found)[cells.usable] - chosen
+            error -= np.median(error, axis=0)
+            differences.append(ALIKE_DOUBT * np.sqrt(np.mean((error / span)**2)))
+    return float(max(differences))
+
+
+def _closed_top(surfaces: _Surfaces, candidate: _Candidate, objects: np.ndarray) -> float:
+    """Return the height of the highest closed top of a surface, as a part of its range.
+
+    Args:
+        surfaces, candidate: one of these surfaces.
+        objects: (h, w) bool, which may hide a top.
+    """
+    cells = surfaces.cells
+    border = np.full(objects.shape, True)
+    border[1:-1, 1:-1] = False
+    highest = 0.0
+    for view in np.moveaxis(surfaces.surface(candidate.found), -1, 0):
+        above = view - _way_out(view, border)  # (h, w)
+        core = above > 0.5 * above.max()
+        behind = (objects & core).sum() > HIDDEN_TOP * core.sum()
+        if behind or core.mean() < SMALL_TOP:
+            highest = max(highest, above.max() / max(_span(view[cells.usable], (99, 1)), 1e-12))
+    return highest
+
+
+def _has_seam(texture: _Texture, cells: _Cells) -> bool:
+    """Tell whether the picture steps along a straight line through the frame.
+
+    Panels of a mosaic that do not match do so, and exposures that were turned or shifted. The step
+    looks like structure, and there is much less of it along the parallel lines on both sides.
+    """
+    from skimage.transform import hough_line
+    angles = np.linspace(-math.pi / 2, math.pi / 2, 180, endpoint=False)
+    rough = hough_line(texture.rough, angles)[0].astype(float)  # (lines, angles)
+    length = hough_line(cells.usable, angles)[0]
+    share = rough / np.maximum(length, 1)
+    before = np.roll(share, SEAM_BESIDE, 0)
+    after = np.roll(share, -SEAM_BESIDE, 0)
+    more = share - np.maximum(before, after)
+    return bool((more[length >= SEAM_LENGTH * cells.longer] > SEAM_SHARE).any())
 
 
 # --- Result ---
 
-def find_sky(prepared: Prepared, settings: Settings) -> Sky:
-    """Find what is sky, its surface, how stiff it is, and how sure that is."""
-    cells = _make_cells(prepared)
-    used = cells.usable & _mostly(prepared.used, cells.size)  # (h, w)
-    scene = _look(cells, prepared.full_shape)
-    by_hand = settings.smoothing is not None
-    smoothings = (settings.smoothing,) if by_hand else SMOOTHINGS
-    explanation = _look_for_sky(scene, used, smoothings)
-    best = explanation.best
-    share = best.sky.sum() / cells.usable.sum()
-    why = f"loss {best.loss:.3f}, pure noise has {_pure_noise(cells):g}"
-    unsure = _judge(explanation)
-    image = cells.values * cells.scale + cells.pedestal
-    surfaces = explanation.surfaces
-    cost = bending_cost(surfaces.unseen, cells.centers, cells.centers)
-    if surfaces.glows:
-        cost /= 1 + _curvature(surfaces.surface(best.found), cells.longer)**2
-    bends = _bends(surfaces, best.found)
-    residual = (cells.values - surfaces.surface(best.found))[best.sky]
-    smoothing = best.smoothing
-    if not settings.auto and not by_hand:
-        seen = (used & ~explanation.objects & ~explanation.foreground).sum() / cells.usable.sum()
-        smoothing *= 10**min(PLAIN_MOST, PLAIN_STIFFER * (1 - seen))
-    return Sky(
-        surface=functools.partial(surfaces.linear, best.found),
-        shows_sky=best.sky,
-        below=best.bounds & used,
-        image=np.where(cells.usable[..., None], image, 0),
-        noise=cells.noise * cells.scale,
-        centers=cells.centers,
-        size=cells.size,
-        unit=cells.scale,
-        cost=cost,
-        density=bends,
-        spread=max(float(_deviation(residual)), 1e-9),
-        share=share,
-        smoothing=smoothing,
-        unsure=unsure,
-        why=why,
-    )
-
-
-def _curvature(surface, longer):
-    """(h, w, c) -> (h, w) per frame squared"""
-    second = np.stack([_curvatures(channel) for channel in np.moveaxis(surface, -1, 0)])
-    squared = (second**2).sum(1).mean(0)
-    return np.sqrt(squared) * longer**2
-
-
-def _bends(surfaces, found):
-    """(h, w): density of control points, relative."""
-    second = _curvature(surfaces.surface(found), surfaces.cells.longer)
-    second = scipy.ndimage.gaussian_filter(second, 2)
-    typical = np.mean(second) + 1e-12
-    return np.sqrt(1 + np.minimum(second / typical, 30.0))
-
-
 PLAIN_STIFFER = 2.5
+"""A plain run leaves no object out, so its surface must be stiffer than the sky's: by so many
+powers of ten for the part of the picture that is not sky. It was measured on the truth bench,
+`tests/truth.py`."""
+
 PLAIN_MOST = 1.5
+"""The surface of a plain run is stiffer by at most so many powers of ten."""
+
+DENSEST = 30.0
+"""Per area, there are at most so many times as many control points where the sky bends most."""
 
 
 @dataclass(frozen=True)
 class Sky:
-    """What was found out about the sky of a picture, on cells of the reduced frame."""
+    """What was found out about the sky of a picture, on cells of the reduced frame.
 
-    surface: Callable[[np.ndarray], np.ndarray]  # the sky
+    In the shapes, (h, w) are cells, and c is the number of channels.
+    """
+
+    surface: Callable[[np.ndarray], np.ndarray]  # frame coordinates (..., 2) -> linear sky (..., c)
     shows_sky: np.ndarray  # (h, w) bool: sky and nothing else
     below: np.ndarray  # (h, w) bool: objects that add light: the sky is not above the picture
     image: np.ndarray  # (h, w, c) linear cells; 0 where missing
     noise: np.ndarray  # (h, w, c) standard deviation of `image`
     centers: np.ndarray  # (h, w, 2) frame coordinates
     size: int  # reduced pixels along a cell's side
-    unit: np.ndarray  # (c,) linear, that of the bending
-    cost: np.ndarray  # (h, w) of bending
-    density: np.ndarray  # (h, w) 
-    spread: float  # deviation of the residuals, in `unit`
+    unit: np.ndarray  # (c,) linear, that of the bending and of `spread`
+    spread: float  # deviation of the cells of sky from the surface
+    cost: np.ndarray  # (h, w) of bending, 1 where sky is seen
+    density: np.ndarray  # (h, w) of control points along a line, relative to the least
     share: float  # of the usable cells, that show sky, in [0, 1]
     smoothing: float  # of the surface that the fit shall find
+    doubt: float  # by which part of its range the sky is uncertain, rms
     unsure: str  # why the sky cannot be known, in words; empty if it can
     why: str  # this smoothing, in words
 
     def at(self, cells: np.ndarray, places: np.ndarray) -> np.ndarray:
-        """Return what cells (h, w) hold at places (..., 2): (...)."""
+        """Return what cells (h, w) hold at places in the frame, (..., 2): (...)."""
         side = 2 * self.centers[0, 0]  # (2,) of a cell
         last = np.array(cells.shape) - 1
         cell = np.minimum((places / side).astype(int), last)
@@ -4663,52 +4800,74 @@ class Sky:
         return cells[row, column]
 
 
-def _look_for_sky(scene, used, smoothings):
-    tried = None
-    for least in CLOSED_LEAST:
-        patches = _closed_patches(scene, least)
-        if np.array_equal(patches, tried):
-            break
-        tried = patches
-        with_patches = None
-        if patches.any():
-            with_patches = _explain(scene, patches, used, smoothings, GOOD_ENOUGH_CLOSED)
-            if with_patches.best.smoothing >= SIMPLE_SKY:
-                return with_patches
-    nothing = np.zeros_like(used)
-    without = _explain(scene, nothing, used, smoothings, GOOD_ENOUGH)
-    if with_patches is not None and with_patches.best.smoothing >= CLOSED_FLEXIBLE:
-        if with_patches.best.loss < without.best.loss - CLOSED_GAIN:
-            return with_patches
-    return without
+def find_sky(prepared: Prepared, settings: Settings) -> Sky:
+    """Find what is sky, its surface, how stiff it is, and how sure that is.
+
+    Args:
+        prepared: `linear` and `weight` count: what is masked by thresholds or mask file is not
+            looked at.
+        settings: `smoothing` if given by hand, and `auto`: without it the smoothing is that of a
+            surface that objects shall not bend.
+    """
+    cells = _make_cells(prepared)
+    smoothings = SMOOTHINGS if settings.smoothing is None else (settings.smoothing,)
+    large_enough = (min(cells.usable.shape) >= SMALLEST_SIDE
+                    and cells.usable.sum() >= FEWEST_USABLE)
+    if large_enough:
+        scene = _look(cells, prepared.full_shape)
+    else:
+        nothing = np.zeros_like(cells.usable)
+        texture = _Texture(np.zeros(nothing.shape), nothing, nothing)
+        scene = _Scene(cells, _Surfaces(cells, prepared.full_shape), texture, nothing)
+        smoothings = smoothings[:1]  # a plane
+    explanation = _look_for_sky(scene, cells.usable, smoothings)
+    surfaces, objects, _, best = explanation
+    doubt = _doubt(explanation)
+    unsure = _judge(explanation, scene.texture, doubt) if large_enough else "it is too small"
+
+    share = objects.sky.sum() / cells.usable.sum()
+    smoothing = best.smoothing
+    why = "given by hand"
+    if settings.smoothing is None:
+        why = f"loss {best.loss:.3f}, pure noise has {_pure_noise(cells):g}"
+        if not settings.auto:
+            smoothing *= 10**min(PLAIN_MOST, PLAIN_STIFFER * (1 - share))
+    light = surfaces.surface(best.found)
+    bending = _bending(light, cells.longer)
+    cost = bending_cost(~objects.sky, cells.centers, cells.centers)
+    if surfaces.glows:  # they bend as they like
+        cost = cost / (1 + bending**2)
+    smooth_bending = scipy.ndimage.gaussian_filter(bending, 2)
+    typical = max(smooth_bending.mean(), 1e-9)
+    residual = (cells.values - light)[best.sky]
+    image = cells.values * cells.scale + cells.pedestal
+    return Sky(
+        surface=functools.partial(surfaces.linear, best.found),
+        shows_sky=best.sky,
+        below=best.bounds,
+        image=np.where(cells.usable[..., None], image, 0),
+        noise=cells.noise * cells.scale,
+        centers=cells.centers,
+        size=cells.size,
+        unit=cells.scale,
+        spread=max(float(_deviation(residual)), 1e-9),
+        cost=cost,
+        density=np.sqrt(1 + np.minimum(smooth_bending / typical, DENSEST)),
+        share=best.sky.sum() / cells.usable.sum(),
+        smoothing=smoothing,
+        doubt=doubt,
+        unsure=unsure,
+        why=why,
+    )
 
 
-# --- Doubt ---
-PURE_NOISE = {1: 0.535, 3: 0.632}
+def _bending(surface: np.ndarray, longer: int) -> np.ndarray:
+    """Return how much a surface (h, w, c) bends, (h, w): its second derivatives, rms of channels.
 
-def _pure_noise(cells: _Cells) -> float:
-    return PURE_NOISE[cells.values.shape[-1]]
-
-def _judge(explanation):
-    global FEATURES
-    surfaces=explanation.surfaces; cells=surfaces.cells; best=explanation.best
-    u=cells.usable
-    chosen=surfaces.surface(best.found)
-    span=np.maximum(_span(chosen[u],(99,1)), PIXEL_NOISE*np.median(cells.noise,(0,1)))
-    dev=surfaces.deviation(best.found,best.sky,best.smoothing)/span
-    post=np.sqrt((dev[u]**2).mean())
-    def dist(c):
-        e=(surfaces.surface(c.found)-chosen)[u]; e=e-np.median(e,0); return float(np.sqrt(((e/span)**2).mean()))
-    alike=[dist(c) for c in explanation.candidates if c.loss<=best.loss+0.05]
-    alike2=[dist(c) for c in explanation.candidates if c.loss<=best.loss+0.02]
-    k=explanation.candidates.index(best)
-    nb=[dist(c) for c in explanation.candidates[max(0,k-1):k+2]]
-    border=np.ones(u.shape,bool); border[1:-1,1:-1]=False
-    bulge=0
-    for v in np.moveaxis(chosen,-1,0):
-        ab=v-_way_out(v,border); bulge=max(bulge,ab.max()/_span(v[u],(99,1)).clip(1e-12))
-    FEATURES=dict(loss=best.loss/_pure_noise(cells),post=float(post),alike=max(alike),alike2=max(alike2),nb=max(nb),bulge=float(bulge),share=float(best.sky.sum()/u.sum()),noise=float(np.median(cells.noise)/span.mean()))
-    return ""
+    The unit of length is the longer side, which has so many cells.
+    """
+    squares = [(_curvatures(channel)**2).sum(0) for channel in np.moveaxis(surface, -1, 0)]
+    return np.sqrt(np.mean(squares, 0)) * longer**2
 
 
 # --------------------------------------------------------------------------------------------------
