@@ -79,7 +79,7 @@ def execute(folder, forms, colab=None):
         notebook.cells.insert(0, nbformat.v4.new_code_cell(colab, id="stand-in"))
     shutil.copy(bgoptimizer.__file__, folder)
     surroundings = {"metadata": {"path": str(folder)}}
-    nbclient.NotebookClient(notebook, timeout=120, resources=surroundings).execute()
+    nbclient.NotebookClient(notebook, timeout=None, resources=surroundings).execute()
     results = {}
     for cell in notebook.cells:
         text = ""

@@ -220,7 +220,6 @@ def run_pixinsight_script(folder, image, **settings):
         cwd=folder,
         capture_output=True,
         text=True,
-        timeout=120,
     )
     assert done.returncode == 0, done.stderr
     assert list(temporary.iterdir()) == []  # temporary files are removed
