@@ -248,6 +248,7 @@ def test_epochs_are_counted_and_told(fitted):
     assert [epoch for epoch, _, _ in result.fit.track] == [0, 10, 20]
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_pictures_and_another_does_not(fitted):
     image, _, _ = fitted
 
@@ -480,6 +481,7 @@ def test_behind_objects_the_found_sky_stands_for_the_picture(nebula):
     assert_allclose(sample.image[hidden], found, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_noise_does_not_move_the_surface_that_fits_best():
     """The loss likes the low side of the noise; the sample is moved there beforehand."""
     tf = import_tensorflow()

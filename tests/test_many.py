@@ -348,6 +348,7 @@ def traces(monkeypatch):
     return found
 
 
+@pytest.mark.slow
 def test_the_training_step_is_traced_once_for_pictures_of_one_ratio(monkeypatch):
     found = traces(monkeypatch)
     for size in (1, 2, 3):
@@ -359,6 +360,7 @@ def test_the_training_step_is_traced_once_for_pictures_of_one_ratio(monkeypatch)
     assert len(found) == 2
 
 
+@pytest.mark.slow
 def test_a_step_that_is_used_again_has_forgotten_the_picture_before():
     first, _ = sloping_sky(24, 36)
     second, _ = sloping_sky(seed=2, noise=0.002)

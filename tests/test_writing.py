@@ -394,6 +394,7 @@ sys.exit(bgoptimizer.main(["sky.xisf", "out", "-e", "2"]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts addresses as Linux does")
 @pytest.mark.parametrize("limit", [1_200_000_000, 1_700_000_000])
 def test_a_limit_on_addresses_is_told_before_tensorflow_meets_it(limit, sky, folder):

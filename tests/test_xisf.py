@@ -307,6 +307,7 @@ def test_reading_leaves_the_file_alone_and_prints_nothing(tmp_path, capfd):
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.slow
 def test_every_row_survives_being_rewritten(tmp_path):
     """What was read is written legally, and read again with its pixels and no new losses."""
     for name, row in GOOD.items():
@@ -383,6 +384,7 @@ def test_m27_is_read_verified_and_keeps_keywords_properties_and_plate_solution(t
 
 # ------------------------------------------------------------------------------------ the package
 
+@pytest.mark.slow
 @needs_real_files
 def test_the_xisf_package_reads_what_we_write(tmp_path):
     """Other programs build on it: our files must not need a better reader than theirs."""
@@ -870,6 +872,7 @@ def test_what_is_written_is_never_too_large_to_be_read(children, kept, tmp_path,
         shot = again
 
 
+@pytest.mark.slow
 def test_a_header_without_room_for_an_image_is_refused(tmp_path):
     attributes = {"a%d" % number: "" for number in range(180_000)}
     with pytest.raises(bg.BgError, match="header too large"):
@@ -889,6 +892,7 @@ def test_what_is_written_is_never_nested_too_deeply_to_be_read(depth, tmp_path):
         assert not read(written(shot.planes, shot.source), tmp_path).warnings
 
 
+@pytest.mark.slow
 def test_an_expanding_zlib_stream_is_stopped_where_the_picture_ends(tmp_path):
     """Its block is not shorter than those of honest pictures: only the decoder can tell."""
     stream = zlib.compress(bytes(400_000_000), 9)  # 390 kB
@@ -952,6 +956,7 @@ def test_an_interrupted_run_leaves_nothing(interruption, folder):
     assert (folder / "a.xisf").read_bytes() == b"old"
 
 
+@pytest.mark.slow
 def test_a_killed_run_leaves_no_half_output(folder):
     done = run("""
 import os, signal, numpy
@@ -1058,6 +1063,7 @@ def mutated(xml, draw):
     return before + token + behind
 
 
+@pytest.mark.slow
 @FUZZ
 @given(st.sampled_from(list(SMALL)), st.data())
 def test_mutated_headers_end_in_a_picture_or_a_sentence(shelf, name, data):
@@ -1135,6 +1141,7 @@ def test_every_mixture_of_attributes_is_understood_or_refused(shelf, attributes)
         assert np.array_equal(shot.planes, expected, equal_nan=True)
 
 
+@pytest.mark.slow
 @FUZZ
 @given(st.sampled_from(list(PLAIN)), st.data())
 def test_flipped_bits_in_the_pixels_never_pass_a_checksum(shelf, name, data):
@@ -1151,6 +1158,7 @@ def test_flipped_bits_in_the_pixels_never_pass_a_checksum(shelf, name, data):
     assert taken_or_refused(monolithic(xml, bytes(flipped)), shelf) is None
 
 
+@pytest.mark.slow
 @FUZZ
 @given(st.sampled_from(list(PLAIN)), st.data())
 def test_truncated_files_are_always_refused(shelf, name, data):
