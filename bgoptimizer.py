@@ -83,8 +83,8 @@ if __name__ == "__main__":
 # BLAS would only get in the way: with them --auto needs 2.7 s to find the sky, without them 0.8 s.
 # And sums are taken in another order by every number of threads, so their last digits differ,
 # and the fit turns these into a thousandth of the model's range.
-# The libraries read these once, when they are loaded. The command sets them, so its bytes are always
-# the same; a program that imports this script and has set them itself keeps its own.
+# The libraries read these once, when they are loaded. The command sets them, so that its bytes are
+# always the same; a program that imports this script and has set them itself keeps its own.
 ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TF_NUM_INTRAOP_THREADS": "1"}
 os.environ.update(ONE_THREAD if __name__ == "__main__" else {**ONE_THREAD, **os.environ})
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -6656,31 +6656,30 @@ def _try_picture(task: Task, interrupts: _Interrupts) -> Outcome:
     try:
         with _logging_to(listener):
             result = process_file(task, watched)
-        outcome = _outcome(task.input_file, result, warned)
+        outcome = _outcome(task, result, warned)
     except Exception as error:
         outcome = Outcome(task.input_file, FAILED, message=_told(error))
     return outcome._replace(seconds=f"{time.perf_counter() - started:.2f}")
 
 
-def _outcome(path: str, result: Result, warned: list[str]) -> Outcome:
+def _outcome(task: Task, result: Result, warned: list[str]) -> Outcome:
     """Put a result into the words and digits of a row."""
-    def digits(number):
-        return "" if math.isnan(number) else f"{number:.5g}"
-
     sky = result.prepared.sky
     confidence = "unknown"
-    if sky is not None:
+    if sky is not None and task.settings.smoothing is None:  # else nothing has judged it
         confidence = f"unsure: {sky.unsure}" if sky.unsure else "sure"
+    numbers = {
+        "sky_share": math.nan if sky is None else sky.share,
+        "smoothing": result.settings.smoothing,
+        "gradient_before": result.gradient_before,
+        "gradient_after": result.gradient_after,
+        "clipped": result.clipped,
+    }
+    digits = {
+        name: "" if math.isnan(number) else f"{number:.5g}" for name, number in numbers.items()}
     return Outcome(
-        file=path,
-        outcome=WARNED if warned else DONE,
-        sky_share=digits(math.nan if sky is None else sky.share),
-        smoothing=digits(result.settings.smoothing),
-        gradient_before=digits(result.gradient_before),
-        gradient_after=digits(result.gradient_after),
-        confidence=confidence,
-        clipped=digits(result.clipped),
-        message=" | ".join(warned))
+        task.input_file, WARNED if warned else DONE, confidence=confidence,
+        message=" | ".join(warned), **digits)
 
 
 # Many pictures: workers
@@ -6865,8 +6864,7 @@ def build_parser() -> argparse.ArgumentParser:
              "TIFF deflate (default: off)")
     add("-dx", "--downscaling-factor", type=int,
         help="side of the blocks of pixels that the fit sees as one pixel (default: %(default)s)")
-    add("-df", "--downscaling-func", choices=("median", "mean"),
-        metavar="DOWNSCALING_FUNC",
+    add("-df", "--downscaling-func", choices=("median", "mean"), metavar="DOWNSCALING_FUNC",
         help="what a block is reduced to, median or mean; the median drops small stars "
              "(default: %(default)s)")
     add("-dq", "--delinearization-quantile", type=float,
@@ -6888,12 +6886,10 @@ def build_parser() -> argparse.ArgumentParser:
     add("-m", "--mask",
         help="mask in XISF, FITS or TIFF, as high and wide as the picture, with 1 channel or as "
              "many: 1 = use, 0 = leave out, between = weight (default: none)")
-    add("-i", "--initializer", choices=("random", "grid"),
-        metavar="INITIALIZER",
+    add("-i", "--initializer", choices=("random", "grid"), metavar="INITIALIZER",
         help="where the control points start, random or grid (default: %(default)s)")
     add("-e", "--epochs", type=int,
-        help="largest number of epochs; the fit stops earlier if nothing improves "
-             "(default: %(default)s)")
+        help="most epochs; the fit stops earlier if nothing improves (default: %(default)s)")
     add("-a", "--alpha", type=float,
         help="weight of the penalties on a sky that is negative or brighter than the picture "
              "(default: %(default)g)")
@@ -6915,8 +6911,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--format", choices=tuple(FORMATS),
         help="format of the outputs (default: the one of the input)")
     add("--seed", type=int,
-        help="seed of all random numbers; the same command gives the same pictures "
-             "(default: %(default)s)")
+        help="seed of random numbers; one command gives one result (default: %(default)s)")
     add("--save-mask", action="store_true",
         help="also write <name>_mask.xisf, the mask in force, to edit and give back with -m "
              "(default: off)")
