@@ -2010,20 +2010,23 @@ def _locked(path):
     digest = hashlib.sha1(os.fsencode(name)).hexdigest()  # any name is short enough then
     start = os.path.join(os.path.dirname(path), f".bgoptimizer-{digest[:12]}")
     stem = f"{start}-{secrets.token_hex(4)}-{os.getpid()}-{HOST}"
-    file = _create_locked(f"{stem}.lock")
-    try:
+    own = f"{stem}.lock"
+    with ExitStack() as stack:  # Ctrl-C may come at any moment, also while the lock is made
+        stack.callback(_remove_file, own)
+        stack.callback(_remove_temporaries, stem)
+        stack.enter_context(_create_locked(own))  # Windows removes no open file
         _remove_abandoned(os.path.dirname(path))
         for lock in glob.glob(f"{glob.escape(start)}-*.lock"):
-            if lock != file.name:
+            if lock != own:
                 *_, process, host = lock[:-len(".lock")].rsplit("-", 2)
                 raise BgError(f"process {process} on {host} is writing {path}; wait until it ends, "
                               f"or choose another folder (if it runs no more, delete {lock})")
         yield stem
-    finally:
-        _remove_temporaries(stem)
-        file.close()  # Windows removes no open file
-        with suppress(OSError):
-            os.unlink(file.name)
+
+
+def _remove_file(path):
+    with suppress(OSError):
+        os.unlink(path)
 
 
 def _create_locked(name):
@@ -5979,11 +5982,9 @@ def put_picture(draw: Callable, where: str, path: str) -> None:
 # --------------------------------------------------------------------------------------------------
 
 TENSORFLOW_BYTES = 0.6e9
-"""Memory that TensorFlow and the fit take, about; measured with TensorFlow 2.15."""
-
 TENSORFLOW_MAPS = 1.2e9
-"""Addresses, in bytes, that TensorFlow takes and never fills. They count where `ulimit -v`
-limits."""
+"""Memory that TensorFlow and the fit take, about, in bytes; and addresses that they take and never
+fill, which count where `ulimit -v` limits. Measured with TensorFlow 2.15."""
 
 PLANES_TO_WRITE = 4
 PLANES_TO_COMPRESS = 12
@@ -6023,18 +6024,10 @@ class Task:
 
 def _make_task(path: str, options: argparse.Namespace, settings: Settings,
                place: str | None) -> Task:
-    """Return the task that does one picture, after a look at all of its paths that may fail.
+    """Return the task that does the picture at this path.
 
-    So nobody waits for what cannot be saved.
-
-    Args:
-        path: of the picture.
-        options: the command line.
-        settings: what it says on the work itself.
-        place: for the figure, as in `Task`.
-
-    Raises:
-        BgError: a file is not there, or would be overwritten.
+    Nobody shall wait for what cannot be saved: a BgError is raised if a file is not there, or would
+    be overwritten.
     """
     given = [path] if options.mask is None else [path, options.mask]
     _check_given(given)
@@ -6082,15 +6075,14 @@ def _is_same(path: str, other: str | None) -> bool:
 
 
 def _check_folder(options: argparse.Namespace) -> None:
-    """Make the folder for the outputs if anything may be written, and refuse it if it is none."""
+    """Make the folder for the outputs, if anything may be written."""
     folder = options.output_path
-    if os.path.exists(folder) and not os.path.isdir(folder):
-        raise BgError(f"{folder} is a file, not a folder; name a folder for the outputs")
-    never_written = options.preview and options.figures in ("show", "none")
-    if never_written and not os.path.isdir(folder):
+    if options.preview and options.figures in ("show", "none"):
         return
     try:
         os.makedirs(folder, exist_ok=True)
+    except FileExistsError:
+        raise BgError(f"{folder} is a file, not a folder; name a folder for the outputs") from None
     except OSError as error:
         raise BgError(f"cannot write to {folder}: {error.strerror}; "
                       "choose another folder") from None
@@ -6116,8 +6108,7 @@ def process_file(task: Task, watched: ContextManager = nullcontext()) -> Result:
         mask = _read_mask(task.mask_file)
         result = remove_sky(picture.planes, task.settings, mask, picture.unit, watched)
         _write_outputs(task, picture, result, files)
-    draw = functools.partial(draw_figures, result=result, title=task.title)
-    _put_figure(task, draw)
+    _put_figure(task, draw_figures, result=result)
     return result
 
 
@@ -6126,14 +6117,13 @@ def preview_file(task: Task) -> None:
     picture = _read_input(task)
     mask = _read_mask(task.mask_file)
     prepared, settings = examine(picture.planes, task.settings, mask)
-    draw = functools.partial(
-        draw_preview, prepared=prepared, settings=settings, title=task.title)
-    _put_figure(task, draw)
+    _put_figure(task, draw_preview, prepared=prepared, settings=settings)
 
 
-def _put_figure(task: Task, draw: Callable) -> None:
-    """Draw a figure where the task wants it."""
+def _put_figure(task: Task, draw: Callable, **what) -> None:
+    """Draw a figure of something where the task wants it."""
     if task.place_for_figure is not None:
+        draw = functools.partial(draw, title=task.title, **what)
         put_picture(draw, task.place_for_figure, task.figure)
 
 
@@ -6309,15 +6299,13 @@ class _Interrupts:
         self.before = {}
 
     def __enter__(self):
-        if threading.current_thread() is not threading.main_thread():  # signals reach no other
-            return self
-        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-            number = getattr(signal, name, None)  # Windows has no HUP
-            # `nohup` has a command ignore HUP
-            before = None if number is None else signal.getsignal(number)
-            if before not in (None, signal.SIG_IGN):
-                self.before[number] = before
-                signal.signal(number, self._listen)
+        names = "SIGINT", "SIGTERM", "SIGHUP"
+        for number in [getattr(signal, name) for name in names if hasattr(signal, name)]:
+            before = signal.getsignal(number)
+            if before not in (None, signal.SIG_IGN):  # `nohup` has a command ignore HUP
+                with suppress(ValueError):  # signals reach the main thread only
+                    signal.signal(number, self._listen)
+                    self.before[number] = before
         return self
 
     def _listen(self, number, _):
@@ -6402,9 +6390,8 @@ def _told(error: Exception) -> str:
 # --------------------------------------------------------------------------------------------------
 # Many pictures
 #
-# A folder is done picture by picture in this process, or by workers of Dask, which hands what a
-# dead worker was at to another one. Between processes goes plain data, so it does not matter
-# whether this script is run or imported there.
+# They are done one by one in this process, or by workers of Dask, which hands what a dead worker
+# was at to another one. To workers goes plain data: it means the same to a script and to a module.
 # --------------------------------------------------------------------------------------------------
 
 REPORT_NAME = "bgoptimizer_report.csv"
@@ -6555,13 +6542,13 @@ def _report(path: str) -> Iterator[dict[str, Outcome]]:
         try:
             yield outcomes
         except BaseException as error:  # an interrupted night has a report, too
-            stopped = BgError(_told(error)) if isinstance(error, OSError) else error
+            stopped = error
             if not outcomes:
-                raise stopped from None
+                raise
         text = io.StringIO(newline="")
         writer = csv.writer(text)
         writer.writerow(Outcome._fields)
-        writer.writerows(outcomes[path] for path in sorted(outcomes))
+        writer.writerows(outcomes[name] for name in sorted(outcomes))
         file.write(text.getvalue().encode("utf-8", "surrogateescape"))
     if stopped is not None:
         raise stopped

@@ -67,11 +67,3 @@ def test_nobody_is_told_to_install_what_is_somebody_elses(name):
     """The name bgoptimizer on the package index is not ours."""
     text = (ROOT / name).read_text(encoding="utf-8")
     assert not re.search(r"install\b[^\n]*\sbgoptimizer(?![\w./])", text)
-
-
-def test_the_map_of_the_script_names_its_sections_in_their_order():
-    text = (ROOT / "bgoptimizer.py").read_text(encoding="utf-8")
-    headings = re.findall(r"^# -{90,}\n# ([^:,\n]*)", text, re.MULTILINE)
-    told = README.split("in the order of the data: ")[1].split(". ")[0]
-    sections = [section.lower() for section in " ".join(told.split()).split("; ")]
-    assert sections == list(dict.fromkeys(heading.lower() for heading in headings))
