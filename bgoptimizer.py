@@ -6517,13 +6517,12 @@ def run_many(options: argparse.Namespace, settings: Settings, interrupts: _Inter
     _check_output(path, pictures)
     with _report(path) as report:
         to_do, settled = _plan(pictures, options, settings, path)
-        with _dask_client(options, to_do) as client, _bar(len(to_do), "picture") as bar:
-            report.update(settled)
+        with _dask_client(options, to_do) as client, _bar(len(pictures), "picture") as bar:
             if client is None:
                 results = (_try_picture(task, interrupts) for task in to_do)
             else:
                 results = _by_workers(to_do, client)
-            for outcome in results:
+            for outcome in itertools.chain(settled, results):
                 report[outcome.file] = outcome
                 _tell(outcome, bar)
     _sum_up(report.values(), len(to_do), time.perf_counter() - started, path)
@@ -6567,12 +6566,12 @@ def read_report(path: str) -> dict[str, Outcome]:
 
 
 def _plan(pictures: list[str], options: argparse.Namespace, settings: Settings,
-          report: str) -> tuple[list[Task], dict[str, Outcome]]:
-    """Return what there is to do, and the outcomes, by path, of what is done or cannot start."""
+          report: str) -> tuple[list[Task], list[Outcome]]:
+    """Return what there is to do, and the outcomes of what is done already or cannot start."""
     known = read_report(report) if options.skip_done else {}
     place = "file" if options.figures == "save" else None
     to_do = []
-    settled = {}
+    settled = []
     writers = {}  # path of an output -> its picture
     for path in pictures:
         try:
@@ -6583,11 +6582,10 @@ def _plan(pictures: list[str], options: argparse.Namespace, settings: Settings,
                     raise BgError(f"{path} and {other} would both write {output}; "
                                   "rename one of them, or do it alone into another folder")
         except Exception as error:
-            settled[path] = Outcome(path, FAILED, message=_told(error))
-            logger.warning(_in_words(settled[path]))
+            settled.append(Outcome(path, FAILED, message=_told(error)))
             continue
         if options.skip_done and _is_done(task):
-            settled[path] = known.get(path, Outcome(path, SKIPPED))._replace(outcome=SKIPPED)
+            settled.append(known.get(path, Outcome(path, SKIPPED))._replace(outcome=SKIPPED))
         else:
             to_do.append(task)
     return to_do, settled
@@ -6603,19 +6601,16 @@ def _tell(outcome: Outcome, bar) -> None:
     """Move the bar; what failed or was warned of is told in a line, and without a bar all is."""
     bar.set_postfix_str(os.path.basename(outcome.file), refresh=False)
     bar.update()
-    with bar.external_write_mode():
-        if outcome.outcome in (WARNED, FAILED):
-            logger.warning(_in_words(outcome))
-        elif bar.disable:
-            logger.info(f"{outcome.file}: done, {outcome.seconds} s")
-
-
-def _in_words(outcome: Outcome) -> str:
-    """Return one line on a picture that failed or was warned of."""
     message = outcome.message
     if not message.startswith(outcome.file):
         message = f"{outcome.file}: {message}"
-    return f"failed: {message}" if outcome.outcome == FAILED else message
+    with bar.external_write_mode():
+        if outcome.outcome == FAILED:
+            logger.warning(f"failed: {message}")
+        elif outcome.outcome == WARNED:
+            logger.warning(message)
+        elif outcome.outcome == DONE and bar.disable:
+            logger.info(f"{outcome.file}: done, {outcome.seconds} s")
 
 
 def _sum_up(rows: Iterable[Outcome], tried: int, seconds: float, report: str) -> None:
@@ -6653,7 +6648,7 @@ def _outcome(task: Task, result: Result, warned: list[str]) -> Outcome:
     """Put a result into the words and digits of a row."""
     sky = result.prepared.sky
     confidence = "unknown"
-    if sky is not None and task.settings.smoothing is None:  # else nothing has judged it
+    if sky is not None:
         confidence = f"unsure: {sky.unsure}" if sky.unsure else "sure"
     numbers = {
         "sky_share": math.nan if sky is None else sky.share,

@@ -486,9 +486,7 @@ def test_what_is_reported_of_a_picture_is_what_was_printed(sky, folder, capsys):
     assert float(row.gradient_after) * 100 == pytest.approx(after, abs=0.06)
     assert float(row.smoothing) == 1
     assert 0.5 < float(row.sky_share) <= 1
-    assert row.confidence == "unknown"  # the smoothing was given by hand, and nothing has judged it
-    task = bgoptimizer.replace(task, settings=bgoptimizer.replace(settings, smoothing=None))
-    assert bgoptimizer._outcome(task, result, []).confidence == "sure"
+    assert row.confidence == "sure"
     assert float(row.clipped) < 0.01
 
 
