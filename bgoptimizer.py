@@ -6694,6 +6694,7 @@ def _by_workers(to_do: list[Task], client) -> Iterator[Outcome]:
         BgError: the scheduler has ended.
     """
     from distributed import as_completed
+    from distributed.comm import CommClosedError
     work = _as_module().do_picture
     folder = os.getcwd()
     paths = {}
@@ -6703,7 +6704,7 @@ def _by_workers(to_do: list[Task], client) -> Iterator[Outcome]:
     for number, future in enumerate(as_completed(paths)):
         try:
             outcome = Outcome(*future.result())
-        except CancelledError:
+        except (CancelledError, CommClosedError):
             raise BgError(f"the Dask scheduler has ended, after {number} of {len(to_do)} pictures; "
                           "start it again, and go on with --skip-done") from None
         except Exception as error:  # a picture that has killed one worker after the other

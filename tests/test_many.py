@@ -1,5 +1,6 @@
 """Many pictures in one run: a folder, a pattern, and helpers beside this process."""
 import csv
+import glob
 import importlib.util
 import os
 import re
@@ -322,7 +323,7 @@ def test_what_a_killed_worker_was_at_is_done_by_another(lights):
     process = subprocess.Popen(
         [sys.executable, "-u", str(SCRIPT), "lights", "jobs", *flags, "--jobs", "2"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    wait_for_a_picture(process)
+    wait_for_pictures(process, lights.parent / "jobs")
     workers = [int(pid) for pid in children(process.pid) if b"spawn_main" in command_line(pid)]
     assert len(workers) == 2
     os.kill(workers[0], signal.SIGKILL)
@@ -333,10 +334,11 @@ def test_what_a_killed_worker_was_at_is_done_by_another(lights):
     assert without_seconds(rows_of(alone)) == without_seconds(rows_of(together))
 
 
-def wait_for_a_picture(process):
-    """Wait until the first picture is done."""
-    while b": done, " not in process.stdout.readline():
+def wait_for_pictures(process, folder, count=1):
+    """Wait until so many pictures are written."""
+    while len(glob.glob(f"{folder}/*_bgSubtracted.*")) < count:
         assert process.poll() is None
+        time.sleep(0.02)
 
 
 def children(pid):
@@ -386,7 +388,7 @@ def test_jobs_listen_to_this_machine_only_and_leave_nothing_in_the_folder_of_tem
         stdout=subprocess.PIPE,
         env={**os.environ, "TMPDIR": str(temporary)},
     )
-    wait_for_a_picture(process)
+    wait_for_pictures(process, lights.parent / "out")
     first = psutil.Process(process.pid)
     listening = set()
     for one in [first, *first.children(recursive=True)]:
@@ -434,7 +436,7 @@ def test_a_scheduler_that_ends_in_the_middle_is_told_in_a_line_and_skip_done_goe
         process = subprocess.Popen(
             [sys.executable, "-u", str(SCRIPT), *arguments, "--dask", address],
             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        wait_for_a_picture(process)
+        wait_for_pictures(process, lights.parent / "out", 2)  # the first is told as well, then
         scheduler.kill()
         said = process.communicate()[1].decode().splitlines()
     finally:
