@@ -114,14 +114,14 @@ def test_the_next_run_into_the_folder_removes_what_a_killed_one_left(folder):
     process = holder("a.xisf", "b.xisf")
     process.kill()
     end(process, 0)
-    assert len(os.listdir(".")) == 3  # a lock and two temporaries
+    assert len(os.listdir(".")) == 2
     write("other.png")
     assert os.listdir(".") == ["other.png"]
 
 
 def test_what_another_machine_left_goes_after_a_day(folder):
     def leave(age):
-        for ending in (".lock", "-0.tmp"):
+        for ending in (".tmp", ".old"):
             path = folder / f".bgoptimizer-0123456789ab-01234567-99-elsewhere{ending}"
             path.write_bytes(b"")
             os.utime(path, (time.time() - age,) * 2)
@@ -158,20 +158,34 @@ with bgoptimizer.atomic_outputs("a.xisf", "b.xisf") as files:
     assert sorted(os.listdir(".")) == ["a.xisf", "b.xisf"]
 
 
+@pytest.mark.parametrize("at", [1, 2])
 @pytest.mark.parametrize("failure", [KeyboardInterrupt, OSError])
-def test_a_failure_between_the_names_leaves_none(failure, folder, monkeypatch):
+@pytest.mark.parametrize("links", [True, False])
+def test_a_failure_between_the_names_leaves_the_old_pair(failure, at, links, folder, monkeypatch):
     rename, calls = os.replace, []
 
     def fails(*names):
         calls.append(names)
-        if len(calls) == 2:
+        if len(calls) == at:
             raise failure
         rename(*names)
 
+    def no_links(*_):
+        raise OSError
+
     monkeypatch.setattr(bgoptimizer.os, "replace", fails)
-    with pytest.raises((KeyboardInterrupt, bgoptimizer.BgError)):
-        write("a.xisf", "b.xisf")
-    assert os.listdir(".") == []
+    if not links:
+        monkeypatch.setattr(bgoptimizer.os, "link", no_links)
+    for before in ([], ["a.xisf"], ["b.xisf"], ["a.xisf", "b.xisf"]):
+        for name in before:
+            Path(name).write_bytes(b"old " + name.encode())
+        calls.clear()
+        with pytest.raises((KeyboardInterrupt, bgoptimizer.BgError)):
+            write("a.xisf", "b.xisf")
+        assert sorted(os.listdir(".")) == before
+        for name in before:
+            assert Path(name).read_bytes() == b"old " + name.encode()
+            os.unlink(name)
 
 
 def test_files_and_then_their_names_are_on_the_disk_before_a_run_ends(folder, monkeypatch):
@@ -224,8 +238,8 @@ def test_the_second_run_of_a_pair_says_who_holds_it(sky, folder, capsys, monkeyp
     said = refused(capsys)
     assert f"process {process.pid} on {bgoptimizer.HOST} is writing" in said
     assert "sky_bgModel.xisf" in said
-    lock, = Path("out").glob(".*.lock")
-    assert str(lock) in said
+    temporary, = Path("out").glob(".*.tmp")
+    assert str(temporary) in said
     end(process)
 
 
@@ -233,7 +247,7 @@ def test_runs_on_different_pictures_share_a_folder(folder):
     process = holder("a.xisf")
     write("b.xisf")
     assert (folder / "b.xisf").read_bytes() == b"new"
-    assert len(os.listdir(".")) == 3
+    assert len(os.listdir(".")) == 2
     end(process)
 
 
