@@ -1,6 +1,7 @@
 """Many pictures in one run: a folder, a pattern, and helpers beside this process."""
 import csv
 import glob
+import gzip
 import importlib.util
 import os
 import re
@@ -155,6 +156,13 @@ def test_a_folder_may_have_brackets_in_its_name(lights):
     assert run("lights [[]Ha]/a.xisf", "out", *FAST, "--quiet") == 0
     assert run("lights [Ha]/[ad].x*", "out", *FAST, "--quiet") == 0
     assert list(rows_of(lights.parent / "out")) == ["a.xisf", "d.xisf"]
+
+
+def test_pictures_that_gzip_has_packed_are_found_in_folders(lights):
+    with open(lights / "b.fits", "rb") as file, gzip.open(lights / "z.fits.gz", "wb") as packed:
+        packed.write(file.read())
+    assert run("lights/[az].*", "out", *FAST, "--quiet") == 0
+    assert list(rows_of(lights.parent / "out")) == ["a.xisf", "z.fits.gz"]
 
 
 def test_what_a_folder_leaves_out_is_told(lights, capsys):
