@@ -755,6 +755,7 @@ def test_a_hostile_file_is_refused_in_one_line_without_time_and_memory(
     assert "bad.fits" in refused(capsys)
 
 
+@pytest.mark.slow
 def test_a_gzip_bomb_in_a_compressed_fits_is_refused(folder):
     path = save_compressed(
         "a.fz", np.zeros((700, 700), np.int16), "GZIP_1", tile_shape=(700, 700)
