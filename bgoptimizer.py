@@ -2894,6 +2894,7 @@ class Prepared:
     linear: np.ndarray  # (h, w, c) block medians in the picture's own units; NaN where missing
     full_shape: tuple[int, int]  # (h, w) of the full-size picture
     user_mask: np.ndarray | None = None  # (h, w, 1 or c) the mask file, reduced
+    rim: np.ndarray | None = None  # (h, w) bool: darker than the picture by a step; see `find_rim`
     close_up: np.ndarray | None = None  # as `linear`, but reduced less: what is drawn if small
     black: float = 0.0  # the linear value that no light at all would give
     sky: Sky | None = None  # as it was found; None if it could not be looked for
@@ -2955,7 +2956,8 @@ def prepare(planes: np.ndarray, settings: Settings, mask: np.ndarray | None = No
         image = np.stack(reduced, -1)
     present = np.isfinite(image)
     image = np.where(present, image, 0).astype(np.float32)
-    usable = present & _inside_thresholds(image, settings)
+    rim = find_rim(linear, present.all(-1))
+    usable = present & _inside_thresholds(image, settings) & ~rim[..., None]
     weight = usable.astype(np.float32)
     user_mask = None
     if mask is not None:
@@ -2963,11 +2965,77 @@ def prepare(planes: np.ndarray, settings: Settings, mask: np.ndarray | None = No
         weight *= user_mask
     centers = frame_coordinates(height, width, factor)
     prepared = Prepared(image, weight, present, centers, stretch, median, linear,
-                        (height, width), user_mask)
+                        (height, width), user_mask, rim)
     if not prepared.used.any():
         raise BgError("every pixel is masked, so there is no sky to fit; "
                       "lower -tm, raise -tM, or check the mask (1 = use)")
     return prepared
+
+
+RIM_STEP = 8.0
+"""At a rim the picture steps by so many times its typical difference between neighbors."""
+
+RIM_CONVEX = 0.15
+"""A rim lies outside of a straight-sided frame: at most this part of it is inside the convex hull of
+the rest. Hills and dark clouds are not so straight."""
+
+RIM_FEWEST = 8
+"""Pixels. What is smaller is no rim."""
+
+RIM_SOFT = 2
+"""Pixels by which a rim is widened, because its edge may be soft."""
+
+
+def find_rim(linear: np.ndarray, present: np.ndarray) -> np.ndarray:
+    """Find a rim at the edge of the frame that is darker than the picture by a step, but not 0.
+
+    Overscan, the edges that registration leaves, and the corners of a turned frame are such rims.
+
+    Args:
+        linear: (h, w, c) the reduced picture.
+        present: (h, w) bool.
+
+    Returns:
+        (h, w) bool.
+    """
+    from skimage.morphology import convex_hull_image
+    nowhere = np.zeros_like(present)
+    if not present.any():
+        return nowhere
+    light = linear / np.median(linear[present], axis=0)
+    light = light.mean(-1)
+    light = light[_nearest(present)]
+    calm = scipy.ndimage.median_filter(light, 3)
+    step = scipy.ndimage.maximum_filter(calm, 3) - scipy.ndimage.minimum_filter(calm, 3)
+    least = RIM_STEP * np.median(step[present])
+    regions, _ = scipy.ndimage.label(present & (step < least))
+    sizes = np.bincount(regions.ravel())
+    sizes[0] = 0
+    if not sizes.any():
+        return nowhere
+    inside = regions == sizes.argmax()
+    nearest = _nearest(inside)
+    level = scipy.ndimage.median_filter(light[nearest], 7)[nearest]
+    drop = level - light
+    dark = present & ~inside & (drop > least / 2)
+    frame = np.pad(np.zeros_like(present[1:-1, 1:-1]), 1, constant_values=True)
+    frame |= scipy.ndimage.binary_dilation(~present)
+    regions, count = scipy.ndimage.label(scipy.ndimage.binary_propagation(dark & frame, mask=dark))
+    rim = nowhere
+    for region in range(1, count + 1):
+        part = regions == region
+        if part.sum() < RIM_FEWEST or np.percentile(drop[part], 75) < least:
+            continue
+        hull = convex_hull_image(present & ~part)
+        if (part & hull).sum() <= RIM_CONVEX * part.sum():
+            rim = rim | part
+    return present & scipy.ndimage.binary_dilation(rim, iterations=RIM_SOFT)
+
+
+def _nearest(where: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the indices of the nearest pixel of `where`, (h, w) bool, for each pixel."""
+    _, indices = scipy.ndimage.distance_transform_edt(~where, return_indices=True)
+    return tuple(indices)
 
 
 def _inside_thresholds(image: np.ndarray, settings: Settings) -> np.ndarray:
@@ -3027,6 +3095,8 @@ def mask_reasons(prepared: Prepared, settings: Settings) -> dict[str, np.ndarray
     inside = prepared.present & _inside_thresholds(prepared.image, settings)
     by_threshold = left_out & ~inside.any(-1)
     left_out &= ~by_threshold
+    by_rim = left_out & prepared.rim
+    left_out &= ~by_rim
     by_file = np.zeros_like(left_out)
     if prepared.user_mask is not None:
         by_file = left_out & (prepared.user_mask == 0).any(-1)
@@ -3034,6 +3104,7 @@ def mask_reasons(prepared: Prepared, settings: Settings) -> dict[str, np.ndarray
     return {
         "missing": missing,
         "threshold": by_threshold,
+        "rim": by_rim,
         "mask file": by_file,
         "auto": by_auto,
     }
@@ -3407,9 +3478,7 @@ class _Cells:
 
 def _make_cells(prepared: Prepared) -> _Cells | None:
     """Reduce the picture to cells. Return None if too few of them are usable."""
-    usable = prepared.present.all(-1)  # (rows, columns) of reduced pixels
-    if prepared.user_mask is not None:
-        usable &= (prepared.user_mask > 0).any(-1)
+    usable = prepared.present.all(-1) & prepared.used  # (rows, columns) of reduced pixels
     longer = max(usable.shape)
     smallest = 2 if longer >= 2 * FEWEST_CELLS else 1
     size = max(smallest, round(longer / FIND_CELLS))
@@ -5709,7 +5778,7 @@ def thinned(prepared: Prepared, most: int = VIEW_PIXELS) -> Prepared:
     longer = max(prepared.image.shape[:2])
     step = max(1, round(longer / most))
     parts = {}
-    for name in ("image", "weight", "present", "centers", "linear", "user_mask"):
+    for name in ("image", "weight", "present", "centers", "linear", "user_mask", "rim"):
         part = getattr(prepared, name)
         if part is not None:
             parts[name] = part[::step, ::step]
@@ -5898,6 +5967,7 @@ TERM_INKS = ("#56b4e9", "#2fb58a", "#e69f00", "#cc79a7", "#f0e442")
 OVERLAYS = {
     "missing": ("#6b7077", "", "missing"),
     "threshold": ("#e69f00", "/////", "left out by -tm, -tM"),
+    "rim": ("#009e73", "-----", "left out: a dark rim"),
     "mask file": ("#56b4e9", "\\\\\\\\\\", "left out by -m"),
     "auto": ("#cc79a7", "///", "left out by --auto"),
     "clipped": ("#f0e442", "\\\\\\", "clipped by -dq"),
@@ -6024,7 +6094,7 @@ def _numbers(prepared: Prepared, reasons: dict[str, np.ndarray], blown: np.ndarr
     part = shares(prepared)
     add_share("used", part["used"], "of the samples")
     add_share("masked", part["masked"], "of the samples")
-    for reason in ("threshold", "mask file", "auto"):
+    for reason in ("threshold", "rim", "mask file", "auto"):
         area = reasons[reason]
         _, _, label = OVERLAYS[reason]
         if area.any():
