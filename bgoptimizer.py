@@ -3409,11 +3409,25 @@ def bending_rows(spacing: np.ndarray, cost: np.ndarray, free_bowl: bool) -> np.n
 #    drowned in noise, a globular cluster.
 # 3. The light of an object falls off with the distance from it. Light around an object that stands
 #    above a candidate surface and falls off from the object may be its outskirts. It does not count
-#    against that surface.
+#    against that surface. A dark cloud is such an object with the opposite sign.
 #
 # A surface pays for bending, but not for a tilt or for a bowl (vignetting), and it pays most where
 # no sky is seen. The answer is the stiffest surface that explains the sky nearly as well as the
 # best one does.
+#
+# The parts of this section, in the order in which the picture passes through them:
+#
+#   Cells                  the picture, reduced once more, and its noise
+#   Surfaces               all surfaces that the sky may have, and how they are fitted
+#   Texture                what has fine structure
+#   Hills                  what stands in front of the sky and is dark
+#   Steep glows            light of the sky that is too steep for a plate
+#   Scene                  all of these
+#   Closed patches         smooth objects
+#   Growth                 the outskirts of objects
+#   Choice                 the stiffest surface that explains the sky
+#   Doubt                  when the sky cannot be known
+#   Result                 find_sky, which does all of it
 #
 # In the shapes below, (h, w) are cells, and c is the number of channels. "Sigma" is the standard
 # deviation of the noise of what it is said of.
@@ -3564,6 +3578,12 @@ def _tiles(image: np.ndarray) -> np.ndarray:
 def _deviation(residuals: np.ndarray, axis: int | None = None) -> np.ndarray:
     """Return the standard deviation about 0 of residuals, robustly; NaN does not count."""
     return GAUSSIAN_DEVIATION * np.nanmedian(np.abs(residuals), axis)
+
+
+def _span(values: np.ndarray, percentiles: tuple[float, float]) -> np.ndarray:
+    """Return the difference of two percentiles, the upper one first, of (n, c) or (n,) values."""
+    high, low = np.percentile(values, percentiles, axis=0)
+    return high - low
 
 
 def _noise_line(above: np.ndarray, variances: np.ndarray) -> np.ndarray:
@@ -3887,7 +3907,81 @@ def _regular_points(sides: np.ndarray) -> np.ndarray:
     return _grid(row, column).reshape(-1, 2)
 
 
-# --- Before the sky ---
+# --- Texture ---
+
+ROUGH_SCALE = 1.4
+"""Cells: detail is what differs from a smooth mean of this width."""
+
+ROUGH_SIGMA = 3.5
+"""A cell is rough if its detail is more than so many sigma."""
+
+ROUGH_WINDOW = 0.05
+"""In units of the longer side: the window in which rough cells are counted."""
+
+ROUGH_DENSITY = 0.2
+"""A region is an object if this part of its cells is rough. Lone stars stay single cells, nebulae
+and galaxies close up."""
+
+
+class _Texture(NamedTuple):
+    """What has fine structure, (h, w) each."""
+
+    detail: np.ndarray  # in sigma, with its sign
+    rough: np.ndarray  # bool: detail that noise does not explain
+    dense: np.ndarray  # bool: regions dense with it
+
+
+def _texture(cells: _Cells, values: np.ndarray, usable: np.ndarray) -> _Texture:
+    """Find what has fine structure.
+
+    Args:
+        values: (h, w, c) of the cells, less what is known to be sky.
+        usable: (h, w) bool.
+    """
+    detail = (values - _smooth_slope(values, ROUGH_SCALE, usable)) / cells.noise
+    strongest = np.abs(detail).argmax(-1)[..., None]
+    detail = np.take_along_axis(detail, strongest, -1)[..., 0]  # (h, w)
+    rough = usable & (np.abs(detail) > ROUGH_SIGMA)
+    window = _rough_window(cells)
+    share = scipy.ndimage.uniform_filter(usable.astype(float), window)
+    density = scipy.ndimage.uniform_filter(rough.astype(float), window)
+    density /= np.maximum(share, 0.2)  # few usable cells are no region
+    return _Texture(detail, rough, usable & (density > ROUGH_DENSITY))
+
+
+def _rough_window(cells: _Cells) -> int:
+    """Return the side of the window in which rough cells are counted, an odd number of cells."""
+    return max(3, int(ROUGH_WINDOW * cells.longer) | 1)
+
+
+def _smooth_slope(image: np.ndarray, sigma: float, where: np.ndarray) -> np.ndarray:
+    """Return the Gaussian mean of (h, w, c) over the cells `where`, (h, w) bool, as a local plane.
+
+    At an edge, where all neighbors are on one side, a plain mean would take a slope for detail.
+    """
+    y, x = np.indices(where.shape).astype(float)
+    mean = functools.partial(scipy.ndimage.gaussian_filter, sigma=sigma)
+    weight = where.astype(float)
+    share = np.maximum(mean(weight), 1e-6)
+    center_y = mean(weight * y) / share
+    center_x = mean(weight * x) / share
+    yy = mean(weight * y * y) / share - center_y**2 + 1e-3
+    xx = mean(weight * x * x) / share - center_x**2 + 1e-3
+    xy = mean(weight * x * y) / share - center_x * center_y
+    determinant = np.maximum(yy * xx - xy**2, 1e-6)
+    smooth = np.zeros(image.shape)
+    for k in range(image.shape[-1]):
+        counted = np.where(where, image[..., k], 0.0)
+        center = mean(counted) / share
+        by_y = mean(counted * y) / share - center * center_y
+        by_x = mean(counted * x) / share - center * center_x
+        slope_y = (by_y * xx - by_x * xy) / determinant
+        slope_x = (by_x * yy - by_y * xy) / determinant
+        smooth[..., k] = center + slope_y * (y - center_y) + slope_x * (x - center_x)
+    return smooth
+
+
+# --- Hills ---
 
 FOREGROUND_GAP = 0.1
 """Hills begin within this part of the longer side from the sky. The dark sky beyond a band of the
@@ -3911,47 +4005,6 @@ FOREGROUND_LENGTH = 0.02
 FOREGROUND_EDGE = 5
 """Cells: how deep the edge of a hill is, in which it is compared with the sky."""
 
-PIXEL_NOISE = 15
-"""The noise of a pixel, about, in units of that of a cell: nobody can see what differs by less."""
-
-CLOSED_SCALES = (2.5, 5.0, 10.0, 16.0)
-"""Cells: scales at which patches of light are looked for. Structure is found at finer ones."""
-
-CLOSED_SIGMA = 5.0
-"""A patch curves down by so many sigma in all directions."""
-
-CLOSED_ROUNDNESS = 0.25
-"""Along the direction in which a patch curves least, it curves by this part of what it does across.
-A band of airglow curves along one direction only."""
-
-CURVATURE_NOISE = 0.32
-"""Noise of a second derivative of a Gaussian mean, times its scale cubed; that of a cell is 1.
-White noise has 0.244; stars and gaps add a third."""
-
-CLOSED_VIEW = 2.5
-"""Cells: the height of a patch is measured on a Gaussian mean of this width."""
-
-CLOSED_HEIGHT = 4.0
-"""A patch is at least so many sigma of that mean high."""
-
-CLOSED_FOOT = 0.15
-"""A patch reaches down to this part of its height."""
-
-CLOSED_LEAST = (0.35, 0.6)
-"""How closed a patch must be: 1 - level of its highest way out / its height. First all patches are
-tried, then those that are well closed."""
-
-CLOSED_ROUNDS = 5
-"""So many times patches are looked for, each time above a surface through the sky beside them."""
-
-CLOSED_CHANGE = 10
-"""Cells: the patches are those of the last round if no more than so many cells change."""
-
-CLOSED_SKY = 0.15
-"""Patches are no longer looked for if less than this part of the picture is smooth beside them."""
-
-DETAIL_NOISE = 1.07
-"""The noise of a cell over that of its detail: the mean takes 7 % of it away."""
 
 def _dark_foreground(cells: _Cells, objects: np.ndarray) -> np.ndarray:
     """Return hills, trees, or a dome, (h, w) bool.
@@ -3992,10 +4045,162 @@ def _dark_foreground(cells: _Cells, objects: np.ndarray) -> np.ndarray:
     return cells.usable & scipy.ndimage.binary_dilation(foreground, iterations=2)
 
 
-def _span(values: np.ndarray, percentiles: tuple[float, float]) -> np.ndarray:
-    """Return the difference of two percentiles, the upper one first, of (n, c) or (n,) values."""
-    high, low = np.percentile(values, percentiles, axis=0)
-    return high - low
+# --- Steep glows ---
+
+PIXEL_NOISE = 15
+"""The noise of a pixel, about, in units of that of a cell: nobody can see what differs by less."""
+
+GLOW_REACH = 0.3
+"""A glow is compared with the picture this part of the longer side away."""
+
+GLOW_HALF = 0.12
+"""A steep glow has fallen to half within this part of the longer side. A plate follows wider
+ones."""
+
+GLOW_HEIGHT = 0.5
+"""A steep glow rises by this part of the picture's range (5th to 95th percentile)."""
+
+GLOW_EVEN = 0.2
+"""Four fifths of an edge glow by at least this part of the median."""
+
+GLOW_SMOOTH = 0.06
+"""The picture differs from a glow by at most this part of the glow's light, median in its core.
+True glows have up to 0.03, nebulae 0.16 and more."""
+
+
+def _steep_glows(cells: _Cells, usable: np.ndarray) -> list:
+    """Find light that rises to an edge or a corner too steeply for a plate, and is sky.
+
+    Street lights, the edge of a sensor, and an amplifier make it. Its profile is the median of all
+    cells that are as far from the edge or the corner: no star and no galaxy decides it.
+
+    Returns:
+        Their places, as `_Surfaces` takes them.
+    """
+    light = _channels_together(cells.values / cells.noise)
+    centers = cells.centers[cells.usable]
+    low, high = centers.min(0), centers.max(0)  # (2,) of what is usable
+    edges = [(low[0], math.nan), (high[0], math.nan), (math.nan, low[1]), (math.nan, high[1])]
+    glows = [edge for edge in edges if _falls_off(cells, light, usable, edge)]
+    glowing = set(itertools.chain(*glows))
+    for corner in itertools.product(*zip(low, high)):
+        # The glow along an edge brightens both of its corners
+        if not glowing.intersection(corner) and _falls_off(cells, light, usable, corner):
+            glows.append(corner)
+    return glows
+
+
+def _falls_off(cells: _Cells, light: np.ndarray, usable: np.ndarray, place: tuple) -> bool:
+    """Tell whether light (h, w) falls off steeply with the distance from an edge or a place."""
+    ring = np.round(_distance_from(place, cells.centers) * cells.longer).astype(int)
+    if not (usable & (ring == 0)).any():  # hills stand there
+        return False
+    levels = []
+    for k in range(int(GLOW_REACH * cells.longer)):
+        there = light[usable & (ring == k)]
+        if there.size:
+            levels.append(np.percentile(there, (20, 50)))
+    low, profile = np.transpose(levels)  # (rings,) each
+    base = profile.min()
+    height = profile[0] - base
+    even = low[0] - base > GLOW_EVEN * height
+    span = _span(light[usable], (95, 5))
+    half = (profile < base + 0.5 * height).argmax()
+    falls = (np.diff(profile[:half + 1]) < 0.1 * height).all()
+    return bool(even and falls and half < GLOW_HALF * cells.longer
+                and height > max(GLOW_HEIGHT * span, PIXEL_NOISE))
+
+
+def _distance_from(place: tuple, centers: np.ndarray) -> np.ndarray:
+    """Return the distance of (..., 2) from a corner or an edge; see `_Surfaces`."""
+    return np.sqrt(np.nansum((centers - np.array(place))**2, -1))
+
+
+# --- Scene ---
+
+@dataclass(frozen=True)
+class _Scene:
+    """What is known of a picture before its sky is."""
+
+    cells: _Cells
+    surfaces: _Surfaces  # with the steep glows of this sky
+    texture: _Texture
+    near_hills: np.ndarray  # (h, w) bool: hills and trees, with a margin
+
+
+def _look(cells: _Cells, shape: tuple[int, int]) -> _Scene:
+    """Tell what has structure, what are hills, and where the sky has steep glows.
+
+    Args:
+        cells: of the picture.
+        shape: (h, w) of the full picture.
+    """
+    usable = cells.usable
+    texture = _texture(cells, cells.values, usable)
+    hills = _dark_foreground(cells, texture.dense)
+    if hills.any():
+        texture = _texture(cells, cells.values, usable & ~hills)
+    width = _rough_window(cells) + 1
+    near_hills = usable & scipy.ndimage.binary_dilation(hills, iterations=width)
+    beside = usable & ~near_hills
+    plain = beside & ~texture.rough & ~texture.dense
+    glows = _steep_glows(cells, beside)
+    while glows:
+        surfaces = _Surfaces(cells, shape, glows)
+        cores = [beside & (_distance_from(glow, cells.centers) < GLOW_HALF) for glow in glows]
+        found = surfaces.fit(plain | np.any(cores, 0), np.zeros_like(usable), WITH_BOWL)
+        rest = np.abs(surfaces.excess(found)).mean(-1)  # (h, w)
+        glow = np.abs(surfaces.glow(found) / cells.noise).mean(-1)
+        smooth = [place for place, core in zip(glows, cores)
+                  if np.median(rest[core]) < GLOW_SMOOTH * np.median(glow[core])]
+        if smooth == glows:
+            texture = _texture(cells, cells.values - surfaces.surface(found), usable & ~hills)
+            return _Scene(cells, surfaces, texture, near_hills)
+        glows = smooth
+    return _Scene(cells, _Surfaces(cells, shape), texture, near_hills)
+
+
+# --- Closed patches ---
+
+CLOSED_SCALES = (2.5, 5.0, 10.0, 16.0)
+"""Cells: scales at which patches of light are looked for. Structure is found at finer ones."""
+
+CLOSED_SIGMA = 5.0
+"""A patch curves down by so many sigma in all directions."""
+
+CLOSED_ROUNDNESS = 0.25
+"""Along the direction in which a patch curves least, it curves by this part of what it does across.
+A band of airglow curves along one direction only."""
+
+CURVATURE_NOISE = 0.32
+"""Noise of a second derivative of a Gaussian mean, times its scale cubed; that of a cell is 1.
+White noise has 0.244; stars and gaps add a third."""
+
+CLOSED_VIEW = 2.5
+"""Cells: the height of a patch is measured on a Gaussian mean of this width."""
+
+CLOSED_HEIGHT = 4.0
+"""A patch is at least so many sigma of that mean high."""
+
+CLOSED_FOOT = 0.15
+"""A patch reaches down to this part of its height."""
+
+CLOSED_LEAST = (0.35, 0.6)
+"""How closed a patch must be: 1 - level of its highest way out / its height. First all patches are
+tried, then those that are well closed."""
+
+CLOSED_ROUNDS = 5
+"""So many times patches are looked for, each time above a surface through the sky beside them."""
+
+CLOSED_CHANGE = 10
+"""Cells: the patches are those of the last round if no more than so many cells change."""
+
+CLOSED_SKY = 0.15
+"""Patches are no longer looked for if less than this part of the picture is smooth beside them."""
+
+DETAIL_NOISE = 1.07
+"""The noise of a cell over that of its detail: the mean takes 7 % of it away."""
+
 
 def _closed_patches(scene: _Scene, closedness: float) -> np.ndarray:
     """Return smooth patches of light that are surrounded by darker picture, (h, w) bool.
@@ -4111,195 +4316,6 @@ def _curves_down(second: np.ndarray, least: float) -> np.ndarray:
     flattest = mean + spread
     steepest = mean - spread
     return (flattest < -least) & (flattest < CLOSED_ROUNDNESS * steepest)
-
-
-
-# --- Objects ---
-
-ROUGH_SCALE = 1.4
-"""Cells: detail is what differs from a smooth mean of this width."""
-
-ROUGH_SIGMA = 3.5
-"""A cell is rough if its detail is more than so many sigma."""
-
-ROUGH_WINDOW = 0.05
-"""In units of the longer side: the window in which rough cells are counted."""
-
-ROUGH_DENSITY = 0.2
-"""A region is an object if this part of its cells is rough. Lone stars stay single cells, nebulae
-and galaxies close up."""
-
-
-class _Texture(NamedTuple):
-    """What has fine structure, (h, w) each."""
-
-    detail: np.ndarray  # in sigma, with its sign
-    rough: np.ndarray  # bool: detail that noise does not explain
-    dense: np.ndarray  # bool: regions dense with it
-
-
-def _texture(cells: _Cells, values: np.ndarray, usable: np.ndarray) -> _Texture:
-    """Find what has fine structure.
-
-    Args:
-        values: (h, w, c) of the cells, less what is known to be sky.
-        usable: (h, w) bool.
-    """
-    detail = (values - _smooth_slope(values, ROUGH_SCALE, usable)) / cells.noise
-    strongest = np.abs(detail).argmax(-1)[..., None]
-    detail = np.take_along_axis(detail, strongest, -1)[..., 0]  # (h, w)
-    rough = usable & (np.abs(detail) > ROUGH_SIGMA)
-    window = _rough_window(cells)
-    share = scipy.ndimage.uniform_filter(usable.astype(float), window)
-    density = scipy.ndimage.uniform_filter(rough.astype(float), window)
-    density /= np.maximum(share, 0.2)  # few usable cells are no region
-    return _Texture(detail, rough, usable & (density > ROUGH_DENSITY))
-
-
-def _rough_window(cells: _Cells) -> int:
-    """Return the side of the window in which rough cells are counted, an odd number of cells."""
-    return max(3, int(ROUGH_WINDOW * cells.longer) | 1)
-
-
-def _smooth_slope(image: np.ndarray, sigma: float, where: np.ndarray) -> np.ndarray:
-    """Return the Gaussian mean of (h, w, c) over the cells `where`, (h, w) bool, as a local plane.
-
-    At an edge, where all neighbors are on one side, a plain mean would take a slope for detail.
-    """
-    y, x = np.indices(where.shape).astype(float)
-    mean = functools.partial(scipy.ndimage.gaussian_filter, sigma=sigma)
-    weight = where.astype(float)
-    share = np.maximum(mean(weight), 1e-6)
-    center_y = mean(weight * y) / share
-    center_x = mean(weight * x) / share
-    yy = mean(weight * y * y) / share - center_y**2 + 1e-3
-    xx = mean(weight * x * x) / share - center_x**2 + 1e-3
-    xy = mean(weight * x * y) / share - center_x * center_y
-    determinant = np.maximum(yy * xx - xy**2, 1e-6)
-    smooth = np.zeros(image.shape)
-    for k in range(image.shape[-1]):
-        counted = np.where(where, image[..., k], 0.0)
-        center = mean(counted) / share
-        by_y = mean(counted * y) / share - center * center_y
-        by_x = mean(counted * x) / share - center * center_x
-        slope_y = (by_y * xx - by_x * xy) / determinant
-        slope_x = (by_x * yy - by_y * xy) / determinant
-        smooth[..., k] = center + slope_y * (y - center_y) + slope_x * (x - center_x)
-    return smooth
-
-
-
-# --- Steep glows ---
-
-GLOW_REACH = 0.3
-"""A glow is compared with the picture this part of the longer side away."""
-
-GLOW_HALF = 0.12
-"""A steep glow has fallen to half within this part of the longer side. A plate follows wider
-ones."""
-
-GLOW_HEIGHT = 0.5
-"""A steep glow rises by this part of the picture's range (5th to 95th percentile)."""
-
-GLOW_EVEN = 0.2
-"""Four fifths of an edge glow by at least this part of the median."""
-
-GLOW_SMOOTH = 0.06
-"""The picture differs from a glow by at most this part of the glow's light, median in its core.
-True glows have up to 0.03, nebulae 0.16 and more."""
-
-
-def _steep_glows(cells: _Cells, usable: np.ndarray) -> list:
-    """Find light that rises to an edge or a corner too steeply for a plate, and is sky.
-
-    Street lights, the edge of a sensor, and an amplifier make it. Its profile is the median of all
-    cells that are as far from the edge or the corner: no star and no galaxy decides it.
-
-    Returns:
-        Their places, as `_Surfaces` takes them.
-    """
-    light = _channels_together(cells.values / cells.noise)
-    centers = cells.centers[cells.usable]
-    low, high = centers.min(0), centers.max(0)  # (2,) of what is usable
-    edges = [(low[0], math.nan), (high[0], math.nan), (math.nan, low[1]), (math.nan, high[1])]
-    glows = [edge for edge in edges if _falls_off(cells, light, usable, edge)]
-    glowing = set(itertools.chain(*glows))
-    for corner in itertools.product(*zip(low, high)):
-        # The glow along an edge brightens both of its corners
-        if not glowing.intersection(corner) and _falls_off(cells, light, usable, corner):
-            glows.append(corner)
-    return glows
-
-
-def _falls_off(cells: _Cells, light: np.ndarray, usable: np.ndarray, place: tuple) -> bool:
-    """Tell whether light (h, w) falls off steeply with the distance from an edge or a place."""
-    ring = np.round(_distance_from(place, cells.centers) * cells.longer).astype(int)
-    if not (usable & (ring == 0)).any():  # hills stand there
-        return False
-    levels = []
-    for k in range(int(GLOW_REACH * cells.longer)):
-        there = light[usable & (ring == k)]
-        if there.size:
-            levels.append(np.percentile(there, (20, 50)))
-    low, profile = np.transpose(levels)  # (rings,) each
-    base = profile.min()
-    height = profile[0] - base
-    even = low[0] - base > GLOW_EVEN * height
-    span = _span(light[usable], (95, 5))
-    half = (profile < base + 0.5 * height).argmax()
-    falls = (np.diff(profile[:half + 1]) < 0.1 * height).all()
-    return bool(even and falls and half < GLOW_HALF * cells.longer
-                and height > max(GLOW_HEIGHT * span, PIXEL_NOISE))
-
-
-def _distance_from(place: tuple, centers: np.ndarray) -> np.ndarray:
-    """Return the distance of (..., 2) from a corner or an edge; see `_Surfaces`."""
-    return np.sqrt(np.nansum((centers - np.array(place))**2, -1))
-
-
-
-# --- Scene ---
-
-@dataclass(frozen=True)
-class _Scene:
-    """What is known of a picture before its sky is."""
-
-    cells: _Cells
-    surfaces: _Surfaces  # with the steep glows of this sky
-    texture: _Texture
-    near_hills: np.ndarray  # (h, w) bool: hills and trees, with a margin
-
-
-def _look(cells: _Cells, shape: tuple[int, int]) -> _Scene:
-    """Tell what has structure, what are hills, and where the sky has steep glows.
-
-    Args:
-        cells: of the picture.
-        shape: (h, w) of the full picture.
-    """
-    usable = cells.usable
-    texture = _texture(cells, cells.values, usable)
-    hills = _dark_foreground(cells, texture.dense)
-    if hills.any():
-        texture = _texture(cells, cells.values, usable & ~hills)
-    width = _rough_window(cells) + 1
-    near_hills = usable & scipy.ndimage.binary_dilation(hills, iterations=width)
-    beside = usable & ~near_hills
-    plain = beside & ~texture.rough & ~texture.dense
-    glows = _steep_glows(cells, beside)
-    while glows:
-        surfaces = _Surfaces(cells, shape, glows)
-        cores = [beside & (_distance_from(glow, cells.centers) < GLOW_HALF) for glow in glows]
-        found = surfaces.fit(plain | np.any(cores, 0), np.zeros_like(usable), WITH_BOWL)
-        rest = np.abs(surfaces.excess(found)).mean(-1)  # (h, w)
-        glow = np.abs(surfaces.glow(found) / cells.noise).mean(-1)
-        smooth = [place for place, core in zip(glows, cores)
-                  if np.median(rest[core]) < GLOW_SMOOTH * np.median(glow[core])]
-        if smooth == glows:
-            texture = _texture(cells, cells.values - surfaces.surface(found), usable & ~hills)
-            return _Scene(cells, surfaces, texture, near_hills)
-        glows = smooth
-    return _Scene(cells, _Surfaces(cells, shape), texture, near_hills)
 
 
 # --- Growth ---
