@@ -29,7 +29,7 @@ def test_missing_masked_and_used_add_up_and_have_their_reasons():
     image[:16] = 0
     mask = np.ones((1, 80, 120), np.float32)
     mask[:, :, :24] = 0
-    settings = Settings(threshold_max=0.3)
+    settings = Settings(threshold_max=0.3).resolved()
     prepared = prepare(to_planes(image), settings, mask)
     part = shares(prepared)
     assert part["missing"] == pytest.approx(0.2)
