@@ -1,4 +1,16 @@
 #!/usr/bin/env python3
+# /// script
+# requires-python = ">= 3.8, < 3.14"  # 3.13 is the newest tried
+# dependencies = [  # those of requirements.txt
+#   'tensorflow ~= 2.13.0 ; python_version < "3.9"',
+#   'tensorflow ~= 2.15.0 ; python_version >= "3.9" and python_version < "3.12"',
+#   'tensorflow >= 2.16 ; python_version >= "3.12" and python_version < "3.15"',
+#   'tensorflow == 0+needs.Python.3.14.or.older ; python_version >= "3.15"',
+#   'tensorflow-addons >= 0.21 ; python_version < "3.12" and platform_machine != "aarch64"',
+#   'astropy', 'imagecodecs', 'lz4', 'matplotlib', 'numpy', 'pillow', 'scikit-image', 'scipy',
+#   'tifffile', 'tqdm', 'xisf >= 0.9.6', 'zstandard',
+# ]
+# ///
 """Take the uneven sky out of a linear astrophoto.
 
 Light pollution, moonlight, and airglow lay a smooth, uneven veil over every
@@ -35,8 +47,10 @@ import argparse
 import base64
 import copy
 import csv
+import errno
 import functools
 import glob
+import gzip
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -238,126 +252,80 @@ class Settings:
 
 
 # --------------------------------------------------------------------------------------------------
-# Pictures on disk: XISF
+# Pictures on disk: what all formats share
 #
-# The specification: https://pixinsight.com/doc/docs/XISF-1.0-spec/XISF-1.0-spec.html. Where it is
-# silent, or where PixInsight reads more than it allows, PixInsight's reader decides.
-#
-# The header is parsed and checked here, because the `xisf` package fails on many real headers. The
-# package then reads and decompresses the blocks that the checked header describes. Files are
-# written here, because the package's writer loses metadata.
+# Row 0 of a picture is its top. Libraries parse and decode. What may crash in them, or run away,
+# is done in a process of its own.
 # --------------------------------------------------------------------------------------------------
 
-XML_DECLARATION = b'<?xml version="1.0" encoding="UTF-8"?>'
-XISF_ROOT = {
-    "version": "1.0",
-    "xmlns": "http://www.pixinsight.com/xisf",
-    "xmlns:xsi": "http://www.w3.org/2001/XMLSchema-instance",
-    "xsi:schemaLocation":
-        "http://www.pixinsight.com/xisf http://pixinsight.com/xisf/xisf-1.0.xsd",
-}
-SAMPLE_FORMATS = {  # XISF's names, in lower case, and those of NumPy
-    "uint8": "u1", "uint16": "u2", "uint32": "u4", "uint64": "u8", "float32": "f4", "float64": "f8",
-}
-BYTE_ORDERS = {"little": "<", "big": ">"}
-COLOR_CHANNELS = {"gray": 1, "rgb": 3}
-INTERLEAVED = {"planar": False, "normal": True}
-BOOLEANS = {"1": "true", "t": "true", "0": "false", "f": "false"}
-TEXT_DECODERS = {
-    "base64": functools.partial(base64.b64decode, validate=True), "hex": bytes.fromhex,
-}
-CHECKSUMS = {  # XISF's names and those of hashlib
-    "sha-1": "sha1", "sha1": "sha1", "sha-256": "sha256", "sha256": "sha256",
-    "sha-512": "sha512", "sha512": "sha512", "sha3-256": "sha3_256", "sha3-512": "sha3_512",
-}
+LARGEST_VALUE = 1e30  # floating point beyond it is no light, but damage, or means something else
+SMALLEST_MARK = -99  # -99, -999, -9999, -32768, and the like stand for what is missing
+READ_AT_ONCE = 1 << 20  # bytes that are read together where no picture gives the measure
+GZIP_START = b"\x1f\x8b"
 
-PART_WEIGHT = 64
-"""Bytes of memory that a tag or an attribute of a header takes, roughly."""
+NO_QUESTIONS = 1 << 28
+"""Bytes that compressed data may claim to hold, as far as their codec can do that."""
 
-MAX_HEADER_WEIGHT = 1 << 24
-"""Heaviest header that is read: its bytes, and PART_WEIGHT for each tag and attribute. Real ones
-are far below."""
+MOST_COMPRESSED = 1032
+"""Bytes that one stored byte may stand for beyond NO_QUESTIONS. That much deflate makes of a flat
+mask; of pictures, with their noise, nothing makes more than some dozens."""
 
-MAX_KEPT_WEIGHT = 3 << 22
-"""Heaviest metadata that the outputs take over. With HISTORY, their header must stay below
-MAX_HEADER_WEIGHT, so that it can be read again."""
+# What a decoder may take: seconds, one more for so many bytes (tenfold of what it needs), and bytes
+# beside thrice what it decodes
+DECODING_SECONDS, DECODING_SPEED, DECODER_SPARE = 60, 500_000, 1 << 27
 
-MAX_HEADER_DEPTH = 64
-"""Elements inside each other."""
-
-MAX_EXPANSION = {"zlib": 1032, "lz4": 255, "lz4hc": 255, "zstd": 1 << 16}
-"""Bytes that one byte of a codec's stream can stand for. A block that claims more is a lie."""
-
-MAX_SUBBLOCKS = 10_000
-"""Sub-blocks of one block. Writers make a few for each thread of the processor."""
-
-ZSTD_HEADER_SIZE = 18
-"""Bytes: the longest header of a zstd stream."""
-
-CHECKED_AT_ONCE = 1 << 20
-"""Bytes that are read together for a checksum."""
-
-LZ4_LIMIT = 0x7E000000
-"""Bytes: the largest LZ4 block. More would need sub-blocks, and PixInsight fails on those of more
-than 2 GiB together."""
-
-ALIGNMENT = 4096
-"""Bytes: attached blocks start at multiples of it, as in PixInsight's own files."""
-
-HISTORY_COLUMNS = 72
-"""Characters of text that a HISTORY keyword has room for in a FITS header."""
-
-XISF_NAME = re.compile("[_a-zA-Z][_a-zA-Z0-9]*")
-# Without leading zeros: PixInsight takes 010 for 8
-XISF_INTEGER = re.compile(r"\+?(0|[1-9][0-9]{0,17}|0x[0-9a-fA-F]{1,15})")
-XISF_COMPRESSION = re.compile(
-    r"(?P<codec>zlib|lz4|lz4hc|zstd)(?P<shuffled>\+sh)?"
-    r":(?P<size>[1-9][0-9]{0,17})(:(?P<item>[1-9]|1[0-6]))?")
-# A run of blanks is tried at its start only. Tried at all its characters, a long one takes hours.
-BLANKS_AT_SEPARATORS = re.compile(r"(?<!\s)\s+(?=[:,])|(?<=[:,])\s+")
-# PixInsight takes these labels, and whatever they say, the header is UTF-8
-UNKNOWN_ENCODING = re.compile(
-    r"<\?xml[^>]*\sencoding\s*=\s*[\"'](?!(utf-?8|utf-16|iso-8859-1)[\"'])", re.IGNORECASE)
-# Characters that XML 1.0 forbids, bare and as references. PixInsight lets them pass.
-NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
-NOT_XML_REFERENCE = re.compile(
-    "&#(0*([0-8]|1[124-9]|2[0-9]|3[01])|x0*([0-8bcef]|1[0-9a-f]));", re.IGNORECASE)
-# Metadata, as "element name", that describe the old file, and those that new pixels make untrue
-STALE_FILE_METADATA = re.compile(
-    "(Data|Thumbnail) |Property XISF:"
-    "(Creat|Compress|BlockAlign|MaxInline|Checksum|OutputHint|InputHint|ResourceURL|Load)")
-STALE_PIXEL_METADATA = re.compile(
-    r"FITSKeyword (BITPIX|NAXIS\d*|BSCALE|BZERO|DATAMIN|DATAMAX|CHECKSUM|DATASUM|PEDESTAL"
-    r"|NOISE[A-Z]?\d*)$|Property (.*:)?(Statistics|Noise)(:|$)")
-STALE_IMAGE_ATTRIBUTES = (
-    "location", "compression", "subblocks", "checksum", "byteOrder", "pixelStorage", "offset")
+DECODER = """
+import sys
+sys.path[:] = filter(None, sys.path)  # nothing is imported from where pictures are
+import os, warnings
+import numpy
+kind, number, dtype = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+parent, seconds, memory = map(int, sys.argv[4:])
+warnings.simplefilter("ignore")
+if kind == "fits":
+    from astropy.io import fits
+else:
+    import imagecodecs, tifffile
+try:
+    import ctypes, resource
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    with open("/proc/self/statm") as file:
+        memory += int(file.read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+    ctypes.CDLL(None).prctl(1, 9)  # Linux ends this process with its parent
+except (ImportError, AttributeError, OSError, ValueError, TypeError):
+    pass  # another system
+if hasattr(os, "getppid") and os.name != "nt" and os.getppid() != parent:
+    sys.exit(1)
+if kind == "fits":
+    with fits.open(sys.stdin.buffer, do_not_scale_image_data=True, memmap=False) as hdus:
+        samples = hdus[number].data
+else:
+    with tifffile.TiffFile(sys.stdin.buffer, _multifile=False) as tiff:
+        samples = tiff.pages[number].asarray(maxworkers=1)
+sys.stdout.buffer.write(numpy.ascontiguousarray(samples, dtype))
+"""
+"""A program that decodes the picture `number` of the file that is its standard input."""
 
 NOT_A_FILE = "is not a file", "name a picture, or save the data to one first"
-BARE_XISF = "<xisf><Image/><Metadata/></xisf>"
+NOT_DECODED = "is damaged: its data cannot be read or decompressed"
 
-NOT_DECODED = (
-    ValueError, OverflowError, zlib.error, zstandard.ZstdError, lz4.block.LZ4BlockError)
-"""What the decoders raise on damaged data."""
-
-
-@dataclass
-class Source:
-    """What the outputs carry over from a file besides its pixels."""
-    root: ElementTree.Element  # the header, without what describes the old pixels and the old file
-    blocks: dict  # attached bytes, by the `location` that stands in their elements
-    checksum: bool = False  # True if the pixels had a checksum: then those of the outputs get one
+NO_LIGHT = re.compile("dark|bias|flat|offset|zero", re.IGNORECASE)
+"""What IMAGETYP and the like say of frames that show no sky."""
 
 
 class Unit(NamedTuple):
     """A picture's own unit: its values are samples * scale + offset."""
     scale: float = 1.0
     offset: float = 0.0
+    mark: float | None = None  # the value, such as -9999, that means "missing": here it is NaN
 
 
 @dataclass
 class Picture:
     """An image in [0, 1]. Samples that are exactly 0 or not finite are missing."""
-    planes: np.ndarray  # (c, h, w), c = 1 or 3; float32, or float64 if the file holds Float64
+    planes: np.ndarray  # (c, h, w), c = 1 or 3; row 0 is the top. float32, or float64 if it was
     source: Source  # or a FitsSource, or a TiffSource
     warnings: list  # of str, one line each
     unit: Unit = Unit()
@@ -370,55 +338,6 @@ class _Unreadable(ValueError):
     def __init__(self, problem, advice="copy or save it again"):
         super().__init__(problem[:150])
         self.advice = advice
-
-
-@dataclass
-class _OpenFile:
-    """A file whose header has been read."""
-    file: object
-    size: int  # bytes
-    header_end: int  # byte at which the first block may start
-    bytes_left: int  # of blocks, that may still be read: overlapping ones could fill any memory
-    weight_left: int  # of metadata that may still be carried over into the outputs
-    warnings: list  # of str, for the user
-
-
-@dataclass
-class _Block:
-    """The bytes that belong to an element, as they are stored."""
-    attributes: dict  # tell how the bytes are packed
-    size: int  # bytes
-    position: int | None = None  # in the file
-    data: bytes = b""  # the bytes themselves, if they stand in the header
-
-
-class _BlockReader(XISF):
-    """The `xisf` package's reader, which is told where a block is, and parses no header itself."""
-
-    def __init__(self, file, block):
-        self._fname = file
-        self._images_meta = [block]
-
-
-def read_xisf(path):
-    """Read the first image of a monolithic XISF file.
-
-    Integers are scaled from their full range, or from `bounds` if given, floats from `bounds`.
-    Samples below the lower bound become the smallest normal number, not 0, which would mean
-    "missing". Samples above the upper bound become 1. Memory never grows past what an honest file
-    of the same geometry and size needs.
-
-    Returns a Picture.
-    Raises BgError if the file is damaged, hostile, or of a kind that is not read.
-    """
-    with _refusals(path):
-        mode = os.stat(path).st_mode
-        _require(stat.S_ISREG(mode), *NOT_A_FILE)  # and opening a FIFO would wait forever
-        with open(path, "rb") as file:
-            root, opened = _read_header(file)
-            planes = _read_pixels(root, opened)
-            source = _read_source(root, opened)
-    return Picture(planes, source, opened.warnings)
 
 
 @contextmanager
@@ -456,6 +375,619 @@ def _require(fact, problem, *advice):
         raise _Unreadable(problem, *advice)
 
 
+def _require_honest(size, stored, ratio):
+    """Refuse `stored` bytes that claim to hold more than their codec's ratio allows, or a bomb."""
+    if size > NO_QUESTIONS:
+        ratio = min(ratio, MOST_COMPRESSED)
+    _require(size <= ratio * stored, "claims more data than its compressed block can hold")
+
+
+@contextmanager
+def _opened(path):
+    """Open a file to read; what gzip has packed is unpacked into a nameless one."""
+    _require(stat.S_ISREG(os.stat(path).st_mode), *NOT_A_FILE)  # opening a FIFO would wait forever
+    with ExitStack() as stack:
+        file = stack.enter_context(open(path, "rb"))
+        if file.read(len(GZIP_START)) == GZIP_START:
+            file = stack.enter_context(_unzipped(file))
+        file.seek(0)
+        yield file
+
+
+@contextmanager
+def _unzipped(packed):
+    """Unpack a gzip file."""
+    most = max(NO_QUESTIONS, MOST_COMPRESSED * os.fstat(packed.fileno()).st_size)
+    packed.seek(0)
+    with tempfile.TemporaryFile() as file, gzip.GzipFile(fileobj=packed) as pieces:
+        try:
+            for piece in iter(lambda: pieces.read(READ_AT_ONCE), b""):
+                file.write(piece)
+                _require(file.tell() <= most, "claims more data than its compressed block can hold")
+        except (EOFError, gzip.BadGzipFile, zlib.error):
+            raise _Unreadable("is cut short or damaged: gzip cannot unpack it") from None
+        yield file
+
+
+@contextmanager
+def _stream_of(kind, file, number, position, dtype, size):
+    """Yield a stream of a picture's samples: the file itself, or what another process decodes.
+
+    Args:
+        kind: "fits" or "tiff".
+        file: opened; if the samples are decoded, nothing can be read from it afterwards.
+        number: of the HDU or page.
+        position: of the samples in the file; None if they are to be decoded, which may crash.
+        dtype, size: of the samples, in all in bytes.
+    """
+    if position is not None:
+        file.seek(position)
+        yield file
+        return
+    seconds = int(DECODING_SECONDS + size / DECODING_SPEED)
+    limits = os.getpid(), seconds, 3 * size + DECODER_SPARE
+    arguments = map(str, (kind, number, dtype.str, *limits))
+    os.lseek(file.fileno(), 0, os.SEEK_SET)
+    process = subprocess.Popen([sys.executable, "-c", DECODER, *arguments], stdin=file,
+                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    clock = threading.Timer(seconds, process.kill)
+    clock.daemon = True
+    clock.start()
+    try:
+        _require(process.stdout.peek(1), NOT_DECODED)
+        yield process.stdout
+    finally:
+        clock.cancel()
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def _rows_of(stream, dtype, row_shape):
+    """Return a function for `_fill` that reads rows of this shape one after the other."""
+    row_size = math.prod(row_shape) * dtype.itemsize
+
+    def read_rows(start, stop):
+        size = (stop - start) * row_size
+        data = stream.read(size)
+        _require(len(data) == size, "is cut short: rows of it are missing")
+        return np.frombuffer(data, dtype).reshape(stop - start, *row_shape)
+
+    return read_rows
+
+
+def _fill(planes, together, read_rows, convert):
+    """Fill planes strip by strip, in the order of the file.
+
+    Args:
+        planes: (c, h, w), c = 1 or 3.
+        together: samples of a pixel that stand together. With 1, whole planes follow each other.
+        read_rows: (start, stop) -> so many rows as stored, (n, w, together).
+        convert: (samples, target), both of one shape, fills the target.
+    """
+    colors, height, width = planes.shape
+    tables = planes[..., None]  # (c, h, w, 1)
+    if together > 1:
+        tables = np.moveaxis(planes, 0, 2)[None]  # (1, h, w, c)
+    for number, table in enumerate(tables):
+        for rows in _strips(height, width * together):
+            first = number * height
+            samples = read_rows(first + rows.start, first + rows.stop)
+            convert(samples[..., :colors], table[rows])
+
+
+def _read_planes(stream, dtype, shape, together, path, step=1, zero=0, blank=None, flip=False,
+                 negative=False):
+    """Read samples, and bring them into [0, 1].
+
+    Args:
+        stream: stands at the first sample.
+        dtype, together: of the samples, see `_fill`.
+        shape: (c, h, w) of the planes.
+        step, zero: what they mean is stored * step + zero.
+        blank: the integer that means "missing".
+        flip: True if the first row is the lowest.
+        negative: True if unsigned integers have 0 for white.
+
+    Returns planes (float64 if they are, else float32), the Unit, a sentence on it, and warnings.
+    """
+    is_float = dtype.kind == "f"
+    white = _white(dtype, step, zero)
+    planes = np.empty(shape, "f8" if is_float and dtype.itemsize == 8 else "f4")
+    calculated = planes.dtype if is_float else np.float64
+
+    def convert(samples, target):
+        if negative:
+            samples = ~samples
+        values = samples.astype(calculated)
+        if white or (step, zero) != (1, 0):
+            values = (values * step + zero) / (white or 1)
+        if blank is not None:
+            values[samples == blank] = np.nan
+        target[...] = values
+
+    upright = planes[:, ::-1] if flip else planes
+    _fill(upright, together, _rows_of(stream, dtype, (shape[2], together)), convert)
+    if white:
+        return planes, Unit(), f"integers, {white} = white", []
+    unit, note, marked = _fit_into_unit_range(planes, path)
+    return planes, unit, note, marked
+
+
+def _white(dtype, step=1, zero=0):
+    """Return the largest value of unsigned integers, and None for other numbers.
+
+    FITS has no unsigned integers of more than 8 bits: it stores signed ones and adds half the
+    range.
+    """
+    if dtype.kind == "f" or step != 1:
+        return None
+    limits = np.iinfo(dtype)
+    return int(limits.max + zero) if limits.min + zero == 0 else None
+
+
+def _finite_range(values):
+    """Return the smallest and the largest of the finite values; inf and -inf without any."""
+    low, high = values.min(), values.max()
+    if not np.isfinite([low, high]).all():
+        finite = np.isfinite(values)
+        low = values.min(where=finite, initial=math.inf)
+        high = values.max(where=finite, initial=-math.inf)
+    return float(low), float(high)
+
+
+def array_unit(planes):
+    """Bring planes outside [0, 1] into it, in place, and return their Unit. Raises BgError."""
+    unit, _, marked = _fit_into_unit_range(planes, "the image")
+    for text in marked:
+        logger.warning(f"the image {text}")
+    return unit
+
+
+def _leave_out_marks(planes):
+    """Set samples to NaN, in place, that a value such as -9999 marks as missing.
+
+    It is a whole number up to SMALLEST_MARK, and all others are nearer to their median than to it.
+
+    Returns the value, None without one, and how many they are.
+    """
+    lowest = min(_finite_range(plane)[0] for plane in planes)
+    if not (-LARGEST_VALUE < lowest <= SMALLEST_MARK and lowest == round(lowest)):
+        return None, 0
+    others = np.concatenate([plane[np.isfinite(plane) & (plane > lowest)] for plane in planes])
+    if not others.size or others.min() - lowest <= np.median(others) - others.min():
+        return None, 0
+    marked = planes == lowest
+    planes[marked] = np.nan
+    return lowest, np.count_nonzero(marked)
+
+
+def _fit_into_unit_range(planes, name):
+    """Bring planes outside [0, 1] into it, in place; return their Unit, a sentence, and warnings.
+
+    Room is left where the corrected picture may need it: above the brightest star, and below the
+    noise of the darkest sky, so that negative values stay what they are.
+    """
+    mark, count = _leave_out_marks(planes)
+    marked = [f"has {count} samples of {mark:g}, which are taken for missing"] if count else []
+    lows, highs = zip(*map(_finite_range, planes))
+    lowest, highest = min(lows), max(highs)
+    if lowest >= 0 and highest <= 1 or lowest > highest:
+        return Unit(mark=mark), "from 0 to 1", marked
+    values_are = f"from {lowest:.6g} to {highest:.6g}"
+    if max(-lowest, highest) >= LARGEST_VALUE:
+        raise BgError(f"{name} has values {values_are}, which cannot be light; "
+                      "look at it, and at what was done to it")
+    offset = 0.0
+    value = "value"
+    if lowest < 0:
+        offset = lowest - _room_below(planes, lowest, highest)
+        value = f"(value + {-offset:.6g})"
+    # A power of two: without an offset, all digits stay
+    scale = 2.0 ** (math.ceil(math.log2(highest - offset)) + 1)
+    for plane in planes:
+        missing = plane == 0
+        plane -= offset
+        plane /= scale
+        plane[missing] = 0
+    note = f"{values_are}, written back in this unit; the levels below are {value} / {scale:g}"
+    return Unit(scale, offset, mark), note, marked
+
+
+def _room_below(planes, lowest, highest):
+    """Return how much darker than its darkest sample a picture may become."""
+    height, width = planes[0].shape
+    every = (height * width >> 20) | 1  # odd, so that it meets odd and even columns
+    sample = planes.reshape(len(planes), -1)[:, ::every]
+    sample = sample[np.isfinite(sample) & (sample != 0)]
+    middle, bright = lowest, highest
+    if sample.size:
+        middle, bright = map(float, np.quantile(sample, (0.5, 0.999)))
+    return max(2 * (middle - lowest), bright - middle, -lowest / 1000)
+
+
+def _in_own_unit(plane, unit):
+    """Return a plane's samples in the unit of their picture. Missing ones are what they were."""
+    if unit == Unit():
+        return plane
+    number = plane.dtype.type
+    values = plane * number(unit.scale) + number(unit.offset)
+    values[plane == 0] = 0
+    if unit.mark is not None:
+        values[np.isnan(plane)] = unit.mark
+    return values
+
+
+def _check_planes(planes):
+    """Refuse to write planes of a shape or type that could not be read back."""
+    if len(planes.shape) != 3 or planes.shape[0] not in (1, 3) or 0 in planes.shape:
+        raise ValueError(f"planes must be (c, h, w) with c = 1 or 3, not {planes.shape}")
+    if planes.dtype.name not in ("float32", "float64"):
+        raise ValueError(f"planes must be float32 or float64, not {planes.dtype}")
+
+
+# --------------------------------------------------------------------------------------------------
+# Pictures on disk: keywords
+#
+# The keywords of FITS stand in its header as cards of 80 characters, in XISF as elements, and in
+# the description of an Astro-TIFF, https://astro-tiff.sourceforge.io, as lines. They are passed on
+# as cards. Outside of FITS they describe, as in PixInsight and Siril, the picture in the order of
+# rows that FITS has by convention: from the lowest up.
+# --------------------------------------------------------------------------------------------------
+
+FITS_CARD = 80
+"""Characters of a card."""
+
+HISTORY_COLUMNS = 72
+"""Characters of text that a HISTORY keyword has room for in a FITS header."""
+
+FITS_NAME = re.compile("[A-Z0-9_-]{1,8}")
+FITS_NUMBER = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)([EDed][-+]?\d+)?|[TF]")
+FITS_VALUE = re.compile(r" *('(?:[^']|'')*'|\([^()']*\)|[^'()/ =]*) *(?:/ ?(.*?) *)?")
+FITS_TEXT_NAMES = ("COMMENT", "HISTORY", "")  # cards without a value
+# Keywords that every writer makes anew
+FITS_STRUCTURE = re.compile(
+    r"SIMPLE|XTENSION|EXTEND|BITPIX|NAXIS\d*|PCOUNT|GCOUNT|BSCALE|BZERO|BLANK|END|GROUPS"
+    "|DATASUM|CHECKSUM")
+RANGE_KEYWORDS = ("DATAMIN", "DATAMAX")
+LEVEL_KEYWORDS = re.compile("CBLACK|CWHITE|SATURATE|SATLEVEL|DATAMIN|DATAMAX|BUNIT")
+"""Keywords in the unit of the samples. (PEDESTAL is in steps of 16 bits in all files.)"""
+
+# Keywords and XISF's properties, as "element name", that new pixels make untrue
+STALE_PIXEL_METADATA = re.compile(
+    r"FITSKeyword (BITPIX|NAXIS\d*|BSCALE|BZERO|CHECKSUM|DATASUM|NOISE[A-Z]?\d*)$"
+    r"|Property (.*:)?(Statistics|Noise)(:|$)")
+
+
+def _split_cards(text):
+    """Return the cards of a header, each a line of it."""
+    return [text[start:start + FITS_CARD] for start in range(0, len(text), FITS_CARD)]
+
+
+def _printable(text):
+    """Return what a FITS header can hold of a text."""
+    return re.sub("[^ -~]", "?", text)
+
+
+def _text_cards(name, text):
+    """Return cards without a value, such as HISTORY, that hold a text."""
+    lines = textwrap.wrap(_printable(text), HISTORY_COLUMNS) or [""]
+    return [f"{name:8}{line}".ljust(FITS_CARD) for line in lines]
+
+
+def _value_card(name, value, comment=""):
+    """Return a card with a value as it is to stand there."""
+    value = str(value)
+    text = f"{name:8}= {value:20}" if value.startswith("'") else f"{name:8}= {value:>20}"
+    if comment:
+        text += f" / {comment}"
+    return text[:FITS_CARD].ljust(FITS_CARD)
+
+
+def _parse_card(card):
+    """Return name, value, and comment of a card as they stand there; None if it is malformed."""
+    name, text = card[:8].rstrip(), card[8:]
+    if name in FITS_TEXT_NAMES:
+        return name, "", text.rstrip()
+    if name == "HIERARCH":
+        name, equals, text = text.partition("=")
+        name, text = name.strip(), equals + text
+    elif name == "CONTINUE":
+        text = "=" + text
+    if name != name.strip() or not text.startswith("="):
+        return None
+    match = FITS_VALUE.fullmatch(text, 1)
+    known = FITS_NAME.fullmatch(name) or card.startswith("HIERARCH")
+    if not match or not known or not card.isascii() or not card.isprintable():
+        return None
+    value, comment = match.groups("")
+    if value[:1] not in ("'", "(", "") and not FITS_NUMBER.fullmatch(value):
+        return None
+    return name, value, comment
+
+
+def _keywords(cards):
+    """Return (name, value, comment) of well-formed cards; texts over several cards are joined."""
+    found = []  # of name, the parts of a text, comments
+    for name, value, comment in filter(None, map(_parse_card, cards)):
+        if name != "CONTINUE":
+            found.append((name, [value], [comment]))
+        elif found and found[-1][1][-1].endswith("&'") and value[:1] == "'":
+            _, parts, comments = found[-1]
+            parts[-1] = parts[-1][:-2]
+            parts.append(value[1:])
+            comments.append(comment)
+    joined = []
+    for name, parts, comments in found:
+        value = "".join(parts)
+        if value[:1] == "'":
+            value = value[:-1].rstrip() + "'"
+        joined.append((name, value, " ".join(filter(None, comments))))
+    return joined
+
+
+def _changed_cards(cards, change):
+    """Return cards in which `change`, (name, value) -> value, has set values anew."""
+    changed = []
+    for card in cards:
+        parsed = _parse_card(card)
+        if parsed:
+            name, value, comment = parsed
+            new_value = change(name, value)
+            if new_value != value:
+                card = _value_card(name, new_value, comment)
+        changed.append(card)
+    return changed
+
+
+def _in_unit(unit):
+    """Return a change for `_changed_cards` that brings levels into samples from that Unit."""
+    def change(name, value):
+        if not LEVEL_KEYWORDS.fullmatch(name):
+            return value
+        if name == "BUNIT" and len(value) > 2:
+            return f"'{unit.scale:.9g} {value[1:-1].strip()}'"
+        number = _number(value)
+        return value if number is None else f"{(number - unit.offset) / unit.scale:.9G}"
+    return change
+
+
+def _with_range(planes, unit):
+    """Return a change for `_changed_cards` that sets DATAMIN and DATAMAX to those of planes."""
+    def change(name, value):
+        if name not in RANGE_KEYWORDS:
+            return value
+        number = ranges()[RANGE_KEYWORDS.index(name)] * unit.scale + unit.offset
+        return f"{number:.9G}" if math.isfinite(number) else value
+
+    @functools.lru_cache(maxsize=None)  # most pictures do not have them
+    def ranges():
+        lows, highs = zip(*map(_finite_range, planes))
+        return min(lows), max(highs)
+
+    return change
+
+
+def _upside_down(height, cards):
+    """Return a change for `_changed_cards` that turns celestial coordinates with the rows.
+
+    With y' = height + 1 - y, the column of y in the matrix changes its sign, and so do odd powers
+    of y in the SIP polynomials, and what they add to y.
+    """
+    has_matrix = any(re.match("(CD|PC)2_2", card) for card in cards)
+
+    def change(name, value):
+        number = _number(value)
+        match = re.fullmatch(r"(CRPIX2|(?:CD|PC)[12]_2|CDELT2|[AB]P?_\d_(\d))[A-Z]?", name)
+        if not match or number is None:
+            return value
+        if name.startswith("CRPIX"):
+            return f"{height + 1 - number!r}"
+        odd = match[2] is None or int(match[2]) % 2
+        turned = bool(odd) != name.startswith("B")
+        if name.startswith("CDELT"):
+            turned = not has_matrix
+        return f"{-number!r}" if turned else value
+
+    return change
+
+
+def _number(value):
+    """Return the number that a value stands for, None if it is none."""
+    try:
+        number = float(value.replace("D", "E").replace("d", "e"))
+    except ValueError:
+        return None
+    return int(number) if number.is_integer() else number
+
+
+def _what_keywords_say(values, notes):
+    """Add to `notes` what keywords (texts by name) tell against a picture as input."""
+    for name in ("imageType", "IMAGETYP", "FRAME", "FRAMETYP"):
+        kind = str(values.get(name, "")).strip("' ")
+        if NO_LIGHT.search(kind) and "light" not in kind.lower():
+            notes.append(f"is no light frame, says its {name} {kind[:40]!r}: "
+                         "there is no sky in it to take out")
+            break
+
+
+def _cards_of_xisf(source):
+    """Return the FITSKeyword elements of an XISF file as FITS cards."""
+    cards = []
+    for element in source.root.findall("Image/FITSKeyword"):
+        name = _printable(element.get("name", "").strip().upper())
+        value = _printable(element.get("value", "").strip())
+        comment = _printable(element.get("comment", ""))
+        if FITS_STRUCTURE.fullmatch(name) or name == "CONTINUE" or len(name) > FITS_CARD // 2:
+            continue
+        if name in FITS_TEXT_NAMES:
+            cards += _text_cards(name, comment or value)
+        elif FITS_NAME.fullmatch(name) and (not value or FITS_NUMBER.fullmatch(value)):
+            cards.append(_value_card(name, value, comment))  # all digits, as they stand there
+        else:
+            if value.startswith("'"):
+                value = value[1:-1].replace("''", "'").rstrip()
+            cards += _long_text_cards(name, value, comment)
+    return cards
+
+
+def _long_text_cards(name, text, comment):
+    """Return the cards of a text, which may need several; none for a name that no card can have."""
+    start = f"{name:8}= "
+    if not FITS_NAME.fullmatch(name):
+        start = f"HIERARCH {name} = "
+    room = FITS_CARD - len(start) - len("'&'")
+    step = room // 2 if "'" in text else room  # a quote takes the room of two
+    pieces = [text[at:at + step].replace("'", "''") for at in range(0, len(text) or 1, step)]
+    if start.startswith("HIERARCH") and len(pieces) > 1:
+        return []
+    cards = []
+    for number, piece in enumerate(pieces, 1):
+        end = "&'" if number < len(pieces) else f"' / {comment}" if comment else "'"
+        card = f"{start}'{piece:8}{end}"[:FITS_CARD].ljust(FITS_CARD)
+        cards.append(card)
+        start = "CONTINUE  "
+    return cards if _parse_card(cards[0]) else []
+
+
+def _shared_metadata(source, height):
+    """Return what all formats can hold of a file's metadata: FITS cards, and the color profile.
+
+    The cards are those of a picture whose rows go from the lowest up, of which there are `height`.
+    """
+    if source is None:
+        return [], b""
+    if isinstance(source, Source):
+        cards, icc = _cards_of_xisf(source), b""
+        with suppress(_Unreadable, AttributeError):  # a damaged profile is lost, not the picture
+            icc = _icc_of_xisf(source)
+    else:
+        cards, icc = source.cards, source.icc
+    cards = [card for card in cards if card[:8] != ROW_ORDER]
+    if isinstance(source, FitsSource) and source.top_down:
+        cards = _changed_cards(cards, _upside_down(height, cards))
+    return cards, icc
+
+
+# --------------------------------------------------------------------------------------------------
+# Pictures on disk: XISF
+#
+# The specification: https://pixinsight.com/doc/docs/XISF-1.0-spec/XISF-1.0-spec.html. Where it is
+# silent, or where PixInsight reads more than it allows, PixInsight's reader decides.
+#
+# The header is parsed and checked here, because the `xisf` package fails on many real headers. The
+# package then reads the attached blocks that the checked header describes. Files are written here,
+# because the package's writer loses metadata.
+# --------------------------------------------------------------------------------------------------
+
+XML_DECLARATION = b'<?xml version="1.0" encoding="UTF-8"?>'
+XISF_ROOT = {
+    "version": "1.0",
+    "xmlns": "http://www.pixinsight.com/xisf",
+    "xmlns:xsi": "http://www.w3.org/2001/XMLSchema-instance",
+    "xsi:schemaLocation":
+        "http://www.pixinsight.com/xisf http://pixinsight.com/xisf/xisf-1.0.xsd",
+}
+SAMPLE_FORMATS = {  # XISF's names, in lower case, and those of NumPy
+    "uint8": "u1", "uint16": "u2", "uint32": "u4", "uint64": "u8", "float32": "f4", "float64": "f8",
+}
+BYTE_ORDERS = {"little": "<", "big": ">"}
+COLOR_CHANNELS = {"gray": 1, "rgb": 3}
+INTERLEAVED = {"planar": False, "normal": True}
+BOOLEANS = {"1": "true", "t": "true", "0": "false", "f": "false"}
+TEXT_DECODERS = {
+    "base64": functools.partial(base64.b64decode, validate=True), "hex": bytes.fromhex,
+}
+CHECKSUMS = {  # XISF's names and those of hashlib
+    "sha-1": "sha1", "sha1": "sha1", "sha-256": "sha256", "sha256": "sha256",
+    "sha-512": "sha512", "sha512": "sha512", "sha3-256": "sha3_256", "sha3-512": "sha3_512",
+}
+
+# Limits that no real file meets
+PART_WEIGHT = 64  # bytes of memory that a tag or an attribute of a header takes, roughly
+MAX_HEADER_WEIGHT = 1 << 24  # of a header: its bytes, and PART_WEIGHT for each of these
+MAX_KEPT_WEIGHT = 3 << 22  # of what outputs take over: with HISTORY, they must be readable, too
+MAX_HEADER_DEPTH = 64  # elements inside each other
+MAX_SUBBLOCKS = 10_000  # of one block; writers make a few for each thread
+MAX_EXPANSION = {"zlib": 1032, "lz4": 255, "lz4hc": 255, "zstd": 1 << 16}  # of one stored byte
+
+LZ4_LIMIT = 0x7E000000
+"""Bytes: the largest LZ4 block. More would need sub-blocks, and PixInsight fails on those of more
+than 2 GiB together."""
+
+ALIGNMENT = 4096  # bytes: attached blocks start at multiples of it, as in PixInsight's own files
+FAR_BELOW = 1.0  # samples more than the whole range below black mark what is missing
+
+XISF_NAME = re.compile("[_a-zA-Z][_a-zA-Z0-9]*")
+# Without leading zeros: PixInsight takes 010 for 8
+XISF_INTEGER = re.compile(r"\+?(0|[1-9][0-9]{0,17}|0x[0-9a-fA-F]{1,15})")
+XISF_COMPRESSION = re.compile(
+    r"(?P<codec>zlib|lz4|lz4hc|zstd)(?P<shuffled>\+sh)?"
+    r":(?P<size>[1-9][0-9]{0,17})(:(?P<item>[1-9]|1[0-6]))?")
+# A run of blanks is tried at its start only. Tried at all its characters, a long one takes hours.
+BLANKS_AT_SEPARATORS = re.compile(r"(?<!\s)\s+(?=[:,])|(?<=[:,])\s+")
+# PixInsight takes these labels, and whatever they say, the header is UTF-8
+UNKNOWN_ENCODING = re.compile(
+    r"<\?xml[^>]*\sencoding\s*=\s*[\"'](?!(utf-?8|utf-16|iso-8859-1)[\"'])", re.IGNORECASE)
+# Characters that XML 1.0 forbids, bare and as references. PixInsight lets them pass.
+NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+NOT_XML_REFERENCE = re.compile(
+    "&#(0*([0-8]|1[124-9]|2[0-9]|3[01])|x0*([0-8bcef]|1[0-9a-f]));", re.IGNORECASE)
+# Metadata, as "element name", that describe the old file
+STALE_FILE_METADATA = re.compile(
+    "(Data|Thumbnail) |Property XISF:"
+    "(Creat|Compress|BlockAlign|MaxInline|Checksum|OutputHint|InputHint|ResourceURL|Load)")
+STALE_IMAGE_ATTRIBUTES = (
+    "location", "compression", "subblocks", "checksum", "byteOrder", "pixelStorage", "offset")
+
+BARE_XISF = "<xisf><Image/><Metadata/></xisf>"
+
+
+@dataclass
+class Source:
+    """What the outputs carry over from a file besides its pixels."""
+    root: ElementTree.Element  # the header, without what describes the old pixels and the old file
+    blocks: dict  # attached bytes, by the `location` that stands in their elements
+    checksum: bool = False  # True if the pixels had a checksum: then those of the outputs get one
+
+
+@dataclass
+class _OpenFile:
+    """A file whose header has been read."""
+    file: object
+    size: int  # bytes
+    header_end: int  # byte at which the first block may start
+    bytes_left: int  # of blocks, that may still be read: overlapping ones could fill any memory
+    weight_left: int  # of metadata that may still be carried over into the outputs
+    warnings: list  # of str, for the user
+
+
+class _BlockReader(XISF):
+    """The `xisf` package's reader, which is told where a block is, and parses no header itself."""
+
+    def __init__(self, file, block):
+        self._fname = file
+        self._images_meta = [block]
+
+
+def read_xisf(path):
+    """Read the first image of a monolithic XISF file.
+
+    Integers are scaled from their full range, or from `bounds` if given, floats from `bounds`.
+    Samples below the lower bound become the smallest normal number, not 0, which would mean
+    "missing". Samples above the upper bound become 1. Memory never grows past what an honest file
+    of the same geometry and size needs.
+
+    Returns a Picture.
+    Raises BgError if the file is damaged, hostile, or of a kind that is not read.
+    """
+    with _refusals(path), _opened(path) as file:
+        root, opened = _read_header(file)
+        planes = _read_pixels(root, opened)
+        source = _read_source(root, opened)
+    return Picture(planes, source, opened.warnings)
+
+
 def _read_header(file):
     """Return the root element, and the file as an _OpenFile."""
     size = os.fstat(file.fileno()).st_size
@@ -463,7 +995,7 @@ def _read_header(file):
     _require(start[:8] == b"XISF0100", "is not a monolithic XISF file", "save the picture as .xisf")
     length = int.from_bytes(start[8:12], "little")
     end = 16 + length
-    _require(end <= size, f"is cut short: its header ends at byte {end} of {size}")
+    _require(end <= size, "is cut short: it ends in its header")
     header = file.read(min(length, MAX_HEADER_WEIGHT + 1))
     header, _, _ = header.partition(b"\0")  # some writers count padding in
     _require(_weight(header) <= MAX_HEADER_WEIGHT, "has a header too large to be true")
@@ -534,18 +1066,22 @@ def _look_up(choices, text, what):
 
 
 def _find_block(element, opened):
-    """Return the _Block of an element. No other file is ever opened for it."""
+    """Return the bytes of an element, (n,) uint8 as they are stored, and what tells how.
+
+    No other file is ever opened for it.
+    """
     attributes = element.attrib
     location = _value(attributes, "location")
     method, _, place = location.partition(":")
     if method == "attachment":
         position, size = _integers(place, 2, "location")
-        end = position + size
+        missing = position + size - opened.size
         _require(position >= opened.header_end, f"has the impossible location {place!r}")
-        _require(end <= opened.size, f"is cut short: its data end at byte {end} of {opened.size}")
+        _require(missing <= 0, f"is cut short: {min(1, missing / max(1, size)):.2%} of its data "
+                               "are missing")
         opened.bytes_left -= size
         _require(opened.bytes_left >= 0, "has data that overlap with others")
-        return _Block(attributes, size, position)
+        return _read_attached(opened.file, position, size), attributes
     encoding = place
     if method == "embedded":
         element = element.find("Data")
@@ -555,65 +1091,34 @@ def _find_block(element, opened):
     else:
         _require(method == "inline", f"has its data elsewhere, at {location!r}",
                  "save it as one monolithic .xisf file")
-    data = _decode_text(element.text, encoding)
-    return _Block(attributes, len(data), data=data)
-
-
-def _decode_text(text, encoding):
-    """Return the bytes that stand in the header as text."""
     decode = _look_up(TEXT_DECODERS, encoding.lower(), "data in the encoding")
-    digits = "".join((text or "").split())
+    digits = "".join((element.text or "").split())
     try:
-        return decode(digits)
+        return np.frombuffer(decode(digits), np.uint8), attributes
     except ValueError:
         raise _Unreadable(f"has damaged {encoding} data") from None
 
 
-def _read_array(block, opened, start, shape, dtype=np.uint8, codec=None, stored_size=None):
-    """Let the `xisf` package read a part of a block, from byte `start` on.
-
-    Returns a read-only array of the three-dimensional `shape`. With a codec, `stored_size` bytes
-    are decompressed for it.
-    """
-    channels, height, width = shape  # to the package
-    dtype = np.dtype(dtype)
-    size = math.prod(shape) * dtype.itemsize
-    described = {"geometry": (width, height, channels), "dtype": dtype}
-    if codec:
-        described["compression"] = codec, size, None
-        size = stored_size
-    if block.position is None:
-        file = None
-        described["location"] = "inline", "base64"
-        described["value"] = base64.b64encode(block.data[start:start + size])
-    else:
-        # The package opens a file by name or descriptor, and closes it. By descriptor it is still
-        # the same file if another one takes over its name.
-        file = os.dup(opened.file.fileno())
-        described["location"] = "attachment", block.position + start, size
+def _read_attached(file, position, size):
+    """Let the `xisf` package read so many bytes."""
+    # It opens a file by name or descriptor, and closes it. By descriptor it is still the same file
+    # if another one takes over its name.
+    described = {"geometry": (size, 1, 1), "dtype": np.dtype(np.uint8),
+                 "location": ("attachment", position, size)}
     try:
-        return _BlockReader(file, described).read_image(0, "channels_first")
-    except NOT_DECODED:
-        raise _Unreadable("is damaged: its data cannot be read or decompressed") from None
+        reader = _BlockReader(os.dup(file.fileno()), described)
+        return reader.read_image(0, "channels_first").ravel()
+    except ValueError:  # fewer bytes than described
+        raise _Unreadable(NOT_DECODED) from None
 
 
-def _read_bytes(block, opened, start, size):
-    """Return the `size` stored bytes from byte `start` of a block on, (size,) uint8."""
-    return _read_array(block, opened, start, (1, 1, size)).ravel()
-
-
-def _verify_checksum(block, opened):
-    """Refuse a block that does not match its checksum."""
-    if "checksum" not in block.attributes:
-        return
-    checksum = _value(block.attributes, "checksum").lower()
-    name, _, expected = checksum.partition(":")
-    digest = hashlib.new(_look_up(CHECKSUMS, name, "a checksum of the kind"))
-    for start in range(0, block.size, CHECKED_AT_ONCE):
-        size = min(CHECKED_AT_ONCE, block.size - start)
-        digest.update(_read_bytes(block, opened, start, size))
-    matches = digest.hexdigest() == expected
-    _require(matches, "is damaged: its data do not match their checksum")
+def _verify_checksum(stored, attributes):
+    """Refuse bytes that do not match their checksum."""
+    if "checksum" in attributes:
+        name, _, expected = _value(attributes, "checksum").lower().partition(":")
+        digest = hashlib.new(_look_up(CHECKSUMS, name, "a checksum of the kind"), stored)
+        matches = digest.hexdigest() == expected
+        _require(matches, "is damaged: its data do not match their checksum")
 
 
 def _read_pixels(root, opened):
@@ -623,8 +1128,8 @@ def _read_pixels(root, opened):
     if len(images) > 1:
         opened.warnings.append(f"holds {len(images)} images: only the first is used and kept")
     attributes = images[0].attrib
-    block = _find_block(images[0], opened)
-    _verify_checksum(block, opened)
+    stored, packing = _find_block(images[0], opened)
+    _verify_checksum(stored, packing)
     geometry = _integers(_value(attributes, "geometry"), 3, "geometry")
     _require(0 not in geometry, "is a picture without samples")
     width, height, channels = geometry
@@ -633,35 +1138,36 @@ def _read_pixels(root, opened):
     _require(channels >= colors, f"is called RGB but has {channels} channel(s)")
     if channels > colors:
         opened.warnings.append(f"has {channels - colors} alpha channel(s): dropped")
-    dtype = _read_dtype(attributes, block)
-    bounds = _read_bounds(attributes, dtype)
-    storage = _value(attributes, "pixelStorage", "Planar").lower()
-    together = channels  # samples of a pixel that stand together
-    if not _look_up(INTERLEAVED, storage, "its samples in the order"):
-        together = 1
-    size = width * height * channels * dtype.itemsize
-    read_rows = _open_samples(block, opened, size, dtype, (width, together))
-    planes = np.empty((colors, height, width), "f8" if dtype.name == "float64" else "f4")
-    # The same in the file's order: rows of all colors, or rows of one color after those of another
-    table = np.moveaxis(planes, 0, 2) if together > 1 else planes.reshape(-1, width, 1)
-    clipped = np.zeros(2, int)
-    for rows in _strips(len(table), width * together):
-        samples = read_rows(rows)[..., :colors]  # (n, w, c) or (n, w, 1)
-        clipped += _scale(samples, bounds, table[rows])
-    below, above = clipped
-    if below or above:
-        lower, upper = bounds
-        opened.warnings.append(f"has {below} samples below and {above} above its bounds "
-                               f"{lower:g}:{upper:g}: clipped")
-    return planes
-
-
-def _read_dtype(attributes, block):
-    """Return the type of the samples, with their byte order."""
     sample_format = _value(attributes, "sampleFormat").lower()
     name = _look_up(SAMPLE_FORMATS, sample_format, "samples of the kind")
-    byte_order = _value(block.attributes, "byteOrder", "little")
-    return np.dtype(_look_up(BYTE_ORDERS, byte_order, "the byte order") + name)
+    byte_order = _value(packing, "byteOrder", "little")
+    dtype = np.dtype(_look_up(BYTE_ORDERS, byte_order, "the byte order") + name)
+    bounds = _read_bounds(attributes, dtype)
+    storage = _value(attributes, "pixelStorage", "Planar").lower()
+    interleaved = _look_up(INTERLEAVED, storage, "its samples in the order")
+    together = channels if interleaved else 1
+    size = width * height * channels * dtype.itemsize
+    read_rows = _open_samples(stored, packing, size, dtype, (width, together), opened.warnings)
+    planes = np.empty((colors, height, width), "f8" if dtype.name == "float64" else "f4")
+    counts = np.zeros(3, int)
+
+    def convert(samples, target):
+        counts[:] += _scale(samples, bounds, target)
+
+    _fill(planes, together, read_rows, convert)
+    lower, upper = bounds
+    below, above, marked = counts
+    if below or above:
+        opened.warnings.append(f"has {below} samples below and {above} above its bounds "
+                               f"{lower:g}:{upper:g}: clipped")
+    if marked:
+        opened.warnings.append(f"has {marked} samples far below its bounds {lower:g}:{upper:g}, "
+                               "which are taken for missing")
+    if bounds != (0, 1):
+        change = _in_unit(Unit(upper - lower, lower))
+        for keyword in images[0].findall("FITSKeyword"):
+            keyword.set("value", change(keyword.get("name", ""), keyword.get("value", "")))
+    return planes
 
 
 def _read_bounds(attributes, dtype):
@@ -679,43 +1185,34 @@ def _read_bounds(attributes, dtype):
     return lower, upper
 
 
-def _open_samples(block, opened, size, dtype, row_shape):
-    """Return a function that returns a slice of rows of samples, as stored: (n, *row_shape).
-
-    A row of planes that stand below each other has the shape (w, 1). Where all channels of a pixel
-    stand together, it is (w, c). All samples together have `size` bytes.
-    """
-    codec, unpacked_size, item = _read_compression(block)
+def _open_samples(stored, attributes, size, dtype, row_shape, notes):
+    """Return a function for `_fill` that reads rows of samples; all together have `size` bytes."""
+    codec, unpacked_size, item = _read_compression(stored, attributes)
     # Checked before memory is taken that the stored bytes do not vouch for
     _require(unpacked_size == size,
              f"is damaged: its data hold {unpacked_size} bytes, its samples need {size}")
     row_size = math.prod(row_shape) * dtype.itemsize
-    if codec:
-        data = _decompress(block, opened, codec, size)
-        if item != dtype.itemsize:
-            data = _unshuffle(data, item)
-            item = 1
-        data = data.reshape(item, -1)  # byte 0 of all samples, byte 1, ...; or all their bytes
+    data = _decompress(stored, attributes, codec, size, notes)
+    if item not in (1, dtype.itemsize):
+        data = _unshuffle(data, item)
+        item = 1
+    data = data.reshape(item, -1)  # byte 0 of all samples, byte 1, ...; or all their bytes
 
-    def read_rows(rows):
-        start, stop = rows.start * row_size, rows.stop * row_size
-        shape = rows.stop - rows.start, *row_shape
-        if not codec:
-            return _read_array(block, opened, start, shape, dtype)
-        part = data[:, start // item:stop // item]
-        return _unshuffle(part.ravel(), item).view(dtype).reshape(shape)
+    def read_rows(start, stop):
+        part = data[:, start * row_size // item:stop * row_size // item].ravel()
+        return _unshuffle(part, item).view(dtype).reshape(stop - start, *row_shape)
 
     return read_rows
 
 
-def _read_compression(block):
+def _read_compression(stored, attributes):
     """Return the codec (None: not compressed), the size of the data, and of the shuffled items.
 
     Sizes are in bytes; items of one byte are not shuffled.
     """
-    if "compression" not in block.attributes:
-        return None, block.size, 1
-    text = _value(block.attributes, "compression").lower()
+    if "compression" not in attributes:
+        return None, stored.size, 1
+    text = _value(attributes, "compression").lower()
     match = XISF_COMPRESSION.fullmatch(text)
     complete = match and (match["item"] or not match["shuffled"])
     _require(complete, f"is compressed in the unknown way {text!r}")
@@ -723,65 +1220,62 @@ def _read_compression(block):
     return match["codec"], int(match["size"]), item
 
 
-def _decompress(block, opened, codec, size):
-    """Return the `size` bytes that a compressed block holds, (size,) uint8."""
-    sizes = [block.size, size]  # of each piece, as stored and unpacked
-    if "subblocks" in block.attributes:
-        text = _value(block.attributes, "subblocks").replace(",", ":")
+def _decompress(stored, attributes, codec, size, notes):
+    """Return the `size` bytes that stored ones hold, (size,) uint8."""
+    if codec is None:
+        return stored
+    sizes = [stored.size, size]  # of each piece, as stored and unpacked
+    if "subblocks" in attributes:
+        text = _value(attributes, "subblocks").replace(",", ":")
         count = min(1 + text.count(":"), 2 * MAX_SUBBLOCKS)
         sizes = _integers(text, count, "list of sub-blocks")
     stored_sizes, unpacked_sizes = sizes[::2], sizes[1::2]
     consistent = len(sizes) % 2 == 0 and 0 not in sizes
     totals = sum(stored_sizes), sum(unpacked_sizes)
-    _require(consistent and totals == (block.size, size),
+    _require(consistent and totals == (stored.size, size),
              "has a compressed block that contradicts itself")
     pieces = []
     start = 0
     for stored_size, unpacked_size in zip(stored_sizes, unpacked_sizes):
-        piece = _decompress_piece(block, opened, start, stored_size, codec, unpacked_size)
-        pieces.append(piece)
+        _require_honest(unpacked_size, stored_size, MAX_EXPANSION[codec])
+        piece = stored[start:start + stored_size]
+        pieces.append(_decompress_piece(piece, codec, unpacked_size, notes))
         start += stored_size
     return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
 
-def _decompress_piece(block, opened, start, stored_size, codec, size):
-    """Return the `size` bytes in the stored ones from `start` on; never expand further."""
-    _require(size <= MAX_EXPANSION[codec] * stored_size,
-             "claims more data than its compressed block can hold")
-    if stored_size != size:  # what does not shrink is stored as it was
-        with suppress(NOT_DECODED):
-            return _decode(block, opened, start, stored_size, codec, size)
-        _require(stored_size > size, "is damaged: its data cannot be decompressed")
-        # Other programs keep a stream that is longer than the data, PixInsight never does
-        warning = ("has data that cannot be decompressed and are longer than they should be: "
-                   "taken as uncompressed, as PixInsight does")
-        if warning not in opened.warnings:  # from another piece
-            opened.warnings.append(warning)
-    return _read_bytes(block, opened, start, size)
-
-
-def _decode(block, opened, start, stored_size, codec, size):
-    """Return the `size` bytes that a stream stands for, or raise one of NOT_DECODED."""
-    if codec == "zlib":  # the package would expand it without a limit
-        decoder = zlib.decompressobj()
-        stream = _read_bytes(block, opened, start, stored_size)
-        data = decoder.decompress(stream, size + 1)
-        if not decoder.eof or len(data) != size:  # the stream's own checksum stands at its end
-            raise ValueError
+def _decompress_piece(stored, codec, size, notes):
+    """Return the `size` bytes in stored ones; never expand further."""
+    if stored.size == size:  # what does not shrink is stored as it was
+        return stored
+    with suppress(ValueError, zlib.error, zstandard.ZstdError, lz4.block.LZ4BlockError):
+        if codec == "zlib":
+            decoder = zlib.decompressobj()
+            data = decoder.decompress(stored, size + 1)
+            _require(decoder.eof, NOT_DECODED)  # the stream's own checksum stands at its end
+        elif codec == "zstd":  # would be expanded to what it claims
+            _require(zstandard.frame_content_size(stored) == size, NOT_DECODED)
+            data = zstandard.ZstdDecompressor().decompress(stored)
+        else:
+            data = lz4.block.decompress(stored, size)
+        _require(len(data) == size, NOT_DECODED)
         return np.frombuffer(data, np.uint8)
-    if codec == "zstd":  # the package would expand it to the size that the stream claims
-        head = _read_bytes(block, opened, start, min(stored_size, ZSTD_HEADER_SIZE))
-        if zstandard.frame_content_size(head) != size:
-            raise ValueError
-    return _read_array(block, opened, start, (1, 1, size), np.uint8, codec, stored_size).ravel()
+    _require(stored.size > size, NOT_DECODED)
+    # Other programs keep a stream that is longer than the data, PixInsight never does
+    note = ("has data that cannot be decompressed and are longer than they should be: "
+            "taken as uncompressed, as PixInsight does")
+    if note not in notes:  # from another piece
+        notes.append(note)
+    return stored[:size]
 
 
 def _unshuffle(data, item):
     """Put byte 0 of every item, then byte 1 of every item, and so on, back into items.
 
-    What is less than an item stays behind them. The package takes four times as long for it, and
-    fails where the items do not fill the data.
+    What is less than an item stays behind them.
     """
+    if item == 1:
+        return data
     items = data.size // item
     end = items * item
     unshuffled = np.empty_like(data)
@@ -794,27 +1288,32 @@ def _unshuffle(data, item):
 def _scale(samples, bounds, target):
     """Scale samples from their bounds to [0, 1], into `target`, an array of the same shape.
 
-    Returns how many were below the bounds, and how many above.
+    Returns how many were below the bounds, above them, and so far below that they are missing.
     """
     lower, upper = bounds
     with np.errstate(all="ignore"):  # NaNs and infinities stay what they are
         if bounds != (0, 1):
             samples = (samples.astype(np.float64) - lower) / (upper - lower)
-        below = above = 0
+        counts = 0, 0, 0
         if not (samples.min() >= 0 and samples.max() <= 1):
-            dark = (samples < 0) & (samples > -np.inf)
+            marked = (samples < -FAR_BELOW) & (samples > -np.inf)
+            dark = (samples < 0) & (samples >= -FAR_BELOW)
             bright = (samples > 1) & (samples < np.inf)
-            below, above = dark.sum(), bright.sum()
+            counts = dark.sum(), bright.sum(), marked.sum()
             samples = np.where(dark, np.finfo(target.dtype).tiny, samples)  # 0 means missing
             samples = np.where(bright, 1, samples)
+            samples = np.where(marked, 0, samples)
         target[...] = samples
-    return below, above
+    return counts
 
 
 def _read_source(root, opened):
     """Return the Source; what cannot be carried over is left out and named in the warnings."""
     image = root.find("Image")
     checksum = "checksum" in image.attrib or image.find("Data[@checksum]") is not None
+    keywords = {element.get("name"): element.get("value")
+                for element in image.findall("FITSKeyword")}
+    _what_keywords_say({**keywords, **image.attrib}, opened.warnings)
     metadata = ElementTree.Element("Metadata")
     metadata[:] = root.findall("Metadata/Property")
     namespaces = {name: root.get(name) for name in root.keys() if name.startswith("xmlns:")}
@@ -900,11 +1399,26 @@ def _attached_bytes(element, blocks, opened):
         location = part.get("location")
         if location is None or location in blocks:  # several elements may share one block
             continue
-        block = _find_block(part, opened)
-        _verify_checksum(block, opened)
-        if block.position is not None:  # others stand in the element itself
-            attached[location] = _read_bytes(block, opened, 0, block.size)
+        stored, attributes = _find_block(part, opened)
+        _verify_checksum(stored, attributes)
+        if location.strip().startswith("attachment"):  # others stand in the element itself
+            attached[location] = stored
     return attached
+
+
+def _icc_of_xisf(source):
+    """Return the color profile of an XISF file, b"" without one."""
+    element = source.root.find("Image/ICCProfile")
+    if element is None:
+        return b""
+    stored = source.blocks.get(element.get("location"))
+    attributes = element.attrib
+    if stored is None:  # it stands in the header
+        stored, attributes = _find_block(element, opened=None)
+    stored = np.frombuffer(stored, np.uint8)
+    codec, size, item = _read_compression(stored, attributes)
+    data = _decompress(stored, attributes, codec, size, [])
+    return bytes(_unshuffle(data, item))
 
 
 def write_xisf(file, planes, source=None, history=(), compress=False):
@@ -956,14 +1470,6 @@ def write_xisf(file, planes, source=None, history=(), compress=False):
     file.write(b"XISF0100" + len(header).to_bytes(4, "little") + bytes(4) + header)
 
 
-def _check_planes(planes):
-    """Refuse to write planes of a shape or type that could not be read back."""
-    if len(planes.shape) != 3 or planes.shape[0] not in (1, 3) or 0 in planes.shape:
-        raise ValueError(f"planes must be (c, h, w) with c = 1 or 3, not {planes.shape}")
-    if planes.dtype.name not in ("float32", "float64"):
-        raise ValueError(f"planes must be float32 or float64, not {planes.dtype}")
-
-
 def _in_file_order(plane):
     """Return a plane in the order of rows and bytes that the file has."""
     return np.ascontiguousarray(plane, plane.dtype.newbyteorder("<"))
@@ -983,6 +1489,9 @@ def _new_header(planes, source, history):
         lines += textwrap.wrap(line, HISTORY_COLUMNS)
     for line in lines:
         ElementTree.SubElement(image, "FITSKeyword", name="HISTORY", value="", comment=line)
+    change = _with_range(planes, Unit())
+    for keyword in image.findall("FITSKeyword"):
+        keyword.set("value", change(keyword.get("name"), keyword.get("value")))
     for element in image.findall("Property[@id='Processing:History']"):
         if "location" not in element.attrib:  # the specification wants it kept and appended to
             element.text = "\n".join([element.text or "", *lines])
@@ -1040,26 +1549,37 @@ def _markup(element):
 
 
 # --------------------------------------------------------------------------------------------------
-# Pictures on disk: units, and metadata that all formats can hold
+# Pictures on disk: FITS
 #
-# astropy understands the keywords of FITS, which XISF has too, and which Astro-TIFF has in the
-# description of a TIFF file: https://astro-tiff.sourceforge.io.
+# Headers are read and written card by card, so that what is malformed or strange costs neither
+# time nor the picture, and is kept as it stands. astropy packs and unpacks compressed pictures.
+# The FITS standard: https://fits.gsfc.nasa.gov/fits_standard.html.
 # --------------------------------------------------------------------------------------------------
 
-LARGEST_VALUE = 1e30
-"""Floating point beyond it is no light: it is damage, or means something else."""
+FITS_BLOCK = 2880  # bytes: headers and data fill whole blocks
+END_CARD = "END".ljust(FITS_CARD)
+ROW_ORDER = "ROWORDER"  # says which row is the first: the lowest, unless it is 'TOP-DOWN'
 
-FITS_CARD = 80
-"""Characters of a card, a line of a FITS header."""
+# Limits that no real file meets
+MAX_FITS_CARDS = 20_000  # of a header
+MAX_KEPT_CARDS = 18_000  # that outputs take over: with HISTORY, they must be readable, too
+MAX_HDUS = 1000  # of a file
+MAX_TILES = 100_000  # or strips of a picture, each of which takes a call to decompress
 
-FITS_NAME = re.compile("[A-Z0-9_-]{1,8}")
-FITS_NUMBER = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)([EDed][-+]?\d+)?|[TF]")
-FITS_TEXT_NAMES = ("COMMENT", "HISTORY", "")  # cards without a value
-# Keywords that every writer makes anew
-FITS_STRUCTURE = re.compile(
-    r"SIMPLE|XTENSION|EXTEND|BITPIX|NAXIS\d*|PCOUNT|GCOUNT|BSCALE|BZERO|BLANK|END|GROUPS"
-    "|DATASUM|CHECKSUM")
-BLANK_CONTINUE = re.compile("CONTINUE +' {40}")  # astropy takes hours for many in a row
+FITS_TYPES = {8: "u1", 16: "i2", 32: "i4", 64: "i8", -32: "f4", -64: "f8"}  # by BITPIX
+FITS_EXPANSION = {
+    "RICE_1": 1032, "RICE_ONE": 1032, "GZIP_1": 1032, "GZIP_2": 1032, "NOCOMPRESS": 1,
+    "HCOMPRESS_1": 100}
+"""The compressions that are read, and how many bytes one byte can stand for. PLIO_1 is for masks,
+and cfitsio's files with 16 bits of it come out wrong."""
+
+# Cards of the table in which a compressed picture stands
+FITS_TABLE = re.compile(
+    r"EXTNAME = 'COMPRESSED_IMAGE'|(TFIELDS|THEAP|T(TYPE|FORM|UNIT|NULL|SCAL|ZERO|DIM|DISP)\d+"
+    r"|Z(IMAGE|TENSION|BITPIX|NAXIS\d*|TILE\d+|CMPTYPE|NAME\d+|VAL\d+|SIMPLE|EXTEND|PCOUNT|GCOUNT"
+    r"|HECKSUM|DATASUM|MASKCMP|BLANK|QUANTIZ|DITHER0|SCALE|ZERO)) *=")
+# Settings of the decoders, and what they can be; with others they write where they must not
+FITS_CODEC_SETTINGS = {"BLOCKSIZE": (16, 32), "BYTEPIX": (1, 2, 4), "ZDITHER0": range(1, 10_001)}
 
 
 @dataclass
@@ -1070,360 +1590,16 @@ class FitsSource:
     after: bytes = b""  # HDUs behind it
     checksum: bool = False  # True if the picture had a DATASUM or CHECKSUM
     icc: bytes = b""  # color profile; it also stands in one of the HDUs
+    top_down: bool = False  # True if the first row is the top
 
-
-@dataclass
-class TiffSource:
-    """What a TIFF file has besides its pixels."""
-    description: bytes = b""
-    icc: bytes = b""  # color profile
-    options: dict = field(default_factory=dict)  # others, as tifffile's writer takes them
-
-
-def _to_unit_range(stored, path, step=1.0, zero=0.0, blank=None):
-    """Bring samples as a file has them into [0, 1].
-
-    Args:
-        stored: (c, h, w) of any type of number.
-        step, zero: what they mean is stored * step + zero.
-        blank: the integer that means "missing".
-
-    Returns planes (c, h, w) that are float64 if `stored` is, else float32; the Unit; and a sentence
-    on it.
-    """
-    white = _white(stored.dtype, step, zero)
-    is_float = stored.dtype.kind == "f"
-    planes = np.empty(stored.shape, "f8" if is_float and stored.dtype.itemsize == 8 else "f4")
-    calculated = planes.dtype if is_float else np.float64
-    for plane, target in zip(stored, planes):
-        for rows in _strips(*plane.shape):
-            raw = plane[rows]
-            values = raw.astype(calculated)
-            values = (values * step + zero) / (white or 1)
-            if blank is not None:
-                values[raw == blank] = np.nan
-            target[rows] = values
-    if white:
-        return planes, Unit(), f"integers, {white} = white"
-    unit, note = _fit_into_unit_range(planes, path)
-    return planes, unit, note
-
-
-def _white(dtype, step, zero):
-    """Return the largest value of unsigned integers, and None for other numbers.
-
-    FITS has no unsigned integers of more than 8 bits: it stores signed ones and adds half the
-    range.
-    """
-    if dtype.kind == "f" or step != 1:
-        return None
-    limits = np.iinfo(dtype)
-    return int(limits.max + zero) if limits.min + zero == 0 else None
-
-
-def _finite_range(values):
-    """Return the smallest and the largest of the finite values; inf and -inf without any."""
-    low, high = values.min(), values.max()
-    if not np.isfinite([low, high]).all():
-        finite = np.isfinite(values)
-        low = values.min(where=finite, initial=math.inf)
-        high = values.max(where=finite, initial=-math.inf)
-    return float(low), float(high)
-
-
-def array_unit(planes):
-    """Bring planes outside [0, 1] into it, in place, and return their Unit. Raises BgError."""
-    unit, _ = _fit_into_unit_range(planes, "the image")
-    return unit
-
-
-def _fit_into_unit_range(planes, name):
-    """Bring planes outside [0, 1] into it, in place; return their Unit and a sentence on it.
-
-    Room is left where the corrected picture may need it: above the brightest star, and below the
-    noise of the darkest sky, so that negative values stay what they are.
-    """
-    lows, highs = zip(*map(_finite_range, planes))
-    lowest, highest = min(lows), max(highs)
-    if lowest >= 0 and highest <= 1 or lowest > highest:
-        return Unit(), "from 0 to 1"
-    values_are = f"from {lowest:.6g} to {highest:.6g}"
-    if max(-lowest, highest) >= LARGEST_VALUE:
-        raise BgError(f"{name} has values {values_are}, which cannot be light; "
-                      "look at it, and at what was done to it")
-    offset = 0.0
-    if lowest < 0:
-        offset = lowest - _room_below(planes, lowest, highest)
-    # A power of two: without an offset, all digits stay
-    scale = 2.0 ** (math.ceil(math.log2(highest - offset)) + 1)
-    for plane in planes:
-        missing = plane == 0
-        plane -= offset
-        plane /= scale
-        plane[missing] = 0
-    note = (f"{values_are}, written back in this unit; "
-            f"the levels below are (value {-offset:+.6g}) / {scale:g}")
-    return Unit(scale, offset), note
-
-
-def _room_below(planes, lowest, highest):
-    """Return how much darker than its darkest sample a picture may become."""
-    height, width = planes[0].shape
-    every = (height * width >> 20) | 1  # odd, so that it meets odd and even columns
-    sample = planes.reshape(len(planes), -1)[:, ::every]
-    sample = sample[np.isfinite(sample) & (sample != 0)]
-    middle, bright = lowest, highest
-    if sample.size:
-        middle, bright = map(float, np.quantile(sample, (0.5, 0.999)))
-    return max(2 * (middle - lowest), bright - middle, -lowest / 1000)
-
-
-def mask_weights(planes):
-    """Scale the weights of a mask to [0, 1], if they are not yet, so that the largest is 1.
-
-    So 255 means "use" in floats, and 1 does in integers, whose full range is far larger.
-    """
-    _, largest = _finite_range(planes)
-    if largest > 1 or 0 < largest < 1 / 254:  # as floats, 1 / 255 is a little more than that
-        return planes / planes.dtype.type(largest)
-    return planes
-
-
-def _in_own_unit(plane, unit):
-    """Return a plane's samples in the unit of their picture. Missing ones stay 0."""
-    if unit == Unit():
-        return plane
-    number = plane.dtype.type
-    values = plane * number(unit.scale) + number(unit.offset)
-    values[plane == 0] = 0
-    return values
-
-
-@contextmanager
-def _lenient_fits():
-    """Give astropy's FITS module, which keeps to itself what it thinks of a header."""
-    from astropy.io import fits
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield fits
-
-
-def _split_cards(text):
-    """Return the cards of a header, each a line of it."""
-    return [text[start:start + FITS_CARD] for start in range(0, len(text), FITS_CARD)]
-
-
-def _printable(text):
-    """Return what a FITS header can hold of a text."""
-    return re.sub("[^ -~]", "?", text)
-
-
-def _text_cards(name, text):
-    """Return cards without a value, such as HISTORY, that hold a text."""
-    lines = textwrap.wrap(_printable(text), HISTORY_COLUMNS) or [""]
-    return [f"{name:8}{line}".ljust(FITS_CARD) for line in lines]
-
-
-def _cards_of_xisf(source):
-    """Return the FITSKeyword elements of an XISF file as FITS cards."""
-    cards = []
-    for element in source.root.findall("Image/FITSKeyword"):
-        name = _printable(element.get("name", "").strip().upper())
-        value = _printable(element.get("value", "").strip())
-        comment = _printable(element.get("comment", ""))
-        if FITS_STRUCTURE.fullmatch(name) or name == "CONTINUE" or len(name) > FITS_CARD // 2:
-            continue
-        if name in FITS_TEXT_NAMES:
-            cards += _text_cards(name, comment or value)
-        elif FITS_NAME.fullmatch(name) and (not value or FITS_NUMBER.fullmatch(value)):
-            card = f"{name:8}= {value:>20} / {comment}"  # all digits, as they stand there
-            cards.append(card[:FITS_CARD].ljust(FITS_CARD))
-        else:
-            if value.startswith("'"):
-                value = value[1:-1].replace("''", "'").rstrip()
-            with _lenient_fits() as fits, suppress(ValueError):  # a name that no card can have
-                cards += _split_cards(str(fits.Card(name, value, comment)))
-    return cards
-
-
-def _valid_header(cards):
-    """Return astropy's header of cards, without malformed ones, which it would not write."""
-    with _lenient_fits() as fits:
-        header = fits.Header()
-        text = "".join(card for card in cards if not BLANK_CONTINUE.match(card))
-        for card in fits.Header.fromstring(text).cards:
-            with suppress(ValueError, fits.VerifyError):
-                card.verify("exception")
-                str(card).encode("ascii")
-                header.append(card)
-        return header
-
-
-def _keyword(card):
-    """Return one of astropy's cards as attributes of XISF's FITSKeyword element."""
-    name, value = card.keyword, card.value
-    if name in FITS_TEXT_NAMES:
-        return {"name": name, "value": "", "comment": str(value)}
-    text = card.image.partition("=")[2].partition("/")[0].strip()  # all digits, as they stand there
-    if isinstance(value, str):
-        text = "'" + value.replace("'", "''") + "'"
-    return {"name": name, "value": text, "comment": card.comment}
-
-
-def _icc_of_xisf(source):
-    """Return the color profile of an XISF file, b"" without one."""
-    element = source.root.find("Image/ICCProfile")
-    if element is None:
-        return b""
-    data = source.blocks.get(element.get("location"))
-    if data is None:
-        block = _find_block(element, opened=None)  # it stands in the header
-    else:
-        block = _Block(element.attrib, len(data), data=bytes(data))
-    codec, size, item = _read_compression(block)
-    if codec is None:
-        return block.data
-    data = _decompress(block, None, codec, size)
-    return bytes(_unshuffle(data, item))
-
-
-def _shared_metadata(source):
-    """Return what all formats can hold of a file's metadata: FITS cards, and the color profile."""
-    if isinstance(source, Source):
-        icc = b""
-        with suppress(_Unreadable, AttributeError):  # a damaged profile is lost, not the picture
-            icc = _icc_of_xisf(source)
-        return _cards_of_xisf(source), icc
-    if isinstance(source, FitsSource):
-        return source.cards, source.icc
-    return [], source.icc if source else b""
-
-
-# --------------------------------------------------------------------------------------------------
-# Pictures on disk: FITS and TIFF, and the table of formats
-#
-# astropy understands FITS headers and compression, tifffile reads TIFF. Both trust what a file says
-# about its size, so that is checked here before they take memory for it.
-# The FITS standard: https://fits.gsfc.nasa.gov/fits_standard.html.
-# --------------------------------------------------------------------------------------------------
-
-FITS_BLOCK = 2880
-"""Bytes: headers and data of FITS files fill whole blocks."""
-
-MAX_FITS_CARDS = 20_000
-"""Cards of a FITS header that is read. Real ones have some hundreds."""
-
-MAX_KEPT_CARDS = 18_000
-"""Cards that the outputs take over. With HISTORY, there must be fewer than MAX_FITS_CARDS, so that
-they can be read again."""
-
-MAX_TILES = 1_000_000
-"""Tiles or strips of a picture, each of which takes a call to decompress. Real ones hold a row or
-more."""
-
-HARMLESS_STREAM = 1 << 18
-"""Bytes of gzip that are expanded without a closer look: to 271 MB at most."""
-
-GZIP_START, GZIP_WINDOW = b"\x1f\x8b", 31  # how gzip data begin, and what zlib calls them
-
-SAFE_ASTROPY = "5.3"
-"""The first astropy that does not hang on a hostile compressed FITS file. It needs Python 3.9."""
-
-END_CARD = "END".ljust(FITS_CARD)
-FITS_TYPES = {8: "u1", 16: "i2", 32: "i4", 64: "i8", -32: "f4", -64: "f8"}  # by BITPIX
-SAFE_FITS_CODECS = ("RICE_1", "RICE_ONE", "GZIP_1", "GZIP_2", "NOCOMPRESS")
-"""The codecs that astropy unpacks safely. On damaged data of the others, HCOMPRESS_1 above all, it
-crashes, and Python with it."""
-
-UNPACK_FITS = """
-import sys, warnings
-import numpy
-from astropy.io import fits
-warnings.simplefilter("ignore")
-with fits.open(sys.argv[1], do_not_scale_image_data=True) as hdus:
-    numpy.save(sys.stdout.buffer, hdus[int(sys.argv[2])].data)
-"""
-"""A program that unpacks a compressed picture, and may crash."""
-
-LONGEST_UNPACKING = 600
-"""Seconds that it may take."""
-
-FITS_CODEC_SETTINGS = {"BLOCKSIZE": (16, 32), "BYTEPIX": (1, 2, 4)}  # names and possible values
-
-TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-TIFF_EXPANSION = {1: 1, 5: 4096, 8: 1032, 32946: 1032, 32773: 64, 50000: 1 << 16}
-"""The compressions that are read (none, LZW, deflate, PackBits, zstd), and how many bytes one byte
-can stand for."""
-
-LZW, LZW_CLEAR = 5, 256  # the compression, and the code in 9 bits that all its data begin with
-TIFF_COLORS = {1: 1, 2: 3}  # channels of gray and of RGB, by photometric interpretation
-TIFF_DESCRIPTION, TIFF_ICC = 270, 34675  # tags
-TIFF_X_RESOLUTION, TIFF_Y_RESOLUTION, TIFF_RESOLUTION_UNIT = 282, 283, 296
-TIFF_INCH = 2
-TIFF_RESOLUTION_UNITS = 1, 2, 3  # none, inch, centimeter
-LARGEST_TIFF = 0xF0000000  # bytes; larger ones are BigTIFF
-TIFF_BYTES = 7  # a type
-TIFF_KEPT = {271: "s", 272: "s", 306: "s", 315: "s", 33432: "s", 274: "H", 700: "B"}
-"""Tags that are carried over, and their types: camera, date, author, rights, orientation, XMP."""
-
-
-PICTURE_ENDINGS = re.compile(r"(?i)(?<=.)(\.(xisf|fits?|fts|fz|tiff?))+$")
-
-
-class Format(NamedTuple):
-    """A kind of file."""
-    ending: str
-    read: Callable  # path -> Picture
-    write: Callable  # file, planes, source, history, compress, unit
-
-
-def picture_format(path):
-    """Return the name in FORMATS of a file's format, by its content; None for another one."""
-    if not stat.S_ISREG(os.stat(path).st_mode):  # opening a FIFO would wait forever
-        return None
-    with open(path, "rb") as file:
-        start = file.read(16)
-    if start.startswith(b"XISF"):
-        return "xisf"
-    if start.startswith(b"SIMPLE  ="):
-        return "fits"
-    return "tiff" if start[:4] in TIFF_STARTS else None
-
-
-def read_picture(path):
-    """Read the first picture of an XISF, FITS, or TIFF file, whatever its name ends with.
-
-    Unsigned integers are scaled from their full range to [0, 1], and floats that lie in [0, 1] are
-    taken as they are. Anything else, such as ADU or electrons, is brought into [0, 1] for the work;
-    `Picture.unit` tells the writers the way back.
-
-    Returns a Picture.
-    Raises BgError if the file is damaged, hostile, or of a kind that is not read.
-    """
-    with _refusals(path):
-        name = picture_format(path)
-        _require(name or os.path.isfile(path), *NOT_A_FILE)
-        _require(name, "is not an XISF, FITS, or TIFF file", "save the picture as one of them")
-    return FORMATS[name].read(path)
-
-
-def picture_stem(path):
-    """Return a file's name without folder and without the endings of pictures."""
-    name = os.path.basename(path)
-    stem = PICTURE_ENDINGS.sub("", name)
-    return stem if stem != name else os.path.splitext(name)[0]
-
-
-# FITS
 
 def read_fits(path):
-    """Read the first picture of a FITS file, which may be compressed (.fz); see `read_picture`.
+    """Read the first picture of a FITS file, which may be packed (.fz, .gz); see `read_picture`.
 
-    Planes (3, h, w) and (h, w, 3) are color, and lone axes count for nothing. The rows stay in the
-    file's order: the sky does not care which end is up.
+    Planes (3, h, w) and (h, w, 3) are color, and lone axes count for nothing.
     """
     notes = []
-    with _refusals(path), open(path, "rb") as file:
+    with _refusals(path), _opened(path) as file:
         parts = _read_fits_parts(file, notes)
         pictures = [number for number, part in enumerate(parts) if part.shape]
         _require(pictures, "holds no picture of two or three axes", "name another file")
@@ -1431,37 +1607,68 @@ def read_fits(path):
             notes.append(f"holds {len(pictures)} images: only the first is used")
         number = pictures[0]
         part = parts[number]
-        header, cards = part.header, part.cards
-        if part.is_compressed:
-            stored, cards = _decompress_fits(path, number, part)
-        else:
-            dtype = ">" + FITS_TYPES[header["BITPIX"]]
-            stored = np.memmap(file, dtype, "r", part.data, tuple(part.shape))
-        stored = _color_first(stored)
+        header = part.header
+        shape, together = _fits_layout(part.shape)
+        bits = header.get("ZBITPIX" if part.packed else "BITPIX")
+        _require(bits in FITS_TYPES, f"has the impossible BITPIX {bits!r}")
+        dtype = np.dtype(">" + FITS_TYPES[bits])
+        size = math.prod(shape) * dtype.itemsize
+        if part.packed:
+            _check_fits_tiles(part, size)
         step, zero = header.get("BSCALE", 1), header.get("BZERO", 0)
-        impossible = f"has the impossible BSCALE {step!r} or BZERO {zero!r}"
-        _require(isinstance(step, (int, float)) and isinstance(zero, (int, float)), impossible)
-        _require(step and math.isfinite(step) and math.isfinite(zero), impossible)
-        blank = header.get("BLANK") if stored.dtype.kind != "f" else None
-        planes, unit, note = _to_unit_range(stored, path, step, zero, blank)
-        if len(planes) == 1 and ("BAYERPAT" in header or "COLORTYP" in header):
+        numbers = isinstance(step, (int, float)) and isinstance(zero, (int, float))
+        _require(numbers and step and math.isfinite(step) and math.isfinite(zero),
+                 f"has the impossible BSCALE {step!r} or BZERO {zero!r}")
+        blank = header.get("BLANK") if dtype.kind != "f" else None
+        source = _read_fits_source(file, parts, number, _white(dtype, step, zero), notes)
+        if shape[0] == 1 and ("BAYERPAT" in header or "COLORTYP" in header):
             notes.append("seems to be a color filter mosaic: if it is, debayer it first")
-        source = _read_fits_source(file, parts, number, cards, notes)
-    return Picture(planes, source, notes, unit, note=note)
+        position = None if part.packed else part.data
+        with _stream_of("fits", file, number, position, dtype, size) as stream:
+            planes, unit, note, marked = _read_planes(
+                stream, dtype, shape, together, path, step, zero, blank, not source.top_down)
+    return Picture(planes, source, notes + marked, unit, note=note)
+
+
+def _header_values(cards):
+    """Return numbers and texts (in capitals) by keyword; of repeated ones the first."""
+    values = {}
+    for card in map(_printable, cards):
+        parsed = _parse_card(card)
+        damaged = not parsed and FITS_STRUCTURE.fullmatch(card[:8].rstrip())
+        _require(not damaged, f"has the damaged card {card.rstrip()!r}")
+        if parsed:
+            name, text, _ = parsed
+            number = _number(text)
+            value = text.strip("' ").upper() if number is None else number
+            values.setdefault(name, value)
+    return values
+
+
+def _fits_axes(header, prefix=""):
+    """Return the lengths of the axes, the last named first, as NumPy has them."""
+    count = header.get(prefix + "NAXIS")
+    _require(count in range(1000), f"has the impossible {prefix}NAXIS {count!r}")
+    axes = [header.get(f"{prefix}NAXIS{axis}") for axis in range(count, 0, -1)]
+    possible = all(isinstance(length, int) and length >= 0 for length in axes)
+    _require(possible, f"has the impossible axes {axes}")
+    return axes
 
 
 class _FitsPart(NamedTuple):
     """An HDU: a header and its data."""
-    header: object  # astropy's
+    header: dict  # values by keyword
     cards: list  # of str
     start: int  # byte at which the header starts
     data: int  # byte at which the data start
-    end: int  # byte behind the data and their padding
+    length: int  # bytes of the data
     shape: list  # of its picture; empty if it has none
+    packed: bool  # True if it is a table in which a compressed picture stands
 
     @property
-    def is_compressed(self):
-        return self.header.get("ZIMAGE") is True
+    def end(self):
+        """The byte behind the data and their padding."""
+        return self.data + self.length + -self.length % FITS_BLOCK
 
 
 def _read_fits_parts(file, notes):
@@ -1471,6 +1678,7 @@ def _read_fits_parts(file, notes):
     position = 0
     while position < size:
         try:
+            _require(len(parts) < MAX_HDUS, "has too many parts to be true")
             part = _read_fits_part(file, position, size)
         except Exception:
             if not any(part.shape for part in parts):
@@ -1484,7 +1692,6 @@ def _read_fits_parts(file, notes):
 
 def _read_fits_part(file, position, size):
     """Return the HDU at a position in a file of so many bytes."""
-    from astropy.io import fits
     file.seek(position)
     cards = []
     while END_CARD not in cards[-FITS_BLOCK // FITS_CARD:]:
@@ -1494,16 +1701,16 @@ def _read_fits_part(file, position, size):
         _require(len(cards) <= MAX_FITS_CARDS, "has a header too large to be true")
     start_of_data = file.tell()
     cards = cards[:cards.index(END_CARD)]
-    # Continued texts tell nothing about the picture, and astropy takes hours for some of them
-    header = fits.Header.fromstring("".join(card for card in cards if card[:8] != "CONTINUE"))
+    header = _header_values(cards)
     bits = header.get("BITPIX")
     _require(bits in FITS_TYPES, f"has the impossible BITPIX {bits!r}")
-    shape = _fits_axes(header, "")
-    length = header.data_size
-    end = start_of_data + length
-    _require(length >= 0 and end <= size, f"is cut short: its data end at byte {end} of {size}")
-    end += -length % FITS_BLOCK
-    if header.get("ZIMAGE") is True:
+    shape = _fits_axes(header)
+    _require(header.get("GROUPS") != "T", "holds random groups, the data of a radio interferometer",
+             "name a picture")
+    samples = math.prod(shape) if shape else 0
+    length = abs(bits) // 8 * (samples + header.get("PCOUNT", 0)) * header.get("GCOUNT", 1)
+    packed = header.get("ZIMAGE") == "T"
+    if packed:
         shape = _fits_axes(header, "Z")
     elif header.get("XTENSION", "IMAGE") != "IMAGE":
         shape = []
@@ -1511,111 +1718,61 @@ def _read_fits_part(file, position, size):
         shape = shape[1:]
     if len(shape) < 2 or 0 in shape:
         shape = []
-    return _FitsPart(header, cards, position, start_of_data, end, shape)
+    missing = start_of_data + length - size
+    rows = math.prod(shape[:-1])
+    gone = min(rows, math.ceil(rows * missing / max(1, length)))
+    _require(length >= 0 and missing <= 0, f"is cut short: the last {gone} of its {rows} rows are "
+                                           "missing" if shape else "is cut short")
+    return _FitsPart(header, cards, position, start_of_data, length, shape, packed)
 
 
-def _fits_axes(header, prefix):
-    """Return the lengths of the axes, the last named first, as NumPy has them."""
-    count = header.get(prefix + "NAXIS")
-    _require(count in range(1000), f"has the impossible {prefix}NAXIS {count!r}")
-    axes = [header.get(f"{prefix}NAXIS{axis}") for axis in range(count, 0, -1)]
-    possible = all(isinstance(length, int) and length >= 0 for length in axes)
-    _require(possible, f"has the impossible axes {axes}")
-    return axes
+def _fits_layout(shape):
+    """Return the shape of the planes (c, h, w), and how many samples of a pixel stand together."""
+    if len(shape) == 2:
+        return (1, *shape), 1
+    if len(shape) == 3 and shape[0] == 3:
+        return tuple(shape), 1
+    if len(shape) == 3 and shape[2] == 3:
+        return (3, *shape[:2]), 3
+    lengths = " x ".join(map(str, shape[::-1][:8]))
+    raise _Unreadable(f"is a picture of {lengths}, neither gray nor RGB",
+                      "save its planes as pictures of their own")
 
 
-def _decompress_fits(path, number, part):
-    """Return the samples of a compressed picture, HDU `number`, and its cards without those of
-    the table that it stands in."""
-    import astropy
-    from astropy.utils import minversion
-    _require(minversion(astropy, SAFE_ASTROPY),
-             f"is compressed, which astropy {astropy.__version__} does not read safely",
-             "use Python 3.9 or newer, or unpack the file with funpack first")
-    most = _check_fits_tiles(part)
-    with open(path, "rb") as file, _lenient_fits() as fits:
-        with fits.open(file, disable_image_compression=True) as hdus:
-            _refuse_gzip_bombs(hdus[number].data, most)
-    with open(path, "rb") as file, _lenient_fits() as fits:
-        with fits.open(file, do_not_scale_image_data=True) as hdus:
-            of_the_table = set(part.header) - set(hdus[number].header)
-            if part.header.get("ZCMPTYPE") in SAFE_FITS_CODECS:
-                samples = hdus[number].data
-            else:
-                samples = _unpack_apart(path, number)
-    samples = samples.reshape(part.shape)
-    return samples, [card for card in part.cards if card[:8].rstrip() not in of_the_table]
-
-
-def _unpack_apart(path, number):
-    """Return the samples of a compressed picture, HDU `number`, unpacked by another process."""
-    command = [sys.executable, "-c", UNPACK_FITS, os.path.abspath(path), str(number)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-                          stdin=subprocess.DEVNULL, timeout=LONGEST_UNPACKING)
-    _require(done.returncode == 0, "is damaged, or compressed in a way that is not read",
-             "unpack the file with funpack first")
-    return np.load(io.BytesIO(done.stdout))
-
-
-def _check_fits_tiles(part):
-    """Refuse a compressed picture that lies about its size; return its bytes without compression.
-
-    astropy writes where it must not if a setting of the codec is impossible.
-    """
+def _check_fits_tiles(part, size):
+    """Refuse a compressed picture of so many bytes that lies about its size or its settings."""
     header = part.header
-    for card in header["ZNAME*"].cards:
-        name = str(card.value).upper()
-        value = header.get(card.keyword.replace("NAME", "VAL"))
+    codec = header.get("ZCMPTYPE")
+    _require(codec in FITS_EXPANSION, f"is compressed with {codec}, which is not read",
+             "unpack the file with funpack first")
+    _require_honest(size, part.length, FITS_EXPANSION[codec])
+    settings = {"ZDITHER0": header.get("ZDITHER0", 1)}
+    for name in header:
+        if name.startswith("ZNAME"):
+            settings[header[name]] = header.get(name.replace("NAME", "VAL"))
+    for name, value in settings.items():
         possible = FITS_CODEC_SETTINGS.get(name, (value,))
         _require(value in possible, f"has the impossible {name} {value!r}")
-    _require(header["TFIELDS"] in range(1000), "has too many columns to be true")
+    _require(header.get("TFIELDS") in range(1000), "has too many columns to be true")
     tiles = 1
     for axis, length in enumerate(_fits_axes(header, "Z")[::-1], 1):
         side = header.get(f"ZTILE{axis}", length if axis == 1 else 1)
         _require(isinstance(side, int) and side > 0, f"has the impossible ZTILE{axis} {side!r}")
         tiles *= math.ceil(length / side)
     _require(tiles == header["NAXIS2"] <= MAX_TILES, "has another number of tiles than it claims")
-    bits = header.get("ZBITPIX")
-    _require(bits in FITS_TYPES, f"has the impossible ZBITPIX {bits!r}")
-    needed = math.prod(part.shape) * abs(bits) // 8
-    _require(needed <= MAX_EXPANSION["zlib"] * (part.end - part.data),
-             "claims more data than its compressed block can hold")
-    return needed
 
 
-def _refuse_gzip_bombs(table, most):
-    """Refuse a compressed picture if one of its tiles expands to more than `most` bytes.
+def _read_fits_source(file, parts, number, white, notes):
+    """Return what the outputs keep of a file besides the samples of HDU `number`.
 
-    astropy expands them without a limit.
+    Levels of integers, whose largest is `white`, become those of samples in [0, 1].
     """
-    for column in {"COMPRESSED_DATA", "GZIP_COMPRESSED_DATA"}.intersection(table.columns.names):
-        for stream in table[column]:
-            stream = stream.tobytes()
-            if len(stream) > HARMLESS_STREAM and stream.startswith(GZIP_START):
-                data = zlib.decompressobj(GZIP_WINDOW).decompress(stream, most + 1)
-                _require(len(data) <= most, "has a tile that holds more than the picture")
-
-
-def _color_first(stored):
-    """Return samples as (c, h, w) with 1 or 3 channels, or refuse them."""
-    if stored.ndim == 2:
-        return stored[None]
-    if stored.ndim == 3 and len(stored) == 3:
-        return stored
-    if stored.ndim == 3 and stored.shape[2] == 3:
-        return np.moveaxis(stored, 2, 0)
-    shape = " x ".join(map(str, stored.shape[::-1][:8]))
-    raise _Unreadable(f"is a picture of {shape}, neither gray nor RGB",
-                      "save its planes as pictures of their own")
-
-
-def _read_fits_source(file, parts, number, cards, notes):
-    """Return what the outputs keep of a file besides the samples of HDU `number`."""
     part = parts[number]
     kept, untrue = [], []
-    for card in cards:
+    for card in part.cards:
         name = card[:8].rstrip()
-        if FITS_STRUCTURE.fullmatch(name):
+        of_table = FITS_TABLE.match(card) if part.packed else None
+        if FITS_STRUCTURE.fullmatch(name) or of_table:
             continue
         if STALE_PIXEL_METADATA.match(f"FITSKeyword {name}"):
             untrue.append(name)
@@ -1624,21 +1781,25 @@ def _read_fits_source(file, parts, number, cards, notes):
     if untrue:
         notes.append(f"had {', '.join(untrue)[:200]}: "
                      "not kept, because the new pixels make them untrue")
+    _what_keywords_say(part.header, notes)
+    if white:
+        kept = _changed_cards(kept, _in_unit(Unit(white)))
     file.seek(0)
     before = file.read(part.start)
     names = [card[:8].rstrip() for card in parts[0].cards]
     says_nothing = all(FITS_STRUCTURE.fullmatch(name) or name in FITS_TEXT_NAMES for name in names)
-    if part.is_compressed and number == 1 and says_nothing:
+    if part.packed and number == 1 and says_nothing:
         before = b""  # it is there because a compressed picture cannot be the first
     file.seek(part.end)
     after = file.read(parts[-1].end - part.end)
     icc = b""
     for other in parts:
-        if str(other.header.get("EXTNAME")).lower() == "iccprofile":
+        if other.header.get("EXTNAME") == "ICCPROFILE":
             file.seek(other.data)
-            icc = file.read(other.header.data_size)
+            icc = file.read(other.length)
     checksum = "DATASUM" in part.header or "CHECKSUM" in part.header
-    return FitsSource(kept, before, _padded(after), checksum, icc)
+    top_down = part.header.get(ROW_ORDER) == "TOP-DOWN"
+    return FitsSource(kept, before, _padded(after), checksum, icc, top_down)
 
 
 def _padded(data, filling=b"\0"):
@@ -1646,24 +1807,31 @@ def _padded(data, filling=b"\0"):
     return data + filling * (-len(data) % FITS_BLOCK)
 
 
-def _to_fits_source(source):
+def _fits_header(cards):
+    """Return the bytes of a header."""
+    text = "".join([*cards, END_CARD])
+    return _padded(text.encode("latin-1"), b" ")
+
+
+def _structure_cards(start, bits, axes):
+    """Return the cards that a header begins with: of the first HDU, or of an image extension."""
+    values = {"SIMPLE": "T"} if start == 0 else {"XTENSION": "'IMAGE   '"}
+    values.update(BITPIX=bits, NAXIS=len(axes))
+    for number, length in enumerate(axes[::-1], 1):
+        values[f"NAXIS{number}"] = length
+    values.update({"EXTEND": "T"} if start == 0 else {"PCOUNT": 0, "GCOUNT": 1})
+    return [_value_card(*item) for item in values.items()]
+
+
+def _to_fits_source(source, height):
     """Return a FitsSource that holds what FITS can hold of another one."""
-    cards, icc = _shared_metadata(source)
+    cards, icc = _shared_metadata(source, height)
+    cards.append(_value_card(ROW_ORDER, "'BOTTOM-UP'"))
     after = b""
     if icc:
-        with _lenient_fits() as fits:
-            profile = fits.ImageHDU(np.frombuffer(icc, np.uint8), name="ICCProfile")
-        after = _behind_an_empty_hdu(profile)[FITS_BLOCK:]
+        profile = _structure_cards(1, 8, [len(icc)]) + [_value_card("EXTNAME", "'ICCProfile'")]
+        after = _fits_header(profile) + _padded(icc)
     return FitsSource(cards, after=after, icc=icc)
-
-
-def _behind_an_empty_hdu(hdu, checksum=False):
-    """Return the bytes of a file that holds an HDU which cannot be the first."""
-    made = io.BytesIO()
-    made.close = lambda: None  # astropy closes what it wrote
-    with _lenient_fits() as fits:
-        fits.HDUList([fits.PrimaryHDU(), hdu]).writeto(made, checksum=checksum)
-    return made.getbuffer()
 
 
 def write_fits(file, planes, source=None, history=(), compress=False, unit=Unit()):
@@ -1674,112 +1842,216 @@ def write_fits(file, planes, source=None, history=(), compress=False, unit=Unit(
     """
     _check_planes(planes)
     if not isinstance(source, FitsSource):
-        source = _to_fits_source(source)
-    cards = source.cards[:MAX_KEPT_CARDS]
+        source = _to_fits_source(source, planes.shape[1])
+    cards = _changed_cards(source.cards[:MAX_KEPT_CARDS], _with_range(planes, unit))
     lost = len(source.cards) - len(cards)
     if lost:
         logger.warning(f"{lost} lines of FITS keywords are lost: a header has no room for them")
     for line in history:
         cards += _text_cards("HISTORY", line)
+    rows = slice(None) if source.top_down else slice(None, None, -1)
+    stored = planes.dtype.newbyteorder(">")
+    shape = planes.shape if planes.shape[0] > 1 else planes.shape[1:]
     file.write(source.before)
     if compress:
-        _write_compressed_fits(file, planes, source, cards, unit)
+        data = np.empty(planes.shape, planes.dtype)
+        one_by_one = iter(planes)
+        for target in data:
+            target[...] = _in_own_unit(next(one_by_one)[rows], unit)
+        empty_hdu, structure, pieces = _compressed_fits(data)
+        if not source.before:
+            file.write(empty_hdu)
     else:
-        _write_plain_fits(file, planes, source, cards, unit)
+        structure = _structure_cards(len(source.before), -8 * stored.itemsize, shape)
+        pieces = _fits_strips(planes, rows, stored, unit)
+    _write_hdu(file, structure + cards, pieces, source.checksum)
     file.write(source.after)
 
 
-def _fits_planes_shape(planes):
-    """Return the shape of planes in a file: gray ones have two axes."""
-    return planes.shape if planes.shape[0] > 1 else planes.shape[1:]
-
-
-def _write_compressed_fits(file, planes, source, cards, unit):
-    """Write the HDU of a picture compressed; all of it is in memory for that."""
-    data = np.stack([_in_own_unit(plane, unit) for plane in planes])
-    data = data.reshape(_fits_planes_shape(planes))
-    header = _valid_header(cards)
-    with _lenient_fits() as fits:
-        hdu = fits.CompImageHDU(data, header, name=header.get("EXTNAME"),
-                                compression_type="GZIP_2", quantize_level=0)
-    made = _behind_an_empty_hdu(hdu, source.checksum)
-    file.write(made[FITS_BLOCK:] if source.before else made)
-
-
-def _write_plain_fits(file, planes, source, cards, unit):
-    """Write the HDU of a picture, plane by plane.
-
-    Cards are written as they are, but with a checksum only those that astropy understands.
-    """
-    stored = planes.dtype.newbyteorder(">")
-    shape = _fits_planes_shape(planes)
-    with _lenient_fits() as fits:
-        make_hdu = fits.ImageHDU if source.before else fits.PrimaryHDU
-    # Of one sample, which takes the place of all
-    structure = make_hdu(np.broadcast_to(stored.type(0), shape)).header
-    cards = _split_cards(structure.tostring(endcard=False, padding=False)) + cards
-    if source.checksum:
-        header = _valid_header(cards)
-        header["DATASUM"] = "0"  # places for the final ones
-        header["CHECKSUM"] = "0" * 16
-        cards = _split_cards(header.tostring(endcard=False, padding=False))
-    start = file.tell()
-    text = "".join([*cards, END_CARD])
-    file.write(_padded(text.encode("latin-1"), b" "))
-    start_of_data = file.tell()
+def _fits_strips(planes, rows, stored, unit):
+    """Yield the samples of planes as they are stored, strip by strip."""
     for plane in planes:
-        for rows in _strips(*plane.shape):
-            samples = _in_own_unit(plane[rows], unit)
-            file.write(np.ascontiguousarray(samples, stored))
+        plane = plane[rows]
+        for strip in _strips(*plane.shape):
+            yield np.ascontiguousarray(_in_own_unit(plane[strip], unit), stored)
         del plane  # before the next one is made
+
+
+def _compressed_fits(data):
+    """Let astropy pack samples (c, h, w), all of which are in memory for that.
+
+    Returns an HDU to stand in front, the cards of the one with the samples, and its data.
+    """
+    from astropy.io import fits
+    if len(data) == 1:
+        data = data[0]
+    made = io.BytesIO()
+    made.close = lambda: None  # astropy closes what it wrote
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        hdu = fits.CompImageHDU(data, compression_type="GZIP_2", quantize_level=0)
+        fits.HDUList([fits.PrimaryHDU(), hdu]).writeto(made)
+    content = made.getbuffer()
+    first = _read_fits_part(made, 0, len(content))
+    packed = _read_fits_part(made, first.end, len(content))
+    cards = [card for card in packed.cards if card.rstrip() and not card.startswith("EXTNAME")]
+    return content[:packed.start], cards, [content[packed.data:packed.end]]
+
+
+def _write_hdu(file, cards, pieces, checksum):
+    """Write a header and its data, which come in pieces of whole numbers of 4 bytes."""
+    if checksum:  # places for the final ones
+        zeros = "0" * 16
+        cards = [*cards, _value_card("CHECKSUM", f"'{zeros}'"), _value_card("DATASUM", "'0'")]
+    start = file.tell()
+    file.write(_fits_header(cards))
+    start_of_data = file.tell()
+    data_sum = 0
+    for piece in pieces:
+        file.write(piece)
+        if checksum:
+            data_sum = _ones_complement_sum(piece, data_sum)
+        del piece
     end = file.tell()
     file.write(bytes((start_of_data - end) % FITS_BLOCK))
-    if source.checksum:
-        file.flush()
-        written = np.memmap(file, stored, "r", start_of_data, shape)
-        with _lenient_fits():
-            hdu = make_hdu(written, header)
-            hdu.add_checksum()
-            text = hdu.header.tostring()
+    if checksum:
+        cards[-1] = _value_card("DATASUM", f"'{data_sum}'")
+        whole = _ones_complement_sum(_fits_header(cards), data_sum)
+        cards[-2] = _value_card("CHECKSUM", f"'{_checksum(whole)}'")
         file.seek(start)
-        file.write(text.encode("ascii"))
+        file.write(_fits_header(cards))
         file.seek(0, os.SEEK_END)
 
 
-# TIFF
+def _ones_complement_sum(data, total=0):
+    """Add bytes, of which there are 4 n, to a sum of 32-bit words that carries over at its end."""
+    words = np.frombuffer(data, ">u4")
+    total += int(words.sum(dtype=np.uint64))
+    while total >> 32:
+        total = (total & 0xffffffff) + (total >> 32)
+    return total
+
+
+def _checksum(total):
+    """Return the 16 characters that bring the sum of an HDU to -0 (appendix J of the standard)."""
+    inverse = 0xffffffff - total
+    columns = []
+    for shift in (24, 16, 8, 0):
+        quotient, remainder = divmod(inverse >> shift & 0xff, 4)
+        four = [quotient + remainder + 48] + 3 * [quotient + 48]
+        while not all(chr(character).isalnum() for character in four):
+            for k in (0, 2):  # in pairs, so that their sum stays
+                if not chr(four[k]).isalnum() or not chr(four[k + 1]).isalnum():
+                    four[k] += 1
+                    four[k + 1] -= 1
+        columns.append(four)
+    text = "".join(chr(column[k]) for k in range(4) for column in columns)
+    return text[-1] + text[:-1]
+
+
+# --------------------------------------------------------------------------------------------------
+# Pictures on disk: TIFF
+#
+# tifffile reads the tags, which are checked here, and writes.
+# --------------------------------------------------------------------------------------------------
+
+TIFF_EXPANSION = {1: 1, 5: 4096, 8: 1032, 32946: 1032, 32773: 64, 50000: 1 << 16}
+"""The compressions that are read (none, LZW, deflate, PackBits, zstd), and how many bytes one byte
+can stand for."""
+
+TIFF_COLORS = {0: 1, 1: 1, 2: 3}  # channels of gray (white is 0 or largest) and RGB, by photometric
+TIFF_MINISWHITE = 0
+TIFF_SENSOR = (32803, 34892)  # photometric of a color filter mosaic, and of a camera's linear data
+TIFF_ICC = 34675
+TIFF_CHUNKS = ("StripOffsets", "StripByteCounts", "TileOffsets", "TileByteCounts")
+TIFF_PLANAR = 1, 2  # samples of a pixel together, or planes
+TIFF_THUMBNAIL = 2  # value of the old SubfileType
+TIFF_INCH = 2
+TIFF_RESOLUTION_UNITS = 1, 2, 3  # none, inch, centimeter
+LARGEST_TIFF = 0xF0000000  # bytes; larger ones are BigTIFF
+TIFF_BYTES = 7  # a type
+TIFF_KEPT = {271: "s", 272: "s", 306: "s", 315: "s", 33432: "s", 274: "H", 700: "B"}
+"""Tags that are carried over, and their types: camera, date, author, rights, orientation, XMP."""
+
+MAX_PAGES = 16  # among which the picture is looked for
+
+FOR_PROGRAMS = re.compile(
+    rb"\s*(\{|<|\[|(ImageJ|shape)=|Aperio |state\.|# )|.*(scanimage\.SI|>\s*$)", re.DOTALL)
+"""Descriptions that programs parse, who would stumble over more lines: JSON of tifffile, OME-XML,
+ImageJ=, and their like. They tell how the old file was made up."""
+
+
+@dataclass
+class TiffSource:
+    """What a TIFF file has besides its pixels."""
+    description: bytes = b""  # in words
+    cards: list = field(default_factory=list)  # the description, if it is a FITS header
+    icc: bytes = b""  # color profile
+    options: dict = field(default_factory=dict)  # others, as tifffile's writer takes them
+
 
 def read_tiff(path):
-    """Read the first picture of a TIFF file; see `read_picture`."""
-    notes = []
-    with _refusals(path), open(path, "rb") as file:
+    """Read the first picture of a TIFF file that is not a thumbnail; see `read_picture`."""
+    with _refusals(path), _opened(path) as file:
         import tifffile
         logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # it would print what it repairs
         with tifffile.TiffFile(file, _multifile=False) as tiff:
-            page = tiff.pages[0]
-            with suppress(IndexError, tifffile.TiffFileError):
-                if tiff.pages[1]:
-                    notes.append("holds several images: only the first is used and kept")
-            colors = _check_tiff_page(page, os.path.getsize(path))
-            if page.compression == LZW:
-                _check_lzw(page, file)
+            number, notes = _find_page(tiff)
+            page = tiff.pages[number]
+            colors = _check_tiff_page(page, os.fstat(file.fileno()).st_size)
             if page.samplesperpixel > colors:
                 notes.append(f"has {page.samplesperpixel - colors} alpha channel(s): dropped")
-            if page.is_memmappable:
-                dtype = page.dtype.newbyteorder(tiff.byteorder)
-                samples = np.memmap(path, dtype, "r", page.dataoffsets[0], page.shape)
-            else:
-                samples = page.asarray()
-            _, _, height, width, _ = page.shaped
-            samples = samples.reshape(page.shaped)  # (planes, 1, h, w, samples together)
-            samples = np.moveaxis(samples, 4, 1).reshape(-1, height, width)
-            planes, unit, note = _to_unit_range(samples[:colors], path)
-            source = _read_tiff_source(page)
-    return Picture(planes, source, notes, unit, note=note)
+            _, _, height, width, together = page.shaped
+            dtype = page.dtype.newbyteorder(tiff.byteorder)
+            white = _white(dtype)
+            source = _read_tiff_source(page, white, notes)
+            is_negative = page.photometric == TIFF_MINISWHITE
+            _require(white or not is_negative, "is gray, with white as 0, and not unsigned",
+                     "save it with black as 0")
+            position = page.dataoffsets[0] if page.is_final else None
+            with _stream_of("tiff", file, number, position, dtype, page.nbytes) as stream:
+                planes, unit, note, marked = _read_planes(
+                    stream, dtype, (colors, height, width), together, path, negative=is_negative)
+    return Picture(planes, source, notes + marked, unit, note=note)
+
+
+def _find_page(tiff):
+    """Return the number of the page with the picture, and what is to be told about the others."""
+    pages = []
+    with suppress(IndexError, ValueError):  # tifffile's errors are such
+        for number in range(MAX_PAGES):
+            pages.append(tiff.pages[number])
+    _require(pages, "holds no picture")
+    first = pages[0]
+    parts = [*pages, *(first.pages or ())]
+    from_sensor = any(part.photometric in TIFF_SENSOR for part in parts)
+    if from_sensor or "DNGVersion" in first.tags:
+        maker = str(first.tags.valueof("Make") or "").strip()
+        _refuse_raw(f"of {maker[:30]}" if maker else "such as DNG")
+    pictures = []
+    for number, page in enumerate(pages):
+        old_kind = page.tags.valueof("SubfileType")
+        if not page.is_reduced and old_kind != TIFF_THUMBNAIL:
+            pictures.append(number)
+    _require(pictures, "holds nothing but a thumbnail")
+    notes = []
+    if len(pictures) > 1:
+        notes.append("holds several images: only the first is used and kept")
+    return pictures[0], notes
+
+
+def _refuse_raw(kind):
+    """Refuse a camera's raw file."""
+    raise _Unreadable(f"is a camera's raw file ({kind}), a single undeveloped frame",
+                      "calibrate, debayer, and stack it first, and save the stack as XISF, FITS, "
+                      "or TIFF")
 
 
 def _check_tiff_page(page, size):
     """Refuse a page that is not read, or that lies about its size; return its number of colors."""
     advice = "save it as 32-bit float or 16-bit, grayscale or RGB"
+    known = "PhotometricInterpretation" in page.tags
+    _require(known, "does not say whether it is gray or RGB", advice)
     colors = TIFF_COLORS.get(int(page.photometric))
     _require(colors, f"is neither gray nor RGB, but {_tiff_word(page.photometric)}", advice)
     compression = int(page.compression)
@@ -1794,23 +2066,21 @@ def _check_tiff_page(page, size):
     channels = page.samplesperpixel
     _require(channels >= colors and planes * together == channels,
              f"is called RGB but has {channels} channel(s)", advice)
-    _require(len(page.dataoffsets) <= MAX_TILES, "has too many strips to be true")
-    last = max(map(sum, zip(page.dataoffsets, page.databytecounts)), default=0)
-    _require(last <= size, f"is cut short: its data end at byte {last} of {size}")
+    offsets, counts = page.dataoffsets, page.databytecounts
+    _require(len(offsets) <= MAX_TILES or page.is_final, "has too many strips to be true")
+    chunks = math.prod(page.chunked)
+    listed = [page.tags[code].count for code in TIFF_CHUNKS if code in page.tags]
+    # tifffile makes up what is missing, and leaves out what is too much
+    complete = listed == [chunks, chunks] and all(offsets) and all(counts)
+    _require(complete and page.planarconfig in (None, *TIFF_PLANAR),
+             f"is damaged: it has not the {chunks} strips or tiles that it needs")
+    last = max(map(sum, zip(offsets, counts)))
+    _require(last <= size, "is cut short: its last rows are missing")
     needed = math.prod(page.shaped) * item
-    stored = min(sum(page.databytecounts), size)
-    _require(needed <= TIFF_EXPANSION[compression] * stored, "claims more data than it holds")
+    _require_honest(needed, min(sum(counts), size), TIFF_EXPANSION[compression])
     tile = math.prod(page.chunks) * item
     _require(tile <= 4 * needed + (1 << 20), "has tiles larger than the picture")
     return colors
-
-
-def _check_lzw(page, file):
-    """Refuse LZW data that do not begin with an empty table: imagecodecs 2026.1 crashes."""
-    for position, size in zip(page.dataoffsets, page.databytecounts):
-        file.seek(position)
-        start = int.from_bytes(file.read(2), "big")
-        _require(not size or start >> 7 == LZW_CLEAR, "is damaged: its data are not LZW")
 
 
 def _tiff_word(value):
@@ -1818,8 +2088,8 @@ def _tiff_word(value):
     return getattr(value, "name", value)
 
 
-def _read_tiff_source(page):
-    """Return what the outputs keep of a page."""
+def _read_tiff_source(page, white, notes):
+    """Return what the outputs keep of a page; integers have `white` for their largest."""
     value = page.tags.valueof
 
     def text(code):
@@ -1834,30 +2104,54 @@ def _read_tiff_source(page):
             tags.append((code, kind, count, kept, True))
     icc = value(TIFF_ICC)
     icc = icc if isinstance(icc, bytes) else b""
-    if icc:
-        tags.append((TIFF_ICC, TIFF_BYTES, len(icc), icc, True))
+    tags += _icc_tags(icc)
     options = {"extratags": tags}
-    resolution = value(TIFF_X_RESOLUTION), value(TIFF_Y_RESOLUTION)
-    unit = value(TIFF_RESOLUTION_UNIT) or TIFF_INCH
-    if all(resolution) and unit in TIFF_RESOLUTION_UNITS:
+    resolution = value("XResolution"), value("YResolution")
+    unit = value("ResolutionUnit") or TIFF_INCH
+    fractions = all(isinstance(found, tuple) and all(found) for found in resolution)
+    if fractions and unit in TIFF_RESOLUTION_UNITS:
         options.update(resolution=resolution, resolutionunit=int(unit))
-    return TiffSource(text(TIFF_DESCRIPTION), icc, options)
+    description = text("ImageDescription").rstrip(b"\0 \r\n")
+    cards = _cards_of_tiff(description)
+    if cards:
+        description = b""
+        _what_keywords_say({name: value for name, value, _ in _keywords(cards)}, notes)
+        if white:
+            cards = _changed_cards(cards, _in_unit(Unit(white)))
+    elif FOR_PROGRAMS.match(description):
+        if not re.fullmatch(rb'\{"shape": \[[\d, ]+\]\}', description):  # it tells nothing else
+            notes.append(f"loses its description {description[:40]!r}..., "
+                         "which is for programs and tells of the old pixels")
+        description = b""
+    return TiffSource(description, cards, icc, options)
+
+
+def _cards_of_tiff(description):
+    """Return the cards of an Astro-TIFF's description; none if it is something else."""
+    lines = description.decode("latin-1").split("\n")
+    cards = [line.rstrip().ljust(FITS_CARD) for line in lines]
+    parsed = _parse_card(cards[0])
+    if not parsed or not parsed[0] or max(map(len, cards)) > FITS_CARD:
+        return []
+    return [card for card in cards[:MAX_KEPT_CARDS]
+            if card.strip() and not FITS_STRUCTURE.fullmatch(card[:8].rstrip())]
 
 
 def write_tiff(file, planes, source=None, history=(), compress=False, unit=Unit()):
     """Write a picture as 32-bit float TIFF; the arguments are those of `write_fits`.
 
-    The FITS cards of another source become a description, as Astro-TIFF has it. HISTORY is appended
-    to the description. `compress` is deflate with the floating point predictor.
+    FITS cards become a description, as Astro-TIFF has it. HISTORY is appended to the description.
+    `compress` is deflate with the floating point predictor.
     """
     import tifffile
     _check_planes(planes)
-    if not isinstance(source, TiffSource):
-        source = _to_tiff_source(source)
     channels, height, width = planes.shape
+    if not isinstance(source, TiffSource):
+        source = _to_tiff_source(source, height)
     data = np.empty((height, width, channels), np.float32)
-    for channel, plane in enumerate(planes):
-        data[..., channel] = _in_own_unit(plane, unit)
+    one_by_one = iter(planes)
+    for channel in range(channels):
+        data[..., channel] = _in_own_unit(next(one_by_one), unit)
     photometric = "rgb"
     if channels == 1:
         data = data[..., 0]
@@ -1865,56 +2159,200 @@ def write_tiff(file, planes, source=None, history=(), compress=False, unit=Unit(
     options = dict(source.options)
     if compress:
         options.update(compression="adobe_deflate", predictor=3)
-    description = _tiff_description(source.description, history)
+    cards = _changed_cards(source.cards, _with_range(planes, unit))
+    for line in history:
+        cards += _text_cards("HISTORY", line)
+    if source.cards:
+        shape = planes.shape if channels > 1 else planes.shape[1:]
+        cards = [*_structure_cards(0, -32, shape), *cards, END_CARD]
+    lines = [card.rstrip().encode("latin-1", "replace") for card in cards]
+    description = b"\n".join([*filter(None, [source.description]), *lines])
     big = data.nbytes + len(description) + len(source.icc) > LARGEST_TIFF
     with tifffile.TiffWriter(file, bigtiff=big) as writer:
         writer.write(data, photometric=photometric, description=description, metadata=None,
                      software=f"bgoptimizer {VERSION}", **options)
 
 
-def _to_tiff_source(source):
+def _to_tiff_source(source, height):
     """Return a TiffSource that holds what TIFF can hold of another one."""
-    cards, icc = _shared_metadata(source)
-    description = "\n".join(card.rstrip() for card in cards).encode("latin-1", "replace")
-    tags = [(TIFF_ICC, TIFF_BYTES, len(icc), icc, True)] if icc else []
-    return TiffSource(description, icc, {"extratags": tags})
+    cards, icc = _shared_metadata(source, height)
+    return TiffSource(b"", cards, icc, {"extratags": _icc_tags(icc)})
 
 
-def _tiff_description(description, history):
-    """Return a description with HISTORY at its end, but before the END of a FITS header."""
-    lines = description.rstrip(b"\0 \r\n").split(b"\n") if description else []
-    end = []
-    if lines and lines[-1].strip() == b"END":
-        end = [lines.pop()]
-    for line in history:
-        lines += [card.rstrip().encode() for card in _text_cards("HISTORY", line)]
-    return b"\n".join(lines + end)
+def _icc_tags(icc):
+    """Return the tag of a color profile in a list, which is empty without one."""
+    return [(TIFF_ICC, TIFF_BYTES, len(icc), icc, True)] if icc else []
 
 
-# The table of formats
+# --------------------------------------------------------------------------------------------------
+# Pictures on disk: the table of formats, and masks
+# --------------------------------------------------------------------------------------------------
+
+GZIP_WINDOW = 31  # what zlib calls gzip
+PICTURE_ENDINGS = re.compile(r"(?i)(?<=.)(\.(xisf|fits?|fts|fz|tiff?)(\.gz)?)+$")
+
+STARTS = {  # how files begin, by format
+    "xisf": b"XISF", "fits": b"SIMPLE  =", "tiff": (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")}
+RAW = {  # and those of others that people try
+    rb"(II\*\0|MM\0\*)....CR": "Canon CR2", rb"....ftypcrx ": "Canon CR3",
+    rb"II\x1a\0\0\0HEAPCCDR": "Canon CRW", rb"FUJIFILMCCD-RAW": "Fujifilm RAF",
+    rb"IIU\0": "Panasonic RW2", rb"IIRO|IIRS|MMOR": "Olympus ORF", rb"FOVb": "Sigma X3F",
+    rb"\0MRM": "Minolta MRW"}
+STRETCHED = {
+    rb"\xff\xd8\xff": "JPEG", rb"\x89PNG": "PNG", rb"BM": "BMP", rb"GIF8": "GIF",
+    rb"RIFF....WEBP": "WebP", rb"....ftyp(heic|heix|mif1|avif)": "HEIF"}
+
+MASK_FORMATS = ("PNG", "TIFF", "JPEG", "BMP", "GIF", "PPM", "WEBP")  # what Pillow may open
+MASK_MODES = ("1", "P", "PA", "CMYK", "YCbCr")  # what it makes RGB of
+
+
+class Format(NamedTuple):
+    """A kind of file."""
+    ending: str
+    read: Callable  # path -> Picture
+    write: Callable  # file, planes, source, history, compress, unit
+
+
+def picture_format(path):
+    """Return the name in FORMATS of a file's format, by its content; None for another one."""
+    start = _first_bytes(path)
+    names = [name for name, starts in STARTS.items() if start.startswith(starts)]
+    return names[0] if names else None
+
+
+def _first_bytes(path):
+    """Return the first bytes of a file, unpacked; none of what is no file."""
+    if not stat.S_ISREG(os.stat(path).st_mode):  # opening a FIFO would wait forever
+        return b""
+    with open(path, "rb") as file:
+        start = file.read(FITS_BLOCK)
+    if start.startswith(GZIP_START):
+        with suppress(zlib.error):
+            return zlib.decompressobj(GZIP_WINDOW).decompress(start, 16)
+    return start
+
+
+def read_picture(path):
+    """Read the first picture of an XISF, FITS, or TIFF file, whatever its name ends with.
+
+    Unsigned integers are scaled from their full range to [0, 1], and floats that lie in [0, 1] are
+    taken as they are. Anything else, such as ADU or electrons, is brought into [0, 1] for the work;
+    `Picture.unit` tells the writers the way back.
+
+    Returns a Picture.
+    Raises BgError if the file is damaged, hostile, or of a kind that is not read.
+    """
+    with _refusals(path):
+        start = _first_bytes(path)
+        _require(start or os.path.isfile(path), *NOT_A_FILE)
+        for pattern, kind in RAW.items():
+            if re.match(pattern, start, re.DOTALL):
+                _refuse_raw(kind)
+        for pattern, kind in STRETCHED.items():
+            _require(not re.match(pattern, start, re.DOTALL),
+                     f"is a {kind} picture, stretched and no longer linear",
+                     "give the linear stack as XISF, FITS, or TIFF")
+        name = picture_format(path)
+        _require(name, "is not an XISF, FITS, or TIFF file", "save the picture as one of them")
+    return FORMATS[name].read(path)
+
+
+def picture_stem(path):
+    """Return a file's name without folder and without the endings of pictures."""
+    name = os.path.basename(path)
+    stem = PICTURE_ENDINGS.sub("", name)
+    return stem if stem != name else os.path.splitext(name)[0]
+
+
+def read_mask(path):
+    """Read a mask, also one that only Pillow reads: PNG, palettes, 1 bit.
+
+    Returns a Picture whose planes are weights in [0, 1], the largest 1; one plane if all are alike.
+    Raises BgError as `read_picture`, and for negative values.
+    """
+    try:
+        picture = read_picture(path)
+    except BgError:
+        picture = _read_with_pillow(path)
+        if picture is None:
+            raise
+    if picture.unit.offset:
+        raise BgError(f"{path} has negative values; a mask has 0 = leave out to 1 = use")
+    planes = picture.planes
+    if all(np.array_equal(planes[0], plane) for plane in planes[1:]):
+        planes = planes[:1]
+    planes = mask_weights(planes * planes.dtype.type(picture.unit.scale))
+    return replace(picture, planes=planes)
+
+
+def _read_with_pillow(path):
+    """Return a mask as a Picture; None if Pillow does not read it."""
+    from PIL import Image
+    is_tiff = picture_format(path) == "tiff"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # of sizes beyond all masks
+            with Image.open(path, formats=MASK_FORMATS) as image:
+                if image.mode in MASK_MODES:
+                    image = image.convert("RGB")
+                elif is_tiff:  # why it was refused is known
+                    return None
+                samples = np.atleast_3d(np.asarray(image))  # (h, w, channels)
+    except Exception:  # it raises anything
+        return None
+    colors = 3 if samples.shape[2] >= 3 else 1
+    notes = []
+    if samples.shape[2] > colors:
+        notes.append("has an alpha channel: dropped")
+    white = np.iinfo(samples.dtype).max if samples.dtype.kind == "u" else 1
+    planes = np.moveaxis(samples[..., :colors], 2, 0).astype(np.float32) / np.float32(white)
+    return Picture(planes, None, notes)
+
+
+def mask_weights(planes):
+    """Scale the weights of a mask to [0, 1], if they are not yet, so that the largest is 1.
+
+    So 255 means "use" in floats, and 1 does in integers, whose full range is far larger.
+    """
+    _, largest = _finite_range(planes)
+    if largest > 1 or 0 < largest < 1 / 254:  # as floats, 1 / 255 is a little more than that
+        return planes / planes.dtype.type(largest)
+    return planes
+
 
 def _write_xisf_of_any(file, planes, source=None, history=(), compress=False, unit=Unit()):
     """Write a picture as XISF, whose samples stay in [0, 1]; HISTORY tells its own unit."""
-    if unit != Unit():
+    if unit[:2] != Unit()[:2]:
         line = f"bgoptimizer: the picture's own unit is sample * {unit.scale:.17g}"
         history = [*history, f"{line} {unit.offset:+.17g}"]
     if source and not isinstance(source, Source):
-        source = _to_xisf_source(source)
+        source = _to_xisf_source(source, planes.shape[1], unit)
     write_xisf(file, planes, source, history, compress)
 
 
-def _to_xisf_source(source):
+def _to_xisf_source(source, height, unit):
     """Return a Source that holds what XISF can hold of another one."""
-    cards, icc = _shared_metadata(source)
+    cards, icc = _shared_metadata(source, height)
+    if unit != Unit():
+        cards = _changed_cards(cards, _in_unit(unit))
     root = ElementTree.XML(BARE_XISF)
     image = root.find("Image")
-    for card in _valid_header(cards).cards:
-        ElementTree.SubElement(image, "FITSKeyword", _keyword(card))
+    for name, value, comment in _keywords(cards):
+        if name in FITS_TEXT_NAMES:
+            value = ""
+        ElementTree.SubElement(image, "FITSKeyword", name=name, value=value, comment=comment)
     blocks = {}
     if icc:
         ElementTree.SubElement(image, "ICCProfile", location="icc")
         blocks["icc"] = icc
     return Source(root, blocks)
+
+
+def rows_of(source):
+    """Return a source that tells nothing but the order of another one's rows, for its mask."""
+    if isinstance(source, FitsSource) and source.top_down:
+        return FitsSource([_value_card(ROW_ORDER, "'TOP-DOWN'")], top_down=True)
+    return None
 
 
 FORMATS = {
@@ -1929,8 +2367,8 @@ FORMATS = {
 # --------------------------------------------------------------------------------------------------
 
 LOCKED_FOR = 24 * 3600
-"""Seconds. A lock that is older has been left behind, if nothing better is known: another machine
-holds it, or the disk knows no locks."""
+"""Seconds. A temporary file that is older has been left behind, if nothing better is known: another
+machine made it, or the disk knows no locks."""
 
 HOST = re.sub(r"(?a)\W", "_", platform.node())[:64]
 """Name of this machine, as a part of file names."""
@@ -1940,23 +2378,39 @@ HOST = re.sub(r"(?a)\W", "_", platform.node())[:64]
 def atomic_outputs(*paths):
     """Open files that take the names `paths` once all are whole, and else leave nothing behind.
 
-    While they are open, no other run can open the first of `paths`. The files survive a power cut
-    as soon as they have their names.
+    Until then they are locked, hidden files in the same folder. Their names tell what they will be
+    and who writes them, so that another run that would write one of `paths` is refused, and what a
+    killed run left is removed by the next one. The files survive a power cut as soon as they have
+    their names.
 
     Raises BgError if they cannot be written, or another run writes them.
     """
     folder = os.path.dirname(paths[0])
+    own = f"{secrets.token_hex(4)}-{os.getpid()}-{HOST}"
+    temporary = [f"{_hidden(path)}-{own}.tmp" for path in paths]
     try:
-        with memory_errors(), _locked(paths[0]) as stem, ExitStack() as stack:
-            temporary = [f"{stem}-{k}.tmp" for k in range(len(paths))]
-            files = [stack.enter_context(open(name, "x+b")) for name in temporary]
+        with memory_errors(), ExitStack() as stack:
+            stack.callback(_remove, temporary)
+            files = [stack.enter_context(_create_locked(name)) for name in temporary]
+            _remove_abandoned(folder)
+            for path in paths:
+                for other in glob.glob(f"{glob.escape(_hidden(path))}-*.tmp"):
+                    if other not in temporary:
+                        *_, process, host = other[:-len(".tmp")].rsplit("-", 2)
+                        raise BgError(f"process {process} on {host} is writing {path}; wait until "
+                                      "it ends, or choose another folder (if it runs no more, "
+                                      f"delete {other})")
             yield files
             for file in files:
                 file.flush()
                 os.fsync(file.fileno())
-            stack.close()  # Windows renames no open file
+                if fcntl is None:
+                    file.close()  # Windows renames no open file
             _rename_all(temporary, paths)
-            _sync_folder(folder)
+            with suppress(OSError):  # Windows opens no folders, and some disks cannot do that
+                opened = os.open(folder or ".", os.O_RDONLY)
+                stack.callback(os.close, opened)
+                os.fsync(opened)
     except BrokenPipeError:  # that of stdout: no output is a pipe
         raise
     except OSError as error:
@@ -1965,68 +2419,17 @@ def atomic_outputs(*paths):
                       "free space or choose another folder") from None
 
 
-def _rename_all(names, paths):
-    """Give files their names, all or none. A kill may leave some out, but never mixes two runs."""
-    for path in paths:
-        with suppress(FileNotFoundError):
-            os.rename(path, path)  # Windows refuses this while another program has it open
-    for path in paths[1:]:
-        with suppress(FileNotFoundError):
-            os.unlink(path)
-    renamed = []
-    try:
-        for name, path in zip(names, paths):
-            os.replace(name, path)
-            renamed.append(path)
-    except BaseException:
-        for path in renamed:
-            os.unlink(path)
-        raise
-
-
-def _sync_folder(folder):
-    """Wait until the names in a folder are on the disk."""
-    with suppress(OSError):  # Windows opens no folders, and some disks cannot do that
-        opened = os.open(folder or ".", os.O_RDONLY)
-        try:
-            os.fsync(opened)
-        finally:
-            os.close(opened)
-
-
-@contextmanager
-def _locked(path):
-    """Lock an output; yields what the names of its temporaries, in the same folder, begin with.
-
-    The lock is a file whose name tells what is locked and by whom. The system holds it as long as
-    the process lives. So what was left behind by a kill is known, and removed here.
-
-    Raises BgError if another run holds a lock on this output.
-    """
-    name = os.path.basename(path)
-    digest = hashlib.sha1(os.fsencode(name)).hexdigest()  # any name is short enough then
-    start = os.path.join(os.path.dirname(path), f".bgoptimizer-{digest[:12]}")
-    stem = f"{start}-{secrets.token_hex(4)}-{os.getpid()}-{HOST}"
-    file = _create_locked(f"{stem}.lock")
-    try:
-        _remove_abandoned(os.path.dirname(path))
-        for lock in glob.glob(f"{glob.escape(start)}-*.lock"):
-            if lock != file.name:
-                *_, process, host = lock[:-len(".lock")].rsplit("-", 2)
-                raise BgError(f"process {process} on {host} is writing {path}; wait until it ends, "
-                              f"or choose another folder (if it runs no more, delete {lock})")
-        yield stem
-    finally:
-        _remove_temporaries(stem)
-        file.close()  # Windows removes no open file
-        with suppress(OSError):
-            os.unlink(file.name)
+def _hidden(path):
+    """Return what the names of an output's temporaries begin with; any name is short enough."""
+    folder, name = os.path.split(path)
+    digest = hashlib.sha1(os.fsencode(name)).hexdigest()
+    return os.path.join(folder, f".bgoptimizer-{digest[:12]}")
 
 
 def _create_locked(name):
     """Create a file and let the system lock it until it is closed, or the process ends."""
     while True:
-        file = open(name, "xb")
+        file = open(name, "x+b")
         if fcntl is not None:
             with suppress(OSError):  # some disks know no locks
                 fcntl.flock(file, fcntl.LOCK_EX)
@@ -2036,36 +2439,70 @@ def _create_locked(name):
 
 
 def _remove_abandoned(folder):
-    """Remove locks and temporaries of runs that have ended without doing so."""
-    pattern = os.path.join(glob.escape(folder), ".bgoptimizer-*.lock")
-    for lock in glob.glob(pattern):
-        if _is_abandoned(lock):
-            _remove_temporaries(lock[:-len(".lock")])
-            with suppress(OSError):
-                os.unlink(lock)
+    """Remove the temporaries of runs that have ended, and then what these had set aside."""
+    start = os.path.join(glob.escape(folder), ".bgoptimizer-")
+    _remove(filter(_is_abandoned, glob.glob(f"{start}*.tmp")))
+    for aside in glob.glob(f"{start}*.old"):
+        run = "-".join(aside[:-len(".old")].rsplit("-", 3)[1:])
+        if not glob.glob(f"{start}*-{run}.tmp"):
+            _remove([aside])
 
 
-def _is_abandoned(lock):
-    """Tell whether the run that made this lock has ended."""
-    try:
-        if lock.endswith(f"-{HOST}.lock"):
+def _is_abandoned(name):
+    """Tell whether the run that made this file has ended."""
+    with suppress(OSError):  # it is open on Windows, it has just gone, or the disk knows no locks
+        if name.endswith(f"-{HOST}.tmp"):
             if fcntl is None:
-                os.rename(lock, lock)  # Windows refuses this while the file is open
+                os.rename(name, name)  # Windows refuses this while the file is open
                 return True
-            with open(lock, "rb") as file:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            return True
-    except BlockingIOError:
-        return False
-    except OSError:  # it is open on Windows, it has just gone, or the disk knows no locks
-        pass
+            with open(name, "rb") as file:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                    return True
+                except BlockingIOError:
+                    return False
     with suppress(OSError):
-        return time.time() - os.stat(lock).st_mtime > LOCKED_FOR
+        return time.time() - os.stat(name).st_mtime > LOCKED_FOR
     return False
 
 
-def _remove_temporaries(stem):
-    for name in glob.glob(f"{glob.escape(stem)}-*.tmp"):
+def _rename_all(names, paths):
+    """Give files their names, all or none: what had these names before, comes back if one fails.
+
+    A kill may leave some out, but never mixes two runs.
+    """
+    set_aside, renamed = [], []
+    try:
+        for name, path in zip(names, paths):
+            aside = f"{name[:-len('.tmp')]}.old"
+            if os.path.isdir(path):
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+            with suppress(FileNotFoundError):
+                _set_aside(path, aside, stays=path == paths[0])
+                set_aside.append((aside, path))
+        for name, path in zip(names, paths):
+            os.replace(name, path)
+            renamed.append(path)
+    except BaseException:
+        _remove(renamed)
+        for aside, path in set_aside:
+            os.replace(aside, path)
+        raise
+    finally:
+        _remove(aside for aside, _ in set_aside)
+
+
+def _set_aside(path, aside, stays):
+    """Give a file another name; one that stays keeps its own, too, where the disk can do that."""
+    if stays:
+        with suppress(OSError, NotImplementedError):
+            os.link(path, aside)
+            return
+    os.rename(path, aside)
+
+
+def _remove(names):
+    for name in names:
         with suppress(OSError):
             os.unlink(name)
 
@@ -3243,6 +3680,12 @@ class _Surfaces:
         surface = self.matrix[:, :len(found)] @ found.astype(np.float32)  # (cells, c)
         return surface.reshape(self.cells.values.shape)
 
+    def glow(self, found: np.ndarray) -> np.ndarray:
+        """Return the light of the glows alone on the cells, (h, w, c)."""
+        first = len(self.positions) + 3
+        terms = self._terms(self.cells.centers)[..., first:]
+        return terms @ (self.modes[first:, :len(found)] @ found)
+
     def excess(self, found: np.ndarray) -> np.ndarray:
         """Return picture less surface, (h, w, c), in units of the noise."""
         return (self.cells.values - self.surface(found)) / self.cells.noise
@@ -3262,11 +3705,7 @@ class _Surfaces:
             (k, c) coefficients of the first k modes.
         """
         count = int((smoothing * STIFFNESS_UNIT * self.bends < STIFF_MODE).sum())
-        rows = bending_rows(self.spacing, self.cost, smoothing < PLANE)
-        derivatives = rows @ self.on_nodes[:, :count]
-        energy = smoothing * STIFFNESS_UNIT * derivatives.T @ derivatives
-        energy += self.glow_energy[:count, :count]
-        energy += 1e-9 * np.eye(count)  # keeps the equations solvable
+        energy = self._energy(smoothing, count)
         places = np.flatnonzero(sky)
         matrix = self.matrix[places, :count]
         values = self.values[places]
@@ -3302,6 +3741,31 @@ class _Surfaces:
                 coefficients.append(solution)
             found = np.stack(coefficients, -1)
         return found
+
+
+    def _energy(self, smoothing: float, count: int) -> np.ndarray:
+        """Return the cost of the first modes beside the mean squared residual, (count, count)."""
+        rows = bending_rows(self.spacing, self.cost, smoothing < PLANE)
+        derivatives = rows @ self.on_nodes[:, :count]
+        energy = smoothing * STIFFNESS_UNIT * derivatives.T @ derivatives
+        energy += self.glow_energy[:count, :count]
+        return energy + 1e-9 * np.eye(count)  # keeps the equations solvable
+
+    def deviation(self, found: np.ndarray, sky: np.ndarray, smoothing: float) -> np.ndarray:
+        """Return the standard deviation of a fitted surface, (h, w, c).
+
+        It is that of the posterior, if bending is what the smoothing expects, and the residuals of
+        cells (h, w) bool are independent.
+        """
+        count = len(found)
+        rows = self.matrix[sky.ravel(), :count].astype(float)
+        weight = self.inverse[sky.ravel(), None]
+        system = rows.T @ (rows * weight) / weight.sum() + self._energy(smoothing, count)
+        root = np.linalg.cholesky(np.linalg.inv(system))
+        spread = np.linalg.norm(self.matrix[:, :count] @ root, axis=1)  # (cells,)
+        residual = (self.cells.values - self.surface(found))[sky]  # (n, c)
+        noise = _deviation(residual, 0) / math.sqrt(len(residual))  # (c,)
+        return (spread[:, None] * noise).reshape(self.cells.values.shape)
 
 
 def _glow_terms(glow: tuple, places: np.ndarray, sides: np.ndarray) -> list:
@@ -3663,73 +4127,64 @@ def _smooth_slope(image: np.ndarray, sigma: float, where: np.ndarray) -> np.ndar
 
 # --- Steep glows ---
 
-GLOW_HALF = 0.1
+GLOW_REACH = 0.3
+"""A glow is compared with the picture this part of the longer side away."""
+
+GLOW_HALF = 0.12
 """A steep glow has fallen to half within this part of the longer side. A plate follows wider ones."""
 
-GLOW_REACH = 0.3
-"""A steep glow has fallen to a tenth within this part of the longer side."""
+GLOW_HEIGHT = 0.5
+"""A steep glow rises by this part of the picture's range (5th to 95th percentile)."""
 
-GLOW_HEIGHT = 0.65
-"""A steep glow rises by this part of the picture's range (5th to 95th percentile) above a plane
-with a bowl."""
+GLOW_EVEN = 0.2
+"""Four fifths of an edge glow by at least this part of the median."""
 
-GLOW_EVEN = 0.6
-"""Four fifths of an edge glow by this part of the median at least."""
-
-GLOW_BESIDE = 0.3
-"""A glow is looked for only if this part of the picture is smooth and beyond its reach."""
+GLOW_SMOOTH = 0.06
+"""The picture differs from a glow by at most this part of the glow's light, median in its core. True
+glows have up to 0.03, nebulae 0.16 and more."""
 
 
-def _steep_glows(surfaces: _Surfaces, plain: np.ndarray) -> list:
+def _steep_glows(cells: _Cells, usable: np.ndarray) -> list:
     """Find light that rises to an edge or a corner too steeply for a plate, and is sky.
 
     Street lights, the edge of a sensor, and an amplifier make it. Its profile is the median of all
     cells that are as far from the edge or the corner: no star and no galaxy decides it.
 
-    Args:
-        plain: (h, w) bool, cells without structure.
-
     Returns:
         Their places, as `_Surfaces` takes them.
     """
-    cells = surfaces.cells
+    light = _channels_together(cells.values / cells.noise)
     centers = cells.centers[cells.usable]
     low, high = centers.min(0), centers.max(0)  # (2,) of what is usable
     edges = [(low[0], math.nan), (high[0], math.nan), (math.nan, low[1]), (math.nan, high[1])]
-    glows = [edge for edge in edges if _glows(surfaces, plain, edge)]
+    glows = [edge for edge in edges if _falls_off(cells, light, usable, edge)]
     glowing = set(itertools.chain(*glows))
     for corner in itertools.product(*zip(low, high)):
         # The glow along an edge brightens both of its corners
-        if not glowing.intersection(corner) and _glows(surfaces, plain, corner):
+        if not glowing.intersection(corner) and _falls_off(cells, light, usable, corner):
             glows.append(corner)
     return glows
 
 
-def _glows(surfaces: _Surfaces, plain: np.ndarray, place: tuple) -> bool:
-    """Tell whether light falls off steeply with the distance from an edge or a corner."""
-    cells = surfaces.cells
-    distance = _distance_from(place, cells.centers)  # (h, w)
-    beyond = plain & (distance > GLOW_REACH)
-    if beyond.sum() < GLOW_BESIDE * cells.usable.sum():
+def _falls_off(cells: _Cells, light: np.ndarray, usable: np.ndarray, place: tuple) -> bool:
+    """Tell whether light (h, w) falls off steeply with the distance from an edge or a place."""
+    ring = np.round(_distance_from(place, cells.centers) * cells.longer).astype(int)
+    if not (usable & (ring == 0)).any():  # hills stand there
         return False
-    stiff = surfaces.fit(beyond, np.zeros_like(plain), WITH_BOWL)
-    span = _span(cells.values[cells.usable], (95, 5))  # (c,)
-    unit = np.maximum(span, PIXEL_NOISE * np.median(cells.noise, (0, 1)))
-    above = ((cells.values - surfaces.surface(stiff)) / unit).mean(-1)  # (h, w)
-    ring = np.round(distance * cells.longer).astype(int)
     levels = []
     for k in range(int(GLOW_REACH * cells.longer)):
-        there = above[cells.usable & (ring == k)]
+        there = light[usable & (ring == k)]
         if there.size:
             levels.append(np.percentile(there, (20, 50)))
     low, profile = np.transpose(levels)  # (rings,) each
-    height = profile[0]
-    if height < GLOW_HEIGHT or low[0] < GLOW_EVEN * height:
-        return False
-    half = (profile < 0.5 * height).argmax()  # 0 if it is nowhere so low
-    tenth = (profile < 0.1 * height).argmax()
+    base = profile.min()
+    height = profile[0] - base
+    even = low[0] - base > GLOW_EVEN * height
+    span = _span(light[usable], (95, 5))
+    half = (profile < base + 0.5 * height).argmax()
     falls = (np.diff(profile[:half + 1]) < 0.1 * height).all()
-    return bool(falls and 0 < half < GLOW_HALF * cells.longer and tenth > 0)
+    return bool(even and falls and half < GLOW_HALF * cells.longer
+                and height > max(GLOW_HEIGHT * span, PIXEL_NOISE))
 
 
 def _distance_from(place: tuple, centers: np.ndarray) -> np.ndarray:
@@ -4028,20 +4483,23 @@ def _look(cells: _Cells, shape: tuple[int, int]) -> _Scene:
     width = _rough_window(cells) + 1
     near_hills = scipy.ndimage.binary_dilation(hills, iterations=width) & usable
     plain = usable & ~texture.rough & ~near_hills & ~texture.dense
-    glows = _steep_glows(surfaces, plain)
-    if glows:
+    glows = _steep_glows(cells, usable & ~near_hills)
+    while glows:
         surfaces = _Surfaces(cells, shape, glows)
-        everything = usable & ~near_hills
-        found = surfaces.fit(everything & ~texture.rough | _near(glows, cells), np.zeros_like(usable), WITH_BOWL)
-        texture = _texture(cells, cells.values - surfaces.surface(found), usable & ~hills)
+        cores = [_distance_from(glow, cells.centers) < GLOW_HALF for glow in glows]
+        smooth = plain | np.any(cores, 0) & usable & ~near_hills
+        found = surfaces.fit(smooth, np.zeros_like(usable), WITH_BOWL)
+        rest = np.abs(surfaces.excess(found)).mean(-1)  # (h, w)
+        glow = np.abs(surfaces.glow(found) / cells.noise).mean(-1)
+        rough = [np.median(rest[core & usable]) / np.median(glow[core & usable]) for core in cores]
+        smooth_ones = [glow for glow, part in zip(glows, rough) if part < GLOW_SMOOTH]
+        if smooth_ones == glows:
+            light = surfaces.surface(found)
+            texture = _texture(cells, cells.values - light, usable & ~hills)
+            break
+        glows = smooth_ones
+        surfaces = _Surfaces(cells, shape)
     return _Scene(cells, surfaces, texture, near_hills)
-
-
-def _near(glows, cells):
-    near = np.zeros_like(cells.usable)
-    for place in glows:
-        near |= _distance_from(place, cells.centers) < GLOW_HALF
-    return near & cells.usable
 
 
 # --- Result ---
@@ -4163,6 +4621,24 @@ def _pure_noise(cells: _Cells) -> float:
     return PURE_NOISE[cells.values.shape[-1]]
 
 def _judge(explanation):
+    global FEATURES
+    surfaces=explanation.surfaces; cells=surfaces.cells; best=explanation.best
+    u=cells.usable
+    chosen=surfaces.surface(best.found)
+    span=np.maximum(_span(chosen[u],(99,1)), PIXEL_NOISE*np.median(cells.noise,(0,1)))
+    dev=surfaces.deviation(best.found,best.sky,best.smoothing)/span
+    post=np.sqrt((dev[u]**2).mean())
+    def dist(c):
+        e=(surfaces.surface(c.found)-chosen)[u]; e=e-np.median(e,0); return float(np.sqrt(((e/span)**2).mean()))
+    alike=[dist(c) for c in explanation.candidates if c.loss<=best.loss+0.05]
+    alike2=[dist(c) for c in explanation.candidates if c.loss<=best.loss+0.02]
+    k=explanation.candidates.index(best)
+    nb=[dist(c) for c in explanation.candidates[max(0,k-1):k+2]]
+    border=np.ones(u.shape,bool); border[1:-1,1:-1]=False
+    bulge=0
+    for v in np.moveaxis(chosen,-1,0):
+        ab=v-_way_out(v,border); bulge=max(bulge,ab.max()/_span(v[u],(99,1)).clip(1e-12))
+    FEATURES=dict(loss=best.loss/_pure_noise(cells),post=float(post),alike=max(alike),alike2=max(alike2),nb=max(nb),bulge=float(bulge),share=float(best.sky.sum()/u.sum()),noise=float(np.median(cells.noise)/span.mean()))
     return ""
 
 
@@ -4263,7 +4739,7 @@ TRACK_EVERY = 10
 FIT_NODES = 24
 """Nodes along the longer side on which the bending of the surface is measured."""
 
-VALUE_RATE = 0.5
+VALUE_RATE = 0.2
 
 POSITION_RATE = 0.1
 """Control points move by this part of their mean distance where a trained coordinate moves by 1."""
@@ -6774,7 +7250,7 @@ def _write_outputs(task: Task, picture: Picture, result: Result, opened: list) -
     }
     if "mask" in task.outputs:
         mask = full_mask(result.prepared, result.settings)
-        pictures["mask"] = mask, None, Unit(), "the mask, 1 = sky"
+        pictures["mask"] = mask, rows_of(picture.source), Unit(), "the mask, 1 = sky"
     files = dict(zip(task.outputs, opened))
     for kind, (planes, metadata, unit, what) in pictures.items():
         lines = history + [f"bgoptimizer: this is {what}"]
@@ -7005,10 +7481,10 @@ def _read_mask(path):
     """Return the weights that a mask file gives, (c, h, w); None without a file."""
     if path is None:
         return None
-    picture = _read(path)
-    if picture.unit.offset:
-        raise BgError(f"{path} has negative values; a mask has 0 = leave out to 1 = use")
-    return mask_weights(picture.planes * picture.planes.dtype.type(picture.unit.scale))
+    picture = read_mask(path)
+    for text in picture.warnings:
+        logger.warning(f"{path} {text}")
+    return picture.planes
 
 
 def _check_disk(task: Task, planes: np.ndarray) -> None:

@@ -3,9 +3,11 @@
 So what the tool would choose by itself has no part in a test, unless the test is about just that
 (test_find_sky.py).
 """
+import math
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import bgoptimizer
@@ -20,6 +22,11 @@ QUICK = Settings(
     delinearization_quantile=0.999,
 )
 FAST = ["-dx", "4", "-i", "grid", "-e", "30", "--smoothing", "1", "-dq", "0.999"]
+# Twice the input takes twice as long where time is in proportion to it, and a bit more than that in
+# real programs; four times as long where time grows with the square
+LINEAR = 3.5
+# Some clocks advance by 16 ms. In seconds
+TOO_SHORT_TO_COMPARE = 0.05
 # What a run writes from sky.xisf
 PAIR = ["sky_bgModel.xisf", "sky_bgSubtracted.xisf"]
 
@@ -43,7 +50,6 @@ def command(*arguments, **options):
         [sys.executable, str(SCRIPT), *map(str, arguments)],
         capture_output=True,
         text=True,
-        timeout=120,
         **options,
     )
 
@@ -53,16 +59,35 @@ def imports_script(**more):
     return {**os.environ, "PYTHONPATH": str(SCRIPT.parent), **more}
 
 
-def python(program, *arguments, timeout=60, env=None, **options):
+def python(program, *arguments, env=None, **options):
     """Run a program that imports the script, in a process of its own."""
     return subprocess.run(
         [sys.executable, "-c", program, *arguments],
         capture_output=True,
         text=True,
-        timeout=timeout,
         env=env or imports_script(),
         **options,
     )
+
+
+def growth(work, tries=5):
+    """Return how many times the processor time of `work(1)` twice the input, `work(2)`, takes.
+
+    It is about 2 where time is in proportion to the input, and 4 where it grows with the square,
+    on a slow machine and on a fast one. Other processes can only add to a time, so the least of a
+    few counts; no more are taken than show that the growth is LINEAR.
+    """
+    least = {1: math.inf, 2: math.inf}
+    work(1)  # what is loaded or made once is not counted
+    for _ in range(tries):
+        for size in least:
+            started = time.process_time()
+            work(size)
+            least[size] = min(least[size], time.process_time() - started)
+        ratio = least[2] / max(least[1], TOO_SHORT_TO_COMPARE)
+        if ratio < LINEAR:
+            break
+    return ratio
 
 
 def refused(capsys):

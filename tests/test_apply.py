@@ -229,6 +229,7 @@ def test_settings_of_a_wrong_type_are_refused_as_values(name, value):
         Settings(**{name: value})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [np.float32, np.uint16])
 def test_what_a_masked_array_masks_is_missing(dtype):
     image, _ = sloping_sky()
@@ -252,6 +253,7 @@ def test_what_a_masked_array_masks_is_missing(dtype):
     assert (masked.data == before.data).all()
 
 
+@pytest.mark.slow
 def test_weights_that_a_masked_array_masks_are_none():
     image, _ = sloping_sky()
     ones = np.ones(image.shape[:2])

@@ -6,7 +6,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 import types
 from pathlib import Path
 
@@ -93,11 +92,8 @@ DEFAULTS = {
 }
 
 
-def test_help_is_quick_and_names_every_flag_with_its_default():
-    started = time.perf_counter()
+def test_help_names_every_flag_with_its_default():
     done = command("--help")
-    seconds = time.perf_counter() - started
-    assert seconds < 1.5  # on a busy machine; alone 0.2
     assert done.returncode == 0
     words = re.sub(r"\s+", " ", done.stdout)
     other_parentheses = r"[^(]*(\([^d)][^)]*\)[^(]*)*"
@@ -112,6 +108,20 @@ import sys, bgoptimizer
 code = bgoptimizer.main(sys.argv[1:])
 sys.exit(99 if "tensorflow" in sys.modules else code)
 """
+# All packages that take longer to load than NumPy
+IMPORTS_NOTHING_LARGE = """
+import sys, bgoptimizer
+code = bgoptimizer.main(sys.argv[1:])
+large = "tensorflow", "scipy.ndimage", "skimage", "astropy", "matplotlib", "tifffile", "distributed"
+loaded = [name for name in large if name in sys.modules]
+sys.exit(f"{loaded} loaded" if loaded else code)
+"""
+
+
+@pytest.mark.parametrize("arguments, code", [(["--help"], 0), (["-dx", "0"], 2)])
+def test_help_and_wrong_usage_are_quick(arguments, code, folder):
+    done = python(IMPORTS_NOTHING_LARGE, *arguments, cwd=folder)
+    assert done.returncode == code, done.stderr
 
 
 @pytest.mark.parametrize("arguments, code", [
@@ -149,7 +159,7 @@ def test_ctrl_c_ends_with_130_one_line_and_no_leftovers(folder):
         while moment not in process.stdout.readline():
             assert process.poll() is None
         process.send_signal(signal.SIGINT)
-        _, said = process.communicate(timeout=60)
+        _, said = process.communicate()
         error = said.decode()
         assert process.returncode == 130, error
         assert error.startswith("bgoptimizer: error: interrupted"), error
@@ -175,7 +185,7 @@ def test_no_tensorflow_is_one_line_on_how_to_get_it(sky, folder):
 def test_a_reader_who_leaves_causes_no_traceback(sky, folder):
     process = start("sky.xisf", "-p")
     process.stdout.close()
-    process.wait(60)
+    process.wait()
     assert b"Traceback" not in process.stderr.read()
     process.stderr.close()
 
@@ -185,7 +195,7 @@ def test_a_reader_who_leaves_causes_no_traceback(sky, folder):
 def test_a_closed_stderr_does_no_harm(small, folder):
     closed = "sh", "-c", '"$0" "$@" 2>&-'
     fit = sys.executable, str(SCRIPT), "sky.xisf", "-e", "2", "-dq", "1"
-    done = subprocess.run([*closed, *fit], cwd=folder, stdout=subprocess.DEVNULL, timeout=120)
+    done = subprocess.run([*closed, *fit], cwd=folder, stdout=subprocess.DEVNULL)
     assert done.returncode == 0
 
 

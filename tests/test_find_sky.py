@@ -266,6 +266,7 @@ def test_what_is_given_by_hand_wins():
     assert not prepared.used[:50].any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("auto", [False, True])
 def test_the_largest_smoothing_is_a_plane_with_and_without_auto(auto):
     image, _ = sloping_sky(300, 400, 1)
@@ -301,6 +302,7 @@ def test_a_plain_run_chooses_less_smoothing_where_the_sky_bends_more():
     assert of_bent.smoothing < of_flat.smoothing
 
 
+@pytest.mark.slow
 def test_a_plain_run_is_stiffer_than_the_sky_where_objects_are():
     scene = make_scene("nebula", 1, 400, 600, 1)
     plain = find(scene.image, replace(AUTO, auto=False))
@@ -308,6 +310,7 @@ def test_a_plain_run_is_stiffer_than_the_sky_where_objects_are():
     assert plain.sky.smoothing > 2 * auto.sky.smoothing
 
 
+@pytest.mark.slow
 def test_pictures_too_small_for_choices_are_fitted_as_they_are(caplog):
     caplog.set_level(logging.INFO, "bgoptimizer")
     image, _ = sloping_sky(40, 60, 3)
@@ -334,6 +337,7 @@ def test_the_smoothing_told_is_the_one_used():
     assert result.fit.smoothing == smoothing
 
 
+@pytest.mark.slow
 def test_panels_that_do_not_match_are_told():
     mosaic = make_scene("mosaic", 4, 400, 600)
     galaxy = make_scene("galaxy", 1, 400, 600)

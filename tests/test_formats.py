@@ -3,34 +3,35 @@
 Nothing hostile is let in.
 """
 
+import gzip
 import io
 import os
 import re
 import shutil
 import struct
 import subprocess
+import sys
 import time
 import tracemalloc
 import warnings
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 import tifffile
+import zstandard
 from astropy.io import fits
-from astropy.utils import minversion
 from astropy.wcs import WCS
 from PIL import Image
+from xisf import XISF
 
 import bgoptimizer as bg
 from make_demo import DEMO
-from runner import FAST, quick, refused, run
+from runner import FAST, LINEAR, growth, python, quick, refused, run
 from scenes import sloping_sky
+from xisf_files import one_image
 
-READS_FZ = minversion("astropy", bg.SAFE_ASTROPY)
-needs_fz = pytest.mark.skipif(
-    not READS_FZ, reason="astropy does not read compressed FITS safely"
-)
 FEW = [
     "-e",
     "2",
@@ -79,7 +80,7 @@ def header():
     cards["FLIPPED"] = True
     cards["LONGTEXT"] = "it's a 'long' text; " * 12
     cards["HIERARCH ESO DET CHIP"] = "CCD"
-    cards["ROWORDER"] = "TOP-DOWN"
+    cards["ROWORDER"] = "BOTTOM-UP"
     cards["CTYPE1"], cards["CTYPE2"] = "RA---TAN-SIP", "DEC--TAN-SIP"
     cards["CRVAL1"], cards["CRVAL2"] = 10.68470833, 41.26875
     cards["CRPIX1"], cards["CRPIX2"] = 30.5, 20.25
@@ -98,7 +99,21 @@ def icc_hdu():
     return fits.ImageHDU(np.frombuffer(ICC, np.uint8), name="ICCProfile")
 
 
+def in_fits_order(data, cards=None):
+    """Rows from the lowest up, as FITS has them unless ROWORDER says otherwise."""
+    if data is None or cards is not None and cards.get("ROWORDER") == "TOP-DOWN":
+        return data
+    return np.flip(data, 0 if data.shape[-1] == 3 else -2)
+
+
+def upright(path, number=0):
+    """The samples of a FITS file without ROWORDER, top row first."""
+    with fits.open(path) as hdus:
+        return np.flip(hdus[number].data, -2)
+
+
 def save_fits(path, data, cards=None, more=(), **options):
+    data = in_fits_order(data, cards)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         fits.HDUList([fits.PrimaryHDU(data, cards), *more]).writeto(
@@ -108,6 +123,7 @@ def save_fits(path, data, cards=None, more=(), **options):
 
 
 def save_compressed(path, data, kind, cards=None, **options):
+    data = in_fits_order(data, cards)
     hdus = [
         fits.PrimaryHDU(),
         fits.CompImageHDU(data, cards, compression_type=kind, **options),
@@ -162,7 +178,7 @@ def cards_of(path, number=0):
 def has_imagemagick():
     if not shutil.which("convert"):
         return False
-    about = subprocess.run(["convert", "-version"], stdout=subprocess.PIPE, timeout=60)
+    about = subprocess.run(["convert", "-version"], stdout=subprocess.PIPE)
     return b"Version: ImageMagick" in about.stdout
 
 
@@ -196,7 +212,6 @@ def test_the_demo_as_fits_reads_to_the_same_planes(kind, demo, folder):
     assert np.abs(picture.planes - bg.read_xisf(str(DEMO)).planes).max() <= most
 
 
-@needs_fz
 @pytest.mark.parametrize("kind", ["RICE_1", "GZIP_1", "GZIP_2", "HCOMPRESS_1"])
 def test_a_compressed_fits_reads_to_the_same_planes(kind, demo, folder):
     picture = bg.read_picture(save_compressed("demo.fits.fz", demo[:, :200, :300], kind))
@@ -285,7 +300,7 @@ def test_what_is_missing_stays_missing(small, folder):
 def test_a_picture_in_an_extension_stays_there(small, folder):
     main = fits.PrimaryHDU()
     main.header["OBSERVER"] = "me"
-    picture_hdu = fits.ImageHDU(small, name="SCI")
+    picture_hdu = fits.ImageHDU(in_fits_order(small), name="SCI")
     table = fits.BinTableHDU.from_columns([fits.Column("x", "D", array=np.arange(5.0))])
     fits.HDUList([main, picture_hdu, table, fits.ImageHDU(small[0], name="ERR")]).writeto(
         "a.fits"
@@ -296,7 +311,7 @@ def test_a_picture_in_an_extension_stays_there(small, folder):
         with fits.open(written("fits", picture, compress=compress)) as hdus:
             assert hdus[0].header["OBSERVER"] == "me"
             assert hdus[1].header["EXTNAME"] == "SCI"
-            assert np.array_equal(hdus[1].data, picture.planes)
+            assert np.array_equal(in_fits_order(hdus[1].data), picture.planes)
             assert np.array_equal(hdus[2].data["x"], np.arange(5.0))
             assert np.array_equal(hdus[3].data, small[0])
 
@@ -306,12 +321,9 @@ def test_warnings_of_mosaics_and_of_keywords_that_become_untrue(small, folder):
     cards["BAYERPAT"], cards["PEDESTAL"] = "RGGB", 100
     picture = bg.read_picture(save_fits("a.fits", small[0], cards))
     assert any("mosaic" in text for text in picture.warnings)
-    assert any("PEDESTAL" in text for text in picture.warnings)
-    assert (
-        bg.read_picture(save_fits("b.fits", small, cards))
-        .warnings[0]
-        .startswith("had PEDESTAL")
-    )
+    cards["NOISE00"] = 5.0
+    picture = bg.read_picture(save_fits("b.fits", small, cards))
+    assert picture.warnings[0].startswith("had NOISE00: not kept")
 
 
 # ------------------------------------------------------------------------------------ units
@@ -341,7 +353,8 @@ def test_a_picture_comes_back_in_its_own_unit(unit, small, folder):
             plain["BSCALE"], plain["BZERO"] = 0.5, 0.0
             file.write(plain.tostring().encode())
             file.write(
-                stored.astype(">i2")
+                in_fits_order(stored)
+                .astype(">i2")
                 .tobytes()
                 .ljust(-(-stored.nbytes // 2880) * 2880, b"\0")
             )
@@ -352,7 +365,7 @@ def test_a_picture_comes_back_in_its_own_unit(unit, small, folder):
     for name in ("fits", "tiff"):
         again = written(name, picture, unit=picture.unit)
         back = (
-            fits.getdata(again)
+            upright(again)
             if name == "fits"
             else np.moveaxis(tifffile.imread(again), -1, 0)
         )
@@ -396,7 +409,7 @@ def test_a_fits_keeps_its_header_card_by_card(compress, small, folder):
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # of checksums that do not match
         with fits.open(again, checksum=True) as hdus:
-            assert np.array_equal(hdus[number].data, picture.planes)
+            assert np.array_equal(in_fits_order(hdus[number].data), picture.planes)
             assert hdus[number + 1].data.tobytes() == ICC
             assert "bgoptimizer: a line" in str(hdus[number].header["HISTORY"])
             hdus.verify("exception")
@@ -429,7 +442,7 @@ def test_malformed_cards_survive_as_they_are(small, folder):
     picture = bg.read_picture(path)
     assert cards in open(written("fits", picture), "rb").read()
     for name in bg.FORMATS:
-        for compress in (False, READS_FZ):
+        for compress in (False, True):
             again = bg.read_picture(written(name, picture, compress=compress))
             assert np.array_equal(again.planes, picture.planes)
 
@@ -453,7 +466,8 @@ def test_a_tiff_keeps_what_it_has(compress, channels, small, folder):
         tags = tiff.pages[0].tags
         assert tiff.pages[0].dtype == np.float32
         lines = tags[270].value.split("\n")
-        assert lines[1] == "OBJECT  = 'M 31'" and lines[-1] == "END"
+        assert lines[0].split() == ["SIMPLE", "=", "T"] and lines[-1] == "END"
+        assert lines[-3] == "OBJECT  = 'M 31'"
         assert lines[-2] == "HISTORY bgoptimizer: a line"
         assert (
             tags[34675].value == ICC
@@ -476,7 +490,6 @@ def test_pillow_and_imagemagick_read_our_tiff(small, folder):
         subprocess.run(
             ["convert", path, "-depth", "16", "rgb.ppm"],
             check=True,
-            timeout=60,
             stderr=subprocess.DEVNULL,
         )
         with open("rgb.ppm", "rb") as file:
@@ -493,9 +506,7 @@ def needs(program):
 
 
 def output_of(*command):
-    done = subprocess.run(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=120
-    )
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     return done.stdout.decode(errors="replace")
 
 
@@ -546,10 +557,11 @@ def test_round_trips_between_all_formats(first, second, small, folder):
     back = bg.read_picture(written("fits", two))
     for picture in (one, two, back):
         assert np.array_equal(picture.planes, start.planes)
-        assert bg._shared_metadata(picture.source)[1] == ICC
-    if "tiff" not in (first, second):  # its description is kept, and not understood
-        expected = [card[:2] for card in cards_of(path)]
-        assert [card[:2] for card in cards_of("again.fits")] == expected
+        assert bg._shared_metadata(picture.source, 40)[1] == ICC
+    expected = [card[:2] for card in cards_of(path) if card[0] != "ROWORDER"]
+    found = [card[:2] for card in cards_of("again.fits") if card[0] != "ROWORDER"]
+    assert found == expected
+    assert fits.getheader("again.fits")["ROWORDER"] == "BOTTOM-UP"
 
 
 def test_xisf_keywords_become_cards(folder, small):
@@ -724,26 +736,25 @@ HOSTILE = {
 }
 
 
+@pytest.mark.timeout(60)  # a second is plenty; without a guard, one of these takes hours
 @pytest.mark.parametrize("name", HOSTILE)
-def test_a_hostile_file_is_refused_in_one_line_quickly_and_without_memory(
+def test_a_hostile_file_is_refused_in_one_line_without_time_and_memory(
     name, folder, capsys
 ):
     with open("bad.fits", "wb") as file:
         file.write(HOSTILE[name])
     tracemalloc.start()
-    started = time.perf_counter()
     try:
         with pytest.raises(bg.BgError, match="bad.fits"):
             bg.read_picture("bad.fits")
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    assert time.perf_counter() - started < 10 and peak < 64e6
+    assert peak < 64e6
     assert run("bad.fits", "-p", "--figures", "none") == 1
     assert "bad.fits" in refused(capsys)
 
 
-@needs_fz
 def test_a_gzip_bomb_in_a_compressed_fits_is_refused(folder):
     path = save_compressed(
         "a.fz", np.zeros((700, 700), np.int16), "GZIP_1", tile_shape=(700, 700)
@@ -762,14 +773,13 @@ def test_a_gzip_bomb_in_a_compressed_fits_is_refused(folder):
         file.write(start + head + body + bytes(-len(body) % 2880))
     tracemalloc.start()
     try:
-        with pytest.raises(bg.BgError, match="more than the picture"):
+        with pytest.raises(bg.BgError, match="decompressed"):
             bg.read_picture("bomb.fz")
         assert tracemalloc.get_traced_memory()[1] < 64e6
     finally:
         tracemalloc.stop()
 
 
-@needs_fz
 def test_letters_beyond_ascii_cost_no_compressed_picture(small, folder):
     path = save_compressed(
         "a.fz", small, "RICE_1", fits.Header([("CCD-TEMP", -10.0, "in X C")])
@@ -781,59 +791,60 @@ def test_letters_beyond_ascii_cost_no_compressed_picture(small, folder):
     assert "in \xb0 C" in bg.read_picture(path).source.cards[0]
 
 
-def test_an_old_astropy_reads_no_compressed_fits(small, folder, monkeypatch):
-    """It may hang on a hostile one, and Python 3.8 has no newer one."""
-    monkeypatch.setattr("astropy.__version__", "5.2.2")
-    save_compressed("a.fz", small, "RICE_1")
-    with pytest.raises(
-        bg.BgError, match="astropy 5.2.2 .*; use Python 3.9 or newer, or .*funpack"
-    ):
-        bg.read_picture("a.fz")
-
-
 def test_a_tiff_tag_larger_than_the_file_costs_no_picture(folder):
     with open("a.tif", "wb") as file:
         file.write(tiff_file(tiff_tags(_270=(2, 0x7FFFFFFF, 0)), bytes(300)))
     assert bg.read_picture("a.tif").planes.shape == (1, 8, 8)
 
 
-BLANKS = " " * 100_000
-DIGITS = "1" * 100_000
+LONG_VALUES = {
+    "blanks": lambda length: " " * length,
+    "digits": lambda length: "1" * length + "x",
+    "blanks in quotes": lambda length: "'" + " " * length + "x'",
+    "quotes": lambda length: "'" * (length + 1),
+    "words": lambda length: "- " * (length // 2),
+}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", bg.FORMATS)
-@pytest.mark.parametrize(
-    "value", [BLANKS, DIGITS + "x", f"'{BLANKS}x'", "'" * 100_001, "- " * 50_000]
-)
+@pytest.mark.parametrize("kind", LONG_VALUES)
 def test_no_keyword_takes_long_to_become_one_of_another_format(
-    name, value, small, folder
+    kind, name, small, folder
 ):
-    image = bg.ElementTree.Element("Image")
-    for keyword in ("A", "HISTORY", "a b", BLANKS + "x", "\u00b5" * 100_000):
-        attributes = {"name": keyword, "value": value, "comment": value}
-        bg.ElementTree.SubElement(image, "FITSKeyword", attributes)
-    root = bg.ElementTree.XML(bg.BARE_XISF)
-    root[0] = image
-    picture = bg.Picture(small / np.float32(65535), bg.Source(root, {}), [])
-    started = time.process_time()
-    again = bg.read_picture(written(name, picture))
-    written("xisf", again)
-    assert time.process_time() - started < 2
+    def there_and_back(size):
+        length = 50_000 * size
+        value = LONG_VALUES[kind](length)
+        image = bg.ElementTree.Element("Image")
+        for keyword in ("A", "HISTORY", "a b", " " * length + "x", "\u00b5" * length):
+            attributes = {"name": keyword, "value": value, "comment": value}
+            bg.ElementTree.SubElement(image, "FITSKeyword", attributes)
+        root = bg.ElementTree.XML(bg.BARE_XISF)
+        root[0] = image
+        picture = bg.Picture(small / np.float32(65535), bg.Source(root, {}), [])
+        again = bg.read_picture(written(name, picture))
+        written("xisf", again)
+
+    assert growth(there_and_back) < LINEAR
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "place",
     ["OBJECT  = '", "OBJECT  = ", "OBJECT  = 1 /", "CONTINUE  '", "HIERARCH ", ""],
 )
 def test_no_blanks_in_a_fits_header_take_long(place, folder):
-    cards = [place.ljust(79) + end for end in ("x", "&", "'")] * 1500
-    with open("a.fits", "wb") as file:
-        file.write(fits_header(*plain(8, 60, 40), "OBJECT  = 'a&'", *cards, data=2880))
-    started = time.process_time()
-    picture = bg.read_picture("a.fits")
-    for name in bg.FORMATS:
-        written(name, picture)
-    assert time.process_time() - started < 10
+    def there_and_back(size):
+        cards = [place.ljust(79) + end for end in ("x", "&", "'")] * 750 * size
+        with open("a.fits", "wb") as file:
+            file.write(
+                fits_header(*plain(8, 60, 40), "OBJECT  = 'a&'", *cards, data=2880)
+            )
+        picture = bg.read_picture("a.fits")
+        for name in bg.FORMATS:
+            written(name, picture)
+
+    assert growth(there_and_back) < LINEAR
 
 
 @pytest.mark.slow
@@ -903,10 +914,12 @@ def mutants(data, count, seed):
 
 
 @pytest.mark.parametrize(
-    "kind", ["fits", pytest.param("fz", marks=needs_fz), "tiff", "lzw"]
+    "kind", ["fits", "fz", "tiff", "lzw"]
 )
 def test_mutants_are_read_or_refused(kind, small, folder):
     many = int(os.environ.get("BGOPT_FUZZ", 100))
+    if kind in ("fz", "lzw"):  # each starts a process
+        many //= 10
     if kind == "fits":
         path = save_fits("a", small, header(), [icc_hdu()])
     elif kind == "fz":
@@ -926,6 +939,557 @@ def test_mutants_are_read_or_refused(kind, small, folder):
             continue
         for name in bg.FORMATS:
             written(name, picture, history=["a"], unit=picture.unit)
+
+
+# ------------------------------------------------------------------------------------ descriptions
+
+PLAIN = "taken in the garden"
+DESCRIPTIONS = {  # of a TIFF; what is left of it; what is said
+    "tifffile": ('{"shape": [40, 60, 3]}', "", None),
+    "tifffile with more": ('{"shape": [40, 60, 3], "exposure": 30}', "", "loses its description"),
+    "OME": ('<?xml version="1.0"?><OME xmlns="x"><Image ID="0"/></OME>', "", "loses its description"),
+    "ImageJ": ("ImageJ=1.53\nimages=3\nchannels=3\nmode=color", "", "loses its description"),
+    "ScanImage": ("state.configPath=1", "", "loses its description"),
+    "words": (PLAIN, PLAIN, None),
+    "none": ("", "", None),
+}
+
+
+def read_by_others(name, path, planes):
+    """Read an output as its users' libraries do."""
+    if name == "tiff":
+        found = np.moveaxis(tifffile.imread(path), -1, 0)
+    elif name == "fits":
+        with fits.open(path) as hdus:
+            found = np.flip([hdu for hdu in hdus if hdu.data is not None][0].data, -2)
+    else:
+        found = XISF(path).read_image(0, "channels_first")
+    assert np.array_equal(found, planes)
+
+
+@pytest.mark.parametrize("kind", DESCRIPTIONS)
+def test_every_output_is_read_by_the_libraries_whatever_a_tiff_says(kind, small, folder):
+    description, left, said = DESCRIPTIONS[kind]
+    save_tiff("a.tif", small, description=description)
+    picture = bg.read_picture("a.tif")
+    assert len(picture.warnings) == bool(said)
+    assert not said or said in picture.warnings[0]
+    for name in bg.FORMATS:
+        for compress in (False, True):
+            path = written(name, picture, history=["bgoptimizer: a line"], compress=compress)
+            read_by_others(name, path, picture.planes)
+    with tifffile.TiffFile(written("tiff", picture, history=["a line"])) as tiff:
+        lines = [left, "HISTORY a line"] if left else ["HISTORY a line"]
+        assert tiff.pages[0].description.split("\n") == lines
+
+
+@pytest.mark.parametrize("name", bg.FORMATS)
+def test_the_keywords_of_an_astro_tiff_reach_all_formats(name, small, folder):
+    cards = header()
+    text = "\n".join(cards.tostring(sep="\n", endcard=True, padding=False).split("\n"))
+    save_tiff("a.tif", small, description="SIMPLE  = T\nBITPIX  = 16\nNAXIS   = 3\n" + text)
+    written(name, bg.read_picture("a.tif"))
+    back = fits.getheader(written("fits", bg.read_picture("again" + bg.FORMATS[name].ending)))
+    for keyword in ("SERIAL", "EXPTIME", "LONGTEXT", "CRVAL1", "CRPIX2", "HIERARCH ESO DET CHIP"):
+        assert back[keyword] == cards[keyword]
+    assert list(back["HISTORY"]) == ["stacked", "cropped"]
+
+
+# ------------------------------------------------------------------------------------ damaged files
+
+
+@pytest.mark.parametrize("count", [2, 0, 3])
+def test_a_tiff_with_other_chunks_than_it_needs_is_refused(count, small, folder):
+    path = save_tiff("a.tif", small, rowsperstrip=11, compression="lzw")
+    with tifffile.TiffFile(path) as tiff:
+        place = tiff.pages[0].tags["PlanarConfiguration"].valueoffset
+    with open(path, "r+b") as file:
+        file.seek(place)
+        file.write(struct.pack("<H", count))
+    with pytest.raises(bg.BgError, match="strips or tiles"):
+        bg.read_picture(path)
+
+
+@pytest.mark.parametrize("tag", ["StripOffsets", "StripByteCounts"])
+def test_a_tiff_with_an_empty_chunk_is_refused(tag, small, folder):
+    path = save_tiff("a.tif", small, rowsperstrip=11, compression="lzw")
+    with tifffile.TiffFile(path) as tiff:
+        place = tiff.pages[0].tags[tag].valueoffset
+    with open(path, "r+b") as file:
+        file.seek(place)
+        file.write(bytes(4))
+    with pytest.raises(bg.BgError, match="strips or tiles"):
+        bg.read_picture(path)
+
+
+CRASHES = "import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)"
+HANGS = "while True: pass"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals differ")
+@pytest.mark.parametrize("program", [CRASHES, HANGS, "raise SystemExit(0)", "print('few')"])
+@pytest.mark.parametrize("kind", ["lzw", "fz"])
+def test_a_decoder_that_crashes_or_hangs_costs_only_its_picture(
+    kind, program, small, folder, monkeypatch
+):
+    if kind == "lzw":
+        path = save_tiff("a.tif", small, compression="lzw")
+    else:
+        path = save_compressed("a.fz", small, "RICE_1")
+    monkeypatch.setattr(bg, "DECODER", program)
+    monkeypatch.setattr(bg, "DECODING_SECONDS", 1)
+    with pytest.raises(bg.BgError, match="damaged|cut short"):
+        bg.read_picture(path)
+
+
+def test_a_decoder_imports_nothing_from_where_the_pictures_are(small, folder):
+    save_tiff("a.tif", small, compression="lzw")
+    (folder / "numpy.py").write_text("raise SystemExit")
+    assert bg.read_picture("a.tif").planes.shape == small.shape
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="as Linux does it")
+def test_a_decoder_ends_with_its_parent(small, folder):
+    path = save_tiff("a.tif", small, compression="lzw")
+    parent = """
+import os, signal, sys, threading, time
+import bgoptimizer as bg
+end = "samples = tiff.pages[number].asarray(maxworkers=1)"
+tell = "open('child', 'w').write(str(os.getpid())); import time; time.sleep(60)"
+assert end in bg.DECODER
+bg.DECODER = bg.DECODER.replace(end, tell)
+threading.Thread(target=bg.read_picture, args=sys.argv[1:], daemon=True).start()
+while not (os.path.exists("child") and open("child").read()):
+    time.sleep(0.05)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    python(parent, path, cwd=folder)
+    child = int((folder / "child").read_text())
+    for _ in range(600):
+        try:
+            state = (Path("/proc") / str(child) / "stat").read_text().rsplit(")", 1)[1].split()[0]
+        except OSError:
+            return
+        if state == "Z":  # nobody has waited for it
+            return
+        time.sleep(0.05)
+    raise AssertionError("it goes on")
+
+
+@pytest.mark.parametrize("kind", ["fits", "tiff", "lzw", "fz"])
+def test_a_file_that_is_cut_while_it_is_read_is_refused(kind, folder, monkeypatch):
+    planes = np.random.default_rng(0).integers(0, 60000, (3, 500, 700)).astype(np.uint16)
+    if kind == "fits":
+        path = save_fits("a.fits", planes)
+    elif kind == "fz":
+        path = save_compressed("a.fz", planes, "RICE_1")
+    else:
+        path = save_tiff("a.tif", planes, compression="lzw" if kind == "lzw" else None)
+    real = bg._fill
+
+    def cut(*arguments):
+        os.truncate(path, os.path.getsize(path) // 2)
+        return real(*arguments)
+
+    if kind in ("lzw", "fz"):
+        monkeypatch.setattr(bg, "_stream_of", cut_before(path, bg._stream_of))
+    else:
+        monkeypatch.setattr(bg, "_fill", cut)
+    with pytest.raises(bg.BgError, match="cut short|damaged"):
+        bg.read_picture(path)
+
+
+def cut_before(path, function):
+    def cut(*arguments):
+        os.truncate(path, os.path.getsize(path) // 2)
+        return function(*arguments)
+
+    return cut
+
+
+@pytest.mark.parametrize(
+    "rows, says", [(1, "the last 1 of its 40 rows"), (39, "the last 39 of its 40 rows")]
+)
+def test_a_truncated_file_is_said_in_rows(rows, says, small, folder):
+    path = save_fits("a.fits", small[0])
+    with fits.open(path) as hdus:
+        end = hdus.fileinfo(0)["datLoc"] + small[0].nbytes
+    os.truncate(path, end - rows * 120 + 1)
+    with pytest.raises(bg.BgError, match=says):
+        bg.read_picture(path)
+
+
+def zstd_bomb():
+    stream = zstandard.ZstdCompressor().compress(bytes(1 << 30))
+    size = (4, 1, len(stream))
+    tags = tiff_tags(1 << 15, 1 << 15, 300, _259=(3, 1, 50000), _279=size)
+    return tiff_file(tags).ljust(300, b"\0") + stream
+
+
+def lying_zstd():
+    stream = zstandard.ZstdCompressor().compress(bytes(1 << 30))
+    tags = tiff_tags(8000, 8000, 300, _259=(3, 1, 50000), _279=(4, 1, len(stream)))
+    return tiff_file(tags).ljust(300, b"\0") + stream
+
+
+GREEDY = {
+    "TIFF with a zstd bomb": (zstd_bomb, "claims more"),
+    "TIFF with a zstd stream that lies": (lying_zstd, "damaged"),
+    "FITS with an HCOMPRESS bomb": (
+        lambda: fz_file(
+            "ZCMPTYPE= 'HCOMPRESS_1'", "ZNAXIS1 = 20000", "ZNAXIS2 = 20000", "NAXIS2  = 20000",
+            "PCOUNT  = 800000", data=962560), "claims more"),
+    "FITS in PLIO": (lambda: fz_file("ZCMPTYPE= 'PLIO_1'"), "PLIO_1"),
+    "FITS with ZDITHER0 -64": (lambda: fz_file("ZDITHER0= -64"), "ZDITHER0"),
+    "FITS with 20000 HDUs": (
+        lambda: fits_header(*plain(8)) + 20000 * fits_header("XTENSION= 'IMAGE'", *plain(8)[1:]),
+        "too many parts"),
+    "FITS of random groups": (
+        lambda: fits_header(*plain(8, 0, 3, more=["GROUPS  = T"]), data=2880), "random groups"),
+}
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="measures as Linux does")
+@pytest.mark.parametrize("name", GREEDY)
+def test_no_small_file_takes_minutes_or_gigabytes(name, folder):
+    make, says = GREEDY[name]
+    with open("bad", "wb") as file:
+        file.write(make())
+    program = """
+import re, resource, bgoptimizer as bg
+try:
+    bg.read_picture("bad")
+except bg.BgError as error:
+    print(error)
+with open("/proc/self/status") as file:  # getrusage reports the process it was forked from, too
+    print(int(re.search(r"VmHWM:\\s*(\\d+)", file.read())[1]) >> 10)
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss >> 10)
+"""
+    *said, own, child = python(program, cwd=folder).stdout.splitlines()
+    assert says in said[0]
+    assert int(own) < 400 and int(child) < 400  # MB, of which half are libraries
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", bg.FORMATS)
+@pytest.mark.parametrize("compress", [False, True])
+def test_writing_takes_twice_as_long_for_twice_the_keywords(name, compress, small, folder):
+    def there_and_back(size):
+        cards = [f"KEY{number % 1000:05d}= {number}" for number in range(8000 * size)]
+        with open("a.fits", "wb") as file:
+            file.write(fits_header(*plain(8, 60, 40), *cards, data=2880))
+        again = bg.read_picture(written(name, bg.read_picture("a.fits"), compress=compress))
+        assert again.planes.shape == (1, 40, 60)
+
+    assert growth(there_and_back) < LINEAR
+
+
+# ------------------------------------------------------------------------------------ keywords
+
+
+@pytest.mark.parametrize("first", bg.FORMATS)
+@pytest.mark.parametrize("second", bg.FORMATS)
+def test_keywords_in_the_unit_of_the_samples_stay_true(first, second, small, folder):
+    cards = fits.Header()
+    cards["BUNIT"], cards["SATURATE"], cards["CBLACK"] = "ADU", 60000, 655.35
+    cards["DATAMIN"], cards["DATAMAX"], cards["PEDESTAL"] = 0, 65535, 100
+    save_fits("a.fits", small, cards)
+    if first == "tiff":
+        text = cards.tostring(sep="\n", endcard=False, padding=False)
+        path = save_tiff("a.tif", small, description=text)
+    elif first == "xisf":
+        keywords = "".join(
+            f"<FITSKeyword name='{name}' value=\"{value}\" comment=''/>"
+            for name, value in [(card.keyword, repr(card.value)) for card in cards.cards]
+        )
+        path = "a.xisf"
+        with open(path, "wb") as file:
+            file.write(one_image(small, children=keywords))
+    else:
+        path = "a.fits"
+    picture = bg.read_picture(path)
+    assert picture.warnings == []
+    again = bg.read_picture(written(second, picture))
+    found = fits.getheader(written("fits", again))
+    assert found["BUNIT"] == "65535 ADU"
+    assert found["SATURATE"] == pytest.approx(60000 / 65535)
+    assert found["CBLACK"] == pytest.approx(0.01)
+    assert found["DATAMIN"] == pytest.approx(picture.planes.min())
+    assert found["DATAMAX"] == pytest.approx(picture.planes.max())
+    assert found["PEDESTAL"] == 100
+
+
+def test_the_range_in_the_keywords_is_that_of_each_output(small, folder):
+    cards = fits.Header()
+    cards["DATAMIN"], cards["DATAMAX"], cards["BUNIT"] = 1.0, 2.0, "electron"
+    picture = bg.read_picture(save_fits("a.fits", small.astype(np.float32), cards))
+    half = picture.planes / 2
+    for compress in (False, True):
+        path = written("fits", picture, planes=half, unit=picture.unit, compress=compress)
+        found = fits.getheader(path, int(compress))
+        assert found["DATAMAX"] == pytest.approx(small.max() / 2) and found["DATAMIN"] == 0
+        assert found["BUNIT"] == "electron"
+    found = fits.getheader(
+        written("fits", bg.read_picture(written("xisf", picture, unit=picture.unit)))
+    )
+    scale = picture.unit.scale
+    assert found["DATAMAX"] == pytest.approx(small.max() / scale)
+    assert found["BUNIT"] == f"{scale:g} electron"
+
+
+@pytest.mark.parametrize("mark", [-9999.0, -32768.0, -99999.0])
+@pytest.mark.parametrize("top", [1.0, 60000.0])
+def test_a_value_that_marks_what_is_missing_is_left_out_told_and_kept(mark, top, small, folder):
+    values = (small / 65535 * top).astype(np.float32)
+    values[values == 0] = 0.1 * top
+    values[:, 10:15, 20:30] = mark
+    picture = bg.read_picture(save_fits("a.fits", values))
+    assert np.isnan(picture.planes[:, 10:15, 20:30]).all()
+    assert np.isfinite(picture.planes).sum() == values.size - 150
+    assert picture.warnings == [f"has 150 samples of {mark:g}, which are taken for missing"]
+    back = upright(written("fits", picture, unit=picture.unit))
+    np.testing.assert_allclose(back, values, rtol=1e-6)
+    assert (back[:, 10:15, 20:30] == mark).all()
+
+
+def test_a_dark_sky_with_noise_below_zero_has_no_such_value(folder):
+    for deviation in (0.4, 20, 4000):
+        noise = np.random.default_rng(1).normal(0, deviation, (40, 60)).round()
+        path = save_fits("a.fits", noise.astype(np.float32))
+        assert bg.read_picture(path).warnings == []
+
+
+@pytest.mark.parametrize("value", ["Dark Frame", "MasterBias", "flat", "OFFSET", "Master Flat"])
+@pytest.mark.parametrize("name", bg.FORMATS)
+def test_a_frame_without_sky_is_told(name, value, small, folder):
+    cards = fits.Header()
+    cards["IMAGETYP"] = value
+    picture = bg.read_picture(save_fits("a.fits", small, cards))
+    again = bg.read_picture(written(name, picture))
+    for shot in (picture, again):
+        assert any("no light frame" in text for text in shot.warnings)
+    cards["IMAGETYP"] = "Light Frame"
+    assert bg.read_picture(save_fits("a.fits", small, cards)).warnings == []
+
+
+@pytest.mark.parametrize("name", ["fits", "tiff"])
+def test_negative_samples_are_kept_where_no_bounds_forbid_them(name, small, folder):
+    values = small / np.float32(65535) - np.float32(0.2)
+    path = save_fits("a.fits", values) if name == "fits" else save_tiff("a.tif", values)
+    picture = bg.read_picture(path)
+    assert picture.warnings == []
+    back = bg.read_picture(written(name, picture, unit=picture.unit))
+    np.testing.assert_allclose(
+        back.planes * back.unit.scale + back.unit.offset, values, atol=2e-7
+    )
+    with open("a.xisf", "wb") as file:
+        file.write(one_image(values))
+    below = (values < 0).sum()
+    assert f"has {below} samples below" in bg.read_picture("a.xisf").warnings[0]
+
+
+# ------------------------------------------------------------------------------------ which way is up
+
+
+def letter():
+    """An L in a frame that is not square: its foot is down, at the left."""
+    picture = np.full((30, 50), 0.25, np.float32)
+    picture[4:20, 6:9] = 1
+    picture[17:20, 6:16] = 1
+    return picture
+
+
+def shown(path):
+    """A picture as viewers show it, by the convention of its format, top row first."""
+    if path.endswith(".fits"):
+        with fits.open(path) as hdus:
+            hdu = [hdu for hdu in hdus if hdu.data is not None][0]
+            top_down = hdu.header.get("ROWORDER", "BOTTOM-UP") == "TOP-DOWN"
+            return hdu.data if top_down else hdu.data[::-1]
+    return tifffile.imread(path) if path.endswith(".tif") else XISF(path).read_image(0)[..., 0]
+
+
+def save_letter(name, order=None):
+    if name == "fits":
+        cards = fits.Header()
+        if order:
+            cards["ROWORDER"] = order
+        return save_fits("a.fits", letter(), cards)
+    if name == "tiff":
+        tifffile.imwrite("a.tif", letter())
+        return "a.tif"
+    with open("a.xisf", "wb") as file:
+        file.write(one_image(letter()[None]))
+    return "a.xisf"
+
+
+@pytest.mark.parametrize("second", bg.FORMATS)
+@pytest.mark.parametrize("first", [
+    ("fits", None), ("fits", "BOTTOM-UP"), ("fits", "TOP-DOWN"), ("tiff", None), ("xisf", None)])
+def test_every_pair_of_formats_shows_the_same_way_up(first, second, folder):
+    picture = bg.read_picture(save_letter(*first))
+    assert np.array_equal(picture.planes[0], letter())
+    for compress in (False, True):
+        if compress and second == "xisf":
+            continue
+        assert np.array_equal(shown(written(second, picture, compress=compress)), letter())
+
+
+@pytest.mark.parametrize("order", [None, "BOTTOM-UP", "TOP-DOWN"])
+def test_a_fits_keeps_the_order_of_its_rows(order, folder):
+    path = save_letter("fits", order)
+    again = written("fits", bg.read_picture(path))
+    assert fits.getheader(again).get("ROWORDER") == order
+    assert np.array_equal(fits.getdata(again), fits.getdata(path))
+
+
+@pytest.mark.parametrize("order", ["BOTTOM-UP", "TOP-DOWN"])
+@pytest.mark.parametrize("second", bg.FORMATS)
+@pytest.mark.parametrize("matrix", ["CD", "PC", "CDELT"])
+def test_a_star_keeps_its_place_in_the_sky(order, second, matrix, small, folder):
+    cards = header()
+    cards["ROWORDER"] = order
+    if matrix != "CD":
+        for name in ("CD1_1", "CD1_2", "CD2_1", "CD2_2"):
+            value = cards.pop(name)
+            if matrix == "PC":
+                cards[name.replace("CD", "PC")] = value * 1000
+        cards["CDELT1"], cards["CDELT2"] = (-0.00031, 0.00031) if matrix == "CDELT" else (1e-3, 1e-3)
+    path = save_fits("a.fits", small, cards)
+    picture = bg.read_picture(path)
+    written(second, picture)
+    again = written("fits", bg.read_picture("again" + bg.FORMATS[second].ending))
+    sky = []
+    for name in (path, again):
+        found = fits.getheader(name)
+        for x, row in ((0, 0), (59, 39), (7, 30)):  # from the top
+            y = row if found["ROWORDER"] == "TOP-DOWN" else 39 - row
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                sky.append(WCS(found, naxis=2).all_pix2world([[x, y]], 0)[0])
+    np.testing.assert_allclose(sky[3:], sky[:3], atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["a.tif", "a.xisf", "a.png"])
+def test_a_mask_of_another_format_is_laid_on_the_right_way_up(name, folder):
+    if name == "a.png":
+        Image.fromarray((letter() * 255).astype(np.uint8)).save(name)
+    else:
+        save_letter({"a.tif": "tiff", "a.xisf": "xisf"}[name])
+    assert np.abs(bg.read_mask(name).planes[0] - letter()).max() < 0.01
+    picture = bg.read_picture(save_letter("fits"))
+    assert np.array_equal(picture.planes[0], letter())
+
+
+def test_a_saved_mask_has_the_order_of_rows_of_its_picture(folder):
+    picture = bg.read_picture(save_letter("fits", "TOP-DOWN"))
+    mask = bg.Picture(picture.planes, bg.rows_of(picture.source), [])
+    path = written("fits", mask)
+    assert fits.getheader(path)["ROWORDER"] == "TOP-DOWN"
+    assert np.array_equal(fits.getdata(path), letter())
+
+
+# ------------------------------------------------------------------------------------ what people bring
+
+
+def sub_ifd_raw(make=b"NIKON CORPORATION\0"):
+    """A raw file as cameras write it: a preview, and the sensor's data below it."""
+    preview = tiff_tags(8, 8, 400, _254=(4, 1, 1), _271=(2, len(make), 500), _330=(4, 1, 600))
+    sensor = tiff_tags(8, 8, 400, _254=(4, 1, 0), _262=(3, 1, 32803))
+    data = tiff_file(preview).ljust(500, b"\0") + make
+    packed = b"".join(struct.pack("<HHII", *entry) for entry in sensor)
+    return data.ljust(600, b"\0") + struct.pack("<H", len(sensor)) + packed + bytes(100)
+
+
+RAW = {
+    "NEF": (sub_ifd_raw(), "of NIKON CORPORATION"),
+    "DNG": (tiff_file(tiff_tags(_50706=(1, 4, 1)), bytes(300)), "such as DNG"),
+    "CR2": (b"II*\0\x10\0\0\0CR\2\0" + bytes(300), "Canon CR2"),
+    "CR3": (b"\0\0\0\x18ftypcrx \0\0\0\1" + bytes(300), "Canon CR3"),
+    "RAF": (b"FUJIFILMCCD-RAW 0201FF" + bytes(300), "Fujifilm RAF"),
+    "RW2": (b"IIU\0\x18\0\0\0" + bytes(300), "Panasonic RW2"),
+    "ORF": (b"IIRO\x08\0\0\0" + bytes(300), "Olympus ORF"),
+}
+
+
+@pytest.mark.parametrize("kind", RAW)
+def test_a_cameras_raw_file_is_named_as_one(kind, folder, capsys):
+    data, says = RAW[kind]
+    with open("a.raw", "wb") as file:
+        file.write(data)
+    assert run("a.raw", "-p", "--figures", "none") == 1
+    said = refused(capsys)
+    assert "camera's raw file" in said and says in said and "stack it first" in said
+
+
+@pytest.mark.parametrize("tag", [(254, "I", 1, 1, True), (255, "H", 1, 2, True)])
+def test_a_thumbnail_is_not_taken_for_the_picture(tag, small, folder):
+    with tifffile.TiffWriter("a.tif") as writer:
+        options = {"subfiletype": 1} if tag[0] == 254 else {"extratags": [tag]}
+        writer.write(np.zeros((4, 6, 3), "u1"), photometric="rgb", metadata=None, **options)
+        writer.write(np.moveaxis(small, 0, -1), photometric="rgb", metadata=None)
+    picture = bg.read_picture("a.tif")
+    assert picture.planes.shape == small.shape and picture.warnings == []
+
+
+@pytest.mark.parametrize("name, kind", [
+    ("a.jpg", "JPEG"), ("a.png", "PNG"), ("a.bmp", "BMP"), ("a.gif", "GIF"), ("a.webp", "WebP")])
+def test_a_picture_for_screens_is_said_not_to_be_linear(name, kind, folder):
+    Image.fromarray(np.zeros((8, 9, 3), np.uint8)).save(name)
+    with pytest.raises(bg.BgError, match=f"{kind} picture, .*no longer linear; give the linear"):
+        bg.read_picture(name)
+
+
+@pytest.mark.parametrize("name", ["m31.fits.gz", "m31.fit.gz", "m31.fts.gz"])
+def test_a_fits_in_gzip_is_read_and_its_name_is_known(name, small, folder):
+    save_fits("a.fits", small)
+    with open("a.fits", "rb") as plain_file, gzip.open(name, "wb") as file:
+        file.write(plain_file.read())
+    assert bg.picture_stem(name) == "m31" and bg.PICTURE_ENDINGS.search(name)
+    assert bg.picture_format(name) == "fits"
+    assert np.array_equal(bg.read_picture(name).planes, bg.read_picture("a.fits").planes)
+    os.truncate(name, os.path.getsize(name) // 2)
+    with pytest.raises(bg.BgError, match="cut short"):
+        bg.read_picture(name)
+
+
+@pytest.mark.parametrize("compression", [None, "lzw"])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_a_gray_tiff_in_which_white_is_0_is_read(dtype, compression, small, folder):
+    samples = (small[0] >> (8 if dtype is np.uint8 else 0)).astype(dtype)
+    tifffile.imwrite("a.tif", ~samples, photometric="miniswhite", compression=compression)
+    tifffile.imwrite("b.tif", samples, photometric="minisblack")
+    assert np.array_equal(bg.read_picture("a.tif").planes, bg.read_picture("b.tif").planes)
+
+
+def masks():
+    """Masks in all ways that people save them, by name."""
+    white = letter() == 1
+    gray = Image.fromarray((white * 255).astype(np.uint8))
+    rgb = Image.merge("RGB", [gray] * 3)
+    return {
+        "gray.png": gray, "bits.png": gray.convert("1"), "palette.png": gray.convert("P"),
+        "rgb.png": rgb, "rgba.png": rgb.convert("RGBA"), "la.png": gray.convert("LA"),
+        "deep.png": Image.fromarray(white.astype(np.uint16) * 65535),
+        "bits.tif": gray.convert("1"), "palette.tif": gray.convert("P"), "rgb.tif": rgb,
+        "rgba.tif": rgb.convert("RGBA"), "mask.bmp": gray, "mask.gif": gray,
+    }
+
+
+@pytest.mark.parametrize("name", masks())
+def test_masks_as_people_have_them(name, folder):
+    masks()[name].save(name)
+    mask = bg.read_mask(name)
+    assert mask.planes.shape == (1, 30, 50) and mask.planes.dtype == np.float32
+    assert np.array_equal(mask.planes[0], letter() == 1)
+
+
+def test_what_no_mask_can_be_is_refused(folder):
+    for name, data in (("a.png", b"\x89PNG\r\n\x1a\n" + bytes(50)), ("a.txt", b"text")):
+        with open(name, "wb") as file:
+            file.write(data)
+        with pytest.raises(bg.BgError, match=name):
+            bg.read_mask(name)
 
 
 # ------------------------------------------------------------------------------------ the command
@@ -982,6 +1546,30 @@ def test_the_command_writes_the_format_of_the_input_or_another(
 
 
 @pytest.mark.slow
+def test_damaged_pictures_in_a_folder_cost_no_good_ones(small, folder, capsys):
+    os.mkdir("lights")
+    os.chdir("lights")
+    for name in HOSTILE:
+        with open(name.replace(" ", "_") + ".fits", "wb") as file:
+            file.write(HOSTILE[name])
+    path = save_tiff("damaged.tif", small, compression="lzw")
+    with open(path, "r+b") as file:
+        file.seek(-3000, os.SEEK_END)
+        file.write(b"\xff" * 2000)
+    save_fits("a.fits", small)
+    save_tiff("m.tif", small, compression="lzw")
+    save_compressed("z.fits.fz", small, "RICE_1")
+    os.chdir("..")
+    assert run("lights", "out", *FEW[:-3], "-dq", "1") == 1
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == len(HOSTILE) + 2, said
+    written_files = {f"{stem}_{kind}" for stem in ("a", "m", "z")
+                     for kind in ("bgModel", "bgSubtracted")}
+    assert {os.path.splitext(name)[0] for name in os.listdir("out")} == {
+        *written_files, "bgoptimizer_report"}
+
+
+@pytest.mark.slow
 def test_the_same_picture_in_all_formats_gives_the_same_model(demo, folder):
     cut = np.ascontiguousarray(demo[:, ::2, ::2])
     save_fits("a.fits", cut)
@@ -1010,7 +1598,7 @@ def test_negatives_of_a_photometrist_are_kept_by_the_command(small, folder):
     save_fits("sky.fits", values)
     assert run("sky.fits", "out", *FEW) == 0
     model, subtracted = map(
-        fits.getdata, ("out/sky_bgModel.fits", "out/sky_bgSubtracted.fits")
+        upright, ("out/sky_bgModel.fits", "out/sky_bgSubtracted.fits")
     )
     assert subtracted.min() < 0 and subtracted[1, 3, 4] == 0
     lines = [

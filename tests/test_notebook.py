@@ -79,7 +79,7 @@ def execute(folder, forms, colab=None):
         notebook.cells.insert(0, nbformat.v4.new_code_cell(colab, id="stand-in"))
     shutil.copy(bgoptimizer.__file__, folder)
     surroundings = {"metadata": {"path": str(folder)}}
-    nbclient.NotebookClient(notebook, timeout=120, resources=surroundings).execute()
+    nbclient.NotebookClient(notebook, timeout=None, resources=surroundings).execute()
     results = {}
     for cell in notebook.cells:
         text = ""
@@ -111,18 +111,12 @@ def stand_in_for_colab(monkeypatch, upload):
     monkeypatch.setitem(sys.modules, "google.colab", types.SimpleNamespace(files=files))
 
 
-@pytest.fixture
-def demo(folder):
-    """The demo picture, in the folder to stand in as in the project's own."""
-    (folder / "imgs").mkdir()
-    shutil.copy(ROOT / "imgs" / "demo.xisf", folder / "imgs")
-
-
 def test_the_notebook_is_valid_bare_and_has_stable_ids():
     notebook = read()
     nbformat.validate(notebook)
     assert [cell.id for cell in notebook.cells] == [
         "what-it-is",
+        "drive",
         "get-the-tool",
         "device",
         "pictures",
@@ -136,6 +130,11 @@ def test_the_notebook_is_valid_bare_and_has_stable_ids():
         assert cell.outputs == []
         assert cell.execution_count is None
         compile(cell.source, cell.id, "exec")
+
+
+def test_no_graphics_card_is_asked_for():
+    assert set(read().metadata) == {"colab", "kernelspec", "language_info"}
+    assert "gpuType" not in read().metadata.colab
 
 
 def test_the_first_cell_is_short_and_no_cell_uses_what_is_private():
@@ -221,16 +220,16 @@ def test_in_jupyter_files_come_from_a_folder(folder):
 
 
 @pytest.mark.parametrize("colab", [True, False])
-def test_without_pictures_the_demo_is_taken(colab, demo, monkeypatch, capsys):
+def test_without_pictures_the_demo_is_taken(colab, folder, monkeypatch, capsys):
     stand_in_for_colab(monkeypatch, upload=dict)  # cancelled
     names = run_cells(source("pictures"), COLAB=colab, os=os, bgoptimizer=bgoptimizer)
-    path = os.path.join("imgs", "demo.xisf")
+    path = str(ROOT / "imgs" / "demo.xisf")  # beside the tool
     assert names["where"] == path
     assert names["pictures"][0] == path
     assert "demo" in capsys.readouterr().out
 
 
-def test_a_wrong_folder_is_said_and_no_demo_put_in_its_place(demo, capsys):
+def test_a_wrong_folder_is_said_and_no_demo_put_in_its_place(folder, capsys):
     cell = source("pictures", folder="absent [x]")
     names = run_cells(cell, COLAB=False, os=os, bgoptimizer=bgoptimizer)
     assert names["pictures"] == []
@@ -263,38 +262,81 @@ def test_what_it_installs_is_what_the_tool_needs_beside_tensorflow():
     assert packages == needed - {"tensorflow", "tensorflow-addons"}
 
 
-def test_the_tool_is_uploaded_or_comes_from_an_address_with_https(folder, monkeypatch):
-    def stand_in(name):
-        (folder / name).mkdir()
-        monkeypatch.chdir(folder / name)
+@pytest.fixture
+def import_anew(monkeypatch):
+    """The next import of bgoptimizer looks for it; afterwards all is as it was."""
+    monkeypatch.setattr(sys, "path", sys.path[:])
 
+    def forget():
+        monkeypatch.delitem(sys.modules, "bgoptimizer", raising=False)
+
+    return forget
+
+
+def put_tool(folder):
+    """Put the tool into a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copy(bgoptimizer.__file__, folder)
+
+
+@pytest.mark.parametrize("place", [
+    ".",
+    "my tools",
+    "drive/MyDrive",
+    "drive/MyDrive/Colab Notebooks",
+])
+def test_the_tool_is_found_without_typing(place, folder, monkeypatch, import_anew):
     def upload():
-        shutil.copy(bgoptimizer.__file__, "bgoptimizer.py")
+        raise AssertionError("nothing is to be uploaded")
 
-    stand_in("upload")
-    with monkeypatch.context() as patch:
-        stand_in_for_colab(patch, upload)
-        run_cells(source("get-the-tool"))
-    assert (folder / "upload" / "bgoptimizer.py").exists()
+    stand_in_for_colab(monkeypatch, upload)
+    put_tool(folder / place)
+    import_anew()
+    names = run_cells(source("get-the-tool"))
+    assert Path(names["bgoptimizer"].__file__).resolve() == folder / place / "bgoptimizer.py"
 
+
+def test_a_tool_that_is_nowhere_is_uploaded(folder, monkeypatch, import_anew):
+    def upload():
+        put_tool(folder)
+        return {"bgoptimizer.py": b""}
+
+    stand_in_for_colab(monkeypatch, upload)
+    import_anew()
+    names = run_cells(source("get-the-tool"))
+    assert Path(names["bgoptimizer"].__file__).resolve() == folder / "bgoptimizer.py"
+
+
+def test_the_tool_comes_from_an_address_with_https_only(folder, monkeypatch, import_anew):
     asked = []
 
     def clone(command, check):
         asked.append(command[-2:])
-        os.mkdir("tool")
-        shutil.copy(bgoptimizer.__file__, "tool")
+        put_tool(folder / "tool")
 
-    stand_in("repository")
     monkeypatch.setattr(subprocess, "run", clone)
-    run_cells(source("get-the-tool", tool_source="https://example.org/tool.git"))
-    assert asked == [["https://example.org/tool.git", "tool"]]
-    assert Path.cwd().name == "tool"
-
-    stand_in("other")
     for address in ("http://example.org/tool.git", "file:///tool", "--upload-pack=x"):
-        # Here the tool can be imported all the same.
-        run_cells(source("get-the-tool", tool_source=address))
-    assert len(asked) == 1
+        run_cells(source("get-the-tool", tool_source=address))  # the tool is imported already
+    assert asked == []
+
+    put_tool(folder)  # an older one
+    import_anew()
+    names = run_cells(source("get-the-tool", tool_source="https://example.org/tool.git"))
+    assert asked == [["https://example.org/tool.git", "tool"]]
+    assert Path(names["bgoptimizer"].__file__).resolve() == folder / "tool" / "bgoptimizer.py"
+    run_cells(source("get-the-tool", tool_source="https://example.org/tool.git"))
+    assert len(asked) == 1  # once is enough
+
+
+@pytest.mark.parametrize("mount_drive, colab", [(True, True), (False, True), (True, False)])
+def test_the_drive_is_mounted_only_by_who_chose_it(mount_drive, colab, monkeypatch):
+    mounted = []
+    if colab:
+        drive = types.SimpleNamespace(mount=mounted.append)
+        monkeypatch.setitem(sys.modules, "google.colab", types.SimpleNamespace(drive=drive))
+    run_cells(source("drive", mount_drive=mount_drive))
+    assert mounted == (["/content/drive"] if mount_drive and colab else [])
+    assert "mount_drive = False  #@param" in source("drive")
 
 
 def settings_cell(**form):

@@ -68,6 +68,7 @@ def test_the_gradient_after_is_that_of_the_picture_as_it_was_corrected(correctio
     assert gradient(prepared, fit, correction) == pytest.approx(expected, rel=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family, warned", [
     ("city_glows", True),
     ("moon", True),
@@ -87,6 +88,7 @@ def test_blown_out_sky_is_told_from_blown_out_objects(family, warned):
     assert not blown_out(prepared).any()  # what the warning asks for helps
 
 
+@pytest.mark.slow
 def test_preview_warns_when_the_stretch_clips_sky(folder, capsys):
     scene = make_scene("city_glows", 0, 400, 600, 3)
     save(folder / "city.xisf", scene.image)
@@ -126,6 +128,7 @@ def test_a_plain_run_with_objects_in_it_hints_at_auto(family, extra, told, folde
 
 # ------------------------------------------------------------------------------------ drawing
 
+@pytest.mark.slow
 def test_a_small_picture_is_drawn_from_itself_and_a_large_one_from_its_reduced_copy():
     def close_up(height, width, factor):
         noise = np.random.default_rng(1).uniform(0.01, 0.02, (1, height, width))
@@ -172,6 +175,7 @@ def test_figures_and_animation_on_request(sky, folder):
     assert animation.width <= 900
 
 
+@pytest.mark.slow
 def test_animation_lasts_as_long_as_promised(sky, folder):
     assert run("sky.xisf", "-dx", "4", "-e", "300", "--smoothing", "1", "--animate") == 0
     animation = Image.open("sky_optimization.gif")
@@ -209,6 +213,7 @@ def test_preview_needs_no_display_and_writes_one_png(sky, folder):
     assert preview.width <= 1440
 
 
+@pytest.mark.slow
 def test_a_notebooks_backend_handed_down_does_no_harm(sky, folder):
     inline = {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
     done = command("sky.xisf", "-p", cwd=folder, env={**os.environ, **inline})

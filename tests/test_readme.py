@@ -3,12 +3,27 @@ import re
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 import bgoptimizer
 
 ROOT = Path(bgoptimizer.__file__).resolve().parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 LINES = README.splitlines()
+SCRIPT = (ROOT / "bgoptimizer.py").read_text(encoding="utf-8")
+PYPROJECT = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+
+
+def requirements():
+    """What requirements.txt asks for, a string each."""
+    lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    return [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+
+
+def pythons(text):
+    """The versions of Python that pyproject.toml or the head of the script asks for."""
+    return SpecifierSet(re.search(r'(?m)^(?:# )?requires-python = "([^"]+)"', text)[1])
 
 
 def flags():
@@ -49,12 +64,37 @@ def test_the_table_of_flags_is_that_of_the_parser():
 
 
 def test_what_it_shows_and_names_is_there():
-    for path in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
+    for path in re.findall(r"\]\((?!\s?https?:)([^)#]+)\)", README):
         assert (ROOT / path).exists(), path
     for path in re.findall(r"`((?:tests|imgs|\.ci)/[\w./]+)`", README):
         assert (ROOT / path).exists(), path
     for name in re.findall(r"`(test_\w+\.py)`", README):
         assert (ROOT / "tests" / name).exists(), name
+
+
+def test_uv_runs_the_demo_with_what_pip_installs():
+    """The head of the script has the list in the form of PEP 723."""
+    block = re.search(r"(?ms)^# /// script$\n(.*?)^# ///$", SCRIPT)[1]
+    listed = re.findall(r"'([^']+)'", block)
+    assert sorted(listed) == sorted(requirements())
+    demo = re.search(r"<!-- command: demo -->\n```sh\n.* (bgoptimizer.py .*)\n```", README)[1]
+    assert f"```sh\nuv run {demo}\n```" in README
+
+
+def test_every_python_gets_its_tensorflow_or_is_told_which_one_has():
+    for minor in range(8, 18):
+        version = f"3.{minor}"
+        chosen = []
+        for text in requirements():
+            requirement = Requirement(text)
+            fits = requirement.marker is None or requirement.marker.evaluate(
+                {"python_version": version})
+            if requirement.name == "tensorflow" and fits:
+                chosen.append(str(requirement.specifier))
+        assert len(chosen) == 1, version
+        assert (chosen[0] == "==0+needs.Python.3.14.or.older") == (minor >= 15), version
+        assert pythons(PYPROJECT).contains(f"{version}.1") == (minor <= 14)
+        assert pythons(SCRIPT).contains(f"{version}.1") == (minor <= 13)  # the newest tried
 
 
 def test_every_picture_is_shown():
