@@ -74,11 +74,13 @@ import threading
 import time
 import warnings
 import zlib
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timezone
-from typing import Any, Callable, ContextManager, Iterator, NamedTuple, Sequence
+from pathlib import Path
+from typing import Any, Callable, ContextManager, Iterable, Iterator, NamedTuple, Sequence
 from xml.etree import ElementTree
 from xml.parsers import expat
 
@@ -95,9 +97,10 @@ if __name__ == "__main__":
 # BLAS would only get in the way: with them --auto needs 2.7 s to find the sky, without them 0.8 s.
 # And sums are taken in another order by every number of threads, so their last digits differ,
 # and the fit turns these into a thousandth of the model's range.
-# The libraries read these once, when they are loaded.
-for variable in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "TF_NUM_INTRAOP_THREADS"):
-    os.environ[variable] = "1"
+# The libraries read these once, when they are loaded. The command sets them, so that its bytes are
+# always the same; a program that imports this script and has set them itself keeps its own.
+ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TF_NUM_INTRAOP_THREADS": "1"}
+os.environ.update(ONE_THREAD if __name__ == "__main__" else {**ONE_THREAD, **os.environ})
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")  # else it takes all memory of a GPU
 
@@ -2891,6 +2894,7 @@ class Prepared:
     linear: np.ndarray  # (h, w, c) block medians in the picture's own units; NaN where missing
     full_shape: tuple[int, int]  # (h, w) of the full-size picture
     user_mask: np.ndarray | None = None  # (h, w, 1 or c) the mask file, reduced
+    rim: np.ndarray | None = None  # (h, w) bool: darker than the picture by a step; see `find_rim`
     close_up: np.ndarray | None = None  # as `linear`, but reduced less: what is drawn if small
     black: float = 0.0  # the linear value that no light at all would give
     sky: Sky | None = None  # as it was found; None if it could not be looked for
@@ -2952,7 +2956,8 @@ def prepare(planes: np.ndarray, settings: Settings, mask: np.ndarray | None = No
         image = np.stack(reduced, -1)
     present = np.isfinite(image)
     image = np.where(present, image, 0).astype(np.float32)
-    usable = present & _inside_thresholds(image, settings)
+    rim = find_rim(linear, present.all(-1))
+    usable = present & _inside_thresholds(image, settings) & ~rim[..., None]
     weight = usable.astype(np.float32)
     user_mask = None
     if mask is not None:
@@ -2960,11 +2965,77 @@ def prepare(planes: np.ndarray, settings: Settings, mask: np.ndarray | None = No
         weight *= user_mask
     centers = frame_coordinates(height, width, factor)
     prepared = Prepared(image, weight, present, centers, stretch, median, linear,
-                        (height, width), user_mask)
+                        (height, width), user_mask, rim)
     if not prepared.used.any():
         raise BgError("every pixel is masked, so there is no sky to fit; "
                       "lower -tm, raise -tM, or check the mask (1 = use)")
     return prepared
+
+
+RIM_STEP = 8.0
+"""At a rim the picture steps by so many times its typical difference between neighbors."""
+
+RIM_CONVEX = 0.15
+"""A rim lies outside of a straight-sided frame: at most this part of it is inside the convex hull of
+the rest. Hills and dark clouds are not so straight."""
+
+RIM_FEWEST = 8
+"""Pixels. What is smaller is no rim."""
+
+RIM_SOFT = 2
+"""Pixels by which a rim is widened, because its edge may be soft."""
+
+
+def find_rim(linear: np.ndarray, present: np.ndarray) -> np.ndarray:
+    """Find a rim at the edge of the frame that is darker than the picture by a step, but not 0.
+
+    Overscan, the edges that registration leaves, and the corners of a turned frame are such rims.
+
+    Args:
+        linear: (h, w, c) the reduced picture.
+        present: (h, w) bool.
+
+    Returns:
+        (h, w) bool.
+    """
+    from skimage.morphology import convex_hull_image
+    nowhere = np.zeros_like(present)
+    if not present.any():
+        return nowhere
+    light = linear / np.median(linear[present], axis=0)
+    light = light.mean(-1)
+    light = light[_nearest(present)]
+    calm = scipy.ndimage.median_filter(light, 3)
+    step = scipy.ndimage.maximum_filter(calm, 3) - scipy.ndimage.minimum_filter(calm, 3)
+    least = RIM_STEP * np.median(step[present])
+    regions, _ = scipy.ndimage.label(present & (step < least))
+    sizes = np.bincount(regions.ravel())
+    sizes[0] = 0
+    if not sizes.any():
+        return nowhere
+    inside = regions == sizes.argmax()
+    nearest = _nearest(inside)
+    level = scipy.ndimage.median_filter(light[nearest], 7)[nearest]
+    drop = level - light
+    dark = present & ~inside & (drop > least / 2)
+    frame = np.pad(np.zeros_like(present[1:-1, 1:-1]), 1, constant_values=True)
+    frame |= scipy.ndimage.binary_dilation(~present)
+    regions, count = scipy.ndimage.label(scipy.ndimage.binary_propagation(dark & frame, mask=dark))
+    rim = nowhere
+    for region in range(1, count + 1):
+        part = regions == region
+        if part.sum() < RIM_FEWEST or np.percentile(drop[part], 75) < least:
+            continue
+        hull = convex_hull_image(present & ~part)
+        if (part & hull).sum() <= RIM_CONVEX * part.sum():
+            rim = rim | part
+    return present & scipy.ndimage.binary_dilation(rim, iterations=RIM_SOFT)
+
+
+def _nearest(where: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the indices of the nearest pixel of `where`, (h, w) bool, for each pixel."""
+    _, indices = scipy.ndimage.distance_transform_edt(~where, return_indices=True)
+    return tuple(indices)
 
 
 def _inside_thresholds(image: np.ndarray, settings: Settings) -> np.ndarray:
@@ -3024,6 +3095,8 @@ def mask_reasons(prepared: Prepared, settings: Settings) -> dict[str, np.ndarray
     inside = prepared.present & _inside_thresholds(prepared.image, settings)
     by_threshold = left_out & ~inside.any(-1)
     left_out &= ~by_threshold
+    by_rim = left_out & prepared.rim
+    left_out &= ~by_rim
     by_file = np.zeros_like(left_out)
     if prepared.user_mask is not None:
         by_file = left_out & (prepared.user_mask == 0).any(-1)
@@ -3031,6 +3104,7 @@ def mask_reasons(prepared: Prepared, settings: Settings) -> dict[str, np.ndarray
     return {
         "missing": missing,
         "threshold": by_threshold,
+        "rim": by_rim,
         "mask file": by_file,
         "auto": by_auto,
     }
@@ -3402,11 +3476,9 @@ class _Cells:
         return self.usable & ~scipy.ndimage.binary_erosion(self.usable, iterations=2)
 
 
-def _make_cells(prepared: Prepared) -> _Cells | None:
-    """Reduce the picture to cells. Return None if too few of them are usable."""
-    usable = prepared.present.all(-1)  # (rows, columns) of reduced pixels
-    if prepared.user_mask is not None:
-        usable &= (prepared.user_mask > 0).any(-1)
+def _make_cells(prepared: Prepared) -> _Cells:
+    """Reduce the picture to cells."""
+    usable = prepared.present.all(-1) & prepared.used  # (rows, columns) of reduced pixels
     longer = max(usable.shape)
     smallest = 2 if longer >= 2 * FEWEST_CELLS else 1
     size = max(smallest, round(longer / FIND_CELLS))
@@ -3414,12 +3486,11 @@ def _make_cells(prepared: Prepared) -> _Cells | None:
     planes = [reduce_plane(channel, size) for channel in np.moveaxis(shown, -1, 0)]
     light = np.stack(planes, -1).astype(float)  # (h, w, c)
 
-    whole = np.isfinite(light).all(-1)
-    whole &= _mostly(usable, size)
+    some = np.isfinite(light).all(-1)
+    whole = some & _mostly(usable, size)
     # A cell beside a border mixes with it, and is left out as well
-    usable = scipy.ndimage.minimum_filter(whole, 3)  # (h, w)
-    if min(usable.shape) < SMALLEST_SIDE or usable.sum() < FEWEST_USABLE:
-        return None
+    inner = scipy.ndimage.minimum_filter(whole, 3)  # (h, w)
+    usable = next((cells for cells in (inner, whole, some) if cells.sum() >= FEWEST_USABLE), some)
     light[~usable] = 0
     dark, median = np.percentile(light[usable], (0.5, 50), axis=0)  # (c,) each
     scale = np.maximum(3 * (median - dark), 1e-9)
@@ -3580,7 +3651,7 @@ GLOW_LENGTHS = (0.015, 0.03, 0.06, 0.12)
 GLOW_RATIOS = (0.6, 1.0, 1.6)
 """How much faster the glow in a corner falls off along a row than along a column."""
 
-FIT_ROUNDS = 6
+FIT_ROUNDS = 4
 """Rounds of fitting, with the weights that the last fit suggests."""
 
 HUBER_LIMIT = 2.5
@@ -3691,15 +3762,14 @@ class _Surfaces:
         return (self.cells.values - self.surface(found)) / self.cells.noise
 
     def fit(self, sky: np.ndarray, bounds: np.ndarray, smoothing: float,
-            rounds: int = FIT_ROUNDS, found: np.ndarray | None = None) -> np.ndarray:
+            found: np.ndarray | None = None) -> np.ndarray:
         """Fit the sky with a surface that is not above the picture elsewhere.
 
         Args:
             sky: (h, w) bool, cells of sky.
             bounds: (h, w) bool: cells that only bound the sky from above.
             smoothing: see `SMOOTHINGS`.
-            rounds: of fitting, with the weights that the last fit suggests.
-            found: coefficients to begin with.
+            found: coefficients to begin with, for half of the rounds.
 
         Returns:
             (k, c) coefficients of the first k modes.
@@ -3711,7 +3781,7 @@ class _Surfaces:
         values = self.values[places]
         inverse = self.inverse[places]
         edge = np.flatnonzero(bounds)
-        for _ in range(rounds):
+        for _ in range(FIT_ROUNDS if found is None else FIT_ROUNDS // 2):
             weight = inverse
             pierced = np.zeros((0, values.shape[1]))
             if found is not None:
@@ -3954,7 +4024,7 @@ def _closed_patches(scene: _Scene, closedness: float) -> np.ndarray:
         sky = plain & ~found
         if sky.sum() < CLOSED_SKY * usable.sum():
             break
-        stiff = surfaces.fit(sky, found | objects, WITH_BOWL, 5)
+        stiff = surfaces.fit(sky, found | objects, WITH_BOWL)
         before = found
         found = _patches_above(surfaces, stiff, usable, plain, closedness)
         if attempt and (before != found).sum() < CLOSED_CHANGE:
@@ -4193,6 +4263,50 @@ def _distance_from(place: tuple, centers: np.ndarray) -> np.ndarray:
 
 
 
+# --- Scene ---
+
+@dataclass(frozen=True)
+class _Scene:
+    """What is known of a picture before its sky is."""
+
+    cells: _Cells
+    surfaces: _Surfaces  # with the steep glows of this sky
+    texture: _Texture
+    near_hills: np.ndarray  # (h, w) bool: hills and trees, with a margin
+
+
+def _look(cells: _Cells, shape: tuple[int, int]) -> _Scene:
+    """Tell what has structure, what are hills, and where the sky has steep glows.
+
+    Args:
+        cells: of the picture.
+        shape: (h, w) of the full picture.
+    """
+    usable = cells.usable
+    texture = _texture(cells, cells.values, usable)
+    hills = _dark_foreground(cells, texture.dense)
+    if hills.any():
+        texture = _texture(cells, cells.values, usable & ~hills)
+    width = _rough_window(cells) + 1
+    near_hills = usable & scipy.ndimage.binary_dilation(hills, iterations=width)
+    beside = usable & ~near_hills
+    plain = beside & ~texture.rough & ~texture.dense
+    glows = _steep_glows(cells, beside)
+    while glows:
+        surfaces = _Surfaces(cells, shape, glows)
+        cores = [beside & (_distance_from(glow, cells.centers) < GLOW_HALF) for glow in glows]
+        found = surfaces.fit(plain | np.any(cores, 0), np.zeros_like(usable), WITH_BOWL)
+        rest = np.abs(surfaces.excess(found)).mean(-1)  # (h, w)
+        glow = np.abs(surfaces.glow(found) / cells.noise).mean(-1)
+        smooth = [place for place, core in zip(glows, cores)
+                  if np.median(rest[core]) < GLOW_SMOOTH * np.median(glow[core])]
+        if smooth == glows:
+            texture = _texture(cells, cells.values - surfaces.surface(found), usable & ~hills)
+            return _Scene(cells, surfaces, texture, near_hills)
+        glows = smooth
+    return _Scene(cells, _Surfaces(cells, shape), texture, near_hills)
+
+
 # --- Growth ---
 
 STAR_SIGMA = 30.0
@@ -4212,9 +4326,8 @@ OUTSKIRTS_REACH = 1.5
 """Outskirts reach so many times as far as the surface averages over, which cannot tell what is
 wider."""
 
-OUTSKIRTS_LEAST = 0.1
-OUTSKIRTS_MOST = 0.35
-"""Outskirts never reach beyond this part of the longer side."""
+OUTSKIRTS_PARTS = (0.1, 0.35)
+"""Outskirts may reach as far as the first part of the longer side, and never beyond the second."""
 
 OUTSKIRTS_SCALES = (1.5, 4.0)
 """Cells: outskirts are looked for in Gaussian means of these widths."""
@@ -4329,17 +4442,29 @@ CLOSED_GAIN = 0.004
 FEWEST_SKY = 30
 """If fewer cells than this are sky, all cells that are used are taken for sky."""
 
-DROP_COST = 0.1
-
-DARK_SMOOTHING = 1e2
-
-DARK_SIGMA = 3.0
-
-GROWTH_ROUNDS = 4
+GROWTH_ROUNDS = 3
 """So many times outskirts are looked for, each time above a surface through the rest of the sky."""
 
 GROWTH_LEFT = 0.5
 """Outskirts no longer grow if less than this part of the sky is left beside them."""
+
+DROP_COST = 0.1
+"""A cell that is left to outskirts counts as much as noise alone, and this."""
+
+DARK_SMOOTHING = 100.0
+"""Smoothing of the surface below which a body is dark."""
+
+DARK_SIGMA = 3.0
+"""A dark body lies so many sigma below that surface."""
+
+
+class _Objects(NamedTuple):
+    """What is no sky, before a surface tells what its outskirts are; (h, w) each."""
+
+    light: np.ndarray  # bool: adds light, so that the sky is below the picture there
+    dark: np.ndarray  # bool: takes light away
+    reach: np.ndarray  # how far the outskirts of an object here may be, in cells
+    sky: np.ndarray  # bool: what may be sky, outskirts included
 
 
 class _Candidate(NamedTuple):
@@ -4350,41 +4475,75 @@ class _Candidate(NamedTuple):
     sky: np.ndarray  # (h, w) bool: what it calls sky
     bounds: np.ndarray  # (h, w) bool: light that only bounds it from above
     loss: float  # mean log(1 + residual in units of the noise) over the sky
-    cost: float  # the same, if what is left to objects is as good as noise, but for DROP_COST
+    cost: float  # the same, with DROP_COST
 
 
 class _Explanation(NamedTuple):
     """What may be objects, and the surfaces that the rest may be."""
 
     surfaces: _Surfaces
-    objects: np.ndarray  # (h, w) bool
-    foreground: np.ndarray  # (h, w) bool
+    objects: _Objects
     candidates: list  # of _Candidate, the stiffest first
     best: _Candidate  # the one that was chosen
 
 
+def _look_for_sky(scene: _Scene, used: np.ndarray, smoothings: Sequence[float]) -> _Explanation:
+    """Explain the picture, with closed patches of light as objects if they earn it, else without.
+
+    Patches that are open on one side are objects only if the rest is then a simple sky. Patches
+    that are well closed may leave a more flexible sky, but it must explain the rest better than the
+    sky that includes them does.
+
+    Args:
+        scene: the picture.
+        used: (h, w) bool, the cells that take part.
+        smoothings: to choose from, the stiffest first.
+    """
+    tried = None
+    for least in CLOSED_LEAST:
+        patches = _closed_patches(scene, least)
+        if np.array_equal(patches, tried):
+            break  # all of them are well closed, and `with_patches` explains the picture with them
+        tried = patches
+        with_patches = None
+        if patches.any():
+            with_patches = _explain(scene, patches, used, smoothings, GOOD_ENOUGH_CLOSED)
+            if with_patches.best.smoothing >= SIMPLE_SKY:
+                return with_patches
+    without = _explain(scene, np.zeros_like(used), used, smoothings, GOOD_ENOUGH)
+    if with_patches is not None and with_patches.best.smoothing >= CLOSED_FLEXIBLE:
+        if with_patches.best.loss < without.best.loss - CLOSED_GAIN:
+            return with_patches
+    return without
+
+
 def _explain(scene: _Scene, patches: np.ndarray, used: np.ndarray, smoothings: Sequence[float],
              margin: float) -> _Explanation:
-    """Explain the picture with these patches, (h, w) bool, as objects."""
+    """Explain the picture with these patches, (h, w) bool, as objects; see `_look_for_sky`."""
     cells = scene.cells
-    objects = scipy.ndimage.binary_dilation(scene.texture.rough | patches) & ~scene.near_hills
-    objects &= cells.usable
-    bodies = scipy.ndimage.binary_opening(scene.texture.dense & ~scene.near_hills) | patches
-    reach = _reach(cells, scene.texture, bodies)
-    sky = used & ~objects & ~scene.near_hills
+    no_hills = ~scene.near_hills
+    objects = scipy.ndimage.binary_dilation(scene.texture.rough | patches)
+    objects &= cells.usable & no_hills
+    bodies = patches | scipy.ndimage.binary_opening(scene.texture.dense & no_hills)
+    sky = used & ~objects & no_hills
     if sky.sum() < FEWEST_SKY:
         sky = used
     surfaces = scene.surfaces.dearer(~sky)
-    dark = objects & _dark_clouds(surfaces, bodies, sky & ~bodies)
-    attempt = functools.partial(_try_smoothing, surfaces, objects & ~dark, dark, reach, sky)
-    candidates = list(map(attempt, smoothings))
-    return _Explanation(surfaces, objects, scene.near_hills, candidates, _choose(candidates, margin))
+    dark = objects & _dark_bodies(surfaces, bodies, sky & ~bodies)
+    reach = _reach(cells, scene.texture, bodies)
+    found = _Objects(objects & ~dark, dark, reach, sky)
+    candidates = [_try_smoothing(surfaces, found, smoothing) for smoothing in smoothings]
+    return _Explanation(surfaces, found, candidates, _choose(candidates, margin))
 
 
-def _dark_clouds(surfaces: _Surfaces, bodies: np.ndarray, sky: np.ndarray) -> np.ndarray:
-    """Return the bodies that take light away instead of adding it, (h, w) bool.
+def _dark_bodies(surfaces: _Surfaces, bodies: np.ndarray, sky: np.ndarray) -> np.ndarray:
+    """Return the bodies that take light away instead of adding it, with a margin, (h, w) bool.
 
-    Dust absorbs the light behind it. Such a body is darker than the sky around it.
+    Dust absorbs the light behind it, so it is darker than the sky around it.
+
+    Args:
+        bodies: (h, w) bool, extended objects.
+        sky: (h, w) bool.
     """
     if sky.sum() < FEWEST_SKY:
         return np.zeros_like(bodies)
@@ -4392,51 +4551,58 @@ def _dark_clouds(surfaces: _Surfaces, bodies: np.ndarray, sky: np.ndarray) -> np
     excess = _channels_together(surfaces.excess(found))
     spread = max(1.0, _deviation(excess[sky]))
     regions, count = scipy.ndimage.label(bodies)
-    mean = scipy.ndimage.median(excess, regions, range(count + 1))
-    dark = mean < -DARK_SIGMA * spread
-    dark[0] = False
+    level = scipy.ndimage.median(excess, regions, range(count + 1))
+    dark = level < -DARK_SIGMA * spread
+    dark[0] = False  # the sky
     return scipy.ndimage.binary_dilation(dark[regions])
 
 
-def _try_smoothing(surfaces: _Surfaces, light: np.ndarray, dark: np.ndarray, reach: np.ndarray,
-                   sky: np.ndarray, smoothing: float) -> _Candidate:
-    """Return the surface of one smoothing through the sky, (h, w) bool, beside the outskirts."""
+def _try_smoothing(surfaces: _Surfaces, objects: _Objects, smoothing: float) -> _Candidate:
+    """Return the best surface of one smoothing through the sky beside the outskirts of objects.
+
+    Two starts are tried, because either may be caught by what it took for sky: all that may be sky,
+    and only what is beyond the reach of all objects.
+    """
     cells = surfaces.cells
-    length = OUTSKIRTS_REACH * _averaging_length(smoothing)
-    most = np.clip(length, OUTSKIRTS_LEAST, OUTSKIRTS_MOST) * cells.longer  # cells
-    near = cells.usable & _within(np.minimum(reach, most), most)
-    far = sky & ~near
-    starts = [sky]
-    if far.sum() >= GROWTH_LEFT * sky.sum():
+    part = np.clip(OUTSKIRTS_REACH * _averaging_length(smoothing), *OUTSKIRTS_PARTS)
+    most = part * cells.longer  # cells
+    near = cells.usable & _within(np.minimum(objects.reach, most), most)
+    starts = [objects.sky]
+    far = objects.sky & ~near
+    if far.sum() >= GROWTH_LEFT * objects.sky.sum():
         starts.append(far)
-    grow = functools.partial(_grow, surfaces, light, dark, near, sky, smoothing)
-    return min(map(grow, starts), key=lambda candidate: candidate.cost)
+    grown = [_grow(surfaces, objects, near, smoothing, start) for start in starts]
+    return min(grown, key=lambda candidate: candidate.cost)
 
 
-def _grow(surfaces: _Surfaces, light: np.ndarray, dark: np.ndarray, near: np.ndarray,
-          sky: np.ndarray, smoothing: float, rest: np.ndarray) -> _Candidate:
-    """Let outskirts grow."""
-    bounds = light | (sky & ~rest & ~dark.any())
-    found = surfaces.fit(rest, bounds, smoothing)
-    for k in range(GROWTH_ROUNDS):
+def _grow(surfaces: _Surfaces, objects: _Objects, near: np.ndarray, smoothing: float,
+          sky: np.ndarray) -> _Candidate:
+    """Let the outskirts of objects grow until they no longer change.
+
+    Args:
+        near: (h, w) bool, within the reach of objects.
+        sky: (h, w) bool, what is taken for sky at first.
+    """
+    light, dark, _, open_sky = objects
+    usable = surfaces.cells.usable
+    bounds = light if dark.any() else light | (open_sky & ~sky)
+    found = surfaces.fit(sky, bounds, smoothing)
+    for _ in range(GROWTH_ROUNDS):
         excess = _channels_together(surfaces.excess(found))  # (h, w)
-        spread = max(1.0, _deviation(excess[rest]))
-        outskirts = _outskirts(excess / spread, light, near & ~dark, surfaces.cells.usable)
-        shadows = _outskirts(-excess / spread, dark, near & ~light, surfaces.cells.usable)
-        bounds = light | outskirts
-        outskirts = outskirts | shadows
-        now = sky & ~outskirts
-        if now.sum() < GROWTH_LEFT * sky.sum() or (now == rest).all():
+        excess /= max(1.0, _deviation(excess[sky]))
+        outskirts = _outskirts(excess, light, near & ~dark, usable)
+        shadows = _outskirts(-excess, dark, near & ~light, usable)
+        now = open_sky & ~outskirts & ~shadows
+        if now.sum() < GROWTH_LEFT * open_sky.sum() or (now == sky).all():
             break
-        rest = now
-        found = surfaces.fit(rest, bounds, smoothing, 3, found)
-    excess = surfaces.excess(found)
-    distance = np.sqrt((excess**2).mean(-1))
-    loss = np.log1p(distance[rest]).mean()
-    dropped = 1 - rest.sum() / sky.sum()
-    noise = _pure_noise(surfaces.cells)
-    cost = (1 - dropped) * loss + dropped * (noise + DROP_COST)
-    return _Candidate(smoothing, found, rest, bounds, loss, cost)
+        sky = now
+        bounds = light | outskirts
+        found = surfaces.fit(sky, bounds, smoothing, found)
+    distance = np.sqrt((surfaces.excess(found)**2).mean(-1))  # (h, w)
+    loss = np.log1p(distance[sky]).mean()
+    dropped = 1 - sky.sum() / open_sky.sum()
+    cost = loss + dropped * (_pure_noise(surfaces.cells) + DROP_COST - loss)
+    return _Candidate(smoothing, found, sky, bounds, loss, cost)
 
 
 def _averaging_length(smoothing: float) -> float:
@@ -4459,134 +4625,177 @@ def _choose(candidates: list[_Candidate], margin: float) -> _Candidate:
     return candidates[good[0]]
 
 
+# --- Doubt ---
 
-# --- Scene ---
+PURE_NOISE = {1: 0.535, 3: 0.632}
+"""The loss of a surface that leaves nothing but Gaussian noise, by the number of channels."""
 
-@dataclass(frozen=True)
-class _Scene:
-    """What is known of a picture before the sky is."""
+UNEXPLAINED = 1.28
+"""The sky cannot be known if the loss is more than this many times that of pure noise."""
 
-    cells: _Cells
-    surfaces: _Surfaces
-    texture: _Texture
-    near_hills: np.ndarray  # (h, w) bool: hills and trees, with a margin
+LITTLE_SKY = 0.15
+"""The sky cannot be known if less than this part of the picture shows it."""
+
+MOST_DOUBT = 0.05
+"""The sky cannot be known if it is uncertain by more than this part of its range."""
+
+ALIKE = 0.05
+"""Surfaces explain the sky alike if their losses differ by no more than this."""
+
+ALIKE_DOUBT = 0.5
+"""The sky is uncertain by this part of the difference between surfaces that explain it alike."""
+
+POSTERIOR_DOUBT = 6.0
+"""The sky is uncertain by so many times the deviation of its posterior, in which residuals are
+independent. They are not: what is left of objects is smooth as well. Measured on the truth bench."""
+
+BULGE = 0.1
+"""The sky cannot be known if its surface has a closed top inside the frame that is higher than this
+part of its range."""
+
+SMALL_TOP = 0.2
+"""A top counts only if less than this part of the frame is in the upper half of it. That of
+vignetting is larger."""
+
+HIDDEN_TOP = 0.6
+"""It counts all the same if objects cover this part of its upper half."""
+
+SEAM_SHARE = 0.52
+"""Along a seam of panels so much more of the cells has structure than along the lines beside it."""
+
+SEAM_LENGTH = 0.4
+"""A seam is at least this part of the longer side long."""
+
+SEAM_BESIDE = 5
+"""Cells between a seam and the lines beside it."""
 
 
-def _look(cells: _Cells, shape: tuple[int, int]) -> _Scene:
-    """Tell what has structure, what are hills, and where the sky has steep glows."""
-    usable = cells.usable
-    surfaces = _Surfaces(cells, shape)
-    texture = _texture(cells, cells.values, usable)
-    hills = _dark_foreground(cells, texture.dense)
-    if hills.any():
-        texture = _texture(cells, cells.values, usable & ~hills)
-    width = _rough_window(cells) + 1
-    near_hills = scipy.ndimage.binary_dilation(hills, iterations=width) & usable
-    plain = usable & ~texture.rough & ~near_hills & ~texture.dense
-    glows = _steep_glows(cells, usable & ~near_hills)
-    while glows:
-        surfaces = _Surfaces(cells, shape, glows)
-        cores = [_distance_from(glow, cells.centers) < GLOW_HALF for glow in glows]
-        smooth = plain | np.any(cores, 0) & usable & ~near_hills
-        found = surfaces.fit(smooth, np.zeros_like(usable), WITH_BOWL)
-        rest = np.abs(surfaces.excess(found)).mean(-1)  # (h, w)
-        glow = np.abs(surfaces.glow(found) / cells.noise).mean(-1)
-        rough = [np.median(rest[core & usable]) / np.median(glow[core & usable]) for core in cores]
-        smooth_ones = [glow for glow, part in zip(glows, rough) if part < GLOW_SMOOTH]
-        if smooth_ones == glows:
-            light = surfaces.surface(found)
-            texture = _texture(cells, cells.values - light, usable & ~hills)
-            break
-        glows = smooth_ones
-        surfaces = _Surfaces(cells, shape)
-    return _Scene(cells, surfaces, texture, near_hills)
+def _judge(explanation: _Explanation, texture: _Texture, doubt: float) -> str:
+    """Return why the sky cannot be known, in words; empty if it can.
+
+    Args:
+        explanation: what was found.
+        texture: of the same picture.
+        doubt: by which part of its range the sky is uncertain.
+    """
+    surfaces, objects, _, best = explanation
+    cells = surfaces.cells
+    if _has_seam(texture, cells):
+        return "it steps along a straight line, as between the panels of a mosaic"
+    if best.loss > UNEXPLAINED * _pure_noise(cells):
+        return "no smooth surface explains what looks like sky"
+    share = best.sky.sum() / cells.usable.sum()
+    if share < LITTLE_SKY:
+        return f"only {100 * share:.0f} % of the picture shows sky"
+    if _closed_top(surfaces, best, objects.light) > BULGE:
+        return "the sky would have a bright patch inside the frame"
+    if doubt > MOST_DOUBT:
+        return f"it is uncertain by about {100 * doubt:.0f} % of its range"
+    return ""
+
+
+def _pure_noise(cells: _Cells) -> float:
+    return PURE_NOISE[cells.values.shape[-1]]
+
+
+def _doubt(explanation: _Explanation) -> float:
+    """Return by which part of its range the sky is uncertain, rms over the frame.
+
+    That is the deviation of the fit itself, and how far surfaces that explain the sky about as well
+    lie from it.
+    """
+    surfaces, _, candidates, best = explanation
+    cells = surfaces.cells
+    chosen = surfaces.surface(best.found)[cells.usable]  # (cells, c)
+    invisible = PIXEL_NOISE * np.median(cells.noise, axis=(0, 1))
+    span = np.maximum(_span(chosen, (99, 1)), invisible)  # (c,)
+    deviation = surfaces.deviation(best.found, best.sky, best.smoothing)[cells.usable]
+    differences = [POSTERIOR_DOUBT * np.sqrt(np.mean((deviation / span)**2))]
+    for candidate in candidates:
+        if candidate.loss <= best.loss + ALIKE:
+            error = surfaces.surface(candidate.found)[cells.usable] - chosen
+            error -= np.median(error, axis=0)
+            differences.append(ALIKE_DOUBT * np.sqrt(np.mean((error / span)**2)))
+    return float(max(differences))
+
+
+def _closed_top(surfaces: _Surfaces, candidate: _Candidate, objects: np.ndarray) -> float:
+    """Return the height of the highest closed top of a surface, as a part of its range.
+
+    Args:
+        surfaces, candidate: one of these surfaces.
+        objects: (h, w) bool, which may hide a top.
+    """
+    cells = surfaces.cells
+    border = np.full(objects.shape, True)
+    border[1:-1, 1:-1] = False
+    highest = 0.0
+    for view in np.moveaxis(surfaces.surface(candidate.found), -1, 0):
+        above = view - _way_out(view, border)  # (h, w)
+        core = above > 0.5 * above.max()
+        behind = (objects & core).sum() > HIDDEN_TOP * core.sum()
+        if behind or core.mean() < SMALL_TOP:
+            highest = max(highest, above.max() / max(_span(view[cells.usable], (99, 1)), 1e-12))
+    return highest
+
+
+def _has_seam(texture: _Texture, cells: _Cells) -> bool:
+    """Tell whether the picture steps along a straight line through the frame.
+
+    Panels of a mosaic that do not match do so, and exposures that were turned or shifted. The step
+    looks like structure, and there is much less of it along the parallel lines on both sides.
+    """
+    from skimage.transform import hough_line
+    angles = np.linspace(-math.pi / 2, math.pi / 2, 180, endpoint=False)
+    rough = hough_line(texture.rough, angles)[0].astype(float)  # (lines, angles)
+    length = hough_line(cells.usable, angles)[0]
+    share = rough / np.maximum(length, 1)
+    before = np.roll(share, SEAM_BESIDE, 0)
+    after = np.roll(share, -SEAM_BESIDE, 0)
+    more = share - np.maximum(before, after)
+    return bool((more[length >= SEAM_LENGTH * cells.longer] > SEAM_SHARE).any())
 
 
 # --- Result ---
 
-def find_sky(prepared: Prepared, settings: Settings) -> Sky:
-    """Find what is sky, its surface, how stiff it is, and how sure that is."""
-    cells = _make_cells(prepared)
-    used = cells.usable & _mostly(prepared.used, cells.size)  # (h, w)
-    scene = _look(cells, prepared.full_shape)
-    by_hand = settings.smoothing is not None
-    smoothings = (settings.smoothing,) if by_hand else SMOOTHINGS
-    explanation = _look_for_sky(scene, used, smoothings)
-    best = explanation.best
-    share = best.sky.sum() / cells.usable.sum()
-    why = f"loss {best.loss:.3f}, pure noise has {_pure_noise(cells):g}"
-    unsure = _judge(explanation)
-    image = cells.values * cells.scale + cells.pedestal
-    surfaces = explanation.surfaces
-    cost = bending_cost(surfaces.unseen, cells.centers, cells.centers)
-    if surfaces.glows:
-        cost /= 1 + _curvature(surfaces.surface(best.found), cells.longer)**2
-    bends = _bends(surfaces, best.found)
-    residual = (cells.values - surfaces.surface(best.found))[best.sky]
-    smoothing = best.smoothing
-    if not settings.auto and not by_hand:
-        seen = (used & ~explanation.objects & ~explanation.foreground).sum() / cells.usable.sum()
-        smoothing *= 10**min(PLAIN_MOST, PLAIN_STIFFER * (1 - seen))
-    return Sky(
-        surface=functools.partial(surfaces.linear, best.found),
-        shows_sky=best.sky,
-        below=best.bounds & used,
-        image=np.where(cells.usable[..., None], image, 0),
-        noise=cells.noise * cells.scale,
-        centers=cells.centers,
-        size=cells.size,
-        unit=cells.scale,
-        cost=cost,
-        density=bends,
-        spread=max(float(_deviation(residual)), 1e-9),
-        share=share,
-        smoothing=smoothing,
-        unsure=unsure,
-        why=why,
-    )
-
-
-def _curvature(surface, longer):
-    """(h, w, c) -> (h, w) per frame squared"""
-    second = np.stack([_curvatures(channel) for channel in np.moveaxis(surface, -1, 0)])
-    squared = (second**2).sum(1).mean(0)
-    return np.sqrt(squared) * longer**2
-
-
-def _bends(surfaces, found):
-    """(h, w): density of control points, relative."""
-    second = _curvature(surfaces.surface(found), surfaces.cells.longer)
-    second = scipy.ndimage.gaussian_filter(second, 2)
-    typical = np.mean(second) + 1e-12
-    return np.sqrt(1 + np.minimum(second / typical, 30.0))
-
-
 PLAIN_STIFFER = 2.5
+"""A plain run leaves no object out, so its surface must be stiffer than the sky's: by so many
+powers of ten for the part of the picture that is not sky. It was measured on the truth bench,
+`tests/truth.py`."""
+
 PLAIN_MOST = 1.5
+"""The surface of a plain run is stiffer by at most so many powers of ten."""
+
+DENSEST = 30.0
+"""Per area, there are at most so many times as many control points where the sky bends most."""
 
 
 @dataclass(frozen=True)
 class Sky:
-    """What was found out about the sky of a picture, on cells of the reduced frame."""
+    """What was found out about the sky of a picture, on cells of the reduced frame.
 
-    surface: Callable[[np.ndarray], np.ndarray]  # the sky
+    In the shapes, (h, w) are cells, and c is the number of channels.
+    """
+
+    surface: Callable[[np.ndarray], np.ndarray]  # frame coordinates (..., 2) -> linear sky (..., c)
     shows_sky: np.ndarray  # (h, w) bool: sky and nothing else
     below: np.ndarray  # (h, w) bool: objects that add light: the sky is not above the picture
     image: np.ndarray  # (h, w, c) linear cells; 0 where missing
     noise: np.ndarray  # (h, w, c) standard deviation of `image`
     centers: np.ndarray  # (h, w, 2) frame coordinates
     size: int  # reduced pixels along a cell's side
-    unit: np.ndarray  # (c,) linear, that of the bending
-    cost: np.ndarray  # (h, w) of bending
-    density: np.ndarray  # (h, w) 
-    spread: float  # deviation of the residuals, in `unit`
+    unit: np.ndarray  # (c,) linear, that of the bending and of `spread`
+    spread: float  # deviation of the cells of sky from the surface
+    cost: np.ndarray  # (h, w) of bending, 1 where sky is seen
+    density: np.ndarray  # (h, w) of control points along a line, relative to the least
     share: float  # of the usable cells, that show sky, in [0, 1]
     smoothing: float  # of the surface that the fit shall find
+    doubt: float  # by which part of its range the sky is uncertain, rms
     unsure: str  # why the sky cannot be known, in words; empty if it can
     why: str  # this smoothing, in words
 
     def at(self, cells: np.ndarray, places: np.ndarray) -> np.ndarray:
-        """Return what cells (h, w) hold at places (..., 2): (...)."""
+        """Return what cells (h, w) hold at places in the frame, (..., 2): (...)."""
         side = 2 * self.centers[0, 0]  # (2,) of a cell
         last = np.array(cells.shape) - 1
         cell = np.minimum((places / side).astype(int), last)
@@ -4594,52 +4803,74 @@ class Sky:
         return cells[row, column]
 
 
-def _look_for_sky(scene, used, smoothings):
-    tried = None
-    for least in CLOSED_LEAST:
-        patches = _closed_patches(scene, least)
-        if np.array_equal(patches, tried):
-            break
-        tried = patches
-        with_patches = None
-        if patches.any():
-            with_patches = _explain(scene, patches, used, smoothings, GOOD_ENOUGH_CLOSED)
-            if with_patches.best.smoothing >= SIMPLE_SKY:
-                return with_patches
-    nothing = np.zeros_like(used)
-    without = _explain(scene, nothing, used, smoothings, GOOD_ENOUGH)
-    if with_patches is not None and with_patches.best.smoothing >= CLOSED_FLEXIBLE:
-        if with_patches.best.loss < without.best.loss - CLOSED_GAIN:
-            return with_patches
-    return without
+def find_sky(prepared: Prepared, settings: Settings) -> Sky:
+    """Find what is sky, its surface, how stiff it is, and how sure that is.
+
+    Args:
+        prepared: `linear` and `weight` count: what is masked by thresholds or mask file is not
+            looked at.
+        settings: `smoothing` if given by hand, and `auto`: without it the smoothing is that of a
+            surface that objects shall not bend.
+    """
+    cells = _make_cells(prepared)
+    smoothings = SMOOTHINGS if settings.smoothing is None else (settings.smoothing,)
+    large_enough = (min(cells.usable.shape) >= SMALLEST_SIDE
+                    and cells.usable.sum() >= FEWEST_USABLE)
+    if large_enough:
+        scene = _look(cells, prepared.full_shape)
+    else:
+        nothing = np.zeros_like(cells.usable)
+        texture = _Texture(np.zeros(nothing.shape), nothing, nothing)
+        scene = _Scene(cells, _Surfaces(cells, prepared.full_shape), texture, nothing)
+        smoothings = smoothings[:1]  # a plane
+    explanation = _look_for_sky(scene, cells.usable, smoothings)
+    surfaces, objects, _, best = explanation
+    doubt = _doubt(explanation)
+    unsure = _judge(explanation, scene.texture, doubt) if large_enough else "it is too small"
+
+    share = objects.sky.sum() / cells.usable.sum()
+    smoothing = best.smoothing
+    why = "given by hand"
+    if settings.smoothing is None:
+        why = f"loss {best.loss:.3f}, pure noise has {_pure_noise(cells):g}"
+        if not settings.auto:
+            smoothing *= 10**min(PLAIN_MOST, PLAIN_STIFFER * (1 - share))
+    light = surfaces.surface(best.found)
+    bending = _bending(light, cells.longer)
+    cost = bending_cost(~objects.sky, cells.centers, cells.centers)
+    if surfaces.glows:  # they bend as they like
+        cost = cost / (1 + bending**2)
+    smooth_bending = scipy.ndimage.gaussian_filter(bending, 2)
+    typical = max(smooth_bending.mean(), 1e-9)
+    residual = (cells.values - light)[best.sky]
+    image = cells.values * cells.scale + cells.pedestal
+    return Sky(
+        surface=functools.partial(surfaces.linear, best.found),
+        shows_sky=best.sky,
+        below=best.bounds,
+        image=np.where(cells.usable[..., None], image, 0),
+        noise=cells.noise * cells.scale,
+        centers=cells.centers,
+        size=cells.size,
+        unit=cells.scale,
+        spread=max(float(_deviation(residual)), 1e-9),
+        cost=cost,
+        density=np.sqrt(1 + np.minimum(smooth_bending / typical, DENSEST)),
+        share=best.sky.sum() / cells.usable.sum(),
+        smoothing=smoothing,
+        doubt=doubt,
+        unsure=unsure,
+        why=why,
+    )
 
 
-# --- Doubt ---
-PURE_NOISE = {1: 0.535, 3: 0.632}
+def _bending(surface: np.ndarray, longer: int) -> np.ndarray:
+    """Return how much a surface (h, w, c) bends, (h, w): its second derivatives, rms of channels.
 
-def _pure_noise(cells: _Cells) -> float:
-    return PURE_NOISE[cells.values.shape[-1]]
-
-def _judge(explanation):
-    global FEATURES
-    surfaces=explanation.surfaces; cells=surfaces.cells; best=explanation.best
-    u=cells.usable
-    chosen=surfaces.surface(best.found)
-    span=np.maximum(_span(chosen[u],(99,1)), PIXEL_NOISE*np.median(cells.noise,(0,1)))
-    dev=surfaces.deviation(best.found,best.sky,best.smoothing)/span
-    post=np.sqrt((dev[u]**2).mean())
-    def dist(c):
-        e=(surfaces.surface(c.found)-chosen)[u]; e=e-np.median(e,0); return float(np.sqrt(((e/span)**2).mean()))
-    alike=[dist(c) for c in explanation.candidates if c.loss<=best.loss+0.05]
-    alike2=[dist(c) for c in explanation.candidates if c.loss<=best.loss+0.02]
-    k=explanation.candidates.index(best)
-    nb=[dist(c) for c in explanation.candidates[max(0,k-1):k+2]]
-    border=np.ones(u.shape,bool); border[1:-1,1:-1]=False
-    bulge=0
-    for v in np.moveaxis(chosen,-1,0):
-        ab=v-_way_out(v,border); bulge=max(bulge,ab.max()/_span(v[u],(99,1)).clip(1e-12))
-    FEATURES=dict(loss=best.loss/_pure_noise(cells),post=float(post),alike=max(alike),alike2=max(alike2),nb=max(nb),bulge=float(bulge),share=float(best.sky.sum()/u.sum()),noise=float(np.median(cells.noise)/span.mean()))
-    return ""
+    The unit of length is the longer side, which has so many cells.
+    """
+    squares = [(_curvatures(channel)**2).sum(0) for channel in np.moveaxis(surface, -1, 0)]
+    return np.sqrt(np.mean(squares, 0)) * longer**2
 
 
 # --------------------------------------------------------------------------------------------------
@@ -5706,7 +5937,7 @@ def thinned(prepared: Prepared, most: int = VIEW_PIXELS) -> Prepared:
     longer = max(prepared.image.shape[:2])
     step = max(1, round(longer / most))
     parts = {}
-    for name in ("image", "weight", "present", "centers", "linear", "user_mask"):
+    for name in ("image", "weight", "present", "centers", "linear", "user_mask", "rim"):
         part = getattr(prepared, name)
         if part is not None:
             parts[name] = part[::step, ::step]
@@ -5895,6 +6126,7 @@ TERM_INKS = ("#56b4e9", "#2fb58a", "#e69f00", "#cc79a7", "#f0e442")
 OVERLAYS = {
     "missing": ("#6b7077", "", "missing"),
     "threshold": ("#e69f00", "/////", "left out by -tm, -tM"),
+    "rim": ("#009e73", "-----", "left out: a dark rim"),
     "mask file": ("#56b4e9", "\\\\\\\\\\", "left out by -m"),
     "auto": ("#cc79a7", "///", "left out by --auto"),
     "clipped": ("#f0e442", "\\\\\\", "clipped by -dq"),
@@ -6021,7 +6253,7 @@ def _numbers(prepared: Prepared, reasons: dict[str, np.ndarray], blown: np.ndarr
     part = shares(prepared)
     add_share("used", part["used"], "of the samples")
     add_share("masked", part["masked"], "of the samples")
-    for reason in ("threshold", "mask file", "auto"):
+    for reason in ("threshold", "rim", "mask file", "auto"):
         area = reasons[reason]
         _, _, label = OVERLAYS[reason]
         if area.any():
@@ -6448,735 +6680,21 @@ def put_picture(draw: Callable, where: str, path: str) -> None:
 
 
 # --------------------------------------------------------------------------------------------------
-# Many pictures
-#
-# The pictures of a folder are done one after the other in this process, or by workers of Dask, an
-# engine for that which knows what to do when one of them dies. What goes to a worker and comes back
-# is plain data, so that it does not matter where this script is there.
-# --------------------------------------------------------------------------------------------------
-
-REPORT_NAME = "bgoptimizer_report.csv"
-DONE, WARNED, FAILED, SKIPPED = "done", "warned", "failed", "skipped"
-
-OWN_OUTPUTS = ("_bgModel", "_bgSubtracted", "_bgDivided", "_mask")
-"""How names of pictures end that this tool has written. They are nothing to work on."""
-
-COPIES_IN_MEMORY = 4
-"""A worker needs at most so many times the size of a picture's file: 16-bit samples become 32-bit,
-and some planes are there twice."""
-
-PATIENCE_WITH_SCHEDULER = 15
-"""Seconds until a scheduler that does not answer is taken for absent."""
-
-SINGLE_THREADED = {
-    "OPENBLAS_NUM_THREADS": "1",
-    "MKL_NUM_THREADS": "1",
-    "OMP_NUM_THREADS": "1",
-    "TF_NUM_INTRAOP_THREADS": "1",
-    "TF_NUM_INTEROP_THREADS": "1",
-}
-"""Environment of workers. There may be as many as cores, so threads would only get in the way.
-Threads of BLAS would also change last bits. Dask's nanny forbids them to workers of a scheduler
-elsewhere; workers without a nanny need it from who starts them."""
-
-INSTALL_DASK = 'python -m pip install "dask[distributed]"'
-
-
-class Outcome(NamedTuple):
-    """What came of one picture: a row of the report, as text."""
-
-    file: str
-    outcome: str  # DONE, WARNED, FAILED, or SKIPPED
-    sky_share: str = ""
-    smoothing: str = ""
-    gradient_before: str = ""
-    gradient_after: str = ""
-    confidence: str = ""  # sure, unsure and why, or unknown
-    clipped: str = ""  # share of the samples
-    seconds: str = ""
-    message: str = ""  # the warnings, or why it failed
-
-
-def asks_for_many(options: argparse.Namespace) -> bool:
-    """Tell whether the command line names a folder or a pattern, or wants what is for many."""
-    flags = options.jobs, options.dask, options.skip_done
-    if any(flag not in (None, False) for flag in flags):
-        return True
-    where = options.input_file
-    return os.path.isdir(where) or _is_pattern(where)
-
-
-def _is_pattern(where: str) -> bool:
-    """Tell a pattern from a file that has brackets or stars in its name."""
-    return glob.has_magic(where) and not os.path.exists(where)
-
-
-def find_pictures(where: str, mask: str | None = None) -> list[str]:
-    """Return the paths of the pictures in a folder, or of those that fit a pattern, by name.
-
-    Hidden files, what this tool has written, and the mask are left out.
-
-    Raises:
-        BgError: there are none.
-    """
-    if os.path.isdir(where):
-        found = [os.path.join(where, name) for name in os.listdir(where)]
-    elif _is_pattern(where):
-        found = glob.glob(where, recursive=True)
-    else:
-        _check_given([where])
-        return [where]
-    pictures = [path for path in found if _is_input(path)]
-    if mask is not None and os.path.exists(mask):
-        pictures = [path for path in pictures if not os.path.samefile(path, mask)]
-    if not pictures:
-        raise BgError(f"{where} holds no XISF, FITS or TIFF pictures to work on; "
-                      "check the name of the folder, or the pattern")
-    return sorted(pictures)
-
-
-def _is_input(path: str) -> bool:
-    name = os.path.basename(path)
-    stem = picture_stem(path)
-    hidden = name.startswith(".")
-    if hidden or stem.endswith(OWN_OUTPUTS) or not PICTURE_ENDINGS.search(name):
-        return False
-    return os.path.isfile(path)
-
-
-def run_many(options: argparse.Namespace, settings: Settings, interrupts: _Interrupts) -> None:
-    """Do all pictures that the command line names, and write the report.
-
-    Raises:
-        BgError: nothing can be done at all, or some of the pictures failed.
-    """
-    started = time.perf_counter()
-    pictures = find_pictures(options.input_file, options.mask)
-    if options.preview:
-        raise BgError(f"--preview shows one picture; name it, such as {pictures[0]}")
-    if options.figures == "show":
-        raise BgError("--figures show is for one picture; use --figures save")
-    if options.mask is not None:
-        _check_given([options.mask])
-        _read_mask(options.mask)  # so that a bad one is told once
-    _check_folder(options)
-
-    report = os.path.join(options.output_path, REPORT_NAME)
-    to_do, outcomes = _plan(pictures, options, settings, report)
-    with ExitStack() as stack:
-        client = stack.enter_context(_dask_client(options, to_do)) if to_do else None
-        tell = stack.enter_context(_progress_of_files(len(to_do)))
-        if client is None:
-            results = _one_by_one(to_do, interrupts)
-        else:
-            results = _by_workers(to_do, client)
-        try:
-            for outcome in results:
-                outcomes[outcome.file] = outcome
-                tell(outcome)
-        finally:  # an interrupted night has a report, too
-            rows = [outcomes[path] for path in pictures if path in outcomes]
-            write_report(report, rows)
-    _sum_up(rows, len(to_do), time.perf_counter() - started, report)
-
-
-def _sum_up(rows: list[Outcome], tried: int, seconds: float, report: str) -> None:
-    """Log what came of all pictures; raises BgError if some failed."""
-    numbers = {kind: 0 for kind in (DONE, WARNED, FAILED, SKIPPED)}
-    for row in rows:
-        numbers[row.outcome] += 1
-    parts = [f"{number} {kind}" for kind, number in numbers.items() if number]
-    noun = "picture" if len(rows) == 1 else "pictures"
-    line = f"{len(rows)} {noun}: {', '.join(parts)}"
-    if tried:
-        line += f"; {seconds / tried:.1f} s a picture, {seconds:.1f} s in all"
-    logger.info(f"{line}; wrote {report}")
-    failed = numbers[FAILED]
-    if failed:
-        raise BgError(f"{failed} of {len(rows)} {noun} failed; {report} says why")
-
-
-def _plan(pictures: list[str], options: argparse.Namespace, settings: Settings,
-          report: str) -> tuple[dict[str, dict], dict[str, Outcome]]:
-    """Find out what there is to do.
-
-    Returns:
-        The options (those of the command line, as a dictionary) for each picture to do, and the
-        outcomes of those that are done already or cannot be started. Both are by path.
-
-    Raises:
-        BgError: two pictures would write one file.
-    """
-    known = read_report(report) if options.skip_done else {}
-    to_do = {}
-    outcomes = {}
-    writers = {}  # path of an output -> its picture
-    for path in pictures:
-        given = _options_for(path, options)
-        try:
-            task = _make_task(argparse.Namespace(**given), settings)
-        except Exception as error:
-            outcome = _named(Outcome(path, FAILED, message=_told(error)), path, given)
-            logger.warning(_in_words(outcome))
-            outcomes[path] = outcome
-            continue
-        for output in _written_by(task):
-            other = writers.setdefault(os.path.normcase(output), path)
-            if other != path:
-                name = os.path.basename(output)
-                raise BgError(f"{other} and {path} would both write {name}; rename one of them, "
-                              "or do them one after the other into two folders")
-        if options.skip_done and _is_done(task):
-            outcomes[path] = known.get(path, Outcome(path, SKIPPED))._replace(outcome=SKIPPED)
-        else:
-            to_do[path] = given
-    return to_do, outcomes
-
-
-def _options_for(path: str, options: argparse.Namespace) -> dict:
-    """Return the options for one of many pictures; workers may stand in another folder."""
-    given = dict(vars(options))
-    given["figures"] = "save" if options.figures == "save" else "none"
-    given["input_file"] = os.path.abspath(path)
-    given["output_path"] = os.path.abspath(options.output_path)
-    if options.mask is not None:
-        given["mask"] = os.path.abspath(options.mask)
-    return given
-
-
-def _written_by(task: Task) -> list[str]:
-    """Return the paths of all that a task writes."""
-    figure = [task.figure] if task.place_for_figure == "file" else []
-    return [*task.outputs.values(), *figure]
-
-
-def _is_done(task: Task) -> bool:
-    """Tell whether all outputs are there and newer than the picture."""
-    made = os.stat(task.input_file).st_mtime_ns
-    for path in _written_by(task):
-        if not os.path.exists(path) or os.stat(path).st_mtime_ns <= made:
-            return False
-    return True
-
-
-def _try_picture(given: dict, watched: ContextManager = nullcontext()) -> Outcome:
-    """Do one picture with these options, whatever may happen; nothing is printed."""
-    options = argparse.Namespace(**given)
-    started = time.perf_counter()
-    with _overheard() as warned:
-        try:
-            task = _make_task(options, _settings_of(options))
-            result = process_file(task, watched)
-        except Exception as error:
-            outcome = Outcome("", FAILED, message=_told(error))
-        else:
-            outcome = _outcome(result, warned)
-    seconds = time.perf_counter() - started
-    return outcome._replace(file=options.input_file, seconds=f"{seconds:.2f}")
-
-
-def _outcome(result: Result, warned: list[str]) -> Outcome:
-    """Put a result into the words and digits of a row."""
-    def digits(number):
-        return "" if math.isnan(number) else f"{number:.5g}"
-
-    sky = result.prepared.sky
-    share = math.nan
-    confidence = "unknown"
-    if sky is not None:
-        share = sky.share
-        confidence = f"unsure: {sky.unsure}" if sky.unsure else "sure"
-    return Outcome(
-        file="",
-        outcome=WARNED if warned else DONE,
-        sky_share=digits(share),
-        smoothing=digits(result.settings.smoothing),
-        gradient_before=digits(result.gradient_before),
-        gradient_after=digits(result.gradient_after),
-        confidence=confidence,
-        clipped=digits(result.clipped),
-        message=" | ".join(warned))
-
-
-@contextmanager
-def _overheard() -> Iterator[list[str]]:
-    """Collect warnings while a picture is done; nothing that it has to say is printed."""
-    heard = []
-
-    class Listener(logging.Handler):
-        def emit(self, record):
-            heard.append(record.getMessage())
-
-    before = logger.handlers[:], logger.propagate
-    logger.handlers[:] = [Listener(logging.WARNING)]
-    logger.propagate = False
-    try:
-        yield heard
-    finally:
-        logger.handlers[:], logger.propagate = before
-
-
-@contextmanager
-def _interruptible_fit(interrupts: _Interrupts) -> Iterator[Callable[[int, float], None]]:
-    """End a fit cleanly after Ctrl-C; yields what `on_epoch` is."""
-    interrupts.check()
-    interrupts.patient = True
-    try:
-        yield lambda epoch, loss: interrupts.check()
-    finally:
-        interrupts.patient = False
-    interrupts.check()
-
-
-def _one_by_one(to_do: dict[str, dict], interrupts: _Interrupts) -> Iterator[Outcome]:
-    """Do the pictures in this process."""
-    for path, given in to_do.items():
-        interrupts.check()
-        outcome = _try_picture(given, _interruptible_fit(interrupts))
-        yield _named(outcome, path, given)
-
-
-def _named(outcome: Outcome, path: str, given: dict) -> Outcome:
-    """Call the picture what it was called on the command line."""
-    message = outcome.message.replace(given["input_file"], path)
-    return outcome._replace(file=path, message=message)
-
-
-@contextmanager
-def _progress_of_files(total: int) -> Iterator[Callable[[Outcome], None]]:
-    """Yield a function to call with each outcome: a bar on a terminal, elsewhere a line a file.
-
-    What failed or was warned of is told in a line in any case.
-    """
-    terminal = sys.stderr is not None and sys.stderr.isatty()
-    bar = None
-    with ExitStack() as stack:
-        if terminal and logger.isEnabledFor(logging.INFO):
-            from tqdm import tqdm
-            bar = tqdm(total=total, unit="picture", leave=False)
-            stack.enter_context(bar)
-
-        def tell(outcome):
-            if outcome.outcome == DONE and bar is None:
-                logger.info(f"{outcome.file}: done, {outcome.seconds} s")
-            if outcome.outcome in (WARNED, FAILED):
-                with nullcontext() if bar is None else bar.external_write_mode():
-                    logger.warning(_in_words(outcome))
-            if bar is not None:
-                bar.set_postfix_str(os.path.basename(outcome.file), refresh=False)
-                bar.update()
-
-        yield tell
-
-
-def _in_words(outcome: Outcome) -> str:
-    """Return one line on a picture that failed or was warned of."""
-    message = outcome.message
-    if not message.startswith(outcome.file):
-        message = f"{outcome.file}: {message}"
-    return f"failed: {message}" if outcome.outcome == FAILED else message
-
-
-def write_report(path: str, rows: list[Outcome]) -> None:
-    """Write the outcomes as a table in CSV, at once and whole."""
-    text = io.StringIO(newline="")
-    writer = csv.writer(text)
-    writer.writerow(Outcome._fields)
-    writer.writerows(rows)
-    with atomic_outputs(path) as (file,):
-        file.write(text.getvalue().encode("utf-8", "surrogateescape"))
-
-
-def read_report(path: str) -> dict[str, Outcome]:
-    """Return the outcomes of a report by file; none if there is no report, or not one of ours."""
-    if not os.path.isfile(path):
-        return {}
-    with open(path, encoding="utf-8", errors="surrogateescape", newline="") as file:
-        table = csv.DictReader(file)
-        if tuple(table.fieldnames or ()) != Outcome._fields:
-            return {}
-        rows = [Outcome(**row) for row in table if None not in row]
-    return {row.file: row for row in rows}
-
-
-# Many pictures: workers
-
-_one_at_a_time = threading.Lock()
-
-
-def do_picture(given: dict) -> tuple:
-    """Do one picture on a worker: takes the options for it, returns the fields of an `Outcome`.
-
-    A worker may have several threads. TensorFlow, the log, and memory are one for all of them.
-    """
-    with _one_at_a_time:
-        return tuple(_try_picture(given))
-
-
-def _by_workers(to_do: dict[str, dict], client) -> Iterator[Outcome]:
-    """Do the pictures on the workers of a Dask client, in the order in which they are ready."""
-    from distributed import as_completed
-    work = _as_module().do_picture
-    paths = {}
-    for path, given in to_do.items():
-        future = client.submit(work, given, pure=False)
-        paths[future] = path
-    for future in as_completed(paths):
-        path = paths.pop(future)
-        try:
-            outcome = Outcome(*future.result())
-        except Exception as error:  # a picture that has killed one worker after the other
-            message = f"it could not be done by any worker ({type(error).__name__}); try it alone"
-            outcome = Outcome(path, FAILED, message=message)
-        yield _named(outcome, path, to_do[path])
-
-
-def _as_module():
-    """Return this script as a module that workers can import, also where it is run as a script.
-
-    Python hands over functions of a script as they are, with all they use; those of a module by
-    name.
-    """
-    if __name__ != "__main__":
-        return sys.modules[__name__]
-    name, _ = os.path.splitext(os.path.basename(__file__))
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, __file__)
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module
-        spec.loader.exec_module(module)
-    return sys.modules[name]
-
-
-@contextmanager
-def _dask_client(options: argparse.Namespace, to_do: dict[str, dict]) -> Iterator:
-    """Yield a client of a Dask scheduler whose workers have this script; None if none is asked for.
-
-    Raises:
-        BgError: Dask is not installed, or the scheduler cannot be used.
-    """
-    count = 1 if options.jobs is None else _jobs_that_fit(options.jobs, list(to_do))
-    if options.dask is None and count == 1:
-        yield None
-        return
-    try:
-        import dask
-        import distributed
-    except ImportError:
-        flag = "--jobs" if options.dask is None else "--dask"
-        raise BgError(f"{flag} needs Dask; install it with: {INSTALL_DASK}") from None
-    logging.getLogger("distributed").setLevel(logging.CRITICAL)  # we say what matters
-    with ExitStack() as stack:
-        if options.dask is None:
-            scratch = stack.enter_context(tempfile.TemporaryDirectory())
-            # In place of Dask's own: it lets malloc give back all memory at once, so that every
-            # array is paid for again, page by page, which costs a worker a third of its time
-            before_start = {"distributed.nanny.pre-spawn-environ": SINGLE_THREADED}
-            with _ctrl_c_held_back(), dask.config.set(before_start):
-                cluster = distributed.LocalCluster(
-                    n_workers=count, threads_per_worker=1, memory_limit=None,
-                    dashboard_address=":0", local_directory=scratch,
-                    silence_logs=logging.CRITICAL)
-                stack.enter_context(cluster)
-            client = distributed.Client(cluster)
-        else:
-            client = _connect(distributed, options.dask)
-        stack.enter_context(client)
-        client.upload_file(_as_module().__file__)  # also to workers that come later
-        yield client
-
-
-@contextmanager
-def _ctrl_c_held_back() -> Iterator[None]:
-    """Let Ctrl-C wait, and hide it from the processes that are started meanwhile.
-
-    A terminal sends it to them, too, but it is for this process to end them.
-    """
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
-        yield
-        return
-    # Python starts this helper with the first process, and would let Ctrl-C in again
-    from multiprocessing import resource_tracker
-    resource_tracker.ensure_running()
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _connect(distributed, address: str):
-    """Return a client of the scheduler at an address."""
-    try:
-        client = distributed.Client(address, timeout=PATIENCE_WITH_SCHEDULER)
-    except (OSError, ValueError, TimeoutError) as error:
-        reason = str(error).splitlines() or [type(error).__name__]
-        raise BgError(f"no Dask scheduler answers at {address} ({reason[0]}); "
-                      "start one with: dask scheduler") from None
-    if not client.scheduler_info()["workers"]:
-        logger.warning(f"the scheduler at {address} has no workers yet; waiting for them "
-                       f"(start one with: dask worker --nthreads 1 {address})")
-    return client
-
-
-def _jobs_that_fit(jobs: int, pictures: list[str]) -> int:
-    """Return how many of the wanted workers there is work and memory for."""
-    largest = max(os.path.getsize(path) for path in pictures)
-    needed = TENSORFLOW_BYTES + COPIES_IN_MEMORY * largest
-    free = _free_memory()
-    room = jobs if math.isinf(free) else max(1, int(free / needed))
-    if room < jobs:
-        logger.warning(f"there is memory for {room} of {jobs} jobs "
-                       f"({free / 1e9:.1f} GB are free, and each needs {needed / 1e9:.1f} GB)")
-    return min(jobs, room, len(pictures))
-
-
-# --------------------------------------------------------------------------------------------------
-# Command line
+# One picture, from file to files
 # --------------------------------------------------------------------------------------------------
 
 TENSORFLOW_BYTES = 0.6e9
-"""Memory that TensorFlow and the fit take, about; measured with TensorFlow 2.15."""
-
 TENSORFLOW_MAPS = 1.2e9
-"""Addresses, in bytes, that TensorFlow takes and never fills. They count where `ulimit -v`
-limits."""
+"""Memory that TensorFlow and the fit take, about, in bytes; and addresses that they take and never
+fill, which count where `ulimit -v` limits. Measured with TensorFlow 2.15."""
+
+PLANES_TO_WRITE = 4
+PLANES_TO_COMPRESS = 12
+"""Memory that writing takes at most, in planes of the picture. Measured were 3.4 (TIFF), and with
+--compress 8.5 (XISF) and 11.7 (FITS)."""
 
 MEMORY_LIMITS = "/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"
 """Where Linux tells how much memory a container may fill: in version 2 and in version 1."""
-
-
-class _Parser(argparse.ArgumentParser):
-    """An argument parser that says what is wrong in one line."""
-
-    def error(self, message):
-        self.exit(2, f"bgoptimizer: error: {message}; see --help\n")
-
-
-def _number_or_auto(text: str) -> float | None:
-    """Read what --smoothing takes; None stands for auto."""
-    if text == "auto":
-        return None
-    try:
-        return float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither auto nor a number") from None
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """Build the parser of the command line; every default is the one of `Settings`."""
-    purpose, heading, examples = (__doc__ or "").partition("examples:")
-    parser = _Parser(
-        prog="bgoptimizer.py", description=purpose, epilog=heading + examples, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("input_file",
-        help="linear XISF, FITS or TIFF picture, gray or RGB; or a folder of them, or a pattern "
-             'such as "lights/*.fit"')
-    add("output_path", nargs="?", default=".",
-        help="folder for what is written; made if missing (default: .)")
-    add("-c", "--compress", action="store_true",
-        help="compress the outputs without loss: lz4hc with byte shuffling, in FITS GZIP_2, in "
-             "TIFF deflate (default: off)")
-    add("-dx", "--downscaling-factor", type=int,
-        help="side of the blocks of pixels that the fit sees as one pixel (default: %(default)s)")
-    add("-df", "--downscaling-func", choices=("median", "mean"),
-        metavar="DOWNSCALING_FUNC",
-        help="what a block is reduced to, median or mean; the median drops small stars "
-             "(default: %(default)s)")
-    add("-dq", "--delinearization-quantile", type=float,
-        help="quantile of the picture that the stretch takes to 1; the fit does not see what is "
-             "brighter. A lower one stretches more; raise it if the preview shows blown out sky "
-             f"(default: {DEFAULT_QUANTILE}, with --auto {AUTO_QUANTILE})")
-    add("-p", "--preview", action="store_true",
-        help="show stretch, mask and histograms; fit nothing and write no model (default: off)")
-    add("-N", dest="points", metavar="N", type=int,
-        help="number of control points that the fit trains; --smoothing decides how stiff the "
-             f"surface is (default: {DEFAULT_POINTS}, with --auto {AUTO_POINTS})")
-    add("-O", dest="order", metavar="O", type=int, choices=(1, 2, 3, 4),
-        help="order of the spline, 1 to 4; 2 is a thin plate, 3 is cubic (default: %(default)s)")
-    add("-tm", "--threshold-min", type=float,
-        help="leave out what is darker than this in the stretched picture (default: %(default)s)")
-    add("-tM", "--threshold-max", type=float,
-        help="leave out what is brighter than this in the stretched picture; lower it to mask "
-             "objects (default: %(default)s)")
-    add("-m", "--mask",
-        help="mask in XISF, FITS or TIFF, as high and wide as the picture, with 1 channel or as "
-             "many: 1 = use, 0 = leave out, between = weight (default: none)")
-    add("-i", "--initializer", choices=("random", "grid"),
-        metavar="INITIALIZER",
-        help="where the control points start, random or grid (default: %(default)s)")
-    add("-e", "--epochs", type=int,
-        help="largest number of epochs; the fit stops earlier if nothing improves "
-             "(default: %(default)s)")
-    add("-a", "--alpha", type=float,
-        help="weight of the penalties on a sky that is negative or brighter than the picture "
-             "(default: %(default)g)")
-    add("-B", dest="batch", metavar="B", type=int,
-        help=f"batch size: independent samples of {SAMPLE_CELLS} cells that the fit sees "
-             "(default: %(default)s)")
-    add("-lr", dest="learning_rate", metavar="LR", type=float,
-        help="learning rate at the start (default: %(default)s)")
-
-    add = parser.add_argument_group("more").add_argument
-    add("--auto", action="store_true",
-        help="find objects and leave them out; flags given by hand stay in force (default: off)")
-    add("--smoothing", type=_number_or_auto, metavar="{auto,NUMBER}",
-        help="stiffness of the surface: 10000 is a plane, 1000 a plane with a bowl, 0.001 follows "
-             "all that is smooth (default: auto, found from the picture)")
-    add("--correction", choices=("subtract", "divide"),
-        help="what is done with the sky: subtract it, or divide by it, against vignetting "
-             "(default: %(default)s)")
-    add("--format", choices=tuple(FORMATS),
-        help="format of the outputs (default: the one of the input)")
-    add("--seed", type=int,
-        help="seed of all random numbers; the same command gives the same pictures "
-             "(default: %(default)s)")
-    add("--save-mask", action="store_true",
-        help="also write <name>_mask.xisf, the mask in force, to edit and give back with -m "
-             "(default: off)")
-    add("--figures", choices=("auto", "show", "save", "none"), default="auto",
-        help="result figure or preview: show it in a window or notebook, save it as PNG, or "
-             "neither; auto shows it where it can, and saves the preview where it cannot "
-             "(default: %(default)s)")
-    add("--animate", action="store_true",
-        help="also write <name>_optimization.gif: how the surface settles (default: off)")
-    add("--skip-done", action="store_true",
-        help="leave out pictures whose outputs are there and newer than they are (default: off)")
-    add("--jobs", type=int, metavar="N",
-        help="do the pictures of a folder in N processes, as far as memory allows; needs Dask "
-             "(default: 1)")
-    add("--dask", metavar="ADDRESS",
-        help="do the pictures of a folder on the workers of the Dask scheduler at this address, "
-             "such as tcp://host:8786; they need to see the same files (default: none)")
-    add("--quiet", action="store_true", help="print warnings and errors only (default: off)")
-    add("--version", action="version", version=f"bgoptimizer {VERSION}")
-    parser.set_defaults(**vars(Settings()))
-    return parser
-
-
-def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Settings]:
-    """Return options and settings, or exit with code 2 and a sentence."""
-    parser = build_parser()
-    options = parser.parse_args(argv)
-    for flag, given in (("--save-mask", options.save_mask), ("--animate", options.animate)):
-        if given and options.preview:
-            parser.error(f"{flag} needs a fit and --preview does none; leave one of them out")
-    if options.jobs is not None and options.dask is not None:
-        parser.error("--jobs starts workers here and --dask uses those of a scheduler; "
-                     "leave one of them out")
-    if options.jobs is not None and options.jobs < 1:
-        parser.error("--jobs must be 1 or more")
-    try:
-        settings = _settings_of(options)
-    except ValueError as error:
-        parser.error(str(error))
-    return options, settings
-
-
-def _settings_of(options: argparse.Namespace) -> Settings:
-    """Return the settings that options give; raises ValueError as `Settings`."""
-    given = vars(options)
-    return Settings(**{item.name: given[item.name] for item in fields(Settings)})
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code. Every failure is one line on stderr."""
-    interrupts = _Interrupts()
-    try:
-        with interrupts, memory_errors():
-            options, settings = _parse(argv)
-            with _OnTerminal(options.quiet):
-                _run(options, settings, interrupts)
-        return 0
-    except SystemExit as stop:  # argparse has said why
-        return stop.code or 0
-    except KeyboardInterrupt:
-        return _fail("interrupted; what was not finished was not written",
-                     128 + (interrupts.asked or signal.SIGINT))
-    except BrokenPipeError:  # whoever read our lines has left
-        # Python flushes stdout at its end, and would complain once more
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())
-        return 1
-    except Exception as error:
-        return _fail(_told(error))
-
-
-def _told(error: Exception) -> str:
-    """Return one sentence on what went wrong."""
-    if isinstance(error, BgError):
-        return " ".join(str(error).split())
-    if isinstance(error, MemoryError):
-        return ("there is not enough memory; "
-                "close other programs, crop the picture, or split its channels")
-    if isinstance(error, OSError):
-        name = error.filename or "a file"
-        reason = error.strerror or error
-        return f"{name}: {reason}; check the path, the disk, your rights"
-    if isinstance(error, ImportError):
-        return (f"{error.name} cannot be imported; "
-                "install it with: python -m pip install -r requirements.txt")
-    reason = " ".join(str(error).split())
-    return (f"unexpected {type(error).__name__}: {reason[:300]}; "
-            "this is a bug, please report it with your command")
-
-
-def _fail(message: str, code: int = 1) -> int:
-    print(f"bgoptimizer: error: {' '.join(message.split())}", file=sys.stderr)
-    return code
-
-
-class _OnTerminal(logging.Handler):
-    """Prints information on stdout and warnings on stderr, wherever these lead when it happens.
-
-    What is printed is not handed to the loggers above ours, which might print it once more.
-    """
-
-    def __init__(self, quiet: bool):
-        super().__init__()
-        self.lowest = logging.WARNING if quiet else logging.INFO
-
-    def __enter__(self):
-        self.before = logger.level, logger.propagate
-        logger.setLevel(self.lowest)
-        logger.propagate = False
-        logger.addHandler(self)
-        return self
-
-    def emit(self, record):  # whatever fails here ends the run: a reader may have closed stdout
-        text = record.getMessage()
-        if record.levelno < logging.WARNING:
-            print(text, flush=True)
-        else:
-            print(f"bgoptimizer: warning: {text}", file=sys.stderr)
-
-    def __exit__(self, *_):
-        logger.removeHandler(self)
-        level, logger.propagate = self.before
-        logger.setLevel(level)
-
-
-def _run(options: argparse.Namespace, settings: Settings, interrupts: _Interrupts) -> None:
-    """Do what the command line asks for."""
-    started = time.perf_counter()
-    with suppress(AttributeError):  # a notebook's stdout cannot do that, and there may be none
-        # File names may hold characters that the terminal's encoding does not have
-        sys.stdout.reconfigure(errors="backslashreplace")
-    if asks_for_many(options):
-        run_many(options, settings, interrupts)
-        return
-    task = _make_task(options, settings)
-    if options.preview:
-        preview_file(task)
-    else:
-        process_file(task, _watched_fit(settings.epochs, interrupts))
-    for path in _written_by(task):
-        logger.info(f"wrote {path}")
-    logger.info(f"{time.perf_counter() - started:.1f} s")
-    if task.place_for_figure == "window":
-        from matplotlib import pyplot
-        pyplot.show()  # waits until the window is closed
 
 
 @dataclass(frozen=True)
@@ -7199,6 +6717,81 @@ class Task:
         name = name.encode("utf-8", "replace").decode()
         return name.replace("$", r"\$")  # matplotlib would take it for a formula
 
+    @property
+    def written(self) -> list[str]:
+        """The paths of all that is written."""
+        figure = [self.figure] if self.place_for_figure == "file" else []
+        return [*self.outputs.values(), *figure]
+
+
+def _make_task(path: str, options: argparse.Namespace, settings: Settings,
+               place: str | None) -> Task:
+    """Return the task that does the picture at this path.
+
+    Nobody shall wait for what cannot be saved: a BgError is raised if a file is not there, or would
+    be overwritten.
+    """
+    given = [path] if options.mask is None else [path, options.mask]
+    _check_given(given)
+    name = options.format or picture_format(path) or "xisf"
+    ending = FORMATS[name].ending
+    start = os.path.join(options.output_path, picture_stem(path))
+    what = "bgSubtracted" if settings.correction == "subtract" else "bgDivided"
+    outputs = {}
+    if not options.preview:
+        outputs["model"] = f"{start}_bgModel{ending}"
+        outputs["subtracted"] = f"{start}_{what}{ending}"
+    if options.save_mask:
+        outputs["mask"] = f"{start}_mask{ending}"
+    if options.animate:
+        outputs["animation"] = f"{start}_optimization.gif"
+    figure = f"{start}_preview.png" if options.preview else f"{start}_figures.png"
+    for output in [*outputs.values(), figure]:
+        _check_output(output, given)
+    return Task(path, options.mask, settings, outputs, figure, place, name, options.compress)
+
+
+def _check_given(paths: list[str]) -> None:
+    """Refuse paths to read that are no files."""
+    for path in paths:
+        if not os.path.exists(path):
+            raise BgError(f"{path or 'a file without a name'} does not exist; check the name")
+        if os.path.isdir(path):
+            raise BgError(f"{path} is a folder; name an XISF, FITS or TIFF file in it")
+
+
+def _check_output(path: str, kept: list[str]) -> None:
+    """Refuse a path to write that is a folder, or one of the files to keep."""
+    if os.path.isdir(path):
+        raise BgError(f"{path} is a folder, and a file of that name is to be written; "
+                      "choose another output folder")
+    if any(_is_same(path, other) for other in kept):
+        raise BgError(f"{path} would be overwritten, and you gave it to read; "
+                      "choose another output folder")
+
+
+def _is_same(path: str, other: str | None) -> bool:
+    """Tell whether two paths, or none, lead to one file."""
+    there = other is not None and os.path.exists(path) and os.path.exists(other)
+    return there and os.path.samefile(path, other)
+
+
+def _check_folder(options: argparse.Namespace) -> None:
+    """Make the folder for the outputs, if anything may be written."""
+    folder = options.output_path
+    if options.preview and options.figures in ("show", "none"):
+        return
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except FileExistsError:
+        raise BgError(f"{folder} is a file, not a folder; name a folder for the outputs") from None
+    except OSError as error:
+        raise BgError(f"cannot write to {folder}: {error.strerror}; "
+                      "choose another folder") from None
+    except ValueError:  # a NUL, or what this system's names cannot hold
+        raise BgError(f"{folder!r} holds a character that no name of a folder can have; "
+                      "choose another folder") from None
+
 
 def process_file(task: Task, watched: ContextManager = nullcontext()) -> Result:
     """Take the sky out of one picture, from file to files.
@@ -7212,14 +6805,12 @@ def process_file(task: Task, watched: ContextManager = nullcontext()) -> Result:
     """
     with atomic_outputs(*task.outputs.values()) as files:
         picture = _read_input(task)
-        _check_disk(task, picture.planes)
-        _check_memory(picture.planes)
+        _check_room(task, picture.planes)
         _start_importing()
         mask = _read_mask(task.mask_file)
         result = remove_sky(picture.planes, task.settings, mask, picture.unit, watched)
         _write_outputs(task, picture, result, files)
-    draw = functools.partial(draw_figures, result=result, title=task.title)
-    _put_figure(task, draw)
+    _put_figure(task, draw_figures, result=result)
     return result
 
 
@@ -7228,15 +6819,119 @@ def preview_file(task: Task) -> None:
     picture = _read_input(task)
     mask = _read_mask(task.mask_file)
     prepared, settings = examine(picture.planes, task.settings, mask)
-    draw = functools.partial(
-        draw_preview, prepared=prepared, settings=settings, title=task.title)
-    _put_figure(task, draw)
+    _put_figure(task, draw_preview, prepared=prepared, settings=settings)
 
 
-def _put_figure(task: Task, draw: Callable) -> None:
-    """Draw a figure where the task wants it."""
+def _put_figure(task: Task, draw: Callable, **what) -> None:
+    """Draw a figure of something where the task wants it."""
     if task.place_for_figure is not None:
+        draw = functools.partial(draw, title=task.title, **what)
         put_picture(draw, task.place_for_figure, task.figure)
+
+
+def _read_input(task: Task) -> Picture:
+    """Read the picture of a task, and log what it is."""
+    picture = _read(task.input_file)
+    count, height, width = picture.planes.shape
+    colors = "gray" if count == 1 else "RGB"
+    line = f"{task.input_file}: {width} x {height}, {colors}, {picture.planes.dtype}"
+    if picture.note:
+        line += f"; {picture.note}"
+    logger.info(line)
+    lone = keep_dark_samples(picture.planes)
+    if lone:
+        logger.info(f"{lone} lone samples of 0 are taken for dark sky, not for missing data")
+    return picture
+
+
+def _read(path: str) -> Picture:
+    """Read a picture, and warn of what its file has or loses."""
+    picture = read_picture(path)
+    for text in picture.warnings:
+        logger.warning(f"{path} {text}")
+    return picture
+
+
+def _read_mask(path):
+    """Return the weights that a mask file gives, (c, h, w); None without a file."""
+    if path is None:
+        return None
+    picture = read_mask(path)
+    for text in picture.warnings:
+        logger.warning(f"{path} {text}")
+    return picture.planes
+
+
+def _check_room(task: Task, planes: np.ndarray) -> None:
+    """Refuse if the outputs do not fit on the disk, and warn if the work may not fit into memory.
+
+    A system that is short of memory ends the run without a word.
+    """
+    folder = os.path.dirname(task.outputs["model"]) or "."
+    needed = len(task.outputs) * planes.nbytes  # an animation is smaller than that
+    free = shutil.disk_usage(folder).free
+    if free < needed and not task.compress:  # nobody knows how large those will be
+        raise BgError(f"{folder} has {free / 1e6:.3g} MB free and the outputs need "
+                      f"{needed / 1e6:.3g} MB; free space, choose another folder, "
+                      "or try --compress")
+    count = PLANES_TO_COMPRESS if task.compress else PLANES_TO_WRITE
+    needed = TENSORFLOW_BYTES + count * planes[0].nbytes
+    free = _free_memory()
+    if free < needed:
+        logger.warning(f"about {needed / 1e9:.1f} GB more memory is needed and "
+                       f"{free / 1e9:.1f} GB are free; if the run dies, close other programs, "
+                       "or crop the picture or split its channels")
+
+
+def _free_memory() -> float:
+    """Return the bytes that this process may still fill, as Linux tells it; elsewhere infinity."""
+    free = [math.inf]
+    with suppress(ImportError, OSError):  # another system, or one that hides this
+        import resource
+        limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+        pages = Path("/proc/self/statm").read_text().split()
+        mapped, filled = [int(number) * resource.getpagesize() for number in pages[:2]]
+        if limit != resource.RLIM_INFINITY:
+            free.append(limit - mapped - TENSORFLOW_MAPS)
+        for path in MEMORY_LIMITS:
+            with suppress(OSError, ValueError):  # no such container, or "max"
+                free.append(int(Path(path).read_text()) - filled)
+        available = re.search(r"MemAvailable: *(\d+) kB", Path("/proc/meminfo").read_text())
+        if available:
+            free.append(1024 * int(available[1]))
+    return max(0, min(free))
+
+
+@functools.lru_cache(maxsize=None)  # so that only the first call does anything
+def _start_importing() -> None:
+    """Import TensorFlow beside stretching and reducing.
+
+    Who needs it waits for this import, or sees it fail again.
+    """
+    ours = sys.stderr is sys.__stderr__  # else somebody has replaced it
+    if ours and sys.stderr is not None:
+        # Keep our stderr on a descriptor of its own: descriptor 2 is silenced below
+        own = os.dup(2)
+        sys.stderr = open(own, "w", buffering=1, encoding=sys.stderr.encoding,
+                          errors="backslashreplace")
+    threading.Thread(target=_import_silently, daemon=True).start()
+
+
+def _import_silently() -> None:
+    """Import TensorFlow and do its first operation, with stderr led to nowhere.
+
+    Both print a page of log lines from C++, and no setting silences all of them.
+    """
+    with suppress(Exception):  # there is no stderr, no TensorFlow, or a GPU that does not start
+        kept = os.dup(2)
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, 2)
+        try:
+            import_tensorflow().zeros(1)
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+            os.close(nowhere)
 
 
 def _write_outputs(task: Task, picture: Picture, result: Result, opened: list) -> None:
@@ -7293,17 +6988,6 @@ def _versions() -> list[str]:
     return lines
 
 
-@contextmanager
-def _watched_fit(epochs: int, interrupts: _Interrupts) -> Iterator[Callable[[int, float], None]]:
-    """Show how a fit goes on, and end it cleanly after Ctrl-C; yields what `on_epoch` is."""
-    with _interruptible_fit(interrupts) as check, _progress(epochs) as show:
-        def on_epoch(epoch, loss):
-            check(epoch, loss)
-            show(epoch, loss)
-
-        yield on_epoch
-
-
 class _Interrupts:
     """Ctrl-C, or another wish to end the run, that cannot get lost.
 
@@ -7317,15 +7001,13 @@ class _Interrupts:
         self.before = {}
 
     def __enter__(self):
-        if threading.current_thread() is not threading.main_thread():  # signals reach no other
-            return self
-        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-            number = getattr(signal, name, None)  # Windows has no HUP
-            # `nohup` has a command ignore HUP
-            before = None if number is None else signal.getsignal(number)
-            if before not in (None, signal.SIG_IGN):
-                self.before[number] = before
-                signal.signal(number, self._listen)
+        names = "SIGINT", "SIGTERM", "SIGHUP"
+        for number in [getattr(signal, name) for name in names if hasattr(signal, name)]:
+            before = signal.getsignal(number)
+            if before not in (None, signal.SIG_IGN):  # `nohup` has a command ignore HUP
+                with suppress(ValueError):  # signals reach the main thread only
+                    signal.signal(number, self._listen)
+                    self.before[number] = before
         return self
 
     def _listen(self, number, _):
@@ -7343,68 +7025,700 @@ class _Interrupts:
             signal.signal(number, handler)
 
 
-def _make_task(options: argparse.Namespace, settings: Settings) -> Task:
-    """Turn options into a task, and try all of its paths that may fail.
+@contextmanager
+def _watched_fit(epochs: int, interrupts: _Interrupts) -> Iterator[Callable[[int, float], None]]:
+    """Show how a fit goes on, and end it cleanly after Ctrl-C; yields what `on_epoch` is.
 
-    So nobody waits for what cannot be saved.
+    On a terminal a bar moves. Elsewhere every 100th epoch is told.
     """
-    given = [options.input_file]
+    with _bar(epochs, "epoch") as bar:
+        def on_epoch(epoch, loss):
+            interrupts.check()
+            bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
+            bar.update()
+            if bar.disable and epoch % 100 == 0:
+                logger.info(f"epoch {epoch:4d}  loss {loss:.4f}")
+
+        interrupts.check()
+        interrupts.patient = True
+        try:
+            yield on_epoch
+        finally:
+            interrupts.patient = False
+        interrupts.check()
+
+
+def _bar(total: int, unit: str):
+    """Return a bar of tqdm, which shows nothing but on a terminal, and only if we may talk."""
+    from tqdm import tqdm
+    terminal = sys.stderr is not None and sys.stderr.isatty()  # None if the caller has closed it
+    shown = terminal and logger.isEnabledFor(logging.INFO)
+    return tqdm(total=total, unit=unit, leave=False, disable=not shown)
+
+
+@contextmanager
+def _logging_to(*handlers: logging.Handler) -> Iterator[None]:
+    """Let only these handlers hear what is logged, from the level of the first."""
+    before = logger.handlers[:], logger.propagate, logger.level
+    logger.handlers[:] = handlers
+    logger.propagate = False
+    logger.setLevel(handlers[0].level)
+    try:
+        yield
+    finally:
+        logger.handlers[:], logger.propagate, level = before
+        logger.setLevel(level)
+
+
+def _told(error: Exception) -> str:
+    """Return one sentence on what went wrong."""
+    if isinstance(error, BgError):
+        return " ".join(str(error).split())
+    if isinstance(error, MemoryError):
+        return ("there is not enough memory; "
+                "close other programs, crop the picture, or split its channels")
+    if isinstance(error, OSError):
+        name = error.filename or "a file"
+        reason = error.strerror or error
+        return f"{name}: {reason}; check the path, the disk, your rights"
+    if isinstance(error, ImportError):
+        return (f"{error.name} cannot be imported; "
+                "install it with: python -m pip install -r requirements.txt")
+    reason = " ".join(str(error).split())
+    return (f"unexpected {type(error).__name__}: {reason[:300]}; "
+            "this is a bug, please report it with your command")
+
+
+# --------------------------------------------------------------------------------------------------
+# Many pictures
+#
+# They are done one by one in this process, or by workers of Dask, which hands what a dead worker
+# was at to another one. To workers goes plain data: it means the same to a script and to a module.
+# --------------------------------------------------------------------------------------------------
+
+REPORT_NAME = "bgoptimizer_report.csv"
+DONE, WARNED, FAILED, SKIPPED = "done", "warned", "failed", "skipped"
+
+OWN_OUTPUTS = ("_bgModel", "_bgSubtracted", "_bgDivided", "_mask")
+"""How names of pictures end that this tool has written. They are nothing to work on."""
+
+COPIES_IN_MEMORY = 4
+"""A worker needs about so many times the size of a picture's file, if that is neither compressed
+nor of 8 bits: 16-bit samples become 32-bit, and some planes are there twice."""
+
+LOOPBACK = "127.0.0.1"
+"""The address that only this machine can reach."""
+
+PATIENCE_WITH_SCHEDULER = 15
+"""Seconds until a scheduler that does not answer is taken for absent."""
+
+WORKER_ENVIRONMENT = {**ONE_THREAD, "OMP_NUM_THREADS": "1", "TF_NUM_INTEROP_THREADS": "1"}
+"""There may be as many workers as cores, so threads would only get in the way. This stands in place
+of Dask's own, which lets malloc give back all memory at once: then every array is paid for again,
+page by page, which costs a worker a third of its time."""
+
+INSTALL_DASK = 'python -m pip install "dask[distributed]"'
+
+
+class Outcome(NamedTuple):
+    """What came of one picture: a row of the report, as text."""
+
+    file: str
+    outcome: str  # DONE, WARNED, FAILED, or SKIPPED
+    sky_share: str = ""
+    smoothing: str = ""
+    gradient_before: str = ""
+    gradient_after: str = ""
+    confidence: str = ""  # sure, unsure and why, or unknown
+    clipped: str = ""  # share of the samples
+    seconds: str = ""
+    message: str = ""  # the warnings, or why it failed
+
+
+def find_pictures(where: str | Sequence[str], mask: str | None = None) -> list[str]:
+    """Return the paths of pictures, by name.
+
+    Args:
+        where: a picture; or a folder, a pattern, or several of all these. Of them, hidden files,
+            what this tool has written, and the mask are left out, and what has another name than
+            pictures have.
+        mask: path of the mask, or None.
+
+    Raises:
+        BgError: there are none.
+    """
+    named = [where] if isinstance(where, str) else list(where)
+    if not _names_many(named):
+        _check_given(named)
+        return named
+    pictures, own, others = [], [], []
+    for path in sorted({path for name in named for path in _files_at(name)}):
+        if os.path.isdir(path) or _is_same(path, mask):
+            continue
+        if not PICTURE_ENDINGS.search(os.path.basename(path)):
+            others.append(path)
+        elif picture_stem(path).endswith(OWN_OUTPUTS):
+            own.append(path)
+        else:
+            pictures.append(path)
+    _tell_left_out(own, "what this tool writes is named so")
+    _tell_left_out(others, "no picture is named so")
+    if not pictures:
+        raise BgError(f"{', '.join(named[:3])} holds no XISF, FITS or TIFF pictures to work on; "
+                      "check the name of the folder, or the pattern")
+    return pictures
+
+
+def _names_many(named: Sequence[str]) -> bool:
+    """Tell a folder, a pattern, or several names from the name of one picture."""
+    return len(named) > 1 or os.path.isdir(named[0]) or _is_pattern(named[0])
+
+
+def _is_pattern(name: str) -> bool:
+    """Tell a pattern from a file that has brackets or stars in its name."""
+    return glob.has_magic(name) and not os.path.exists(name)
+
+
+def _files_at(name: str) -> list[str]:
+    """Return what is in a folder or fits a pattern, but for hidden files; or a path that exists."""
+    folder, pattern = os.path.split(name)
+    if os.path.isdir(name):
+        name = os.path.join(glob.escape(name), "*")
+    elif not _is_pattern(name):
+        _check_given([name])
+        return [name]
+    elif os.path.isdir(folder):  # its name may hold brackets
+        name = os.path.join(glob.escape(folder), pattern)
+    return glob.glob(name, recursive=True)
+
+
+def _tell_left_out(paths: list[str], why: str) -> None:
+    """Log which files are not worked on: they may be somebody's pictures all the same."""
+    more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
+    if paths:
+        logger.info(f"left out: {', '.join(paths[:3])}{more}; {why}")
+
+
+def run_many(options: argparse.Namespace, settings: Settings, interrupts: _Interrupts) -> None:
+    """Do all pictures that the command line names, and write the report.
+
+    Raises:
+        BgError: nothing can be done at all, or some of the pictures failed.
+    """
+    started = time.perf_counter()
+    pictures = find_pictures(options.input_file, options.mask)
+    if options.preview:
+        raise BgError(f"--preview shows one picture; name it, such as {pictures[0]}")
+    if options.figures == "show":
+        raise BgError("--figures show is for one picture; use --figures save")
     if options.mask is not None:
-        given.append(options.mask)
-    _check_given(given)
+        _check_given([options.mask])
+        _read_mask(options.mask)  # so that a bad one is told once
     _check_folder(options)
-    name = options.format or picture_format(options.input_file) or "xisf"
-    start = os.path.join(options.output_path, picture_stem(options.input_file))
-    ending = FORMATS[name].ending
-    outputs = {}
-    figure = f"{start}_preview.png"
-    if not options.preview:
-        figure = f"{start}_figures.png"
-        what = "bgSubtracted" if settings.correction == "subtract" else "bgDivided"
-        outputs["model"] = f"{start}_bgModel{ending}"
-        outputs["subtracted"] = f"{start}_{what}{ending}"
-    if options.save_mask:
-        outputs["mask"] = f"{start}_mask{ending}"
-    if options.animate:
-        outputs["animation"] = f"{start}_optimization.gif"
-    for path in filter(os.path.exists, [*outputs.values(), figure]):
-        for kept in given:
-            if os.path.samefile(path, kept):
-                raise BgError(f"{path} would be overwritten, and you gave it to read; "
-                              "choose another output folder")
-        if os.path.isdir(path):
-            raise BgError(f"{path} is a folder, and a file of that name is to be written; "
-                          "choose another output folder")
-    place = _place_for_figure(options)
-    return Task(options.input_file, options.mask, settings, outputs, figure, place, name,
-                options.compress)
+    path = os.path.join(options.output_path, REPORT_NAME)
+    _check_output(path, pictures)
+    with _report(path) as report:
+        to_do, settled = _plan(pictures, options, settings, path)
+        with _dask_client(options, to_do) as client, _bar(len(pictures), "picture") as bar:
+            if client is None:
+                results = (_try_picture(task, interrupts) for task in to_do)
+            else:
+                results = _by_workers(to_do, client)
+            for outcome in itertools.chain(settled, results):
+                report[outcome.file] = outcome
+                _tell(outcome, bar)
+    _sum_up(report.values(), len(to_do), time.perf_counter() - started, path)
 
 
-def _check_given(paths: list[str]) -> None:
-    """Refuse paths to read that are no files."""
-    for path in paths:
-        if not os.path.exists(path):
-            raise BgError(f"{path or 'a file without a name'} does not exist; check the name")
-        if os.path.isdir(path):
-            raise BgError(f"{path} is a folder; name an XISF, FITS or TIFF file in it")
+@contextmanager
+def _report(path: str) -> Iterator[dict[str, Outcome]]:
+    """Yield the outcomes by file, to be filled, and write them as a table in CSV.
+
+    They are also written if the run is interrupted, unless there are none. Until then no other run
+    can write this report, so no two runs work on one folder.
+    """
+    outcomes = {}
+    stopped = None
+    with atomic_outputs(path) as (file,):
+        try:
+            yield outcomes
+        except BaseException as error:  # an interrupted night has a report, too
+            stopped = error
+            if not outcomes:
+                raise
+        text = io.StringIO(newline="")
+        writer = csv.writer(text)
+        writer.writerow(Outcome._fields)
+        writer.writerows(outcomes[name] for name in sorted(outcomes))
+        file.write(text.getvalue().encode("utf-8", "surrogateescape"))
+    if stopped is not None:
+        raise stopped
 
 
-def _check_folder(options: argparse.Namespace) -> None:
-    """Make the folder for the outputs if anything may be written, and refuse it if it is none."""
-    folder = options.output_path
-    if os.path.exists(folder) and not os.path.isdir(folder):
-        raise BgError(f"{folder} is a file, not a folder; name a folder for the outputs")
-    never_written = options.preview and options.figures in ("show", "none")
-    if never_written and not os.path.isdir(folder):
+def read_report(path: str) -> dict[str, Outcome]:
+    """Return the outcomes of a report by file; none if there is no report, or not one of ours."""
+    if not os.path.isfile(path):
+        return {}
+    with open(path, encoding="utf-8", errors="surrogateescape", newline="") as file:
+        table = csv.DictReader(file)
+        if tuple(table.fieldnames or ()) != Outcome._fields:
+            return {}
+        rows = [Outcome(**row) for row in table if None not in row]
+    return {row.file: row for row in rows}
+
+
+def _plan(pictures: list[str], options: argparse.Namespace, settings: Settings,
+          report: str) -> tuple[list[Task], list[Outcome]]:
+    """Return what there is to do, and the outcomes of what is done already or cannot start."""
+    known = read_report(report) if options.skip_done else {}
+    place = "file" if options.figures == "save" else None
+    to_do = []
+    settled = []
+    writers = {}  # path of an output -> its picture
+    for path in pictures:
+        try:
+            task = _make_task(path, options, settings, place)
+            for output in task.written:
+                other = writers.setdefault(os.path.normcase(output), path)
+                if other != path:
+                    raise BgError(f"{path} and {other} would both write {output}; "
+                                  "rename one of them, or do it alone into another folder")
+        except Exception as error:
+            settled.append(Outcome(path, FAILED, message=_told(error)))
+            continue
+        if options.skip_done and _is_done(task):
+            settled.append(known.get(path, Outcome(path, SKIPPED))._replace(outcome=SKIPPED))
+        else:
+            to_do.append(task)
+    return to_do, settled
+
+
+def _is_done(task: Task) -> bool:
+    """Tell whether all outputs are there and newer than the picture."""
+    made = os.stat(task.input_file).st_mtime_ns
+    return all(os.path.exists(path) and os.stat(path).st_mtime_ns > made for path in task.written)
+
+
+def _tell(outcome: Outcome, bar) -> None:
+    """Move the bar; what failed or was warned of is told in a line, and without a bar all is."""
+    bar.set_postfix_str(os.path.basename(outcome.file), refresh=False)
+    bar.update()
+    message = outcome.message
+    if not message.startswith(outcome.file):
+        message = f"{outcome.file}: {message}"
+    with bar.external_write_mode():
+        if outcome.outcome == FAILED:
+            logger.warning(f"failed: {message}")
+        elif outcome.outcome == WARNED:
+            logger.warning(message)
+        elif outcome.outcome == DONE and bar.disable:
+            logger.info(f"{outcome.file}: done, {outcome.seconds} s")
+
+
+def _sum_up(rows: Iterable[Outcome], tried: int, seconds: float, report: str) -> None:
+    """Log what came of all pictures; raises BgError if some failed."""
+    numbers = Counter(row.outcome for row in rows)
+    total = sum(numbers.values())
+    noun = "picture" if total == 1 else "pictures"
+    kinds = [kind for kind in (DONE, WARNED, FAILED, SKIPPED) if numbers[kind]]
+    parts = [f"{numbers[kind]} {kind}" for kind in kinds]
+    line = f"{total} {noun}: {', '.join(parts)}"
+    if tried:
+        line += f"; {seconds / tried:.1f} s a picture, {seconds:.1f} s in all"
+    logger.info(f"{line}; wrote {report}")
+    if numbers[FAILED]:
+        raise BgError(f"{numbers[FAILED]} of {total} {noun} failed; {report} says why")
+
+
+def _try_picture(task: Task, interrupts: _Interrupts) -> Outcome:
+    """Do one picture, whatever may happen; nothing is printed."""
+    started = time.perf_counter()
+    watched = _watched_fit(task.settings.epochs, interrupts)
+    warned = []
+    listener = logging.Handler(logging.WARNING)
+    listener.emit = lambda record: warned.append(record.getMessage())
+    try:
+        with _logging_to(listener):
+            result = process_file(task, watched)
+        outcome = _outcome(task, result, warned)
+    except Exception as error:
+        outcome = Outcome(task.input_file, FAILED, message=_told(error))
+    return outcome._replace(seconds=f"{time.perf_counter() - started:.2f}")
+
+
+def _outcome(task: Task, result: Result, warned: list[str]) -> Outcome:
+    """Put a result into the words and digits of a row."""
+    sky = result.prepared.sky
+    confidence = "unknown"
+    if sky is not None:
+        confidence = f"unsure: {sky.unsure}" if sky.unsure else "sure"
+    numbers = {
+        "sky_share": math.nan if sky is None else sky.share,
+        "smoothing": result.settings.smoothing,
+        "gradient_before": result.gradient_before,
+        "gradient_after": result.gradient_after,
+        "clipped": result.clipped,
+    }
+    digits = {
+        name: "" if math.isnan(number) else f"{number:.5g}" for name, number in numbers.items()}
+    return Outcome(
+        task.input_file, WARNED if warned else DONE, confidence=confidence,
+        message=" | ".join(warned), **digits)
+
+
+# Many pictures: workers
+
+_one_at_a_time = threading.Lock()
+
+
+def do_picture(given: dict, folder: str) -> tuple:
+    """Do one picture on a worker.
+
+    A worker may have several threads. TensorFlow, the log, and memory are one for all of them.
+
+    Args:
+        given: the fields of a `Task`, and in it those of `Settings`.
+        folder: the one that its paths start from.
+
+    Returns:
+        The fields of an `Outcome`.
+    """
+    with _one_at_a_time:
+        os.chdir(folder)
+        task = Task(**{**given, "settings": Settings(**given["settings"])})
+        return tuple(_try_picture(task, _Interrupts()))
+
+
+def _by_workers(to_do: list[Task], client) -> Iterator[Outcome]:
+    """Do the pictures on the workers of a Dask client, in the order in which they are ready.
+
+    Raises:
+        BgError: the scheduler has ended.
+    """
+    from distributed import as_completed
+    from distributed.comm import CommClosedError
+    work = _as_module().do_picture
+    folder = os.getcwd()
+    paths = {}
+    for task in to_do:
+        future = client.submit(work, asdict(task), folder, pure=False)
+        paths[future] = task.input_file
+    for number, future in enumerate(as_completed(paths)):
+        try:
+            outcome = Outcome(*future.result())
+        except (CancelledError, CommClosedError):
+            raise BgError(f"the Dask scheduler has ended, after {number} of {len(to_do)} pictures; "
+                          "start it again, and go on with --skip-done") from None
+        except Exception as error:  # a picture that has killed one worker after the other
+            message = f"it could not be done by any worker ({type(error).__name__}); try it alone"
+            outcome = Outcome(paths[future], FAILED, message=message)
+        yield outcome
+
+
+def _as_module():
+    """Return this script as a module, also where it is run as a script.
+
+    Python hands a function of a module over by its name, and one of a script with all it uses.
+    """
+    name, _ = os.path.splitext(os.path.basename(__file__))
+    return importlib.import_module(name if __name__ == "__main__" else __name__)
+
+
+@contextmanager
+def _dask_client(options: argparse.Namespace, to_do: list[Task]) -> Iterator:
+    """Yield a client of a Dask scheduler whose workers have this script; None if none is needed.
+
+    Raises:
+        BgError: Dask is not installed, the workers do not start, or no scheduler answers.
+    """
+    count = _jobs_that_fit(options.jobs or 1, [task.input_file for task in to_do])
+    if not to_do or (options.dask is None and count == 1):
+        yield None
         return
     try:
-        os.makedirs(folder, exist_ok=True)
-    except OSError as error:
-        raise BgError(f"cannot write to {folder}: {error.strerror}; "
-                      "choose another folder") from None
-    except ValueError:  # a NUL, or what this system's names cannot hold
-        raise BgError(f"{folder!r} holds a character that no name of a folder can have; "
-                      "choose another folder") from None
+        import dask
+        import distributed
+    except ImportError:
+        flag = "--jobs" if options.dask is None else "--dask"
+        raise BgError(f"{flag} needs Dask; install it with: {INSTALL_DASK}") from None
+    for name in ("distributed", "distributed.client"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # we say what matters
+    environment = {"distributed.nanny.pre-spawn-environ": WORKER_ENVIRONMENT}
+    with tempfile.TemporaryDirectory() as scratch, \
+            dask.config.set({"temporary-directory": scratch, **environment}), \
+            _connect(distributed, options.dask, count) as client:
+        yield client
+
+
+def _connect(distributed, address: str | None, count: int):
+    """Return a client of the scheduler at an address, or of `count` workers of our own.
+
+    Nobody but this machine can talk to our own, and their dashboard.
+    """
+    try:
+        if address is not None:
+            client = distributed.Client(address, timeout=PATIENCE_WITH_SCHEDULER)
+            client.upload_file(_as_module().__file__)  # also to workers that come later
+        else:
+            with _ctrl_c_held_back():
+                client = distributed.Client(
+                    n_workers=count, threads_per_worker=1, memory_limit=None, host=LOOPBACK,
+                    dashboard_address=f"{LOOPBACK}:0", silence_logs=logging.CRITICAL)
+    except (OSError, RuntimeError, TimeoutError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        if address is None:
+            raise BgError(f"the workers of --jobs do not start ({reason}); "
+                          "try again, or leave it out") from None
+        raise BgError(f"no Dask scheduler answers at {address} ({reason}); "
+                      "start one with: dask scheduler --host ADDRESS") from None
+    if not client.scheduler_info()["workers"]:
+        logger.warning(f"the scheduler at {address} has no workers yet; waiting for them "
+                       f"(start one with: dask worker --nthreads 1 {address})")
+    return client
+
+
+@contextmanager
+def _ctrl_c_held_back() -> Iterator[None]:
+    """Let Ctrl-C wait, and hide it from the processes that are started meanwhile.
+
+    A terminal sends it to them, too, but it is for this process to end them.
+    """
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    # Python starts this helper with the first process, and would let Ctrl-C in again
+    from multiprocessing import resource_tracker
+    resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _jobs_that_fit(jobs: int, pictures: list[str]) -> int:
+    """Return how many of the wanted workers there is work and memory for."""
+    jobs = min(jobs, len(pictures))
+    largest = max(map(os.path.getsize, pictures), default=0)
+    needed = TENSORFLOW_BYTES + COPIES_IN_MEMORY * largest
+    free = _free_memory()
+    if jobs * needed <= free:
+        return jobs
+    room = max(1, int(free / needed))
+    if room < jobs:
+        logger.warning(f"there is memory for {room} of {jobs} jobs "
+                       f"({free / 1e9:.1f} GB are free, and each needs {needed / 1e9:.1f} GB)")
+    return room
+
+
+# --------------------------------------------------------------------------------------------------
+# Command line
+# --------------------------------------------------------------------------------------------------
+
+class _Parser(argparse.ArgumentParser):
+    """An argument parser that says what is wrong in one line."""
+
+    def error(self, message):
+        self.exit(2, f"bgoptimizer: error: {message}; see --help\n")
+
+
+def _number_or_auto(text: str) -> float | None:
+    """Read what --smoothing takes; None stands for auto."""
+    if text == "auto":
+        return None
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither auto nor a number") from None
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Build the parser of the command line; every default is the one of `Settings`."""
+    purpose, heading, examples = (__doc__ or "").partition("examples:")
+    parser = _Parser(
+        prog="bgoptimizer.py", description=purpose, epilog=heading + examples, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("input_file", nargs="+",
+        help="linear XISF, FITS or TIFF picture, gray or RGB; or several, a folder of them, or a "
+             'pattern such as "lights/*.fit"')
+    add("output_path", nargs="?", default=".",
+        help="folder for what is written; made if missing (default: .)")
+    add("-c", "--compress", action="store_true",
+        help="compress the outputs without loss: lz4hc with byte shuffling, in FITS GZIP_2, in "
+             "TIFF deflate (default: off)")
+    add("-dx", "--downscaling-factor", type=int,
+        help="side of the blocks of pixels that the fit sees as one pixel (default: %(default)s)")
+    add("-df", "--downscaling-func", choices=("median", "mean"), metavar="DOWNSCALING_FUNC",
+        help="what a block is reduced to, median or mean; the median drops small stars "
+             "(default: %(default)s)")
+    add("-dq", "--delinearization-quantile", type=float,
+        help="quantile of the picture that the stretch takes to 1; the fit does not see what is "
+             "brighter. A lower one stretches more; raise it if the preview shows blown out sky "
+             f"(default: {DEFAULT_QUANTILE}, with --auto {AUTO_QUANTILE})")
+    add("-p", "--preview", action="store_true",
+        help="show stretch, mask and histograms; fit nothing and write no model (default: off)")
+    add("-N", dest="points", metavar="N", type=int,
+        help="number of control points that the fit trains; --smoothing decides how stiff the "
+             f"surface is (default: {DEFAULT_POINTS}, with --auto {AUTO_POINTS})")
+    add("-O", dest="order", metavar="O", type=int, choices=(1, 2, 3, 4),
+        help="order of the spline, 1 to 4; 2 is a thin plate, 3 is cubic (default: %(default)s)")
+    add("-tm", "--threshold-min", type=float,
+        help="leave out what is darker than this in the stretched picture (default: %(default)s)")
+    add("-tM", "--threshold-max", type=float,
+        help="leave out what is brighter than this in the stretched picture; lower it to mask "
+             "objects (default: %(default)s)")
+    add("-m", "--mask",
+        help="mask in XISF, FITS or TIFF, as high and wide as the picture, with 1 channel or as "
+             "many: 1 = use, 0 = leave out, between = weight (default: none)")
+    add("-i", "--initializer", choices=("random", "grid"), metavar="INITIALIZER",
+        help="where the control points start, random or grid (default: %(default)s)")
+    add("-e", "--epochs", type=int,
+        help="most epochs; the fit stops earlier if nothing improves (default: %(default)s)")
+    add("-a", "--alpha", type=float,
+        help="weight of the penalties on a sky that is negative or brighter than the picture "
+             "(default: %(default)g)")
+    add("-B", dest="batch", metavar="B", type=int,
+        help=f"batch size: independent samples of {SAMPLE_CELLS} cells that the fit sees "
+             "(default: %(default)s)")
+    add("-lr", dest="learning_rate", metavar="LR", type=float,
+        help="learning rate at the start (default: %(default)s)")
+
+    add = parser.add_argument_group("more").add_argument
+    add("--auto", action="store_true",
+        help="find objects and leave them out; flags given by hand stay in force (default: off)")
+    add("--smoothing", type=_number_or_auto, metavar="{auto,NUMBER}",
+        help="stiffness of the surface: 10000 is a plane, 1000 a plane with a bowl, 0.001 follows "
+             "all that is smooth (default: auto, found from the picture)")
+    add("--correction", choices=("subtract", "divide"),
+        help="what is done with the sky: subtract it, or divide by it, against vignetting "
+             "(default: %(default)s)")
+    add("--format", choices=tuple(FORMATS),
+        help="format of the outputs (default: the one of the input)")
+    add("--seed", type=int,
+        help="seed of random numbers; one command gives one result (default: %(default)s)")
+    add("--save-mask", action="store_true",
+        help="also write <name>_mask.xisf, the mask in force, to edit and give back with -m "
+             "(default: off)")
+    add("--figures", choices=("auto", "show", "save", "none"), default="auto",
+        help="result figure or preview: show it in a window or notebook, save it as PNG, or "
+             "neither; auto shows it where it can, and saves the preview where it cannot "
+             "(default: %(default)s)")
+    add("--animate", action="store_true",
+        help="also write <name>_optimization.gif: how the surface settles (default: off)")
+    add("--skip-done", action="store_true",
+        help="leave out pictures whose outputs are there and newer than they are (default: off)")
+    add("--jobs", type=int, metavar="N",
+        help="do the pictures of a folder in N processes, as far as memory allows; needs Dask "
+             "(default: 1)")
+    add("--dask", metavar="ADDRESS",
+        help="do the pictures of a folder on the workers of the Dask scheduler at this address, "
+             "such as tcp://host:8786; they need to see the same files (default: none)")
+    add("--quiet", action="store_true", help="print warnings and errors only (default: off)")
+    add("--version", action="version", version=f"bgoptimizer {VERSION}")
+    parser.set_defaults(**vars(Settings()))
+    return parser
+
+
+def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Settings]:
+    """Return options and settings, or exit with code 2 and a sentence."""
+    parser = build_parser()
+    argv = sys.argv[1:] if argv is None else argv
+    for word in argv:
+        if word.startswith("-") and PICTURE_ENDINGS.search(word) and os.path.isfile(word):
+            parser.error(f"{word} is taken for a flag; write ./{word} for the file of that name")
+    options = parser.parse_intermixed_args(argv)
+    # A shell puts the names of all files in the place of lights/*.fit
+    *others, last = options.input_file
+    if others and PICTURE_ENDINGS.search(last) and not os.path.exists(last):
+        parser.error(f"{last} is no picture that is there, and outputs get names of their own; "
+                     "name a folder for them")
+    if others and not (PICTURE_ENDINGS.search(last) and os.path.isfile(last)):
+        options.input_file = others
+        options.output_path = last
+    for flag, given in (("--save-mask", options.save_mask), ("--animate", options.animate)):
+        if given and options.preview:
+            parser.error(f"--preview writes nothing but itself; leave it or {flag} out")
+    if options.jobs is not None and options.dask is not None:
+        parser.error("--jobs starts workers here and --dask uses those of a scheduler; "
+                     "leave one of them out")
+    if options.jobs is not None and options.jobs < 1:
+        parser.error("--jobs must be 1 or more")
+    try:
+        settings = Settings(**{item.name: getattr(options, item.name) for item in fields(Settings)})
+    except ValueError as error:
+        parser.error(str(error))
+    return options, settings
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code. Every failure is one line on stderr."""
+    interrupts = _Interrupts()
+    with suppress(AttributeError):  # a notebook's stdout cannot do that, and there may be none
+        # File names may hold characters that the terminal's encoding does not have
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        with interrupts, memory_errors():
+            options, settings = _parse(argv)
+            console = _Console(logging.WARNING if options.quiet else logging.INFO)
+            with _logging_to(console, *logger.handlers):
+                if _asks_for_many(options):
+                    run_many(options, settings, interrupts)
+                else:
+                    _run_one(options, settings, interrupts)
+        return 0
+    except SystemExit as stop:  # argparse has said why
+        return stop.code or 0
+    except KeyboardInterrupt:
+        return _fail("interrupted; what was not finished was not written",
+                     128 + (interrupts.asked or signal.SIGINT))
+    except BrokenPipeError:  # whoever read our lines has left
+        # Python flushes stdout at its end, and would complain once more
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        return _fail(_told(error))
+
+
+def _fail(message: str, code: int = 1) -> int:
+    print(f"bgoptimizer: error: {message}", file=sys.stderr)
+    return code
+
+
+class _Console(logging.Handler):
+    """Prints information on stdout and warnings on stderr, wherever these lead when it happens."""
+
+    def emit(self, record):  # whatever fails here ends the run: a reader may have closed stdout
+        text = record.getMessage()
+        if record.levelno < logging.WARNING:
+            print(text, flush=True)
+        else:
+            print(f"bgoptimizer: warning: {text}", file=sys.stderr)
+
+
+def _asks_for_many(options: argparse.Namespace) -> bool:
+    """Tell whether the command line names many pictures, or wants what is for many."""
+    for_many = options.jobs is not None or options.dask is not None or options.skip_done
+    return for_many or _names_many(options.input_file)
+
+
+def _run_one(options: argparse.Namespace, settings: Settings, interrupts: _Interrupts) -> None:
+    """Do one picture, and tell how it goes on."""
+    started = time.perf_counter()
+    place = _place_for_figure(options)
+    task = _make_task(*options.input_file, options, settings, place)
+    _check_folder(options)
+    if options.preview:
+        preview_file(task)
+    else:
+        process_file(task, _watched_fit(settings.epochs, interrupts))
+    for path in task.written:
+        logger.info(f"wrote {path}")
+    logger.info(f"{time.perf_counter() - started:.1f} s")
+    if place == "window":
+        from matplotlib import pyplot
+        pyplot.show()  # waits until the window is closed
 
 
 def _place_for_figure(options: argparse.Namespace) -> str | None:
@@ -7420,143 +7734,6 @@ def _place_for_figure(options: argparse.Namespace) -> str | None:
         raise BgError(
             "there is neither a notebook nor a window to show figures in; use --figures save")
     return "file" if options.preview else None
-
-
-@functools.lru_cache(maxsize=None)  # so that only the first call does anything
-def _start_importing() -> None:
-    """Import TensorFlow beside stretching and reducing.
-
-    Who needs it waits for this import, or sees it fail again.
-    """
-    ours = sys.stderr is sys.__stderr__  # else somebody has replaced it
-    if ours and sys.stderr is not None:
-        # Keep our stderr on a descriptor of its own: descriptor 2 is silenced below
-        own = os.dup(2)
-        sys.stderr = open(own, "w", buffering=1, encoding=sys.stderr.encoding,
-                          errors="backslashreplace")
-    threading.Thread(target=_import_silently, daemon=True).start()
-
-
-def _import_silently() -> None:
-    """Import TensorFlow and do its first operation, with stderr led to nowhere.
-
-    Both print a page of log lines from C++, and no setting silences all of them.
-    """
-    with suppress(Exception):  # there is no stderr, no TensorFlow, or a GPU that does not start
-        kept = os.dup(2)
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, 2)
-        try:
-            import_tensorflow().zeros(1)
-        finally:
-            os.dup2(kept, 2)
-            os.close(kept)
-            os.close(nowhere)
-
-
-def _read_input(task: Task) -> Picture:
-    """Read the picture of a task, and log what it is."""
-    picture = _read(task.input_file)
-    count, height, width = picture.planes.shape
-    colors = "gray" if count == 1 else "RGB"
-    line = f"{task.input_file}: {width} x {height}, {colors}, {picture.planes.dtype}"
-    if picture.note:
-        line += f"; {picture.note}"
-    logger.info(line)
-    lone = keep_dark_samples(picture.planes)
-    if lone:
-        logger.info(f"{lone} lone samples of 0 are taken for dark sky, not for missing data")
-    return picture
-
-
-def _read(path: str) -> Picture:
-    """Read a picture, and warn of what its file has or loses."""
-    picture = read_picture(path)
-    for text in picture.warnings:
-        logger.warning(f"{path} {text}")
-    return picture
-
-
-def _read_mask(path):
-    """Return the weights that a mask file gives, (c, h, w); None without a file."""
-    if path is None:
-        return None
-    picture = read_mask(path)
-    for text in picture.warnings:
-        logger.warning(f"{path} {text}")
-    return picture.planes
-
-
-def _check_disk(task: Task, planes: np.ndarray) -> None:
-    """Refuse if the outputs do not fit on the disk."""
-    if task.compress:  # nobody knows how large they will be
-        return
-    needed = len(task.outputs) * planes.nbytes  # an animation is smaller than that
-    folder = os.path.dirname(task.outputs["model"])
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise BgError(f"{folder} has {free / 1e6:.0f} MB free and the outputs need "
-                      f"{needed / 1e6:.0f} MB; free space, choose another folder, "
-                      "or try --compress")
-
-
-def _check_memory(planes: np.ndarray) -> None:
-    """Warn if the memory may not suffice: a system that is short of it ends the run silently."""
-    needed = TENSORFLOW_BYTES + 2 * planes[0].nbytes  # two planes while the outputs are written
-    free = _free_memory()
-    if free < needed:
-        logger.warning(f"about {needed / 1e9:.1f} GB more memory is needed and "
-                       f"{free / 1e9:.1f} GB are free; if the run dies, close other programs, "
-                       "or crop the picture or split its channels")
-
-
-def _free_memory() -> float:
-    """Return the bytes that this process may still fill, as Linux tells it; elsewhere infinity."""
-    try:
-        import resource
-        with open("/proc/meminfo") as file:
-            available = re.search(r"MemAvailable: *(\d+) kB", file.read())
-        with open("/proc/self/statm") as file:
-            pages = file.read().split()
-    except (ImportError, OSError):
-        return math.inf
-    page = resource.getpagesize()
-    mapped = int(pages[0]) * page
-    filled = int(pages[1]) * page
-    free = [math.inf]
-    if available:
-        free.append(1024 * int(available[1]))
-    for path in MEMORY_LIMITS:
-        with suppress(OSError, ValueError):  # no such container, or "max"
-            with open(path) as file:
-                limit = int(file.read())
-            free.append(limit - filled)
-    limit, _ = resource.getrlimit(resource.RLIMIT_AS)
-    if limit != resource.RLIM_INFINITY:
-        free.append(limit - mapped - TENSORFLOW_MAPS)
-    return max(0, min(free))
-
-
-@contextmanager
-def _progress(epochs: int) -> Iterator[Callable[[int, float], None]]:
-    """Yield a function to call after each epoch, with its number and its loss.
-
-    On a terminal it moves a bar. Elsewhere it says every 100th epoch.
-    """
-    terminal = sys.stderr is not None and sys.stderr.isatty()  # None if the caller has closed it
-    if not terminal or not logger.isEnabledFor(logging.INFO):
-        def say_epoch(epoch, loss):
-            if epoch % 100 == 0:
-                logger.info(f"epoch {epoch:4d}  loss {loss:.4f}")
-        yield say_epoch
-        return
-
-    from tqdm import tqdm
-    with tqdm(total=epochs, desc="fitting", unit="epoch", leave=False) as bar:
-        def move_bar(epoch, loss):
-            bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
-            bar.update()
-        yield move_bar
 
 
 if __name__ == "__main__":

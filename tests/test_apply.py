@@ -82,6 +82,7 @@ def test_strips_are_the_whole_and_the_whole_is_the_spline(shape):
 
 # ------------------------------------------------------------------------------ without the sky
 
+@pytest.mark.slow
 def test_a_nebula_under_a_mask_is_not_subtracted():
     image, sky = sloping_sky(128, 192)
     y, x = np.indices((128, 192))

@@ -14,7 +14,7 @@ import pytest
 from numpy.testing import assert_array_equal
 
 import bgoptimizer
-from runner import FAST, PAIR, SCRIPT, command, python, refused, run
+from runner import FAST, PAIR, SCRIPT, command, imports_script, python, refused, run
 from scenes import REAL, load, save, sloping_sky
 from xisf_files import rows
 
@@ -140,6 +140,16 @@ def test_tensorflow_is_not_imported_for(arguments, code, sky, folder):
     assert done.returncode == code, done.stderr
 
 
+@pytest.mark.parametrize("given, kept", [(None, "1"), ("7", "7")])
+def test_a_program_that_imports_the_script_keeps_its_own_number_of_threads(given, kept):
+    surroundings = imports_script()
+    surroundings.pop("OPENBLAS_NUM_THREADS", None)
+    if given is not None:
+        surroundings["OPENBLAS_NUM_THREADS"] = given
+    program = "import os, bgoptimizer; print(os.environ['OPENBLAS_NUM_THREADS'])"
+    assert python(program, env=surroundings).stdout == kept + "\n"
+
+
 def start(*arguments):
     """Start the command in a process of its own; what it prints is not held back."""
     return subprocess.Popen(
@@ -222,12 +232,29 @@ def test_a_closed_stderr_does_no_harm(small, folder):
     (["--unknown"], "--unknown"),
     (["-p", "--animate"], "--animate"),
     (["-p", "--save-mask"], "--save-mask"),
-    (["a", "b"], "b"),
 ])
 def test_wrong_usage_is_one_sentence_and_exit_2(arguments, word, sky, folder, capsys):
     assert run("sky.xisf", *arguments) == 2
     assert word in refused(capsys)
     assert os.listdir(folder) == ["sky.xisf"]
+
+
+def test_a_name_that_begins_like_a_flag_is_told_how_to_write(folder, capsys):
+    for name in ("-M31.xisf", "-m31.xisf"):
+        save(folder / name, sloping_sky()[0])
+        assert run(name) == 2
+        assert f"write ./{name}" in refused(capsys)
+
+
+def test_an_output_that_is_named_like_a_picture_is_wrong_usage(sky, folder, capsys):
+    assert run("sky.xisf", "corrected.xisf") == 2
+    assert "name a folder" in refused(capsys)
+    assert os.listdir(folder) == ["sky.xisf"]
+
+
+def test_flags_may_stand_between_the_names(sky, folder):
+    assert run("sky.xisf", "--figures", "save", "out", "-p") == 0
+    assert os.listdir("out") == ["sky_preview.png"]
 
 
 @pytest.mark.parametrize("arguments", [
@@ -364,7 +391,7 @@ def test_too_little_disk_is_said_before_the_fit(sky, folder, capsys, monkeypatch
     monkeypatch.setattr(bgoptimizer.shutil, "disk_usage", almost_full)
     monkeypatch.setattr(bgoptimizer, "fit_sky", None)
     assert run("sky.xisf", *FAST) == 1
-    assert "free" in refused(capsys)
+    assert "0.001 MB free" in refused(capsys)
 
 
 def test_a_failure_while_writing_leaves_nothing_behind(sky, folder, capsys, monkeypatch):
@@ -449,11 +476,12 @@ def gradients_told(capsys):
 
 def test_what_is_reported_of_a_picture_is_what_was_printed(sky, folder, capsys):
     options, settings = bgoptimizer._parse(["sky.xisf", "out", *FAST])
-    task = bgoptimizer._make_task(options, settings)
+    bgoptimizer._check_folder(options)
+    task = bgoptimizer._make_task("sky.xisf", options, settings, place=None)
     result = bgoptimizer.process_file(task)
     assert run("sky.xisf", "out", *FAST) == 0
     before, after = gradients_told(capsys)
-    row = bgoptimizer._outcome(result, [])
+    row = bgoptimizer._outcome(task, result, [])
     assert float(row.gradient_before) * 100 == pytest.approx(before, abs=0.06)
     assert float(row.gradient_after) * 100 == pytest.approx(after, abs=0.06)
     assert float(row.smoothing) == 1

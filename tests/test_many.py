@@ -1,9 +1,12 @@
 """Many pictures in one run: a folder, a pattern, and helpers beside this process."""
 import csv
+import glob
+import gzip
 import importlib.util
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -89,7 +92,6 @@ def test_a_folder_is_done_in_the_order_of_names_and_broken_files_do_not_stop_it(
         assert len(told) == failed
         if not failed:
             assert float(row["seconds"]) > 0 and float(row["clipped"]) >= 0 and row["smoothing"]
-    assert rows["a.xisf"]["confidence"] == "sure" and rows["e.xisf"]["confidence"] == "unknown"
     assert float(rows["a.xisf"]["gradient_before"]) > 10 * float(rows["a.xisf"]["gradient_after"])
     assert "8 pictures: " in said.out and "2 failed" in said.out and " s a picture" in said.out
     assert said.err.splitlines()[-1].startswith("bgoptimizer: error: 2 of 8 pictures failed; ")
@@ -128,12 +130,64 @@ def test_where_there_are_no_pictures_is_told_in_a_line(where, lights, capsys):
     assert not (lights.parent / "out").exists()
 
 
-def test_two_pictures_that_would_write_one_file_are_refused_before_the_first_starts(lights, capsys):
+def test_of_two_pictures_that_would_write_one_file_the_second_fails_and_the_rest_is_done(
+        lights, capsys):
     save_as(str(lights / "d.fits"), sloping_sky(48, 72)[0])
-    assert run("lights", "out", "--format", "xisf", *FAST) == 1
-    line = refused(capsys)
+    assert run("lights/[ad].*", "out", "--format", "xisf", *FAST) == 1
+    line, *_ = capsys.readouterr().err.splitlines()  # before the first is done
     assert "d.fits" in line and "d.xisf" in line and "d_bgModel.xisf" in line
-    assert os.listdir(lights.parent / "out") == []
+    outcomes = {name: row["outcome"] for name, row in rows_of(lights.parent / "out").items()}
+    assert outcomes == {"a.xisf": "done", "d.fits": "done", "d.xisf": "failed"}
+
+
+def test_names_that_a_shell_puts_in_the_place_of_a_pattern_are_taken(lights, capsys, monkeypatch):
+    names = ["lights/d.xisf", "lights/a.xisf", "lights/a_bgModel.xisf", "lights/notes.txt"]
+    assert run(*names, "out", *FAST, "--quiet") == 0
+    assert list(rows_of(lights.parent / "out")) == ["a.xisf", "d.xisf"]
+    monkeypatch.chdir(lights)
+    assert run("a.xisf", "d.xisf", *FAST, "--quiet") == 0
+    assert list(rows_of(lights)) == ["a.xisf", "d.xisf"]
+    assert run("a.xisf", "absent.xisf", "d.xisf") == 1
+    assert "absent.xisf does not exist" in refused(capsys)
+
+
+def test_a_folder_may_have_brackets_in_its_name(lights):
+    lights.rename(lights.parent / "lights [Ha]")
+    assert run("lights [[]Ha]/a.xisf", "out", *FAST, "--quiet") == 0
+    assert run("lights [Ha]/[ad].x*", "out", *FAST, "--quiet") == 0
+    assert list(rows_of(lights.parent / "out")) == ["a.xisf", "d.xisf"]
+
+
+def test_pictures_that_gzip_has_packed_are_found_in_folders(lights):
+    with open(lights / "b.fits", "rb") as file, gzip.open(lights / "z.fits.gz", "wb") as packed:
+        packed.write(file.read())
+    assert run("lights/[az].*", "out", *FAST, "--quiet") == 0
+    assert list(rows_of(lights.parent / "out")) == ["a.xisf", "z.fits.gz"]
+
+
+def test_what_a_folder_leaves_out_is_told(lights, capsys):
+    save(lights / "galaxy_mask.xisf", sloping_sky(48, 72)[0])
+    found = bgoptimizer.find_pictures("lights")
+    assert len(found) == 8
+    assert run("lights", "out", "--figures", "show") == 1
+    said = capsys.readouterr().out
+    assert "left out: lights/a_bgModel.xisf, lights/galaxy_mask.xisf; what this tool" in said
+    assert "left out: lights/notes.txt; no picture" in said and "hidden" not in said
+
+
+def test_a_report_that_cannot_be_written_is_told_before_the_first_picture(lights, capsys):
+    (lights.parent / "out" / "bgoptimizer_report.csv").mkdir(parents=True)
+    assert run("lights", "out", *FAST) == 1
+    assert "bgoptimizer_report.csv is a folder" in refused(capsys)
+    assert len(os.listdir(lights.parent / "out")) == 1
+
+
+def test_the_second_run_on_a_folder_is_refused_and_disturbs_nothing(lights, capsys):
+    (lights.parent / "out").mkdir()
+    with bgoptimizer.atomic_outputs("out/bgoptimizer_report.csv"):  # as the first one does
+        assert run("lights", "out", *FAST) == 1
+        assert "is writing out/bgoptimizer_report.csv; wait until it ends" in refused(capsys)
+    assert os.listdir(lights.parent / "out") == ["bgoptimizer_report.csv"]
 
 
 @pytest.mark.parametrize("flags, words", [
@@ -277,7 +331,7 @@ def test_what_a_killed_worker_was_at_is_done_by_another(lights):
     process = subprocess.Popen(
         [sys.executable, "-u", str(SCRIPT), "lights", "jobs", *flags, "--jobs", "2"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    process.stdout.readline()  # the first picture is done
+    wait_for_pictures(process, lights.parent / "jobs")
     workers = [int(pid) for pid in children(process.pid) if b"spawn_main" in command_line(pid)]
     assert len(workers) == 2
     os.kill(workers[0], signal.SIGKILL)
@@ -286,6 +340,13 @@ def test_what_a_killed_worker_was_at_is_done_by_another(lights):
     alone, together = lights.parent / "out", lights.parent / "jobs"
     assert_same_files(alone, together)
     assert without_seconds(rows_of(alone)) == without_seconds(rows_of(together))
+
+
+def wait_for_pictures(process, folder, count=1):
+    """Wait until so many pictures are written."""
+    while len(glob.glob(f"{folder}/*_bgSubtracted.*")) < count:
+        assert process.poll() is None
+        time.sleep(0.02)
 
 
 def children(pid):
@@ -322,6 +383,83 @@ if __name__ == "__main__":
     assert done.returncode == 1 and "2 of 8 pictures failed" in done.stderr, done.stderr
     assert command("lights", "out", *FAST).returncode == 1
     assert_same_files(lights.parent / "out", lights.parent / "dask")
+
+
+@needs_dask
+@pytest.mark.slow
+def test_jobs_listen_to_this_machine_only_and_leave_nothing_in_the_folder_of_temporaries(lights):
+    import psutil
+    temporary = lights.parent / "temporary"
+    temporary.mkdir()
+    process = subprocess.Popen(
+        [sys.executable, "-u", str(SCRIPT), "lights/[adf].xisf", "out", *FAST, "--jobs", "2"],
+        stdout=subprocess.PIPE,
+        env={**os.environ, "TMPDIR": str(temporary)},
+    )
+    wait_for_pictures(process, lights.parent / "out")
+    first = psutil.Process(process.pid)
+    listening = set()
+    for one in [first, *first.children(recursive=True)]:
+        ask = getattr(one, "net_connections", one.connections)
+        listening |= {place.laddr.ip for place in ask("inet") if place.status == "LISTEN"}
+    process.communicate()
+    assert process.returncode == 0
+    assert listening == {"127.0.0.1"}
+    assert os.listdir(temporary) == []
+
+
+@needs_dask
+@pytest.mark.slow
+def test_workers_that_die_at_their_start_are_told_in_a_line(lights):
+    program = """
+import sys, bgoptimizer
+bgoptimizer.WORKER_ENVIRONMENT["PYTHONHOME"] = "/absent"
+sys.exit(bgoptimizer.main(sys.argv[1:]))
+"""
+    done = python(program, "lights/[ad].xisf", "out", *FAST, "--jobs", "2")
+    assert done.returncode == 1
+    *_, line = done.stderr.splitlines()  # the workers complain, too, of this strange folder
+    assert line.startswith("bgoptimizer: error: the workers of --jobs do not start (")
+    assert os.listdir("out") == []
+
+
+def dask(*arguments):
+    """Start a scheduler, or a worker, as a process of its own."""
+    what, *rest = arguments
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    return subprocess.Popen(
+        [sys.executable, "-m", f"distributed.cli.dask_{what}", "--no-dashboard", *rest], **quiet)
+
+
+@needs_dask
+@pytest.mark.slow
+def test_a_scheduler_that_ends_in_the_middle_is_told_in_a_line_and_skip_done_goes_on(lights):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = "127.0.0.1:{}".format(free.getsockname()[1])
+    host, port = address.split(":")
+    scheduler = dask("scheduler", "--host", host, "--port", port)
+    worker = dask("worker", address, "--nthreads", "1", "--local-directory", "scratch")
+    arguments = ["lights/[abcdf].*", "out", *FAST]
+    try:
+        process = subprocess.Popen(
+            [sys.executable, "-u", str(SCRIPT), *arguments, "--dask", address],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        wait_for_pictures(process, lights.parent / "out", 2)  # the first is told as well, then
+        scheduler.kill()
+        said = process.communicate()[1].decode().splitlines()
+    finally:
+        scheduler.kill()
+        worker.terminate()
+        worker.wait()
+    assert process.returncode == 1
+    errors = [line for line in said if "warning: the scheduler" not in line]
+    assert len(errors) == 1, said
+    assert "the Dask scheduler has ended, after" in errors[0]
+    assert "of 5 pictures" in errors[0] and "--skip-done" in errors[0]
+    done = rows_of(lights.parent / "out")
+    assert 0 < len(done) < 5 and {row["outcome"] for row in done.values()} == {"done"}
+    assert command(*arguments, "--skip-done").returncode == 0
+    assert len(rows_of(lights.parent / "out")) == 5
 
 
 @needs_dask

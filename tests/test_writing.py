@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 import bgoptimizer
-from runner import FAST, PAIR, SCRIPT, imports_script, python, refused, run
-from scenes import save, sloping_sky
+from runner import FAST, PAIR, SCRIPT, command, imports_script, python, refused, run
+from scenes import load, save, sloping_sky
 
 SIGNALS = pytest.mark.skipif(os.name == "nt", reason="signals differ")
 
@@ -304,45 +304,30 @@ def test_names_as_long_as_the_system_takes_can_be_written(folder):
 
 # ------------------------------------------------------------------------------ the same everywhere
 
-THREADS = """
-import os, sys, bgoptimizer
-import numpy as np
-sys.path.insert(0, sys.argv[1])
-from scenes import sloping_sky
-settings = bgoptimizer.Settings(
-    downscaling_factor=1,
-    epochs=12,
-    batch=16,
-    delinearization_quantile=0.999,
-)
-image, _ = sloping_sky(192, 288)
-result = bgoptimizer.optimize(image, settings)
-sys.stdout.write(result.subtracted.tobytes().hex() + result.model.tobytes().hex())
-"""
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(
     not hasattr(os, "sched_setaffinity") or os.cpu_count() < 2,
     reason="one processor",
 )
-def test_the_same_bytes_come_from_any_number_of_threads():
+def test_the_same_bytes_come_from_any_number_of_threads(folder):
+    save(folder / "sky.xisf", sloping_sky(192, 288)[0])
     allowed = os.sched_getaffinity(0)
-    tests = str(Path(__file__).parent)
-    done = []
+    written = []
     try:
         for processors in (allowed, {min(allowed)}):
             os.sched_setaffinity(0, processors)
-            threads = imports_script(
-                OPENBLAS_NUM_THREADS=str(len(processors)),
-                TF_NUM_INTRAOP_THREADS=str(4 * len(processors)),
-            )
-            done.append(python(THREADS, tests, env=threads))
+            threads = {
+                **os.environ,
+                "OPENBLAS_NUM_THREADS": str(len(processors)),
+                "TF_NUM_INTRAOP_THREADS": str(4 * len(processors)),
+            }
+            options = "-dx", "1", "-e", "12", "-B", "16", "-dq", "0.999"
+            done = command("sky.xisf", "out", *options, env=threads)
+            assert done.returncode == 0, done.stderr
+            written.append([load(f"out/{name}").tobytes() for name in PAIR])
     finally:
         os.sched_setaffinity(0, allowed)
-    assert [run.returncode for run in done] == [0, 0], done[0].stderr
-    assert done[0].stdout == done[1].stdout
-    assert done[0].stdout
+    assert written[0] == written[1]
 
 
 def test_history_tells_the_versions_as_pip_takes_them(sky, folder):
