@@ -10,11 +10,12 @@ from bgoptimizer import (
     Settings,
     frame_coordinates,
     full_mask,
+    mask_reasons,
     measure_stretch,
     prepare,
     reduce_plane,
 )
-from scenes import sloping_sky, to_planes
+from scenes import make_scene, sloping_sky, to_planes
 
 
 PLAIN = Settings().resolved()
@@ -148,3 +149,38 @@ def test_the_saved_mask_given_back_is_the_same_mask(shape):
     assert mask.shape[1:] == shape
     again = prepare(planes, settings, mask)
     assert_allclose(again.weight, prepared.weight, atol=1e-6)
+
+
+# ------------------------------------------------------------------------------------ a dark rim
+
+def rimmed(side, dim=0.4):
+    """Return planes (1, 400, 600) with a dark rim, and where that is, (100, 150) bool of blocks."""
+    image, _ = sloping_sky(400, 600, 1)
+    rim = np.zeros((400, 600), bool)
+    rim[side] = True
+    image[rim] *= dim
+    return to_planes(image), rim[::4, ::4]
+
+
+@pytest.mark.parametrize("side", [
+    np.s_[:24],
+    np.s_[-60:],
+    np.s_[:, :40],
+    np.s_[:, -16:],
+])
+def test_a_dark_rim_is_left_out_and_the_picture_beside_it_is_not(side):
+    planes, rim = rimmed(side)
+    settings = plain(downscaling_factor=4)
+    prepared = prepare(planes, settings)
+    assert not prepared.used[rim].any()
+    assert prepared.used[~rim].mean() > 0.9
+    reasons = mask_reasons(prepared, settings)
+    assert reasons["rim"][rim].mean() > 0.9
+
+
+@pytest.mark.parametrize("family", ["hills", "dark_clouds", "moon", "edge_glow", "vignetting"])
+def test_what_is_dark_but_no_rim_stays(family):
+    scene = make_scene(family, 1, 400, 600, 1)
+    settings = plain(downscaling_factor=4)
+    prepared = prepare(to_planes(scene.image), settings)
+    assert mask_reasons(prepared, settings)["rim"].mean() < 0.01
