@@ -4789,6 +4789,7 @@ class Sky:
     cost: np.ndarray  # (h, w) of bending, 1 where sky is seen
     density: np.ndarray  # (h, w) of control points along a line, relative to the least
     share: float  # of the usable cells, that show sky, in [0, 1]
+    found_smoothing: float  # of `surface`
     smoothing: float  # of the surface that the fit shall find
     doubt: float  # by which part of its range the sky is uncertain, rms
     unsure: str  # why the sky cannot be known, in words; empty if it can
@@ -4857,6 +4858,7 @@ def find_sky(prepared: Prepared, settings: Settings) -> Sky:
         cost=cost,
         density=np.sqrt(1 + np.minimum(smooth_bending / typical, DENSEST)),
         share=best.sky.sum() / cells.usable.sum(),
+        found_smoothing=best.smoothing,
         smoothing=smoothing,
         doubt=doubt,
         unsure=unsure,
@@ -4949,6 +4951,9 @@ SAMPLE_CELLS = 2048
 degrees of freedom. Where the noise of a cell is 1 % of the gradient, 2048 cells determine 32
 control points to 0.13 %."""
 
+SAMPLE_MEAN = 0.7
+"""Cells: the sample is drawn from Gaussian means of this width."""
+
 BOUNDS_SHARE = 0.25
 """For one cell of sky in the sample there are so many that only bound the sky, if there are."""
 
@@ -4978,9 +4983,6 @@ POSITION_RATE = 0.1
 FOUND_COST = 0.02
 """The bending of the sky that was found costs at most this much. Where it cost more, the loss, which
 forgives, would rather give a corner up than bend the surface."""
-
-MEDIAN_SLOPE = 9 / 16
-"""At the median, the stretch takes so much for a unit of the bending: three times the median."""
 
 CONDITION_FLOOR = 1e-4
 """Directions in which the objective curves by less than this part of the most are not trained
@@ -5141,37 +5143,42 @@ def make_lesson(prepared: Prepared, settings: Settings,
     sky = prepared.sky
     stretch = prepared.stretch
     trust = _block_means(prepared.weight, sky.size)  # (h, w, c) of the cells
-    used = (trust > 0).all(-1)
-    follows = used & (sky.shows_sky if settings.auto else True)
-    bounds = used & sky.below if settings.auto else np.zeros_like(used)
+    follows = (trust > 0).all(-1)
+    if settings.auto:
+        follows &= sky.shows_sky
+    density = sky.density if settings.auto else np.ones(follows.shape)
     count = SAMPLE_CELLS * settings.batch
-    density = sky.density if settings.auto else np.ones(used.shape)
     of_sky = sample_cells(follows, density, count, settings.seed)
-    of_bounds = sample_cells(bounds, density, int(BOUNDS_SHARE * len(of_sky)), settings.seed)
+    # What is not in the sample counts through means, which have less than half of the noise
+    smooth = _smooth_slope(sky.image, SAMPLE_MEAN, follows)
+    light = _picked(smooth, of_sky)  # (m, c) linear
+    below = sky.below if settings.auto else np.zeros_like(sky.below)
+    most = int(BOUNDS_SHARE * len(of_sky))
+    of_bounds = sample_cells(below, sky.density, most, settings.seed)
+    margin = CEILING_SIGMA * _picked(sky.noise, of_bounds)
+    is_sky = np.arange(len(of_sky) + len(of_bounds))[:, None] < len(of_sky)  # (m, 1)
     pick = np.concatenate([of_sky, of_bounds])
-    is_sky = np.arange(len(pick))[:, None] < len(of_sky)  # (m, 1)
-
-    light = _picked(sky.image, pick)  # (m, c) linear
-    margin = CEILING_SIGMA * _picked(sky.noise, pick)
-    image = stretch.apply(np.where(is_sky, light, light + margin))
-    weight = _picked(trust, pick)
     places = _picked(sky.centers, pick)
+    image = stretch.apply(np.concatenate([light, _picked(sky.image, of_bounds) + margin]))
+    weight = np.where(is_sky, _picked(trust, pick), 1)
     nodes, spacing = bending_nodes(prepared.full_shape, FIT_NODES)  # (rows, columns, 2)
-    cost = sky.at(sky.cost, nodes)  # (rows, columns)
+    cost = sky.at(sky.cost, nodes) if settings.auto else np.ones(nodes.shape[:2])
+    rows = bending_rows(spacing, cost, settings.smoothing < PLANE)
     nodes = nodes.reshape(-1, 2)
     # In finding the sky, bending stands beside the mean squared residual over 2 noise^2. Here it
     # stands beside a logarithm, which has the same curvature for residuals of Gaussian noise.
-    energy = STIFFNESS_UNIT * settings.smoothing
-    as_spline = _fit_spline(nodes, start[0], start_values(prepared, start[0]), settings.order)
-    as_spline = stretch.invert(as_spline) / sky.unit  # (k, c) the sky that was found
-    seen = bending_rows(spacing, np.minimum(cost, 1), settings.smoothing < PLANE)
-    sky_bending = ((seen @ as_spline)**2).sum(0).mean()
-    most = 2 * sky.spread**2 * FOUND_COST / max(sky_bending, 1e-12)
-    give = min(1, most / energy)
-    rows = bending_rows(spacing, np.where(cost > 1, cost, give * cost), settings.smoothing < PLANE)
-    stiffness = energy / (2 * sky.spread**2) * len(of_sky) / len(pick)
+    stiffness = STIFFNESS_UNIT * settings.smoothing / (2 * sky.spread**2)
     positions, values = start
-    condition = _condition(positions, settings.order, places[:len(of_sky)], nodes, rows, energy)
+    as_spline = _fit_spline(nodes, positions, start_values(prepared, positions), settings.order)
+    derivatives = rows @ (stretch.invert(as_spline) / sky.unit)  # (r, c) of the sky that was found
+    bending = (derivatives**2).sum(0).mean()
+    stiffness = min(stiffness, FOUND_COST * settings.smoothing / sky.found_smoothing / bending)
+    step = 1e-3
+    slopes = stretch.invert(as_spline + step) - stretch.invert(as_spline - step)
+    slopes = (slopes / (2 * step * sky.unit)).mean(1)  # (k,)
+    condition = _condition(positions, settings.order, places[:len(of_sky)], nodes,
+                           rows * slopes, 2 * sky.spread**2 * stiffness)
+    share = len(of_sky) / len(places)  # the loss is a mean over cells of both kinds
     return Lesson(
         places=np.concatenate([places, nodes]),
         image=image,
@@ -5180,7 +5187,7 @@ def make_lesson(prepared: Prepared, settings: Settings,
         follows=is_sky,
         bounded=is_sky * (not settings.auto) + ~is_sky,
         bending=rows,
-        stiffness=stiffness,
+        stiffness=share * stiffness,
         unit=sky.unit / stretch.scale,
         midtones=stretch.midtones,
         positions=positions,
@@ -5205,14 +5212,13 @@ def _condition(positions: np.ndarray, order: int, places: np.ndarray, nodes: np.
         positions: (n, 2) control points.
         order: of the spline.
         places: (m, 2) the sky in the sample.
-        nodes, rows: (k, 2) and (r, k), for the bending.
+        nodes, rows: (k, 2) and (r, k), for the bending of a stretched surface.
         energy: weight of the bending beside the mean squared residual.
     """
     unit = np.eye(len(positions))
     on_places = _fit_spline(places, positions, unit, order)  # (m, n)
     on_nodes = _fit_spline(nodes, positions, unit, order)  # (k, n)
-    # At the median the stretch takes a unit of the bending to MEDIAN_SLOPE
-    derivatives = rows @ on_nodes / MEDIAN_SLOPE
+    derivatives = rows @ on_nodes
     curvature = on_places.T @ on_places / len(places)
     curvature += energy * derivatives.T @ derivatives
     strengths, directions = np.linalg.eigh(curvature)
