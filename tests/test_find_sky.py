@@ -21,18 +21,18 @@ FAMILIES = """
     galaxy            1  1  1.5
     nebula            1  1  1.5
     city_glows        0  3  1.5
-    airglow           1  1  1.5
+    airglow           1  1  1.5  slow
     moon              1  1  1
     hills             1  1  8
-    dust              1  1  5
-    vignetting        0  1  1.5
-    pedestal          0  1  1.5
+    dust              1  1  5    slow
+    vignetting        0  1  1.5  slow
+    pedestal          0  1  1.5  slow
     edge_glow         0  1  2
     corner_star       0  1  2
     dark_clouds       0  1  5
     globular          0  1  2.5
     comet             0  1  4
-    tilted_steps      1  1  7
+    tilted_steps      1  1  7    slow
     stars             1  1  1.5  slow
     cluster           1  1  1    slow
     large_galaxy      1  1  4    slow
@@ -201,6 +201,7 @@ def test_hills_are_masked_and_the_sky_above_them_is_not():
     assert used[sky].mean() > 0.6
 
 
+@pytest.mark.slow
 def test_dark_sky_beyond_the_milky_way_is_no_hill():
     scene = make_scene("milky_way", 1, 600, 900, 1)
     used = used_pixels(find(scene.image))
@@ -407,6 +408,7 @@ def test_an_error_above_5_percent_is_never_without_a_warning(family, seed):
     assert error_of_sky(prepared, scene) < 5 or prepared.sky.unsure
 
 
+@pytest.mark.slow
 def test_an_amplifier_glow_is_sky_and_the_fit_keeps_it():
     scene = make_scene("amp_glow", 0, 400, 600, 1)
     prepared = find(scene.image)

@@ -275,7 +275,7 @@ def test_every_order_and_start_finds_it(order, initializer):
 @auto_and_plain
 @pytest.mark.parametrize("family, seed, channels", [
     ("moon", 1, 1),
-    ("nebula", 1, 1),
+    pytest.param("nebula", 1, 1, marks=pytest.mark.slow),
     pytest.param("galaxy", 1, 1, marks=pytest.mark.slow),
     pytest.param("city_glows", 0, 3, marks=pytest.mark.slow),
     pytest.param("airglow", 1, 1, marks=pytest.mark.slow),
@@ -326,7 +326,7 @@ def two_glows():
 def model_of_two_glows(auto, **changes):
     """Return the model (h, w, 1) that a short fit with these settings gives."""
     image, _ = two_glows()
-    settings = Settings(auto=auto, downscaling_factor=4, epochs=300)
+    settings = Settings(auto=auto, downscaling_factor=4, epochs=150)
     return optimize(image, replace(settings, **changes)).model
 
 
@@ -351,7 +351,8 @@ def test_auto_keeps_the_surface_in_the_middle_of_the_noise():
     assert abs(offset) < 0.1 * PIXEL_NOISE
 
 
-@auto_and_plain
+@pytest.mark.parametrize("auto", [False, pytest.param(True, marks=pytest.mark.slow)],
+                         ids=["plain", "auto"])
 @pytest.mark.parametrize("changes, least, most", [
     ({"order": 3}, 0.1, 10),
     ({"learning_rate": 0.01}, 0.02, 10),

@@ -116,7 +116,7 @@ def test_a_small_patch_of_data_is_warned_about_once_and_not_called_nan(folder, c
 
 @pytest.mark.parametrize("family, extra, told", [
     ("nebula", [], True),
-    ("nebula", ["--auto"], False),
+    pytest.param("nebula", ["--auto"], False, marks=pytest.mark.slow),
     ("city_glows", [], False),
 ])
 def test_a_plain_run_with_objects_in_it_hints_at_auto(family, extra, told, folder, capsys):
