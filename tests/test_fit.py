@@ -22,7 +22,6 @@ from bgoptimizer import (
     linear_sky,
     on_first_that_works,
     optimize,
-    prepare,
     sample_cells,
     spline_surface,
     start_positions,
@@ -270,7 +269,7 @@ def test_every_order_and_start_finds_it(order, initializer):
     assert error_in_percent(model, sky) < 5
 
 
-# ------------------------------------------------------------------------ it converges from anywhere
+# ----------------------------------------------------------------------- it converges from anywhere
 
 @pytest.mark.parametrize("auto, family, seed, channels", [
     (True, "moon", 1, 1),
@@ -316,7 +315,7 @@ def test_random_and_grid_starts_and_two_seeds_agree(family, channels):
         assert difference.std() < 0.005
 
 
-# --------------------------------------------------------------------- every flag does what it says
+# -------------------------------------------------------------------- every flag does what it says
 
 @functools.lru_cache(maxsize=None)
 def two_glows():
