@@ -2976,8 +2976,8 @@ RIM_STEP = 8.0
 """At a rim the picture steps by so many times its typical difference between neighbors."""
 
 RIM_CONVEX = 0.15
-"""A rim lies outside of a straight-sided frame: at most this part of it is inside the convex hull of
-the rest. Hills and dark clouds are not so straight."""
+"""A rim lies outside of a straight-sided frame: at most this part of it is inside the convex hull
+of the rest. Hills and dark clouds are not so straight."""
 
 RIM_FEWEST = 8
 """Pixels. What is smaller is no rim."""
@@ -3684,29 +3684,34 @@ class _Surfaces:
         self.sides = np.array(shape) / max(shape)  # (2,) of the frame
         self.positions = _regular_points(self.sides)  # (n, 2) frame coordinates
         self.nodes, self.spacing = bending_nodes(shape, NODES)  # (rows, columns, 2), (2,)
-        self.values = cells.values.reshape(-1, cells.values.shape[-1]).astype(np.float32)  # (cells, c)
-        self.inverse = 1 / (cells.noise**2).mean(-1).ravel()  # (cells,)
-        self.inverse = (self.inverse / self.inverse.mean()).astype(np.float32)
+        # Float32 is twice as fast. The modes are orthogonal, so nothing is lost by it
+        channels = cells.values.shape[-1]
+        self.values = cells.values.reshape(-1, channels).astype(np.float32)  # (cells, c)
+        inverse = 1 / (cells.noise**2).mean(-1).ravel()
+        self.inverse = (inverse / inverse.mean()).astype(np.float32)  # (cells,)
         self.on_nodes = self._terms(self.nodes.reshape(-1, 2))  # (nodes, m)
         self.on_nodes[:, len(self.positions) + 3:] = 0  # a glow bends as it likes
         self.matrix = self._terms(cells.centers.reshape(-1, 2))  # (cells, m)
         self.modes, self.bends = self._find_modes()  # (m, m) and (m,)
-        self.matrix = (self.matrix @ self.modes).astype(np.float32)  # twice as fast
+        self.matrix = (self.matrix @ self.modes).astype(np.float32)
         self.on_nodes = self.on_nodes @ self.modes
         glow = self.modes[len(self.positions) + 3:]
         self.glow_energy = GLOW_COST * glow.T @ glow  # (m, m)
-        self.unseen = ~cells.usable
         self.cost = np.ones(self.nodes.shape[:2])
 
     def _terms(self, places: np.ndarray) -> np.ndarray:
         """Return plates, bowls, and glows at places (..., 2): (..., m)."""
         unit = np.eye(len(self.positions))
         plates = spline_surface(places, self.positions, unit, THIN_PLATE, 0.0)
+        return np.concatenate([plates, self._simple_terms(places)], -1)
+
+    def _simple_terms(self, places: np.ndarray) -> np.ndarray:
+        """Return bowls and glows at places (..., 2): (..., 3 + glows)."""
         y, x = np.moveaxis(places - self.sides / 2, -1, 0)
         terms = [x * x, x * y, y * y]
         for glow in self.glows:
             terms.extend(_glow_terms(glow, places, self.sides))
-        return np.concatenate([plates, np.stack(terms, -1)], -1)
+        return np.stack(terms, -1)
 
     def _find_modes(self) -> tuple[np.ndarray, np.ndarray]:
         """Return the modes (m, m), of mean square 1 on the cells, and the bending of each (m,)."""
@@ -3722,7 +3727,6 @@ class _Surfaces:
     def dearer(self, unseen: np.ndarray) -> _Surfaces:
         """Return the same surfaces, whose bending costs more where no sky is seen, (h, w) bool."""
         other = copy.copy(self)
-        other.unseen = unseen
         other.cost = bending_cost(unseen, self.nodes, self.cells.centers)
         return other
 
@@ -3738,12 +3742,8 @@ class _Surfaces:
         """
         coefficients = self.modes[:, :len(found)] @ found
         n = len(self.positions)
-        surface = spline_surface(places, self.positions, coefficients[:n], THIN_PLATE, 0.0)
-        y, x = np.moveaxis(places - self.sides / 2, -1, 0)
-        terms = [x * x, x * y, y * y]
-        for glow in self.glows:
-            terms.extend(_glow_terms(glow, places, self.sides))
-        surface = surface + np.stack(terms, -1) @ coefficients[n:]
+        plate = spline_surface(places, self.positions, coefficients[:n], THIN_PLATE, 0.0)
+        surface = plate + self._simple_terms(places) @ coefficients[n:]
         return surface * self.cells.scale + self.cells.pedestal
 
     def surface(self, found: np.ndarray) -> np.ndarray:
@@ -3754,8 +3754,8 @@ class _Surfaces:
     def glow(self, found: np.ndarray) -> np.ndarray:
         """Return the light of the glows alone on the cells, (h, w, c)."""
         first = len(self.positions) + 3
-        terms = self._terms(self.cells.centers)[..., first:]
-        return terms @ (self.modes[first:, :len(found)] @ found)
+        coefficients = self.modes[first:, :len(found)] @ found
+        return self._simple_terms(self.cells.centers)[..., 3:] @ coefficients
 
     def excess(self, found: np.ndarray) -> np.ndarray:
         """Return picture less surface, (h, w, c), in units of the noise."""
@@ -3776,42 +3776,36 @@ class _Surfaces:
         """
         count = int((smoothing * STIFFNESS_UNIT * self.bends < STIFF_MODE).sum())
         energy = self._energy(smoothing, count)
-        places = np.flatnonzero(sky)
-        matrix = self.matrix[places, :count]
-        values = self.values[places]
-        inverse = self.inverse[places]
-        edge = np.flatnonzero(bounds)
+        seen = np.flatnonzero(sky)
+        below = np.flatnonzero(bounds)
+        matrix = self.matrix[seen, :count]
+        values = self.values[seen]
+        weight = self.inverse[seen]
         for _ in range(FIT_ROUNDS if found is None else FIT_ROUNDS // 2):
-            weight = inverse
-            pierced = np.zeros((0, values.shape[1]))
+            pierced = np.zeros((len(below), values.shape[1]), bool)
             if found is not None:
                 excess = self.excess(found).reshape(self.values.shape)
-                distance = np.sqrt((excess[places]**2).mean(-1))
-                distance = np.maximum(distance, 1e-9)
+                distance = np.sqrt((excess[seen]**2).mean(-1))
                 limit = HUBER_LIMIT * max(1.0, HUBER_DEVIATION * np.median(distance))
-                weight = inverse * np.minimum(1, limit / distance)
-                pierced = excess[edge] < 0
+                weight = self.inverse[seen] * np.minimum(1, limit / np.maximum(distance, 1e-9))
+                pierced = excess[below] < 0
             root = np.sqrt(weight)[:, None]
             rows = matrix * root
             gram = rows.T @ rows  # of one matrix: BLAS computes half of it
             right = rows.T @ (values * root)
             total = weight.sum()
-            coefficients = []
+            solutions = []
             for k in range(values.shape[1]):
-                system, wanted, all_weights = gram, right[:, k], total
-                below = edge[pierced[:, k]] if len(pierced) else edge[:0]
-                if len(below):
-                    below_rows = self.matrix[below, :count]
-                    heavy = CEILING_WEIGHT * self.inverse[below]
-                    weighted = below_rows * heavy[:, None]
-                    system = gram + below_rows.T @ weighted
-                    wanted = wanted + weighted.T @ self.values[below, k]
-                    all_weights = total + heavy.sum()
-                solution = np.linalg.solve(system / all_weights + energy, wanted / all_weights)
-                coefficients.append(solution)
-            found = np.stack(coefficients, -1)
+                high = below[pierced[:, k]]  # where this channel's surface was too high
+                rows = self.matrix[high, :count]
+                pull = CEILING_WEIGHT * self.inverse[high, None]
+                system = gram + rows.T @ (rows * pull)
+                wanted = right[:, k] + rows.T @ (self.values[high, k] * pull[:, 0])
+                all_weights = total + pull.sum()
+                solutions.append(np.linalg.solve(
+                    system / all_weights + energy, wanted / all_weights))
+            found = np.stack(solutions, -1)
         return found
-
 
     def _energy(self, smoothing: float, count: int) -> np.ndarray:
         """Return the cost of the first modes beside the mean squared residual, (count, count)."""
@@ -4201,7 +4195,8 @@ GLOW_REACH = 0.3
 """A glow is compared with the picture this part of the longer side away."""
 
 GLOW_HALF = 0.12
-"""A steep glow has fallen to half within this part of the longer side. A plate follows wider ones."""
+"""A steep glow has fallen to half within this part of the longer side. A plate follows wider
+ones."""
 
 GLOW_HEIGHT = 0.5
 """A steep glow rises by this part of the picture's range (5th to 95th percentile)."""
@@ -4210,8 +4205,8 @@ GLOW_EVEN = 0.2
 """Four fifths of an edge glow by at least this part of the median."""
 
 GLOW_SMOOTH = 0.06
-"""The picture differs from a glow by at most this part of the glow's light, median in its core. True
-glows have up to 0.03, nebulae 0.16 and more."""
+"""The picture differs from a glow by at most this part of the glow's light, median in its core.
+True glows have up to 0.03, nebulae 0.16 and more."""
 
 
 def _steep_glows(cells: _Cells, usable: np.ndarray) -> list:
@@ -4647,7 +4642,7 @@ ALIKE_DOUBT = 0.5
 
 POSTERIOR_DOUBT = 6.0
 """The sky is uncertain by so many times the deviation of its posterior, in which residuals are
-independent. They are not: what is left of objects is smooth as well. Measured on the truth bench."""
+independent. They are not: what is left of objects is smooth as well. Measured on `tests/truth.py`."""
 
 BULGE = 0.1
 """The sky cannot be known if its surface has a closed top inside the frame that is higher than this
@@ -4972,17 +4967,21 @@ RATE_FLOOR = 1e-4
 TRACK_EVERY = 10
 """Epochs between two recordings of the control points."""
 
-FIT_NODES = 24
-"""Nodes along the longer side on which the bending of the surface is measured."""
+FORGIVEN = 10.0
+"""With auto, the loss forgives what is farther from the surface than so many sigma. It needs not
+forgive objects then, and must not forgive a steep corner of the sky."""
 
-VALUE_RATE = 0.2
+FOUND_COST = 0.01
+"""The bending of the sky that was found costs at most this much of the loss. Where it cost more,
+the loss would rather give a corner up than bend the surface."""
 
-POSITION_RATE = 0.1
-"""Control points move by this part of their mean distance where a trained coordinate moves by 1."""
+VALUE_RATE = 0.3
+"""Stretched units by which the surface moves where a trained coordinate moves by 1. With less, a
+flat start takes more than 1000 epochs. With more, the surface trembles longer about its end."""
 
-FOUND_COST = 0.02
-"""The bending of the sky that was found costs at most this much. Where it cost more, the loss, which
-forgives, would rather give a corner up than bend the surface."""
+POSITION_RATE = 0.02
+"""Control points move by this part of their mean distance where a trained coordinate moves by 1.
+With 0.5 the sky of a glowing corner is truer by a tenth, and a fit takes three times as long."""
 
 CONDITION_FLOOR = 1e-4
 """Directions in which the objective curves by less than this part of the most are not trained
@@ -5129,12 +5128,51 @@ class Lesson(NamedTuple):
     spacing: Any  # () takes trained coordinates to positions
 
 
+class Sample(NamedTuple):
+    """What the fit sees of the cells: m of them."""
+
+    places: np.ndarray  # (m, 2) frame coordinates
+    image: np.ndarray  # (m, c) stretched
+    weight: np.ndarray  # (m, c) in [0, 1]
+    follows: np.ndarray  # (m, 1) bool: False where the picture only bounds the sky
+
+
+def sky_sample(prepared: Prepared, settings: Settings) -> Sample:
+    """Draw the cells that the fit sees.
+
+    With auto, the surface follows those that show sky, and objects that add light bound it. Objects
+    are left out, so the loss need not forgive much: a cell weighs less the noisier it is, and then
+    residuals count nearly linearly up to FORGIVEN sigma.
+    """
+    sky = prepared.sky
+    stretch = prepared.stretch
+    auto = settings.auto
+    trust = _block_means(prepared.weight, sky.size)  # (h, w, c) of the cells
+    follows = (trust > 0).all(-1) & (sky.shows_sky | (not auto))
+    bounds = sky.below & auto
+    density = sky.density if auto else np.ones(follows.shape)
+    of_sky = sample_cells(follows, density, SAMPLE_CELLS * settings.batch, settings.seed)
+    most = int(BOUNDS_SHARE * len(of_sky))
+    of_bounds = sample_cells(bounds, density, most, settings.seed)
+    pick = np.concatenate([of_sky, of_bounds])
+    is_sky = np.arange(len(pick))[:, None] < len(of_sky)  # (m, 1)
+
+    light = _picked(sky.image, pick)  # (m, c) linear
+    noise = _picked(sky.noise, pick)
+    # What is not in the sample counts through means, which have less than half of the noise
+    smooth = _picked(_smooth_slope(sky.image, SAMPLE_MEAN, follows), pick)
+    image = stretch.apply(np.where(is_sky, smooth, light + CEILING_SIGMA * noise))
+    weight = np.where(is_sky, _picked(trust, pick), 1.0)
+    if auto:
+        noise = stretch.extend(light + noise) - stretch.extend(light)  # (m, c) stretched
+        noise = np.maximum(noise.mean(-1, keepdims=True), LOSS_FLOOR / FORGIVEN)
+        weight *= LOSS_FLOOR / (FORGIVEN * noise)
+    return Sample(_picked(sky.centers, pick), image, weight, is_sky)
+
+
 def make_lesson(prepared: Prepared, settings: Settings,
                 start: tuple[np.ndarray, np.ndarray]) -> Lesson:
-    """Put together what the fit sees of a picture.
-
-    With auto, the surface follows the cells that show sky, and objects that add light bound it.
-    Else it follows all cells that are used, and is bounded by all.
+    """Put together what the training step sees of a picture.
 
     Args:
         prepared, settings: what `examine` gave.
@@ -5142,52 +5180,39 @@ def make_lesson(prepared: Prepared, settings: Settings,
     """
     sky = prepared.sky
     stretch = prepared.stretch
-    trust = _block_means(prepared.weight, sky.size)  # (h, w, c) of the cells
-    follows = (trust > 0).all(-1)
-    if settings.auto:
-        follows &= sky.shows_sky
-    density = sky.density if settings.auto else np.ones(follows.shape)
-    count = SAMPLE_CELLS * settings.batch
-    of_sky = sample_cells(follows, density, count, settings.seed)
-    # What is not in the sample counts through means, which have less than half of the noise
-    smooth = _smooth_slope(sky.image, SAMPLE_MEAN, follows)
-    light = _picked(smooth, of_sky)  # (m, c) linear
-    below = sky.below if settings.auto else np.zeros_like(sky.below)
-    most = int(BOUNDS_SHARE * len(of_sky))
-    of_bounds = sample_cells(below, sky.density, most, settings.seed)
-    margin = CEILING_SIGMA * _picked(sky.noise, of_bounds)
-    is_sky = np.arange(len(of_sky) + len(of_bounds))[:, None] < len(of_sky)  # (m, 1)
-    pick = np.concatenate([of_sky, of_bounds])
-    places = _picked(sky.centers, pick)
-    image = stretch.apply(np.concatenate([light, _picked(sky.image, of_bounds) + margin]))
-    weight = np.where(is_sky, _picked(trust, pick), 1)
-    nodes, spacing = bending_nodes(prepared.full_shape, FIT_NODES)  # (rows, columns, 2)
+    sample = sky_sample(prepared, settings)
+    follows = sample.follows
+    positions, values = start
+    nodes, spacing = bending_nodes(prepared.full_shape, NODES)  # (rows, columns, 2)
     cost = sky.at(sky.cost, nodes) if settings.auto else np.ones(nodes.shape[:2])
     rows = bending_rows(spacing, cost, settings.smoothing < PLANE)
     nodes = nodes.reshape(-1, 2)
-    # In finding the sky, bending stands beside the mean squared residual over 2 noise^2. Here it
-    # stands beside a logarithm, which has the same curvature for residuals of Gaussian noise.
-    stiffness = STIFFNESS_UNIT * settings.smoothing / (2 * sky.spread**2)
-    positions, values = start
-    as_spline = _fit_spline(nodes, positions, start_values(prepared, positions), settings.order)
-    derivatives = rows @ (stretch.invert(as_spline) / sky.unit)  # (r, c) of the sky that was found
+    found = _fit_spline(nodes, positions, start_values(prepared, positions), settings.order)
+    derivatives = rows @ (stretch.invert(found) / sky.unit)  # (r, c)
     bending = (derivatives**2).sum(0).mean()
-    stiffness = min(stiffness, FOUND_COST * settings.smoothing / sky.found_smoothing / bending)
+
+    # In finding the sky, bending stands beside the mean squared residual. The loss curves by
+    # 1 / spread^2 at the sky, and by less where it forgives less.
+    curvature = (2 / FORGIVEN if settings.auto else 1) / sky.spread**2
+    stiffness = curvature / 2 * STIFFNESS_UNIT * settings.smoothing
+    most = FOUND_COST * settings.smoothing / sky.found_smoothing
+    stiffness = min(stiffness, most / max(bending, 1e-12))
+
     step = 1e-3
-    slopes = stretch.invert(as_spline + step) - stretch.invert(as_spline - step)
-    slopes = (slopes / (2 * step * sky.unit)).mean(1)  # (k,)
-    condition = _condition(positions, settings.order, places[:len(of_sky)], nodes,
-                           rows * slopes, 2 * sky.spread**2 * stiffness)
-    share = len(of_sky) / len(places)  # the loss is a mean over cells of both kinds
+    slopes = (stretch.invert(found + step) - stretch.invert(found - step)) / (2 * step)
+    slopes = (slopes / sky.unit).mean(-1)  # (k,) of the inverse of the stretch
+    places = sample.places[follows[:, 0]]
+    energy = 2 * stiffness / curvature
+    condition = _condition(positions, settings.order, places, nodes, rows * slopes, energy)
     return Lesson(
-        places=np.concatenate([places, nodes]),
-        image=image,
-        weight=weight,
-        clipped=is_sky * (image >= 1),
-        follows=is_sky,
-        bounded=is_sky * (not settings.auto) + ~is_sky,
+        places=np.concatenate([sample.places, nodes]),
+        image=sample.image,
+        weight=sample.weight,
+        clipped=follows * (sample.image >= 1),
+        follows=follows,
+        bounded=np.full(follows.shape, not settings.auto) | ~follows,
         bending=rows,
-        stiffness=share * stiffness,
+        stiffness=stiffness * follows.mean(),  # the loss is a mean over cells of both kinds
         unit=sky.unit / stretch.scale,
         midtones=stretch.midtones,
         positions=positions,
