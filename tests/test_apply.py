@@ -34,7 +34,8 @@ def medians(image):
 def test_a_plane_seen_reduced_comes_back_at_full_size_unshifted(shape, factor):
     frame = frame_coordinates(*shape)
     plane = frame @ [0.3, 0.5] + 0.1
-    prepared = prepare(plane[None], Settings(downscaling_factor=factor))
+    settings = Settings(downscaling_factor=factor).resolved()
+    prepared = prepare(plane[None], settings)
     places = prepared.centers.reshape(-1, 2)
     seen = prepared.linear.reshape(-1, 1)
     chosen = np.random.default_rng(11).choice(len(seen), 30, replace=False)
@@ -240,11 +241,12 @@ def test_what_a_masked_array_masks_is_missing(dtype):
     before = masked.copy()
     linear = masked.astype(np.float32) / unit
     nans = linear.filled(np.nan).astype(np.float32)
+    settings = quick(epochs=20)
     in_color = masked, nans
     in_gray = masked[..., 0], nans[..., 0]
     for given, same in (in_color, in_gray):
-        result = optimize(given, QUICK)
-        expected = optimize(same, QUICK)
+        result = optimize(given, settings)
+        expected = optimize(same, settings)
         hole = result.prepared.weight[6:9, 9:14]
         assert not hole.any()
         assert_allclose(result.model, expected.model, atol=2e-6)
@@ -258,8 +260,9 @@ def test_weights_that_a_masked_array_masks_are_none():
     ones = np.ones(image.shape[:2])
     weights = np.ma.masked_array(ones)
     weights[:48] = np.ma.masked
-    result = optimize(image, QUICK, weights)
-    expected = optimize(image, QUICK, weights.filled(0))
+    settings = quick(epochs=20)
+    result = optimize(image, settings, weights)
+    expected = optimize(image, settings, weights.filled(0))
     assert_array_equal(result.prepared.weight, expected.prepared.weight)
 
 

@@ -1,4 +1,5 @@
-"""The fit finds the sky, from every start and on every device."""
+"""The surface is the spline that was trained, and it is the same from every start and device."""
+import functools
 import logging
 import os
 from dataclasses import replace
@@ -15,11 +16,14 @@ from bgoptimizer import (
     Settings,
     compute_devices,
     examine,
+    fit_surface,
+    frame_coordinates,
     import_tensorflow,
+    linear_sky,
     on_first_that_works,
     optimize,
-    prepare,
-    sky_sample,
+    sample_cells,
+    spline_surface,
     start_positions,
     start_values,
 )
@@ -28,6 +32,8 @@ from scenes import make_scene, score, sloping_sky, to_planes
 
 GPU = Device("/GPU:0", "Tesla T4")
 CPU = Device("/CPU:0", "the CPU")
+
+auto_and_plain = pytest.mark.parametrize("auto", [False, True], ids=["plain", "auto"])
 
 
 def rms(error):
@@ -46,9 +52,28 @@ def error_in_percent(model, sky):
     return in_percent.max()
 
 
-def found_sky(prepared, places):
-    """Return the sky that was found at places (n, 2), stretched."""
-    return prepared.stretch.extend(prepared.sky.start(places))
+def with_noise(sky, seed=1):
+    """Return an image of a sky (h, w) with the noise PIXEL_NOISE, (h, w, 1) float32."""
+    noise = np.random.default_rng(seed).normal(0, PIXEL_NOISE, sky.shape)
+    return (sky + noise).astype(np.float32)[..., None]
+
+
+PIXEL_NOISE = 0.0005
+
+
+def ready(image, settings, mask=None):
+    """Return what the fit sees of an image (h, w, c), and the settings that are used."""
+    return examine(to_planes(image), settings, mask)
+
+
+def start_of(prepared, settings, flat=False):
+    """Return the control points at the start, with the found values or those of a flat sky."""
+    positions = start_positions(settings, prepared.sky, prepared.full_shape)
+    if not flat:
+        return positions, start_values(prepared, positions)
+    median = prepared.stretch.extend(prepared.median)  # (c,)
+    values = np.tile(median, (len(positions), 1))
+    return positions, values.astype(np.float32)
 
 
 # ------------------------------------------------------------------------------------ loss
@@ -70,13 +95,24 @@ def test_each_loss_term_sees_its_own_fault():
         assert_allclose(term(r), values, atol=1e-7)
 
 
+def test_the_loss_of_a_cell_is_the_logarithm_of_all_its_terms():
+    tf = import_tensorflow()
+    alpha = 5.0
+    terms = [tf.constant([term, 2 * term]) for term in (0.1, 0.02, 0.003, 0.0004)]
+    total = 0.1 + 0.02 + alpha * (0.003 + 0.0004)
+    of_cells = np.array([total, 2 * total])
+    expected = np.log(bgoptimizer.LOSS_FLOOR + of_cells).mean()
+    loss = bgoptimizer.log_loss(terms, alpha)
+    assert abs(float(loss) - expected) < 1e-5
+
+
 # ------------------------------------------------------------------------------ start and sample
 
 @pytest.mark.parametrize("shape", [(2000, 3000), (3000, 2000), (500, 500), (100, 1000)])
 @pytest.mark.parametrize("points", [3, 4, 16, 32, 36, 100])
 def test_grid_start_covers_the_frame_in_its_own_aspect(shape, points):
     settings = Settings(points=points, initializer="grid")
-    start = start_positions(settings, shape)
+    start = start_positions(settings, None, shape)  # wherever the sky is
     sides = np.array(shape) / max(shape)
     assert abs(len(start) - points) <= max(1, points / 6)
     assert_allclose(start.mean(0), sides / 2, rtol=1e-5)
@@ -84,9 +120,14 @@ def test_grid_start_covers_the_frame_in_its_own_aspect(shape, points):
     assert (start < sides).all()
 
 
-def test_random_start_follows_the_seed_and_stays_in_the_frame():
+@auto_and_plain
+def test_random_start_follows_the_seed_and_stays_in_the_frame(auto):
+    image, _ = sloping_sky(100, 300, 1)
+    prepared, settings = ready(image, quick(auto=auto, points=50))
+
     def start(seed):
-        return start_positions(Settings(points=50, seed=seed), (300, 900))
+        return start_positions(replace(settings, initializer="random", seed=seed),
+                               prepared.sky, (100, 300))
 
     first = start(seed=1)
     assert_array_equal(first, start(seed=1))
@@ -97,71 +138,109 @@ def test_random_start_follows_the_seed_and_stays_in_the_frame():
 
 
 def test_auto_leaves_no_wide_hole_between_random_starts():
+    image, _ = sloping_sky(200, 300, 1)
+
     def widest_hole(auto):
-        settings = Settings(auto=auto, points=64, seed=3)
-        points = start_positions(settings, (400, 600))
-        places = bgoptimizer.frame_coordinates(400, 600, 8).reshape(-1, 2)
+        prepared, settings = ready(image, quick(auto=auto, points=64, initializer="random", seed=3))
+        points, _ = start_of(prepared, settings)
+        places = frame_coordinates(200, 300, 4).reshape(-1, 2)
         distances = np.linalg.norm(places[:, None] - points, axis=-1)
         return distances.min(1).max()
 
     assert widest_hole(True) < 0.75 * widest_hole(False)
 
 
-def test_without_a_found_sky_first_values_are_the_pictures_and_under_a_mask_the_medians():
+def test_the_fit_starts_from_the_sky_that_was_found():
+    image, sky = sloping_sky(200, 300)
+    prepared, settings = ready(image, quick(auto=True))
+    positions, values = start_of(prepared, settings)
+    found = prepared.stretch.invert(values)
+    assert_allclose(found, prepared.sky.surface(positions), atol=1e-4 * np.ptp(sky))
+
+
+@auto_and_plain
+def test_what_is_masked_has_no_say(auto):
+    """The pixels under the mask change places, so that the stretch stays the same."""
+    image, _ = sloping_sky(200, 300)
+    mask = np.ones(image.shape[:2])
+    mask[:80, :120] = 0
+    other = image.copy()
+    other[:80, :120] = np.random.default_rng(3).permutation(
+        image[:80, :120].reshape(-1, 3)).reshape(80, 120, 3)
+    settings = quick(auto=auto, smoothing=None, epochs=30)
+    model = optimize(image, settings, mask).model
+    of_other = optimize(other, settings, mask).model
+    assert_allclose(of_other, model, atol=1e-6)
+
+
+def test_the_sample_is_spread_evenly_and_sees_no_cell_twice():
+    usable = np.full((256, 256), True)
+    usable[:32] = False
+    cells = sample_cells(usable, np.ones(usable.shape), 2048, 1)
+    assert len(np.unique(cells)) == len(cells) == 2048
+    row, column = np.divmod(cells, 256)
+    assert row.min() >= 32
+    tile = (row // 32 - 1) * 8 + column // 32
+    count = np.bincount(tile, minlength=56)  # in 56 tiles, 37 each
+    assert count.std() < 3  # of a purely random one about 6
+
+
+def test_the_sample_is_denser_where_the_sky_needs_more_points():
+    usable = np.full((256, 256), True)
+    density = np.ones(usable.shape)
+    density[:, 128:] = 2
+    cells = sample_cells(usable, density, 2048, 1)
+    right = (cells % 256 >= 128).mean()
+    assert right > 0.7
+
+
+@pytest.mark.parametrize("wanted", [500, 2048])
+def test_few_cells_are_all_seen(wanted):
+    usable = np.random.default_rng(1).random((20, 30)) < 0.5
+    cells = sample_cells(usable, np.ones(usable.shape), wanted, 1)
+    assert_array_equal(cells, np.flatnonzero(usable))
+
+
+# ------------------------------------------------------------------------- the model is the spline
+
+@auto_and_plain
+@pytest.mark.parametrize("order, initializer, channels", [(2, "random", 3), (3, "grid", 1)])
+def test_the_model_is_the_spline_through_the_trained_control_points(
+        auto, order, initializer, channels):
+    image, _ = sloping_sky(200, 300, channels)
+    settings = quick(auto=auto, order=order, initializer=initializer, epochs=40, smoothing=None)
+    result = optimize(image, settings)
+    fit = result.fit
+    regularization = bgoptimizer.SPLINE_REGULARIZATION
+    places = frame_coordinates(200, 300)
+    stretched = spline_surface(places, fit.positions.astype(float), fit.values, order,
+                               regularization)
+    spline = result.prepared.stretch.invert(stretched)  # (h, w, c)
+    assert_allclose(result.model, spline, atol=1e-4 * np.ptp(spline))
+    _, positions, values = fit.track[0]
+    assert (positions != fit.positions).any()
+    assert (values != fit.values).any()
+
+
+def test_where_no_sky_is_seen_the_model_goes_little_beyond_its_range():
     image, _ = sloping_sky(96, 144)
-    mask = np.ones((1, 96, 144), np.float32)
-    mask[:, :48] = 0
-    prepared = prepare(to_planes(image), Settings(), mask)
-    pixels = np.array([[4.5, 100.5], [60.5, 100.5]], np.float32)  # the first is masked
-    masked, seen = start_values(prepared, pixels / 144, 2)
-    assert_allclose(seen, prepared.image[7, 12], atol=1e-6)
-    for k in range(3):
-        used = prepared.weight[..., k] > 0
-        median = np.median(prepared.image[used, k])
-        assert_allclose(masked[k], median, atol=1e-6)
-
-
-@pytest.mark.parametrize("batch", [1, 2])
-def test_the_fit_sees_pixels_from_everywhere_but_none_that_is_masked(batch):
-    image, _ = sloping_sky(400, 600, 1)
-    image[:100] = 0
-    settings = Settings(downscaling_factor=2, batch=batch)
-    prepared = prepare(to_planes(image), settings)
-    query, seen, weight, sky = sky_sample(prepared, settings)
-    assert len(query) == 2 * bgoptimizer.SAMPLE_PIXELS * batch  # half of them to judge by
-    assert len(seen) == len(query)
-    assert weight.min() > 0
-    assert sky.all()
-    different = np.unique(query, axis=0)
-    assert len(different) == len(query)  # no pixel twice
-    y, x = query.T
-    frame = (100 / 600, 400 / 600), (0, 1)
-    counts, _, _ = np.histogram2d(y, x, bins=(6, 8), range=frame)
-    assert counts.min() > 0.7 * counts.mean()
-
-
-def test_a_small_picture_is_seen_whole():
-    image, _ = sloping_sky()
-    prepared = prepare(to_planes(image), QUICK)
-    seen = sky_sample(prepared, QUICK).image
-    whole = prepared.image[prepared.used]
-    assert_array_equal(np.sort(seen, 0), np.sort(whole, 0))
-
-
-# ------------------------------------------------------------------------------------ fit
-
-def fit_of(positions, values, rest, order=2):
-    """Return a fit that ended with these control points."""
-    return bgoptimizer.Fit(
+    mask = np.zeros((1, 96, 144), np.float32)
+    mask[:, :, :36] = 1
+    prepared, settings = ready(image, QUICK, mask)
+    positions = start_positions(settings, prepared.sky, (96, 144))
+    slope = 0.2 + 0.5 * positions[:, 1:]  # steep, all over the frame
+    fit = bgoptimizer.Fit(
         positions=positions,
-        values=values,
-        order=order,
+        values=np.tile(slope, 3),
+        order=2,
         smoothing=1.0,
         history=np.zeros((1, 6)),
         stopped="",
         track=[],
-        rest=rest,
     )
+    sky = linear_sky(prepared, fit)(prepared.centers)  # (h, w, c)
+    seen = sky[prepared.used]  # (n, c)
+    assert (np.ptp(sky, (0, 1)) < 2 * np.ptp(seen, 0)).all()
 
 
 @pytest.mark.parametrize("shape", [(96, 144), pytest.param((149, 101), marks=pytest.mark.slow)])
@@ -190,47 +269,189 @@ def test_every_order_and_start_finds_it(order, initializer):
     assert error_in_percent(model, sky) < 5
 
 
-def test_where_no_sky_is_seen_the_model_goes_little_beyond_its_range():
-    image, _ = sloping_sky(96, 144)
-    mask = np.zeros((1, 96, 144), np.float32)
-    mask[:, :, :36] = 1
-    prepared = prepare(to_planes(image), Settings(), mask)
-    positions = start_positions(Settings(initializer="grid"), (96, 144))
-    slope = 0.2 + 0.5 * positions[:, 1:]  # steep, all over the frame
+# ----------------------------------------------------------------------- it converges from anywhere
 
-    def no_rest(places):
-        return np.zeros((*places.shape[:-1], 3))
+@pytest.mark.parametrize("auto, family, seed, channels", [
+    (True, "moon", 1, 1),
+    pytest.param(False, "moon", 1, 1, marks=pytest.mark.slow),
+    *[
+        pytest.param(auto, family, seed, channels, marks=pytest.mark.slow)
+        for auto in (True, False)
+        for family, seed, channels in (
+            ("nebula", 1, 1),
+            ("galaxy", 1, 1),
+            ("city_glows", 0, 3),
+            ("airglow", 1, 1),
+            ("vignetting", 0, 1),
+        )
+    ],
+])
+def test_a_flat_start_and_the_found_one_give_the_same_surface(auto, family, seed, channels):
+    scene = make_scene(family, seed, 400, 600, channels)
+    prepared, settings = ready(scene.image, Settings(auto=auto, downscaling_factor=4))
 
-    fit = fit_of(positions, np.tile(slope, 3), no_rest)
-    sky = bgoptimizer.linear_sky(prepared, fit)(prepared.centers)  # (h, w, c)
-    seen = sky[prepared.used]  # (n, c)
-    assert (np.ptp(sky, (0, 1)) < 1.7 * np.ptp(seen, 0)).all()
+    def surface_from(start):
+        fit = fit_surface(prepared, settings, start)
+        return linear_sky(prepared, fit)(prepared.centers)
 
+    found = surface_from(start_of(prepared, settings))
+    flat = surface_from(start_of(prepared, settings, flat=True))
+    assert error_in_percent(flat, found) < 0.5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family, channels", [("moon", 1), ("nebula", 3)])
+def test_random_and_grid_starts_and_two_seeds_agree(family, channels):
+    scene = make_scene(family, 1, 400, 600, channels)
+    auto = Settings(auto=True, initializer="grid", downscaling_factor=4)
+    valid = scene.valid
+    low, high = np.percentile(scene.sky[valid], (1, 99), axis=0)
+    random = replace(auto, initializer="random")
+    first = optimize(scene.image, auto).model[valid]
+    for settings in (random, replace(random, seed=1)):
+        other = optimize(scene.image, settings).model[valid]
+        difference = (other - first) / (high - low)
+        difference -= np.median(difference, axis=0)
+        assert difference.std() < 0.005
+
+
+# -------------------------------------------------------------------- every flag does what it says
+
+@functools.lru_cache(maxsize=None)
+def two_glows():
+    """Return an image of a sky with two glows, and that sky, (h, w, 1) each."""
+    y, x = np.indices((200, 300)) / 300
+    left = np.exp(-((y - 0.2)**2 + (x + 0.05)**2) / (2 * 0.15**2))
+    right = np.exp(-((y - 0.7)**2 + (x - 1.0)**2) / (2 * 0.2**2))
+    sky = 0.05 + 0.03 * left + 0.02 * right
+    return with_noise(sky), sky[..., None]
+
+
+@functools.lru_cache(maxsize=None)
+def model_of_two_glows(auto, **changes):
+    """Return the model (h, w, 1) that a short fit with these settings gives."""
+    image, _ = two_glows()
+    settings = Settings(auto=auto, downscaling_factor=4, epochs=150)
+    return optimize(image, replace(settings, **changes)).model
+
+
+@auto_and_plain
+def test_few_points_cannot_follow_two_glows(auto):
+    _, sky = two_glows()
+    few = model_of_two_glows(auto, points=5)
+    many = model_of_two_glows(auto)
+    assert error_in_percent(many, sky) < 3
+    assert error_in_percent(few, sky) > 5
+
+
+def test_a_larger_alpha_keeps_the_surface_lower():
+    levels = [np.mean(model_of_two_glows(False, alpha=alpha)) for alpha in (0.0, 5.0, 50.0)]
+    falls = -np.diff(levels)
+    assert (falls > 0.1 * PIXEL_NOISE).all()
+
+
+def test_auto_keeps_the_surface_in_the_middle_of_the_noise():
+    _, sky = two_glows()
+    offset = np.median(model_of_two_glows(True) - sky)
+    assert abs(offset) < 0.1 * PIXEL_NOISE
+
+
+@pytest.mark.parametrize("auto", [False, pytest.param(True, marks=pytest.mark.slow)],
+                         ids=["plain", "auto"])
+@pytest.mark.parametrize("changes, least, most", [
+    ({"order": 3}, 0.1, 10),
+    ({"learning_rate": 0.01}, 0.02, 10),
+    ({"epochs": 1}, 0.1, 20),
+    ({"batch": 2}, 0.02, 5),
+    ({"initializer": "grid"}, 0.1, 5),
+    ({"seed": 1}, 0.02, 5),
+])
+def test_the_flag_changes_the_result(changes, least, most, auto):
+    other = model_of_two_glows(auto, **changes)
+    moved = error_in_percent(other, model_of_two_glows(auto))
+    assert least < moved < (most / 5 if auto else most)
+
+
+# ----------------------------------------------------------------------------- how the fit goes on
 
 def test_the_loss_falls_and_the_best_surface_is_kept(fitted):
     image, _, result = fitted
     loss = result.history["loss"]
     assert list(result.history) == ["loss", *LOSS_TERMS]
-    assert loss[-1] < loss[0] - 0.3  # it starts from the sky that was found
+    assert loss.min() < loss[0]
     assert 1 <= len(loss) <= 1000
     shorter = optimize(image, quick(epochs=len(loss) // 2))
     assert shorter.history["loss"].min() >= loss.min()
-    assert np.abs(loss - loss.min()).min() < 1e-6
     _, start, _ = result.fit.track[0]
     assert result.fit.positions.shape == start.shape
 
 
-@pytest.mark.parametrize("auto, most, why", [
-    (True, 21, "nothing is better than the sky it started from"),
-    (False, 110, "no longer moves"),
-])
-def test_the_fit_stops_when_nothing_improves(auto, most, why):
+@pytest.fixture(scope="module")
+def nebula():
+    """A nebula under two glows as --auto sees it, with the start of its fit."""
+    scene = make_scene("nebula", 1, 400, 600, 1)
+    settings = Settings(auto=True, initializer="grid", downscaling_factor=4)
+    prepared, settings = ready(scene.image, settings)
+    return prepared, settings, start_of(prepared, settings)
+
+
+def test_the_best_control_points_are_given_back_and_not_the_last(nebula):
+    prepared, settings, start = nebula
+    flat = start_of(prepared, settings, flat=True)
+    wild = fit_surface(prepared, replace(settings, learning_rate=0.3, epochs=60), flat)
+    loss = wild.history[:, 0]
+    best = wild.positions, wild.values
+    again = fit_surface(prepared, replace(settings, epochs=1), best)
+    assert loss[-1] > loss.min() + 0.2
+    assert abs(again.history[0, 0] - loss.min()) < 0.05
+
+
+def test_a_learning_rate_that_is_far_too_high_costs_nothing(nebula):
+    """It starts from the sky that was found, and nothing else is better."""
+    prepared, settings, start = nebula
+    wild = replace(settings, learning_rate=0.3, epochs=15)
+    fit = fit_surface(prepared, wild, start)
+    sky = linear_sky(prepared, fit)(prepared.centers)
+    found = prepared.sky.surface(prepared.centers)
+    assert error_in_percent(sky, found) < 2
+
+
+@auto_and_plain
+def test_the_fit_stops_when_nothing_improves(auto):
     image, _ = sloping_sky(64, 64, 1, noise=0)
     too_slow = 1e-9  # to improve by what counts
     settings = quick(learning_rate=too_slow, epochs=400, auto=auto)
     result = optimize(image, settings)
-    assert len(result.history["loss"]) <= most
-    assert why in result.fit.stopped
+    assert len(result.history["loss"]) <= bgoptimizer.STOP_PATIENCE + 10
+    assert "no improvement" in result.fit.stopped
+
+
+@pytest.mark.slow
+@auto_and_plain
+def test_most_fits_end_before_the_last_epoch(auto):
+    ended = []
+    for family in ("moon", "nebula", "city_glows", "vignetting", "pedestal"):
+        scene = make_scene(family, 0, 400, 600, 1)
+        result = optimize(scene.image, Settings(auto=auto, downscaling_factor=4))
+        ended.append(len(result.history["loss"]))
+    early = [epochs for epochs in ended if epochs < 1000]
+    assert len(early) >= 3
+    assert len(set(early)) > 1
+
+
+def test_steps_get_smaller_on_a_plateau(nebula, monkeypatch):
+    prepared, settings, start = nebula
+    restless = replace(settings, learning_rate=0.05, epochs=250)
+    monkeypatch.setattr(bgoptimizer, "STOP_PATIENCE", 1000)
+
+    def last_steps():
+        fit = fit_surface(prepared, restless, start)
+        late = [positions for _, positions, _ in fit.track[-6:]]
+        return np.abs(np.diff(late, axis=0)).mean()
+
+    halved = last_steps()
+    monkeypatch.setattr(bgoptimizer, "RATE_PATIENCE", 1000)
+    assert halved < 0.6 * last_steps()
 
 
 def test_epochs_are_counted_and_told(fitted):
@@ -244,7 +465,7 @@ def test_epochs_are_counted_and_told(fitted):
 
     result = optimize(image, quick(epochs=25), on_epoch=tell)
     assert epochs == list(range(1, 26))
-    assert_array_equal(losses, result.history["loss"])
+    assert_allclose(losses, result.history["loss"])
     assert [epoch for epoch, _, _ in result.fit.track] == [0, 10, 20]
 
 
@@ -253,7 +474,7 @@ def test_the_same_seed_gives_the_same_pictures_and_another_does_not(fitted):
     image, _, _ = fitted
 
     def optimized(seed):
-        return optimize(image, quick(initializer="random", epochs=150, seed=seed))
+        return optimize(image, quick(initializer="random", epochs=50, seed=seed))
 
     first = optimized(seed=4)
     second = optimized(seed=4)
@@ -261,6 +482,47 @@ def test_the_same_seed_gives_the_same_pictures_and_another_does_not(fitted):
     assert_array_equal(first.model, second.model)
     assert_array_equal(first.subtracted, second.subtracted)
     assert (first.model != other.model).any()
+
+
+def test_a_step_is_traced_once_for_pictures_of_one_kind(monkeypatch):
+    """Tracing runs the loss in Python, which costs more than a hundred epochs."""
+    calls = []
+    term = bgoptimizer.loss_error
+
+    def counted(r):
+        calls.append(r)
+        return term(r)
+
+    monkeypatch.setattr(bgoptimizer, "loss_error", counted)
+    settings = quick(initializer="random", points=17, epochs=3)  # as no other test has it
+    for size in (2, 3, 4):
+        image, _ = sloping_sky(24 * size, 36 * size)
+        optimize(image, settings)
+    once = len(calls)
+    assert once >= 1
+    image, _ = sloping_sky(120, 180)
+    optimize(image, replace(settings, seed=1, learning_rate=0.01))
+    assert len(calls) == once
+    assert once <= 2  # Keras may look at it once more
+
+
+def test_a_picture_gives_the_same_whatever_came_before(nebula):
+    first, _ = sloping_sky(72, 108)
+    second, _ = sloping_sky(seed=2, noise=0.002)
+    settings = quick(initializer="random", points=19, epochs=60)
+    alone = optimize(second, settings)
+    optimize(first, replace(settings, learning_rate=0.01))
+    after_another = optimize(second, settings)
+    assert_array_equal(after_another.model, alone.model)
+    assert_array_equal(after_another.fit.history, alone.fit.history)
+
+
+def test_control_points_that_cannot_be_solved_are_told_and_the_best_is_kept(nebula):
+    prepared, settings, start = nebula
+    positions, values = start
+    met = np.full_like(positions, np.nan), values
+    with pytest.raises(BgError, match="lower -N, or choose another --seed"):
+        fit_surface(prepared, replace(settings, epochs=3), met)
 
 
 # ------------------------------------------------------------------------------------ devices
@@ -401,7 +663,7 @@ def use_drop_in(monkeypatch):
     def drop_in():
         return bgoptimizer.interpolate_spline
 
-    monkeypatch.setattr(bgoptimizer, "_import_interpolate_spline", drop_in)
+    monkeypatch.setattr(bgoptimizer, "import_interpolate_spline", drop_in)
 
 
 @pytest.mark.slow
@@ -435,127 +697,3 @@ def test_tensorflow_has_nothing_to_say_about_the_drop_in(monkeypatch):
     finally:
         logger.removeHandler(handler)
     assert messages == []
-
-
-# ------------------------------------------------------------------------------- rules of the fit
-
-@pytest.fixture(scope="module")
-def nebula():
-    """A nebula under two glows as --auto sees it, with the start of its fit."""
-    scene = make_scene("nebula", 1, 400, 600, 1)
-    settings = Settings(auto=True, initializer="grid", downscaling_factor=4)
-    prepared, settings = examine(to_planes(scene.image), settings)
-    positions = start_positions(settings, prepared.full_shape)
-    start = positions, start_values(prepared, positions, settings.order)
-    return prepared, settings, start
-
-
-def test_the_loss_of_a_pixel_is_the_logarithm_of_all_its_terms():
-    tf = import_tensorflow()
-    alpha = 5.0
-    terms = [tf.constant([term, 2 * term]) for term in (0.1, 0.02, 0.003, 0.0004)]
-    total = 0.1 + 0.02 + alpha * (0.003 + 0.0004)
-    of_pixels = np.array([total, 2 * total])
-    expected = np.log(bgoptimizer.LOSS_FLOOR + of_pixels).mean()
-    loss = bgoptimizer.log_loss(terms, alpha)
-    assert abs(float(loss) - expected) < 1e-5
-
-
-def test_the_fit_starts_from_the_found_sky_however_few_its_points(nebula):
-    prepared, settings, _ = nebula
-    positions = np.array([[0.1, 0.1], [0.5, 0.3], [0.2, 0.9]], np.float32)
-    start = positions, start_values(prepared, positions, settings.order)
-    rest = bgoptimizer.rest_of_sky(prepared, settings.order, start)
-    fit = fit_of(*start, rest, settings.order)
-    found = found_sky(prepared, prepared.centers)
-    assert_allclose(fit.surface(prepared.centers), found, atol=1e-6)
-
-
-def test_behind_objects_the_found_sky_stands_for_the_picture(nebula):
-    prepared, settings, _ = nebula
-    sample = sky_sample(prepared, settings)
-    hidden = ~sample.seen
-    assert 0.1 < hidden.mean() < 0.9
-    assert (sample.weight[hidden] > 0).all()
-    found = found_sky(prepared, sample.places[hidden])
-    assert_allclose(sample.image[hidden], found, atol=1e-6)
-
-
-@pytest.mark.slow
-def test_noise_does_not_move_the_surface_that_fits_best():
-    """The loss likes the low side of the noise; the sample is moved there beforehand."""
-    tf = import_tensorflow()
-    scene = make_scene("flat", 1, 400, 600, 1)
-    settings = Settings(auto=True, downscaling_factor=4)
-    prepared, settings = examine(to_planes(scene.image), settings)
-    sample = sky_sample(prepared, settings)
-    seen = sample.image[sample.seen]
-    truth = prepared.stretch.extend(scene.sky.mean((0, 1)))
-
-    def loss(offset):
-        residual = tf.constant(seen - truth - offset * seen.std())
-        terms = [
-            bgoptimizer.loss_error(residual),
-            bgoptimizer.loss_color(residual),
-            bgoptimizer.loss_overshoot(residual),
-            0.0,
-        ]
-        return float(bgoptimizer.log_loss(terms, settings.alpha))
-
-    offsets = np.linspace(-2, 2, 41)  # over the noise
-    losses = [loss(offset) for offset in offsets]
-    best = offsets[np.argmin(losses)]
-    assert abs(best) < 0.4
-
-
-def test_one_half_of_the_sample_is_fitted_and_the_other_judges(nebula):
-    prepared, settings, start = nebula
-    nodes, _ = bgoptimizer._bending_nodes(prepared.full_shape)
-    rest = bgoptimizer.rest_of_sky(prepared, settings.order, start)
-
-    def lesson_of(sample, settings=settings):
-        return bgoptimizer._make_lesson(prepared, settings, sample, nodes, rest, 0.01)
-
-    sample = sky_sample(prepared, settings)
-    lesson = lesson_of(sample)
-    assert int(lesson.fitted) == len(sample.places) // 2
-    assert int(lesson.judging) == len(sample.places) // 2
-    few = bgoptimizer.Sample(*(part[:100] for part in sample))
-    lesson = lesson_of(few)
-    assert int(lesson.fitted) == 100
-    assert int(lesson.judging) == 0
-    # Clipped is what is as bright as can be told, where sky is seen.
-    image = few.image.copy()
-    image[:7] = 1.0
-    seen = np.ones(100, bool)
-    seen[3] = False
-    lesson = lesson_of(few._replace(image=image, seen=seen))
-    assert lesson.clipped.numpy().sum() == 6
-    for smoothing, costs in ((1e4, 1), (1e3, 0)):  # of a bowl
-        stiff = replace(settings, smoothing=smoothing)
-        assert float(lesson_of(sample, stiff).bowl) == costs
-
-
-def test_a_learning_rate_that_is_far_too_high_costs_nothing(nebula):
-    """The control points that were judged best are kept, not the last ones."""
-    prepared, settings, start = nebula
-    wild = replace(settings, learning_rate=0.3, epochs=15)
-    fit = bgoptimizer.fit_surface(prepared, wild, start)
-    moved = fit.surface(prepared.centers) - found_sky(prepared, prepared.centers)
-    assert np.abs(moved).max() < 0.01
-
-
-def test_a_fit_that_never_stands_still_ends_when_nothing_improves(monkeypatch):
-    monkeypatch.setattr(bgoptimizer, "STILL_CHANGE", 0.0)
-    image, _ = sloping_sky(96, 144)
-    result = optimize(image, quick(epochs=1000))
-    assert "no improvement" in result.fit.stopped
-
-
-def test_the_sample_is_spread_evenly():
-    everywhere = np.full((256, 256), True)
-    pixels = bgoptimizer.sample_pixels(everywhere, 2048, 1)
-    row, column = np.divmod(pixels, 256)
-    tile = row // 32 * 8 + column // 32
-    count = np.bincount(tile, minlength=64)  # in 64 tiles, 32 each
-    assert count.std() < 3  # of a purely random one about 5.6

@@ -1,4 +1,6 @@
 """Reducing loses no sample and shifts nothing; the mask lets through what it should."""
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
@@ -8,11 +10,20 @@ from bgoptimizer import (
     Settings,
     frame_coordinates,
     full_mask,
+    mask_reasons,
     measure_stretch,
     prepare,
     reduce_plane,
 )
-from scenes import sloping_sky, to_planes
+from scenes import make_scene, sloping_sky, to_planes
+
+
+PLAIN = Settings().resolved()
+
+
+def plain(**changes):
+    """Return the settings of a plain run, but for these changes."""
+    return replace(PLAIN, **changes)
 
 
 def sky_planes(height=96, width=144):
@@ -80,12 +91,12 @@ def test_mean_is_taken_of_stretched_samples():
     stretch, _ = measure_stretch(planes, 0.95)
     stretched = stretch.apply(image)[..., 0]
     expected = plain_loop(stretched + 1e-30, 8, "mean")  # a stretched 0 is not missing
-    prepared = prepare(planes, Settings(downscaling_func="mean"))
+    prepared = prepare(planes, plain(downscaling_func="mean"))
     assert_allclose(prepared.image[..., 0], expected, atol=1e-6)
 
 
 def test_thresholds_leave_out_what_lies_beyond_them():
-    settings = Settings(threshold_min=0.1, threshold_max=0.6)
+    settings = plain(threshold_min=0.1, threshold_max=0.6)
     prepared = prepare(sky_planes(), settings)
     between = (prepared.image >= 0.1) & (prepared.image <= 0.6)
     assert_array_equal(prepared.weight > 0, between)
@@ -98,8 +109,8 @@ def test_mask_file_weighs_by_its_mean_over_a_block(channels):
     mask[:, :40] = 0
     mask[:, 40:80, :60] = 0.5
     mask[:, 72:80, 112:116] = 0  # half a block
-    bare = prepare(planes, Settings()).weight  # (10, 15, 3)
-    weight = prepare(planes, Settings(), mask).weight
+    bare = prepare(planes, PLAIN).weight  # (10, 15, 3)
+    weight = prepare(planes, PLAIN, mask).weight
     assert (weight[:5] == 0).all()
     assert_array_equal(weight[5:, :7], 0.5 * bare[5:, :7])
     assert (weight[9, 14] == 0.5 * bare[9, 14]).all()
@@ -109,7 +120,7 @@ def test_mask_file_weighs_by_its_mean_over_a_block(channels):
 def test_mask_of_a_channel_leaves_the_others_alone():
     mask = np.ones((3, 80, 120), np.float32)
     mask[0] = 0
-    prepared = prepare(sky_planes(80, 120), Settings(), mask)
+    prepared = prepare(sky_planes(80, 120), PLAIN, mask)
     assert not prepared.weight[..., 0].any()
     assert prepared.weight[..., 1:].any()
     assert prepared.used.any()
@@ -119,22 +130,57 @@ def test_mask_of_another_size_is_refused():
     mask = np.ones((1, 40, 60), np.float32)
     sizes = "the mask is 60 x 40 with 1 channel, the picture 144 x 96 with 3 channels"
     with pytest.raises(BgError, match=sizes):
-        prepare(sky_planes(), Settings(), mask)
+        prepare(sky_planes(), PLAIN, mask)
 
 
 def test_a_picture_all_masked_is_refused():
     mask = np.zeros((1, 96, 144), np.float32)
     with pytest.raises(BgError, match="every pixel is masked"):
-        prepare(sky_planes(), Settings(), mask)
+        prepare(sky_planes(), PLAIN, mask)
 
 
 @pytest.mark.parametrize("shape", [(80, 120), (83, 125)])
 def test_the_saved_mask_given_back_is_the_same_mask(shape):
     planes = sky_planes(*shape)
     planes[:, :16] = np.nan
-    settings = Settings(threshold_min=0.2, threshold_max=0.9)
+    settings = plain(threshold_min=0.2, threshold_max=0.9)
     prepared = prepare(planes, settings)
     mask = full_mask(prepared, settings)
     assert mask.shape[1:] == shape
     again = prepare(planes, settings, mask)
     assert_allclose(again.weight, prepared.weight, atol=1e-6)
+
+
+# ------------------------------------------------------------------------------------ a dark rim
+
+def rimmed(side, dim=0.4):
+    """Return planes (1, 400, 600) with a dark rim, and where that is, (100, 150) bool of blocks."""
+    image, _ = sloping_sky(400, 600, 1)
+    rim = np.zeros((400, 600), bool)
+    rim[side] = True
+    image[rim] *= dim
+    return to_planes(image), rim[::4, ::4]
+
+
+@pytest.mark.parametrize("side", [
+    np.s_[:24],
+    np.s_[-60:],
+    np.s_[:, :40],
+    np.s_[:, -16:],
+])
+def test_a_dark_rim_is_left_out_and_the_picture_beside_it_is_not(side):
+    planes, rim = rimmed(side)
+    settings = plain(downscaling_factor=4)
+    prepared = prepare(planes, settings)
+    assert not prepared.used[rim].any()
+    assert prepared.used[~rim].mean() > 0.9
+    reasons = mask_reasons(prepared, settings)
+    assert reasons["rim"][rim].mean() > 0.9
+
+
+@pytest.mark.parametrize("family", ["hills", "dark_clouds", "moon", "edge_glow", "vignetting"])
+def test_what_is_dark_but_no_rim_stays(family):
+    scene = make_scene(family, 1, 400, 600, 1)
+    settings = plain(downscaling_factor=4)
+    prepared = prepare(to_planes(scene.image), settings)
+    assert mask_reasons(prepared, settings)["rim"].mean() < 0.01

@@ -4,7 +4,15 @@ import pytest
 from numpy.testing import assert_allclose
 from scipy.interpolate import RBFInterpolator
 
-from bgoptimizer import import_tensorflow, interpolate_spline, spline_layer, spline_surface
+from bgoptimizer import (
+    bending_nodes,
+    bending_rows,
+    import_interpolate_spline,
+    import_tensorflow,
+    interpolate_spline,
+    spline_layer,
+    spline_surface,
+)
 
 RNG = np.random.default_rng(11)
 POINTS = RNG.random((20, 2))
@@ -82,13 +90,68 @@ def test_control_points_on_top_of_each_other_give_a_finite_surface():
     assert np.isfinite(surface).all()
 
 
-def test_the_layer_trains_positions_and_values():
+@every_order
+def test_the_layer_trains_positions_and_values(order):
     tf = import_tensorflow()
-    points = POINTS.astype(np.float32)
-    values = VALUES.astype(np.float32)
-    layer = spline_layer(points, values, 2, 0.1)
+    layer = spline_layer(20, 3, order, 0.1)
     shapes = [tuple(weights.shape) for weights in layer.trainable_weights]
     assert shapes == [(20, 2), (20, 3)]
+    layer.set_weights([POINTS, VALUES])
     surface = layer(tf.constant(QUERY, "float32")).numpy()
-    expected = spline_surface(QUERY, POINTS, VALUES, 2, 0.1)
-    assert_allclose(surface, expected, atol=1e-4)
+    expected = spline_surface(QUERY, POINTS, VALUES, order, 0.1)
+    assert_allclose(surface, expected, atol=1e-3)  # Float32, and close to a control point
+
+
+def test_tensorflow_addons_is_used_where_it_exists():
+    module = "tensorflow_addons.image.interpolate_spline"
+    addons = pytest.importorskip(module, exc_type=Exception)
+    assert import_interpolate_spline() is addons.interpolate_spline
+
+
+# ------------------------------------------------------------------------------------ bending
+
+def bending(surface, shape=(400, 600), free_bowl=False):
+    """Return the bending energy of surface(y, x), in frame coordinates."""
+    nodes, spacing = bending_nodes(shape, 24)
+    everywhere = np.ones(nodes.shape[:2])
+    y, x = np.moveaxis(nodes, -1, 0)
+    heights = surface(y, x).ravel()
+    derivatives = bending_rows(spacing, everywhere, free_bowl) @ heights
+    return (derivatives**2).sum()
+
+
+@pytest.mark.parametrize("surface, second_squared", [
+    (lambda y, x: 0.2 + 0.3 * y - 0.7 * x, 0),
+    (lambda y, x: y**2, 4),
+    (lambda y, x: x * y, 2),
+    (lambda y, x: 3 * x**2 - y**2, 40),
+])
+@pytest.mark.parametrize("shape", [(400, 600), (600, 400), (200, 1000)])
+def test_bending_is_the_integral_of_the_squared_second_derivatives(surface, second_squared, shape):
+    area = np.prod(shape) / max(shape)**2
+    expected = second_squared * area / (8 * np.pi)
+    assert bending(surface, shape) == pytest.approx(expected, rel=1e-6, abs=1e-12)
+
+
+def test_a_bowl_is_free_where_it_shall_be_and_nothing_else_is():
+    def bowl(y, x):
+        return 0.1 - y**2 + 0.5 * x * y - 2 * x**2
+
+    def wave(y, x):
+        return np.sin(6 * x)
+
+    assert bending(bowl) > 0.1
+    assert bending(bowl, free_bowl=True) < 1e-12
+    assert bending(wave, free_bowl=True) > 0.5 * bending(wave)
+
+
+def test_bending_costs_more_where_the_cost_is_higher():
+    nodes, spacing = bending_nodes((400, 600), 24)
+    x = nodes[..., 1]
+    bump = np.exp(-(x - 0.8)**2 / 0.02).ravel()  # in the right half
+    cost = np.where(x > 0.5, 10.0, 1.0)
+    dear, cheap = [
+        ((bending_rows(spacing, each, False) @ bump)**2).sum()
+        for each in (cost, np.ones(x.shape))
+    ]
+    assert dear == pytest.approx(10 * cheap, rel=0.02)

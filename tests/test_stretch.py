@@ -155,7 +155,7 @@ def test_a_dead_channel_is_named(value, sentence):
     image, _ = sloping_sky()
     image[..., 1] = value
     with pytest.raises(BgError, match=sentence):
-        prepare(to_planes(image), Settings())
+        prepare(to_planes(image), Settings().resolved())
 
 
 def test_a_picture_with_its_median_at_the_end_can_still_be_stretched():
