@@ -3018,7 +3018,8 @@ def find_rim(linear: np.ndarray, present: np.ndarray) -> np.ndarray:
     level = scipy.ndimage.median_filter(light[nearest], 7)[nearest]
     drop = level - light
     dark = present & ~inside & (drop > least / 2)
-    frame = np.pad(np.zeros_like(present[1:-1, 1:-1]), 1, constant_values=True)
+    frame = np.full(present.shape, True)
+    frame[1:-1, 1:-1] = False
     frame |= scipy.ndimage.binary_dilation(~present)
     regions, count = scipy.ndimage.label(scipy.ndimage.binary_propagation(dark & frame, mask=dark))
     rim = nowhere
@@ -3492,11 +3493,15 @@ class _Cells:
 
 def _make_cells(prepared: Prepared) -> _Cells:
     """Reduce the picture to cells."""
+    linear = prepared.linear
     usable = prepared.present.all(-1) & prepared.used  # (rows, columns) of reduced pixels
+    if not usable.any():  # channels that are never present together count as flat where missing
+        usable = prepared.used
+        linear = np.where(prepared.present, linear, prepared.median)
     longer = max(usable.shape)
     smallest = 2 if longer >= 2 * FEWEST_CELLS else 1
     size = max(smallest, round(longer / FIND_CELLS))
-    shown = np.where(usable[..., None], prepared.linear, 0)  # 0: missing
+    shown = np.where(usable[..., None], linear, 0)  # 0: missing
     planes = [reduce_plane(channel, size) for channel in np.moveaxis(shown, -1, 0)]
     light = np.stack(planes, -1).astype(float)  # (h, w, c)
 
@@ -3570,6 +3575,8 @@ def _quiet_levels(light: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _tiles(image: np.ndarray) -> np.ndarray:
     """Cut an image (h, w) into whole tiles, (tiles, 49)."""
     tile = (NOISE_TILE, NOISE_TILE)
+    if min(image.shape) < NOISE_TILE:
+        return np.empty((0, NOISE_TILE**2))
     windows = np.lib.stride_tricks.sliding_window_view(image, tile)
     tiles = windows[::NOISE_TILE, ::NOISE_TILE]  # (rows, columns, 7, 7)
     return tiles.reshape(-1, NOISE_TILE**2)
@@ -5164,7 +5171,7 @@ def sky_sample(prepared: Prepared, settings: Settings) -> Sample:
     stretch = prepared.stretch
     auto = settings.auto
     trust = _block_means(prepared.weight, sky.size)  # (h, w, c) of the cells
-    follows = (trust > 0).all(-1) & (sky.shows_sky | (not auto))
+    follows = (trust > 0).any(-1) & (sky.shows_sky | (not auto))
     bounds = sky.below & auto
     density = sky.density if auto else np.ones(follows.shape)
     of_sky = sample_cells(follows, density, SAMPLE_CELLS * settings.batch, settings.seed)
@@ -5211,8 +5218,8 @@ def make_lesson(prepared: Prepared, settings: Settings,
     # 1 / spread^2 at the sky, and by less where it forgives less.
     curvature = (2 / FORGIVEN if settings.auto else 1) / sky.spread**2
     stiffness = curvature / 2 * STIFFNESS_UNIT * settings.smoothing
-    most = FOUND_COST * settings.smoothing / sky.found_smoothing
-    stiffness = min(stiffness, most / max(bending, 1e-12))
+    most = FOUND_COST * settings.smoothing / max(sky.found_smoothing, 1e-9)
+    stiffness = min(stiffness, most / max(bending, 1e-12))  # at a smoothing of 0, none
 
     step = 1e-3
     slopes = (stretch.invert(found + step) - stretch.invert(found - step)) / (2 * step)
