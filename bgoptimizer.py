@@ -3486,6 +3486,11 @@ class _Cells:
         return max(self.usable.shape)
 
     @property
+    def too_small(self) -> bool:
+        """Whether there is too little to tell objects from sky."""
+        return min(self.usable.shape) < SMALLEST_SIDE or self.usable.sum() < FEWEST_USABLE
+
+    @property
     def rim(self) -> np.ndarray:
         """The usable cells within two cells of the edge of what is usable, (h, w) bool."""
         return self.usable & ~scipy.ndimage.binary_erosion(self.usable, iterations=2)
@@ -3742,8 +3747,11 @@ class _Surfaces:
 
     def _find_modes(self) -> tuple[np.ndarray, np.ndarray]:
         """Return the modes (m, m), of mean square 1 on the cells, and the bending of each (m,)."""
-        usable = self.cells.usable.ravel()
-        rows = self.matrix[usable]
+        if self.cells.too_small:  # only planes: through values that lie on one, so does a plate
+            modes = np.zeros((self.matrix.shape[1], 3))
+            modes[:len(self.positions)] = np.c_[self.positions, np.ones(len(self.positions))]
+            return modes, np.zeros(3)
+        rows = self.matrix[self.cells.usable.ravel()]
         square = rows.T @ rows / len(rows)
         square += 1e-9 * np.trace(square) * np.eye(len(square))  # keeps the equations solvable
         everywhere = np.ones(self.nodes.shape[:2])
@@ -4784,6 +4792,9 @@ powers of ten for the part of the picture that is not sky. It was measured on th
 PLAIN_MOST = 1.5
 """The surface of a plain run is stiffer by at most so many powers of ten."""
 
+SMALL_SMOOTHING = 1e6
+"""In a picture that is too small the sky is a plane, and no noise bends it."""
+
 DENSEST = 30.0
 """Per area, there are at most so many times as many control points where the sky bends most."""
 
@@ -4809,7 +4820,7 @@ class Sky:
     share: float  # of the usable cells, that show sky, in [0, 1]
     found_smoothing: float  # of `surface`
     smoothing: float  # of the surface that the fit shall find
-    doubt: float  # by which part of its range the sky is uncertain, rms
+    doubt: float  # by which part of its range the sky is uncertain, rms; NaN if it is too small
     unsure: str  # why the sky cannot be known, in words; empty if it can
     why: str  # this smoothing, in words
 
@@ -4833,19 +4844,19 @@ def find_sky(prepared: Prepared, settings: Settings) -> Sky:
     """
     cells = _make_cells(prepared)
     smoothings = SMOOTHINGS if settings.smoothing is None else (settings.smoothing,)
-    large_enough = (min(cells.usable.shape) >= SMALLEST_SIDE
-                    and cells.usable.sum() >= FEWEST_USABLE)
-    if large_enough:
+    if not cells.too_small:
         scene = _look(cells, prepared.full_shape)
     else:
         nothing = np.zeros_like(cells.usable)
         texture = _Texture(np.zeros(nothing.shape), nothing, nothing)
         scene = _Scene(cells, _Surfaces(cells, prepared.full_shape), texture, nothing)
-        smoothings = smoothings[:1]  # a plane
+        smoothings = (max(smoothings[0], SMALL_SMOOTHING),)
     explanation = _look_for_sky(scene, cells.usable, smoothings)
     surfaces, objects, _, best = explanation
-    doubt = _doubt(explanation)
-    unsure = _judge(explanation, scene.texture, doubt) if large_enough else "it is too small"
+    doubt = math.nan if cells.too_small else _doubt(explanation)
+    unsure = "it is too small"
+    if not cells.too_small:
+        unsure = _judge(explanation, scene.texture, doubt)
 
     share = objects.sky.sum() / cells.usable.sum()
     smoothing = best.smoothing
@@ -4889,6 +4900,8 @@ def _bending(surface: np.ndarray, longer: int) -> np.ndarray:
 
     The unit of length is the longer side, which has so many cells.
     """
+    if min(surface.shape[:2]) < 2:
+        return np.zeros(surface.shape[:2])
     squares = [(_curvatures(channel)**2).sum(0) for channel in np.moveaxis(surface, -1, 0)]
     return np.sqrt(np.mean(squares, 0)) * longer**2
 
@@ -5800,6 +5813,9 @@ def examine(planes: np.ndarray, settings: Settings, mask: np.ndarray | None = No
         logger.warning(f"the sky of this picture cannot be told from objects: {sky.unsure}. "
                        "Take the result as a guess, mask objects with -m, or keep the surface "
                        "stiff with --smoothing 1e4")
+    if prepared.rim.any():
+        logger.info("left out: a rim that is darker than the picture by a step "
+                    f"({prepared.rim.mean():.1%} of the frame)")
     for sentence in doubts(planes, prepared):
         logger.warning(sentence)
     if settings.auto:
@@ -6079,9 +6095,11 @@ def gradient(prepared: Prepared, fit: Fit | None = None, correction: str = "subt
         correction: "subtract" or "divide".
 
     Returns:
-        NaN if no sky could be looked for.
+        NaN if the picture is too small to look for its sky.
     """
     found = prepared.sky
+    if math.isnan(found.doubt):
+        return math.nan
     shows_sky = found.shows_sky  # (h, w)
     surface = found.surface(found.centers)  # (h, w, c)
     sky = surface[shows_sky]  # (n, c)

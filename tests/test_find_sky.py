@@ -117,7 +117,7 @@ def distance_from_plane(places, surface):
     terms = np.column_stack([places.reshape(-1, 2), np.ones(len(surface))])
     coefficients = np.linalg.lstsq(terms, surface, rcond=None)[0]
     distance = np.abs(terms @ coefficients - surface).max()
-    return distance / np.ptp(surface, 0).max()
+    return distance / max(np.ptp(surface, 0).max(), 1e-9)
 
 
 @pytest.mark.parametrize("family, seed, channels, bound", families())
