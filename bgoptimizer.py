@@ -3946,13 +3946,15 @@ class _Texture(NamedTuple):
     dense: np.ndarray  # bool: regions dense with it
 
 
-def _texture(cells: _Cells, values: np.ndarray, usable: np.ndarray) -> _Texture:
-    """Find what has fine structure.
+def _texture(surfaces: _Surfaces, usable: np.ndarray) -> _Texture:
+    """Find what has fine structure, beside the most flexible surface, which follows steep skies.
 
     Args:
-        values: (h, w, c) of the cells, less what is known to be sky.
         usable: (h, w) bool.
     """
+    cells = surfaces.cells
+    found = surfaces.fit(usable, np.zeros_like(usable), SMOOTHINGS[-1])
+    values = cells.values - surfaces.surface(found)
     detail = (values - _smooth_slope(values, ROUGH_SCALE, usable)) / cells.noise
     strongest = np.abs(detail).argmax(-1)[..., None]
     detail = np.take_along_axis(detail, strongest, -1)[..., 0]  # (h, w)
@@ -4151,10 +4153,11 @@ def _look(cells: _Cells, shape: tuple[int, int]) -> _Scene:
         shape: (h, w) of the full picture.
     """
     usable = cells.usable
-    texture = _texture(cells, cells.values, usable)
+    plates = _Surfaces(cells, shape)
+    texture = _texture(plates, usable)
     hills = _dark_foreground(cells, texture.dense)
     if hills.any():
-        texture = _texture(cells, cells.values, usable & ~hills)
+        texture = _texture(plates, usable & ~hills)
     width = _rough_window(cells) + 1
     near_hills = usable & scipy.ndimage.binary_dilation(hills, iterations=width)
     beside = usable & ~near_hills
@@ -4169,10 +4172,10 @@ def _look(cells: _Cells, shape: tuple[int, int]) -> _Scene:
         smooth = [place for place, core in zip(glows, cores)
                   if np.median(rest[core]) < GLOW_SMOOTH * np.median(glow[core])]
         if smooth == glows:
-            texture = _texture(cells, cells.values - surfaces.surface(found), usable & ~hills)
+            texture = _texture(surfaces, usable & ~hills)
             return _Scene(cells, surfaces, texture, near_hills)
         glows = smooth
-    return _Scene(cells, _Surfaces(cells, shape), texture, near_hills)
+    return _Scene(cells, plates, texture, near_hills)
 
 
 # --- Closed patches ---
@@ -4686,6 +4689,24 @@ vignetting is larger."""
 HIDDEN_TOP = 0.6
 """It counts all the same if objects cover this part of its upper half."""
 
+SEAM_SIGMA = 12.0
+"""Panels of a mosaic differ by so many sigma of the median along a seam."""
+
+SEAM_HEIGHT = 0.05
+"""Panels differ by this part of the picture's range (1st to 99th percentile)."""
+
+SEAM_ALIKE = 0.95
+"""Panels differ in the same direction along this part of a seam."""
+
+SEAM_SEEN = 0.5
+"""A row or column can be a seam if this part of it is usable."""
+
+FEWEST_LINES = 7
+"""Rows or columns in which a seam can be told from a slope."""
+
+MEDIAN_NOISE = 1.25
+"""The noise of a median of many values over that of their mean."""
+
 SEAM_SHARE = 0.52
 """Along a seam of panels so much more of the cells has structure than along the lines beside it."""
 
@@ -4706,7 +4727,7 @@ def _judge(explanation: _Explanation, texture: _Texture, doubt: float) -> str:
     """
     surfaces, objects, _, best = explanation
     cells = surfaces.cells
-    if _has_seam(texture, cells):
+    if _steps_along_a_line(cells) or _has_seam(texture, cells):
         return "it steps along a straight line, as between the panels of a mosaic"
     if best.loss > UNEXPLAINED * _pure_noise(cells):
         return "no smooth surface explains what looks like sky"
@@ -4765,10 +4786,43 @@ def _closed_top(surfaces: _Surfaces, candidate: _Candidate, objects: np.ndarray)
     return highest
 
 
-def _has_seam(texture: _Texture, cells: _Cells) -> bool:
-    """Tell whether the picture steps along a straight line through the frame.
+def _steps_along_a_line(cells: _Cells) -> bool:
+    """Tell whether the picture steps up or down along a whole row or column of cells.
 
-    Panels of a mosaic that do not match do so, and exposures that were turned or shifted. The step
+    Panels of a mosaic that do not match do so.
+    """
+    light = _channels_together(cells.values / cells.noise)
+    light = np.where(cells.usable, light, np.nan)
+    least = SEAM_HEIGHT * _span(light[cells.usable], (99, 1))
+    return _steps_along_a_column(light, least) or _steps_along_a_column(light.T, least)
+
+
+def _steps_along_a_column(light: np.ndarray, least: float) -> bool:
+    """Tell whether light (h, w), NaN where not usable, steps by `least` along a column."""
+    if light.shape[1] < FEWEST_LINES:
+        return False
+    rise = light[:, 2:] - light[:, :-2]  # over two cells: the seam may lie within one
+    slope = (rise[:, :-4] + rise[:, 4:]) / 2  # beside it
+    step = rise[:, 2:-2] - slope  # (h, columns)
+    count = np.isfinite(step).sum(0)
+    whole = count > SEAM_SEEN * len(light)
+    if not whole.any():
+        return False
+    step = step[:, whole]
+    typical = np.nanmedian(step, axis=0)  # (columns,)
+    height = np.abs(typical)
+    scatter = _deviation(step - typical, 0)
+    sigma = MEDIAN_NOISE * scatter / np.sqrt(count[whole])
+    same_sign = np.sign(step) == np.sign(typical)
+    seam = (height > least) & (height > SEAM_SIGMA * sigma)
+    seam &= same_sign.mean(0) > SEAM_ALIKE
+    return bool(seam.any())
+
+
+def _has_seam(texture: _Texture, cells: _Cells) -> bool:
+    """Tell whether the picture steps along a tilted line through the frame.
+
+    Exposures that were turned or shifted do so. The step
     looks like structure, and there is much less of it along the parallel lines on both sides.
     """
     from skimage.transform import hough_line
@@ -5011,6 +5065,9 @@ FOUND_COST = 0.01
 """The bending of the sky that was found costs at most this much of the loss. Where it cost more,
 the loss would rather give a corner up than bend the surface."""
 
+PLANE_COST = 1.0
+"""The same, where a plane is wanted: a spline in the stretched frame is never quite one."""
+
 VALUE_RATE = 0.3
 """Stretched units by which the surface moves where a trained coordinate moves by 1. With less, a
 flat start takes more than 1000 epochs. With more, the surface trembles longer about its end."""
@@ -5231,7 +5288,8 @@ def make_lesson(prepared: Prepared, settings: Settings,
     # 1 / spread^2 at the sky, and by less where it forgives less.
     curvature = (2 / FORGIVEN if settings.auto else 1) / sky.spread**2
     stiffness = curvature / 2 * STIFFNESS_UNIT * settings.smoothing
-    most = FOUND_COST * settings.smoothing / max(sky.found_smoothing, 1e-9)
+    most = PLANE_COST if settings.smoothing >= PLANE else FOUND_COST
+    most *= settings.smoothing / max(sky.found_smoothing, 1e-9)
     stiffness = min(stiffness, most / max(bending, 1e-12))  # at a smoothing of 0, none
 
     step = 1e-3

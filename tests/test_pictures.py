@@ -206,7 +206,7 @@ def test_animation_lasts_as_long_as_promised(sky, folder):
 
 @pytest.mark.slow
 def test_names_that_are_formulas_or_cannot_be_printed_do_no_harm(folder):
-    image, _ = sloping_sky(20, 30, 1)
+    image, _ = sloping_sky(160, 240, 1)
     names = [r"$\a_{$.xisf", "☃.xisf"]
     if sys.platform == "linux":
         names.append("bad\udcff.xisf")
