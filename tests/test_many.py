@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import bgoptimizer
-from runner import FAST, SCRIPT, command, imports_script, python, quick, refused, run
+from runner import FAST, SCRIPT, command, imports_script, python, refused, run
 from scenes import save, sloping_sky, to_planes
 
 DATES = re.compile(rb"20\d\d[-:]\d\d[-:]\d\d[T ]\d\d:\d\d:\d\d(\.\d+)?Z?")
@@ -469,44 +469,3 @@ def test_a_scheduler_that_is_not_there_is_told_in_a_line(lights, capsys, monkeyp
     monkeypatch.setattr(bgoptimizer, "PATIENCE_WITH_SCHEDULER", 1)
     assert run("lights/a.xisf", "out", "--dask", "tcp://127.0.0.1:1") == 1
     assert "no Dask scheduler answers at tcp://127.0.0.1:1 " in refused(capsys)
-
-
-# ---------------------------------------------------------------------------- one training step
-
-def traces(monkeypatch):
-    """The list that grows by one whenever a step is traced."""
-    bgoptimizer._training.cache_clear()
-    found = []
-    step = bgoptimizer._Training._step
-
-    def traced(self, lesson):
-        found.append(self.kind)
-        return step(self, lesson)
-
-    monkeypatch.setattr(bgoptimizer._Training, "_step", traced)
-    return found
-
-
-@pytest.mark.slow
-def test_the_training_step_is_traced_once_for_pictures_of_one_ratio(monkeypatch):
-    found = traces(monkeypatch)
-    for size in (1, 2, 3):
-        image, _ = sloping_sky(24 * size, 36 * size)
-        bgoptimizer.optimize(image, quick(epochs=3))
-    assert len(found) == 1
-    image, _ = sloping_sky(channels=1)
-    bgoptimizer.optimize(image, quick(epochs=3))
-    assert len(found) == 2
-
-
-@pytest.mark.slow
-def test_a_step_that_is_used_again_has_forgotten_the_picture_before():
-    first, _ = sloping_sky(24, 36)
-    second, _ = sloping_sky(seed=2, noise=0.002)
-    bgoptimizer._training.cache_clear()
-    alone = bgoptimizer.optimize(second, quick(epochs=120))
-    bgoptimizer._training.cache_clear()
-    bgoptimizer.optimize(first, quick(epochs=40, learning_rate=0.01))
-    after_another = bgoptimizer.optimize(second, quick(epochs=120))
-    assert (alone.model == after_another.model).all()
-    assert (alone.fit.history == after_another.fit.history).all()
