@@ -3848,7 +3848,7 @@ class _Surfaces:
         derivatives = rows @ self.on_nodes[:, :count]
         energy = smoothing * STIFFNESS_UNIT * derivatives.T @ derivatives
         energy += self.glow_energy[:count, :count]
-        return energy + 1e-9 * np.eye(count)  # keeps the equations solvable
+        return energy + 1e-6 * np.eye(count)  # decides what too few cells leave open
 
     def deviation(self, found: np.ndarray, sky: np.ndarray, smoothing: float) -> np.ndarray:
         """Return the standard deviation of a fitted surface, (h, w, c).
