@@ -4676,7 +4676,8 @@ ALIKE_DOUBT = 0.5
 
 POSTERIOR_DOUBT = 6.0
 """The sky is uncertain by so many times the deviation of its posterior, in which residuals are
-independent. They are not: what is left of objects is smooth as well. Measured on `tests/truth.py`."""
+independent. They are not: what is left of objects is smooth as well. Measured on the truth bench,
+`tests/truth.py`."""
 
 BULGE = 0.1
 """The sky cannot be known if its surface has a closed top inside the frame that is higher than this
