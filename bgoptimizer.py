@@ -2369,10 +2369,6 @@ FORMATS = {
 # Outputs: all files of a run, or none
 # --------------------------------------------------------------------------------------------------
 
-LOCKED_FOR = 24 * 3600
-"""Seconds. A temporary file that is older has been left behind, if nothing better is known: another
-machine made it, or the disk knows no locks."""
-
 HOST = re.sub(r"(?a)\W", "_", platform.node())[:64]
 """Name of this machine, as a part of file names."""
 
@@ -2381,35 +2377,22 @@ HOST = re.sub(r"(?a)\W", "_", platform.node())[:64]
 def atomic_outputs(*paths):
     """Open files that take the names `paths` once all are whole, and else leave nothing behind.
 
-    Until then they are locked, hidden files in the same folder. Their names tell what they will be
-    and who writes them, so that another run that would write one of `paths` is refused, and what a
-    killed run left is removed by the next one. The files survive a power cut as soon as they have
-    their names.
+    Until then they are locked, hidden files in the same folder, whose names tell who writes them.
+    They survive a power cut as soon as they have their names.
 
     Raises BgError if they cannot be written, or another run writes them.
     """
     folder = os.path.dirname(paths[0])
-    own = f"{secrets.token_hex(4)}-{os.getpid()}-{HOST}"
-    temporary = [f"{_hidden(path)}-{own}.tmp" for path in paths]
     try:
         with memory_errors(), ExitStack() as stack:
-            stack.callback(_remove, temporary)
-            files = [stack.enter_context(_create_locked(name)) for name in temporary]
-            _remove_abandoned(folder)
-            for path in paths:
-                for other in glob.glob(f"{glob.escape(_hidden(path))}-*.tmp"):
-                    if other not in temporary:
-                        *_, process, host = other[:-len(".tmp")].rsplit("-", 2)
-                        raise BgError(f"process {process} on {host} is writing {path}; wait until "
-                                      "it ends, or choose another folder (if it runs no more, "
-                                      f"delete {other})")
+            files = [stack.enter_context(_temporary(path)) for path in paths]
             yield files
             for file in files:
                 file.flush()
                 os.fsync(file.fileno())
                 if fcntl is None:
                     file.close()  # Windows renames no open file
-            _rename_all(temporary, paths)
+            _rename_all([file.name for file in files], paths)
             with suppress(OSError):  # Windows opens no folders, and some disks cannot do that
                 opened = os.open(folder or ".", os.O_RDONLY)
                 stack.callback(os.close, opened)
@@ -2422,50 +2405,41 @@ def atomic_outputs(*paths):
                       "free space or choose another folder") from None
 
 
-def _hidden(path):
-    """Return what the names of an output's temporaries begin with; any name is short enough."""
+@contextmanager
+def _temporary(path):
+    """Create the file that will become an output; what a killed run left of it is removed."""
     folder, name = os.path.split(path)
-    digest = hashlib.sha1(os.fsencode(name)).hexdigest()
-    return os.path.join(folder, f".bgoptimizer-{digest[:12]}")
-
-
-def _create_locked(name):
-    """Create a file and let the system lock it until it is closed, or the process ends."""
-    while True:
-        file = open(name, "x+b")
+    digest = hashlib.sha1(os.fsencode(name)).hexdigest()  # any name is short enough
+    start = os.path.join(folder, f".bgoptimizer-{digest[:12]}")
+    own = f"{start}-{secrets.token_hex(4)}-{os.getpid()}-{HOST}.tmp"
+    with ExitStack() as stack:
+        stack.callback(_remove, own)
+        file = stack.enter_context(open(own, "x+b"))
         if fcntl is not None:
             with suppress(OSError):  # some disks know no locks
                 fcntl.flock(file, fcntl.LOCK_EX)
-        if os.path.exists(name):
-            return file
-        file.close()  # another run took it for abandoned before it was locked
+        for other in glob.glob(f"{glob.escape(start)}-*.tmp"):
+            if other != own and _is_being_written(other):
+                *_, process, host = other[:-len(".tmp")].rsplit("-", 2)
+                raise BgError(f"process {process} on {host} is writing {path}; wait until it ends, "
+                              "or choose another folder (if it runs no more, "
+                              f"delete {other})")
+        for aside in glob.glob(f"{glob.escape(start)}-*.old"):
+            _remove(aside)
+        yield file
 
 
-def _remove_abandoned(folder):
-    """Remove the temporaries of runs that have ended, and then what these had set aside."""
-    start = os.path.join(glob.escape(folder), ".bgoptimizer-")
-    _remove(filter(_is_abandoned, glob.glob(f"{start}*.tmp")))
-    for aside in glob.glob(f"{start}*.old"):
-        run = "-".join(aside[:-len(".old")].rsplit("-", 3)[1:])
-        if not glob.glob(f"{start}*-{run}.tmp"):
-            _remove([aside])
-
-
-def _is_abandoned(name):
-    """Tell whether the run that made this file has ended."""
-    with suppress(OSError):  # it is open on Windows, it has just gone, or the disk knows no locks
-        if name.endswith(f"-{HOST}.tmp"):
-            if fcntl is None:
-                os.rename(name, name)  # Windows refuses this while the file is open
-                return True
+def _is_being_written(name):
+    """Tell whether the run that made a temporary file is alive; else the file is removed."""
+    try:
+        if fcntl is not None:
             with open(name, "rb") as file:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                    return True
-                except BlockingIOError:
-                    return False
-    with suppress(OSError):
-        return time.time() - os.stat(name).st_mtime > LOCKED_FOR
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        os.unlink(name)  # Windows refuses this while the file is open
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
     return False
 
 
@@ -2477,37 +2451,28 @@ def _rename_all(names, paths):
     set_aside, renamed = [], []
     try:
         for name, path in zip(names, paths):
-            aside = f"{name[:-len('.tmp')]}.old"
             if os.path.isdir(path):
                 raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+            aside = f"{name[:-len('.tmp')]}.old"
             with suppress(FileNotFoundError):
-                _set_aside(path, aside, stays=path == paths[0])
+                os.rename(path, aside)
                 set_aside.append((aside, path))
         for name, path in zip(names, paths):
             os.replace(name, path)
             renamed.append(path)
     except BaseException:
-        _remove(renamed)
+        for path in renamed:
+            _remove(path)
         for aside, path in set_aside:
             os.replace(aside, path)
         raise
-    finally:
-        _remove(aside for aside, _ in set_aside)
+    for aside, _ in set_aside:
+        _remove(aside)
 
 
-def _set_aside(path, aside, stays):
-    """Give a file another name; one that stays keeps its own, too, where the disk can do that."""
-    if stays:
-        with suppress(OSError, NotImplementedError):
-            os.link(path, aside)
-            return
-    os.rename(path, aside)
-
-
-def _remove(names):
-    for name in names:
-        with suppress(OSError):
-            os.unlink(name)
+def _remove(name):
+    with suppress(OSError):
+        os.unlink(name)
 
 
 # --------------------------------------------------------------------------------------------------

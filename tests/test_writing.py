@@ -110,28 +110,16 @@ def test_a_command_under_nohup_does_not_end_when_the_terminal_closes():
         signal.signal(signal.SIGHUP, before)
 
 
-def test_the_next_run_into_the_folder_removes_what_a_killed_one_left(folder):
+@pytest.mark.parametrize("ending", [".tmp", ".old"])
+def test_the_next_run_of_a_picture_removes_what_a_killed_one_left(ending, folder):
     process = holder("a.xisf", "b.xisf")
     process.kill()
     end(process, 0)
+    for name in os.listdir("."):
+        os.rename(name, name.replace(".tmp", ending))
     assert len(os.listdir(".")) == 2
-    write("other.png")
-    assert os.listdir(".") == ["other.png"]
-
-
-def test_what_another_machine_left_goes_after_a_day(folder):
-    def leave(age):
-        for ending in (".tmp", ".old"):
-            path = folder / f".bgoptimizer-0123456789ab-01234567-99-elsewhere{ending}"
-            path.write_bytes(b"")
-            os.utime(path, (time.time() - age,) * 2)
-
-    leave(3600)
-    write("a.xisf")
-    assert len(os.listdir(".")) == 3
-    leave(90_000)
-    write("a.xisf")
-    assert os.listdir(".") == ["a.xisf"]
+    write("b.xisf", "a.xisf")
+    assert sorted(os.listdir(".")) == ["a.xisf", "b.xisf"]
 
 
 @SIGNALS
@@ -153,15 +141,14 @@ with bgoptimizer.atomic_outputs("a.xisf", "b.xisf") as files:
     for at in ("1", "2"):
         assert python(killed, at).returncode == -signal.SIGKILL
         outputs = [name for name in os.listdir(".") if not name.startswith(".")]
-        assert len({Path(name).read_bytes() for name in outputs}) == 1
+        assert len({Path(name).read_bytes() for name in outputs}) <= 1
     write("a.xisf", "b.xisf")
     assert sorted(os.listdir(".")) == ["a.xisf", "b.xisf"]
 
 
 @pytest.mark.parametrize("at", [1, 2])
 @pytest.mark.parametrize("failure", [KeyboardInterrupt, OSError])
-@pytest.mark.parametrize("links", [True, False])
-def test_a_failure_between_the_names_leaves_the_old_pair(failure, at, links, folder, monkeypatch):
+def test_a_failure_between_the_names_leaves_the_old_pair(failure, at, folder, monkeypatch):
     rename, calls = os.replace, []
 
     def fails(*names):
@@ -170,12 +157,7 @@ def test_a_failure_between_the_names_leaves_the_old_pair(failure, at, links, fol
             raise failure
         rename(*names)
 
-    def no_links(*_):
-        raise OSError
-
     monkeypatch.setattr(bgoptimizer.os, "replace", fails)
-    if not links:
-        monkeypatch.setattr(bgoptimizer.os, "link", no_links)
     for before in ([], ["a.xisf"], ["b.xisf"], ["a.xisf", "b.xisf"]):
         for name in before:
             Path(name).write_bytes(b"old " + name.encode())
