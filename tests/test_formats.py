@@ -1085,24 +1085,16 @@ def test_a_file_that_is_cut_while_it_is_read_is_refused(kind, folder, monkeypatc
         path = save_compressed("a.fz", planes, "RICE_1")
     else:
         path = save_tiff("a.tif", planes, compression="lzw" if kind == "lzw" else None)
-    real = bg._fill
-
-    def cut(*arguments):
-        os.truncate(path, os.path.getsize(path) // 2)
-        return real(*arguments)
-
-    if kind in ("lzw", "fz"):
-        monkeypatch.setattr(bg, "_stream_of", cut_before(path, bg._stream_of))
-    else:
-        monkeypatch.setattr(bg, "_fill", cut)
+    at = "_stream_of" if kind in ("lzw", "fz") else "_read_planes"
+    monkeypatch.setattr(bg, at, cut_before(path, getattr(bg, at)))
     with pytest.raises(bg.BgError, match="cut short|damaged"):
         bg.read_picture(path)
 
 
 def cut_before(path, function):
-    def cut(*arguments):
+    def cut(*arguments, **options):
         os.truncate(path, os.path.getsize(path) // 2)
-        return function(*arguments)
+        return function(*arguments, **options)
 
     return cut
 
