@@ -836,27 +836,19 @@ def _cards_of_xisf(source):
         else:
             if value.startswith("'"):
                 value = value[1:-1].replace("''", "'").rstrip()
-            cards += _long_text_cards(name, value, comment)
+            cards += _cards_of_text(name, value, comment)
     return cards
 
 
-def _long_text_cards(name, text, comment):
+def _cards_of_text(name, text, comment):
     """Return the cards of a text, which may need several; none for a name that no card can have."""
-    start = f"{name:8}= "
-    if not FITS_NAME.fullmatch(name):
-        start = f"HIERARCH {name} = "
-    room = FITS_CARD - len(start) - len("'&'")
-    step = room // 2 if "'" in text else room  # a quote takes the room of two
-    pieces = [text[at:at + step].replace("'", "''") for at in range(0, len(text) or 1, step)]
-    if start.startswith("HIERARCH") and len(pieces) > 1:
-        return []
-    cards = []
-    for number, piece in enumerate(pieces, 1):
-        end = "&'" if number < len(pieces) else f"' / {comment}" if comment else "'"
-        card = f"{start}'{piece:8}{end}"[:FITS_CARD].ljust(FITS_CARD)
-        cards.append(card)
-        start = "CONTINUE  "
-    return cards if _parse_card(cards[0]) else []
+    from astropy.io import fits
+    start = "" if FITS_NAME.fullmatch(name) else "HIERARCH "
+    with warnings.catch_warnings(), suppress(ValueError):
+        warnings.simplefilter("ignore")  # of a comment that is cut at the end of its card
+        cards = _split_cards(str(fits.Card(start + name, text, comment)))
+        return cards if _parse_card(cards[0]) else []
+    return []
 
 
 def _shared_metadata(source, height):
@@ -976,27 +968,27 @@ def read_xisf(path):
     Raises BgError if the file is damaged, hostile, or of a kind that is not read.
     """
     with _refusals(path), _opened(path) as file:
-        root, opened = _read_header(file)
+        root, end = _read_header(file)
+        size = os.fstat(file.fileno()).st_size
+        opened = _OpenFile(file, end, bytes_left=2 * size, warnings=[])
         planes = _read_pixels(root, opened)
         source = _read_source(root, opened)
     return Picture(planes, source, opened.warnings)
 
 
 def _read_header(file):
-    """Return the root element, and the file as an _OpenFile."""
-    size = os.fstat(file.fileno()).st_size
+    """Return the root element, and the byte behind the header."""
     start = file.read(16)
     _require(start[:8] == b"XISF0100", "is not a monolithic XISF file", "save the picture as .xisf")
     length = int.from_bytes(start[8:12], "little")
     end = 16 + length
-    _require(end <= size, "is cut short: it ends in its header")
+    _require(end <= os.fstat(file.fileno()).st_size, "is cut short: it ends in its header")
     header = file.read(min(length, MAX_HEADER_WEIGHT + 1))
     header, _, _ = header.partition(b"\0")  # some writers count padding in
     parts = header.count(b"<") + header.count(b"=")
     weight = len(header) + PART_WEIGHT * parts
     _require(weight <= MAX_HEADER_WEIGHT, "has a header too large to be true")
-    root = _parse_header(header.decode("utf-8-sig", "replace"))
-    return root, _OpenFile(file, end, bytes_left=2 * size, warnings=[])
+    return _parse_header(header.decode("utf-8-sig", "replace")), end
 
 
 def _parse_header(text):
