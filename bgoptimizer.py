@@ -270,7 +270,7 @@ EXPANSION = {
     "zlib": 1032, "lz4": 255, "lz4hc": 255, "zstd": 1 << 16,
     "RICE_1": 1032, "RICE_ONE": 1032, "GZIP_1": 1032, "GZIP_2": 1032, "HCOMPRESS_1": 100,
     "NOCOMPRESS": 1,
-    "NONE": 1, "LZW": 4096, "DEFLATE": 1032, "ADOBE_DEFLATE": 1032, "PACKBITS": 64,
+    "NONE": 1, 1: 1, "LZW": 4096, "DEFLATE": 1032, "ADOBE_DEFLATE": 1032, "PACKBITS": 64,
     "ZSTD": 1 << 16,
 }
 """The compressions that are read in XISF, FITS, and TIFF, and how many bytes one stored byte can
@@ -1602,6 +1602,9 @@ def _read_fits_part(file, position, size):
         _require(len(cards) <= MAX_FITS_CARDS, "has a header too large to be true")
     start_of_data = file.tell()
     cards = cards[:cards.index(END_CARD)]
+    names = [card[:8].rstrip() for card in cards]
+    _require("XTENSION" not in names[1:] and names.count("BITPIX") == 1,
+             "is damaged: it has not one header for each picture")  # if its END is damaged
     header = _header_values(cards)
     bits = header.get("BITPIX")
     _require(bits in FITS_TYPES, f"has the impossible BITPIX {bits!r}")
@@ -1923,11 +1926,14 @@ def _check_tiff_page(page, size):
     advice = "save it as 32-bit float or 16-bit, grayscale or RGB"
     known = "PhotometricInterpretation" in page.tags
     _require(known, "does not say whether it is gray or RGB", advice)
-    colors = TIFF_COLORS.get(int(page.photometric))
+    colors = TIFF_COLORS.get(page.photometric)
     _require(colors, f"is neither gray nor RGB, but {_tiff_word(page.photometric)}", advice)
     item = page.dtype.itemsize if page.dtype and page.dtype.kind in "iuf" else 0
     _require(item and page.bitspersample == 8 * item,
              f"has samples of {page.bitspersample} bits, which are not read", advice)
+    lengths = *page.shaped, *page.chunks, page.samplesperpixel
+    _require(all(isinstance(length, int) for length in lengths),
+             "is damaged: its size is not a number")
     planes, depth, height, width, together = page.shaped
     _require(depth == 1 and height and width, "is not a flat picture", advice)
     channels = page.samplesperpixel
@@ -1965,18 +1971,18 @@ def _read_tiff_source(page, white, notes):
 
     tags = []
     for code, kind in TIFF_KEPT.items():
-        if value(code) is not None:
-            kept = int(value(code)) if kind == "H" else text(code)
-            count = {"H": 1, "s": 0, "B": len(text(code))}[kind]
-            tags.append((code, kind, count, kept, True))
+        if kind == "H" and isinstance(value(code), int):
+            tags.append((code, kind, 1, int(value(code)), True))
+        elif kind != "H" and value(code) is not None:
+            count = len(text(code)) if kind == "B" else 0
+            tags.append((code, kind, count, text(code), True))
     icc = value(TIFF_ICC)
     icc = icc if isinstance(icc, bytes) else b""
     tags += _icc_tags(icc)
     options = {"extratags": tags}
     resolution = value("XResolution"), value("YResolution")
     unit = value("ResolutionUnit") or TIFF_INCH
-    fractions = all(isinstance(found, tuple) and all(found) for found in resolution)
-    if fractions and unit in TIFF_RESOLUTION_UNITS:
+    if all(map(_is_fraction, resolution)) and unit in TIFF_RESOLUTION_UNITS:
         options.update(resolution=resolution, resolutionunit=int(unit))
     description = text("ImageDescription").rstrip(b"\0 \r\n")
     cards = _cards_of_tiff(description)
@@ -1991,6 +1997,12 @@ def _read_tiff_source(page, white, notes):
                          "which is for programs and tells of the old pixels")
         description = b""
     return TiffSource(description, cards, icc, options)
+
+
+def _is_fraction(value):
+    """Tell whether a tag's value is one number above 0: numerator and denominator."""
+    is_pair = isinstance(value, tuple) and len(value) == 2
+    return is_pair and all(isinstance(number, int) and number > 0 for number in value)
 
 
 def _cards_of_tiff(description):

@@ -670,6 +670,8 @@ HOSTILE = {
     + b" " * (2880 * 4 - 80),
     "FITS with a header bomb": b"SIMPLE  =                    T".ljust(80)
     + b" " * (2880 * 3000 - 80),
+    "FITS with a damaged END": fits_header(*plain(16, 60, 40), data=5760).replace(b"END ", b"END?")
+    + fits_header("XTENSION= 'IMAGE'", *plain(8)[1:]),
     "FITS without pixels": fits_header(*plain(8)),
     "FITS cut short": fits_header(*plain(16, 60, 40), data=2880),
     "FITS with absurd axes": fits_header(*plain(-64, 10**9, 10**9, 3), data=2880),
@@ -726,6 +728,9 @@ HOSTILE = {
     "TIFF with a palette": tiff_file(tiff_tags(_262=(3, 1, 3)), bytes(300)),
     "TIFF in JPEG": tiff_file(tiff_tags(_259=(3, 1, 7)), bytes(300)),
     "TIFF of 12 bits": tiff_file(tiff_tags(_258=(3, 1, 12)), bytes(300)),
+    "TIFF of many widths": tiff_file(
+        tiff_tags(_256=(4, 239, 200), _277=(3, 1, 52227)), bytes(1200)),
+    "TIFF with a color space in floats": tiff_file(tiff_tags(_262=(11, 1, 2)), bytes(300)),
     "TIFF of width 0": tiff_file(tiff_tags(width=0), bytes(300)),
     "TIFF with huge tiles": tiff_file(
         tiff_tags(
@@ -894,6 +899,25 @@ def test_a_nul_in_a_name_is_said(folder):
     for read in (bg.read_picture, bg.read_xisf, bg.read_fits, bg.read_tiff):
         with pytest.raises(bg.BgError, match="NUL in its name.*; check the name"):
             read("a\0b.fits")
+
+
+def test_a_tiff_that_does_not_tell_its_compression_has_none(folder):
+    tags = [entry for entry in tiff_tags() if entry[0] != 259]
+    with open("a.tif", "wb") as file:
+        file.write(tiff_file(tags).ljust(200, b"\0") + bytes(range(64)))
+    assert (bg.read_picture("a.tif").planes.ravel() * 255).round().tolist() == list(range(64))
+
+
+@pytest.mark.parametrize("tag", [(283, 5, 0, 0), (283, 5, 2, 8), (274, 3, 7, 8), (296, 3, 5, 8)])
+def test_damaged_tags_cost_no_picture(tag, folder):
+    number, *entry = tag
+    entries = {282: (5, 1, 8), 283: (5, 1, 8), 274: (3, 1, 1), 296: (3, 1, 2), number: tuple(entry)}
+    with open("a.tif", "wb") as file:
+        tags = tiff_tags(offset=300, **{f"_{code}": values for code, values in entries.items()})
+        file.write(tiff_file(tags).ljust(300, b"\0") + bytes(range(64)))
+    picture = bg.read_picture("a.tif")
+    for name in bg.FORMATS:
+        assert bg.read_picture(written(name, picture)).planes.shape == (1, 8, 8)
 
 
 def test_a_loop_of_tiff_directories_ends(folder):
