@@ -899,7 +899,6 @@ SAMPLE_FORMATS = {  # XISF's names, in lower case, and those of NumPy
 BYTE_ORDERS = {"little": "<", "big": ">"}
 COLOR_CHANNELS = {"gray": 1, "rgb": 3}
 INTERLEAVED = {"planar": False, "normal": True}
-BOOLEANS = {"1": "true", "t": "true", "0": "false", "f": "false"}
 TEXT_DECODERS = {
     "base64": functools.partial(base64.b64decode, validate=True), "hex": bytes.fromhex,
 }
@@ -1278,7 +1277,10 @@ def _carry_over(elements, blocks, opened):
         if STALE_PIXEL_METADATA.match(title):
             untrue.append(f"{name[:80]!r}")
             continue
-        _mend(element)
+        element.tail = None
+        if element.tag == "FITSKeyword":  # strict readers want all three
+            element.attrib.setdefault("value", "")
+            element.attrib.setdefault("comment", "")
         try:
             blocks.update(_attached_bytes(element, blocks, opened))
         except _Unreadable as error:
@@ -1291,17 +1293,6 @@ def _carry_over(elements, blocks, opened):
         opened.warnings.append(f"had {', '.join(untrue)[:200]}: "
                                "not kept, because the new pixels make them untrue")
     return kept
-
-
-def _mend(element):
-    """Write down what an element is sure to mean, as strict readers want it."""
-    element.tail = None
-    if element.tag == "FITSKeyword":
-        element.attrib.setdefault("value", "")
-        element.attrib.setdefault("comment", "")
-    if element.tag == "Property" and _value(element.attrib, "type").lower() == "boolean":
-        value = _value(element.attrib, "value").lower()
-        element.set("value", BOOLEANS.get(value, value))
 
 
 def _attached_bytes(element, blocks, opened):
