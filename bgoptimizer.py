@@ -1594,7 +1594,7 @@ def _read_fits_part(file, position, size):
     start_of_data = file.tell()
     cards = cards[:cards.index(END_CARD)]
     names = [card[:8].rstrip() for card in cards]
-    _require("XTENSION" not in names[1:] and names.count("BITPIX") == 1,
+    _require("XTENSION" not in names[1:] and names.count("BITPIX") <= 1,
              "is damaged: a header without END runs into the next")
     header = _header_values(cards)
     bits = header.get("BITPIX")

@@ -29,7 +29,7 @@ from xisf import XISF
 import bgoptimizer as bg
 from make_demo import DEMO
 from runner import FAST, LINEAR, growth, python, quick, refused, run
-from scenes import sloping_sky
+from scenes import REAL, sloping_sky
 from xisf_files import one_image
 
 FEW = ["-e", "2", "-N", "6", "-i", "grid", "--smoothing", "1", "-dx", "2", "--quiet", "-dq", "1"]
@@ -1565,6 +1565,35 @@ def test_damaged_pictures_in_a_folder_cost_no_good_ones(small, folder, capsys):
                      for kind in ("bgModel", "bgSubtracted")}
     assert {os.path.splitext(name)[0] for name in os.listdir("out")} == {
         *written_files, "bgoptimizer_report"}
+
+
+FAULTS = REAL.parent / "faults"
+SAMPLES = {  # of FAULTS, and why they are refused; None: they are good
+    "lzw_damaged.tif": "cannot be read or decompressed",
+    "planar_2_of_contiguous.tif": "strips or tiles",
+    "zdither0_negative.fits.fz": "ZDITHER0",
+    "t_f4_3_con_lzw_3_strip_le.tif": None,
+    "t_u2_3_con_lzw_2_tile_le.tif": None,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not FAULTS.is_dir(), reason="the damaged files are not here")
+def test_the_damaged_samples_in_a_folder_cost_no_good_ones(small, folder, capsys):
+    assert {path.name for path in FAULTS.iterdir()} - {"README.md"} == set(SAMPLES)
+    os.mkdir("lights")
+    for name in SAMPLES:
+        shutil.copyfile(FAULTS / name, Path("lights") / name)
+    save_fits("lights/a.fits", small)
+    save_tiff("lights/z.tif", small)
+    assert run("lights", "out", *FEW) == 1
+    said = capsys.readouterr().err.splitlines()
+    refusals = [says for says in SAMPLES.values() if says]
+    for says in refusals:
+        assert sum(says in line for line in said) == 1
+    done = {re.sub("_bg.*", "", name) for name in os.listdir("out")}
+    good = {bg.picture_stem(name) for name, says in SAMPLES.items() if not says}
+    assert done == {*good, "a", "z", "bgoptimizer_report.csv"}
 
 
 @pytest.mark.slow
