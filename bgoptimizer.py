@@ -113,42 +113,13 @@ from xisf import XISF  # noqa: E402
 VERSION = "1.0.0"
 
 # --------------------------------------------------------------------------------------------------
-# Constants
+# Settings and errors
 # --------------------------------------------------------------------------------------------------
-
-MIDTONES_TARGET = 0.25
-"""Stretched value that the median of a channel is taken to. It is PixInsight's own choice for a sky
-that can be seen well."""
-
-SURFACE_NODES = 500
-"""The model at full size is the spline itself on about this many nodes along the longer side, and
-cubic interpolation between them. The surface bends over much longer distances; see `SkyModel`."""
-
-QUANTILE_SAMPLES = 1 << 23
-"""Quantiles of a channel are taken of at least this many samples, if it has them. From twice as
-many on, a part of the samples is enough."""
-
-STRIP_PIXELS = 1 << 18
-"""Pixels of one channel that are handled at a time in full-size work. As Float32 they are 1 MB,
-which stays in the processor's cache."""
-
-MAX_EXTRAPOLATION = 0.5
-"""The model may exceed the range of values that it has over the sky by this fraction of that range.
-So it cannot run away in a corner without sky, or behind hills."""
 
 DEFAULT_QUANTILE = 0.95
 DEFAULT_POINTS = 32
 AUTO_QUANTILE = 0.999  # clips no bright corner of the sky
 AUTO_POINTS = 96  # more than 32 cannot dig into objects, because they are left out
-
-WORKERS = min(4, os.cpu_count() or 1)
-"""Threads for full-size work. NumPy releases the interpreter lock in it. More than 4 threads gain
-nothing, because the memory is not fast enough for them."""
-
-
-# --------------------------------------------------------------------------------------------------
-# Settings and errors
-# --------------------------------------------------------------------------------------------------
 
 logger = logging.getLogger("bgoptimizer")
 
@@ -2514,6 +2485,18 @@ def _remove(names):
 # What the stages share
 # --------------------------------------------------------------------------------------------------
 
+WORKERS = min(4, os.cpu_count() or 1)
+"""Threads for full-size work. NumPy releases the interpreter lock in it. More than 4 threads gain
+nothing, because the memory is not fast enough for them."""
+
+QUANTILE_SAMPLES = 1 << 23
+"""Quantiles of a channel are taken of at least this many samples, if it has them. From twice as
+many on, a part of the samples is enough."""
+
+STRIP_PIXELS = 1 << 18
+"""Pixels of one channel that are handled at a time in full-size work. As Float32 they are 1 MB,
+which stays in the processor's cache."""
+
 GAUSSIAN_DEVIATION = 1.4826
 """Standard deviation of a Gaussian over its median distance from the median."""
 
@@ -2680,6 +2663,10 @@ def _channel_name(k: int, count: int) -> str:
 # --------------------------------------------------------------------------------------------------
 # Stretch: linear to 'stretched' (delinearized) and exactly back
 # --------------------------------------------------------------------------------------------------
+
+MIDTONES_TARGET = 0.25
+"""Stretched value that the median of a channel is taken to. It is PixInsight's own choice for a sky
+that can be seen well."""
 
 MIDTONES_MARGIN = 1e-4
 """The midtones stay this far from 0 and 1, where the midtones function degenerates. The median of a
@@ -5588,6 +5575,15 @@ def fit_sky(prepared: Prepared, settings: Settings,
 # --------------------------------------------------------------------------------------------------
 # Apply: the model at full size, and the picture without it
 # --------------------------------------------------------------------------------------------------
+
+SURFACE_NODES = 500
+"""The model at full size is the spline itself on about this many nodes along the longer side, and
+cubic interpolation between them. The surface bends over much longer distances; see `SkyModel`."""
+
+MAX_EXTRAPOLATION = 0.5
+"""The model may exceed the range of values that it has over the sky by this fraction of that range.
+So it cannot run away in a corner without sky, or behind hills."""
+
 
 class SkyModel:
     """The sky at full size, (c, h, w) in linear units, made in strips of rows.
