@@ -5576,9 +5576,12 @@ def fit_sky(prepared: Prepared, settings: Settings,
 # Apply: the model at full size, and the picture without it
 # --------------------------------------------------------------------------------------------------
 
-SURFACE_NODES = 500
+SURFACE_NODES = 300
 """The model at full size is the spline itself on about this many nodes along the longer side, and
-cubic interpolation between them. The surface bends over much longer distances; see `SkyModel`."""
+interpolated between them. The surface bends over much longer distances; see `SkyModel`."""
+
+LEAST_NODES = 4
+"""Nodes along the shorter side; a cubic needs four."""
 
 MAX_EXTRAPOLATION = 0.5
 """The model may exceed the range of values that it has over the sky by this fraction of that range.
@@ -5588,11 +5591,10 @@ So it cannot run away in a corner without sky, or behind hills."""
 class SkyModel:
     """The sky at full size, (c, h, w) in linear units, made in strips of rows.
 
-    It is never in memory as a whole, unless somebody asks for that. The sky is evaluated at nodes a
-    few pixels apart, and interpolated between them by the cubic through four nodes along each axis.
-    That is exact for planes. The sky bends over hundreds of pixels, so nothing is lost between the
-    nodes (tests hold it to 2e-5). A pixel costs only a few multiplications, however many control
-    points there are.
+    It is never in memory as a whole, unless somebody asks for that. The sky is evaluated at nodes
+    some pixels apart, and a cubic spline along each axis goes through them. The sky bends over
+    hundreds of pixels, so nothing is lost between the nodes (tests hold it to 2e-5), and a pixel
+    costs only a few multiplications, however many control points there are.
     """
 
     def __init__(self, sky: Callable[[np.ndarray], np.ndarray], shape: tuple[int, int],
@@ -5603,67 +5605,32 @@ class SkyModel:
             sky: takes frame coordinates (..., 2) to the linear sky there, (..., c).
             shape: (h, w) of the picture.
             dtype: of the model.
-            nodes: about so many along the longer side.
+            nodes: about so many along the longer side, no more than pixels.
         """
         height, width = shape
         longer = max(shape)
-        self.step = max(1, longer // nodes)  # pixels of a cell, from node to node
+        spacing = min(longer / nodes, min(shape) / LEAST_NODES)
+        spacing = max(spacing, 1)  # pixels
 
-        def place_nodes(length):
-            # Each cell needs the two nodes at its ends, and one more on either side
-            cells = math.ceil(length / self.step)
-            pixel = self.step * np.arange(-1, cells + 2)
-            return (pixel + 0.5) / longer
+        def place_nodes(length):  # from the center of the first pixel to that of the last, or more
+            count = 1 + math.ceil((length - 1) / spacing)
+            return spacing * np.arange(max(count, LEAST_NODES))
 
         down = place_nodes(height)
         along = place_nodes(width)
-        places = _grid(down, along)
-        values = sky(places)  # (rows, columns, c)
-        values = np.moveaxis(values, -1, 0)  # (c, rows, columns)
-        self.nodes = values.astype(dtype)
+        nodes = sky((_grid(down, along) + 0.5) / longer)  # (rows, columns, c)
+        tall = scipy.interpolate.make_interp_spline(along, nodes, axis=1)(np.arange(width))
+        spline = scipy.interpolate.make_interp_spline(down, tall)
+        weights = scipy.interpolate.BSpline.design_matrix(np.arange(height), spline.t, 3)
+        self.nodes = np.moveaxis(nodes, -1, 0)  # (c, rows, columns)
+        self.terms = np.moveaxis(spline.c, -1, 0).astype(dtype)  # (c, rows, w)
+        self.weights = weights.astype(dtype)  # (h, rows), sparse: what each term adds to a row
         self.shape = (len(self.nodes), height, width)
-        self.dtype = self.nodes.dtype
-
-        # How far, in cells, the pixels of a cell are from each of its four nodes: (step, 1)
-        second = np.arange(self.step)[:, None] / self.step
-        first = second + 1
-        third = second - 1
-        fourth = second - 2
-        taps = (  # Lagrange's cubic: what each node weighs at the pixels
-            -second * third * fourth / 6,
-            first * third * fourth / 2,
-            -first * second * fourth / 2,
-            first * second * third / 6,
-        )
-        self.taps = np.hstack(taps).astype(dtype)  # (step, 4)
+        self.dtype = self.terms.dtype
 
     def strip(self, channel: int, rows: slice) -> np.ndarray:
-        """Return the linear sky of one channel in some rows, (rows, w).
-
-        rows.start must be a multiple of `step`.
-        """
-        from numpy.lib.stride_tricks import sliding_window_view
-        height = rows.stop - rows.start
-        cells = math.ceil(height / self.step)
-        first = rows.start // self.step
-        stop = first + cells + 3
-        nodes = self.nodes[channel, first:stop]  # (cells + 3, columns)
-        around = sliding_window_view(nodes, 4, 0)  # (cells, columns, 4)
-        tall = np.einsum("st,kct->ksc", self.taps, around)  # (cells, step, columns)
-        columns = tall.shape[2]
-        tall = tall.reshape(-1, columns)
-        tall = tall[:height]  # (rows, columns)
-        around = sliding_window_view(tall, 4, 1)  # (rows, cells, 4)
-        strip = around @ self.taps.T  # (rows, cells, step)
-        strip = strip.reshape(height, -1)
-        width = self.shape[2]
-        strip = strip[:, :width]
-        return np.clip(strip, 0, 1)
-
-    def strips(self) -> list[slice]:
-        """Return the rows of all strips."""
-        _, height, width = self.shape
-        return _strips(height, width, self.step)
+        """Return the linear sky of one channel in some rows, (rows, w)."""
+        return np.clip(self.weights[rows] @ self.terms[channel], 0, 1)
 
     def plane(self, channel: int) -> np.ndarray:
         """Return the linear sky of one channel, (h, w)."""
@@ -5672,7 +5639,7 @@ class SkyModel:
         def fill(rows):
             plane[rows] = self.strip(channel, rows)
 
-        list(_each(fill, self.strips()))
+        list(_each(fill, _strips(*plane.shape)))
         return plane
 
     def __iter__(self) -> Iterator[np.ndarray]:
@@ -5731,7 +5698,7 @@ def subtract(planes: np.ndarray, sky: SkyModel,
     Returns:
         The offsets, (c,), and how many samples were clipped at 0 and at 1, (2,).
     """
-    strips = sky.strips()
+    strips = _strips(*planes[0].shape)
 
     def work(k):
         plane = planes[k]
@@ -5772,8 +5739,7 @@ def divide(planes: np.ndarray, sky: SkyModel,
     Raises:
         BgError: the model is not above black everywhere.
     """
-    in_frame = sky.nodes[:, 1:-2, 1:-2]
-    levels = np.median(in_frame, (1, 2)) - black
+    levels = np.median(sky.nodes, (1, 2)) - black
     for channel, nodes in enumerate(sky.nodes):
         if nodes.min() <= black:
             name = _channel_name(channel, len(planes))
@@ -5783,7 +5749,7 @@ def divide(planes: np.ndarray, sky: SkyModel,
     def work(channel):
         plane = planes[channel]
         clipped = np.zeros(2, int)
-        for rows in sky.strips():
+        for rows in _strips(*plane.shape):
             samples = plane[rows]
             model = sky.strip(channel, rows)
             gain = levels[channel] / (model - black)
