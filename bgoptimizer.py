@@ -5676,101 +5676,65 @@ def linear_sky(prepared: Prepared, fit: Fit) -> Callable[[np.ndarray], np.ndarra
     return sky
 
 
-def full_size_sky(prepared: Prepared, fit: Fit, dtype=np.float32) -> SkyModel:
-    """Return the fitted sky at full size."""
-    sky = linear_sky(prepared, fit)
-    return SkyModel(sky, prepared.full_shape, dtype)
+def take_out(planes: np.ndarray, sky: SkyModel, prepared: Prepared,
+             correction: str) -> tuple[np.ndarray, np.ndarray]:
+    """Take the sky out of a picture, in place, and clip what is left to [0, 1].
 
-
-def subtract(planes: np.ndarray, sky: SkyModel,
-             median: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Take the sky out of a picture, in place: image - model + offset, clipped to [0, 1].
-
-    The offset of a channel is what the median of its present samples would lose. So the background
-    stays neutral, and a black border or one bad pixel cannot decide a color. Missing samples stay
-    as they are.
+    "subtract" makes it image - model + offset. The offset of a channel is what the median of its
+    present samples would lose. So the background stays neutral, and a black border or one bad pixel
+    cannot decide a color. "divide" makes it image / model * the model's median, all above black;
+    that is right where something dims the light, such as vignetting. Missing samples stay as they
+    are.
 
     Args:
         planes: (c, h, w) linear samples; changed.
         sky: the model.
-        median: (c,) of the present samples of planes.
+        prepared: `median` and `black` count.
+        correction: "subtract" or "divide".
 
     Returns:
-        The offsets, (c,), and how many samples were clipped at 0 and at 1, (2,).
-    """
-    strips = _strips(*planes[0].shape)
-
-    def work(k):
-        plane = planes[k]
-        present = _present(plane)
-        for rows in strips:
-            samples = plane[rows]
-            model = sky.strip(k, rows)
-            np.subtract(samples, model, out=samples, where=present[rows])
-        median_left = _quantiles(plane, present, (0.5,))[0]
-        offset = median[k] - median_left
-        shift = plane.dtype.type(offset)
-        clipped = np.zeros(2, int)
-        for rows in strips:
-            samples = plane[rows]
-            clipped += _store_clipped(samples, samples + shift, present[rows])
-        return offset, clipped
-
-    offsets, clipped = zip(*_each(work, range(len(planes))))
-    return np.array(offsets), np.sum(clipped, 0)
-
-
-def divide(planes: np.ndarray, sky: SkyModel,
-           black: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
-    """Divide a picture by its model, in place: picture / model * the model's median.
-
-    That is right where something dims the light, such as vignetting. The rest is as in `subtract`.
-
-    Args:
-        planes: (c, h, w) linear samples; changed.
-        sky: the model.
-        black: the sample that no light at all would give. It is not 0 in a picture with a unit of
-            its own that has negative values.
-
-    Returns:
-        The model's medians above black, (c,), and how many samples were clipped at 0 and at 1,
-        (2,).
+        The offsets, or the model's medians above black, (c,), and how many samples were clipped at
+        0 and at 1, (2,).
 
     Raises:
-        BgError: the model is not above black everywhere.
+        BgError: the model is to be divided by, and not above black everywhere.
     """
+    divides = correction == "divide"
+    black = prepared.black
     levels = np.median(sky.nodes, (1, 2)) - black
     for channel, nodes in enumerate(sky.nodes):
-        if nodes.min() <= black:
+        if divides and nodes.min() <= black:
             name = _channel_name(channel, len(planes))
             raise BgError(f"the model of {name} is not above 0 everywhere, and nothing can be "
                           "divided by it; use --correction subtract")
 
     def work(channel):
         plane = planes[channel]
-        clipped = np.zeros(2, int)
-        for rows in _strips(*plane.shape):
+        present = _present(plane)
+        strips = _strips(*plane.shape)
+        for rows in strips:
             samples = plane[rows]
             model = sky.strip(channel, rows)
-            gain = levels[channel] / (model - black)
-            values = (samples - black) * gain + black
-            clipped += _store_clipped(samples, values, _present(samples))
-        return clipped
+            if divides:
+                gain = levels[channel] / (model - black)
+                left = (samples - black) * gain
+                np.copyto(samples, left, where=present[rows])
+            else:
+                np.subtract(samples, model, out=samples, where=present[rows])
+        offset = black
+        if not divides:
+            offset = prepared.median[channel] - _quantiles(plane, present, (0.5,))[0]
+        shift = plane.dtype.type(offset)
+        clipped = np.zeros(2, int)
+        for rows in strips:
+            values = plane[rows] + shift
+            beyond = np.stack((values < 0, values > 1)) & present[rows]  # (2, rows, w)
+            clipped += np.count_nonzero(beyond, (1, 2))
+            np.clip(values, 0, 1, out=plane[rows], where=present[rows])
+        return offset, clipped
 
-    clipped = list(_each(work, range(len(planes))))
-    return levels, np.sum(clipped, 0)
-
-
-def _store_clipped(samples: np.ndarray, values: np.ndarray, present: np.ndarray) -> np.ndarray:
-    """Put values, clipped to [0, 1], in the place of the present samples.
-
-    Returns:
-        How many of them were clipped at 0 and at 1, (2,).
-    """
-    beyond = np.stack((values < 0, values > 1))  # (2, rows, w)
-    beyond &= present
-    np.clip(values, 0, 1, out=samples, where=present)
-    return np.count_nonzero(beyond, (1, 2))
+    offsets, clipped = zip(*_each(work, range(len(planes))))
+    return levels if divides else np.array(offsets), np.sum(clipped, 0)
 
 
 def corrected(prepared: Prepared, linear: np.ndarray, sky: np.ndarray,
@@ -5896,21 +5860,19 @@ def remove_sky(planes: np.ndarray, settings: Settings, mask: np.ndarray | None =
             its number, from 1, and its loss.
 
     Raises:
-        BgError: as `prepare`, `fit_surface`, and `divide`.
+        BgError: as `prepare`, `fit_surface`, and `take_out`.
     """
     black = -unit.offset / unit.scale
     prepared, settings = examine(planes, settings, mask, black)
     with watched as on_epoch:
         fit = fit_sky(prepared, settings, on_epoch)
     logger.info(f"{fit.stopped}; lowest loss {fit.history[:, 0].min():.4f}")
-    sky = full_size_sky(prepared, fit, planes.dtype)
-    if settings.correction == "divide":
-        levels, clipped = divide(planes, sky, black)
-        offsets = levels * unit.scale
-        words = "divided by the sky, times its median"
-    else:
-        shifts, clipped = subtract(planes, sky, prepared.median)
-        offsets = shifts * unit.scale + unit.offset  # the model is in that unit too
+    sky = SkyModel(linear_sky(prepared, fit), prepared.full_shape, planes.dtype)
+    offsets, clipped = take_out(planes, sky, prepared, settings.correction)
+    offsets = offsets * unit.scale
+    words = "divided by the sky, times its median"
+    if settings.correction == "subtract":
+        offsets += unit.offset  # the model is in that unit too
         words = "offsets"
     share = clipped.sum() / planes.size
     before = gradient(prepared)
