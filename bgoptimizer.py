@@ -111,7 +111,7 @@ import scipy  # noqa: E402  (its parts are imported when first used)
 import zstandard  # noqa: E402
 from xisf import XISF  # noqa: E402
 
-VERSION = "1.0.0"
+VERSION = "2.0.0"
 
 # --------------------------------------------------------------------------------------------------
 # Settings and errors
