@@ -7188,7 +7188,7 @@ class Outcome(NamedTuple):
     smoothing: str = ""
     gradient_before: str = ""
     gradient_after: str = ""
-    confidence: str = ""  # sure, unsure and why, or unknown
+    confidence: str = ""  # sure, or unsure and why
     clipped: str = ""  # share of the samples
     seconds: str = ""
     message: str = ""  # the warnings, or why it failed
@@ -7408,11 +7408,8 @@ def _try_picture(task: Task, interrupts: _Interrupts) -> Outcome:
 def _outcome(task: Task, result: Result, warned: list[str]) -> Outcome:
     """Put a result into the words and digits of a row."""
     sky = result.prepared.sky
-    confidence = "unknown"
-    if sky is not None:
-        confidence = f"unsure: {sky.unsure}" if sky.unsure else "sure"
     numbers = {
-        "sky_share": math.nan if sky is None else sky.share,
+        "sky_share": sky.share,
         "smoothing": result.settings.smoothing,
         "gradient_before": result.gradient_before,
         "gradient_after": result.gradient_after,
@@ -7421,8 +7418,8 @@ def _outcome(task: Task, result: Result, warned: list[str]) -> Outcome:
     digits = {
         name: "" if math.isnan(number) else f"{number:.5g}" for name, number in numbers.items()}
     return Outcome(
-        task.input_file, WARNED if warned else DONE, confidence=confidence,
-        message=" | ".join(warned), **digits)
+        task.input_file, WARNED if warned else DONE, message=" | ".join(warned),
+        confidence=f"unsure: {sky.unsure}" if sky.unsure else "sure", **digits)
 
 
 # Many pictures: workers
@@ -7491,68 +7488,57 @@ def _dask_client(options: argparse.Namespace, to_do: list[Task]) -> Iterator:
         BgError: Dask is not installed, the workers do not start, or no scheduler answers.
     """
     count = _jobs_that_fit(options.jobs or 1, [task.input_file for task in to_do])
-    if not to_do or (options.dask is None and count == 1):
+    address = options.dask
+    if not to_do or (address is None and count == 1):
         yield None
         return
     try:
         import dask
         import distributed
     except ImportError:
-        flag = "--jobs" if options.dask is None else "--dask"
+        flag = "--jobs" if address is None else "--dask"
         raise BgError(f"{flag} needs Dask; install it with: {INSTALL_DASK}") from None
     for name in ("distributed", "distributed.client"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # we say what matters
     environment = {"distributed.nanny.pre-spawn-environ": WORKER_ENVIRONMENT}
     with tempfile.TemporaryDirectory() as scratch, \
-            dask.config.set({"temporary-directory": scratch, **environment}), \
-            _connect(distributed, options.dask, count) as client:
-        yield client
+            dask.config.set({"temporary-directory": scratch, **environment}):
+        try:
+            if address is None:
+                client = _own_workers(distributed, count)
+            else:
+                client = distributed.Client(address, timeout=PATIENCE_WITH_SCHEDULER)
+                client.upload_file(_as_module().__file__)  # also to workers that come later
+        except (OSError, RuntimeError, TimeoutError, ValueError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            if address is None:
+                raise BgError(f"the workers of --jobs do not start ({reason}); "
+                              "try again, or leave it out") from None
+            raise BgError(f"no Dask scheduler answers at {address} ({reason}); "
+                          "start one with: dask scheduler --host ADDRESS") from None
+        with client:
+            if not client.scheduler_info()["workers"]:
+                logger.warning(f"the scheduler at {address} has no workers yet; waiting for them "
+                               f"(start one with: dask worker --nthreads 1 {address})")
+            yield client
 
 
-def _connect(distributed, address: str | None, count: int):
-    """Return a client of the scheduler at an address, or of `count` workers of our own.
+def _own_workers(distributed, count: int):
+    """Start workers that nobody but this machine can talk to; returns a client of theirs.
 
-    Nobody but this machine can talk to our own, and their dashboard.
+    Ctrl-C waits, and is hidden from the processes that are started: a terminal sends it to them,
+    too, but it is for this process to end them.
     """
-    try:
-        if address is not None:
-            client = distributed.Client(address, timeout=PATIENCE_WITH_SCHEDULER)
-            client.upload_file(_as_module().__file__)  # also to workers that come later
-        else:
-            with _ctrl_c_held_back():
-                client = distributed.Client(
-                    n_workers=count, threads_per_worker=1, memory_limit=None, host=LOOPBACK,
-                    dashboard_address=f"{LOOPBACK}:0", silence_logs=logging.CRITICAL)
-    except (OSError, RuntimeError, TimeoutError, ValueError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        if address is None:
-            raise BgError(f"the workers of --jobs do not start ({reason}); "
-                          "try again, or leave it out") from None
-        raise BgError(f"no Dask scheduler answers at {address} ({reason}); "
-                      "start one with: dask scheduler --host ADDRESS") from None
-    if not client.scheduler_info()["workers"]:
-        logger.warning(f"the scheduler at {address} has no workers yet; waiting for them "
-                       f"(start one with: dask worker --nthreads 1 {address})")
-    return client
-
-
-@contextmanager
-def _ctrl_c_held_back() -> Iterator[None]:
-    """Let Ctrl-C wait, and hide it from the processes that are started meanwhile.
-
-    A terminal sends it to them, too, but it is for this process to end them.
-    """
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
-        yield
-        return
-    # Python starts this helper with the first process, and would let Ctrl-C in again
-    from multiprocessing import resource_tracker
-    resource_tracker.ensure_running()
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    with ExitStack() as stack:
+        if hasattr(signal, "pthread_sigmask"):  # not on Windows
+            # Python starts this helper with the first process, and would let Ctrl-C in again
+            from multiprocessing import resource_tracker
+            resource_tracker.ensure_running()
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+            stack.callback(signal.pthread_sigmask, signal.SIG_SETMASK, before)
+        return distributed.Client(
+            n_workers=count, threads_per_worker=1, memory_limit=None, host=LOOPBACK,
+            dashboard_address=f"{LOOPBACK}:0", silence_logs=logging.CRITICAL)
 
 
 def _jobs_that_fit(jobs: int, pictures: list[str]) -> int:
@@ -7721,7 +7707,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             options, settings = _parse(argv)
             console = _Console(logging.WARNING if options.quiet else logging.INFO)
             with _logging_to(console, *logger.handlers):
-                if _asks_for_many(options):
+                asked = (options.jobs, options.dask, options.skip_done) != (None, None, False)
+                if asked or _names_many(options.input_file):
                     run_many(options, settings, interrupts)
                 else:
                     _run_one(options, settings, interrupts)
@@ -7766,12 +7753,6 @@ class _Console(logging.Handler):
             print(text, flush=True)
         else:
             print(f"bgoptimizer: warning: {text}", file=sys.stderr)
-
-
-def _asks_for_many(options: argparse.Namespace) -> bool:
-    """Tell whether the command line names many pictures, or wants what is for many."""
-    for_many = options.jobs is not None or options.dask is not None or options.skip_done
-    return for_many or _names_many(options.input_file)
 
 
 def _run_one(options: argparse.Namespace, settings: Settings, interrupts: _Interrupts) -> None:
