@@ -6982,12 +6982,14 @@ def _import_silently() -> None:
         kept = os.dup(2)
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, 2)
+        collects = gc.isenabled()
         gc.disable()  # else it looks through all that is imported, time and again: half a second
         try:
             import_tensorflow().zeros(1)
             importlib.import_module("scipy.interpolate")  # for `SkyModel`, beside the fit
         finally:
-            gc.enable()
+            if collects:
+                gc.enable()
             os.dup2(kept, 2)
             os.close(kept)
             os.close(nowhere)
