@@ -5619,10 +5619,14 @@ class SkyModel:
 
         down = place_nodes(height)
         along = place_nodes(width)
-        nodes = sky((_grid(down, along) + 0.5) / longer)  # (rows, columns, c)
-        tall = scipy.interpolate.make_interp_spline(along, nodes, axis=1)(np.arange(width))
-        spline = scipy.interpolate.make_interp_spline(down, tall)
-        weights = scipy.interpolate.BSpline.design_matrix(np.arange(height), spline.t, 3)
+        places = (_grid(down, along) + 0.5) / longer
+        nodes = sky(places)  # (rows, columns, c)
+        make_spline = scipy.interpolate.make_interp_spline  # cubic
+        across = make_spline(along, nodes, axis=1)
+        x = np.arange(width)
+        spline = make_spline(down, across(x))
+        y = np.arange(height)
+        weights = scipy.interpolate.BSpline.design_matrix(y, spline.t, 3)
         self.nodes = np.moveaxis(nodes, -1, 0)  # (c, rows, columns)
         self.terms = np.moveaxis(spline.c, -1, 0).astype(dtype)  # (c, rows, w)
         self.weights = weights.astype(dtype)  # (h, rows), sparse: what each term adds to a row
@@ -5724,12 +5728,14 @@ def take_out(planes: np.ndarray, sky: SkyModel, prepared: Prepared,
                 np.subtract(samples, model, out=samples, where=present[rows])
         offset = black
         if not divides:
-            offset = prepared.median[channel] - _quantiles(plane, present, (0.5,))[0]
+            median_left = _quantiles(plane, present, (0.5,))[0]
+            offset = prepared.median[channel] - median_left
         shift = plane.dtype.type(offset)
         clipped = np.zeros(2, int)
         for rows in strips:
             values = plane[rows] + shift
-            beyond = np.stack((values < 0, values > 1)) & present[rows]  # (2, rows, w)
+            beyond = np.stack((values < 0, values > 1))  # (2, rows, w)
+            beyond &= present[rows]
             clipped += np.count_nonzero(beyond, (1, 2))
             np.clip(values, 0, 1, out=plane[rows], where=present[rows])
         return offset, clipped
