@@ -46,8 +46,7 @@ FUNCTIONS = {  # what bgoptimizer calls, and the stage that it belongs to
     "measure_stretch": "stretch",
     "reduce_plane": "reduce",
     "fit_surface": "fit",
-    "full_size_sky": "surface",
-    "subtract": "surface",
+    "take_out": "surface",
     "write_xisf": "write",
 }
 CHUNK = 500_000  # full-size pixels whose surface the plain version computes at once

@@ -69,8 +69,9 @@ def test_strips_are_the_whole_and_the_whole_is_the_spline(shape):
 
     sky = SkyModel(surface, shape, np.float64)
     planes = [sky.plane(k) for k in range(3)]
+    height, _ = shape
     for k in range(3):
-        strips = [sky.strip(k, rows) for rows in sky.strips()]
+        strips = [sky.strip(k, slice(top, min(top + 37, height))) for top in range(0, height, 37)]
         assert_array_equal(np.concatenate(strips), planes[k])
     step = max(1, longer // 200)
     few = slice(None, None, step)

@@ -252,6 +252,28 @@ def test_ctrl_c_between_pictures_leaves_whole_outputs_and_a_report(lights):
     assert len(os.listdir(lights.parent / "out")) == 2 * len(done) + 1
 
 
+def test_what_all_pictures_of_a_folder_need_is_made_once(lights, monkeypatch):
+    traced = []
+    trace = bgoptimizer._Training._trace
+    reads = []
+    read = bgoptimizer.read_picture
+
+    def counted_trace(training, lesson):
+        traced.append(training)
+        return trace(training, lesson)
+
+    def counted_read(path, *others):
+        reads.append(os.path.basename(path))
+        return read(path, *others)
+
+    monkeypatch.setattr(bgoptimizer._Training, "_trace", counted_trace)
+    monkeypatch.setattr(bgoptimizer, "read_picture", counted_read)
+    bgoptimizer._training.cache_clear()
+    assert run("lights/[abcdf].*", "out", *FAST, "--quiet") == 0
+    assert len(traced) == 1
+    assert reads == ["a.xisf", "b.fits", "c.tif", "d.xisf", "f.xisf"]
+
+
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_number_of_pictures(folder):
     (folder / "lights").mkdir()
