@@ -2972,8 +2972,9 @@ def prepare(planes: np.ndarray, settings: Settings, mask: np.ndarray | None = No
     return prepared
 
 
-RIM_STEP = 8.0
-"""At a rim the picture steps by so many times its typical difference between neighbors."""
+RIM_STEP = 12.0
+"""At a rim the picture steps by so many times its typical difference between neighbors, beyond that
+of a slope."""
 
 RIM_CONVEX = 0.15
 """A rim lies outside of a straight-sided frame: at most this part of it is inside the convex hull
@@ -3007,7 +3008,8 @@ def find_rim(linear: np.ndarray, present: np.ndarray) -> np.ndarray:
     light = light[_nearest(present)]
     calm = scipy.ndimage.median_filter(light, 3)
     step = scipy.ndimage.maximum_filter(calm, 3) - scipy.ndimage.minimum_filter(calm, 3)
-    least = RIM_STEP * np.median(step[present])
+    step -= scipy.ndimage.percentile_filter(step, 25, 9)  # that of a slope
+    least = RIM_STEP * np.median(np.abs(step[present]))
     regions, _ = scipy.ndimage.label(present & (step < least))
     sizes = np.bincount(regions.ravel())
     sizes[0] = 0
@@ -3028,7 +3030,8 @@ def find_rim(linear: np.ndarray, present: np.ndarray) -> np.ndarray:
         if part.sum() < RIM_FEWEST or np.percentile(drop[part], 75) < least:
             continue
         hull = convex_hull_image(present & ~part)
-        if (part & hull).sum() <= RIM_CONVEX * part.sum():
+        hull = scipy.ndimage.binary_erosion(hull)  # its outermost blocks may be half rim
+        if drop[part & hull].sum() <= RIM_CONVEX * drop[part].sum():
             rim = rim | part
     return present & scipy.ndimage.binary_dilation(rim, iterations=RIM_SOFT)
 
