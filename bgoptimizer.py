@@ -5880,6 +5880,7 @@ def examine(planes: np.ndarray, settings: Settings, mask: np.ndarray | None = No
                     f"({prepared.rim.mean():.1%} of the frame)")
     for sentence in doubts(planes, prepared):
         logger.warning(sentence)
+    _hint_at_inverted_mask(prepared)
     if settings.auto:
         shows_sky = sky.at(sky.shows_sky, prepared.centers)  # (h, w)
         prepared = replace(prepared, weight=prepared.weight * shows_sky[..., None])
@@ -5966,11 +5967,35 @@ def remove_sky(planes: np.ndarray, settings: Settings, mask: np.ndarray | None =
     below, above = clipped
     logger.info(f"clipped: {below} samples at 0, {above} at 1, of {planes.size}")
     if share > MOST_CLIPPED:
-        logger.warning(f"{share:.1%} of the samples were clipped: the sky leaves no room "
-                       "below or above it; add a pedestal to the picture, or use a stiffer "
-                       "surface (--smoothing)")
+        advice = ", but hardly any sky; crop dark borders, or leave them out with -m"
+        if _sky_is_clipped(planes, prepared, settings):
+            advice = (": the sky leaves no room below or above it; add a pedestal to the picture, "
+                      "or use a stiffer surface (--smoothing)")
+        logger.warning(f"{share:.1%} of the samples were clipped{advice}")
     _hint_at_objects(prepared, settings)
     return result
+
+
+def _sky_is_clipped(planes: np.ndarray, prepared: Prepared, settings: Settings) -> bool:
+    """Tell whether the correction clipped more of the sky than MOST_CLIPPED."""
+    factor = settings.downscaling_factor
+    samples = planes[:, ::factor, ::factor]  # one of each block
+    sky = prepared.sky.at(prepared.sky.shows_sky, prepared.centers)
+    samples = samples[:, sky & prepared.present.all(-1)]
+    return bool(samples.size and ((samples <= 0) | (samples >= 1)).mean() > MOST_CLIPPED)
+
+
+def _hint_at_inverted_mask(prepared: Prepared) -> None:
+    """Ask whether a mask is inverted: it leaves the bright minority, most of it not sky."""
+    present = prepared.present.all(-1)
+    if prepared.user_mask is None or prepared.used[present].mean() > 0.5:
+        return
+    light = prepared.linear.mean(-1)
+    brighter = np.median(light[present & prepared.used]) > np.median(light[present])
+    if brighter and (prepared.sky.unsure or prepared.sky.share < 0.5):
+        logger.warning("is the mask inverted? What it leaves is brighter than what it leaves out, "
+                       "and white (1) means sky. Invert it where it was made (PixInsight: Image > "
+                       "Invert, Siril: neg), and give it again")
 
 
 def _hint_at_objects(prepared: Prepared, settings: Settings) -> None:
@@ -6052,6 +6077,9 @@ BLOWN_SHARE = 0.01
 GRADIENT_SCALE = 6.0
 """Cells: what the found sky misses is measured on Gaussian means of so many. Noise is small in
 them, and every gradient is wider."""
+
+GRADIENT_SHARE = 0.3
+"""A gradient is told if at least this part of the picture shows sky."""
 
 STRETCHED_FALL = 0.015
 STRETCHED_SIGMA = 3.0
@@ -6227,13 +6255,12 @@ def gradient(prepared: Prepared, fit: Fit | None = None, correction: str = "subt
 
 def gradients(result: Result) -> str:
     """Put the gradient before and after into words."""
-    before = _percent(result.gradient_before)
-    after = _percent(result.gradient_after)
-    text = f"gradient {before} of the sky's level before, {after} after"
     sky = result.prepared.sky
-    if sky.unsure:
-        text += ", if that was the sky"
-    return text
+    if sky.unsure or sky.share < GRADIENT_SHARE:
+        return "gradient unknown: too little of the picture is sure to be sky"
+    before = result.gradient_before
+    after = result.gradient_after
+    return f"gradient {before:.1%} of the sky's level before, {after:.1%} after"
 
 
 def _percent(share: float) -> str:

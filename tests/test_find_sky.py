@@ -347,6 +347,45 @@ def test_columns_or_rows_of_a_mono_camera_that_differ_are_no_mosaic(axis):
     assert not bgoptimizer._looks_like_mosaic(plane * (1 + np.float32(0.2) * lines))
 
 
+@pytest.mark.parametrize("inverted", [False, True])
+def test_a_mask_that_leaves_the_object_is_asked_about(inverted, caplog):
+    scene = make_scene("nebula", 0, 400, 600, 1)
+    mask = np.ones((1, 400, 600), np.float32)
+    mask[0, scene.object_mask] = 0
+    if inverted:
+        mask = 1 - mask
+    with caplog.at_level(logging.WARNING, "bgoptimizer"):
+        examine(to_planes(scene.image), Settings(downscaling_factor=4), mask)
+    assert ("is the mask inverted?" in caplog.text) == inverted
+
+
+def crop(side, stars):
+    """Return a small picture without noise, its sky, and what is found in it."""
+    image, sky = sloping_sky(side, side, 1, noise=0)
+    rng = np.random.default_rng(2)
+    spots = np.zeros(image.shape)
+    spots[rng.integers(0, side, stars), rng.integers(0, side, stars)] = rng.uniform(0.1, 3)
+    image = image + gaussian_filter(spots, (1.5, 1.5, 0)).astype(np.float32)
+    prepared, _ = examine(to_planes(image), Settings(auto=True))
+    found = prepared.sky.surface(frame_coordinates(side, side))
+    return sky, found, prepared.sky.unsure
+
+
+def test_nothing_is_invented_in_a_small_picture_without_noise():
+    sky, found, _ = crop(100, 0)
+    assert np.abs(found - sky).max() < 0.03 * np.ptp(sky)
+
+
+@pytest.mark.parametrize("side, stars", [(80, 0), (80, 300), (100, 300)])
+def test_a_small_crop_is_told_and_if_too_small_it_gets_a_plane(side, stars):
+    _, found, unsure = crop(side, stars)
+    assert unsure
+    if "too small" in unsure:
+        assert distance_from_plane(frame_coordinates(side, side), found.reshape(-1, 1)) < 0.01
+    else:
+        assert side == 100
+
+
 def test_channels_that_are_nowhere_present_together_are_no_fault():
     image, _ = sloping_sky(200, 300)
     image[:100, :, 0] = 0
