@@ -5988,10 +5988,11 @@ def _sky_is_clipped(planes: np.ndarray, prepared: Prepared, settings: Settings) 
 def _hint_at_inverted_mask(prepared: Prepared) -> None:
     """Ask whether a mask is inverted: it leaves the bright minority, most of it not sky."""
     present = prepared.present.all(-1)
-    if prepared.user_mask is None or prepared.used[present].mean() > 0.5:
+    left = present & prepared.used
+    if prepared.user_mask is None or not 0 < left.sum() < 0.5 * present.sum():
         return
     light = prepared.linear.mean(-1)
-    brighter = np.median(light[present & prepared.used]) > np.median(light[present])
+    brighter = np.median(light[left]) > np.median(light[present])
     if brighter and (prepared.sky.unsure or prepared.sky.share < 0.5):
         logger.warning("is the mask inverted? What it leaves is brighter than what it leaves out, "
                        "and white (1) means sky. Invert it where it was made (PixInsight: Image > "
@@ -6175,8 +6176,7 @@ def _looks_stretched(planes: np.ndarray, bright: bool = False) -> bool:
     falls = []
     for plane in planes:
         height, width = plane.shape
-        most = max(1, round(math.sqrt(plane.size / 4e6)))  # a few Mpix are enough
-        step = 2 * side * most
+        step = 2 * side * max(1, round(math.sqrt(plane.size / 4e6)))  # a few Mpix are enough
         for y, x in np.ndindex(height // step, width // step):
             tile = plane[y * step:, x * step:][:2 * side, :2 * side].astype(float)
             squares = tile.reshape(side, 2, side, 2).swapaxes(1, 2).reshape(-1, 4)
@@ -6184,12 +6184,12 @@ def _looks_stretched(planes: np.ndarray, bright: bool = False) -> bool:
             squares = squares[inside.all(1)]
             if len(squares) > side**2 / 2:
                 falls.append(_fall_of_noise(squares))
-    if len(falls) < 10:
+    if len(falls) < 10:  # too few to know the error
         return False
-    typical = np.nanmedian(falls)
+    typical = np.median(falls)
     error = MEDIAN_NOISE * _deviation(falls - typical) / math.sqrt(len(falls))
-    falls_surely = typical > STRETCHED_FALL and typical > STRETCHED_SIGMA * error
-    return bool(falls_surely or (bright and typical > 0))
+    least = 0 if bright else max(STRETCHED_FALL, STRETCHED_SIGMA * error)
+    return typical > least
 
 
 def _fall_of_noise(squares: np.ndarray) -> float:
@@ -6198,8 +6198,8 @@ def _fall_of_noise(squares: np.ndarray) -> float:
     detail = np.minimum(detail, 4 * np.median(detail))  # stars
     variances = detail[np.argsort(squares.mean(1))]**2
     ninths = [part.mean() for part in np.array_split(variances, 9)]
-    with np.errstate(all="ignore"):  # there may be no noise
-        return 0.5 * np.log((ninths[1] + ninths[2]) / (ninths[6] + ninths[7]))
+    dim, bright = ninths[1] + ninths[2], ninths[6] + ninths[7]
+    return 0.5 * math.log((dim + 1e-30) / (bright + 1e-30))  # 0 where there is no noise
 
 
 def _looks_like_mosaic(plane: np.ndarray) -> bool:
@@ -6236,10 +6236,10 @@ def gradient(prepared: Prepared, fit: Fit | None = None, correction: str = "subt
         correction: "subtract" or "divide".
 
     Returns:
-        NaN if the picture is too small to look for its sky.
+        NaN if too little of the picture is sure to be sky.
     """
     found = prepared.sky
-    if math.isnan(found.doubt):
+    if found.unsure or found.share < GRADIENT_SHARE:
         return math.nan
     shows_sky = found.shows_sky  # (h, w)
     surface = found.surface(found.centers)  # (h, w, c)
@@ -6255,12 +6255,10 @@ def gradient(prepared: Prepared, fit: Fit | None = None, correction: str = "subt
 
 def gradients(result: Result) -> str:
     """Put the gradient before and after into words."""
-    sky = result.prepared.sky
-    if sky.unsure or sky.share < GRADIENT_SHARE:
-        return "gradient unknown: too little of the picture is sure to be sky"
     before = result.gradient_before
-    after = result.gradient_after
-    return f"gradient {before:.1%} of the sky's level before, {after:.1%} after"
+    if math.isnan(before):
+        return "gradient unknown: too little of the picture is sure to be sky"
+    return f"gradient {before:.1%} of the sky's level before, {result.gradient_after:.1%} after"
 
 
 def _percent(share: float) -> str:
