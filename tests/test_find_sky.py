@@ -262,9 +262,26 @@ def stretched(image):
     return bright / (bright + 0.2)
 
 
+def autostretched(image):
+    """Return the picture as PixInsight and Siril show it: its median at a quarter."""
+    middle = np.median(image)
+    deviation = 1.4826 * np.median(np.abs(image - middle))
+    dark = max(0, middle - 2.8 * deviation)
+    light = np.clip((image - dark) / (1 - dark), 0, 1)
+    middle = (middle - dark) / (1 - dark)
+    midtones = middle * (0.25 - 1) / (2 * 0.25 * middle - 0.25 - middle)
+    return (midtones - 1) * light / ((2 * midtones - 1) * light - midtones)
+
+
 def undebayered(image):
     checkers = np.indices(image.shape).sum(0) % 2
     return image * (1 + 0.3 * checkers)
+
+
+def one_odd_phase(image):
+    image = image.copy()
+    image[1::2, ::2] *= 0.8
+    return image
 
 
 def half_missing(image):
@@ -276,6 +293,7 @@ def half_missing(image):
 @pytest.mark.parametrize("spoil, words", [
     (stretched, "looks stretched"),
     (undebayered, "undebayered"),
+    (one_odd_phase, "undebayered"),
     (half_missing, "missing"),
 ])
 def test_a_picture_that_is_not_one_to_run_it_on_is_warned_about(spoil, words, caplog):
@@ -284,6 +302,88 @@ def test_a_picture_that_is_not_one_to_run_it_on_is_warned_about(spoil, words, ca
     with caplog.at_level(logging.WARNING, "bgoptimizer"):
         find(spoil(image))
     assert words in caplog.text
+
+
+@pytest.mark.parametrize("family", ["flat", "moon", "crowded", "short_stack", "vignetting"])
+def test_linear_pictures_do_not_look_stretched(family):
+    planes = to_planes(make_scene(family, 1, 400, 600, 3).image)
+    assert not bgoptimizer._looks_stretched(planes)
+    planes[:, :, :200] *= 0.9  # dimmer, and noisier, where fewer exposures reach
+    planes[:, :, :200] += np.random.default_rng(0).normal(0, 0.003, planes[:, :, :200].shape)
+    assert not bgoptimizer._looks_stretched(planes)
+
+
+@pytest.mark.parametrize("family", ["flat", "short_stack", "banding", "small_galaxies"])
+def test_autostretched_pictures_look_stretched(family):
+    image = make_scene(family, 1, 400, 600, 3).image
+    assert bgoptimizer._looks_stretched(to_planes(autostretched(image)))
+
+
+@pytest.mark.parametrize("name", ["allsky", "galaxy", "horsehead", "m13", "m27", "m51", "nightsky",
+                                  "seestar_ngc7023"])
+def test_real_linear_pictures_do_not_look_stretched_and_asinh_of_them_do(name):
+    path = REAL / f"{name}.xisf"
+    if not path.exists():
+        pytest.skip("no real pictures here")
+    planes = bgoptimizer.read_xisf(str(path)).planes
+    assert not bgoptimizer._looks_stretched(planes)
+    if name == "allsky":
+        return  # half of it is black
+    dark = np.quantile(planes[planes > 0], 0.001)
+    light = np.clip(planes - dark, 0, None)
+    strength = 30 / np.median(light[light > 0])
+    stretched = np.arcsinh(strength * light) / np.arcsinh(strength)
+    assert bgoptimizer._looks_stretched(stretched)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_columns_or_rows_of_a_mono_camera_that_differ_are_no_mosaic(axis):
+    """Twelve bits in sixteen, noise of 5 of them; every second line is 0.2 of them brighter."""
+    adu = 60 + np.random.default_rng(axis).normal(0, 5, (600, 800))
+    adu += 0.2 * (np.indices(adu.shape)[axis] % 2)
+    plane = np.round(adu).astype(np.float32) * 16 / 65535
+    assert not bgoptimizer._looks_like_mosaic(plane)
+    lines = np.indices(adu.shape)[axis] % 2
+    assert not bgoptimizer._looks_like_mosaic(plane * (1 + np.float32(0.2) * lines))
+
+
+@pytest.mark.parametrize("inverted", [False, True])
+def test_a_mask_that_leaves_the_object_is_asked_about(inverted, caplog):
+    scene = make_scene("nebula", 0, 400, 600, 1)
+    mask = np.ones((1, 400, 600), np.float32)
+    mask[0, scene.object_mask] = 0
+    if inverted:
+        mask = 1 - mask
+    with caplog.at_level(logging.WARNING, "bgoptimizer"):
+        examine(to_planes(scene.image), Settings(downscaling_factor=4), mask)
+    assert ("is the mask inverted?" in caplog.text) == inverted
+
+
+def crop(side, stars):
+    """Return a small picture without noise, its sky, and what is found in it."""
+    image, sky = sloping_sky(side, side, 1, noise=0)
+    rng = np.random.default_rng(2)
+    spots = np.zeros(image.shape)
+    spots[rng.integers(0, side, stars), rng.integers(0, side, stars)] = rng.uniform(0.1, 3)
+    image = image + gaussian_filter(spots, (1.5, 1.5, 0)).astype(np.float32)
+    prepared, _ = examine(to_planes(image), Settings(auto=True))
+    found = prepared.sky.surface(frame_coordinates(side, side))
+    return sky, found, prepared.sky.unsure
+
+
+def test_nothing_is_invented_in_a_small_picture_without_noise():
+    sky, found, _ = crop(100, 0)
+    assert np.abs(found - sky).max() < 0.03 * np.ptp(sky)
+
+
+@pytest.mark.parametrize("side, stars", [(80, 0), (80, 300), (100, 300)])
+def test_a_small_crop_is_told_and_if_too_small_it_gets_a_plane(side, stars):
+    _, found, unsure = crop(side, stars)
+    assert unsure
+    if "too small" in unsure:
+        assert distance_from_plane(frame_coordinates(side, side), found.reshape(-1, 1)) < 0.01
+    else:
+        assert side == 100
 
 
 def test_channels_that_are_nowhere_present_together_are_no_fault():

@@ -1,13 +1,16 @@
 """Reducing loses no sample and shifts nothing; the mask lets through what it should."""
+import functools
 from dataclasses import replace
 
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
+from scipy import ndimage
 
 from bgoptimizer import (
     BgError,
     Settings,
+    find_rim,
     frame_coordinates,
     full_mask,
     mask_reasons,
@@ -153,6 +156,12 @@ def test_the_saved_mask_given_back_is_the_same_mask(shape):
 
 # ------------------------------------------------------------------------------------ a dark rim
 
+@functools.lru_cache(maxsize=3)
+def large_scene(family):
+    """Return a picture of a family, (1000, 1500)."""
+    return make_scene(family, 0, 1000, 1500, 1).image[..., 0]
+
+
 def rimmed(side, dim=0.4):
     """Return planes (1, 400, 600) with a dark rim, and where that is, (100, 150) bool of blocks."""
     image, _ = sloping_sky(400, 600, 1)
@@ -176,6 +185,37 @@ def test_a_dark_rim_is_left_out_and_the_picture_beside_it_is_not(side):
     assert prepared.used[~rim].mean() > 0.9
     reasons = mask_reasons(prepared, settings)
     assert reasons["rim"][rim].mean() > 0.9
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("level", [0.05, 0.4, 0.8])
+@pytest.mark.parametrize("family", ["galaxy", "moon", "city_glows"])
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("kind", [8, 20, 80, "1 degree", "10 degrees", "45 degrees"])
+def test_rims_of_all_kinds_are_found(kind, soft, family, level):
+    """On all sides so many pixels of 1000 x 1500 wide, or outside of a turned frame."""
+    image = large_scene(family)
+    height, width = image.shape
+    y, x = np.indices(image.shape) + 0.5
+    if isinstance(kind, int):
+        depth = np.min([x, width - x, y, height - y], axis=0) - kind
+    else:
+        angle = np.deg2rad(int(kind.split()[0]))
+        x = x - width / 2
+        y = y - height / 2
+        along = x * np.cos(angle) + y * np.sin(angle)
+        across = y * np.cos(angle) - x * np.sin(angle)
+        depth = np.minimum(width / 2 - np.abs(along), height / 2 - np.abs(across))
+    inside = np.clip(1 + depth / 6, 0, 1) if soft else depth >= 0
+    dark = level * np.percentile(image[inside == 1], 5)
+    rim = dark + np.random.default_rng(1).normal(0, 0.0005, image.shape)
+    rimmed = np.maximum(inside * image + (1 - inside) * rim, 1e-6)
+    reduced = reduce_plane(rimmed, 8)
+    spoiled = reduce_plane(image, 8) - reduced > 0.03 * np.median(image)
+    found = find_rim(reduced[..., None], np.isfinite(reduced))
+    assert found[spoiled].mean() > 0.75
+    beside = reduce_plane(inside + 1.0, 8) < 2
+    assert (found & ~ndimage.binary_dilation(beside, iterations=4)).mean() < 0.01
 
 
 @pytest.mark.parametrize("family", ["hills", "dark_clouds", "moon", "edge_glow", "vignetting"])
