@@ -6211,48 +6211,28 @@ def _log_numbers(prepared: Prepared, settings: Settings) -> None:
 # Pictures: preview, figures, animation
 #
 # All are drawn from the reduced picture, so a large frame costs no more than a small one; of a
-# small picture, there is a close-up.
+# small picture, there is a close-up. Axes are those of the full-size picture, in its pixels.
 # --------------------------------------------------------------------------------------------------
 
 FIGURE_SIZE = (13.6, 7.6)
 """Inches, at 100 pixels each: fits a laptop's screen."""
 
-INK = "#e6e6e6"
-PAPER = "#16191d"
-FAINT = "#4a5058"
 FIGURE_STYLE = {
-    "figure.facecolor": PAPER,
-    "savefig.facecolor": PAPER,
-    "axes.facecolor": "#1e2227",
-    "axes.edgecolor": FAINT,
-    "axes.labelcolor": INK,
-    "axes.titlecolor": INK,
-    "axes.titlesize": 10,
     "axes.titlelocation": "left",
-    "text.color": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "font.size": 9,
+    "axes.titlesize": 10,
     "figure.dpi": 100,
-    "hatch.linewidth": 1.5,
-    "lines.linewidth": 1.2,
-    "grid.color": FAINT,
-    "grid.linewidth": 0.4,
+    "font.size": 9,
+    "grid.linewidth": 0.2,
+    "legend.fontsize": 8,
+    "legend.frameon": False,
     "xtick.labelsize": 8,
     "ytick.labelsize": 8,
-    "legend.frameon": False,
-    "legend.fontsize": 8,
 }
-"""Colors of our own, so that pictures look the same in light and in dark windows and notebooks."""
+"""What differs from matplotlib's dark style. So pictures look the same in light and in dark windows
+and notebooks."""
 
-RED = "#e8703a"
-GREEN = "#2fb58a"
-BLUE = "#5ab0ee"
-CHANNEL_INKS = {1: (INK,), 3: (RED, GREEN, BLUE)}
-"""Red, green, and blue that color-blind people can tell apart (after Okabe and Ito)."""
-
-TERM_INKS = ("#56b4e9", "#2fb58a", "#e69f00", "#cc79a7", "#f0e442")
-"""Colors of LOSS_TERMS that color-blind people can tell apart."""
+CHANNEL_INKS = {"L": ("white",), "RGB": ("#e8703a", "#2fb58a", "#5ab0ee")}
+"""Colors of channels that color-blind people can tell apart (after Okabe and Ito)."""
 
 OVERLAYS = {
     "missing": ("#6b7077", "", "missing"),
@@ -6262,8 +6242,8 @@ OVERLAYS = {
     "auto": ("#cc79a7", "///", "left out by --auto"),
     "clipped": ("#f0e442", "\\\\\\", "clipped by -dq"),
 }
-"""Reason -> its color, its hatching (none: solid), its name. The hatching tells the reasons apart
-where colors do not."""
+"""Reason -> its color, its stripes (none: solid), its name. Stripes tell the reasons apart where
+colors do not."""
 
 START_INK = "#56b4e9"
 END_INK = "#f0e442"
@@ -6273,30 +6253,15 @@ DISPLAY_QUANTILES = (0.002, 0.5, 0.9995)
 """Quantiles of a channel that are shown as nearly black, as the background, and as white. So nearly
 nothing is clipped, and no single star decides how dark the rest is."""
 
-HISTOGRAM_BINS = 128
-HISTOGRAM_EDGES = (-0.02, 1.02)
-"""Ends of the axis of stretched values: a little beyond 0 and 1, so that 0 and 1 can be seen."""
-
-FRAMES = 24
-"""Largest number of frames in an animation."""
-
-FRAME_GAP = 8
-FRAME_HEAD = 22
-"""Pixels around the two halves of a frame, and above them, where the words are."""
-
-HALF_FRAME_PIXELS = 110_000
-"""Largest number of pixels in one half of a frame. A GIF with the usual noise then stays below
-3 MB."""
-
-FRAME_NODES = 50
-"""Nodes of an animation's models along the longer side: fine enough for the eye."""
-
+FRAMES = 20
 FRAME_PAUSE = 130
 LAST_PAUSE = 1500
-"""Milliseconds that a frame and the last frame are shown; 24 frames take some 4 seconds."""
+"""Largest number of frames in an animation, and milliseconds that a frame and the last frame are
+shown: some 4 seconds in all."""
 
-PALETTE_SIZES = (255, 128, 64, 32, 16)
-"""Numbers of colors that are tried for a GIF, until it is small enough."""
+HALF_FRAME = 3.0
+"""Inches: the side of a square of the area of half a frame. With so few pixels, a GIF with the
+usual noise stays below 3 MB."""
 
 
 def display_stretch(linear: np.ndarray) -> Stretch:
@@ -6313,36 +6278,72 @@ def display_stretch(linear: np.ndarray) -> Stretch:
     return Stretch(*constants)
 
 
-def draw_preview(figure, prepared: Prepared, settings: Settings, title: str) -> None:
+def to_bytes(image: np.ndarray) -> np.ndarray:
+    """Take a stretched picture (h, w, c), NaN where nothing is, to bytes (h, w, 3)."""
+    image = np.nan_to_num(image)
+    image = 255 * np.clip(image, 0, 1)
+    image = np.round(image).astype(np.uint8)
+    height, width, _ = image.shape
+    return np.broadcast_to(image, (height, width, 3))
+
+
+def left_out(prepared: Prepared, settings: Settings) -> dict[str, np.ndarray]:
+    """Tell where a thinned frame is left out or clipped: reason -> (h, w) bool, as OVERLAYS."""
+    clipped = clipped_by_stretch(prepared).any(-1) & prepared.used
+    return {**mask_reasons(prepared, settings), "clipped": clipped}
+
+
+def striped(prepared: Prepared, areas: dict[str, np.ndarray]) -> np.ndarray:
+    """Return the picture as the fit would see it, and over it in stripes what it would not.
+
+    Args:
+        prepared: thinned.
+        areas: as of `left_out`.
+
+    Returns:
+        Bytes (h, w, 3), larger than `prepared` where that is small.
+    """
+    from matplotlib.colors import to_rgb
+    stretched = prepared.stretch.apply(_drawn(prepared))
+    times = math.ceil(VIEW_PIXELS / max(stretched.shape))
+    colors = to_bytes(stretched).repeat(times, 0).repeat(times, 1)
+    height, width, _ = colors.shape
+    row, column = np.ogrid[:height, :width]
+    lines = {"": 0 * row, "/": row + column, "\\": row - column, "-": row}
+    for reason, (color, hatch, _) in OVERLAYS.items():
+        area = areas[reason]
+        if not area.any():
+            continue
+        rows, columns = area.shape
+        area = area[row * rows // height, column * columns // width]
+        edge = area & ~scipy.ndimage.binary_erosion(area, iterations=2)
+        period = 36 // max(len(hatch), 1)
+        stripes = lines[hatch[:1]] % period < max(period // 3, not hatch)
+        colors[area & ~stripes] //= 2  # darker between them, so that these are seen on any color
+        ink = 255 * np.array(to_rgb(color))
+        colors[area & stripes | edge] = ink.astype(np.uint8)
+    return colors
+
+
+def draw_preview(figure, prepared: Prepared, settings: Settings, title: str,
+                 said: list[str]) -> None:
     """Draw what helps to choose settings.
 
-    That is the picture, what the fit would see of it, what stands out, histograms, and numbers.
+    That is the picture, what the fit would see of it, what stands out, a histogram, and what was
+    said of it.
     """
     prepared = thinned(prepared)
-    reasons = mask_reasons(prepared, settings)
-    blown = blown_out(prepared)
-    panels, bottom = _lay_out(figure, title, 1.6)
-    picture, stretched, hints = panels
+    areas = left_out(prepared, settings)
+    (picture, stretched, hints), (histogram,) = _lay_out(figure, title, said, (2,))
+    shape = prepared.full_shape
     linear = _drawn(prepared)
-    stretch = display_stretch(linear)
-    _show(picture, stretch.apply(linear), "the picture, plain stretch")
-    _show(stretched, prepared.image, "stretched as for the fit, and what is left out")
-    clipped = clipped_by_stretch(prepared).any(-1)
-    _overlay(stretched, {**reasons, "clipped": clipped & prepared.used})
-    _draw_hints(hints, prepared, blown)
-
-    channels = prepared.image.shape[-1]
-    cells = bottom.subgridspec(1, 4, wspace=0.12)
-    for k in range(channels):
-        cell = cells[0, k] if channels == 3 else cells[0, :3]
-        axes = figure.add_subplot(cell)
-        _draw_histogram(axes, prepared, settings, k)
-    figure.text(0.02, 0.012, "below the histograms: stretched value, and the picture's own value "
-                "there; heights are logarithmic", fontsize=8)
-    axes = figure.add_subplot(cells[0, 3])
-    axes.axis("off")
-    words = "\n".join(_numbers(prepared, reasons, blown))
-    axes.text(0.06, 1.0, words, va="top", family="monospace", fontsize=8, linespacing=1.35)
+    shown = to_bytes(display_stretch(linear).apply(linear))
+    show(picture, shown, shape, "the picture, plain stretch")
+    words = "stretched as for the fit, and what is left out"
+    show(stretched, striped(prepared, areas), shape, words)
+    add_legend(stretched, areas)
+    _draw_hints(hints, prepared)
+    _draw_histogram(histogram, prepared, settings)
 
 
 def _drawn(prepared: Prepared) -> np.ndarray:
@@ -6350,90 +6351,78 @@ def _drawn(prepared: Prepared) -> np.ndarray:
     return prepared.linear if prepared.close_up is None else prepared.close_up
 
 
-def _lay_out(figure, title, ratio):
-    """Give a figure a title, three axes beside each other, and a cell below them.
+def _lay_out(figure, title, said, widths):
+    """Give a figure a title, three axes, axes of such widths below them, and words beside these.
 
-    The heights of axes and cell are as ratio : 1. Returns the axes and the cell.
+    Returns the axes above and below.
     """
     figure.suptitle(title, x=0.015, ha="left", fontsize=11)
-    top, bottom = figure.add_gridspec(
-        2, 1, height_ratios=(ratio, 1),
-        left=0.02, right=0.985, top=0.915, bottom=0.085, hspace=0.3)
-    cells = top.subgridspec(1, 3, wspace=0.03)
-    return [figure.add_subplot(cell) for cell in cells], bottom
+    cells = figure.add_gridspec(
+        2, 1, height_ratios=(1.5, 1),
+        left=0.025, right=0.985, top=0.915, bottom=0.085, hspace=0.35)
+    above = cells[0].subgridspec(1, 3, wspace=0.03)
+    below = cells[1].subgridspec(1, len(widths) + 1, width_ratios=(*widths, 1.6), wspace=0.15)
+    above, below = [list(map(figure.add_subplot, part)) for part in (above, below)]
+    words = below.pop()
+    words.axis("off")
+    lines = [textwrap.fill(line, 80, subsequent_indent="  ") for line in said]
+    text = "\n".join(lines).encode("utf-8", "replace").decode()  # names may hold anything
+    words.text(0, 1, text, va="top", fontsize=8, parse_math=False)
+    return above, below
 
 
-def _numbers(prepared: Prepared, reasons: dict[str, np.ndarray], blown: np.ndarray) -> list[str]:
-    """Return the preview's numbers, one line each."""
-    lines = []
-
-    def add_row(name, form, values):
-        cells = map(form.format, values)
-        lines.append(f"{name:<11}" + "".join(cells))
-
-    def add_share(name, share, of=""):
-        lines.append(f"{name:<13}{_percent(share):>7}  {of}")
-
-    add_row("", "{:>9}", _channel_letters(prepared))
-    add_row("minimum", "{:9.5f}", prepared.stretch.pedestal)
-    add_row("median", "{:9.5f}", prepared.median)
-    add_row("-dq value", "{:9.5f}", prepared.stretch.white)
-    clipped = clipped_by_stretch(prepared).mean((0, 1))
-    add_row("clipped %", "{:9.2f}", 100 * clipped)
-    lines.append("")
-    part = shares(prepared)
-    add_share("used", part["used"], "of the samples")
-    add_share("masked", part["masked"], "of the samples")
-    for reason in ("threshold", "rim", "mask file", "auto"):
-        area = reasons[reason]
-        _, _, label = OVERLAYS[reason]
-        if area.any():
-            by = label.replace("left out ", "  ")
-            add_share(by, area.mean(), "of the frame")
-    add_share("missing", part["missing"])
-    add_share("gradient", gradient(prepared), "of the sky's level")
-    if blown.any():
-        add_share("blown out", blown.mean(), "sky: raise -dq")
-    return lines
+def _extent(shape):
+    """Return where the sides of a full-size frame (h, w) are, in its pixels, for matplotlib."""
+    height, width = shape
+    return -0.5, width - 0.5, height - 0.5, -0.5
 
 
-def _draw_histogram(axes, prepared, settings, k):
-    """Draw how often the stretched values of one channel occur, and what is made of them."""
-    values = prepared.image[..., k]
-    present = prepared.present[..., k]
-    used = prepared.weight[..., k] > 0
-    counts, edges = np.histogram(values[present], HISTOGRAM_BINS, (0, 1))
-    used_counts, _ = np.histogram(values[used], HISTOGRAM_BINS, (0, 1))
-    starts = edges[:-1]
+def show(axes, image: np.ndarray, shape: tuple[int, int], title: str, **look):
+    """Draw bytes (h, w, 3), or values (h, w), over a full-size frame; returns what was drawn."""
+    interpolation = "antialiased"
+    if max(image.shape) < 300:  # pixels: it is enlarged, and should not look like a mosaic
+        interpolation = "bicubic"
+    axes.set_title(title)
+    axes.set(xticks=[], yticks=[])
+    look = {"interpolation": interpolation, **look}
+    return axes.imshow(image, extent=_extent(shape), **look)
+
+
+def add_legend(axes, areas: dict[str, np.ndarray]) -> None:
+    """Say below a picture what the stripes in it mean, and of how much of it."""
+    from matplotlib.patches import Patch
+    legend = []
+    for reason, (color, hatch, label) in OVERLAYS.items():
+        share = areas[reason].mean()
+        if share > 0:
+            label += f" ({share:.1%})"
+            legend.append(Patch(facecolor=color, edgecolor="black", hatch=hatch, label=label))
+    axes.legend(handles=legend, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=2)
+
+
+def _draw_histogram(axes, prepared, settings):
+    """Draw how often the stretched values of each channel occur, and what is made of them."""
     letters = _channel_letters(prepared)
-    ink = CHANNEL_INKS[len(letters)][k]
-    axes.fill_between(starts, used_counts, step="post", color=ink, alpha=0.45, linewidth=0)
-    axes.step(starts, counts, where="post", color=ink, linewidth=1)
-    axes.set_title(f"{letters[k]}: how often a value occurs (filled: used)", fontsize=8)
+    for k, ink in enumerate(CHANNEL_INKS[letters]):
+        values = prepared.image[..., k]
+        for counted, filled in ((prepared.present, False), (prepared.weight > 0, True)):
+            counts, edges = np.histogram(values[counted[..., k]], 128, (0, 1))
+            axes.stairs(counts, edges, fill=filled, color=ink, alpha=0.3 if filled else 1)
+    axes.set_title("how often a stretched value occurs (filled: used; heights are logarithmic)")
     axes.set_yscale("symlog", linthresh=1)
-    highest = counts.max()
-    axes.set_ylim(0, 4 * highest)
     axes.yaxis.set_visible(False)
-
-    left, right = HISTOGRAM_EDGES
+    left, right = -0.02, 1.02  # a little beyond 0 and 1, so that these can be seen
     axes.set_xlim(left, right)
-    color = OVERLAYS["threshold"][0]
+    color, hatch, _ = OVERLAYS["threshold"]
     for threshold, end in ((settings.threshold_min, left), (settings.threshold_max, right)):
-        axes.axvspan(threshold, end, facecolor="none", edgecolor=color, hatch="///", linewidth=0)
-        axes.axvline(threshold, color=color, linewidth=1)
-
-    axes.axvline(MIDTONES_TARGET, color=INK, linewidth=0.8, linestyle=":")
-    height = 2 * highest
-    axes.text(MIDTONES_TARGET + 0.01, height, "median", fontsize=7)
+        axes.axvspan(threshold, end, facecolor="none", edgecolor=color, hatch=hatch)
+    axes.axvline(MIDTONES_TARGET, linestyle=":")
     quantile = settings.delinearization_quantile
-    axes.text(0.985, height, f"-dq {quantile:g}", fontsize=7, ha="right")
-    ticks = np.linspace(0, 1, 5)
-    linear = prepared.stretch.invert(ticks[:, None])[:, k]
-    labels = map("{:g}\n{:.4f}".format, ticks, linear)
-    axes.set_xticks(ticks, list(labels), fontsize=7)
+    axes.set_xticks([0, MIDTONES_TARGET, 0.5, 0.75, 1],
+                    ["minimum", "median", "0.5", "0.75", f"-dq {quantile:g}"])
 
 
-def _draw_hints(axes, prepared: Prepared, blown: np.ndarray) -> None:
+def _draw_hints(axes, prepared: Prepared) -> None:
     """Draw the picture less the sky that was found.
 
     What stands out is not sky, and may be mistaken for it unless it is masked.
@@ -6447,231 +6436,121 @@ def _draw_hints(axes, prepared: Prepared, blown: np.ndarray) -> None:
     if limit == 0:  # nothing to see
         limit = 1.0
     residual = np.where(known, residual, np.nan)
-    drawn = axes.imshow(
-        residual, cmap="PuOr_r", vmin=-limit, vmax=limit, interpolation="nearest")
-    axes.set_title("less the sky that was found: orange above, purple below")
-    axes.set(xticks=[], yticks=[])
+    drawn = show(axes, residual, prepared.full_shape,
+                 "less the sky that was found: orange above, purple below",
+                 cmap="PuOr_r", vmin=-limit, vmax=limit, interpolation="nearest")
     ticks = np.array((-limit, 0, limit))
     bar = _draw_scale(axes, drawn, ticks)
     labels = map("{:+.0%}".format, ticks / np.mean(sky))
     bar.set_xticklabels(labels)
+    blown = blown_out(prepared)
     if blown.any() and min(blown.shape) > 1:
-        axes.contour(blown, [0.5], colors="#d7191c", linewidths=2)
+        axes.contour(blown, [0.5], colors="#d7191c", linewidths=2, origin="upper",
+                     extent=_extent(prepared.full_shape))
         axes.set_xlabel("outlined: sky blown out, raise -dq", color="#ff8a80", weight="bold",
                         labelpad=28)
 
 
-def draw_figures(figure, result: Result, title: str) -> None:
-    """Draw the result: before, model, and after, the control points, and the loss."""
-    figure.text(0.015, 0.012, facts(result), fontsize=8)
+def before_model_after(prepared: Prepared, sky: Callable, correction: str) -> list[np.ndarray]:
+    """Return the picture as it is drawn, a model of its sky, and what is left, (h, w, c) linear.
+
+    Args:
+        prepared: thinned.
+        sky: takes frame coordinates (..., 2) to the linear sky there, (..., c).
+        correction: "subtract" or "divide".
+    """
+    before = _drawn(prepared)
+    model = SkyModel(sky, before.shape[:2])
+    model = np.stack(list(model), -1)
+    return [before, model, corrected(prepared, before, model, correction)]
+
+
+def draw_figures(figure, result: Result, title: str, said: list[str]) -> None:
+    """Draw the result: before, model, after; what was called sky, control points, loss, words."""
     fit = result.fit
     prepared = thinned(result.prepared)
-    linear = _drawn(prepared)
-    model = SkyModel(linear_sky(prepared, fit), linear.shape[:2])
-    sky = np.stack(list(model), -1)  # (h, w, c)
-    after = corrected(prepared, linear, sky, result.settings.correction)
-    stretch = display_stretch(linear)
-    panels, bottom = _lay_out(figure, title, 1.25)
-    pictures = linear, sky, after
+    shape = prepared.full_shape
+    above, (points, loss) = _lay_out(figure, title, said, (1.2, 1))
+    sky = linear_sky(prepared, fit)
+    pictures = before_model_after(prepared, sky, result.settings.correction)
+    stretch = display_stretch(pictures[0])
     titles = "before", "model, same stretch, lines of equal brightness", "after, same stretch"
-    for axes, picture, words in zip(panels, pictures, titles):
-        _show(axes, stretch.apply(picture), words)
-    _draw_contours(panels[1], sky.mean(-1))
+    for axes, picture, words in zip(above, pictures, titles):
+        show(axes, to_bytes(stretch.apply(picture)), shape, words)
+    draw_contours(above[1], pictures[1].mean(-1), shape)
 
-    cells = bottom.subgridspec(1, 2, width_ratios=(1, 2.1), wspace=0.1)
-    _draw_control_points(figure.add_subplot(cells[0]), prepared, fit)
-    charts = cells[1].subgridspec(1, 3, width_ratios=(1, 1, 0.2), wspace=0.2)  # a legend at the end
-    loss = figure.add_subplot(charts[0])
-    terms = figure.add_subplot(charts[1])
-    _draw_loss(loss, terms, fit.history)
+    areas = left_out(prepared, result.settings)
+    words = "what was called sky; control points, from ring to dot"
+    show(points, striped(prepared, areas), shape, words)
+    add_legend(points, areas)
+    _draw_control_points(points, fit, shape)
+    loss.plot(fit.history[:, 0])
+    loss.set_title("loss of the epochs")
+    loss.grid()
 
 
-def _draw_control_points(axes, prepared, fit):
-    """Draw the paths of the control points over what the fit saw."""
-    used = prepared.used[..., None]
-    image = np.where(used, 0.75 * prepared.image, np.nan)  # darker, so that points stand out
-    brown = (76, 61, 31)
-    _show(axes, image, "control points, from ring to dot; brown: left out", blank=brown)
+def _draw_control_points(axes, fit, shape):
+    """Draw the paths of the control points of a fit over a picture of this shape."""
     stations = [positions for _, positions, _ in fit.track]
-    stations.append(fit.positions)
-    paths = [_pixel_positions(prepared, positions) for positions in stations]
+    paths = np.stack([*stations, fit.positions]) * max(shape) - 0.5  # (steps, n, 2) pixels
     row, column = np.moveaxis(paths, -1, 0)  # (steps, n) each
     axes.plot(column, row, color=START_INK, linewidth=0.9, alpha=0.8)
     ring = dict(color="none", markeredgecolor=START_INK, markersize=3.5)
     axes.plot(column[0], row[0], "o", **ring)
-    dot = dict(color=END_INK, markeredgecolor="black", markersize=5)
-    axes.plot(column[-1], row[-1], "o", **dot)
-
-    def around(length):  # points may leave the picture a little
-        margin = 0.04 * length
-        return -0.5 - margin, length - 0.5 + margin
-
-    height, width, _ = image.shape
-    axes.set_xlim(around(width))
-    low, high = around(height)
-    axes.set_ylim(high, low)  # the first row on top
+    axes.plot(column[-1], row[-1], "o", color=END_INK, markeredgecolor="black", markersize=5)
+    axes.margins(0.04)  # points may leave the picture a little
 
 
-def _draw_loss(loss, terms, history):
-    """Draw in two axes how the loss and its terms fell; `history` is that of `Fit`."""
-    epochs = np.arange(1, len(history) + 1)
-    total, *parts = history.T
-    loss.plot(epochs, total, color=INK)
-    loss.set_title("loss")
-    for name, values, ink in zip(LOSS_TERMS, parts, TERM_INKS):
-        terms.plot(epochs, values, color=ink, label=name)
-    terms.set_yscale("log", nonpositive="mask")
-    terms.legend(title="its terms:", alignment="left", loc="upper left", bbox_to_anchor=(1, 1),
-                 borderpad=0)
-    for axes in (loss, terms):
-        axes.set_xlabel("epoch", labelpad=1)
-        axes.grid()
-
-
-def facts(result: Result) -> str:
-    """Return one line on the run: settings, epochs, loss, share of sky, gradient."""
-    settings = result.settings
-    fit = result.fit
-    how = (f"-dq {settings.delinearization_quantile:g}, "
-           f"{len(fit.positions)} points ({settings.initializer}), order {settings.order}, "
-           f"smoothing {fit.smoothing:g}, alpha {settings.alpha:g}, seed {settings.seed}")
-    best = fit.history[:, 0].min()
-    fitted = f"{len(fit.history)} epochs, loss {best:.4f}"
-    used = shares(result.prepared)["used"]
-    return f"{how}   |   {fitted}   |   {used:.1%} used as sky   |   {gradients(result)}"
-
-
-def animation_frames(prepared: Prepared, fit: Fit, correction: str = "subtract",
-                     width: int = 800) -> np.ndarray:
+def animation_frames(prepared: Prepared, fit: Fit, correction: str = "subtract") -> np.ndarray:
     """Show how the surface and its control points settle, and the picture that they leave.
 
     Args:
         prepared: what was fitted.
         fit: with its path.
         correction: "subtract" or "divide".
-        width: of a frame, pixels; a portrait's frames are narrower.
 
     Returns:
         (n, h, w, 3) bytes, n up to FRAMES: the first frame at the start, the last with the final
         surface.
     """
-    tall, wide = _half_frame(prepared, width)
-    prepared = thinned(prepared, max(tall, wide))
-    before = _drawn(prepared)
-    stretch = display_stretch(before)
-    enlarged = wide / prepared.image.shape[1]
+    height, width = shape = prepared.full_shape
+    wide = HALF_FRAME * math.sqrt(width / height)  # inches
+    wide = min(wide, 4.0)
+    tall = wide * height / width
+    prepared = thinned(prepared, round(100 * max(wide, tall)))
+    stretch = display_stretch(_drawn(prepared))
+    head = tall / (tall + 0.3)  # the rest is for the words
     frames = []
-    for words, positions, values in _settling(fit):
-        step = replace(fit, positions=positions, values=values)
-        sky = linear_sky(prepared, step)
-        model = SkyModel(sky, before.shape[:2], nodes=FRAME_NODES)
-        model = np.stack(list(model), -1)  # (h, w, c)
-        after = corrected(prepared, before, model, correction)
-        points = enlarged * _pixel_positions(prepared, positions)
-        pictures = stretch.apply(model), stretch.apply(after)
-        frames.append(_draw_frame(pictures, points, words, (wide, tall)))
+    # Most happens early, so the steps are at equal distances of the square root of the epoch
+    last = len(fit.track) - 1
+    chosen = np.unique(np.round(last * np.linspace(0, 1, FRAMES - 1)**2).astype(int))
+    steps = [(f"epoch {epoch}", *points) for epoch, *points in map(fit.track.__getitem__, chosen)]
+    steps.append((f"best of {len(fit.history)} epochs", fit.positions, fit.values))
+    with drawing_style():
+        figure = _empty_figure((2 * wide, tall + 0.3))
+        panels = figure.subplots(1, 2, gridspec_kw=dict(
+            left=0.01, right=0.99, bottom=0.01, top=head, wspace=0.02))
+        for words, positions, values in steps:
+            sky = linear_sky(prepared, replace(fit, positions=positions, values=values))
+            _, *pictures = before_model_after(prepared, sky, correction)
+            titles = f"sky model, {words}", "the picture without it"
+            for axes, picture, title in zip(panels, pictures, titles):
+                axes.clear()
+                show(axes, to_bytes(stretch.apply(picture)), shape, title)
+            row, column = positions.T * max(shape) - 0.5
+            panels[0].plot(column, row, "o", color=END_INK, markeredgecolor="black", markersize=5)
+            panels[0].axis(_extent(shape))
+            figure.canvas.draw()
+            frames.append(np.array(figure.canvas.buffer_rgba())[..., :3])
     return np.stack(frames)
 
 
-def _draw_frame(pictures, points, words, size):
-    """Draw two stretched pictures (h, w, c) beside each other, with points (n, 2) on the first.
-
-    Each is brought to a size (width, height). Returns bytes (h, w, 3).
-    """
-    from PIL import Image, ImageDraw
-    wide, tall = size
-    model, after = map(Image.fromarray, map(_drawable, pictures))
-    model = model.resize(size, Image.BICUBIC)
-    after = after.resize(size, Image.BICUBIC)
-    pen = ImageDraw.Draw(model)
-    for y, x in points:
-        pen.ellipse((x - 3, y - 3, x + 3, y + 3), fill=END_INK, outline="black")
-    left = FRAME_GAP  # where the two halves start
-    right = left + wide + FRAME_GAP
-    canvas = Image.new("RGB", (right + wide + FRAME_GAP, FRAME_HEAD + tall + FRAME_GAP), PAPER)
-    canvas.paste(model, (left, FRAME_HEAD))
-    canvas.paste(after, (right, FRAME_HEAD))
-    pen = ImageDraw.Draw(canvas)
-    pen.text((left, 5), f"sky model, {words}", INK)
-    pen.text((right, 5), "the picture without it", INK)
-    return np.array(canvas)
-
-
-def _half_frame(prepared, width):
-    """Return the height and width of one half of a frame that is at most `width` wide."""
-    rows, columns, _ = prepared.image.shape
-    limit = math.sqrt(HALF_FRAME_PIXELS * columns / rows)
-    half = (width - 3 * FRAME_GAP) // 2
-    wide = min(half, int(limit))
-    wide = max(1, wide)
-    tall = wide * rows // columns
-    return max(1, tall), wide
-
-
-def _settling(fit):
-    """Return what to show of a fit: when it was, in words, positions, and values.
-
-    Most happens early, so the steps are at equal distances of the square root of the epoch.
-    """
-    chosen = (len(fit.track) - 1) * np.linspace(0, 1, FRAMES - 1)**2
-    shown = {}
-    for k in chosen.round().astype(int):
-        epoch, positions, values = fit.track[k]
-        shown[epoch] = f"epoch {epoch}", positions, values
-    last = f"best of {len(fit.history)} epochs", fit.positions, fit.values
-    return [*shown.values(), last]
-
-
-def write_animation(file, frames: np.ndarray, most_bytes: int = 2_900_000) -> None:
-    """Write frames, (n, h, w, 3) bytes, as a GIF that repeats.
-
-    It has fewer colors if it would be larger than `most_bytes`.
-    """
+def write_animation(file, frames: np.ndarray) -> None:
+    """Write frames, (n, h, w, 3) bytes, as a GIF that repeats."""
     from PIL import Image
-    pauses = [FRAME_PAUSE] * len(frames)
-    pauses[-1] = LAST_PAUSE
-    # Colors are taken from some pixels of the first frame, one from the middle, and the last
-    some = frames[[0, len(frames) // 3, -1], ::3, ::3]  # (3, h / 3, w / 3, 3)
-    sample = Image.fromarray(np.concatenate(some))
-    pictures = [Image.fromarray(frame) for frame in frames]
-    for colors in PALETTE_SIZES:
-        palette = _common_palette(sample, colors)
-        first, *others = (picture.quantize(palette=palette, dither=0) for picture in pictures)
-        packed = io.BytesIO()
-        first.save(packed, "GIF", save_all=True, append_images=others, duration=pauses, loop=0,
-                   optimize=False)
-        if packed.tell() <= most_bytes:
-            break
-    file.write(packed.getvalue())
-
-
-def _common_palette(sample, colors):
-    """Return an image with the palette for all frames, so that what does not change stays the same.
-
-    Most colors are where most pixels are, so that the sky has no bands. The rest are where few are,
-    so that what is bright keeps its color.
-    """
-    from PIL import Image
-    usual = 3 * colors // 4
-    rare = colors // 4
-    of_most = sample.quantize(usual, Image.MEDIANCUT).getpalette()
-    of_few = sample.quantize(rare, Image.MAXCOVERAGE).getpalette()
-    palette = Image.new("P", (1, 1))
-    palette.putpalette(of_most[:3 * usual] + of_few[:3 * rare])  # three bytes each
-    return palette
-
-
-def _pixel_positions(prepared, positions):
-    """Take control points (n, 2) from frame coordinates to rows and columns of the reduced frame.
-
-    The frame may be thinned.
-    """
-    start = prepared.centers[0, 0]
-    end = prepared.centers[-1, -1]
-    length = np.maximum(end - start, 1e-9)  # 0 along a side of one pixel
-    share = (positions - start) / length
-    height, width, _ = prepared.image.shape
-    return share * (height - 1, width - 1)
+    first, *others = map(Image.fromarray, frames)
+    pauses = [FRAME_PAUSE] * len(others) + [LAST_PAUSE]
+    first.save(file, "GIF", save_all=True, append_images=others, duration=pauses, loop=0)
 
 
 def _channel_letters(prepared):
@@ -6679,51 +6558,7 @@ def _channel_letters(prepared):
     return "RGB" if prepared.image.shape[-1] == 3 else "L"
 
 
-def _drawable(image):
-    """Take a picture (h, w, c) in [0, 1], NaN where nothing is, to bytes (h, w, 3)."""
-    image = np.nan_to_num(image)
-    image = 255 * np.clip(image, 0, 1)
-    image = np.round(image).astype(np.uint8)
-    height, width, _ = image.shape
-    return np.broadcast_to(image, (height, width, 3))
-
-
-def _show(axes, image, title, blank=(0, 0, 0)):
-    """Draw a stretched picture; NaN in the color `blank`, three bytes."""
-    known = np.isfinite(image).all(-1, keepdims=True)
-    colors = np.where(known, _drawable(image), np.uint8(blank))
-    interpolation = "antialiased"
-    if max(colors.shape) < 300:  # pixels: it is enlarged, and should not look like a mosaic
-        interpolation = "bicubic"
-    axes.imshow(colors, interpolation=interpolation)
-    axes.set_title(title)
-    axes.set(xticks=[], yticks=[])
-
-
-def _overlay(axes, reasons):
-    """Hatch what is left out, with a legend of the reasons that occur.
-
-    Colors and slopes tell the reasons apart.
-    """
-    from matplotlib import rc_context
-    from matplotlib.patches import Patch
-    legend = []
-    for reason, (color, hatch, label) in OVERLAYS.items():
-        area = reasons[reason]
-        if not area.any():
-            continue
-        legend.append(Patch(facecolor=color, edgecolor=PAPER, hatch=hatch, label=label))
-        if min(area.shape) == 1:  # contours need two rows and two columns
-            continue
-        # Darker between the lines, so that these are seen on any color
-        filling = (0, 0, 0, 0.35) if hatch else color
-        with rc_context({"hatch.color": color}):
-            axes.contourf(area, (0.5, 1.5), colors=[filling], hatches=[hatch])
-        axes.contour(area, (0.5,), colors=[color], linewidths=1)
-    axes.legend(handles=legend, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=3)
-
-
-def _draw_contours(axes, values):
+def draw_contours(axes, values: np.ndarray, shape: tuple[int, int]) -> None:
     """Draw lines of equal brightness (h, w), with their scale in the picture's own units."""
     low, high = np.quantile(values, (0.005, 0.995))
     if high - low < 1e-9 or min(values.shape) == 1:  # flat, or too narrow for contours
@@ -6733,7 +6568,8 @@ def _draw_contours(axes, values):
     levels = MaxNLocator(8).tick_values(low, high)
     brightness = np.linspace(0.4, 1, len(levels))  # without the dark colors of the map
     colors = colormaps["plasma"](brightness)
-    lines = axes.contour(values, levels, colors=colors, linewidths=1.3)
+    lines = axes.contour(values, levels, colors=colors, linewidths=1.3, origin="upper",
+                         extent=_extent(shape))
     bar = _draw_scale(axes, lines, levels[::2])
     for line in bar.collections:
         line.set_linewidth(5)
@@ -6747,18 +6583,26 @@ def _draw_scale(axes, drawn, ticks):
     return bar
 
 
-def _import_matplotlib():
-    """Import matplotlib, also where a notebook has handed down the name of its own backend.
+def drawing_style() -> ContextManager:
+    """Return a context in which matplotlib draws in our colors.
 
-    This Python may not have that backend.
+    It works also where a notebook has handed down the name of its own backend, which this Python
+    may not have.
     """
     backend = os.environ.get("MPLBACKEND", "")
     scheme, _, module = backend.partition("://")
     package, _, _ = module.partition(".")
     if scheme == "module" and importlib.util.find_spec(package) is None:
         del os.environ["MPLBACKEND"]
-    import matplotlib
-    return matplotlib
+    from matplotlib import style
+    return style.context(["dark_background", FIGURE_STYLE])
+
+
+def _empty_figure(size):
+    """Return a figure of so many inches that needs no display, and is not pyplot's."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    return FigureCanvasAgg(Figure(size)).figure
 
 
 def display_kind() -> str | None:
@@ -6771,15 +6615,13 @@ def display_kind() -> str | None:
     if sys.platform.startswith("linux") and not screen:
         return None
     try:
-        _import_matplotlib()
-        from matplotlib import pyplot
-        canvas = pyplot.figure().canvas
-        pyplot.close()
+        with drawing_style():
+            from matplotlib import pyplot
+            canvas = pyplot.figure().canvas
+            pyplot.close()
     except Exception:  # no toolkit, no screen, or a notebook's backend handed down to a subprocess
         return None
-    if getattr(canvas, "required_interactive_framework", None):
-        return "window"
-    return None
+    return "window" if getattr(canvas, "required_interactive_framework", None) else None
 
 
 def put_picture(draw: Callable, where: str, path: str) -> None:
@@ -6790,15 +6632,12 @@ def put_picture(draw: Callable, where: str, path: str) -> None:
         where: "notebook", "window" or "file".
         path: of the file.
     """
-    matplotlib = _import_matplotlib()
-    with matplotlib.rc_context(FIGURE_STYLE):
+    with drawing_style():
         if where == "window":
             from matplotlib import pyplot
             draw(pyplot.figure(figsize=FIGURE_SIZE))
             return
-        # Without pyplot it needs no display and touches no setting of the user's
-        from matplotlib.figure import Figure
-        figure = Figure(FIGURE_SIZE)
+        figure = _empty_figure(FIGURE_SIZE)
         draw(figure)
         if where == "file":
             with atomic_outputs(path) as (file,):
@@ -6934,23 +6773,24 @@ def process_file(task: Task, watched: ContextManager = nullcontext()) -> Result:
     Raises:
         BgError: the picture cannot be done.
     """
-    with atomic_outputs(*task.outputs.values()) as files:
+    with _heard() as said, atomic_outputs(*task.outputs.values()) as files:
         picture = _read_input(task)
         _check_room(task, picture.planes)
         _start_importing()
         mask = _read_mask(task.mask_file)
         result = remove_sky(picture.planes, task.settings, mask, picture.unit, watched)
         _write_outputs(task, picture, result, files)
-    _put_figure(task, draw_figures, result=result)
+    _put_figure(task, draw_figures, result=result, said=said)
     return result
 
 
 def preview_file(task: Task) -> None:
     """Draw the preview of one picture."""
-    picture = _read_input(task)
-    mask = _read_mask(task.mask_file)
-    prepared, settings = examine(picture.planes, task.settings, mask)
-    _put_figure(task, draw_preview, prepared=prepared, settings=settings)
+    with _heard() as said:
+        picture = _read_input(task)
+        mask = _read_mask(task.mask_file)
+        prepared, settings = examine(picture.planes, task.settings, mask)
+    _put_figure(task, draw_preview, prepared=prepared, settings=settings, said=said)
 
 
 def _put_figure(task: Task, draw: Callable, **what) -> None:
@@ -7199,6 +7039,24 @@ def _logging_to(*handlers: logging.Handler) -> Iterator[None]:
     finally:
         logger.handlers[:], logger.propagate, level = before
         logger.setLevel(level)
+
+
+@contextmanager
+def _heard() -> Iterator[list[str]]:
+    """Collect what is logged meanwhile, a sentence each, for a figure to repeat."""
+    said = []
+
+    def write(record):
+        doubt = "warning: " if record.levelno >= logging.WARNING else ""
+        said.append(doubt + record.getMessage())
+
+    handler = logging.Handler()
+    handler.emit = write
+    logger.addHandler(handler)
+    try:
+        yield said
+    finally:
+        logger.removeHandler(handler)
 
 
 def _told(error: Exception) -> str:
