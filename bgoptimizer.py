@@ -49,6 +49,7 @@ import copy
 import csv
 import errno
 import functools
+import gc
 import glob
 import gzip
 import hashlib
@@ -63,6 +64,7 @@ import os
 import platform
 import re
 import secrets
+import shlex
 import shutil
 import signal
 import stat
@@ -2771,19 +2773,28 @@ def _end_slopes(m):
 
 
 def measure_stretch(planes: np.ndarray, quantile: float) -> tuple[Stretch, np.ndarray]:
-    """Measure the stretch of a picture from its present samples.
+    """Measure the stretch of a picture from its present samples; see `measure_stretches`."""
+    stretches, median = measure_stretches(planes, [quantile])
+    return stretches[quantile], median
+
+
+def measure_stretches(planes: np.ndarray,
+                      quantiles: Sequence[float]) -> tuple[dict[float, Stretch], np.ndarray]:
+    """Measure stretches of a picture from its present samples.
 
     Args:
         planes: (c, h, w) linear samples.
-        quantile: share of the samples that lie below the one that the stretch takes to 1.
+        quantiles: shares of the samples that lie below the one that a stretch takes to 1.
 
     Returns:
-        The stretch, and the medians of the channels, (c,) in linear units.
+        Quantile -> its stretch, without those below which a channel has only one value; and the
+        medians of the channels, (c,) in linear units.
 
     Raises:
-        BgError: a channel has no present sample, or only one value.
+        BgError: a channel has no present sample, or only one value below all quantiles.
     """
     count = len(planes)
+    smallest = np.finfo(np.float32).tiny  # less is 0 to the fit, which computes in Float32
 
     def measure(k):
         plane = planes[k]
@@ -2793,19 +2804,23 @@ def measure_stretch(planes: np.ndarray, quantile: float) -> tuple[Stretch, np.nd
             raise BgError(f"{name} holds no data (every sample is 0 or not finite); "
                           "remove that channel, or save the picture again")
         low = float(np.min(plane, where=present, initial=np.inf))
-        median, high = _quantiles(plane, present, (0.5, quantile))
-        scale = high - low
-        if scale < np.finfo(np.float32).tiny:  # 0 to the fit, which computes in Float32
+        median, *high = _quantiles(plane, present, (0.5, *quantiles))
+        scales = np.array(high) - low
+        if scales.max() < smallest:
             raise BgError(f"{name} has the same value everywhere ({low:.6g}), so it shows no sky; "
                           "raise -dq if a bright object fills the frame, else give a picture with "
                           "content")
-        return low, scale, median
+        return low, median, *scales
 
     measured = _each(measure, range(count))
-    pedestal, scale, median = np.array(list(measured)).T  # (c,) each
-    midtones = (median - pedestal) / scale
-    midtones = np.clip(midtones, MIDTONES_MARGIN, 1 - MIDTONES_MARGIN)
-    return Stretch(pedestal, scale, midtones), median
+    pedestal, median, *scales = np.array(list(measured)).T  # (c,) each
+    stretches = {}
+    for quantile, scale in zip(quantiles, scales):
+        if scale.min() >= smallest:
+            midtones = (median - pedestal) / scale
+            midtones = np.clip(midtones, MIDTONES_MARGIN, 1 - MIDTONES_MARGIN)
+            stretches[quantile] = Stretch(pedestal, scale, midtones)
+    return stretches, median
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2945,31 +2960,48 @@ def prepare(planes: np.ndarray, settings: Settings, mask: np.ndarray | None = No
     quantile = settings.delinearization_quantile
     stretch, median = measure_stretch(planes, quantile)
     linear = np.stack([reduce_plane(plane, factor) for plane in planes], -1)  # (h, w, c)
+    present = np.isfinite(linear)
+    rim = find_rim(linear, present.all(-1))
+    user_mask = None
+    if mask is not None:
+        user_mask = np.stack([_block_means(plane, factor) for plane in mask], -1)
+    centers = frame_coordinates(height, width, factor)
+    bare = Prepared(linear, present, present, centers, stretch, median, linear,
+                    (height, width), user_mask, rim)
+    return prepare_again(bare, planes, stretch, settings)
+
+
+def prepare_again(prepared: Prepared, planes: np.ndarray, stretch: Stretch,
+                  settings: Settings) -> Prepared:
+    """Stretch and mask a reduced picture as these settings ask.
+
+    Args:
+        prepared: its `image` and `weight` do not count.
+        planes, settings: as for `prepare`.
+        stretch: the picture's own for the quantile of the settings.
+
+    Raises:
+        BgError: nothing is left to fit.
+    """
     if settings.downscaling_func == "median":
         # The stretch is monotone: after the median it has fewer samples to do
-        image = stretch.apply(linear)
+        image = stretch.apply(prepared.linear)
     else:
         reduced = []
         for k, plane in enumerate(planes):
             transform = stretch.channel(k).apply
-            reduced.append(reduce_plane(plane, factor, "mean", transform))
+            reduced.append(reduce_plane(plane, settings.downscaling_factor, "mean", transform))
         image = np.stack(reduced, -1)
-    present = np.isfinite(image)
+    present = prepared.present
     image = np.where(present, image, 0).astype(np.float32)
-    rim = find_rim(linear, present.all(-1))
-    usable = present & _inside_thresholds(image, settings) & ~rim[..., None]
+    usable = present & _inside_thresholds(image, settings) & ~prepared.rim[..., None]
     weight = usable.astype(np.float32)
-    user_mask = None
-    if mask is not None:
-        user_mask = np.stack([_block_means(plane, factor) for plane in mask], -1)
-        weight *= user_mask
-    centers = frame_coordinates(height, width, factor)
-    prepared = Prepared(image, weight, present, centers, stretch, median, linear,
-                        (height, width), user_mask, rim)
-    if not prepared.used.any():
+    if prepared.user_mask is not None:
+        weight *= prepared.user_mask
+    if not weight.any():
         raise BgError("every pixel is masked, so there is no sky to fit; "
                       "lower -tm, raise -tM, or check the mask (1 = use)")
-    return prepared
+    return replace(prepared, image=image, weight=weight, stretch=stretch)
 
 
 RIM_STEP = 8.0
@@ -5863,8 +5895,13 @@ def examine(planes: np.ndarray, settings: Settings, mask: np.ndarray | None = No
     """
     settings = settings.resolved()
     prepared = prepare(planes, settings, mask)
-    sky = find_sky(prepared, settings)
-    prepared = replace(prepared, sky=sky, black=black, close_up=close_up(planes, settings))
+    prepared = replace(prepared, black=black, close_up=close_up(planes, settings))
+    return judge(planes, prepared, settings, find_sky(prepared, settings))
+
+
+def judge(planes: np.ndarray, prepared: Prepared, settings: Settings,
+          sky: Sky) -> tuple[Prepared, Settings]:
+    """Do what `examine` does once the sky is found: tell of it, and mask what is none with auto."""
     settings = replace(settings, smoothing=sky.smoothing)
     logger.info(f"sky: {100 * sky.share:.0f} % of the picture; "
                 f"smoothing {sky.smoothing:.3g} ({sky.why})")
@@ -5877,11 +5914,18 @@ def examine(planes: np.ndarray, settings: Settings, mask: np.ndarray | None = No
                     f"({prepared.rim.mean():.1%} of the frame)")
     for sentence in doubts(planes, prepared):
         logger.warning(sentence)
-    if settings.auto:
-        shows_sky = sky.at(sky.shows_sky, prepared.centers)  # (h, w)
-        prepared = replace(prepared, weight=prepared.weight * shows_sky[..., None])
+    prepared = with_sky(prepared, settings, sky)
     _log_numbers(prepared, settings)
     return prepared, settings
+
+
+def with_sky(prepared: Prepared, settings: Settings, sky: Sky) -> Prepared:
+    """Return what the fit sees, now that the sky is found; with auto, objects are masked."""
+    weight = prepared.weight
+    if settings.auto:
+        shows_sky = sky.at(sky.shows_sky, prepared.centers)  # (h, w)
+        weight = weight * shows_sky[..., None]
+    return replace(prepared, weight=weight, sky=sky)
 
 
 @dataclass(frozen=True)
@@ -6388,7 +6432,7 @@ def show(axes, image: np.ndarray, shape: tuple[int, int], title: str, **look):
     return axes.imshow(image, extent=_extent(shape), **look)
 
 
-def add_legend(axes, areas: dict[str, np.ndarray]) -> None:
+def add_legend(axes, areas: dict[str, np.ndarray], columns: int = 2) -> None:
     """Say below a picture what the stripes in it mean, and of how much of it."""
     from matplotlib.patches import Patch
     legend = []
@@ -6397,7 +6441,7 @@ def add_legend(axes, areas: dict[str, np.ndarray]) -> None:
         if share > 0:
             label += f" ({share:.1%})"
             legend.append(Patch(facecolor=color, edgecolor="black", hatch=hatch, label=label))
-    axes.legend(handles=legend, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=2)
+    axes.legend(handles=legend, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=columns)
 
 
 def _draw_histogram(axes, prepared, settings):
@@ -6477,7 +6521,11 @@ def draw_figures(figure, result: Result, title: str, said: list[str]) -> None:
     titles = "before", "model, same stretch, lines of equal brightness", "after, same stretch"
     for axes, picture, words in zip(above, pictures, titles):
         show(axes, to_bytes(stretch.apply(picture)), shape, words)
-    draw_contours(above[1], pictures[1].mean(-1), shape)
+    lines = draw_contours(above[1], pictures[1].mean(-1), shape)
+    if lines is not None:
+        bar = _draw_scale(above[1], lines, lines.levels[::2])
+        for line in bar.collections:
+            line.set_linewidth(5)
 
     areas = left_out(prepared, result.settings)
     words = "what was called sky; control points, from ring to dot"
@@ -6558,21 +6606,18 @@ def _channel_letters(prepared):
     return "RGB" if prepared.image.shape[-1] == 3 else "L"
 
 
-def draw_contours(axes, values: np.ndarray, shape: tuple[int, int]) -> None:
-    """Draw lines of equal brightness (h, w), with their scale in the picture's own units."""
+def draw_contours(axes, values: np.ndarray, shape: tuple[int, int]):
+    """Draw lines of equal brightness (h, w); returns them, or None where there are none."""
     low, high = np.quantile(values, (0.005, 0.995))
     if high - low < 1e-9 or min(values.shape) == 1:  # flat, or too narrow for contours
-        return
+        return None
     from matplotlib import colormaps
     from matplotlib.ticker import MaxNLocator
     levels = MaxNLocator(8).tick_values(low, high)
     brightness = np.linspace(0.4, 1, len(levels))  # without the dark colors of the map
     colors = colormaps["plasma"](brightness)
-    lines = axes.contour(values, levels, colors=colors, linewidths=1.3, origin="upper",
-                         extent=_extent(shape))
-    bar = _draw_scale(axes, lines, levels[::2])
-    for line in bar.collections:
-        line.set_linewidth(5)
+    return axes.contour(values, levels, colors=colors, linewidths=1.3, origin="upper",
+                        extent=_extent(shape))
 
 
 def _draw_scale(axes, drawn, ticks):
@@ -6618,10 +6663,13 @@ def display_kind() -> str | None:
         with drawing_style():
             from matplotlib import pyplot
             canvas = pyplot.figure().canvas
+            kind = getattr(canvas, "required_interactive_framework", None)
             pyplot.close()
     except Exception:  # no toolkit, no screen, or a notebook's backend handed down to a subprocess
         return None
-    return "window" if getattr(canvas, "required_interactive_framework", None) else None
+    del canvas
+    gc.collect()  # here: Tk ends the process if another thread comes to delete its objects
+    return "window" if kind else None
 
 
 def put_picture(draw: Callable, where: str, path: str) -> None:
@@ -7042,21 +7090,19 @@ def _logging_to(*handlers: logging.Handler) -> Iterator[None]:
 
 
 @contextmanager
-def _heard() -> Iterator[list[str]]:
-    """Collect what is logged meanwhile, a sentence each, for a figure to repeat."""
+def _heard(aloud: bool = True) -> Iterator[list[str]]:
+    """Collect what is logged meanwhile, a sentence each; nobody else hears it if not aloud."""
     said = []
 
     def write(record):
         doubt = "warning: " if record.levelno >= logging.WARNING else ""
         said.append(doubt + record.getMessage())
 
-    handler = logging.Handler()
+    handler = logging.Handler(logging.INFO)
     handler.emit = write
-    logger.addHandler(handler)
-    try:
+    others = logger.handlers if aloud else ()
+    with _logging_to(handler, *others):
         yield said
-    finally:
-        logger.removeHandler(handler)
 
 
 def _told(error: Exception) -> str:
@@ -7076,6 +7122,533 @@ def _told(error: Exception) -> str:
     reason = " ".join(str(error).split())
     return (f"unexpected {type(error).__name__}: {reason[:300]}; "
             "this is a bug, please report it with your command")
+
+
+# --------------------------------------------------------------------------------------------------
+# Preview window
+#
+# A `View` is all that can be chosen. Handlers replace it, and `draw` draws from it. What takes long
+# runs in one thread beside the window: looking for the sky, training, writing. All is computed by
+# the functions of the command line, so the command that the window tells does the same.
+# --------------------------------------------------------------------------------------------------
+
+WINDOW_SIZE = (13.0, 6.2)
+"""Inches, at 100 pixels each: fits a screen of 1366 x 768 pixels with the window's frame."""
+
+LADDER = (0.5, 0.7, 0.8, 0.9, 0.95, 0.97, 0.98, 0.99, 0.995, 0.998, 0.999, 0.9995, 0.9999, 1.0)
+"""Values of -dq. What they leave above them falls by even steps, to about a half each."""
+
+LOOK_AFTER = 0.4
+"""Seconds after the last move until the sky is looked for anew."""
+
+TICK = 200
+"""Milliseconds between two looks at what the thread does."""
+
+VIEWS = ("picture", "model", "result")
+FLAGS = ("-dx", "-df", "-dq", "-N", "-O", "-tm", "-tM", "-i", "-e", "-a", "-B", "-lr",
+         "--smoothing", "--correction", "--auto", "--seed")
+"""Flags of the fields of Settings, in their order."""
+
+BUTTONS = {
+    "blink": "Picture, model, result  [space]",
+    "undo": "Undo the last drawing  [z]",
+    "train": "Take the sky out  [t]",
+    "stop": "Stop  [escape]",
+    "write": "Write  [w]",
+    "copy": "Copy the command  [c]",
+    "close": "Close  [q]",
+}
+"""Methods of the window: what their buttons say, with their keys."""
+
+MOVES = {
+    "left": ("-dq", -1), "right": ("-dq", 1),
+    "down": ("-tm, -tM", (0, -0.01)), "up": ("-tm, -tM", (0, 0.01)),
+    "[": ("-tm, -tM", (-0.001, 0)), "]": ("-tm, -tM", (0.001, 0)),
+    "-": ("smoothing", -1), "+": ("smoothing", 1),
+}
+"""Key -> a slider, and by how much the key moves it."""
+
+HELP = ("Keys: left, right -dq;  down, up -tM;  [ ] -tm;  - + smoothing.\n"
+        "Draw around what is to be left out; with Shift, around sky to give it back.")
+
+
+class _Stopped(Exception):
+    """The user does not want to wait for the fit."""
+
+
+@dataclass(frozen=True)
+class View:
+    """What is chosen: what a run would do, and what is shown of it."""
+
+    settings: Settings  # None where nothing was asked for, as on the command line
+    drawn: np.ndarray  # (h, w) of the reduced frame: 0 left out, 1 given back, NaN not drawn on
+    shown: str = "picture"  # one of VIEWS
+
+
+class PreviewWindow:
+    """The window in which settings and a mask are tried."""
+
+    def __init__(self, figure, options: argparse.Namespace, settings: Settings, picture: Picture,
+                 mask: np.ndarray | None):
+        """Look for the sky, and show it.
+
+        Args:
+            figure: an empty one.
+            options, settings: of the command line.
+            picture: as it was read.
+            mask: (1 or c, h, w) weights of the mask file, or None.
+        """
+        self.figure = figure
+        self.options = options
+        self.picture = picture
+        self.mask = mask
+        black = -picture.unit.offset / picture.unit.scale
+        with _heard() as self.said:
+            self.reduced, resolved = examine(picture.planes, settings, mask, black)
+        quantiles = {*LADDER, resolved.delinearization_quantile}
+        self.stretches, _ = measure_stretches(picture.planes, sorted(quantiles))
+        self.smoothings = [None, *sorted({*SMOOTHINGS, settings.smoothing or SMOOTHINGS[0]})]
+        nothing = np.full(self.reduced.used.shape, np.nan, np.float32)
+        self.view = View(settings, nothing)
+        self.before = []  # views that `undo` goes back to
+        self.trained = None  # a view and its Result
+        self.written = None  # a drawing and the path of its mask
+        self.pool = ThreadPoolExecutor(1)
+        self.job = None  # what the thread does, and what is done with what it gives
+        self.looking = False  # for the sky is what it does
+        self.moved = math.inf  # when something was changed for which to look for the sky
+        self.stopping = False
+        self.shift = False  # is held
+        self.status = HELP
+        self.extras = set()  # what is drawn over the picture
+        self._make_widgets()
+        self.prepared, self.settings = self._prepare()
+        self.looked = self._what_sky_needs()
+        self.draw()
+
+    def _make_widgets(self):
+        from matplotlib import widgets
+
+        def add(left, top, width, height):
+            return self.figure.add_axes([left, top - height, width, height])
+
+        self.axes = add(0.01, 0.95, 0.66, 0.86)
+        blank = np.zeros((1, 1, 3), np.uint8)
+        self.image = show(self.axes, blank, self.reduced.full_shape, "", interpolation="nearest")
+        self.image.set_mouseover(False)
+        self.axes.format_coord = self.words_on
+        words = functools.partial(self.figure.text, s="", fontsize=8, parse_math=False, va="top")
+        self.texts = words(0.01, 0.04), words(0.69, 0.52), words(0.69, 0.08, color=END_INK)
+        look = dict(color=START_INK)
+        rungs = len(self.stretches) - 1, len(self.smoothings) - 1
+        places = [add(0.755, top, 0.15, 0.03) for top in (0.95, 0.9, 0.85)]
+        self.sliders = {
+            "-dq": widgets.Slider(places[0], "-dq", 0, rungs[0], valstep=1, **look),
+            "-tm, -tM": widgets.RangeSlider(places[1], "-tm, -tM", 0, 1, valstep=0.001, **look),
+            "smoothing": widgets.Slider(places[2], "smoothing", 0, rungs[1], valstep=1, **look),
+        }
+        for name, slider in self.sliders.items():
+            slider.on_changed(functools.partial(self.slide, name))
+        place = add(0.69, 0.81, 0.295, 0.1)
+        self.checks = widgets.CheckButtons(
+            place, ["--auto  [a]", "--correction divide  [d]"], useblit=False,
+            frame_props=dict(edgecolor="white"), check_props=dict(facecolor=END_INK))
+        self.checks.on_clicked(self.check)
+        self.keys = {"a": lambda: self.check("--auto"), "d": lambda: self.check("--correction")}
+        for key, (name, by) in MOVES.items():
+            self.keys[key] = functools.partial(self.move, self.sliders[name], by)
+        self.buttons = []  # matplotlib forgets a widget that nobody keeps
+        for k, (name, label) in enumerate(BUTTONS.items()):
+            place = add(0.69 + 0.15 * (k % 2), 0.69 - 0.045 * (k // 2), 0.145, 0.04)
+            button = widgets.Button(place, label, color="#30363d", hovercolor="#4a5058")
+            button.label.set_fontsize(8)
+            handler = getattr(self, name)
+            button.on_clicked(lambda event, handler=handler: handler())
+            self.buttons.append(button)
+            _, key = label[:-1].split("[")
+            self.keys[" " if key == "space" else key] = handler
+        self.lasso = widgets.LassoSelector(
+            self.axes, self.draw_around, props=dict(color=END_INK, linewidth=2), button=1)
+        self.lasso.set_visible(False)  # else all would be drawn twice
+        listen = self.figure.canvas.mpl_connect
+        listen("button_press_event", lambda event: setattr(self, "shift", event.key == "shift"))
+        listen("key_press_event", lambda event: self.keys.get(event.key, lambda: None)())
+        listen("close_event", lambda event: self.stop())
+
+    # --- Handlers: they change the view ---
+
+    def change(self, drawn: np.ndarray | None = None, **changes) -> None:
+        """Change settings or the drawing, if a fit could do with them."""
+        before = self.view
+        self.status = HELP
+        try:
+            settings = replace(before.settings, **changes)
+            drawn = before.drawn if drawn is None else drawn
+            self.view = replace(before, settings=settings, drawn=drawn)
+            self.prepared, self.settings = self._prepare()
+            self.moved = time.monotonic()
+            self.said = []  # it was said of something else
+        except (ValueError, BgError) as error:
+            self.view = before
+            self.status = str(error)
+        self.draw()
+
+    def slide(self, name, value):
+        if name == "-dq":
+            self.change(delinearization_quantile=list(self.stretches)[int(value)])
+        elif name == "smoothing":
+            self.change(smoothing=self.smoothings[int(value)])
+        else:
+            low, high = np.round(value, 3).tolist()
+            self.change(threshold_min=low, threshold_max=high)
+
+    def move(self, slider, by):
+        value = np.add(slider.val, by)
+        slider.set_val(np.clip(value, slider.valmin, slider.valmax))
+
+    def check(self, label):
+        if label.startswith("--auto"):
+            self.change(auto=not self.settings.auto)
+        else:
+            divides = self.settings.correction == "divide"
+            self.change(correction="subtract" if divides else "divide")
+
+    def blink(self):
+        place = VIEWS.index(self.view.shown) + 1
+        self.view = replace(self.view, shown=VIEWS[place % len(VIEWS)])
+        self.draw()
+
+    def draw_around(self, corners):
+        """Leave out what the lasso holds, or with Shift give it back.
+
+        What --auto leaves out can be given back only where its mask becomes one of the user's own.
+        """
+        from skimage.draw import polygon2mask
+        drawn = self.view.drawn.copy()
+        changes = {}
+        if self.shift and self.settings.auto:
+            drawn[:] = with_sky(self.prepared, self.settings, self.reduced.sky).used
+            quantile = self.settings.delinearization_quantile
+            changes = dict(auto=False, delinearization_quantile=quantile)
+        pixels = np.array(corners)[:, ::-1]  # (n, 2) row and column, full size
+        inside = polygon2mask(drawn.shape, (pixels + 0.5) / self.settings.downscaling_factor - 0.5)
+        drawn[inside] = self.shift
+        self.before.append(self.view)
+        self.change(drawn, **changes)
+
+    def undo(self):
+        if self.before:
+            before = self.before.pop()
+            self.change(before.drawn, **vars(before.settings))
+
+    def stop(self):
+        self.stopping = True
+
+    def train(self, then: Callable = lambda: None) -> None:
+        """Take the sky out as the command would, and show what comes of it."""
+        view = self.view
+        mask = self._full_mask(view)
+        _start_importing()
+
+        def on_epoch(epoch, loss):
+            if self.stopping:
+                raise _Stopped
+            self.status = f"epoch {epoch}, loss {loss:.4f}"
+
+        def work():
+            planes = self.picture.planes.copy()
+            return remove_sky(planes, view.settings, mask, self.picture.unit, nullcontext(on_epoch))
+
+        def keep(result):
+            self.trained = view, result
+            self.view = replace(self.view, shown="result")
+            then()
+
+        self._start(work, keep, "preparing the fit")
+
+    def write(self):
+        """Write what the command would write."""
+        if self._result() is None:
+            self.train(self.write)
+            return
+        view, result = self.trained
+
+        def work():
+            task = self._task(view, mask=self.write_mask(view))
+            _check_room(task, result.planes)
+            with atomic_outputs(*task.outputs.values()) as files:
+                _write_outputs(task, self.picture, result, files)
+            return task.written
+
+        def tell(paths):
+            self.said = [f"wrote {path}" for path in paths]
+
+        self._start(work, tell, "writing")
+
+    def close(self):
+        from matplotlib import pyplot
+        pyplot.close(self.figure)
+
+    def copy(self):
+        """Put the command on the clipboard."""
+        canvas = self.figure.canvas
+        kind = getattr(canvas, "required_interactive_framework", None)
+        self.status = "copied"
+        if kind == "tk":
+            canvas.get_tk_widget().clipboard_clear()
+            canvas.get_tk_widget().clipboard_append(self.command())
+        elif kind == "qt":
+            from matplotlib.backends.qt_compat import QtWidgets
+            QtWidgets.QApplication.clipboard().setText(self.command())
+        else:
+            self.status = "this window knows of no clipboard; on closing, the command is printed"
+        self.draw()
+
+    # --- The thread ---
+
+    def _start(self, work, then, status, looking=False):
+        """Have the thread do work(), and then call then() with what that gives.
+
+        What is asked for replaces a look for the sky, whose outcome then does not matter.
+        """
+        if self.job is not None and not self.looking:
+            self.status = "wait for what is being done, or stop it"
+            return
+
+        def listen():
+            with memory_errors(), _heard(aloud=False) as said:
+                return work(), said
+
+        self.moved = math.inf
+        self.looking = looking
+        self.stopping = False
+        self.status = status
+        self.job = self.pool.submit(listen), then
+        self.draw()
+
+    def tick(self) -> None:
+        """See what the thread has done, and have it look for the sky anew where that is due."""
+        if self.job is None:
+            if time.monotonic() - self.moved > LOOK_AFTER:
+                self._look()
+            return
+        future, then = self.job
+        if not future.done():
+            self.texts[2].set_text(self.status)
+            self.figure.canvas.draw_idle()
+            return
+        self.job = None
+        self.status = HELP
+        try:
+            given, self.said = future.result()
+            then(given)
+        except Exception as error:
+            self.status = "stopped" if isinstance(error, _Stopped) else _told(error)
+            self.moved = time.monotonic()
+        self.draw()
+
+    def _look(self):
+        """Look for the sky, if it can be another one now, and hear what is said of it."""
+        needs = self._what_sky_needs()
+        prepared, settings, known = self.prepared, self.settings, self.reduced.sky
+        same = needs == self.looked
+
+        def work():
+            sky = known if same else find_sky(prepared, settings)
+            judge(self.picture.planes, prepared, settings, sky)
+            return sky
+
+        def keep(sky):
+            self.looked = needs
+            self.reduced = replace(self.reduced, sky=sky)
+
+        self._start(work, keep, self.status if same else "looking for the sky", looking=True)
+
+    def _what_sky_needs(self):
+        return self.settings.smoothing, self.settings.auto, self.prepared.used.tobytes()
+
+    # --- From the view to what is shown, run, and written ---
+
+    def _prepare(self):
+        """Return what the fit would see of the view before the sky is known, and the settings."""
+        settings = self.view.settings.resolved()
+        drawn = self.view.drawn[..., None]
+        weight = self.reduced.user_mask
+        if np.isfinite(drawn).any():
+            weight = np.where(np.isnan(drawn), 1 if weight is None else weight, drawn)
+        prepared = replace(self.reduced, user_mask=weight)
+        stretch = self.stretches[settings.delinearization_quantile]
+        return prepare_again(prepared, self.picture.planes, stretch, settings), settings
+
+    def draw(self) -> None:
+        """Draw all from the view, and from what is known of it."""
+        settings = self.settings
+        shown = self.view.shown
+        prepared = thinned(with_sky(self.prepared, settings, self.reduced.sky))
+        for artist in self.extras:
+            artist.remove()
+        always = set(self.axes.get_children())
+        if shown == "picture":
+            areas = left_out(prepared, settings)
+            self.image.set_data(striped(prepared, areas))
+            add_legend(self.axes, areas, 5)
+            title = "the picture as the fit would see it, and what is left out"
+        else:
+            pictures = before_model_after(prepared, self._sky(), settings.correction)
+            picture = pictures[VIEWS.index(shown)]
+            self.image.set_data(to_bytes(prepared.stretch.apply(picture)))
+            title = f"the {shown}, same stretch"
+            title += "" if self._result() else " (the sky that was found, not trained yet)"
+        if shown == "model":
+            draw_contours(self.axes, picture.mean(-1), prepared.full_shape)
+        self.axes.set_title(title)
+        self.extras = set(self.axes.get_children()) - always
+
+        quantile = settings.delinearization_quantile
+        thresholds = settings.threshold_min, settings.threshold_max
+        smoothing = self.view.settings.smoothing
+        rung = list(self.stretches).index(quantile)
+        self._set("-dq", rung, f"{quantile:g}")
+        self._set("-tm, -tM", thresholds, "{:g}, {:g}".format(*thresholds))
+        rung = self.smoothings.index(smoothing)
+        self._set("smoothing", rung, "auto" if smoothing is None else f"{smoothing:g}")
+        self.checks.eventson = False
+        for k, wanted in enumerate((settings.auto, settings.correction == "divide")):
+            if self.checks.get_status()[k] != wanted:
+                self.checks.set_active(k)
+        self.checks.eventson = True
+        lines = [textwrap.fill(line, 70, subsequent_indent="  ") for line in self.said]
+        for text, words in zip(self.texts, (self.command(), "\n".join(lines), self.status)):
+            text.set_text(words)
+        self.figure.canvas.draw_idle()
+
+    def _set(self, name, value, words):
+        """Show a value with a slider, whose handler does not hear of it."""
+        slider = self.sliders[name]
+        slider.eventson = False
+        slider.set_val(value)
+        slider.eventson = True
+        slider.valtext.set_text(words)
+
+    def words_on(self, x: float, y: float) -> str:
+        """Say what is at a place of the picture: value and sky, in the picture's own unit."""
+        places = np.array([y, x]) + 0.5
+        cell = (places / self.settings.downscaling_factor).astype(int)
+        row, column = np.clip(cell, 0, np.array(self.prepared.used.shape) - 1)
+        sky = self._sky()(places / max(self.reduced.full_shape))
+        words = f"x {x:.0f}, y {y:.0f}"
+        for name, values in (("value", self.reduced.linear[row, column]), ("sky", sky)):
+            unit = self.picture.unit
+            each = map("{:.5g}".format, values * unit.scale + unit.offset)
+            words += f"   {name} {' '.join(each)}"
+        return words
+
+    def _result(self):
+        """Return what training gave with just these settings and this drawing, or None."""
+        if self.trained is None:
+            return None
+        view, result = self.trained
+        same = view.settings == self.view.settings and view.drawn is self.view.drawn
+        return result if same else None
+
+    def _sky(self):
+        """Return the linear sky as a function of frame coordinates, trained if it is."""
+        result = self._result()
+        return linear_sky(result.prepared, result.fit) if result else self.reduced.sky.surface
+
+    def _full_mask(self, view):
+        """Return the mask of a view at full size, (1 or c, h, w), or None."""
+        if np.isnan(view.drawn).all():
+            return self.mask
+        drawn = replace(self.reduced, weight=view.drawn[..., None])
+        drawn = full_mask(drawn, view.settings)
+        return np.where(np.isnan(drawn), 1 if self.mask is None else self.mask, drawn)
+
+    def _task(self, view, mask):
+        """Return the task of the command that does what the view asks for."""
+        words = dict(preview=False, save_mask=False, animate=False, mask=mask)
+        options = argparse.Namespace(**{**vars(self.options), **words})
+        _check_folder(options)
+        return _make_task(*options.input_file, options, view.settings, None)
+
+    def mask_path(self, view: View) -> str | None:
+        """Return the path of the mask file of a view: the one given, or one that is free."""
+        if np.isnan(view.drawn).all():
+            return self.options.mask
+        if self.written is not None and self.written[0] is view.drawn:
+            return self.written[1]
+        path, = self.options.input_file
+        ending = FORMATS[self.options.format or picture_format(path) or "xisf"].ending
+        start = os.path.join(self.options.output_path, picture_stem(path) + "_mask")
+        names = (f"{start}{count}{ending}" for count in ["", *range(2, 1000)])
+        return next(name for name in names if not os.path.exists(name))
+
+    def write_mask(self, view: View) -> str | None:
+        """Write the mask of a view, if one was drawn; returns its path, or that of the given."""
+        path = self.mask_path(view)
+        if path != self.options.mask and not os.path.exists(path):
+            task = self._task(view, self.options.mask)
+            lines = [f"bgoptimizer {VERSION}: a mask drawn by hand, 1 = sky"]
+            rows = rows_of(self.picture.source)
+            with atomic_outputs(path) as (file,):
+                write = FORMATS[task.format].write
+                write(file, self._full_mask(view), rows, lines, task.compress, Unit())
+            self.written = view.drawn, path
+        return path
+
+    def command(self) -> str:
+        """Return the command that does what the window shows."""
+        program = os.path.basename(sys.argv[0])
+        words = [sys.executable, sys.argv[0]] if program.endswith(".py") else [program]
+        words += [*self.options.input_file, self.options.output_path]
+        options = dict(zip(FLAGS, vars(self.view.settings).items()))
+        usual = vars(Settings())
+        for flag, (name, value) in options.items():
+            if value is True:
+                words.append(flag)
+            elif value != usual[name]:
+                words += [flag, str(value)]
+        mask = self.mask_path(self.view)
+        if mask is not None:
+            words += ["-m", mask]
+        if self.options.format:
+            words += ["--format", self.options.format]
+        if self.options.compress:
+            words.append("-c")
+        return shlex.join(words)
+
+
+def work_in_window(task: Task, options: argparse.Namespace, settings: Settings,
+                   interrupts: _Interrupts) -> None:
+    """Open the preview window on one picture, until it is closed; then write the drawn mask."""
+    import matplotlib
+    picture = _read_input(task)
+    mask = _read_mask(task.mask_file)
+    no_keys = {name: [] for name in matplotlib.rcParams if name.startswith("keymap.")}
+    with drawing_style(), matplotlib.rc_context(no_keys):
+        from matplotlib import pyplot
+        figure = pyplot.figure(task.title, WINDOW_SIZE)
+        window = PreviewWindow(figure, options, settings, picture, mask)
+
+        def tick():
+            window.tick()
+            if interrupts.asked:
+                pyplot.close(figure)
+
+        timer = figure.canvas.new_timer(TICK)
+        timer.add_callback(tick)
+        timer.start()
+        interrupts.patient = True  # a toolkit would print a traceback, and go on
+        pyplot.show()
+        interrupts.patient = False
+    window.pool.shutdown()
+    path = window.write_mask(window.view)
+    if path != options.mask:
+        logger.info(f"wrote {path}, the mask that was drawn")
+    logger.info(f"this command does it:\n{window.command()}")
+    del figure, window, timer, tick
+    gc.collect()  # as in `display_kind`
+    interrupts.check()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -7546,7 +8119,8 @@ def build_parser() -> argparse.ArgumentParser:
              "brighter. A lower one stretches more; raise it if the preview shows blown out sky "
              f"(default: {DEFAULT_QUANTILE}, with --auto {AUTO_QUANTILE})")
     add("-p", "--preview", action="store_true",
-        help="show stretch, mask and histograms; fit nothing and write no model (default: off)")
+        help="show stretch and mask: in a window to try settings and draw a mask in, without a "
+             "display as a picture that is saved (default: off)")
     add("-N", dest="points", metavar="N", type=int,
         help="number of control points that the fit trains; --smoothing decides how stiff the "
              f"surface is (default: {DEFAULT_POINTS}, with --auto {AUTO_POINTS})")
@@ -7697,6 +8271,9 @@ def _run_one(options: argparse.Namespace, settings: Settings, interrupts: _Inter
     started = time.perf_counter()
     place = _place_for_figure(options)
     task = _make_task(*options.input_file, options, settings, place)
+    if options.preview and place == "window":
+        work_in_window(task, options, settings, interrupts)
+        return
     _check_folder(options)
     if options.preview:
         preview_file(task)
