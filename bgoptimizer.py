@@ -7169,7 +7169,7 @@ MOVES = {
 """Key -> a slider, and by how much the key moves it."""
 
 HELP = ("Keys: left, right -dq;  down, up -tM;  [ ] -tm;  - + smoothing.\n"
-        "Draw around what is to be left out; with Shift, around sky to give it back.")
+        "Draw around what is to be left out; with Shift it is given back.")
 
 
 class _Stopped(Exception):
@@ -7238,7 +7238,7 @@ class PreviewWindow:
         self.image.set_mouseover(False)
         self.axes.format_coord = self.words_on
         words = functools.partial(self.figure.text, s="", fontsize=8, parse_math=False, va="top")
-        self.texts = words(0.01, 0.04), words(0.69, 0.52), words(0.69, 0.08, color=END_INK)
+        self.texts = words(0.01, 0.04), words(0.69, 0.49), words(0.69, 0.08, color=END_INK)
         look = dict(color=START_INK)
         rungs = len(self.stretches) - 1, len(self.smoothings) - 1
         places = [add(0.755, top, 0.15, 0.03) for top in (0.95, 0.9, 0.85)]
@@ -7517,7 +7517,7 @@ class PreviewWindow:
             if self.checks.get_status()[k] != wanted:
                 self.checks.set_active(k)
         self.checks.eventson = True
-        lines = [textwrap.fill(line, 70, subsequent_indent="  ") for line in self.said]
+        lines = [textwrap.fill(line, 62, subsequent_indent="  ") for line in self.said]
         for text, words in zip(self.texts, (self.command(), "\n".join(lines), self.status)):
             text.set_text(words)
         self.figure.canvas.draw_idle()
@@ -7600,7 +7600,9 @@ class PreviewWindow:
         """Return the command that does what the window shows."""
         program = os.path.basename(sys.argv[0])
         words = [sys.executable, sys.argv[0]] if program.endswith(".py") else [program]
-        words += [*self.options.input_file, self.options.output_path]
+        words += self.options.input_file
+        if self.options.output_path != ".":
+            words.append(self.options.output_path)
         options = dict(zip(FLAGS, vars(self.view.settings).items()))
         usual = vars(Settings())
         for flag, (name, value) in options.items():
@@ -7644,7 +7646,7 @@ def work_in_window(task: Task, options: argparse.Namespace, settings: Settings,
     window.pool.shutdown()
     path = window.write_mask(window.view)
     if path != options.mask:
-        logger.info(f"wrote {path}, the mask that was drawn")
+        logger.info(f"the mask that was drawn: {path}")
     logger.info(f"this command does it:\n{window.command()}")
     del figure, window, timer, tick
     gc.collect()  # as in `display_kind`
