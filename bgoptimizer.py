@@ -7090,19 +7090,21 @@ def _logging_to(*handlers: logging.Handler) -> Iterator[None]:
 
 
 @contextmanager
-def _heard(aloud: bool = True) -> Iterator[list[str]]:
-    """Collect what is logged meanwhile, a sentence each; nobody else hears it if not aloud."""
+def _heard() -> Iterator[list[str]]:
+    """Collect what is logged meanwhile, a sentence each, for a figure to repeat."""
     said = []
 
     def write(record):
         doubt = "warning: " if record.levelno >= logging.WARNING else ""
         said.append(doubt + record.getMessage())
 
-    handler = logging.Handler(logging.INFO)
+    handler = logging.Handler()
     handler.emit = write
-    others = logger.handlers if aloud else ()
-    with _logging_to(handler, *others):
+    logger.addHandler(handler)
+    try:
         yield said
+    finally:
+        logger.removeHandler(handler)
 
 
 def _told(error: Exception) -> str:
@@ -7145,10 +7147,6 @@ TICK = 200
 """Milliseconds between two looks at what the thread does."""
 
 VIEWS = ("picture", "model", "result")
-FLAGS = ("-dx", "-df", "-dq", "-N", "-O", "-tm", "-tM", "-i", "-e", "-a", "-B", "-lr",
-         "--smoothing", "--correction", "--auto", "--seed")
-"""Flags of the fields of Settings, in their order."""
-
 BUTTONS = {
     "blink": "Picture, model, result  [space]",
     "undo": "Undo the last drawing  [z]",
@@ -7391,17 +7389,12 @@ class PreviewWindow:
 
     def copy(self):
         """Put the command on the clipboard."""
-        canvas = self.figure.canvas
-        kind = getattr(canvas, "required_interactive_framework", None)
-        self.status = "copied"
-        if kind == "tk":
-            canvas.get_tk_widget().clipboard_clear()
-            canvas.get_tk_widget().clipboard_append(self.command())
-        elif kind == "qt":
-            from matplotlib.backends.qt_compat import QtWidgets
-            QtWidgets.QApplication.clipboard().setText(self.command())
-        else:
-            self.status = "this window knows of no clipboard; on closing, the command is printed"
+        self.status = "this window knows of no clipboard; on closing, the command is printed"
+        if hasattr(self.figure.canvas, "get_tk_widget"):
+            widget = self.figure.canvas.get_tk_widget()
+            widget.clipboard_clear()
+            widget.clipboard_append(self.command())
+            self.status = "copied"
         self.draw()
 
     # --- The thread ---
@@ -7416,7 +7409,8 @@ class PreviewWindow:
             return
 
         def listen():
-            with memory_errors(), _heard(aloud=False) as said:
+            unseen = logging.NullHandler(logging.INFO)  # the window alone tells of it
+            with memory_errors(), _logging_to(unseen), _heard() as said:
                 return work(), said
 
         self.moved = math.inf
@@ -7598,26 +7592,7 @@ class PreviewWindow:
 
     def command(self) -> str:
         """Return the command that does what the window shows."""
-        program = os.path.basename(sys.argv[0])
-        words = [sys.executable, sys.argv[0]] if program.endswith(".py") else [program]
-        words += self.options.input_file
-        if self.options.output_path != ".":
-            words.append(self.options.output_path)
-        options = dict(zip(FLAGS, vars(self.view.settings).items()))
-        usual = vars(Settings())
-        for flag, (name, value) in options.items():
-            if value is True:
-                words.append(flag)
-            elif value != usual[name]:
-                words += [flag, str(value)]
-        mask = self.mask_path(self.view)
-        if mask is not None:
-            words += ["-m", mask]
-        if self.options.format:
-            words += ["--format", self.options.format]
-        if self.options.compress:
-            words.append("-c")
-        return shlex.join(words)
+        return command_line(self.options, self.view.settings, self.mask_path(self.view))
 
 
 def work_in_window(task: Task, options: argparse.Namespace, settings: Settings,
@@ -8079,6 +8054,11 @@ def _jobs_that_fit(jobs: int, pictures: list[str]) -> int:
 # Command line
 # --------------------------------------------------------------------------------------------------
 
+FLAGS = ("-dx", "-df", "-dq", "-N", "-O", "-tm", "-tM", "-i", "-e", "-a", "-B", "-lr",
+         "--smoothing", "--correction", "--auto", "--seed")
+"""Flags of the fields of Settings, in their order."""
+
+
 class _Parser(argparse.ArgumentParser):
     """An argument parser that says what is wrong in one line."""
 
@@ -8214,6 +8194,26 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Settings]:
     except ValueError as error:
         parser.error(str(error))
     return options, settings
+
+
+def command_line(options: argparse.Namespace, settings: Settings, mask: str | None) -> str:
+    """Return the command that does one picture with these settings and this mask file."""
+    program = sys.argv[0]
+    words = [sys.executable, program] if program.endswith(".py") else [os.path.basename(program)]
+    words += options.input_file
+    if options.output_path != ".":
+        words.append(options.output_path)
+    usual = vars(Settings())
+    for flag, (name, value) in zip(FLAGS, vars(settings).items()):
+        if value != usual[name]:
+            words += [flag] if value is True else [flag, str(value)]
+    if mask is not None:
+        words += ["-m", mask]
+    if options.format is not None:
+        words += ["--format", options.format]
+    if options.compress:
+        words.append("-c")
+    return shlex.join(words)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
