@@ -7205,7 +7205,7 @@ class PreviewWindow:
             self.reduced, resolved = examine(picture.planes, settings, mask, black)
         quantiles = {*LADDER, resolved.delinearization_quantile}
         self.stretches, _ = measure_stretches(picture.planes, sorted(quantiles))
-        self.smoothings = [None, *sorted({*SMOOTHINGS, settings.smoothing or SMOOTHINGS[0]})]
+        self.smoothings = [None, *sorted({*SMOOTHINGS, settings.smoothing} - {None})]
         nothing = np.full(self.reduced.used.shape, np.nan, np.float32)
         self.view = View(settings, nothing)
         self.before = []  # views that `undo` goes back to
@@ -7323,13 +7323,15 @@ class PreviewWindow:
         """
         from skimage.draw import polygon2mask
         drawn = self.view.drawn.copy()
+        pixels = np.array(corners)[:, ::-1]  # (n, 2) row and column, full size
+        inside = polygon2mask(drawn.shape, (pixels + 0.5) / self.settings.downscaling_factor - 0.5)
+        if len(corners) < 3 or not inside.any():  # a click
+            return
         changes = {}
         if self.shift and self.settings.auto:
             drawn[:] = with_sky(self.prepared, self.settings, self.reduced.sky).used
             quantile = self.settings.delinearization_quantile
             changes = dict(auto=False, delinearization_quantile=quantile)
-        pixels = np.array(corners)[:, ::-1]  # (n, 2) row and column, full size
-        inside = polygon2mask(drawn.shape, (pixels + 0.5) / self.settings.downscaling_factor - 0.5)
         drawn[inside] = self.shift
         self.before.append(self.view)
         self.change(drawn, **changes)

@@ -84,6 +84,12 @@ def test_thresholds_and_smoothing_follow_slider_and_keys(opened):
     assert window.view.settings.smoothing is None
 
 
+def test_a_smoothing_of_0_is_a_rung(opened):
+    window = opened("-dx", "4", "--smoothing", "0")
+    assert window.sliders["smoothing"].val == 1
+    assert "--smoothing 0" in window.command()
+
+
 def test_what_leaves_no_sky_is_refused_in_words(opened):
     window = opened("-dx", "4")
     window.change(threshold_max=-1.0)
@@ -139,6 +145,8 @@ def test_what_is_drawn_is_left_out_given_back_and_undone(opened):
     window.shift = True
     window.draw_around([(40, 40), (80, 40), (80, 100), (40, 100)])
     assert window.prepared.used[12:24, 12:18].all()
+    window.draw_around([(40, 40), (40, 40)])  # a click draws nothing
+    assert len(window.before) == 2
     press(window, "z", "z", "z")
     assert_array_equal(window.prepared.used, used)
     assert "-m" not in window.command()
