@@ -7247,6 +7247,8 @@ class PreviewWindow:
         }
         for name, slider in self.sliders.items():
             slider.on_changed(functools.partial(self.slide, name))
+            slider.label.set_x(-0.06)  # beside the handle, not below it
+            slider.valtext.set_x(1.06)
         place = add(0.69, 0.81, 0.295, 0.1)
         self.checks = widgets.CheckButtons(
             place, ["--auto  [a]", "--correction divide  [d]"], useblit=False,
@@ -7391,12 +7393,17 @@ class PreviewWindow:
 
     def copy(self):
         """Put the command on the clipboard."""
-        self.status = "this window knows of no clipboard; on closing, the command is printed"
-        if hasattr(self.figure.canvas, "get_tk_widget"):
-            widget = self.figure.canvas.get_tk_widget()
-            widget.clipboard_clear()
-            widget.clipboard_append(self.command())
-            self.status = "copied"
+        canvas = self.figure.canvas
+        toolkit = getattr(canvas, "required_interactive_framework", None)
+        self.status = "copied"
+        if toolkit == "tk":
+            canvas.get_tk_widget().clipboard_clear()
+            canvas.get_tk_widget().clipboard_append(self.command())
+        elif toolkit == "qt":
+            from matplotlib.backends.qt_compat import QtWidgets
+            QtWidgets.QApplication.clipboard().setText(self.command())
+        else:
+            self.status = "this window knows of no clipboard; on closing, the command is printed"
         self.draw()
 
     # --- The thread ---

@@ -68,6 +68,7 @@ def run(*words):
 def window(source, target):
     """Draw the preview window as it opens, without a display."""
     options, settings = bgoptimizer._parse([str(source), "--preview"])
+    bgoptimizer.logger.setLevel("INFO")  # all that is said stands in the window
     with bgoptimizer.drawing_style():
         figure = FigureCanvasAgg(Figure(bgoptimizer.WINDOW_SIZE)).figure
         picture = bgoptimizer.read_picture(source)
