@@ -64,6 +64,7 @@ import os
 import platform
 import re
 import secrets
+import shlex
 import shutil
 import signal
 import stat
@@ -2591,19 +2592,28 @@ def _end_slopes(m):
 
 
 def measure_stretch(planes: np.ndarray, quantile: float) -> tuple[Stretch, np.ndarray]:
-    """Measure the stretch of a picture from its present samples.
+    """Measure the stretch of a picture from its present samples; see `measure_stretches`."""
+    stretches, median = measure_stretches(planes, [quantile])
+    return stretches[quantile], median
+
+
+def measure_stretches(planes: np.ndarray,
+                      quantiles: Sequence[float]) -> tuple[dict[float, Stretch], np.ndarray]:
+    """Measure stretches of a picture from its present samples.
 
     Args:
         planes: (c, h, w) linear samples.
-        quantile: share of the samples that lie below the one that the stretch takes to 1.
+        quantiles: shares of the samples that lie below the one that a stretch takes to 1.
 
     Returns:
-        The stretch, and the medians of the channels, (c,) in linear units.
+        Quantile -> its stretch, without those below which a channel has only one value; and the
+        medians of the channels, (c,) in linear units.
 
     Raises:
-        BgError: a channel has no present sample, or only one value.
+        BgError: a channel has no present sample, or only one value below all quantiles.
     """
     count = len(planes)
+    smallest = np.finfo(np.float32).tiny  # less is 0 to the fit, which computes in Float32
 
     def measure(k):
         plane = planes[k]
@@ -2613,19 +2623,23 @@ def measure_stretch(planes: np.ndarray, quantile: float) -> tuple[Stretch, np.nd
             raise BgError(f"{name} holds no data (every sample is 0 or not finite); "
                           "remove that channel, or save the picture again")
         low = float(np.min(plane, where=present, initial=np.inf))
-        median, high = _quantiles(plane, present, (0.5, quantile))
-        scale = high - low
-        if scale < np.finfo(np.float32).tiny:  # 0 to the fit, which computes in Float32
+        median, *high = _quantiles(plane, present, (0.5, *quantiles))
+        scales = np.array(high) - low
+        if scales.max() < smallest:
             raise BgError(f"{name} has the same value everywhere ({low:.6g}), so it shows no sky; "
                           "raise -dq if a bright object fills the frame, else give a picture with "
                           "content")
-        return low, scale, median
+        return low, median, *scales
 
     measured = _each(measure, range(count))
-    pedestal, scale, median = np.array(list(measured)).T  # (c,) each
-    midtones = (median - pedestal) / scale
-    midtones = np.clip(midtones, MIDTONES_MARGIN, 1 - MIDTONES_MARGIN)
-    return Stretch(pedestal, scale, midtones), median
+    pedestal, median, *scales = np.array(list(measured)).T  # (c,) each
+    stretches = {}
+    for quantile, scale in zip(quantiles, scales):
+        if scale.min() >= smallest:
+            midtones = (median - pedestal) / scale
+            midtones = np.clip(midtones, MIDTONES_MARGIN, 1 - MIDTONES_MARGIN)
+            stretches[quantile] = Stretch(pedestal, scale, midtones)
+    return stretches, median
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2765,31 +2779,48 @@ def prepare(planes: np.ndarray, settings: Settings, mask: np.ndarray | None = No
     quantile = settings.delinearization_quantile
     stretch, median = measure_stretch(planes, quantile)
     linear = np.stack([reduce_plane(plane, factor) for plane in planes], -1)  # (h, w, c)
+    present = np.isfinite(linear)
+    rim = find_rim(linear, present.all(-1))
+    user_mask = None
+    if mask is not None:
+        user_mask = np.stack([_block_means(plane, factor) for plane in mask], -1)
+    centers = frame_coordinates(height, width, factor)
+    bare = Prepared(linear, present, present, centers, stretch, median, linear,
+                    (height, width), user_mask, rim)
+    return prepare_again(bare, planes, stretch, settings)
+
+
+def prepare_again(prepared: Prepared, planes: np.ndarray, stretch: Stretch,
+                  settings: Settings) -> Prepared:
+    """Stretch and mask a reduced picture as these settings ask.
+
+    Args:
+        prepared: its `image` and `weight` do not count.
+        planes, settings: as for `prepare`.
+        stretch: the picture's own for the quantile of the settings.
+
+    Raises:
+        BgError: nothing is left to fit.
+    """
     if settings.downscaling_func == "median":
         # The stretch is monotone: after the median it has fewer samples to do
-        image = stretch.apply(linear)
+        image = stretch.apply(prepared.linear)
     else:
         reduced = []
         for k, plane in enumerate(planes):
             transform = stretch.channel(k).apply
-            reduced.append(reduce_plane(plane, factor, "mean", transform))
+            reduced.append(reduce_plane(plane, settings.downscaling_factor, "mean", transform))
         image = np.stack(reduced, -1)
-    present = np.isfinite(image)
+    present = prepared.present
     image = np.where(present, image, 0).astype(np.float32)
-    rim = find_rim(linear, present.all(-1))
-    usable = present & _inside_thresholds(image, settings) & ~rim[..., None]
+    usable = present & _inside_thresholds(image, settings) & ~prepared.rim[..., None]
     weight = usable.astype(np.float32)
-    user_mask = None
-    if mask is not None:
-        user_mask = np.stack([_block_means(plane, factor) for plane in mask], -1)
-        weight *= user_mask
-    centers = frame_coordinates(height, width, factor)
-    prepared = Prepared(image, weight, present, centers, stretch, median, linear,
-                        (height, width), user_mask, rim)
-    if not prepared.used.any():
+    if prepared.user_mask is not None:
+        weight *= prepared.user_mask
+    if not weight.any():
         raise BgError("every pixel is masked, so there is no sky to fit; "
                       "lower -tm, raise -tM, or check the mask (1 = use)")
-    return prepared
+    return replace(prepared, image=image, weight=weight, stretch=stretch)
 
 
 RIM_STEP = 12.0
@@ -5631,8 +5662,13 @@ def examine(planes: np.ndarray, settings: Settings, mask: np.ndarray | None = No
     """
     settings = settings.resolved()
     prepared = prepare(planes, settings, mask)
-    sky = find_sky(prepared, settings)
-    prepared = replace(prepared, sky=sky, black=black, close_up=close_up(planes, settings))
+    prepared = replace(prepared, black=black, close_up=close_up(planes, settings))
+    return judge(planes, prepared, settings, find_sky(prepared, settings))
+
+
+def judge(planes: np.ndarray, prepared: Prepared, settings: Settings,
+          sky: Sky) -> tuple[Prepared, Settings]:
+    """Do what `examine` does once the sky is found: tell of it, and mask what is none with auto."""
     settings = replace(settings, smoothing=sky.smoothing)
     logger.info(f"sky: {100 * sky.share:.0f} % of the picture; "
                 f"smoothing {sky.smoothing:.3g} ({sky.why})")
@@ -5645,12 +5681,19 @@ def examine(planes: np.ndarray, settings: Settings, mask: np.ndarray | None = No
                     f"({prepared.rim.mean():.1%} of the frame)")
     for sentence in doubts(planes, prepared):
         logger.warning(sentence)
-    _hint_at_inverted_mask(prepared)
-    if settings.auto:
-        shows_sky = sky.at(sky.shows_sky, prepared.centers)  # (h, w)
-        prepared = replace(prepared, weight=prepared.weight * shows_sky[..., None])
+    _hint_at_inverted_mask(prepared, sky)
+    prepared = with_sky(prepared, settings, sky)
     _log_numbers(prepared, settings)
     return prepared, settings
+
+
+def with_sky(prepared: Prepared, settings: Settings, sky: Sky) -> Prepared:
+    """Return what the fit sees, now that the sky is found; with auto, objects are masked."""
+    weight = prepared.weight
+    if settings.auto:
+        shows_sky = sky.at(sky.shows_sky, prepared.centers)  # (h, w)
+        weight = weight * shows_sky[..., None]
+    return replace(prepared, weight=weight, sky=sky)
 
 
 @dataclass(frozen=True)
@@ -5748,7 +5791,7 @@ def _sky_is_clipped(planes: np.ndarray, prepared: Prepared, settings: Settings) 
     return bool(samples.size and ((samples <= 0) | (samples >= 1)).mean() > MOST_CLIPPED)
 
 
-def _hint_at_inverted_mask(prepared: Prepared) -> None:
+def _hint_at_inverted_mask(prepared: Prepared, sky: Sky) -> None:
     """Ask whether a mask is inverted: it leaves the bright minority, most of it not sky."""
     present = prepared.present.all(-1)
     left = present & prepared.used
@@ -5756,7 +5799,7 @@ def _hint_at_inverted_mask(prepared: Prepared) -> None:
         return
     light = prepared.linear.mean(-1)
     brighter = np.median(light[left]) > np.median(light[present])
-    if brighter and (prepared.sky.unsure or prepared.sky.share < 0.5):
+    if brighter and (sky.unsure or sky.share < 0.5):
         logger.warning("is the mask inverted? What it leaves is brighter than what it leaves out, "
                        "and white (1) means sky. Invert it where it was made (PixInsight: Image > "
                        "Invert, Siril: neg), and give it again")
@@ -6053,48 +6096,28 @@ def _log_numbers(prepared: Prepared, settings: Settings) -> None:
 # Pictures: preview, figures, animation
 #
 # All are drawn from the reduced picture, so a large frame costs no more than a small one; of a
-# small picture, there is a close-up.
+# small picture, there is a close-up. Axes are those of the full-size picture, in its pixels.
 # --------------------------------------------------------------------------------------------------
 
 FIGURE_SIZE = (13.6, 7.6)
 """Inches, at 100 pixels each: fits a laptop's screen."""
 
-INK = "#e6e6e6"
-PAPER = "#16191d"
-FAINT = "#4a5058"
 FIGURE_STYLE = {
-    "figure.facecolor": PAPER,
-    "savefig.facecolor": PAPER,
-    "axes.facecolor": "#1e2227",
-    "axes.edgecolor": FAINT,
-    "axes.labelcolor": INK,
-    "axes.titlecolor": INK,
-    "axes.titlesize": 10,
     "axes.titlelocation": "left",
-    "text.color": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "font.size": 9,
+    "axes.titlesize": 10,
     "figure.dpi": 100,
-    "hatch.linewidth": 1.5,
-    "lines.linewidth": 1.2,
-    "grid.color": FAINT,
-    "grid.linewidth": 0.4,
+    "font.size": 9,
+    "grid.linewidth": 0.2,
+    "legend.fontsize": 8,
+    "legend.frameon": False,
     "xtick.labelsize": 8,
     "ytick.labelsize": 8,
-    "legend.frameon": False,
-    "legend.fontsize": 8,
 }
-"""Colors of our own, so that pictures look the same in light and in dark windows and notebooks."""
+"""What differs from matplotlib's dark style. So pictures look the same in light and in dark windows
+and notebooks."""
 
-RED = "#e8703a"
-GREEN = "#2fb58a"
-BLUE = "#5ab0ee"
-CHANNEL_INKS = {1: (INK,), 3: (RED, GREEN, BLUE)}
-"""Red, green, and blue that color-blind people can tell apart (after Okabe and Ito)."""
-
-TERM_INKS = ("#56b4e9", "#2fb58a", "#e69f00", "#cc79a7", "#f0e442")
-"""Colors of LOSS_TERMS that color-blind people can tell apart."""
+CHANNEL_INKS = {"L": ("white",), "RGB": ("#e8703a", "#2fb58a", "#5ab0ee")}
+"""Colors of channels that color-blind people can tell apart (after Okabe and Ito)."""
 
 OVERLAYS = {
     "missing": ("#6b7077", "", "missing"),
@@ -6104,8 +6127,8 @@ OVERLAYS = {
     "auto": ("#cc79a7", "///", "left out by --auto"),
     "clipped": ("#f0e442", "\\\\\\", "clipped by -dq"),
 }
-"""Reason -> its color, its hatching (none: solid), its name. The hatching tells the reasons apart
-where colors do not."""
+"""Reason -> its color, its stripes (none: solid), its name. Stripes tell the reasons apart where
+colors do not."""
 
 START_INK = "#56b4e9"
 END_INK = "#f0e442"
@@ -6115,30 +6138,15 @@ DISPLAY_QUANTILES = (0.002, 0.5, 0.9995)
 """Quantiles of a channel that are shown as nearly black, as the background, and as white. So nearly
 nothing is clipped, and no single star decides how dark the rest is."""
 
-HISTOGRAM_BINS = 128
-HISTOGRAM_EDGES = (-0.02, 1.02)
-"""Ends of the axis of stretched values: a little beyond 0 and 1, so that 0 and 1 can be seen."""
-
-FRAMES = 24
-"""Largest number of frames in an animation."""
-
-FRAME_GAP = 8
-FRAME_HEAD = 22
-"""Pixels around the two halves of a frame, and above them, where the words are."""
-
-HALF_FRAME_PIXELS = 110_000
-"""Largest number of pixels in one half of a frame. A GIF with the usual noise then stays below
-3 MB."""
-
-FRAME_NODES = 50
-"""Nodes of an animation's models along the longer side: fine enough for the eye."""
-
+FRAMES = 20
 FRAME_PAUSE = 130
 LAST_PAUSE = 1500
-"""Milliseconds that a frame and the last frame are shown; 24 frames take some 4 seconds."""
+"""Largest number of frames in an animation, and milliseconds that a frame and the last frame are
+shown: some 4 seconds in all."""
 
-PALETTE_SIZES = (255, 128, 64, 32, 16)
-"""Numbers of colors that are tried for a GIF, until it is small enough."""
+HALF_FRAME = 3.0
+"""Inches: the side of a square of the area of half a frame. With so few pixels, a GIF with the
+usual noise stays below 3 MB."""
 
 
 def display_stretch(linear: np.ndarray) -> Stretch:
@@ -6155,36 +6163,72 @@ def display_stretch(linear: np.ndarray) -> Stretch:
     return Stretch(*constants)
 
 
-def draw_preview(figure, prepared: Prepared, settings: Settings, title: str) -> None:
+def to_bytes(image: np.ndarray) -> np.ndarray:
+    """Take a stretched picture (h, w, c), NaN where nothing is, to bytes (h, w, 3)."""
+    image = np.nan_to_num(image)
+    image = 255 * np.clip(image, 0, 1)
+    image = np.round(image).astype(np.uint8)
+    height, width, _ = image.shape
+    return np.broadcast_to(image, (height, width, 3))
+
+
+def left_out(prepared: Prepared, settings: Settings) -> dict[str, np.ndarray]:
+    """Tell where a thinned frame is left out or clipped: reason -> (h, w) bool, as OVERLAYS."""
+    clipped = clipped_by_stretch(prepared).any(-1) & prepared.used
+    return {**mask_reasons(prepared, settings), "clipped": clipped}
+
+
+def striped(prepared: Prepared, areas: dict[str, np.ndarray]) -> np.ndarray:
+    """Return the picture as the fit would see it, and over it in stripes what it would not.
+
+    Args:
+        prepared: thinned.
+        areas: as of `left_out`.
+
+    Returns:
+        Bytes (h, w, 3), larger than `prepared` where that is small.
+    """
+    from matplotlib.colors import to_rgb
+    stretched = prepared.stretch.apply(_drawn(prepared))
+    times = math.ceil(VIEW_PIXELS / max(stretched.shape))
+    colors = to_bytes(stretched).repeat(times, 0).repeat(times, 1)
+    height, width, _ = colors.shape
+    row, column = np.ogrid[:height, :width]
+    lines = {"": 0 * row, "/": row + column, "\\": row - column, "-": row}
+    for reason, (color, hatch, _) in OVERLAYS.items():
+        area = areas[reason]
+        if not area.any():
+            continue
+        rows, columns = area.shape
+        area = area[row * rows // height, column * columns // width]
+        edge = area & ~scipy.ndimage.binary_erosion(area, iterations=2)
+        period = 36 // max(len(hatch), 1)
+        stripes = lines[hatch[:1]] % period < max(period // 3, not hatch)
+        colors[area & ~stripes] //= 2  # darker between them, so that these are seen on any color
+        ink = 255 * np.array(to_rgb(color))
+        colors[area & stripes | edge] = ink.astype(np.uint8)
+    return colors
+
+
+def draw_preview(figure, prepared: Prepared, settings: Settings, title: str,
+                 said: list[str]) -> None:
     """Draw what helps to choose settings.
 
-    That is the picture, what the fit would see of it, what stands out, histograms, and numbers.
+    That is the picture, what the fit would see of it, what stands out, a histogram, and what was
+    said of it.
     """
     prepared = thinned(prepared)
-    reasons = mask_reasons(prepared, settings)
-    blown = blown_out(prepared)
-    panels, bottom = _lay_out(figure, title, 1.6)
-    picture, stretched, hints = panels
+    areas = left_out(prepared, settings)
+    (picture, stretched, hints), (histogram,) = _lay_out(figure, title, said, (2,))
+    shape = prepared.full_shape
     linear = _drawn(prepared)
-    stretch = display_stretch(linear)
-    _show(picture, stretch.apply(linear), "the picture, plain stretch")
-    _show(stretched, prepared.image, "stretched as for the fit, and what is left out")
-    clipped = clipped_by_stretch(prepared).any(-1)
-    _overlay(stretched, {**reasons, "clipped": clipped & prepared.used})
-    _draw_hints(hints, prepared, blown)
-
-    channels = prepared.image.shape[-1]
-    cells = bottom.subgridspec(1, 4, wspace=0.12)
-    for k in range(channels):
-        cell = cells[0, k] if channels == 3 else cells[0, :3]
-        axes = figure.add_subplot(cell)
-        _draw_histogram(axes, prepared, settings, k)
-    figure.text(0.02, 0.012, "below the histograms: stretched value, and the picture's own value "
-                "there; heights are logarithmic", fontsize=8)
-    axes = figure.add_subplot(cells[0, 3])
-    axes.axis("off")
-    words = "\n".join(_numbers(prepared, reasons, blown))
-    axes.text(0.06, 1.0, words, va="top", family="monospace", fontsize=8, linespacing=1.35)
+    shown = to_bytes(display_stretch(linear).apply(linear))
+    show(picture, shown, shape, "the picture, plain stretch")
+    words = "stretched as for the fit, and what is left out"
+    show(stretched, striped(prepared, areas), shape, words)
+    add_legend(stretched, areas)
+    _draw_hints(hints, prepared)
+    _draw_histogram(histogram, prepared, settings)
 
 
 def _drawn(prepared: Prepared) -> np.ndarray:
@@ -6192,90 +6236,78 @@ def _drawn(prepared: Prepared) -> np.ndarray:
     return prepared.linear if prepared.close_up is None else prepared.close_up
 
 
-def _lay_out(figure, title, ratio):
-    """Give a figure a title, three axes beside each other, and a cell below them.
+def _lay_out(figure, title, said, widths):
+    """Give a figure a title, three axes, axes of such widths below them, and words beside these.
 
-    The heights of axes and cell are as ratio : 1. Returns the axes and the cell.
+    Returns the axes above and below.
     """
     figure.suptitle(title, x=0.015, ha="left", fontsize=11)
-    top, bottom = figure.add_gridspec(
-        2, 1, height_ratios=(ratio, 1),
-        left=0.02, right=0.985, top=0.915, bottom=0.085, hspace=0.3)
-    cells = top.subgridspec(1, 3, wspace=0.03)
-    return [figure.add_subplot(cell) for cell in cells], bottom
+    cells = figure.add_gridspec(
+        2, 1, height_ratios=(1.5, 1),
+        left=0.025, right=0.985, top=0.915, bottom=0.085, hspace=0.35)
+    above = cells[0].subgridspec(1, 3, wspace=0.03)
+    below = cells[1].subgridspec(1, len(widths) + 1, width_ratios=(*widths, 1.6), wspace=0.15)
+    above, below = [list(map(figure.add_subplot, part)) for part in (above, below)]
+    words = below.pop()
+    words.axis("off")
+    lines = [textwrap.fill(line, 80, subsequent_indent="  ") for line in said]
+    text = "\n".join(lines).encode("utf-8", "replace").decode()  # names may hold anything
+    words.text(0, 1, text, va="top", fontsize=8, parse_math=False)
+    return above, below
 
 
-def _numbers(prepared: Prepared, reasons: dict[str, np.ndarray], blown: np.ndarray) -> list[str]:
-    """Return the preview's numbers, one line each."""
-    lines = []
-
-    def add_row(name, form, values):
-        cells = map(form.format, values)
-        lines.append(f"{name:<11}" + "".join(cells))
-
-    def add_share(name, share, of=""):
-        lines.append(f"{name:<13}{_percent(share):>7}  {of}")
-
-    add_row("", "{:>9}", _channel_letters(prepared))
-    add_row("minimum", "{:9.5f}", prepared.stretch.pedestal)
-    add_row("median", "{:9.5f}", prepared.median)
-    add_row("-dq value", "{:9.5f}", prepared.stretch.white)
-    clipped = clipped_by_stretch(prepared).mean((0, 1))
-    add_row("clipped %", "{:9.2f}", 100 * clipped)
-    lines.append("")
-    part = shares(prepared)
-    add_share("used", part["used"], "of the samples")
-    add_share("masked", part["masked"], "of the samples")
-    for reason in ("threshold", "rim", "mask file", "auto"):
-        area = reasons[reason]
-        _, _, label = OVERLAYS[reason]
-        if area.any():
-            by = label.replace("left out ", "  ")
-            add_share(by, area.mean(), "of the frame")
-    add_share("missing", part["missing"])
-    add_share("gradient", gradient(prepared), "of the sky's level")
-    if blown.any():
-        add_share("blown out", blown.mean(), "sky: raise -dq")
-    return lines
+def _extent(shape):
+    """Return where the sides of a full-size frame (h, w) are, in its pixels, for matplotlib."""
+    height, width = shape
+    return -0.5, width - 0.5, height - 0.5, -0.5
 
 
-def _draw_histogram(axes, prepared, settings, k):
-    """Draw how often the stretched values of one channel occur, and what is made of them."""
-    values = prepared.image[..., k]
-    present = prepared.present[..., k]
-    used = prepared.weight[..., k] > 0
-    counts, edges = np.histogram(values[present], HISTOGRAM_BINS, (0, 1))
-    used_counts, _ = np.histogram(values[used], HISTOGRAM_BINS, (0, 1))
-    starts = edges[:-1]
+def show(axes, image: np.ndarray, shape: tuple[int, int], title: str, **look):
+    """Draw bytes (h, w, 3), or values (h, w), over a full-size frame; returns what was drawn."""
+    interpolation = "antialiased"
+    if max(image.shape) < 300:  # pixels: it is enlarged, and should not look like a mosaic
+        interpolation = "bicubic"
+    axes.set_title(title)
+    axes.set(xticks=[], yticks=[])
+    look = {"interpolation": interpolation, **look}
+    return axes.imshow(image, extent=_extent(shape), **look)
+
+
+def add_legend(axes, areas: dict[str, np.ndarray], columns: int = 2) -> None:
+    """Say below a picture what the stripes in it mean, and of how much of it."""
+    from matplotlib.patches import Patch
+    legend = []
+    for reason, (color, hatch, label) in OVERLAYS.items():
+        share = areas[reason].mean()
+        if share > 0:
+            label += f" ({share:.1%})"
+            legend.append(Patch(facecolor=color, edgecolor="black", hatch=hatch, label=label))
+    axes.legend(handles=legend, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=columns)
+
+
+def _draw_histogram(axes, prepared, settings):
+    """Draw how often the stretched values of each channel occur, and what is made of them."""
     letters = _channel_letters(prepared)
-    ink = CHANNEL_INKS[len(letters)][k]
-    axes.fill_between(starts, used_counts, step="post", color=ink, alpha=0.45, linewidth=0)
-    axes.step(starts, counts, where="post", color=ink, linewidth=1)
-    axes.set_title(f"{letters[k]}: how often a value occurs (filled: used)", fontsize=8)
+    for k, ink in enumerate(CHANNEL_INKS[letters]):
+        values = prepared.image[..., k]
+        for counted, filled in ((prepared.present, False), (prepared.weight > 0, True)):
+            counts, edges = np.histogram(values[counted[..., k]], 128, (0, 1))
+            axes.stairs(counts, edges, fill=filled, color=ink, alpha=0.3 if filled else 1)
+    axes.set_title("how often a stretched value occurs (filled: used; heights are logarithmic)")
     axes.set_yscale("symlog", linthresh=1)
-    highest = counts.max()
-    axes.set_ylim(0, 4 * highest)
     axes.yaxis.set_visible(False)
-
-    left, right = HISTOGRAM_EDGES
+    left, right = -0.02, 1.02  # a little beyond 0 and 1, so that these can be seen
     axes.set_xlim(left, right)
-    color = OVERLAYS["threshold"][0]
+    color, hatch, _ = OVERLAYS["threshold"]
     for threshold, end in ((settings.threshold_min, left), (settings.threshold_max, right)):
-        axes.axvspan(threshold, end, facecolor="none", edgecolor=color, hatch="///", linewidth=0)
-        axes.axvline(threshold, color=color, linewidth=1)
-
-    axes.axvline(MIDTONES_TARGET, color=INK, linewidth=0.8, linestyle=":")
-    height = 2 * highest
-    axes.text(MIDTONES_TARGET + 0.01, height, "median", fontsize=7)
+        axes.axvspan(threshold, end, facecolor="none", edgecolor=color, hatch=hatch)
+    axes.axvline(MIDTONES_TARGET, linestyle=":")
     quantile = settings.delinearization_quantile
-    axes.text(0.985, height, f"-dq {quantile:g}", fontsize=7, ha="right")
-    ticks = np.linspace(0, 1, 5)
-    linear = prepared.stretch.invert(ticks[:, None])[:, k]
-    labels = map("{:g}\n{:.4f}".format, ticks, linear)
-    axes.set_xticks(ticks, list(labels), fontsize=7)
+    axes.set_xticks([0, MIDTONES_TARGET, 0.5, 0.75, 1],
+                    ["minimum", "median", "0.5", "0.75", f"-dq {quantile:g}"])
 
 
-def _draw_hints(axes, prepared: Prepared, blown: np.ndarray) -> None:
+def _draw_hints(axes, prepared: Prepared) -> None:
     """Draw the picture less the sky that was found.
 
     What stands out is not sky, and may be mistaken for it unless it is masked.
@@ -6289,231 +6321,125 @@ def _draw_hints(axes, prepared: Prepared, blown: np.ndarray) -> None:
     if limit == 0:  # nothing to see
         limit = 1.0
     residual = np.where(known, residual, np.nan)
-    drawn = axes.imshow(
-        residual, cmap="PuOr_r", vmin=-limit, vmax=limit, interpolation="nearest")
-    axes.set_title("less the sky that was found: orange above, purple below")
-    axes.set(xticks=[], yticks=[])
+    drawn = show(axes, residual, prepared.full_shape,
+                 "less the sky that was found: orange above, purple below",
+                 cmap="PuOr_r", vmin=-limit, vmax=limit, interpolation="nearest")
     ticks = np.array((-limit, 0, limit))
     bar = _draw_scale(axes, drawn, ticks)
     labels = map("{:+.0%}".format, ticks / np.mean(sky))
     bar.set_xticklabels(labels)
+    blown = blown_out(prepared)
     if blown.any() and min(blown.shape) > 1:
-        axes.contour(blown, [0.5], colors="#d7191c", linewidths=2)
+        axes.contour(blown, [0.5], colors="#d7191c", linewidths=2, origin="upper",
+                     extent=_extent(prepared.full_shape))
         axes.set_xlabel("outlined: sky blown out, raise -dq", color="#ff8a80", weight="bold",
                         labelpad=28)
 
 
-def draw_figures(figure, result: Result, title: str) -> None:
-    """Draw the result: before, model, and after, the control points, and the loss."""
-    figure.text(0.015, 0.012, facts(result), fontsize=8)
+def before_model_after(prepared: Prepared, sky: Callable, correction: str) -> list[np.ndarray]:
+    """Return the picture as it is drawn, a model of its sky, and what is left, (h, w, c) linear.
+
+    Args:
+        prepared: thinned.
+        sky: takes frame coordinates (..., 2) to the linear sky there, (..., c).
+        correction: "subtract" or "divide".
+    """
+    before = _drawn(prepared)
+    model = SkyModel(sky, before.shape[:2])
+    model = np.stack(list(model), -1)
+    return [before, model, corrected(prepared, before, model, correction)]
+
+
+def draw_figures(figure, result: Result, title: str, said: list[str]) -> None:
+    """Draw the result: before, model, after; what was called sky, control points, loss, words."""
     fit = result.fit
     prepared = thinned(result.prepared)
-    linear = _drawn(prepared)
-    model = SkyModel(linear_sky(prepared, fit), linear.shape[:2])
-    sky = np.stack(list(model), -1)  # (h, w, c)
-    after = corrected(prepared, linear, sky, result.settings.correction)
-    stretch = display_stretch(linear)
-    panels, bottom = _lay_out(figure, title, 1.25)
-    pictures = linear, sky, after
+    shape = prepared.full_shape
+    above, (points, loss) = _lay_out(figure, title, said, (1.2, 1))
+    sky = linear_sky(prepared, fit)
+    pictures = before_model_after(prepared, sky, result.settings.correction)
+    stretch = display_stretch(pictures[0])
     titles = "before", "model, same stretch, lines of equal brightness", "after, same stretch"
-    for axes, picture, words in zip(panels, pictures, titles):
-        _show(axes, stretch.apply(picture), words)
-    _draw_contours(panels[1], sky.mean(-1))
+    for axes, picture, words in zip(above, pictures, titles):
+        show(axes, to_bytes(stretch.apply(picture)), shape, words)
+    lines = draw_contours(above[1], pictures[1].mean(-1), shape)
+    if lines is not None:
+        bar = _draw_scale(above[1], lines, lines.levels[::2])
+        for line in bar.collections:
+            line.set_linewidth(5)
 
-    cells = bottom.subgridspec(1, 2, width_ratios=(1, 2.1), wspace=0.1)
-    _draw_control_points(figure.add_subplot(cells[0]), prepared, fit)
-    charts = cells[1].subgridspec(1, 3, width_ratios=(1, 1, 0.2), wspace=0.2)  # a legend at the end
-    loss = figure.add_subplot(charts[0])
-    terms = figure.add_subplot(charts[1])
-    _draw_loss(loss, terms, fit.history)
+    areas = left_out(prepared, result.settings)
+    words = "what was called sky; control points, from ring to dot"
+    show(points, striped(prepared, areas), shape, words)
+    add_legend(points, areas)
+    _draw_control_points(points, fit, shape)
+    loss.plot(fit.history[:, 0])
+    loss.set_title("loss of the epochs")
+    loss.grid()
 
 
-def _draw_control_points(axes, prepared, fit):
-    """Draw the paths of the control points over what the fit saw."""
-    used = prepared.used[..., None]
-    image = np.where(used, 0.75 * prepared.image, np.nan)  # darker, so that points stand out
-    brown = (76, 61, 31)
-    _show(axes, image, "control points, from ring to dot; brown: left out", blank=brown)
+def _draw_control_points(axes, fit, shape):
+    """Draw the paths of the control points of a fit over a picture of this shape."""
     stations = [positions for _, positions, _ in fit.track]
-    stations.append(fit.positions)
-    paths = [_pixel_positions(prepared, positions) for positions in stations]
+    paths = np.stack([*stations, fit.positions]) * max(shape) - 0.5  # (steps, n, 2) pixels
     row, column = np.moveaxis(paths, -1, 0)  # (steps, n) each
     axes.plot(column, row, color=START_INK, linewidth=0.9, alpha=0.8)
     ring = dict(color="none", markeredgecolor=START_INK, markersize=3.5)
     axes.plot(column[0], row[0], "o", **ring)
-    dot = dict(color=END_INK, markeredgecolor="black", markersize=5)
-    axes.plot(column[-1], row[-1], "o", **dot)
-
-    def around(length):  # points may leave the picture a little
-        margin = 0.04 * length
-        return -0.5 - margin, length - 0.5 + margin
-
-    height, width, _ = image.shape
-    axes.set_xlim(around(width))
-    low, high = around(height)
-    axes.set_ylim(high, low)  # the first row on top
+    axes.plot(column[-1], row[-1], "o", color=END_INK, markeredgecolor="black", markersize=5)
+    axes.margins(0.04)  # points may leave the picture a little
 
 
-def _draw_loss(loss, terms, history):
-    """Draw in two axes how the loss and its terms fell; `history` is that of `Fit`."""
-    epochs = np.arange(1, len(history) + 1)
-    total, *parts = history.T
-    loss.plot(epochs, total, color=INK)
-    loss.set_title("loss")
-    for name, values, ink in zip(LOSS_TERMS, parts, TERM_INKS):
-        terms.plot(epochs, values, color=ink, label=name)
-    terms.set_yscale("log", nonpositive="mask")
-    terms.legend(title="its terms:", alignment="left", loc="upper left", bbox_to_anchor=(1, 1),
-                 borderpad=0)
-    for axes in (loss, terms):
-        axes.set_xlabel("epoch", labelpad=1)
-        axes.grid()
-
-
-def facts(result: Result) -> str:
-    """Return one line on the run: settings, epochs, loss, share of sky, gradient."""
-    settings = result.settings
-    fit = result.fit
-    how = (f"-dq {settings.delinearization_quantile:g}, "
-           f"{len(fit.positions)} points ({settings.initializer}), order {settings.order}, "
-           f"smoothing {fit.smoothing:g}, alpha {settings.alpha:g}, seed {settings.seed}")
-    best = fit.history[:, 0].min()
-    fitted = f"{len(fit.history)} epochs, loss {best:.4f}"
-    used = shares(result.prepared)["used"]
-    return f"{how}   |   {fitted}   |   {used:.1%} used as sky   |   {gradients(result)}"
-
-
-def animation_frames(prepared: Prepared, fit: Fit, correction: str = "subtract",
-                     width: int = 800) -> np.ndarray:
+def animation_frames(prepared: Prepared, fit: Fit, correction: str = "subtract") -> np.ndarray:
     """Show how the surface and its control points settle, and the picture that they leave.
 
     Args:
         prepared: what was fitted.
         fit: with its path.
         correction: "subtract" or "divide".
-        width: of a frame, pixels; a portrait's frames are narrower.
 
     Returns:
         (n, h, w, 3) bytes, n up to FRAMES: the first frame at the start, the last with the final
         surface.
     """
-    tall, wide = _half_frame(prepared, width)
-    prepared = thinned(prepared, max(tall, wide))
-    before = _drawn(prepared)
-    stretch = display_stretch(before)
-    enlarged = wide / prepared.image.shape[1]
+    height, width = shape = prepared.full_shape
+    wide = HALF_FRAME * math.sqrt(width / height)  # inches
+    wide = min(wide, 4.0)
+    tall = wide * height / width
+    prepared = thinned(prepared, round(100 * max(wide, tall)))
+    stretch = display_stretch(_drawn(prepared))
+    head = tall / (tall + 0.3)  # the rest is for the words
     frames = []
-    for words, positions, values in _settling(fit):
-        step = replace(fit, positions=positions, values=values)
-        sky = linear_sky(prepared, step)
-        model = SkyModel(sky, before.shape[:2], nodes=FRAME_NODES)
-        model = np.stack(list(model), -1)  # (h, w, c)
-        after = corrected(prepared, before, model, correction)
-        points = enlarged * _pixel_positions(prepared, positions)
-        pictures = stretch.apply(model), stretch.apply(after)
-        frames.append(_draw_frame(pictures, points, words, (wide, tall)))
+    # Most happens early, so the steps are at equal distances of the square root of the epoch
+    last = len(fit.track) - 1
+    chosen = np.unique(np.round(last * np.linspace(0, 1, FRAMES - 1)**2).astype(int))
+    steps = [(f"epoch {epoch}", *points) for epoch, *points in map(fit.track.__getitem__, chosen)]
+    steps.append((f"best of {len(fit.history)} epochs", fit.positions, fit.values))
+    with drawing_style():
+        figure = _empty_figure((2 * wide, tall + 0.3))
+        panels = figure.subplots(1, 2, gridspec_kw=dict(
+            left=0.01, right=0.99, bottom=0.01, top=head, wspace=0.02))
+        for words, positions, values in steps:
+            sky = linear_sky(prepared, replace(fit, positions=positions, values=values))
+            _, *pictures = before_model_after(prepared, sky, correction)
+            titles = f"sky model, {words}", "the picture without it"
+            for axes, picture, title in zip(panels, pictures, titles):
+                axes.clear()
+                show(axes, to_bytes(stretch.apply(picture)), shape, title)
+            row, column = positions.T * max(shape) - 0.5
+            panels[0].plot(column, row, "o", color=END_INK, markeredgecolor="black", markersize=5)
+            panels[0].axis(_extent(shape))
+            figure.canvas.draw()
+            frames.append(np.array(figure.canvas.buffer_rgba())[..., :3])
     return np.stack(frames)
 
 
-def _draw_frame(pictures, points, words, size):
-    """Draw two stretched pictures (h, w, c) beside each other, with points (n, 2) on the first.
-
-    Each is brought to a size (width, height). Returns bytes (h, w, 3).
-    """
-    from PIL import Image, ImageDraw
-    wide, tall = size
-    model, after = map(Image.fromarray, map(_drawable, pictures))
-    model = model.resize(size, Image.BICUBIC)
-    after = after.resize(size, Image.BICUBIC)
-    pen = ImageDraw.Draw(model)
-    for y, x in points:
-        pen.ellipse((x - 3, y - 3, x + 3, y + 3), fill=END_INK, outline="black")
-    left = FRAME_GAP  # where the two halves start
-    right = left + wide + FRAME_GAP
-    canvas = Image.new("RGB", (right + wide + FRAME_GAP, FRAME_HEAD + tall + FRAME_GAP), PAPER)
-    canvas.paste(model, (left, FRAME_HEAD))
-    canvas.paste(after, (right, FRAME_HEAD))
-    pen = ImageDraw.Draw(canvas)
-    pen.text((left, 5), f"sky model, {words}", INK)
-    pen.text((right, 5), "the picture without it", INK)
-    return np.array(canvas)
-
-
-def _half_frame(prepared, width):
-    """Return the height and width of one half of a frame that is at most `width` wide."""
-    rows, columns, _ = prepared.image.shape
-    limit = math.sqrt(HALF_FRAME_PIXELS * columns / rows)
-    half = (width - 3 * FRAME_GAP) // 2
-    wide = min(half, int(limit))
-    wide = max(1, wide)
-    tall = wide * rows // columns
-    return max(1, tall), wide
-
-
-def _settling(fit):
-    """Return what to show of a fit: when it was, in words, positions, and values.
-
-    Most happens early, so the steps are at equal distances of the square root of the epoch.
-    """
-    chosen = (len(fit.track) - 1) * np.linspace(0, 1, FRAMES - 1)**2
-    shown = {}
-    for k in chosen.round().astype(int):
-        epoch, positions, values = fit.track[k]
-        shown[epoch] = f"epoch {epoch}", positions, values
-    last = f"best of {len(fit.history)} epochs", fit.positions, fit.values
-    return [*shown.values(), last]
-
-
-def write_animation(file, frames: np.ndarray, most_bytes: int = 2_900_000) -> None:
-    """Write frames, (n, h, w, 3) bytes, as a GIF that repeats.
-
-    It has fewer colors if it would be larger than `most_bytes`.
-    """
+def write_animation(file, frames: np.ndarray) -> None:
+    """Write frames, (n, h, w, 3) bytes, as a GIF that repeats."""
     from PIL import Image
-    pauses = [FRAME_PAUSE] * len(frames)
-    pauses[-1] = LAST_PAUSE
-    # Colors are taken from some pixels of the first frame, one from the middle, and the last
-    some = frames[[0, len(frames) // 3, -1], ::3, ::3]  # (3, h / 3, w / 3, 3)
-    sample = Image.fromarray(np.concatenate(some))
-    pictures = [Image.fromarray(frame) for frame in frames]
-    for colors in PALETTE_SIZES:
-        palette = _common_palette(sample, colors)
-        first, *others = (picture.quantize(palette=palette, dither=0) for picture in pictures)
-        packed = io.BytesIO()
-        first.save(packed, "GIF", save_all=True, append_images=others, duration=pauses, loop=0,
-                   optimize=False)
-        if packed.tell() <= most_bytes:
-            break
-    file.write(packed.getvalue())
-
-
-def _common_palette(sample, colors):
-    """Return an image with the palette for all frames, so that what does not change stays the same.
-
-    Most colors are where most pixels are, so that the sky has no bands. The rest are where few are,
-    so that what is bright keeps its color.
-    """
-    from PIL import Image
-    usual = 3 * colors // 4
-    rare = colors // 4
-    of_most = sample.quantize(usual, Image.MEDIANCUT).getpalette()
-    of_few = sample.quantize(rare, Image.MAXCOVERAGE).getpalette()
-    palette = Image.new("P", (1, 1))
-    palette.putpalette(of_most[:3 * usual] + of_few[:3 * rare])  # three bytes each
-    return palette
-
-
-def _pixel_positions(prepared, positions):
-    """Take control points (n, 2) from frame coordinates to rows and columns of the reduced frame.
-
-    The frame may be thinned.
-    """
-    start = prepared.centers[0, 0]
-    end = prepared.centers[-1, -1]
-    length = np.maximum(end - start, 1e-9)  # 0 along a side of one pixel
-    share = (positions - start) / length
-    height, width, _ = prepared.image.shape
-    return share * (height - 1, width - 1)
+    first, *others = map(Image.fromarray, frames)
+    pauses = [FRAME_PAUSE] * len(others) + [LAST_PAUSE]
+    first.save(file, "GIF", save_all=True, append_images=others, duration=pauses, loop=0)
 
 
 def _channel_letters(prepared):
@@ -6521,64 +6447,18 @@ def _channel_letters(prepared):
     return "RGB" if prepared.image.shape[-1] == 3 else "L"
 
 
-def _drawable(image):
-    """Take a picture (h, w, c) in [0, 1], NaN where nothing is, to bytes (h, w, 3)."""
-    image = np.nan_to_num(image)
-    image = 255 * np.clip(image, 0, 1)
-    image = np.round(image).astype(np.uint8)
-    height, width, _ = image.shape
-    return np.broadcast_to(image, (height, width, 3))
-
-
-def _show(axes, image, title, blank=(0, 0, 0)):
-    """Draw a stretched picture; NaN in the color `blank`, three bytes."""
-    known = np.isfinite(image).all(-1, keepdims=True)
-    colors = np.where(known, _drawable(image), np.uint8(blank))
-    interpolation = "antialiased"
-    if max(colors.shape) < 300:  # pixels: it is enlarged, and should not look like a mosaic
-        interpolation = "bicubic"
-    axes.imshow(colors, interpolation=interpolation)
-    axes.set_title(title)
-    axes.set(xticks=[], yticks=[])
-
-
-def _overlay(axes, reasons):
-    """Hatch what is left out, with a legend of the reasons that occur.
-
-    Colors and slopes tell the reasons apart.
-    """
-    from matplotlib import rc_context
-    from matplotlib.patches import Patch
-    legend = []
-    for reason, (color, hatch, label) in OVERLAYS.items():
-        area = reasons[reason]
-        if not area.any():
-            continue
-        legend.append(Patch(facecolor=color, edgecolor=PAPER, hatch=hatch, label=label))
-        if min(area.shape) == 1:  # contours need two rows and two columns
-            continue
-        # Darker between the lines, so that these are seen on any color
-        filling = (0, 0, 0, 0.35) if hatch else color
-        with rc_context({"hatch.color": color}):
-            axes.contourf(area, (0.5, 1.5), colors=[filling], hatches=[hatch])
-        axes.contour(area, (0.5,), colors=[color], linewidths=1)
-    axes.legend(handles=legend, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=3)
-
-
-def _draw_contours(axes, values):
-    """Draw lines of equal brightness (h, w), with their scale in the picture's own units."""
+def draw_contours(axes, values: np.ndarray, shape: tuple[int, int]):
+    """Draw lines of equal brightness (h, w); returns them, or None where there are none."""
     low, high = np.quantile(values, (0.005, 0.995))
     if high - low < 1e-9 or min(values.shape) == 1:  # flat, or too narrow for contours
-        return
+        return None
     from matplotlib import colormaps
     from matplotlib.ticker import MaxNLocator
     levels = MaxNLocator(8).tick_values(low, high)
     brightness = np.linspace(0.4, 1, len(levels))  # without the dark colors of the map
     colors = colormaps["plasma"](brightness)
-    lines = axes.contour(values, levels, colors=colors, linewidths=1.3)
-    bar = _draw_scale(axes, lines, levels[::2])
-    for line in bar.collections:
-        line.set_linewidth(5)
+    return axes.contour(values, levels, colors=colors, linewidths=1.3, origin="upper",
+                        extent=_extent(shape))
 
 
 def _draw_scale(axes, drawn, ticks):
@@ -6589,18 +6469,26 @@ def _draw_scale(axes, drawn, ticks):
     return bar
 
 
-def _import_matplotlib():
-    """Import matplotlib, also where a notebook has handed down the name of its own backend.
+def drawing_style() -> ContextManager:
+    """Return a context in which matplotlib draws in our colors.
 
-    This Python may not have that backend.
+    It works also where a notebook has handed down the name of its own backend, which this Python
+    may not have.
     """
     backend = os.environ.get("MPLBACKEND", "")
     scheme, _, module = backend.partition("://")
     package, _, _ = module.partition(".")
     if scheme == "module" and importlib.util.find_spec(package) is None:
         del os.environ["MPLBACKEND"]
-    import matplotlib
-    return matplotlib
+    from matplotlib import style
+    return style.context(["dark_background", FIGURE_STYLE])
+
+
+def _empty_figure(size):
+    """Return a figure of so many inches that needs no display, and is not pyplot's."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    return FigureCanvasAgg(Figure(size)).figure
 
 
 def display_kind() -> str | None:
@@ -6613,15 +6501,16 @@ def display_kind() -> str | None:
     if sys.platform.startswith("linux") and not screen:
         return None
     try:
-        _import_matplotlib()
-        from matplotlib import pyplot
-        canvas = pyplot.figure().canvas
-        pyplot.close()
+        with drawing_style():
+            from matplotlib import pyplot
+            canvas = pyplot.figure().canvas
+            kind = getattr(canvas, "required_interactive_framework", None)
+            pyplot.close()
     except Exception:  # no toolkit, no screen, or a notebook's backend handed down to a subprocess
         return None
-    if getattr(canvas, "required_interactive_framework", None):
-        return "window"
-    return None
+    del canvas
+    gc.collect()  # here: Tk ends the process if another thread comes to delete its objects
+    return "window" if kind else None
 
 
 def put_picture(draw: Callable, where: str, path: str) -> None:
@@ -6632,15 +6521,12 @@ def put_picture(draw: Callable, where: str, path: str) -> None:
         where: "notebook", "window" or "file".
         path: of the file.
     """
-    matplotlib = _import_matplotlib()
-    with matplotlib.rc_context(FIGURE_STYLE):
+    with drawing_style():
         if where == "window":
             from matplotlib import pyplot
             draw(pyplot.figure(figsize=FIGURE_SIZE))
             return
-        # Without pyplot it needs no display and touches no setting of the user's
-        from matplotlib.figure import Figure
-        figure = Figure(FIGURE_SIZE)
+        figure = _empty_figure(FIGURE_SIZE)
         draw(figure)
         if where == "file":
             with atomic_outputs(path) as (file,):
@@ -6776,23 +6662,24 @@ def process_file(task: Task, watched: ContextManager = nullcontext()) -> Result:
     Raises:
         BgError: the picture cannot be done.
     """
-    with atomic_outputs(*task.outputs.values()) as files:
+    with _heard() as said, atomic_outputs(*task.outputs.values()) as files:
         picture = _read_input(task)
         _check_room(task, picture.planes)
         _start_importing()
         mask = _read_mask(task.mask_file)
         result = remove_sky(picture.planes, task.settings, mask, picture.unit, watched)
         _write_outputs(task, picture, result, files)
-    _put_figure(task, draw_figures, result=result)
+    _put_figure(task, draw_figures, result=result, said=said)
     return result
 
 
 def preview_file(task: Task) -> None:
     """Draw the preview of one picture."""
-    picture = _read_input(task)
-    mask = _read_mask(task.mask_file)
-    prepared, settings = examine(picture.planes, task.settings, mask)
-    _put_figure(task, draw_preview, prepared=prepared, settings=settings)
+    with _heard() as said:
+        picture = _read_input(task)
+        mask = _read_mask(task.mask_file)
+        prepared, settings = examine(picture.planes, task.settings, mask)
+    _put_figure(task, draw_preview, prepared=prepared, settings=settings, said=said)
 
 
 def _put_figure(task: Task, draw: Callable, **what) -> None:
@@ -7048,6 +6935,24 @@ def _logging_to(*handlers: logging.Handler) -> Iterator[None]:
         logger.setLevel(level)
 
 
+@contextmanager
+def _heard() -> Iterator[list[str]]:
+    """Collect what is logged meanwhile, a sentence each, for a figure to repeat."""
+    said = []
+
+    def write(record):
+        doubt = "warning: " if record.levelno >= logging.WARNING else ""
+        said.append(doubt + record.getMessage())
+
+    handler = logging.Handler()
+    handler.emit = write
+    logger.addHandler(handler)
+    try:
+        yield said
+    finally:
+        logger.removeHandler(handler)
+
+
 def _told(error: Exception) -> str:
     """Return one sentence on what went wrong."""
     if isinstance(error, BgError):
@@ -7065,6 +6970,517 @@ def _told(error: Exception) -> str:
     reason = " ".join(str(error).split())
     return (f"unexpected {type(error).__name__}: {reason[:300]}; "
             "this is a bug, please report it with your command")
+
+
+# --------------------------------------------------------------------------------------------------
+# Preview window
+#
+# A `View` is all that can be chosen. Handlers replace it, and `draw` draws from it. What takes long
+# runs in one thread beside the window: looking for the sky, training, writing. All is computed by
+# the functions of the command line, so the command that the window tells does the same.
+# --------------------------------------------------------------------------------------------------
+
+WINDOW_SIZE = (13.0, 6.2)
+"""Inches, at 100 pixels each: fits a screen of 1366 x 768 pixels with the window's frame."""
+
+LADDER = (0.5, 0.7, 0.8, 0.9, 0.95, 0.97, 0.98, 0.99, 0.995, 0.998, 0.999, 0.9995, 0.9999, 1.0)
+"""Values of -dq. What they leave above them falls by even steps, to about a half each."""
+
+LOOK_AFTER = 0.4
+"""Seconds after the last move until the sky is looked for anew."""
+
+TICK = 200
+"""Milliseconds between two looks at what the thread does."""
+
+VIEWS = ("picture", "model", "result")
+BUTTONS = {
+    "blink": "Picture, model, result  [space]",
+    "undo": "Undo the last drawing  [z]",
+    "train": "Take the sky out  [t]",
+    "stop": "Stop  [escape]",
+    "write": "Write  [w]",
+    "copy": "Copy the command  [c]",
+    "close": "Close  [q]",
+}
+"""Methods of the window: what their buttons say, with their keys."""
+
+MOVES = {
+    "left": ("-dq", -1), "right": ("-dq", 1),
+    "down": ("-tm, -tM", (0, -0.01)), "up": ("-tm, -tM", (0, 0.01)),
+    "[": ("-tm, -tM", (-0.001, 0)), "]": ("-tm, -tM", (0.001, 0)),
+    "-": ("smoothing", -1), "+": ("smoothing", 1),
+}
+"""Key -> a slider, and by how much the key moves it."""
+
+HELP = ("Keys: left, right -dq;  down, up -tM;  [ ] -tm;  - + smoothing.\n"
+        "Draw around what is to be left out; with Shift it is given back.")
+
+
+class _Stopped(Exception):
+    """The user does not want to wait for the fit."""
+
+
+@dataclass(frozen=True)
+class View:
+    """What is chosen: what a run would do, and what is shown of it."""
+
+    settings: Settings  # None where nothing was asked for, as on the command line
+    drawn: np.ndarray  # (h, w) of the reduced frame: 0 left out, 1 given back, NaN not drawn on
+    shown: str = "picture"  # one of VIEWS
+
+
+class PreviewWindow:
+    """The window in which settings and a mask are tried."""
+
+    def __init__(self, figure, options: argparse.Namespace, settings: Settings, picture: Picture,
+                 mask: np.ndarray | None):
+        """Look for the sky, and show it.
+
+        Args:
+            figure: an empty one.
+            options, settings: of the command line.
+            picture: as it was read.
+            mask: (1 or c, h, w) weights of the mask file, or None.
+        """
+        self.figure = figure
+        self.options = options
+        self.picture = picture
+        self.mask = mask
+        black = -picture.unit.offset / picture.unit.scale
+        with _heard() as self.said:
+            self.reduced, resolved = examine(picture.planes, settings, mask, black)
+        quantiles = {*LADDER, resolved.delinearization_quantile}
+        self.stretches, _ = measure_stretches(picture.planes, sorted(quantiles))
+        self.smoothings = [None, *sorted({*SMOOTHINGS, settings.smoothing} - {None})]
+        nothing = np.full(self.reduced.used.shape, np.nan, np.float32)
+        self.view = View(settings, nothing)
+        self.before = []  # views that `undo` goes back to
+        self.trained = None  # a view and its Result
+        self.written = None  # a drawing and the path of its mask
+        self.pool = ThreadPoolExecutor(1)
+        self.job = None  # what the thread does, and what is done with what it gives
+        self.looking = False  # for the sky is what it does
+        self.moved = math.inf  # when something was changed for which to look for the sky
+        self.stopping = False
+        self.shift = False  # is held
+        self.status = HELP
+        self.extras = set()  # what is drawn over the picture
+        self._make_widgets()
+        self.prepared, self.settings = self._prepare()
+        self.looked = self._what_sky_needs()
+        self.draw()
+
+    def _make_widgets(self):
+        from matplotlib import widgets
+
+        def add(left, top, width, height):
+            return self.figure.add_axes([left, top - height, width, height])
+
+        self.axes = add(0.01, 0.95, 0.66, 0.86)
+        blank = np.zeros((1, 1, 3), np.uint8)
+        self.image = show(self.axes, blank, self.reduced.full_shape, "", interpolation="nearest")
+        self.image.set_mouseover(False)
+        self.axes.format_coord = self.words_on
+        words = functools.partial(self.figure.text, s="", fontsize=8, parse_math=False, va="top")
+        self.texts = words(0.01, 0.04), words(0.69, 0.49), words(0.69, 0.08, color=END_INK)
+        look = dict(color=START_INK)
+        rungs = len(self.stretches) - 1, len(self.smoothings) - 1
+        places = [add(0.755, top, 0.15, 0.03) for top in (0.95, 0.9, 0.85)]
+        self.sliders = {
+            "-dq": widgets.Slider(places[0], "-dq", 0, rungs[0], valstep=1, **look),
+            "-tm, -tM": widgets.RangeSlider(places[1], "-tm, -tM", 0, 1, valstep=0.001, **look),
+            "smoothing": widgets.Slider(places[2], "smoothing", 0, rungs[1], valstep=1, **look),
+        }
+        for name, slider in self.sliders.items():
+            slider.on_changed(functools.partial(self.slide, name))
+            slider.label.set_x(-0.06)  # beside the handle, not below it
+            slider.valtext.set_x(1.06)
+        place = add(0.69, 0.81, 0.295, 0.1)
+        self.checks = widgets.CheckButtons(
+            place, ["--auto  [a]", "--correction divide  [d]"], useblit=False,
+            frame_props=dict(edgecolor="white"), check_props=dict(facecolor=END_INK))
+        self.checks.on_clicked(self.check)
+        self.keys = {"a": lambda: self.check("--auto"), "d": lambda: self.check("--correction")}
+        for key, (name, by) in MOVES.items():
+            self.keys[key] = functools.partial(self.move, self.sliders[name], by)
+        self.buttons = []  # matplotlib forgets a widget that nobody keeps
+        for k, (name, label) in enumerate(BUTTONS.items()):
+            place = add(0.69 + 0.15 * (k % 2), 0.69 - 0.045 * (k // 2), 0.145, 0.04)
+            button = widgets.Button(place, label, color="#30363d", hovercolor="#4a5058")
+            button.label.set_fontsize(8)
+            handler = getattr(self, name)
+            button.on_clicked(lambda event, handler=handler: handler())
+            self.buttons.append(button)
+            _, key = label[:-1].split("[")
+            self.keys[" " if key == "space" else key] = handler
+        self.lasso = widgets.LassoSelector(
+            self.axes, self.draw_around, props=dict(color=END_INK, linewidth=2), button=1)
+        self.lasso.set_visible(False)  # else all would be drawn twice
+        listen = self.figure.canvas.mpl_connect
+        listen("button_press_event", lambda event: setattr(self, "shift", event.key == "shift"))
+        listen("key_press_event", lambda event: self.keys.get(event.key, lambda: None)())
+        listen("close_event", lambda event: self.stop())
+
+    # --- Handlers: they change the view ---
+
+    def change(self, drawn: np.ndarray | None = None, **changes) -> None:
+        """Change settings or the drawing, if a fit could do with them."""
+        before = self.view
+        self.status = HELP
+        try:
+            settings = replace(before.settings, **changes)
+            drawn = before.drawn if drawn is None else drawn
+            self.view = replace(before, settings=settings, drawn=drawn)
+            self.prepared, self.settings = self._prepare()
+            self.moved = time.monotonic()
+            self.said = []  # it was said of something else
+        except (ValueError, BgError) as error:
+            self.view = before
+            self.status = str(error)
+        self.draw()
+
+    def slide(self, name, value):
+        if name == "-dq":
+            self.change(delinearization_quantile=list(self.stretches)[int(value)])
+        elif name == "smoothing":
+            self.change(smoothing=self.smoothings[int(value)])
+        else:
+            low, high = np.round(value, 3).tolist()
+            self.change(threshold_min=low, threshold_max=high)
+
+    def move(self, slider, by):
+        value = np.add(slider.val, by)
+        slider.set_val(np.clip(value, slider.valmin, slider.valmax))
+
+    def check(self, label):
+        if label.startswith("--auto"):
+            self.change(auto=not self.settings.auto)
+        else:
+            divides = self.settings.correction == "divide"
+            self.change(correction="subtract" if divides else "divide")
+
+    def blink(self):
+        place = VIEWS.index(self.view.shown) + 1
+        self.view = replace(self.view, shown=VIEWS[place % len(VIEWS)])
+        self.draw()
+
+    def draw_around(self, corners):
+        """Leave out what the lasso holds, or with Shift give it back.
+
+        What --auto leaves out can be given back only where its mask becomes one of the user's own.
+        """
+        from skimage.draw import polygon2mask
+        drawn = self.view.drawn.copy()
+        pixels = np.array(corners)[:, ::-1]  # (n, 2) row and column, full size
+        inside = polygon2mask(drawn.shape, (pixels + 0.5) / self.settings.downscaling_factor - 0.5)
+        if len(corners) < 3 or not inside.any():  # a click
+            return
+        changes = {}
+        if self.shift and self.settings.auto:
+            drawn[:] = with_sky(self.prepared, self.settings, self.reduced.sky).used
+            quantile = self.settings.delinearization_quantile
+            changes = dict(auto=False, delinearization_quantile=quantile)
+        drawn[inside] = self.shift
+        self.before.append(self.view)
+        self.change(drawn, **changes)
+
+    def undo(self):
+        if self.before:
+            before = self.before.pop()
+            self.change(before.drawn, **vars(before.settings))
+
+    def stop(self):
+        self.stopping = True
+
+    def train(self, then: Callable = lambda: None) -> None:
+        """Take the sky out as the command would, and show what comes of it."""
+        view = self.view
+        mask = self._full_mask(view)
+        _start_importing()
+
+        def on_epoch(epoch, loss):
+            if self.stopping:
+                raise _Stopped
+            self.status = f"epoch {epoch}, loss {loss:.4f}"
+
+        def work():
+            planes = self.picture.planes.copy()
+            return remove_sky(planes, view.settings, mask, self.picture.unit, nullcontext(on_epoch))
+
+        def keep(result):
+            self.trained = view, result
+            self.view = replace(self.view, shown="result")
+            then()
+
+        self._start(work, keep, "preparing the fit")
+
+    def write(self):
+        """Write what the command would write."""
+        if self._result() is None:
+            self.train(self.write)
+            return
+        view, result = self.trained
+
+        def work():
+            task = self._task(view, mask=self.write_mask(view))
+            _check_room(task, result.planes)
+            with atomic_outputs(*task.outputs.values()) as files:
+                _write_outputs(task, self.picture, result, files)
+            return task.written
+
+        def tell(paths):
+            self.said = [f"wrote {path}" for path in paths]
+
+        self._start(work, tell, "writing")
+
+    def close(self):
+        from matplotlib import pyplot
+        pyplot.close(self.figure)
+
+    def copy(self):
+        """Put the command on the clipboard."""
+        canvas = self.figure.canvas
+        toolkit = getattr(canvas, "required_interactive_framework", None)
+        self.status = "copied"
+        if toolkit == "tk":
+            canvas.get_tk_widget().clipboard_clear()
+            canvas.get_tk_widget().clipboard_append(self.command())
+        elif toolkit == "qt":
+            from matplotlib.backends.qt_compat import QtWidgets
+            QtWidgets.QApplication.clipboard().setText(self.command())
+        else:
+            self.status = "this window knows of no clipboard; on closing, the command is printed"
+        self.draw()
+
+    # --- The thread ---
+
+    def _start(self, work, then, status, looking=False):
+        """Have the thread do work(), and then call then() with what that gives.
+
+        What is asked for replaces a look for the sky, whose outcome then does not matter.
+        """
+        if self.job is not None and not self.looking:
+            self.status = "wait for what is being done, or stop it"
+            return
+
+        def listen():
+            unseen = logging.NullHandler(logging.INFO)  # the window alone tells of it
+            with memory_errors(), _logging_to(unseen), _heard() as said:
+                return work(), said
+
+        self.moved = math.inf
+        self.looking = looking
+        self.stopping = False
+        self.status = status
+        self.job = self.pool.submit(listen), then
+        self.draw()
+
+    def tick(self) -> None:
+        """See what the thread has done, and have it look for the sky anew where that is due."""
+        if self.job is None:
+            if time.monotonic() - self.moved > LOOK_AFTER:
+                self._look()
+            return
+        future, then = self.job
+        if not future.done():
+            self.texts[2].set_text(self.status)
+            self.figure.canvas.draw_idle()
+            return
+        self.job = None
+        self.status = HELP
+        try:
+            given, self.said = future.result()
+            then(given)
+        except Exception as error:
+            self.status = "stopped" if isinstance(error, _Stopped) else _told(error)
+            self.moved = time.monotonic()
+        self.draw()
+
+    def _look(self):
+        """Look for the sky, if it can be another one now, and hear what is said of it."""
+        needs = self._what_sky_needs()
+        prepared, settings, known = self.prepared, self.settings, self.reduced.sky
+        same = needs == self.looked
+
+        def work():
+            sky = known if same else find_sky(prepared, settings)
+            judge(self.picture.planes, prepared, settings, sky)
+            return sky
+
+        def keep(sky):
+            self.looked = needs
+            self.reduced = replace(self.reduced, sky=sky)
+
+        self._start(work, keep, self.status if same else "looking for the sky", looking=True)
+
+    def _what_sky_needs(self):
+        return self.settings.smoothing, self.settings.auto, self.prepared.used.tobytes()
+
+    # --- From the view to what is shown, run, and written ---
+
+    def _prepare(self):
+        """Return what the fit would see of the view before the sky is known, and the settings."""
+        settings = self.view.settings.resolved()
+        drawn = self.view.drawn[..., None]
+        weight = self.reduced.user_mask
+        if np.isfinite(drawn).any():
+            weight = np.where(np.isnan(drawn), 1 if weight is None else weight, drawn)
+        prepared = replace(self.reduced, user_mask=weight)
+        stretch = self.stretches[settings.delinearization_quantile]
+        return prepare_again(prepared, self.picture.planes, stretch, settings), settings
+
+    def draw(self) -> None:
+        """Draw all from the view, and from what is known of it."""
+        settings = self.settings
+        shown = self.view.shown
+        prepared = thinned(with_sky(self.prepared, settings, self.reduced.sky))
+        for artist in self.extras:
+            artist.remove()
+        always = set(self.axes.get_children())
+        if shown == "picture":
+            areas = left_out(prepared, settings)
+            self.image.set_data(striped(prepared, areas))
+            add_legend(self.axes, areas, 5)
+            title = "the picture as the fit would see it, and what is left out"
+        else:
+            pictures = before_model_after(prepared, self._sky(), settings.correction)
+            picture = pictures[VIEWS.index(shown)]
+            self.image.set_data(to_bytes(prepared.stretch.apply(picture)))
+            title = f"the {shown}, same stretch"
+            title += "" if self._result() else " (the sky that was found, not trained yet)"
+        if shown == "model":
+            draw_contours(self.axes, picture.mean(-1), prepared.full_shape)
+        self.axes.set_title(title)
+        self.extras = set(self.axes.get_children()) - always
+
+        quantile = settings.delinearization_quantile
+        thresholds = settings.threshold_min, settings.threshold_max
+        smoothing = self.view.settings.smoothing
+        rung = list(self.stretches).index(quantile)
+        self._set("-dq", rung, f"{quantile:g}")
+        self._set("-tm, -tM", thresholds, "{:g}, {:g}".format(*thresholds))
+        rung = self.smoothings.index(smoothing)
+        self._set("smoothing", rung, "auto" if smoothing is None else f"{smoothing:g}")
+        self.checks.eventson = False
+        for k, wanted in enumerate((settings.auto, settings.correction == "divide")):
+            if self.checks.get_status()[k] != wanted:
+                self.checks.set_active(k)
+        self.checks.eventson = True
+        lines = [textwrap.fill(line, 62, subsequent_indent="  ") for line in self.said]
+        for text, words in zip(self.texts, (self.command(), "\n".join(lines), self.status)):
+            text.set_text(words)
+        self.figure.canvas.draw_idle()
+
+    def _set(self, name, value, words):
+        """Show a value with a slider, whose handler does not hear of it."""
+        slider = self.sliders[name]
+        slider.eventson = False
+        slider.set_val(value)
+        slider.eventson = True
+        slider.valtext.set_text(words)
+
+    def words_on(self, x: float, y: float) -> str:
+        """Say what is at a place of the picture: value and sky, in the picture's own unit."""
+        places = np.array([y, x]) + 0.5
+        cell = (places / self.settings.downscaling_factor).astype(int)
+        row, column = np.clip(cell, 0, np.array(self.prepared.used.shape) - 1)
+        sky = self._sky()(places / max(self.reduced.full_shape))
+        words = f"x {x:.0f}, y {y:.0f}"
+        for name, values in (("value", self.reduced.linear[row, column]), ("sky", sky)):
+            unit = self.picture.unit
+            each = map("{:.5g}".format, values * unit.scale + unit.offset)
+            words += f"   {name} {' '.join(each)}"
+        return words
+
+    def _result(self):
+        """Return what training gave with just these settings and this drawing, or None."""
+        if self.trained is None:
+            return None
+        view, result = self.trained
+        same = view.settings == self.view.settings and view.drawn is self.view.drawn
+        return result if same else None
+
+    def _sky(self):
+        """Return the linear sky as a function of frame coordinates, trained if it is."""
+        result = self._result()
+        return linear_sky(result.prepared, result.fit) if result else self.reduced.sky.surface
+
+    def _full_mask(self, view):
+        """Return the mask of a view at full size, (1 or c, h, w), or None."""
+        if np.isnan(view.drawn).all():
+            return self.mask
+        drawn = replace(self.reduced, weight=view.drawn[..., None])
+        drawn = full_mask(drawn, view.settings)
+        return np.where(np.isnan(drawn), 1 if self.mask is None else self.mask, drawn)
+
+    def _task(self, view, mask):
+        """Return the task of the command that does what the view asks for."""
+        words = dict(preview=False, save_mask=False, animate=False, mask=mask)
+        options = argparse.Namespace(**{**vars(self.options), **words})
+        _check_folder(options)
+        return _make_task(*options.input_file, options, view.settings, None)
+
+    def mask_path(self, view: View) -> str | None:
+        """Return the path of the mask file of a view: the one given, or one that is free."""
+        if np.isnan(view.drawn).all():
+            return self.options.mask
+        if self.written is not None and self.written[0] is view.drawn:
+            return self.written[1]
+        path, = self.options.input_file
+        ending = FORMATS[self.options.format or picture_format(path) or "xisf"].ending
+        start = os.path.join(self.options.output_path, picture_stem(path) + "_mask")
+        names = (f"{start}{count}{ending}" for count in ["", *range(2, 1000)])
+        return next(name for name in names if not os.path.exists(name))
+
+    def write_mask(self, view: View) -> str | None:
+        """Write the mask of a view, if one was drawn; returns its path, or that of the given."""
+        path = self.mask_path(view)
+        if path != self.options.mask and not os.path.exists(path):
+            task = self._task(view, self.options.mask)
+            lines = [f"bgoptimizer {VERSION}: a mask drawn by hand, 1 = sky"]
+            rows = rows_of(self.picture.source)
+            with atomic_outputs(path) as (file,):
+                write = FORMATS[task.format].write
+                write(file, self._full_mask(view), rows, lines, task.compress, Unit())
+            self.written = view.drawn, path
+        return path
+
+    def command(self) -> str:
+        """Return the command that does what the window shows."""
+        return command_line(self.options, self.view.settings, self.mask_path(self.view))
+
+
+def work_in_window(task: Task, options: argparse.Namespace, settings: Settings,
+                   interrupts: _Interrupts) -> None:
+    """Open the preview window on one picture, until it is closed; then write the drawn mask."""
+    import matplotlib
+    picture = _read_input(task)
+    mask = _read_mask(task.mask_file)
+    no_keys = {name: [] for name in matplotlib.rcParams if name.startswith("keymap.")}
+    with drawing_style(), matplotlib.rc_context(no_keys):
+        from matplotlib import pyplot
+        figure = pyplot.figure(task.title, WINDOW_SIZE)
+        window = PreviewWindow(figure, options, settings, picture, mask)
+
+        def tick():
+            window.tick()
+            if interrupts.asked:
+                pyplot.close(figure)
+
+        timer = figure.canvas.new_timer(TICK)
+        timer.add_callback(tick)
+        timer.start()
+        interrupts.patient = True  # a toolkit would print a traceback, and go on
+        pyplot.show()
+        interrupts.patient = False
+    window.pool.shutdown()
+    path = window.write_mask(window.view)
+    if path != options.mask:
+        logger.info(f"the mask that was drawn: {path}")
+    logger.info(f"this command does it:\n{window.command()}")
+    del figure, window, timer, tick
+    gc.collect()  # as in `display_kind`
+    interrupts.check()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -7479,6 +7895,11 @@ def _jobs_that_fit(jobs: int, pictures: list[str]) -> int:
 # Command line
 # --------------------------------------------------------------------------------------------------
 
+FLAGS = ("-dx", "-df", "-dq", "-N", "-O", "-tm", "-tM", "-i", "-e", "-a", "-B", "-lr",
+         "--smoothing", "--correction", "--auto", "--seed")
+"""Flags of the fields of Settings, in their order."""
+
+
 class _Parser(argparse.ArgumentParser):
     """An argument parser that says what is wrong in one line."""
 
@@ -7521,7 +7942,8 @@ def build_parser() -> argparse.ArgumentParser:
              "brighter. A lower one stretches more; raise it if the preview shows blown out sky "
              f"(default: {DEFAULT_QUANTILE}, with --auto {AUTO_QUANTILE})")
     add("-p", "--preview", action="store_true",
-        help="show stretch, mask and histograms; fit nothing and write no model (default: off)")
+        help="show stretch and mask: in a window to try settings and draw a mask in, without a "
+             "display as a picture that is saved (default: off)")
     add("-N", dest="points", metavar="N", type=int,
         help="number of control points that the fit trains; --smoothing decides how stiff the "
              f"surface is (default: {DEFAULT_POINTS}, with --auto {AUTO_POINTS})")
@@ -7615,6 +8037,26 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Settings]:
     return options, settings
 
 
+def command_line(options: argparse.Namespace, settings: Settings, mask: str | None) -> str:
+    """Return the command that does one picture with these settings and this mask file."""
+    program = sys.argv[0]
+    words = [sys.executable, program] if program.endswith(".py") else [os.path.basename(program)]
+    words += options.input_file
+    if options.output_path != ".":
+        words.append(options.output_path)
+    usual = vars(Settings())
+    for flag, (name, value) in zip(FLAGS, vars(settings).items()):
+        if value != usual[name]:
+            words += [flag] if value is True else [flag, str(value)]
+    if mask is not None:
+        words += ["-m", mask]
+    if options.format is not None:
+        words += ["--format", options.format]
+    if options.compress:
+        words.append("-c")
+    return shlex.join(words)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code. Every failure is one line on stderr."""
     interrupts = _Interrupts()
@@ -7679,6 +8121,9 @@ def _run_one(options: argparse.Namespace, settings: Settings, interrupts: _Inter
     started = time.perf_counter()
     place = _place_for_figure(options)
     task = _make_task(*options.input_file, options, settings, place)
+    if options.preview and place == "window":
+        work_in_window(task, options, settings, interrupts)
+        return
     _check_folder(options)
     if options.preview:
         preview_file(task)

@@ -12,6 +12,8 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 from PIL import Image
 
 HERE = Path(__file__).resolve().parent
@@ -37,6 +39,7 @@ def main(folder=make_demo.DEMO.parent):
         preview = results / "demo_preview.png"
         run(demo, results, "--preview")
         keep_small(preview, folder / "preview.png")
+        window(demo, folder / "window.png")
         run(demo, results, "--preview", "--auto")
         keep_small(preview, folder / "preview_auto.png")
         # With --auto the start is so good that little moves.
@@ -57,9 +60,24 @@ def main(folder=make_demo.DEMO.parent):
 def run(*words):
     """Run the command, with its pictures saved."""
     arguments = [str(word) for word in words]
-    code = bgoptimizer.main([*arguments, "--figures", "save", "--quiet"])
+    code = bgoptimizer.main([*arguments, "--figures", "save"])
     if code:
         raise SystemExit("make_pictures.py: error: the tool failed; see above")
+
+
+def window(source, target):
+    """Draw the preview window as it opens, without a display."""
+    options, settings = bgoptimizer._parse([str(source), "--preview"])
+    bgoptimizer.logger.setLevel("INFO")  # all that is said stands in the window
+    with bgoptimizer.drawing_style():
+        figure = FigureCanvasAgg(Figure(bgoptimizer.WINDOW_SIZE)).figure
+        picture = bgoptimizer.read_picture(source)
+        opened = bgoptimizer.PreviewWindow(figure, options, settings, picture, None)
+        opened.command = "bgoptimizer.py demo.xisf".format
+        opened.draw()
+        figure.savefig(target)
+    opened.pool.shutdown()
+    keep_small(target, target)
 
 
 def keep_small(source, target):

@@ -6,9 +6,12 @@ import types
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
+from matplotlib.figure import Figure
+from matplotlib.text import Text
 from PIL import Image
 
 from bgoptimizer import (
+    OVERLAYS,
     Settings,
     animation_frames,
     blown_out,
@@ -20,6 +23,7 @@ from bgoptimizer import (
     prepare,
     shares,
     start_positions,
+    striped,
 )
 from runner import FAST, command, python, quick, refused, run
 from scenes import make_scene, save, sloping_sky, to_planes
@@ -244,6 +248,40 @@ def test_names_that_are_formulas_or_cannot_be_printed_do_no_harm(folder):
         done = command(name, "-p", "-dq", "1", cwd=folder, env=ascii_only)
         assert done.returncode == 0, done.stderr
         assert done.stderr == ""
+
+
+def test_the_figure_repeats_the_warnings_and_shows_what_was_called_sky(folder, monkeypatch):
+    texts = []
+
+    def keep(draw, where, path):
+        figure = Figure((13.6, 7.6))
+        draw(figure)
+        words = figure.findobj(Text)
+        texts.extend(text.get_text() for text in words)
+
+    monkeypatch.setattr("bgoptimizer.put_picture", keep)
+    image, _ = sloping_sky(channels=1)
+    image[:60] = 0
+    save(folder / "sky.xisf", image)
+    assert run("sky.xisf", *FAST, "--figures", "save", "-tM", "0.25") == 0
+    said = "\n".join(texts)
+    assert "warning: " in said
+    assert "missing (" in said
+    assert "left out by -tm, -tM (" in said
+
+
+def test_stripes_tell_reasons_apart_without_colors():
+    image, _ = sloping_sky(160, 160, 1)
+    prepared, settings = examine(to_planes(image), quick())
+    nowhere = np.zeros(prepared.used.shape, bool)
+    grays = []
+    for reason, (ink, _, _) in OVERLAYS.items():
+        areas = {**dict.fromkeys(OVERLAYS, nowhere), reason: ~nowhere}
+        shown = striped(prepared, areas)[40:-40, 40:-40]  # (h, w, 3) without its edge
+        color = [int(ink[k:k + 2], 16) for k in (1, 3, 5)]
+        marked = (shown == color).all(-1)
+        grays.append(marked.tobytes())
+    assert len(set(grays)) == len(OVERLAYS)
 
 
 # ----------------------------------------------------------------------------- without a display

@@ -1,0 +1,251 @@
+"""The preview window: what its handlers do, without a display, and that its command does the same."""
+import shlex
+import time
+
+import numpy as np
+import pytest
+from matplotlib.backend_bases import KeyEvent
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from numpy.testing import assert_array_equal
+
+import bgoptimizer
+from bgoptimizer import FLAGS, WINDOW_SIZE, PreviewWindow, build_parser, drawing_style, fields
+from runner import FAST, run
+from scenes import load, save, sloping_sky
+
+SQUARE = [(40, 40), (120, 40), (120, 100), (40, 100)]  # x and y, full size
+
+
+@pytest.fixture
+def opened(folder, monkeypatch):
+    """Open a window on a picture with flags of the command line."""
+    windows = []
+
+    def open_window(*flags, channels=3, name="sky.xisf"):
+        image, _ = sloping_sky(160, 240, channels)
+        save(folder / name, image)
+        options, settings = bgoptimizer._parse([name, "out", "-p", *flags])
+        mask = bgoptimizer._read_mask(options.mask)
+        picture = bgoptimizer.read_picture(name)
+        with drawing_style():
+            figure = FigureCanvasAgg(Figure(WINDOW_SIZE)).figure
+            windows.append(PreviewWindow(figure, options, settings, picture, mask))
+        return windows[-1]
+
+    monkeypatch.setattr(bgoptimizer, "LOOK_AFTER", 0)
+    yield open_window
+    for window in windows:
+        window.stop()
+        window.pool.shutdown()
+
+
+def press(window, *keys):
+    for key in keys:
+        window.keys[key]()
+
+
+def wait(window):
+    """Let the thread end what it does."""
+    window.tick()
+    deadline = time.monotonic() + 300
+    while window.job is not None and time.monotonic() < deadline:
+        time.sleep(0.01)
+        window.tick()
+    assert window.job is None
+
+
+def shown(window):
+    return np.array(window.image.get_array())
+
+
+def test_a_slider_changes_the_stretch_the_picture_and_the_command(opened):
+    window = opened("-dx", "4", "-dq", "0.97")
+    before = shown(window)
+    window.sliders["-dq"].set_val(0)
+    assert window.view.settings.delinearization_quantile == 0.5
+    assert (shown(window) != before).any()
+    assert "-dq 0.5" in window.command()
+    press(window, "right")
+    assert "-dq 0.7" in window.command()
+    assert window.sliders["-dq"].valtext.get_text() == "0.7"
+
+
+def test_thresholds_and_smoothing_follow_slider_and_keys(opened):
+    window = opened("-dx", "4", "--smoothing", "3")
+    window.sliders["-tm, -tM"].set_val((0.05, 0.5))
+    press(window, "down", "]", "+")
+    settings = window.view.settings
+    assert (settings.threshold_min, settings.threshold_max) == (0.051, 0.49)
+    assert settings.smoothing == 10
+    wait(window)
+    assert window.reduced.sky.smoothing == 10  # looked for anew
+    press(window, *["-"] * 20)
+    assert window.view.settings.smoothing is None
+
+
+def test_a_smoothing_of_0_is_a_rung(opened):
+    window = opened("-dx", "4", "--smoothing", "0")
+    assert window.sliders["smoothing"].val == 1
+    assert "--smoothing 0" in window.command()
+
+
+def test_what_leaves_no_sky_is_refused_in_words(opened):
+    window = opened("-dx", "4")
+    window.change(threshold_max=-1.0)
+    assert "-tM must be" in window.status
+    assert window.view.settings.threshold_max == 1
+    window.draw_around([(-9, -9), (999, -9), (999, 999), (-9, 999)])
+    assert "every pixel is masked" in window.status
+    assert np.isnan(window.view.drawn).all()
+
+
+def test_check_boxes_and_their_keys(opened):
+    window = opened("-dx", "4")
+    window.checks.set_active(0)
+    assert window.view.settings.auto
+    assert window.settings.delinearization_quantile == 0.999  # as the command line has it
+    press(window, "d")
+    assert all(window.checks.get_status())
+    assert "--correction divide" in window.command()
+    press(window, "a", "d")
+    assert "--" not in window.command()
+
+
+def test_blinking_shows_picture_model_and_result(opened):
+    window = opened("-dx", "4")
+    seen = [shown(window)]
+    for _ in range(3):
+        press(window, " ")
+        seen.append(shown(window))
+    assert_array_equal(seen[0], seen[3])
+    model, result = seen[1], seen[2]
+    assert np.ptp(model.mean((0, 2))) > 5 * np.ptp(np.median(result, (0, 2)))
+
+
+@pytest.mark.parametrize("unit", [1, 1000])
+def test_the_cursor_tells_place_value_and_sky_in_the_pictures_unit(opened, unit):
+    window = opened("-dx", "4", channels=1)
+    window.picture = bgoptimizer.replace(
+        window.picture, unit=window.picture.unit._replace(scale=unit))
+    words = window.words_on(100.2, 50.4).split()
+    assert words[:4] == ["x", "100,", "y", "50"]
+    value, sky = float(words[5]), float(words[7])
+    assert value == pytest.approx(unit * window.reduced.linear[12, 25, 0], rel=1e-4)
+    assert sky == pytest.approx(value, rel=0.05)
+
+
+def test_what_is_drawn_is_left_out_given_back_and_undone(opened):
+    window = opened("-dx", "4")
+    wait(window)
+    used = window.prepared.used
+    window.draw_around(SQUARE)
+    assert not window.prepared.used[12:24, 12:28].any()
+    assert window.prepared.used[:9].all()
+    window.shift = True
+    window.draw_around([(40, 40), (80, 40), (80, 100), (40, 100)])
+    assert window.prepared.used[12:24, 12:18].all()
+    window.draw_around([(40, 40), (40, 40)])  # a click draws nothing
+    assert len(window.before) == 2
+    press(window, "z", "z", "z")
+    assert_array_equal(window.prepared.used, used)
+    assert "-m" not in window.command()
+
+
+def test_giving_back_what_auto_left_out_makes_its_mask_the_users_own(opened):
+    window = opened("-dx", "4", "--auto", "-tM", "0.99")
+    sky = window.reduced.sky
+    window.reduced = bgoptimizer.replace(
+        window.reduced, sky=bgoptimizer.replace(sky, shows_sky=sky.centers[..., 1] > 0.5))
+    window.shift = True
+    window.draw_around(SQUARE)
+    settings = window.view.settings
+    assert not settings.auto
+    assert settings.delinearization_quantile == 0.999
+    used = window.prepared.used
+    assert used[12:24, 12:28].all()  # given back
+    assert not used[:8, :24].any()  # as --auto had it
+
+
+def test_training_shows_the_result_and_writing_writes_what_the_command_writes(opened, folder):
+    window = opened(*FAST, "--compress")
+    window.draw_around(SQUARE)
+    press(window, "w")
+    wait(window)  # for the fit, then for the files
+    wait(window)
+    assert window.view.shown == "result"
+    names = ["sky_bgModel.xisf", "sky_bgSubtracted.xisf", "sky_mask.xisf"]
+    assert sorted(path.name for path in (folder / "out").iterdir()) == names
+    written = [load(folder / "out" / name) for name in names]
+    words = shlex.split(window.command())
+    start = words.index("sky.xisf")
+    words[start + 1] = "again"
+    assert run(*words[start:]) == 0
+    again = [load(folder / "again" / name) for name in names[:2]]
+    for one, other in zip(written, again):
+        assert one.tobytes() == other.tobytes()
+    mask = written[2][..., 0]
+    assert not mask[48:96, 48:112].any()
+
+
+def test_the_fit_stops_when_asked_to(opened):
+    window = opened("-dx", "4", "-e", "100000")
+    press(window, "t")
+    while "epoch" not in window.status:
+        time.sleep(0.01)
+        window.tick()
+    press(window, "escape")
+    wait(window)
+    assert window.trained is None
+    assert not list(bgoptimizer.Path().glob("out/*"))
+
+
+def test_nothing_is_written_unless_asked_and_no_mask_is_overwritten(opened, folder):
+    (folder / "out").mkdir()
+    window = opened("-dx", "4")
+    assert window.write_mask(window.view) is None
+    (folder / "out/sky_mask.xisf").write_text("of another day")
+    window.draw_around(SQUARE)
+    assert window.write_mask(window.view).endswith("sky_mask2.xisf")
+    assert window.write_mask(window.view).endswith("sky_mask2.xisf")
+    assert (folder / "out/sky_mask.xisf").read_text() == "of another day"
+    assert len(list((folder / "out").iterdir())) == 2
+
+
+def test_a_mask_that_was_given_is_drawn_on(opened, folder):
+    mask = np.ones((160, 240, 1), np.float32)
+    mask[:, :80] = 0
+    save(folder / "given.xisf", mask)
+    window = opened("-dx", "4", "-m", "given.xisf")
+    assert "-m given.xisf" in window.command()
+    window.draw_around([(160, 40), (200, 40), (200, 100), (160, 100)])
+    path = window.write_mask(window.view)
+    assert f"-m {path}" in window.command()
+    drawn = load(path)[..., 0]
+    assert not drawn[:, :80].any()
+    assert not drawn[48:96, 164:196].any()
+    assert drawn[:36, 80:].all()
+
+
+def test_copying_without_a_clipboard_is_told(opened):
+    window = opened("-dx", "4")
+    press(window, "c")
+    assert "printed" in window.status
+
+
+def test_keys_reach_their_handlers_as_events(opened):
+    window = opened("-dx", "4")
+    canvas = window.figure.canvas
+    for key in ("a", "unknown"):
+        canvas.callbacks.process("key_press_event", KeyEvent("key_press_event", canvas, key))
+    assert window.view.settings.auto
+
+
+def test_the_command_knows_all_settings():
+    options = vars(build_parser().parse_args(["a.xisf"]))
+    assert len(FLAGS) == len(fields(bgoptimizer.Settings))
+    for flag, field in zip(FLAGS, fields(bgoptimizer.Settings)):
+        value = [] if flag == "--auto" else {
+            "-df": ["mean"], "-i": ["grid"], "--correction": ["divide"]}.get(flag, ["1"])
+        given = vars(build_parser().parse_args(["a.xisf", flag, *value]))
+        assert [name for name in given if given[name] != options[name]] in ([field.name], [])
