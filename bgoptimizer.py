@@ -5006,6 +5006,10 @@ LEAST_COVERED = 1 / 3
 LEAST_EXPLAINED = 0.35
 """A reference that explains less of the picture's structure beside the sky is not used."""
 
+STRUCTURE = 0.1
+"""Nothing can be explained if the variance of the structure is less than this part of that of the
+noise."""
+
 STAR_DETAIL = 5.0
 """A star of the reference stands so many sigma above its surroundings."""
 
@@ -5076,8 +5080,8 @@ class _Match(NamedTuple):
     found: np.ndarray  # (m, c) coefficients of the sky
     gains: np.ndarray  # (k, c) in the units of the cells
     step: np.ndarray  # (c,) by which the reference's level differs from its sky
-    loss: float  # see `_Candidate`
-    explained: float  # share of the structure beside such a sky
+    residual: np.ndarray  # (n, c) of the cells that were looked at, in the units of the cells
+    explained: float  # share of the structure beside such a sky, and beyond noise
 
 
 def read_reference(path: str, picture: Picture, factor: int) -> Reference:
@@ -5256,33 +5260,40 @@ def look_with_reference(scene: _Scene, before: _Explanation, sure: bool, referen
     if share < LEAST_COVERED:
         return before, Shared(f"covers only {share:.0%} of the picture", False)
     light = np.where(covered[..., None], light, 0)
+    grain = _cell_noise(light, covered)  # (h, w, k)
     lone = scene.texture.rough & ~scene.texture.dense
-    stars = _stars(light, covered) | scipy.ndimage.binary_dilation(lone)
+    stars = _stars(light / grain, covered) | scipy.ndimage.binary_dilation(lone)
     seen = covered & ~stars
-    shift = _shift(cells, light, covered)
+    shift = _shift(cells, light / grain, covered)
     if shift:
         pixels = shift * cells.size
         return before, Shared(f"lies {pixels:.0f} reduced pixels beside the picture", False)
     outside = before.best.sky & ~covered & sure
-    matches = [_match(scene.surfaces, light, seen, outside, smoothing) for smoothing in smoothings]
-    losses = np.array([match.loss for match in matches])
+    matches = [
+        _match(scene.surfaces, light, grain, seen, outside, smoothing) for smoothing in smoothings]
+    # The reference's noise counts alike for all, or a sky that takes the objects in would win
+    most = np.max([match.gains for match in matches], 0)
+    noise = np.sqrt(cells.noise**2 + grain**2 @ most**2)[seen | outside]  # (n, c)
+    distances = [np.sqrt(((match.residual / noise)**2).mean(-1)) for match in matches]
+    losses = np.array([np.log1p(distance).mean() for distance in distances])
     best = matches[int((losses <= losses.min() + MATCH_ENOUGH).argmax())]
     objects = light @ best.gains  # (h, w, c)
     gains = best.gains * cells.scale / unit[:, None]
-    verdict = f"covers {share:.0%} of the picture and explains {best.explained:.0%} of its structure"
+    verdict = (f"covers {share:.0%} of the picture and explains {best.explained:.0%} of its "
+               "structure")
     if best.explained < LEAST_EXPLAINED:
         return before, Shared(verdict, False, gains)
     if sure and _unlike_sky(before, objects, seen) < SKY_CONFIRMED:
         verdict += ", but shows no object in the sky that was found without it"
         return before, Shared(verdict, False, gains, confirms=True)
     objects = objects + np.where(covered[..., None], best.step, 0)
-    noise = np.sqrt(cells.noise**2 + _cell_noise(light, covered)**2 @ best.gains**2)
+    noise = np.sqrt(cells.noise**2 + grain**2 @ best.gains**2)
     sky = seen | outside
     surfaces = _of_values(scene.surfaces, cells.values - objects, noise, sky).dearer(~sky)
     nowhere = np.zeros_like(sky)
     candidates = [
-        _Candidate(match.smoothing, match.found, sky, nowhere, match.loss, match.loss)
-        for match in matches if match.explained > best.explained / 2]
+        _Candidate(match.smoothing, match.found, sky, nowhere, loss, loss)
+        for match, loss in zip(matches, losses) if match.explained > best.explained / 2]
     distance = np.sqrt((surfaces.excess(best.found)**2).mean(-1))  # (h, w)
     loss = np.log1p(distance[sky]).mean()
     chosen = _Candidate(best.smoothing, best.found, sky, nowhere, loss, loss)
@@ -5316,22 +5327,21 @@ def _cells_of_light(light: np.ndarray, cells: _Cells) -> tuple[np.ndarray, np.nd
 
 
 def _stars(light: np.ndarray, covered: np.ndarray) -> np.ndarray:
-    """Return the cells of a reference (h, w, k) that its stars light, (h, w) bool."""
-    detail = light - _smooth_slope(light, ROUGH_SCALE, covered)
-    detail = (detail / _cell_noise(light, covered)).max(-1)
+    """Return the cells that its stars light, (h, w) bool, of a reference (h, w, k) in sigma."""
+    detail = (light - _smooth_slope(light, ROUGH_SCALE, covered)).max(-1)
     bright = covered & (detail > STAR_DETAIL)
     density = scipy.ndimage.uniform_filter(bright.astype(float), STAR_WINDOW)
     return scipy.ndimage.binary_dilation(bright & (density < STAR_SPARSE), iterations=STAR_WINGS)
 
 
-def _match(surfaces: _Surfaces, light: np.ndarray, seen: np.ndarray, outside: np.ndarray,
-           smoothing: float) -> _Match:
+def _match(surfaces: _Surfaces, light: np.ndarray, grain: np.ndarray, seen: np.ndarray,
+           outside: np.ndarray, smoothing: float) -> _Match:
     """Fit a sky and the light of the reference to the picture together.
 
     A cell that neither explains, for something has moved or is saturated, hardly counts.
 
     Args:
-        light: (h, w, k) of the reference.
+        light, grain: (h, w, k) of the reference, and its noise.
         seen: (h, w) bool, cells in which both are compared.
         outside: (h, w) bool, cells of sky that the reference does not cover.
         smoothing: of the sky.
@@ -5346,7 +5356,7 @@ def _match(surfaces: _Surfaces, light: np.ndarray, seen: np.ndarray, outside: np
     sky = np.concatenate([surfaces.matrix[used, :count], covers], 1)  # (n, m + 1)
     shared = light.reshape(-1, light.shape[-1])[used] * covers  # (n, k)
     values = surfaces.values[used]
-    grain = _cell_noise(light, seen).reshape(-1, light.shape[-1])[used]
+    grain = grain.reshape(-1, light.shape[-1])[used]
     trust = 1 / (cells.noise**2).mean(-1).ravel()[used]
     weight = trust
     for _ in range(MATCH_ROUNDS):
@@ -5367,9 +5377,12 @@ def _match(surfaces: _Surfaces, light: np.ndarray, seen: np.ndarray, outside: np
         limit = HUBER_LIMIT * HUBER_DEVIATION * max(np.median(distance), 1e-9)
         weight = trust * np.minimum(1, limit / np.maximum(distance, 1e-9))**2
     alone = values - sky @ of_picture
-    explained = 1 - (residual**2 * share).sum() / max((alone**2 * share).sum(), 1e-30)
-    loss = np.log1p(distance).mean()
-    return _Match(smoothing, found[:count], gains, found[count], loss, max(explained, 0.0))
+    noise = cells.noise.reshape(-1, values.shape[1])[used]**2 + grain**2 @ gains**2
+    total = ((alone**2 - noise) * share).sum()
+    left = max(0.0, ((residual**2 - noise) * share).sum())
+    seen_at_all = total > STRUCTURE * (noise * share).sum()
+    explained = max(0.0, 1 - left / total) if seen_at_all else 0.0
+    return _Match(smoothing, found[:count], gains, found[count], residual, explained)
 
 
 def _not_negative(gram: np.ndarray, right: np.ndarray) -> np.ndarray:
@@ -5408,24 +5421,24 @@ def _unlike_sky(before: _Explanation, objects: np.ndarray, seen: np.ndarray) -> 
 
 
 def _shift(cells: _Cells, light: np.ndarray, covered: np.ndarray) -> float:
-    """Return by how many cells a reference (h, w, k) lies beside the picture; 0 if it fits."""
-    def detail(values, noise):
-        rest = (values - _smooth_slope(values, SHIFT_VIEW, covered)) / noise
+    """Return by how many cells a reference lies beside the picture; 0 if it fits.
+
+    Args:
+        light: (h, w, k) in sigma.
+    """
+    def detail(values):
+        rest = values - _smooth_slope(values, SHIFT_VIEW, covered)
         return np.where(covered, np.clip(rest, -STAR_DETAIL, STAR_DETAIL).mean(-1), 0)
 
-    ours = detail(cells.values, cells.noise)
-    theirs = detail(light, _cell_noise(light, covered))
+    ours = detail(cells.values / cells.noise)
+    theirs = detail(light)
     agreement = scipy.signal.fftconvolve(ours, theirs[::-1, ::-1], "same")
-    middle = np.array(np.shape(ours)) // 2 - 1 + np.array(np.shape(ours)) % 2
-    most = int(SHIFT_MOST * cells.longer)
-    around = np.indices(ours.shape) - middle[:, None, None]
-    distance = np.hypot(*around)
-    agreement[distance > most] = -np.inf
+    middle = (np.array(ours.shape) - 1) // 2
+    distance = np.hypot(*(np.indices(ours.shape) - middle[:, None, None]))
+    agreement[distance > SHIFT_MOST * cells.longer] = -np.inf
     place = np.unravel_index(agreement.argmax(), ours.shape)
     here = agreement[distance < 2].max()
-    if agreement[place] > SHIFT_CLEAR * max(here, 0):
-        return float(distance[place])
-    return 0.0
+    return float(distance[place]) if agreement[place] > SHIFT_CLEAR * max(here, 0) else 0.0
 
 
 # --------------------------------------------------------------------------------------------------
@@ -7613,7 +7626,7 @@ def _facts_of_reference(prepared: Prepared) -> list[str]:
     """Return lines that tell what reference was given, and what became of it."""
     reference = prepared.reference
     if reference is None:
-        return ["reference = None"]
+        return []
     lines = [f"reference = {reference.name}, SHA-256 {reference.checksum}"]
     shared = prepared.sky.shared
     if shared is not None:
@@ -8236,8 +8249,8 @@ def build_parser() -> argparse.ArgumentParser:
         help="find objects and leave them out; flags given by hand stay in force (default: off)")
     add("--reference", metavar="FILE",
         help="another picture of the region in XISF, FITS or TIFF, whose sky is flat or gentler; "
-             "it tells nebula from glow. It is laid on the picture by plate solutions, or stars "
-             "(implies --auto; default: none)")
+             "it tells nebula from glow. It is laid on the picture by plate solutions, or stars, "
+             "and implies --auto (default: none)")
     add("--smoothing", type=_number_or_auto, metavar="{auto,NUMBER}",
         help="stiffness of the surface: 10000 is a plane, 1000 a plane with a bowl, 0.001 follows "
              "all that is smooth (default: auto, found from the picture)")
