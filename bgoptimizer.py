@@ -5033,11 +5033,9 @@ SKY_CONFIRMED = 0.007
 """Where the sky was found without the reference, the objects' light in that may differ from a bowl
 by this part of the sky's range, rms. Then that sky stays."""
 
-CONFIRMED_VIEW = 3.0
-"""Cells: that light is looked at in Gaussian means of this width."""
-
-SHIFT_VIEW = 3.0
-"""Cells: what differs from a smooth mean of this width tells whether both lie in the same place."""
+REFERENCE_VIEW = 3.0
+"""Cells: that light is looked at in Gaussian means of this width. What differs from such a mean
+tells whether both lie in the same place."""
 
 SHIFT_MOST = 0.1
 """A reference that is shifted by up to this part of the longer side is recognized."""
@@ -5175,10 +5173,10 @@ def _by_solutions(ours, theirs, height: int, their_height: int, places: np.ndarr
     longitude, latitude = ours.all_pix2world(column, height - 1 - row, 0)
     x, y = theirs.all_world2pix(longitude, latitude, 0, quiet=True)
     # The other half of the celestial sphere is projected on the same plane
-    away = np.cos(np.deg2rad(theirs.wcs.crval[1])) * np.cos(np.deg2rad(latitude))
-    away = away * np.cos(np.deg2rad(longitude - theirs.wcs.crval[0]))
-    away += np.sin(np.deg2rad(theirs.wcs.crval[1])) * np.sin(np.deg2rad(latitude))
-    return np.where(away > 0, (their_height - 1 - y, x), np.nan)
+    turned, tilted = np.deg2rad((longitude - theirs.wcs.crval[0], latitude))
+    center = np.deg2rad(theirs.wcs.crval[1])
+    near = np.cos(center) * np.cos(tilted) * np.cos(turned) + np.sin(center) * np.sin(tilted)
+    return np.where(near > 0, (their_height - 1 - y, x), np.nan)
 
 
 def _by_stars(planes: np.ndarray, others: np.ndarray, path: str) -> Callable:
@@ -5211,30 +5209,30 @@ def lay_on_blocks(planes: np.ndarray, there: Callable, shape: tuple[int, int],
     Returns:
         (ceil(height / factor), ceil(width / factor), k), NaN where it shows nothing.
     """
-    longer = max(shape)
-    spacing = max(factor, longer / REFERENCE_NODES)
-    nodes = [np.linspace(0, side - 1, max(2, math.ceil(side / spacing))) for side in shape]
-    looked_up = there(_grid(*nodes).reshape(-1, 2).T)  # (2, nodes)
-    looked_up = looked_up.reshape(2, len(nodes[0]), len(nodes[1]))
-    pitch = [(side - 1) / (len(line) - 1) for side, line in zip(shape, nodes)]  # pixels
-    apart = np.hypot(*np.diff(looked_up, axis=2))
-    apart = apart[np.isfinite(apart)] / pitch[1] * factor / REFERENCE_SAMPLES
-    side = max(1, int(np.median(apart) + 1e-6)) if apart.size else 1
+    def sampled(image, places):
+        return scipy.ndimage.map_coordinates(image, places, order=1, mode="nearest")
+
+    spacing = max(factor, max(shape) / REFERENCE_NODES)
+    counts = [max(2, math.ceil(side / spacing)) for side in shape]
+    row, column = [np.linspace(0, side - 1, count) for side, count in zip(shape, counts)]
+    looked_up = there(_grid(row, column).reshape(-1, 2).T).reshape(2, *counts)
+    apart = np.hypot(*np.diff(looked_up, axis=2)) / column[1]  # pixels there for one here
+    apart = apart[np.isfinite(apart)]
+    side = 1
+    if apart.size:  # they overlap
+        spacing = np.median(apart) * factor / REFERENCE_SAMPLES
+        side = max(1, int(spacing + 1e-6))
     means = [reduce_plane(plane, side, "mean") for plane in planes]
+    last = np.array(means[0].shape)[:, None, None] - 0.5
     offsets = (np.arange(REFERENCE_SAMPLES) + 0.5) / REFERENCE_SAMPLES * factor - 0.5
     rows, columns = [np.arange(0, length, factor) for length in shape]
     total = 0.0
     for down, right in itertools.product(offsets, repeat=2):
-        places = np.meshgrid((rows + down) / pitch[0], (columns + right) / pitch[1], indexing="ij")
-        places = [
-            scipy.ndimage.map_coordinates(line, places, order=1, mode="nearest")
-            for line in looked_up]
-        places = (np.array(places) + 0.5) / side - 0.5
-        last = np.array(means[0].shape)[:, None, None] - 0.5
+        nodes = np.meshgrid((rows + down) / row[1], (columns + right) / column[1], indexing="ij")
+        places = np.stack([sampled(line, nodes) for line in looked_up])
+        places = (places + 0.5) / side - 0.5
         inside = ((-0.5 <= places) & (places <= last)).all(0)  # not so where NaN
-        samples = np.stack([
-            scipy.ndimage.map_coordinates(plane, places, order=1, mode="nearest")
-            for plane in means], -1)
+        samples = np.stack([sampled(plane, places) for plane in means], -1)
         total = total + np.where(inside[..., None], samples, np.nan)
     return total / REFERENCE_SAMPLES**2
 
@@ -5268,37 +5266,61 @@ def look_with_reference(scene: _Scene, before: _Explanation, sure: bool, referen
     if shift:
         pixels = shift * cells.size
         return before, Shared(f"lies {pixels:.0f} reduced pixels beside the picture", False)
+    if seen.sum() < FEWEST_USABLE:
+        return before, Shared("shows next to nothing but stars", False)
     outside = before.best.sky & ~covered & sure
     matches = [
         _match(scene.surfaces, light, grain, seen, outside, smoothing) for smoothing in smoothings]
-    # The reference's noise counts alike for all, or a sky that takes the objects in would win
-    most = np.max([match.gains for match in matches], 0)
-    noise = np.sqrt(cells.noise**2 + grain**2 @ most**2)[seen | outside]  # (n, c)
-    distances = [np.sqrt(((match.residual / noise)**2).mean(-1)) for match in matches]
-    losses = np.array([np.log1p(distance).mean() for distance in distances])
-    best = matches[int((losses <= losses.min() + MATCH_ENOUGH).argmax())]
-    objects = light @ best.gains  # (h, w, c)
+    best, losses = _stiffest(matches, cells.noise, grain, seen | outside)
     gains = best.gains * cells.scale / unit[:, None]
     verdict = (f"covers {share:.0%} of the picture and explains {best.explained:.0%} of its "
                "structure")
     if best.explained < LEAST_EXPLAINED:
         return before, Shared(verdict, False, gains)
+    objects = light @ best.gains  # (h, w, c)
     if sure and _unlike_sky(before, objects, seen) < SKY_CONFIRMED:
         verdict += ", but shows no object in the sky that was found without it"
         return before, Shared(verdict, False, gains, confirms=True)
-    objects = objects + np.where(covered[..., None], best.step, 0)
-    noise = np.sqrt(cells.noise**2 + grain**2 @ best.gains**2)
+
     sky = seen | outside
-    surfaces = _of_values(scene.surfaces, cells.values - objects, noise, sky).dearer(~sky)
+    values = cells.values - objects - np.where(covered[..., None], best.step, 0)
+    noise = np.sqrt(cells.noise**2 + grain**2 @ best.gains**2)
+    surfaces = _of_values(scene.surfaces, values, noise, sky).dearer(~sky)
     nowhere = np.zeros_like(sky)
+
+    def candidate(match, loss):
+        return _Candidate(match.smoothing, match.found, sky, nowhere, loss, loss)
+
     candidates = [
-        _Candidate(match.smoothing, match.found, sky, nowhere, loss, loss)
-        for match, loss in zip(matches, losses) if match.explained > best.explained / 2]
+        candidate(match, loss) for match, loss in zip(matches, losses)
+        if match.explained > best.explained / 2]
     distance = np.sqrt((surfaces.excess(best.found)**2).mean(-1))  # (h, w)
-    loss = np.log1p(distance[sky]).mean()
-    chosen = _Candidate(best.smoothing, best.found, sky, nowhere, loss, loss)
-    found = _Objects(nowhere, nowhere, np.zeros(sky.shape), sky)
-    return _Explanation(surfaces, found, candidates, chosen), Shared(verdict, True, gains)
+    chosen = candidate(best, np.log1p(distance[sky]).mean())
+    no_objects = _Objects(nowhere, nowhere, np.zeros(sky.shape), sky)
+    explanation = _Explanation(surfaces, no_objects, candidates, chosen)
+    return explanation, Shared(verdict, True, gains)
+
+
+def _stiffest(matches: list[_Match], noise: np.ndarray, grain: np.ndarray,
+              sky: np.ndarray) -> tuple[_Match, np.ndarray]:
+    """Return the stiffest match whose loss is close to that of the best one, and all losses.
+
+    The reference's noise counts alike for all. Otherwise a sky that takes the objects in would win,
+    for it needs no reference.
+
+    Args:
+        noise, grain: (h, w, c) and (h, w, k) of the picture and of the reference.
+        sky: (h, w) bool, the cells that were looked at.
+    """
+    gains = np.max([match.gains for match in matches], 0)
+    noise = np.sqrt(noise**2 + grain**2 @ gains**2)[sky]  # (n, c)
+    losses = []
+    for match in matches:
+        distance = np.sqrt(((match.residual / noise)**2).mean(-1))
+        losses.append(np.log1p(distance).mean())
+    losses = np.array(losses)
+    good = losses <= losses.min() + MATCH_ENOUGH
+    return matches[int(good.argmax())], losses
 
 
 def tell_of_reference(reference: Reference, shared: Shared) -> None:
@@ -5415,7 +5437,7 @@ def _unlike_sky(before: _Explanation, objects: np.ndarray, seen: np.ndarray) -> 
         return math.inf
     surfaces = _of_values(before.surfaces, objects, cells.noise, sky)
     bowl = surfaces.surface(surfaces.fit(sky, np.zeros_like(sky), WITH_BOWL))
-    rest = _smooth(objects - bowl, CONFIRMED_VIEW, sky)[sky]  # (n, c)
+    rest = _smooth(objects - bowl, REFERENCE_VIEW, sky)[sky]  # (n, c)
     span = _span(before.surfaces.surface(before.best.found)[cells.usable], (99, 1))
     return float(np.sqrt(np.mean((rest / np.maximum(span, 1e-9))**2)))
 
@@ -5427,7 +5449,7 @@ def _shift(cells: _Cells, light: np.ndarray, covered: np.ndarray) -> float:
         light: (h, w, k) in sigma.
     """
     def detail(values):
-        rest = values - _smooth_slope(values, SHIFT_VIEW, covered)
+        rest = values - _smooth_slope(values, REFERENCE_VIEW, covered)
         return np.where(covered, np.clip(rest, -STAR_DETAIL, STAR_DETAIL).mean(-1), 0)
 
     ours = detail(cells.values / cells.noise)
