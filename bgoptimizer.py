@@ -5003,7 +5003,7 @@ REFERENCE_NODES = 64
 LEAST_COVERED = 1 / 3
 """A reference that covers less of the picture is not used: the sky beside it would be a guess."""
 
-LEAST_EXPLAINED = 0.35
+LEAST_EXPLAINED = 0.5
 """A reference that explains less of the picture's structure beside the sky is not used."""
 
 STRUCTURE = 0.1
