@@ -31,6 +31,8 @@ examples:
   bgoptimizer.py m31.fits out --format tiff FITS and TIFF too; m31_bgModel.tif ...
   bgoptimizer.py m31.xisf out --auto --save-mask --animate
                                             also the mask, to edit, and a GIF
+  bgoptimizer.py m31.xisf out --reference survey.fits
+                                            another picture tells nebula from glow
   bgoptimizer.py lights out --auto          all pictures of a folder, and a report
   bgoptimizer.py "lights/*.fit" out --jobs 4 --skip-done
                                             in 4 processes, without those done
@@ -2265,7 +2267,10 @@ def _temporary(path):
                               "or choose another folder (if it runs no more, "
                               f"delete {other})")
         for aside in glob.glob(f"{glob.escape(start)}-*.old"):
-            _remove(aside)
+            if os.path.exists(path):
+                _remove(aside)
+            else:  # a run was killed between two names
+                os.rename(aside, path)
         yield file
 
 
@@ -2731,6 +2736,7 @@ class Prepared:
     rim: np.ndarray | None = None  # (h, w) bool: darker than the picture by a step; see `find_rim`
     close_up: np.ndarray | None = None  # as `linear`, but reduced less: what is drawn if small
     black: float = 0.0  # the linear value that no light at all would give
+    reference: Reference | None = None  # another picture of the region
     sky: Sky | None = None  # as it was found; None if it could not be looked for
 
     @property
@@ -4732,6 +4738,7 @@ class Sky:
     doubt: float  # by which part of its range the sky is uncertain, rms; NaN if it is too small
     unsure: str  # why the sky cannot be known, in words; empty if it can
     why: str  # this smoothing, in words
+    shared: Shared | None = None  # what it has in common with a reference, if one was given
 
     def at(self, cells: np.ndarray, places: np.ndarray) -> np.ndarray:
         """Return what cells (h, w) hold at places in the frame, (..., 2): (...)."""
@@ -4761,13 +4768,24 @@ def find_sky(prepared: Prepared, settings: Settings) -> Sky:
         scene = _Scene(cells, _Surfaces(cells, prepared.full_shape), texture, nothing)
         smoothings = (max(smoothings[0], SMALL_SMOOTHING),)
     explanation = _look_for_sky(scene, cells.usable, smoothings)
-    surfaces, objects, _, best = explanation
     doubt = math.nan if cells.too_small else _doubt(explanation)
     unsure = "it is too small"
     if not cells.too_small:
         unsure = _judge(explanation, scene.texture, doubt)
+    shared = None
+    if prepared.reference is not None and not cells.too_small:
+        explanation, shared = look_with_reference(
+            scene, explanation, not unsure, prepared.reference, smoothings)
+        if shared.used:
+            seen = explanation.surfaces.cells.usable
+            doubt = _doubt(explanation)
+            texture = scene.texture._replace(rough=scene.texture.rough & seen)
+            unsure = _judge(explanation, texture, doubt)
+    surfaces, objects, _, best = explanation
+    total = cells.usable.sum()
+    cells = surfaces.cells  # with a reference, without the light of objects
 
-    share = objects.sky.sum() / cells.usable.sum()
+    share = objects.sky.sum() / total
     smoothing = best.smoothing
     why = "given by hand"
     if settings.smoothing is None:
@@ -4795,12 +4813,13 @@ def find_sky(prepared: Prepared, settings: Settings) -> Sky:
         spread=max(float(_deviation(residual)), 1e-9),
         cost=cost,
         density=np.sqrt(1 + np.minimum(smooth_bending / typical, DENSEST)),
-        share=best.sky.sum() / cells.usable.sum(),
+        share=best.sky.sum() / total,
         found_smoothing=best.smoothing,
         smoothing=smoothing,
         doubt=doubt,
         unsure=unsure,
         why=why,
+        shared=shared,
     )
 
 
@@ -4813,6 +4832,492 @@ def _bending(surface: np.ndarray, longer: int) -> np.ndarray:
         return np.zeros(surface.shape[:2])
     squares = [(_curvatures(channel)**2).sum(0) for channel in np.moveaxis(surface, -1, 0)]
     return np.sqrt(np.mean(squares, 0)) * longer**2
+
+
+# --------------------------------------------------------------------------------------------------
+# Reference: another picture of the region, which tells objects from sky
+#
+# It may have another scale, rotation, exposure, and other colors, but its own sky is flat, or at
+# least gentler. Its light, with a gain for each pair of channels, and the surface of a sky are
+# fitted to the picture together:
+#
+#   picture[c] = sky[c] + sum over k of gains[k, c] * reference[k],  gains >= 0
+#
+# Structure finer than the sky decides the gains, so the smooth part of the objects is known, too.
+# Stars are left out: their light is spread differently in the two. What stays unknown is the
+# reference's own gradient, times the gain: it is taken for a part of the sky.
+#
+# In the shapes below, (h, w) are cells, c is the number of the picture's channels, and k that of
+# the reference's.
+# --------------------------------------------------------------------------------------------------
+
+REFERENCE_SAMPLES = 2
+"""Samples of the reference along a side of a block. Each is a mean over what lies between them."""
+
+REFERENCE_NODES = 64
+"""Along the longer side, so many places are looked up in plate solutions."""
+
+LEAST_COVERED = 1 / 3
+"""A reference that covers less of the picture is not used: the sky beside it would be a guess."""
+
+LEAST_EXPLAINED = 0.5
+"""A reference that explains less of the picture's structure beside the sky is not used."""
+
+STRUCTURE = 0.1
+"""Nothing can be explained if the variance of the structure is less than this part of that of the
+noise."""
+
+STAR_DETAIL = 5.0
+"""A star of the reference stands so many sigma above its surroundings."""
+
+STAR_WINDOW = 5
+"""Cells along a side of the window in which such cells are counted..."""
+
+STAR_SPARSE = 0.6
+"""... and if they are more than this part of it, they are an object."""
+
+STAR_WINGS = 2
+"""Cells about such a star that are left out as well."""
+
+MATCH_ROUNDS = 6
+"""Rounds of fitting, with the weights that the last fit suggests."""
+
+MATCH_ENOUGH = 0.075
+"""The stiffest sky whose loss is this close to the best one wins. A flexible sky takes what the two
+pictures share, and a little of what they do not."""
+
+SKY_CONFIRMED = 0.007
+"""Where the sky was found without the reference, the objects' light in that may differ from a bowl
+by this part of the sky's range, rms. Then that sky stays."""
+
+REFERENCE_VIEW = 3.0
+"""Cells: that light is looked at in Gaussian means of this width. What differs from such a mean
+tells whether both lie in the same place."""
+
+SHIFT_MOST = 0.1
+"""A reference that is shifted by up to this part of the longer side is recognized."""
+
+SHIFT_CLEAR = 1.15
+"""It is shifted if the two agree so many times as well elsewhere."""
+
+PROJECTIONS = {
+    "Gnomonic": "TAN", "Stereographic": "STG", "PlateCarree": "CAR", "Mercator": "MER",
+    "HammerAitoff": "AIT", "ZenithalEqualArea": "ZEA", "Orthographic": "SIN"}
+"""Projections in PixInsight's words and in those of FITS."""
+
+SOLUTION = "PCL:AstrometricSolution:"
+"""How the properties of a plate solution begin in XISF."""
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Another picture of the region, as it lies on the reduced frame of the picture."""
+
+    name: str
+    checksum: str  # SHA-256 of its file
+    light: np.ndarray  # (rows, columns, k) means over the blocks, NaN where it shows nothing
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What a picture and its reference share, and whether the sky was found by it."""
+
+    verdict: str  # in words that go on from the reference's name
+    used: bool
+    gains: np.ndarray | None = None  # (k, c) linear light for one unit of the reference's
+    confirms: bool = False  # that what was found without it is sky
+
+
+class _Match(NamedTuple):
+    """A sky, and the reference's light, that explain the picture together."""
+
+    smoothing: float
+    found: np.ndarray  # (m, c) coefficients of the sky
+    gains: np.ndarray  # (k, c) in the units of the cells
+    step: np.ndarray  # (c,) by which the reference's level differs from its sky
+    residual: np.ndarray  # (n, c) of the cells that were looked at, in the units of the cells
+    explained: float  # share of the structure beside such a sky, and beyond noise
+
+
+def read_reference(path: str, picture: Picture, factor: int) -> Reference:
+    """Read a reference, and lay it on a picture.
+
+    Where it lies is told by plate solutions, if both have one. Otherwise a reference of the same
+    size lies pixel on pixel, and for others `astroalign` compares the stars.
+
+    Args:
+        path: of the reference.
+        picture: as it was read.
+        factor: side of a block of the picture's pixels.
+
+    Raises:
+        BgError: it cannot be read, or nothing tells where it lies.
+    """
+    other = read_picture(path)
+    planes = other.planes
+    height, width = picture.planes.shape[1:]
+    ours = plate_solution(picture.source, height)
+    theirs = plate_solution(other.source, planes.shape[1])
+    if ours is not None and theirs is not None:
+        there = functools.partial(_by_solutions, ours, theirs, height, planes.shape[1])
+    elif planes.shape[1:] == (height, width):
+        there = np.array  # pixel on pixel
+    else:
+        there = _by_stars(picture.planes, planes, path)
+    light = lay_on_blocks(planes, there, (height, width), factor)
+    checksum = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    return Reference(os.path.basename(path), checksum, light)
+
+
+def plate_solution(source: Any, height: int):
+    """Return the plate solution of a file as astropy's WCS, None without one.
+
+    Args:
+        source: what `read_picture` gave.
+        height: rows of the picture. In the solution, row 0 is the lowest.
+    """
+    from astropy.io import fits
+    from astropy.wcs import WCS
+    with warnings.catch_warnings(), suppress(Exception):  # damaged ones are none
+        warnings.simplefilter("ignore")
+        cards, _ = _shared_metadata(source, height)
+        solution = WCS(fits.Header.fromstring("".join(cards)), naxis=2)
+        if solution.has_celestial:
+            return solution
+        if isinstance(source, Source):
+            return WCS(_solution_of_xisf(source, height))
+    return None
+
+
+def _solution_of_xisf(source: Source, height: int) -> dict:
+    """Return PixInsight's properties of a plate solution as FITS keywords.
+
+    There, rows are counted from the top, and the corner of the first pixel is 0, 0.
+    """
+    properties = {part.get("id"): part for part in source.root.iter("Property")}
+
+    def numbers(name):
+        part = properties[SOLUTION + name]
+        location = part.get("location")
+        stored = source.blocks.get(location)
+        if stored is None:
+            stored = base64.b64decode(part.text)
+        return np.frombuffer(stored, ">f8" if part.get("byteOrder") == "big" else "<f8")
+
+    x, y = numbers("ReferenceImageCoordinates")
+    matrix = numbers("LinearTransformationMatrix")
+    longitude, latitude = numbers("ReferenceCelestialCoordinates")
+    projection = properties[SOLUTION + "ProjectionSystem"]
+    code = PROJECTIONS[projection.text or projection.get("value")]
+    return {
+        "CTYPE1": f"RA---{code}", "CTYPE2": f"DEC--{code}",
+        "CRVAL1": longitude, "CRVAL2": latitude,
+        "CRPIX1": x + 0.5, "CRPIX2": height - y + 0.5,
+        "CD1_1": matrix[0], "CD1_2": -matrix[1], "CD2_1": matrix[2], "CD2_2": -matrix[3],
+    }
+
+
+def _by_solutions(ours, theirs, height: int, their_height: int, places: np.ndarray) -> np.ndarray:
+    """Return where places of the picture lie in the reference, by their plate solutions.
+
+    Args:
+        places: (2, n) rows and columns; the center of the first pixel is 0, 0.
+
+    Returns:
+        (2, n), NaN where the reference's solution does not reach.
+    """
+    row, column = places
+    longitude, latitude = ours.all_pix2world(column, height - 1 - row, 0)
+    x, y = theirs.all_world2pix(longitude, latitude, 0, quiet=True)
+    # The other half of the celestial sphere is projected on the same plane
+    turned, tilted = np.deg2rad((longitude - theirs.wcs.crval[0], latitude))
+    center = np.deg2rad(theirs.wcs.crval[1])
+    near = np.cos(center) * np.cos(tilted) * np.cos(turned) + np.sin(center) * np.sin(tilted)
+    return np.where(near > 0, (their_height - 1 - y, x), np.nan)
+
+
+def _by_stars(planes: np.ndarray, others: np.ndarray, path: str) -> Callable:
+    """Return a function as `_by_solutions` that compares stars."""
+    try:
+        import astroalign
+    except ImportError:
+        raise BgError(f"nothing tells where {path} lies: it has another size, and not both have a "
+                      "plate solution; solve both, or let their stars be compared after: "
+                      "python -m pip install astroalign") from None
+    images = [np.nan_to_num(image.mean(0)).astype(float) for image in (planes, others)]
+    try:
+        turned, _ = astroalign.find_transform(*images)
+    except Exception as error:  # it raises several kinds
+        raise BgError(f"no stars in {path} match those of the picture ({error}); solve both, or "
+                      "leave --reference out. Mirrored pictures do not match") from None
+    return lambda places: turned(places[::-1].T).T[::-1]
+
+
+def lay_on_blocks(planes: np.ndarray, there: Callable, shape: tuple[int, int],
+                  factor: int) -> np.ndarray:
+    """Return the means of a reference over the blocks of a picture.
+
+    Args:
+        planes: (k, rows, columns) of the reference.
+        there: (2, n) rows and columns in the picture -> the same in the reference.
+        shape: (height, width) of the picture.
+        factor: side of a block.
+
+    Returns:
+        (ceil(height / factor), ceil(width / factor), k), NaN where it shows nothing.
+    """
+    def sampled(image, places):
+        return scipy.ndimage.map_coordinates(image, places, order=1, mode="nearest")
+
+    spacing = max(factor, max(shape) / REFERENCE_NODES)
+    counts = [max(2, math.ceil(side / spacing)) for side in shape]
+    row, column = [np.linspace(0, side - 1, count) for side, count in zip(shape, counts)]
+    looked_up = there(_grid(row, column).reshape(-1, 2).T).reshape(2, *counts)
+    apart = np.hypot(*np.diff(looked_up, axis=2)) / column[1]  # pixels there for one here
+    apart = apart[np.isfinite(apart)]
+    side = 1
+    if apart.size:  # they overlap
+        spacing = np.median(apart) * factor / REFERENCE_SAMPLES
+        side = max(1, int(spacing + 1e-6))
+    means = [reduce_plane(plane, side, "mean") for plane in planes]
+    last = np.array(means[0].shape)[:, None, None] - 0.5
+    offsets = (np.arange(REFERENCE_SAMPLES) + 0.5) / REFERENCE_SAMPLES * factor - 0.5
+    rows, columns = [np.arange(0, length, factor) for length in shape]
+    total = 0.0
+    for down, right in itertools.product(offsets, repeat=2):
+        nodes = np.meshgrid((rows + down) / row[1], (columns + right) / column[1], indexing="ij")
+        places = np.stack([sampled(line, nodes) for line in looked_up])
+        places = (places + 0.5) / side - 0.5
+        inside = ((-0.5 <= places) & (places <= last)).all(0)  # not so where NaN
+        samples = np.stack([sampled(plane, places) for plane in means], -1)
+        total = total + np.where(inside[..., None], samples, np.nan)
+    return total / REFERENCE_SAMPLES**2
+
+
+def look_with_reference(scene: _Scene, before: _Explanation, sure: bool, reference: Reference,
+                        smoothings: Sequence[float]) -> tuple[_Explanation, Shared]:
+    """Explain the picture as sky and light of the reference, if that fits.
+
+    Args:
+        scene: the picture.
+        before: how it was explained without the reference.
+        sure: whether the sky could be told from objects so.
+        reference: of the same frame.
+        smoothings: to choose from, the stiffest first.
+
+    Returns:
+        The explanation, which is the one before if the reference is not used.
+    """
+    cells = scene.cells
+    light, unit = _cells_of_light(reference.light, cells)  # (h, w, k), (k,)
+    covered = cells.usable & np.isfinite(light).all(-1)
+    share = covered.sum() / cells.usable.sum()
+    if share < LEAST_COVERED:
+        return before, Shared(f"covers only {share:.0%} of the picture", False)
+    light = np.where(covered[..., None], light, 0)
+    grain = _cell_noise(light, covered)  # (h, w, k)
+    lone = scene.texture.rough & ~scene.texture.dense
+    stars = _stars(light / grain, covered) | scipy.ndimage.binary_dilation(lone)
+    seen = covered & ~stars
+    shift = _shift(cells, light / grain, covered)
+    if shift:
+        pixels = shift * cells.size
+        return before, Shared(f"lies {pixels:.0f} reduced pixels beside the picture", False)
+    if seen.sum() < FEWEST_USABLE:
+        return before, Shared("shows next to nothing but stars", False)
+    outside = before.best.sky & ~covered & sure
+    matches = [
+        _match(scene.surfaces, light, grain, seen, outside, smoothing) for smoothing in smoothings]
+    best, losses = _stiffest(matches, cells.noise, grain, seen | outside)
+    gains = best.gains * cells.scale / unit[:, None]
+    verdict = (f"covers {share:.0%} of the picture and explains {best.explained:.0%} of its "
+               "structure")
+    if best.explained < LEAST_EXPLAINED:
+        return before, Shared(verdict, False, gains)
+    objects = light @ best.gains  # (h, w, c)
+    if sure and _unlike_sky(before, objects, seen) < SKY_CONFIRMED:
+        verdict += ", but shows no object in the sky that was found without it"
+        return before, Shared(verdict, False, gains, confirms=True)
+
+    sky = seen | outside
+    values = cells.values - objects - np.where(covered[..., None], best.step, 0)
+    noise = np.sqrt(cells.noise**2 + grain**2 @ best.gains**2)
+    surfaces = _of_values(scene.surfaces, values, noise, sky).dearer(~sky)
+    nowhere = np.zeros_like(sky)
+
+    def candidate(match, loss):
+        return _Candidate(match.smoothing, match.found, sky, nowhere, loss, loss)
+
+    candidates = [
+        candidate(match, loss) for match, loss in zip(matches, losses)
+        if match.explained > best.explained / 2]
+    distance = np.sqrt((surfaces.excess(best.found)**2).mean(-1))  # (h, w)
+    chosen = candidate(best, np.log1p(distance[sky]).mean())
+    no_objects = _Objects(nowhere, nowhere, np.zeros(sky.shape), sky)
+    explanation = _Explanation(surfaces, no_objects, candidates, chosen)
+    return explanation, Shared(verdict, True, gains)
+
+
+def _stiffest(matches: list[_Match], noise: np.ndarray, grain: np.ndarray,
+              sky: np.ndarray) -> tuple[_Match, np.ndarray]:
+    """Return the stiffest match whose loss is close to that of the best one, and all losses.
+
+    The reference's noise counts alike for all. Otherwise a sky that takes the objects in would win,
+    for it needs no reference.
+
+    Args:
+        noise, grain: (h, w, c) and (h, w, k) of the picture and of the reference.
+        sky: (h, w) bool, the cells that were looked at.
+    """
+    gains = np.max([match.gains for match in matches], 0)
+    noise = np.sqrt(noise**2 + grain**2 @ gains**2)[sky]  # (n, c)
+    losses = []
+    for match in matches:
+        distance = np.sqrt(((match.residual / noise)**2).mean(-1))
+        losses.append(np.log1p(distance).mean())
+    losses = np.array(losses)
+    good = losses <= losses.min() + MATCH_ENOUGH
+    return matches[int(good.argmax())], losses
+
+
+def tell_of_reference(reference: Reference, shared: Shared) -> None:
+    """Log what became of a reference; that it does not fit is a warning."""
+    text = f"reference {reference.name}: it {shared.verdict}"
+    if shared.used:
+        logger.info(text)
+    elif shared.confirms:
+        logger.info(f"{text}, and the sky stays")
+    else:
+        logger.warning(f"{text}; it is left out. Give a picture of this region through a similar "
+                       "filter, with a plate solution")
+
+
+def _cells_of_light(light: np.ndarray, cells: _Cells) -> tuple[np.ndarray, np.ndarray]:
+    """Return a reference on the cells (h, w, k), above its darkest part, and its unit (k,)."""
+    planes = np.moveaxis(light, -1, 0)
+    light = np.stack([reduce_plane(plane, cells.size, "mean") for plane in planes], -1)
+    light = light.astype(float)
+    there = light[cells.usable & np.isfinite(light).all(-1)]  # (n, k)
+    if not there.size:
+        return light, np.ones(light.shape[-1])
+    dark, bright = np.percentile(there, (1, 99), axis=0)
+    unit = np.maximum(bright - dark, 1e-12)
+    return (light - dark) / unit, unit
+
+
+def _stars(light: np.ndarray, covered: np.ndarray) -> np.ndarray:
+    """Return the cells that its stars light, (h, w) bool, of a reference (h, w, k) in sigma."""
+    detail = (light - _smooth_slope(light, ROUGH_SCALE, covered)).max(-1)
+    bright = covered & (detail > STAR_DETAIL)
+    density = scipy.ndimage.uniform_filter(bright.astype(float), STAR_WINDOW)
+    return scipy.ndimage.binary_dilation(bright & (density < STAR_SPARSE), iterations=STAR_WINGS)
+
+
+def _match(surfaces: _Surfaces, light: np.ndarray, grain: np.ndarray, seen: np.ndarray,
+           outside: np.ndarray, smoothing: float) -> _Match:
+    """Fit a sky and the light of the reference to the picture together.
+
+    A cell that neither explains, for something has moved or is saturated, hardly counts.
+
+    Args:
+        light, grain: (h, w, k) of the reference, and its noise.
+        seen: (h, w) bool, cells in which both are compared.
+        outside: (h, w) bool, cells of sky that the reference does not cover.
+        smoothing: of the sky.
+    """
+    cells = surfaces.cells
+    count = int((smoothing * STIFFNESS_UNIT * surfaces.bends < STIFF_MODE).sum())
+    energy = np.zeros((count + 1, count + 1))
+    energy[:count, :count] = surfaces._energy(smoothing, count)
+    energy[count, count] = 1e-6 if outside.any() else 1e6  # of the step
+    used = np.flatnonzero(seen | outside)
+    covers = seen.ravel()[used, None]
+    sky = np.concatenate([surfaces.matrix[used, :count], covers], 1)  # (n, m + 1)
+    shared = light.reshape(-1, light.shape[-1])[used] * covers  # (n, k)
+    values = surfaces.values[used]
+    grain = grain.reshape(-1, light.shape[-1])[used]
+    trust = 1 / (cells.noise**2).mean(-1).ravel()[used]
+    weight = trust
+    for _ in range(MATCH_ROUNDS):
+        share = (weight / weight.sum())[:, None]
+        weighted = (sky * share).T
+        both = np.concatenate([shared, values], 1)
+        parts = np.linalg.solve(weighted @ sky + energy, weighted @ both)  # (m + 1, k + c)
+        of_light, of_picture = np.split(parts, [shared.shape[1]], 1)
+        # What the sky does not explain of either
+        gram = (shared * share).T @ shared - weighted.dot(shared).T @ of_light
+        right = (shared * share).T @ values - weighted.dot(shared).T @ of_picture
+        # The reference's noise would make its gains too small
+        gram -= np.diag(np.minimum((grain**2 * share).sum(0), np.diag(gram) / 2))
+        gains = _not_negative(gram, right)
+        found = of_picture - of_light @ gains
+        residual = values - sky @ found - shared @ gains
+        distance = np.sqrt((residual**2 * trust[:, None]).mean(1))
+        limit = HUBER_LIMIT * HUBER_DEVIATION * max(np.median(distance), 1e-9)
+        weight = trust * np.minimum(1, limit / np.maximum(distance, 1e-9))**2
+    alone = values - sky @ of_picture
+    noise = cells.noise.reshape(-1, values.shape[1])[used]**2 + grain**2 @ gains**2
+    total = ((alone**2 - noise) * share).sum()
+    left = max(0.0, ((residual**2 - noise) * share).sum())
+    seen_at_all = total > STRUCTURE * (noise * share).sum()
+    explained = max(0.0, 1 - left / total) if seen_at_all else 0.0
+    return _Match(smoothing, found[:count], gains, found[count], residual, explained)
+
+
+def _not_negative(gram: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """Solve gram (k, k) @ gains = right (k, c) with gains >= 0, by least squares."""
+    heights, vectors = np.linalg.eigh(gram)
+    heights = np.maximum(heights, 1e-6 * max(heights.max(), 1e-12))
+    root = np.sqrt(heights)[:, None] * vectors.T
+    aim = vectors.T @ right / np.sqrt(heights)[:, None]
+    return np.stack([scipy.optimize.nnls(root, column)[0] for column in aim.T], -1)
+
+
+def _of_values(surfaces: _Surfaces, values: np.ndarray, noise: np.ndarray,
+               usable: np.ndarray) -> _Surfaces:
+    """Return the same surfaces for other values (h, w, c) of the cells."""
+    other = copy.copy(surfaces)
+    other.cells = replace(surfaces.cells, values=values, noise=noise, usable=usable)
+    other.values = values.reshape(surfaces.values.shape).astype(np.float32)
+    return other
+
+
+def _unlike_sky(before: _Explanation, objects: np.ndarray, seen: np.ndarray) -> float:
+    """Tell how much of the objects' light (h, w, c) lies in the sky that was found without it.
+
+    Returns:
+        What differs from a plane with a bowl, the reference's own sky, over the range of the sky.
+    """
+    cells = before.surfaces.cells
+    sky = before.best.sky & seen
+    if sky.sum() < FEWEST_SKY:
+        return math.inf
+    surfaces = _of_values(before.surfaces, objects, cells.noise, sky)
+    bowl = surfaces.surface(surfaces.fit(sky, np.zeros_like(sky), WITH_BOWL))
+    rest = _smooth(objects - bowl, REFERENCE_VIEW, sky)[sky]  # (n, c)
+    span = _span(before.surfaces.surface(before.best.found)[cells.usable], (99, 1))
+    return float(np.sqrt(np.mean((rest / np.maximum(span, 1e-9))**2)))
+
+
+def _shift(cells: _Cells, light: np.ndarray, covered: np.ndarray) -> float:
+    """Return by how many cells a reference lies beside the picture; 0 if it fits.
+
+    Args:
+        light: (h, w, k) in sigma.
+    """
+    def detail(values):
+        rest = values - _smooth_slope(values, REFERENCE_VIEW, covered)
+        return np.where(covered, np.clip(rest, -STAR_DETAIL, STAR_DETAIL).mean(-1), 0)
+
+    ours = detail(cells.values / cells.noise)
+    theirs = detail(light)
+    agreement = scipy.signal.fftconvolve(ours, theirs[::-1, ::-1], "same")
+    middle = (np.array(ours.shape) - 1) // 2
+    distance = np.hypot(*(np.indices(ours.shape) - middle[:, None, None]))
+    agreement[distance > SHIFT_MOST * cells.longer] = -np.inf
+    place = np.unravel_index(agreement.argmax(), ours.shape)
+    here = agreement[distance < 2].max()
+    return float(distance[place]) if agreement[place] > SHIFT_CLEAR * max(here, 0) else 0.0
 
 
 # --------------------------------------------------------------------------------------------------
@@ -5645,7 +6150,8 @@ OBJECTS_SHARE = 0.2
 
 
 def examine(planes: np.ndarray, settings: Settings, mask: np.ndarray | None = None,
-            black: float = 0.0) -> tuple[Prepared, Settings]:
+            black: float = 0.0,
+            reference: Reference | None = None) -> tuple[Prepared, Settings]:
     """Do everything before the fit: stretch, reduce, mask, find the sky, and warn of what is odd.
 
     It needs no TensorFlow.
@@ -5653,6 +6159,7 @@ def examine(planes: np.ndarray, settings: Settings, mask: np.ndarray | None = No
     Args:
         planes, settings, mask: as for `prepare`.
         black: the sample that no light at all would give; it counts where the sky is divided out.
+        reference: another picture of the region, as `read_reference` gives it.
 
     Returns:
         What the fit sees, and the settings with the values that are used in place of every None.
@@ -5662,13 +6169,16 @@ def examine(planes: np.ndarray, settings: Settings, mask: np.ndarray | None = No
     """
     settings = settings.resolved()
     prepared = prepare(planes, settings, mask)
-    prepared = replace(prepared, black=black, close_up=close_up(planes, settings))
+    prepared = replace(
+        prepared, black=black, close_up=close_up(planes, settings), reference=reference)
     return judge(planes, prepared, settings, find_sky(prepared, settings))
 
 
 def judge(planes: np.ndarray, prepared: Prepared, settings: Settings,
           sky: Sky) -> tuple[Prepared, Settings]:
     """Do what `examine` does once the sky is found: tell of it, and mask what is none with auto."""
+    if sky.shared is not None:
+        tell_of_reference(prepared.reference, sky.shared)
     settings = replace(settings, smoothing=sky.smoothing)
     logger.info(f"sky: {100 * sky.share:.0f} % of the picture; "
                 f"smoothing {sky.smoothing:.3g} ({sky.why})")
@@ -5734,7 +6244,8 @@ class Result:
 
 
 def remove_sky(planes: np.ndarray, settings: Settings, mask: np.ndarray | None = None,
-               unit: Unit = Unit(), watched: ContextManager = nullcontext()) -> Result:
+               unit: Unit = Unit(), watched: ContextManager = nullcontext(),
+               reference: Reference | None = None) -> Result:
     """Find the sky of a picture, fit the surface, and take it out: the whole job on one picture.
 
     Args:
@@ -5744,12 +6255,13 @@ def remove_sky(planes: np.ndarray, settings: Settings, mask: np.ndarray | None =
         unit: the picture's own unit, for the offsets.
         watched: a context for the fit. It may give a function that is called after each epoch with
             its number, from 1, and its loss.
+        reference: as for `examine`.
 
     Raises:
         BgError: as `prepare`, `fit_surface`, and `take_out`.
     """
     black = -unit.offset / unit.scale
-    prepared, settings = examine(planes, settings, mask, black)
+    prepared, settings = examine(planes, settings, mask, black, reference)
     with watched as on_epoch:
         fit = fit_sky(prepared, settings, on_epoch)
     logger.info(f"{fit.stopped}; lowest loss {fit.history[:, 0].min():.4f}")
@@ -6562,6 +7074,7 @@ class Task:
 
     input_file: str
     mask_file: str | None
+    reference_file: str | None
     settings: Settings
     outputs: dict[str, str]  # "model", "subtracted", "mask" or "animation" -> its path
     figure: str  # path of the figure or the preview, if it is saved
@@ -6590,7 +7103,7 @@ def _make_task(path: str, options: argparse.Namespace, settings: Settings,
     Nobody shall wait for what cannot be saved: a BgError is raised if a file is not there, or would
     be overwritten.
     """
-    given = [path] if options.mask is None else [path, options.mask]
+    given = [name for name in (path, options.mask, options.reference) if name is not None]
     _check_given(given)
     name = options.format or picture_format(path) or "xisf"
     ending = FORMATS[name].ending
@@ -6607,7 +7120,9 @@ def _make_task(path: str, options: argparse.Namespace, settings: Settings,
     figure = f"{start}_preview.png" if options.preview else f"{start}_figures.png"
     for output in [*outputs.values(), figure]:
         _check_output(output, given)
-    return Task(path, options.mask, settings, outputs, figure, place, name, options.compress)
+    return Task(
+        path, options.mask, options.reference, settings, outputs, figure, place, name,
+        options.compress)
 
 
 def _check_given(paths: list[str]) -> None:
@@ -6667,7 +7182,9 @@ def process_file(task: Task, watched: ContextManager = nullcontext()) -> Result:
         _check_room(task, picture.planes)
         _start_importing()
         mask = _read_mask(task.mask_file)
-        result = remove_sky(picture.planes, task.settings, mask, picture.unit, watched)
+        reference = _read_reference(task, picture)
+        result = remove_sky(
+            picture.planes, task.settings, mask, picture.unit, watched, reference)
         _write_outputs(task, picture, result, files)
     _put_figure(task, draw_figures, result=result, said=said)
     return result
@@ -6678,7 +7195,8 @@ def preview_file(task: Task) -> None:
     with _heard() as said:
         picture = _read_input(task)
         mask = _read_mask(task.mask_file)
-        prepared, settings = examine(picture.planes, task.settings, mask)
+        reference = _read_reference(task, picture)
+        prepared, settings = examine(picture.planes, task.settings, mask, reference=reference)
     _put_figure(task, draw_preview, prepared=prepared, settings=settings, said=said)
 
 
@@ -6712,6 +7230,18 @@ def _read(path: str) -> Picture:
     return picture
 
 
+def _gains(shared: Shared) -> list[str]:
+    """Return a line for each channel of the picture that tells its gains, if they are known."""
+    if shared.gains is None:
+        return []
+    count = shared.gains.shape[1]
+    lines = []
+    for channel, gains in enumerate(shared.gains.T):
+        each = ", ".join(f"{gain:.4g}" for gain in gains)
+        lines.append(f"gains of the reference in {_channel_name(channel, count)} = {each}")
+    return lines
+
+
 def _read_mask(path):
     """Return the weights that a mask file gives, (c, h, w); None without a file."""
     if path is None:
@@ -6720,6 +7250,13 @@ def _read_mask(path):
     for text in picture.warnings:
         logger.warning(f"{path} {text}")
     return picture.planes
+
+
+def _read_reference(task: Task, picture: Picture) -> Reference | None:
+    """Read the reference of a task, and lay it on its picture."""
+    if task.reference_file is None:
+        return None
+    return read_reference(task.reference_file, picture, task.settings.downscaling_factor)
 
 
 def _check_room(task: Task, planes: np.ndarray) -> None:
@@ -6834,6 +7371,7 @@ def _history(task: Task, result: Result) -> list[str]:
     lines = [f"{name} = {value}" for name, value in vars(settings).items()]
     mask = None if task.mask_file is None else os.path.basename(task.mask_file)
     lines.append(f"mask = {mask}")
+    lines += _facts_of_reference(result.prepared)
     lines.append(f"control points used = {len(fit.positions)}")
     lines.append(fit.stopped)
     what = "offset" if settings.correction == "subtract" else "model's median"
@@ -6842,6 +7380,19 @@ def _history(task: Task, result: Result) -> list[str]:
     lines += _versions()
     lines = [f"bgoptimizer: {line}" for line in lines]
     return [f"bgoptimizer {VERSION}, {date}"] + lines
+
+
+def _facts_of_reference(prepared: Prepared) -> list[str]:
+    """Return lines that tell what reference was given, and what became of it."""
+    reference = prepared.reference
+    if reference is None:
+        return []
+    lines = [f"reference = {reference.name}, SHA-256 {reference.checksum}"]
+    shared = prepared.sky.shared
+    if shared is not None:
+        lines.append(f"the reference {shared.verdict}; {'used' if shared.used else 'not used'}")
+        lines += _gains(shared)
+    return lines
 
 
 def _versions() -> list[str]:
@@ -7033,7 +7584,7 @@ class PreviewWindow:
     """The window in which settings and a mask are tried."""
 
     def __init__(self, figure, options: argparse.Namespace, settings: Settings, picture: Picture,
-                 mask: np.ndarray | None):
+                 mask: np.ndarray | None, reference: Reference | None = None):
         """Look for the sky, and show it.
 
         Args:
@@ -7041,6 +7592,7 @@ class PreviewWindow:
             options, settings: of the command line.
             picture: as it was read.
             mask: (1 or c, h, w) weights of the mask file, or None.
+            reference: another picture of the region, laid on this one, or None.
         """
         self.figure = figure
         self.options = options
@@ -7048,7 +7600,7 @@ class PreviewWindow:
         self.mask = mask
         black = -picture.unit.offset / picture.unit.scale
         with _heard() as self.said:
-            self.reduced, resolved = examine(picture.planes, settings, mask, black)
+            self.reduced, resolved = examine(picture.planes, settings, mask, black, reference)
         quantiles = {*LADDER, resolved.delinearization_quantile}
         self.stretches, _ = measure_stretches(picture.planes, sorted(quantiles))
         self.smoothings = [None, *sorted({*SMOOTHINGS, settings.smoothing} - {None})]
@@ -7205,7 +7757,10 @@ class PreviewWindow:
 
         def work():
             planes = self.picture.planes.copy()
-            return remove_sky(planes, view.settings, mask, self.picture.unit, nullcontext(on_epoch))
+            watched = nullcontext(on_epoch)
+            reference = self.reduced.reference
+            return remove_sky(
+                planes, view.settings, mask, self.picture.unit, watched, reference)
 
         def keep(result):
             self.trained = view, result
@@ -7456,11 +8011,12 @@ def work_in_window(task: Task, options: argparse.Namespace, settings: Settings,
     import matplotlib
     picture = _read_input(task)
     mask = _read_mask(task.mask_file)
+    reference = _read_reference(task, picture)
     no_keys = {name: [] for name in matplotlib.rcParams if name.startswith("keymap.")}
     with drawing_style(), matplotlib.rc_context(no_keys):
         from matplotlib import pyplot
         figure = pyplot.figure(task.title, WINDOW_SIZE)
-        window = PreviewWindow(figure, options, settings, picture, mask)
+        window = PreviewWindow(figure, options, settings, picture, mask, reference)
 
         def tick():
             window.tick()
@@ -7601,6 +8157,7 @@ def run_many(options: argparse.Namespace, settings: Settings, interrupts: _Inter
     """
     started = time.perf_counter()
     pictures = find_pictures(options.input_file, options.mask)
+    pictures = [path for path in pictures if not _is_same(path, options.reference)]
     if options.preview:
         raise BgError(f"--preview shows one picture; name it, such as {pictures[0]}")
     if options.figures == "show":
@@ -7608,6 +8165,9 @@ def run_many(options: argparse.Namespace, settings: Settings, interrupts: _Inter
     if options.mask is not None:
         _check_given([options.mask])
         _read_mask(options.mask)  # so that a bad one is told once
+    if options.reference is not None:
+        _check_given([options.reference])
+        read_picture(options.reference)
     _check_folder(options)
     path = os.path.join(options.output_path, REPORT_NAME)
     _check_output(path, pictures)
@@ -7973,6 +8533,10 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("more").add_argument
     add("--auto", action="store_true",
         help="find objects and leave them out; flags given by hand stay in force (default: off)")
+    add("--reference", metavar="FILE",
+        help="another picture of the region in XISF, FITS or TIFF, whose sky is flat or gentler; "
+             "it tells nebula from glow. It is laid on the picture by plate solutions, or stars, "
+             "and implies --auto (default: none)")
     add("--smoothing", type=_number_or_auto, metavar="{auto,NUMBER}",
         help="stiffness of the surface: 10000 is a plane, 1000 a plane with a bowl, 0.001 follows "
              "all that is smooth (default: auto, found from the picture)")
@@ -8030,6 +8594,7 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Settings]:
                      "leave one of them out")
     if options.jobs is not None and options.jobs < 1:
         parser.error("--jobs must be 1 or more")
+    options.auto = options.auto or options.reference is not None
     try:
         settings = Settings(**{item.name: getattr(options, item.name) for item in fields(Settings)})
     except ValueError as error:
@@ -8050,6 +8615,8 @@ def command_line(options: argparse.Namespace, settings: Settings, mask: str | No
             words += [flag] if value is True else [flag, str(value)]
     if mask is not None:
         words += ["-m", mask]
+    if options.reference is not None:
+        words += ["--reference", options.reference]
     if options.format is not None:
         words += ["--format", options.format]
     if options.compress:
