@@ -3537,7 +3537,7 @@ STIFF_MODE = 10.0
 """Modes of the surface whose bending costs more than so many times their squared height are left
 out. They would keep 3 % of their height at most."""
 
-GLOW_LENGTHS = (0.015, 0.03, 0.06, 0.12)
+GLOW_LENGTHS = (0.02, 0.04, 0.08, 0.16)
 """Lengths over which a glow falls off, in units of the longer side."""
 
 GLOW_RATIOS = (0.6, 1.0, 1.6)
@@ -3552,6 +3552,10 @@ HUBER_LIMIT = 2.5
 HUBER_DEVIATION = 1.2
 """Deviation of the residuals over their median. It is 1.48 for one channel, and 1.13 for the rms of
 three."""
+
+CEILING_SIGMA = 2.0
+"""The sky may be above an object's light by so many sigma. Without this it would follow the low side
+of the noise."""
 
 CEILING_WEIGHT = 0.5
 """Weight of "the sky is not above the picture" under an object, beside 1 for a cell of sky."""
@@ -3683,7 +3687,7 @@ class _Surfaces:
                 distance = np.sqrt((excess[seen]**2).mean(-1))
                 limit = HUBER_LIMIT * max(1.0, HUBER_DEVIATION * np.median(distance))
                 weight = self.inverse[seen] * np.minimum(1, limit / np.maximum(distance, 1e-9))
-                pierced = excess[below] < 0
+                pierced = excess[below] < -CEILING_SIGMA
             root = np.sqrt(weight)[:, None]
             rows = matrix * root
             gram = rows.T @ rows  # of one matrix: BLAS computes half of it
@@ -3930,15 +3934,12 @@ PIXEL_NOISE = 15
 GLOW_REACH = 0.3
 """A glow is compared with the picture this part of the longer side away."""
 
-GLOW_HALF = 0.12
+GLOW_HALF = 0.17
 """A steep glow has fallen to half within this part of the longer side. A plate follows wider
 ones."""
 
 GLOW_HEIGHT = 0.5
 """A steep glow rises by this part of the picture's range (5th to 95th percentile)."""
-
-GLOW_EVEN = 0.2
-"""Four fifths of an edge glow by at least this part of the median."""
 
 GLOW_SMOOTH = 0.06
 """The picture differs from a glow by at most this part of the glow's light, median in its core.
@@ -3972,19 +3973,15 @@ def _falls_off(cells: _Cells, light: np.ndarray, usable: np.ndarray, place: tupl
     ring = np.round(_distance_from(place, cells.centers) * cells.longer).astype(int)
     if not (usable & (ring == 0)).any():  # hills stand there
         return False
-    levels = []
-    for k in range(int(GLOW_REACH * cells.longer)):
-        there = light[usable & (ring == k)]
-        if there.size:
-            levels.append(np.percentile(there, (20, 50)))
-    low, profile = np.transpose(levels)  # (rings,) each
+    rings = range(int(GLOW_REACH * cells.longer))
+    levels = [light[usable & (ring == k)] for k in rings]
+    profile = np.array([np.median(level) for level in levels if level.size])  # (rings,)
     base = profile.min()
     height = profile[0] - base
-    even = low[0] - base > GLOW_EVEN * height
     span = _span(light[usable], (95, 5))
     half = (profile < base + 0.5 * height).argmax()
     falls = (np.diff(profile[:half + 1]) < 0.1 * height).all()
-    return bool(even and falls and half < GLOW_HALF * cells.longer
+    return bool(falls and half < GLOW_HALF * cells.longer
                 and height > max(GLOW_HEIGHT * span, PIXEL_NOISE))
 
 
@@ -4063,55 +4060,39 @@ CLOSED_HEIGHT = 4.0
 CLOSED_FOOT = 0.15
 """A patch reaches down to this part of its height."""
 
-CLOSED_LEAST = (0.35, 0.6)
-"""How closed a patch must be: 1 - level of its highest way out / its height. First all patches are
-tried, then those that are well closed."""
+CLOSED_LEAST = 0.6
+"""How closed a patch must be: 1 - level of its highest way out / its height."""
 
 CLOSED_ROUNDS = 5
 """So many times patches are looked for, each time above a surface through the sky beside them."""
-
-CLOSED_CHANGE = 10
-"""Cells: the patches are those of the last round if no more than so many cells change."""
-
-CLOSED_SKY = 0.15
-"""Patches are no longer looked for if less than this part of the picture is smooth beside them."""
 
 DETAIL_NOISE = 1.07
 """The noise of a cell over that of its detail: the mean takes 7 % of it away."""
 
 
-def _closed_patches(scene: _Scene, closedness: float) -> np.ndarray:
+def _closed_patches(scene: _Scene) -> np.ndarray:
     """Return smooth patches of light that are surrounded by darker picture, (h, w) bool.
 
     Their height is measured above a stiff surface through the rest of the sky. It is fitted again
-    without the patches until they no longer change: the top of a glow then sinks.
-
-    Args:
-        usable, objects: (h, w) bool.
-        plain: (h, w) bool, usable cells without structure.
-        closedness: see `CLOSED_LEAST`.
+    without the patches: the top of a glow then sinks.
     """
     surfaces = scene.surfaces
     usable = scene.cells.usable & ~scene.near_hills
     objects = scene.texture.dense & usable
     plain = usable & ~objects & ~scene.texture.rough
     found = np.zeros_like(usable)
-    before = found
-    for attempt in range(CLOSED_ROUNDS):
-        sky = plain & ~found
-        if sky.sum() < CLOSED_SKY * usable.sum():
-            break
-        stiff = surfaces.fit(sky, found | objects, WITH_BOWL)
+    for _ in range(CLOSED_ROUNDS):
         before = found
-        found = _patches_above(surfaces, stiff, usable, plain, closedness)
-        if attempt and (before != found).sum() < CLOSED_CHANGE:
+        if not (plain & ~found).any():
             break
+        stiff = surfaces.fit(plain & ~found, found | objects, WITH_BOWL)
+        found = _patches_above(surfaces, stiff, usable, plain)
     lasting = before & found
     return scipy.ndimage.binary_propagation(lasting, mask=found)  # the whole of their patches
 
 
-def _patches_above(surfaces: _Surfaces, stiff: np.ndarray, usable: np.ndarray, plain: np.ndarray,
-                   closedness: float) -> np.ndarray:
+def _patches_above(surfaces: _Surfaces, stiff: np.ndarray, usable: np.ndarray,
+                   plain: np.ndarray) -> np.ndarray:
     """Return closed patches of light above a surface, (h, w) bool.
 
     A patch curves down in all directions, both in the picture (glow that fades from an edge does
@@ -4119,7 +4100,8 @@ def _patches_above(surfaces: _Surfaces, stiff: np.ndarray, usable: np.ndarray, p
 
     Args:
         stiff: (m, c) coefficients of the surface.
-        usable, plain, closedness: as for `_closed_patches`.
+        usable: (h, w) bool, without hills.
+        plain: (h, w) bool, those of them without structure.
     """
     from skimage.morphology import flood
     cells = surfaces.cells
@@ -4148,7 +4130,7 @@ def _patches_above(surfaces: _Surfaces, stiff: np.ndarray, usable: np.ndarray, p
             peak = scipy.ndimage.maximum_position(view, top)
             height = view[peak]
             level = way_out[peak]
-            if height > least and 1 - level / height >= closedness:
+            if height > least and 1 - level / height >= CLOSED_LEAST:
                 foot = max(level, CLOSED_FOOT * height)
                 above_foot = usable & (view > foot)
                 found |= top | flood(above_foot, peak, connectivity=1)
@@ -4265,7 +4247,7 @@ def _outskirts(excess: np.ndarray, seeds: np.ndarray, near: np.ndarray,
                usable: np.ndarray) -> np.ndarray:
     """Return cells about objects that may show their outskirts, (h, w) bool.
 
-    They stand above the surface, and fall off from the objects.
+    They stand above the surface, without a gap beside the objects.
 
     Args:
         excess: (h, w) picture less surface, in units of its scatter in the sky.
@@ -4279,31 +4261,10 @@ def _outskirts(excess: np.ndarray, seeds: np.ndarray, near: np.ndarray,
     for scale in OUTSKIRTS_SCALES:
         view = _smooth(excess, scale, usable & ~seeds)
         sigma = _noise_of_mean(scale)
-        allowed = near & ~seeds & (view > OUTSKIRTS_SIGMA * sigma)
-        outskirts |= _downhill(seeds, view, allowed, sigma)
+        above = near & ~seeds & (view > OUTSKIRTS_SIGMA * sigma)
+        beside = above & scipy.ndimage.binary_dilation(seeds)
+        outskirts |= scipy.ndimage.binary_propagation(beside, mask=above)
     return outskirts
-
-
-def _downhill(start: np.ndarray, view: np.ndarray, allowed: np.ndarray,
-              tolerance: float) -> np.ndarray:
-    """Return the allowed cells that can be reached downhill, (h, w) bool.
-
-    Args:
-        start: (h, w) bool, where the ways begin.
-        view: (h, w) heights.
-        allowed: (h, w) bool, none of them in `start`.
-        tolerance: a way may rise by this much above its lowest point so far.
-    """
-    lowest = np.where(start, np.inf, -np.inf)  # (h, w) point of the best way so far
-    for _ in range(2 * max(view.shape)):
-        best = scipy.ndimage.maximum_filter(lowest, 3)  # of the cell and its eight neighbors
-        downhill = view <= best + tolerance
-        reached = np.where(downhill, np.minimum(best, view), -np.inf)
-        now = np.where(allowed, np.maximum(lowest, reached), lowest)
-        if (now == lowest).all():
-            break
-        lowest = now
-    return allowed & (lowest > -np.inf)
 
 
 # --- Choice ---
@@ -4323,7 +4284,7 @@ SIMPLE_SKY = 10.0
 """Patches are objects if the smoothing of the sky beside them is at least this."""
 
 CLOSED_FLEXIBLE = 1.0
-"""Well closed patches may leave a sky that only has this smoothing..."""
+"""Patches may leave a sky that only has this smoothing..."""
 
 CLOSED_GAIN = 0.004
 """... if its loss is smaller by this than that of the sky that includes the patches."""
@@ -4336,12 +4297,6 @@ GROWTH_ROUNDS = 3
 
 GROWTH_LEFT = 0.5
 """Outskirts no longer grow if less than this part of the sky is left beside them."""
-
-DROP_COST = 0.1
-"""A cell that is left to outskirts counts as much as noise alone, and this."""
-
-DARK_SMOOTHING = 100.0
-"""Smoothing of the surface below which a body is dark."""
 
 DARK_SIGMA = 3.0
 """A dark body lies so many sigma below that surface."""
@@ -4364,7 +4319,6 @@ class _Candidate(NamedTuple):
     sky: np.ndarray  # (h, w) bool: what it calls sky
     bounds: np.ndarray  # (h, w) bool: light that only bounds it from above
     loss: float  # mean log(1 + residual in units of the noise) over the sky
-    cost: float  # the same, with DROP_COST
 
 
 class _Explanation(NamedTuple):
@@ -4379,31 +4333,22 @@ class _Explanation(NamedTuple):
 def _look_for_sky(scene: _Scene, used: np.ndarray, smoothings: Sequence[float]) -> _Explanation:
     """Explain the picture, with closed patches of light as objects if they earn it, else without.
 
-    Patches that are open on one side are objects only if the rest is then a simple sky. Patches
-    that are well closed may leave a more flexible sky, but it must explain the rest better than the
-    sky that includes them does.
+    Patches are objects if the rest is then a simple sky. They may leave a more flexible sky, but it
+    must explain the rest better than the sky that includes them does.
 
     Args:
         scene: the picture.
         used: (h, w) bool, the cells that take part.
         smoothings: to choose from, the stiffest first.
     """
-    tried = None
-    for least in CLOSED_LEAST:
-        patches = _closed_patches(scene, least)
-        if np.array_equal(patches, tried):
-            break  # all of them are well closed, and `with_patches` explains the picture with them
-        tried = patches
-        with_patches = None
-        if patches.any():
-            with_patches = _explain(scene, patches, used, smoothings, GOOD_ENOUGH_CLOSED)
-            if with_patches.best.smoothing >= SIMPLE_SKY:
-                return with_patches
+    patches = _closed_patches(scene)
     without = _explain(scene, np.zeros_like(used), used, smoothings, GOOD_ENOUGH)
-    if with_patches is not None and with_patches.best.smoothing >= CLOSED_FLEXIBLE:
-        if with_patches.best.loss < without.best.loss - CLOSED_GAIN:
-            return with_patches
-    return without
+    if not patches.any():
+        return without
+    with_patches = _explain(scene, patches, used, smoothings, GOOD_ENOUGH_CLOSED)
+    smoothing, loss = with_patches.best.smoothing, with_patches.best.loss
+    better = smoothing >= CLOSED_FLEXIBLE and loss < without.best.loss - CLOSED_GAIN
+    return with_patches if smoothing >= SIMPLE_SKY or better else without
 
 
 def _explain(scene: _Scene, patches: np.ndarray, used: np.ndarray, smoothings: Sequence[float],
@@ -4436,7 +4381,7 @@ def _dark_bodies(surfaces: _Surfaces, bodies: np.ndarray, sky: np.ndarray) -> np
     """
     if sky.sum() < FEWEST_SKY:
         return np.zeros_like(bodies)
-    found = surfaces.fit(sky, np.zeros_like(sky), DARK_SMOOTHING)
+    found = surfaces.fit(sky, np.zeros_like(sky), WITH_BOWL)
     excess = _channels_together(surfaces.excess(found))
     spread = max(1.0, _deviation(excess[sky]))
     regions, count = scipy.ndimage.label(bodies)
@@ -4447,34 +4392,17 @@ def _dark_bodies(surfaces: _Surfaces, bodies: np.ndarray, sky: np.ndarray) -> np
 
 
 def _try_smoothing(surfaces: _Surfaces, objects: _Objects, smoothing: float) -> _Candidate:
-    """Return the best surface of one smoothing through the sky beside the outskirts of objects.
+    """Return the surface of one smoothing through the sky beside the outskirts of objects.
 
-    Two starts are tried, because either may be caught by what it took for sky: all that may be sky,
-    and only what is beyond the reach of all objects.
+    They grow, above a surface through the rest of the sky, until they no longer change.
     """
-    cells = surfaces.cells
-    part = np.clip(OUTSKIRTS_REACH * _averaging_length(smoothing), *OUTSKIRTS_PARTS)
-    most = part * cells.longer  # cells
-    near = cells.usable & _within(np.minimum(objects.reach, most), most)
-    starts = [objects.sky]
-    far = objects.sky & ~near
-    if far.sum() >= GROWTH_LEFT * objects.sky.sum():
-        starts.append(far)
-    grown = [_grow(surfaces, objects, near, smoothing, start) for start in starts]
-    return min(grown, key=lambda candidate: candidate.cost)
-
-
-def _grow(surfaces: _Surfaces, objects: _Objects, near: np.ndarray, smoothing: float,
-          sky: np.ndarray) -> _Candidate:
-    """Let the outskirts of objects grow until they no longer change.
-
-    Args:
-        near: (h, w) bool, within the reach of objects.
-        sky: (h, w) bool, what is taken for sky at first.
-    """
-    light, dark, _, open_sky = objects
+    light, dark, reach, open_sky = objects
     usable = surfaces.cells.usable
-    bounds = light if dark.any() else light | (open_sky & ~sky)
+    part = np.clip(OUTSKIRTS_REACH * _averaging_length(smoothing), *OUTSKIRTS_PARTS)
+    most = part * surfaces.cells.longer  # cells
+    near = usable & _within(np.minimum(reach, most), most)
+    sky = open_sky
+    bounds = light
     found = surfaces.fit(sky, bounds, smoothing)
     for _ in range(GROWTH_ROUNDS):
         excess = _channels_together(surfaces.excess(found))  # (h, w)
@@ -4488,10 +4416,7 @@ def _grow(surfaces: _Surfaces, objects: _Objects, near: np.ndarray, smoothing: f
         bounds = light | outskirts
         found = surfaces.fit(sky, bounds, smoothing, found)
     distance = np.sqrt((surfaces.excess(found)**2).mean(-1))  # (h, w)
-    loss = np.log1p(distance[sky]).mean()
-    dropped = 1 - sky.sum() / open_sky.sum()
-    cost = loss + dropped * (_pure_noise(surfaces.cells) + DROP_COST - loss)
-    return _Candidate(smoothing, found, sky, bounds, loss, cost)
+    return _Candidate(smoothing, found, sky, bounds, np.log1p(distance[sky]).mean())
 
 
 def _averaging_length(smoothing: float) -> float:
@@ -5146,7 +5071,7 @@ def look_with_reference(scene: _Scene, before: _Explanation, sure: bool, referen
     nowhere = np.zeros_like(sky)
 
     def candidate(match, loss):
-        return _Candidate(match.smoothing, match.found, sky, nowhere, loss, loss)
+        return _Candidate(match.smoothing, match.found, sky, nowhere, loss)
 
     candidates = [
         candidate(match, loss) for match, loss in zip(matches, losses)
@@ -5330,9 +5255,6 @@ def _shift(cells: _Cells, light: np.ndarray, covered: np.ndarray) -> float:
 LOSS_FLOOR = 0.001
 """Added inside the logarithm of the loss (stretched units). Cells whose residuals are smaller than
 this are fitted well enough. Without it noiseless cells would dominate the loss."""
-
-CEILING_SIGMA = 2.0
-"""An object bounds the sky: the surface may be above it by so many sigma of its noise."""
 
 LOSS_TERMS = ("error", "color", "overshoot", "negative", "bending")
 
