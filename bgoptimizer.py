@@ -4328,6 +4328,7 @@ class _Explanation(NamedTuple):
     objects: _Objects
     candidates: list  # of _Candidate, the stiffest first
     best: _Candidate  # the one that was chosen
+    bulging: bool = False  # the one that explains the picture best has a closed top
 
 
 def _look_for_sky(scene: _Scene, used: np.ndarray, smoothings: Sequence[float]) -> _Explanation:
@@ -4367,7 +4368,13 @@ def _explain(scene: _Scene, patches: np.ndarray, used: np.ndarray, smoothings: S
     reach = _reach(cells, scene.texture, bodies)
     found = _Objects(objects & ~dark, dark, reach, sky)
     candidates = [_try_smoothing(surfaces, found, smoothing) for smoothing in smoothings]
-    return _Explanation(surfaces, found, candidates, _choose(candidates, margin))
+    best = _choose(candidates, margin)
+    if _closed_top(surfaces, best, found.light) <= BULGE:
+        return _Explanation(surfaces, found, candidates, best)
+    stiffer = [other for other in candidates if other.smoothing > best.smoothing
+               and _closed_top(surfaces, other, found.light) <= BULGE]
+    best = stiffer[-1] if stiffer else best
+    return _Explanation(surfaces, found, candidates, best, bulging=True)
 
 
 def _dark_bodies(surfaces: _Surfaces, bodies: np.ndarray, sky: np.ndarray) -> np.ndarray:
@@ -4465,8 +4472,9 @@ independent. They are not: what is left of objects is smooth as well. Measured o
 `tests/truth.py`."""
 
 BULGE = 0.1
-"""The sky cannot be known if its surface has a closed top inside the frame that is higher than this
-part of its range."""
+"""The sky has no closed top inside the frame that is higher than this part of its range. If the
+surface that explains the picture best has one, a stiffer one is taken, and the sky cannot be
+known."""
 
 SMALL_TOP = 0.2
 """A top counts only if less than this part of the frame is in the upper half of it. That of
@@ -4475,52 +4483,42 @@ vignetting is larger."""
 HIDDEN_TOP = 0.6
 """It counts all the same if objects cover this part of its upper half."""
 
-SEAM_SIGMA = 12.0
+SEAM_SIGMA = 10.0
 """Panels of a mosaic differ by so many sigma of the median along a seam."""
 
 SEAM_HEIGHT = 0.05
 """Panels differ by this part of the picture's range (1st to 99th percentile)."""
 
-SEAM_ALIKE = 0.95
+SEAM_ALIKE = 0.92
 """Panels differ in the same direction along this part of a seam."""
 
-SEAM_SEEN = 0.5
-"""A row or column can be a seam if this part of it is usable."""
-
-FEWEST_LINES = 7
-"""Rows or columns in which a seam can be told from a slope."""
+SEAM_TURNS = 120
+"""Directions in which seams are looked for."""
 
 MEDIAN_NOISE = 1.25
 """The noise of a median of many values over that of their mean."""
 
-SEAM_SHARE = 0.52
-"""Along a seam of panels so much more of the cells has structure than along the lines beside it."""
-
 SEAM_LENGTH = 0.4
 """A seam is at least this part of the longer side long."""
 
-SEAM_BESIDE = 5
-"""Cells between a seam and the lines beside it."""
 
-
-def _judge(explanation: _Explanation, texture: _Texture, doubt: float) -> str:
+def _judge(explanation: _Explanation, doubt: float) -> str:
     """Return why the sky cannot be known, in words; empty if it can.
 
     Args:
         explanation: what was found.
-        texture: of the same picture.
         doubt: by which part of its range the sky is uncertain.
     """
-    surfaces, objects, _, best = explanation
-    cells = surfaces.cells
-    if _steps_along_a_line(cells) or _has_seam(texture, cells):
+    cells = explanation.surfaces.cells
+    best = explanation.best
+    if _has_seam(cells):
         return "it steps along a straight line, as between the panels of a mosaic"
     if best.loss > UNEXPLAINED * _pure_noise(cells):
         return "no smooth surface explains what looks like sky"
     share = best.sky.sum() / cells.usable.sum()
     if share < LITTLE_SKY:
         return f"only {100 * share:.0f} % of the picture shows sky"
-    if _closed_top(surfaces, best, objects.light) > BULGE:
+    if explanation.bulging:
         return "the sky would have a bright patch inside the frame"
     if doubt > MOST_DOUBT:
         return f"it is uncertain by about {100 * doubt:.0f} % of its range"
@@ -4537,14 +4535,15 @@ def _doubt(explanation: _Explanation) -> float:
     That is the deviation of the fit itself, and how far surfaces that explain the sky about as well
     lie from it.
     """
-    surfaces, _, candidates, best = explanation
+    surfaces = explanation.surfaces
+    best = explanation.best
     cells = surfaces.cells
     chosen = surfaces.surface(best.found)[cells.usable]  # (cells, c)
     invisible = PIXEL_NOISE * np.median(cells.noise, axis=(0, 1))
     span = np.maximum(_span(chosen, (99, 1)), invisible)  # (c,)
     deviation = surfaces.deviation(best.found, best.sky, best.smoothing)[cells.usable]
     differences = [POSTERIOR_DOUBT * np.sqrt(np.mean((deviation / span)**2))]
-    for candidate in candidates:
+    for candidate in explanation.candidates:
         if candidate.loss <= best.loss + ALIKE:
             error = surfaces.surface(candidate.found)[cells.usable] - chosen
             error -= np.median(error, axis=0)
@@ -4572,54 +4571,31 @@ def _closed_top(surfaces: _Surfaces, candidate: _Candidate, objects: np.ndarray)
     return highest
 
 
-def _steps_along_a_line(cells: _Cells) -> bool:
-    """Tell whether the picture steps up or down along a whole row or column of cells.
+def _has_seam(cells: _Cells) -> bool:
+    """Tell whether the picture steps up or down along a straight line through the frame.
 
-    Panels of a mosaic that do not match do so.
+    Panels of a mosaic that do not match do so, and exposures that were shifted or turned. The
+    picture is turned, and each column of it compared with those beside it.
     """
     light = _channels_together(cells.values / cells.noise)
     light = np.where(cells.usable, light, np.nan)
     least = SEAM_HEIGHT * _span(light[cells.usable], (99, 1))
-    return _steps_along_a_column(light, least) or _steps_along_a_column(light.T, least)
-
-
-def _steps_along_a_column(light: np.ndarray, least: float) -> bool:
-    """Tell whether light (h, w), NaN where not usable, steps by `least` along a column."""
-    if light.shape[1] < FEWEST_LINES:
-        return False
-    rise = light[:, 2:] - light[:, :-2]  # over two cells: the seam may lie within one
-    slope = (rise[:, :-4] + rise[:, 4:]) / 2  # beside it
-    step = rise[:, 2:-2] - slope  # (h, columns)
-    count = np.isfinite(step).sum(0)
-    whole = count > SEAM_SEEN * len(light)
-    if not whole.any():
-        return False
-    step = step[:, whole]
-    typical = np.nanmedian(step, axis=0)  # (columns,)
-    height = np.abs(typical)
-    scatter = _deviation(step - typical, 0)
-    sigma = MEDIAN_NOISE * scatter / np.sqrt(count[whole])
-    same_sign = np.sign(step) == np.sign(typical)
-    seam = (height > least) & (height > SEAM_SIGMA * sigma)
-    seam &= same_sign.mean(0) > SEAM_ALIKE
-    return bool(seam.any())
-
-
-def _has_seam(texture: _Texture, cells: _Cells) -> bool:
-    """Tell whether the picture steps along a tilted line through the frame.
-
-    Exposures that were turned or shifted do so. The step
-    looks like structure, and there is much less of it along the parallel lines on both sides.
-    """
-    from skimage.transform import hough_line
-    angles = np.linspace(-math.pi / 2, math.pi / 2, 180, endpoint=False)
-    rough = hough_line(texture.rough, angles)[0].astype(float)  # (lines, angles)
-    length = hough_line(cells.usable, angles)[0]
-    share = rough / np.maximum(length, 1)
-    before = np.roll(share, SEAM_BESIDE, 0)
-    after = np.roll(share, -SEAM_BESIDE, 0)
-    more = share - np.maximum(before, after)
-    return bool((more[length >= SEAM_LENGTH * cells.longer] > SEAM_SHARE).any())
+    shortest = SEAM_LENGTH * cells.longer
+    for turn in range(SEAM_TURNS):
+        angle = 180 * turn / SEAM_TURNS
+        turned = scipy.ndimage.rotate(light, angle, order=1, cval=np.nan)
+        rise = turned[:, 2:] - turned[:, :-2]  # over two cells: the seam may lie within one
+        slope = (rise[:, :-4] + rise[:, 4:]) / 2  # beside it
+        step = rise[:, 2:-2] - slope
+        count = np.isfinite(step).sum(0)  # (columns,)
+        step, count = step[:, count >= shortest], count[count >= shortest]
+        typical = np.nanmedian(step, axis=0) if count.size else np.zeros(0)
+        height = np.abs(typical)
+        alike = (np.sign(step) == np.sign(typical)).sum(0) > SEAM_ALIKE * count
+        sigma = MEDIAN_NOISE * _deviation(step - typical, 0) / np.sqrt(count)
+        if (alike & (height > least) & (height > SEAM_SIGMA * sigma)).any():
+            return True
+    return False
 
 
 # --- Result ---
@@ -4696,17 +4672,15 @@ def find_sky(prepared: Prepared, settings: Settings) -> Sky:
     doubt = math.nan if cells.too_small else _doubt(explanation)
     unsure = "it is too small"
     if not cells.too_small:
-        unsure = _judge(explanation, scene.texture, doubt)
+        unsure = _judge(explanation, doubt)
     shared = None
     if prepared.reference is not None and not cells.too_small:
         explanation, shared = look_with_reference(
             scene, explanation, not unsure, prepared.reference, smoothings)
         if shared.used:
-            seen = explanation.surfaces.cells.usable
             doubt = _doubt(explanation)
-            texture = scene.texture._replace(rough=scene.texture.rough & seen)
-            unsure = _judge(explanation, texture, doubt)
-    surfaces, objects, _, best = explanation
+            unsure = _judge(explanation, doubt)
+    surfaces, objects, best = explanation.surfaces, explanation.objects, explanation.best
     total = cells.usable.sum()
     cells = surfaces.cells  # with a reference, without the light of objects
 

@@ -28,7 +28,7 @@ FAMILIES = """
     vignetting        0  1  1.5  slow
     pedestal          0  1  1.5  slow
     edge_glow         0  1  2
-    corner_star       0  1  2      open
+    corner_star       0  1  2      slow
     dark_clouds       0  1  5      open
     globular          0  1  2.5
     comet             0  1  4
