@@ -3268,9 +3268,9 @@ def bending_rows(spacing: np.ndarray, cost: np.ndarray, free_bowl: bool) -> np.n
 # 2. Glow comes from outside the frame and grows toward an edge. A smooth patch of light that is
 #    closed, which means surrounded by darker picture on all sides, is an object too: a nebula
 #    drowned in noise, a globular cluster.
-# 3. The light of an object falls off with the distance from it. Light around an object that stands
-#    above a candidate surface and falls off from the object may be its outskirts. It does not count
-#    against that surface. A dark cloud is such an object with the opposite sign.
+# 3. The light of an object goes on beside it. What stands above a candidate surface there, without a
+#    gap, may be its outskirts, and does not count against that surface. A dark cloud is such an
+#    object with the opposite sign.
 #
 # A surface pays for bending, but not for a tilt or for a bowl (vignetting), and it pays most where
 # no sky is seen. The answer is the stiffest surface that explains the sky nearly as well as the
@@ -3554,8 +3554,8 @@ HUBER_DEVIATION = 1.2
 three."""
 
 CEILING_SIGMA = 2.0
-"""The sky may be above an object's light by so many sigma. Without this it would follow the low side
-of the noise."""
+"""The sky may be above an object's light by so many sigma; else it would follow the low side of the
+noise."""
 
 CEILING_WEIGHT = 0.5
 """Weight of "the sky is not above the picture" under an object, beside 1 for a cell of sky."""
@@ -4343,13 +4343,16 @@ def _look_for_sky(scene: _Scene, used: np.ndarray, smoothings: Sequence[float]) 
         smoothings: to choose from, the stiffest first.
     """
     patches = _closed_patches(scene)
-    without = _explain(scene, np.zeros_like(used), used, smoothings, GOOD_ENOUGH)
+    without = functools.partial(_explain, scene, np.zeros_like(used), used, smoothings, GOOD_ENOUGH)
     if not patches.any():
-        return without
+        return without()
     with_patches = _explain(scene, patches, used, smoothings, GOOD_ENOUGH_CLOSED)
     smoothing, loss = with_patches.best.smoothing, with_patches.best.loss
-    better = smoothing >= CLOSED_FLEXIBLE and loss < without.best.loss - CLOSED_GAIN
-    return with_patches if smoothing >= SIMPLE_SKY or better else without
+    if smoothing >= SIMPLE_SKY:
+        return with_patches
+    whole_sky = without()
+    better = smoothing >= CLOSED_FLEXIBLE and loss < whole_sky.best.loss - CLOSED_GAIN
+    return with_patches if better else whole_sky
 
 
 def _explain(scene: _Scene, patches: np.ndarray, used: np.ndarray, smoothings: Sequence[float],
@@ -5321,9 +5324,6 @@ FOUND_COST = 0.01
 """The bending of the sky that was found costs at most this much of the loss. Where it cost more,
 the loss would rather give a corner up than bend the surface."""
 
-PLANE_COST = 1.0
-"""The same, where a plane is wanted: a spline in the stretched frame is never quite one."""
-
 VALUE_RATE = 0.3
 """Stretched units by which the surface moves where a trained coordinate moves by 1. With less, a
 flat start takes more than 1000 epochs. With more, the surface trembles longer about its end."""
@@ -5544,8 +5544,7 @@ def make_lesson(prepared: Prepared, settings: Settings,
     # 1 / spread^2 at the sky, and by less where it forgives less.
     curvature = (2 / FORGIVEN if settings.auto else 1) / sky.spread**2
     stiffness = curvature / 2 * STIFFNESS_UNIT * settings.smoothing
-    most = PLANE_COST if settings.smoothing >= PLANE else FOUND_COST
-    most *= settings.smoothing / max(sky.found_smoothing, 1e-9)
+    most = FOUND_COST * settings.smoothing / max(sky.found_smoothing, 1e-9)
     stiffness = min(stiffness, most / max(bending, 1e-12))  # at a smoothing of 0, none
 
     step = 1e-3
