@@ -4328,7 +4328,7 @@ class _Explanation(NamedTuple):
     objects: _Objects
     candidates: list  # of _Candidate, the stiffest first
     best: _Candidate  # the one that was chosen
-    bulging: bool = False  # the one that explains the picture best has a closed top
+    bulging: bool = False  # only one with a closed top explains the picture well
 
 
 def _look_for_sky(scene: _Scene, used: np.ndarray, smoothings: Sequence[float]) -> _Explanation:
@@ -4376,8 +4376,10 @@ def _explain(scene: _Scene, patches: np.ndarray, used: np.ndarray, smoothings: S
         return _Explanation(surfaces, found, candidates, best)
     stiffer = [other for other in candidates if other.smoothing > best.smoothing
                and _closed_top(surfaces, other, found.light) <= BULGE]
-    best = stiffer[-1] if stiffer else best
-    return _Explanation(surfaces, found, candidates, best, bulging=True)
+    if not stiffer:
+        return _Explanation(surfaces, found, candidates, best, bulging=True)
+    bulging = stiffer[-1].loss > best.loss + ALIKE
+    return _Explanation(surfaces, found, candidates, stiffer[-1], bulging)
 
 
 def _dark_bodies(surfaces: _Surfaces, bodies: np.ndarray, sky: np.ndarray) -> np.ndarray:
@@ -4476,8 +4478,8 @@ independent. They are not: what is left of objects is smooth as well. Measured o
 
 BULGE = 0.1
 """The sky has no closed top inside the frame that is higher than this part of its range. If the
-surface that explains the picture best has one, a stiffer one is taken, and the sky cannot be
-known."""
+surface that explains the picture best has one, a stiffer one is taken, and the sky cannot be known
+unless that explains the picture alike."""
 
 SMALL_TOP = 0.2
 """A top counts only if less than this part of the frame is in the upper half of it. That of
