@@ -6385,7 +6385,7 @@ def _looks_stretched(planes: np.ndarray, bright: bool = False) -> bool:
     """Tell whether the noise falls as the light grows, which a stretch makes it do.
 
     In linear data it grows, or stays. It is compared within small tiles: vignetting, and borders
-    that fewer exposures reach, have another noise. If a picture is `bright`, any fall is enough.
+    that fewer exposures reach, have another noise. If a picture is `bright`, any fall is enough, and in a small one that alone.
     """
     side = STRETCHED_TILE
     falls = []
@@ -6400,7 +6400,7 @@ def _looks_stretched(planes: np.ndarray, bright: bool = False) -> bool:
             if len(squares) > side**2 / 2:
                 falls.append(_fall_of_noise(squares))
     if len(falls) < 10:  # too few to know the error
-        return False
+        return bright
     typical = np.median(falls)
     error = MEDIAN_NOISE * _deviation(falls - typical) / math.sqrt(len(falls))
     least = 0 if bright else max(STRETCHED_FALL, STRETCHED_SIGMA * error)
