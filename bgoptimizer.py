@@ -3268,9 +3268,9 @@ def bending_rows(spacing: np.ndarray, cost: np.ndarray, free_bowl: bool) -> np.n
 # 2. Glow comes from outside the frame and grows toward an edge. A smooth patch of light that is
 #    closed, which means surrounded by darker picture on all sides, is an object too: a nebula
 #    drowned in noise, a globular cluster.
-# 3. The light of an object goes on beside it. What stands above a candidate surface there, without a
-#    gap, may be its outskirts, and does not count against that surface. A dark cloud is such an
-#    object with the opposite sign.
+# 3. The light of an object goes on beside it. What stands above a candidate surface there,
+#    without a gap, may be its outskirts, and does not count against that surface. A dark cloud is
+#    such an object with the opposite sign.
 #
 # A surface pays for bending, but not for a tilt or for a bowl (vignetting), and it pays most where
 # no sky is seen. The answer is the stiffest surface that explains the sky nearly as well as the
@@ -6385,7 +6385,8 @@ def _looks_stretched(planes: np.ndarray, bright: bool = False) -> bool:
     """Tell whether the noise falls as the light grows, which a stretch makes it do.
 
     In linear data it grows, or stays. It is compared within small tiles: vignetting, and borders
-    that fewer exposures reach, have another noise. If a picture is `bright`, any fall is enough, and in a small one that alone.
+    that fewer exposures reach, have another noise. If a picture is `bright`, any fall is
+    enough; in a small one, that it is bright.
     """
     side = STRETCHED_TILE
     falls = []
