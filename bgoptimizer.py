@@ -4643,6 +4643,7 @@ class Sky:
     smoothing: float  # of the surface that the fit shall find
     doubt: float  # by which part of its range the sky is uncertain, rms; NaN if it is too small
     unsure: str  # why the sky cannot be known, in words; empty if it can
+    by_hand: bool  # the smoothing was given
     why: str  # this smoothing, in words
     shared: Shared | None = None  # what it has in common with a reference, if one was given
 
@@ -4722,6 +4723,7 @@ def find_sky(prepared: Prepared, settings: Settings) -> Sky:
         smoothing=smoothing,
         doubt=doubt,
         unsure=unsure,
+        by_hand=settings.smoothing is not None,
         why=why,
         shared=shared,
     )
@@ -5326,6 +5328,10 @@ FOUND_COST = 0.01
 """The bending of the sky that was found costs at most this much of the loss. Where it cost more,
 the loss would rather give a corner up than bend the surface."""
 
+PLANE_COST = 1.0
+"""The same, where a plane is asked for: a spline in the stretched frame is never quite one. A plane
+that was found may have a glow in its corner."""
+
 VALUE_RATE = 0.3
 """Stretched units by which the surface moves where a trained coordinate moves by 1. With less, a
 flat start takes more than 1000 epochs. With more, the surface trembles longer about its end."""
@@ -5546,7 +5552,9 @@ def make_lesson(prepared: Prepared, settings: Settings,
     # 1 / spread^2 at the sky, and by less where it forgives less.
     curvature = (2 / FORGIVEN if settings.auto else 1) / sky.spread**2
     stiffness = curvature / 2 * STIFFNESS_UNIT * settings.smoothing
-    most = FOUND_COST * settings.smoothing / max(sky.found_smoothing, 1e-9)
+    asked_for_plane = sky.by_hand and settings.smoothing >= PLANE
+    most = PLANE_COST if asked_for_plane else FOUND_COST
+    most *= settings.smoothing / max(sky.found_smoothing, 1e-9)
     stiffness = min(stiffness, most / max(bending, 1e-12))  # at a smoothing of 0, none
 
     step = 1e-3
