@@ -3673,8 +3673,8 @@ class _Surfaces:
         Returns:
             (k, c) coefficients of the first k modes.
         """
-        count = int((smoothing * STIFFNESS_UNIT * self.bends < STIFF_MODE).sum())
-        energy = self._energy(smoothing, count)
+        energy = self.energy(smoothing)
+        count = len(energy)
         seen = np.flatnonzero(sky)
         below = np.flatnonzero(bounds)
         matrix = self.matrix[seen, :count]
@@ -3706,8 +3706,13 @@ class _Surfaces:
             found = np.stack(solutions, -1)
         return found
 
-    def _energy(self, smoothing: float, count: int) -> np.ndarray:
-        """Return the cost of the first modes beside the mean squared residual, (count, count)."""
+    def energy(self, smoothing: float) -> np.ndarray:
+        """Return the cost of the modes that count, the first m, beside the mean squared residual.
+
+        Returns:
+            (m, m)
+        """
+        count = int((smoothing * STIFFNESS_UNIT * self.bends < STIFF_MODE).sum())
         rows = bending_rows(self.spacing, self.cost, smoothing < PLANE)
         derivatives = rows @ self.on_nodes[:, :count]
         energy = smoothing * STIFFNESS_UNIT * derivatives.T @ derivatives
@@ -3720,10 +3725,11 @@ class _Surfaces:
         It is that of the posterior, if bending is what the smoothing expects, and the residuals of
         cells (h, w) bool are independent.
         """
-        count = len(found)
+        energy = self.energy(smoothing)
+        count = len(energy)
         rows = self.matrix[sky.ravel(), :count].astype(float)
         weight = self.inverse[sky.ravel(), None]
-        system = rows.T @ (rows * weight) / weight.sum() + self._energy(smoothing, count)
+        system = rows.T @ (rows * weight) / weight.sum() + energy
         root = np.linalg.cholesky(np.linalg.inv(system))
         spread = np.linalg.norm(self.matrix[:, :count] @ root, axis=1)  # (cells,)
         residual = (self.cells.values - self.surface(found))[sky]  # (n, c)
@@ -3766,13 +3772,18 @@ def bending_cost(unseen: np.ndarray, places: np.ndarray, centers: np.ndarray) ->
     Args:
         centers: (h, w, 2) frame coordinates of the cells.
     """
-    side = 2 * centers[0, 0]  # (2,) of a cell
-    last = np.array(unseen.shape) - 1
     width = max(3, int(max(unseen.shape) / NODES) | 1)
     share = scipy.ndimage.uniform_filter(unseen.astype(float), width)
-    row, column = np.moveaxis(np.minimum((places / side).astype(int), last), -1, 0)
-    hole = np.clip(2 * share[row, column] - 1, 0, 1)
+    hole = np.clip(2 * _cells_at(places, share, centers) - 1, 0, 1)
     return 1 + (UNSEEN_COST - 1) * hole
+
+
+def _cells_at(places: np.ndarray, cells: np.ndarray, centers: np.ndarray) -> np.ndarray:
+    """Return what cells (h, w) with centers (h, w, 2) hold at places (..., 2): (...)."""
+    side = 2 * centers[0, 0]  # (2,) of a cell
+    last = np.array(cells.shape) - 1
+    row, column = np.moveaxis(np.minimum((places / side).astype(int), last), -1, 0)
+    return cells[row, column]
 
 
 def _regular_points(sides: np.ndarray) -> np.ndarray:
@@ -4427,8 +4438,14 @@ def _try_smoothing(surfaces: _Surfaces, objects: _Objects, smoothing: float) -> 
         sky = now
         bounds = light | outskirts
         found = surfaces.fit(sky, bounds, smoothing, found)
-    distance = np.sqrt((surfaces.excess(found)**2).mean(-1))  # (h, w)
-    return _Candidate(smoothing, found, sky, bounds, np.log1p(distance[sky]).mean())
+    loss = _loss_of(surfaces.excess(found)[sky])
+    return _Candidate(smoothing, found, sky, bounds, loss)
+
+
+def _loss_of(excess: np.ndarray) -> float:
+    """Return the mean log(1 + rms of the channels) of residuals (n, c) in units of the noise."""
+    distance = np.sqrt((excess**2).mean(-1))  # (n,)
+    return np.log1p(distance).mean()
 
 
 def _averaging_length(smoothing: float) -> float:
@@ -4649,11 +4666,7 @@ class Sky:
 
     def at(self, cells: np.ndarray, places: np.ndarray) -> np.ndarray:
         """Return what cells (h, w) hold at places in the frame, (..., 2): (...)."""
-        side = 2 * self.centers[0, 0]  # (2,) of a cell
-        last = np.array(cells.shape) - 1
-        cell = np.minimum((places / side).astype(int), last)
-        row, column = np.moveaxis(cell, -1, 0)
-        return cells[row, column]
+        return _cells_at(places, cells, self.centers)
 
 
 def find_sky(prepared: Prepared, settings: Settings) -> Sky:
@@ -5057,8 +5070,7 @@ def look_with_reference(scene: _Scene, before: _Explanation, sure: bool, referen
     candidates = [
         candidate(match, loss) for match, loss in zip(matches, losses)
         if match.explained > best.explained / 2]
-    distance = np.sqrt((surfaces.excess(best.found)**2).mean(-1))  # (h, w)
-    chosen = candidate(best, np.log1p(distance[sky]).mean())
+    chosen = candidate(best, _loss_of(surfaces.excess(best.found)[sky]))
     no_objects = _Objects(nowhere, nowhere, np.zeros(sky.shape), sky)
     explanation = _Explanation(surfaces, no_objects, candidates, chosen)
     return explanation, Shared(verdict, True, gains)
@@ -5077,11 +5089,7 @@ def _stiffest(matches: list[_Match], noise: np.ndarray, grain: np.ndarray,
     """
     gains = np.max([match.gains for match in matches], 0)
     noise = np.sqrt(noise**2 + grain**2 @ gains**2)[sky]  # (n, c)
-    losses = []
-    for match in matches:
-        distance = np.sqrt(((match.residual / noise)**2).mean(-1))
-        losses.append(np.log1p(distance).mean())
-    losses = np.array(losses)
+    losses = np.array([_loss_of(match.residual / noise) for match in matches])
     good = losses <= losses.min() + MATCH_ENOUGH
     return matches[int(good.argmax())], losses
 
@@ -5132,9 +5140,10 @@ def _match(surfaces: _Surfaces, light: np.ndarray, grain: np.ndarray, seen: np.n
         smoothing: of the sky.
     """
     cells = surfaces.cells
-    count = int((smoothing * STIFFNESS_UNIT * surfaces.bends < STIFF_MODE).sum())
+    of_sky = surfaces.energy(smoothing)
+    count = len(of_sky)
     energy = np.zeros((count + 1, count + 1))
-    energy[:count, :count] = surfaces._energy(smoothing, count)
+    energy[:count, :count] = of_sky
     energy[count, count] = 1e-6 if outside.any() else 1e6  # of the step
     used = np.flatnonzero(seen | outside)
     covers = seen.ravel()[used, None]
