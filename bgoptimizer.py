@@ -6137,6 +6137,11 @@ class Result:
     fit: Fit
 
     @functools.cached_property
+    def linear_sky(self) -> Callable[[np.ndarray], np.ndarray]:
+        """The model as a function of frame coordinates; see the function of this name."""
+        return linear_sky(self.prepared, self.fit)
+
+    @functools.cached_property
     def model(self) -> np.ndarray:
         """The sky, (h, w, c) in the picture's own unit."""
         return self._to_image(self.sky)
@@ -7873,7 +7878,7 @@ class PreviewWindow:
     def _sky(self):
         """Return the linear sky as a function of frame coordinates, trained if it is."""
         result = self._result()
-        return linear_sky(result.prepared, result.fit) if result else self.reduced.sky.surface
+        return result.linear_sky if result else self.reduced.sky.surface
 
     def _full_mask(self, view):
         """Return the mask of a view at full size, (1 or c, h, w), or None."""
