@@ -5333,7 +5333,7 @@ FORGIVEN = 10.0
 """With auto, the loss forgives what is farther from the surface than so many sigma. It needs not
 forgive objects then, and must not forgive a steep corner of the sky."""
 
-FOUND_COST = 0.01
+FOUND_COST = 0.002
 """The bending of the sky that was found costs at most this much of the loss. Where it cost more,
 the loss would rather give a corner up than bend the surface."""
 
@@ -5527,7 +5527,9 @@ def sky_sample(prepared: Prepared, settings: Settings) -> Sample:
     noise = _picked(sky.noise, pick)
     # What is not in the sample counts through means, which have less than half of the noise
     smooth = _picked(_smooth_slope(sky.image, SAMPLE_MEAN, follows), pick)
-    image = stretch.apply(np.where(is_sky, smooth, light + CEILING_SIGMA * noise))
+    picture = np.where(is_sky, smooth, light + CEILING_SIGMA * noise)
+    # What is left with auto is sky, however bright: the stretch shall not clip it
+    image = stretch.extend(picture) if auto else stretch.apply(picture)
     weight = np.where(is_sky, _picked(trust, pick), 1.0)
     if auto:
         noise = stretch.extend(light + noise) - stretch.extend(light)  # (m, c) stretched
@@ -5576,7 +5578,7 @@ def make_lesson(prepared: Prepared, settings: Settings,
         places=np.concatenate([sample.places, nodes]),
         image=sample.image,
         weight=sample.weight,
-        clipped=follows * (sample.image >= 1),
+        clipped=follows * (sample.image >= 1) * (not settings.auto),
         follows=follows,
         bounded=np.full(follows.shape, not settings.auto) | ~follows,
         bending=rows,
