@@ -3543,6 +3543,9 @@ GLOW_LENGTHS = (0.02, 0.04, 0.08, 0.16)
 GLOW_RATIOS = (0.6, 1.0, 1.6)
 """How much faster the glow in a corner falls off along a row than along a column."""
 
+GLOW_KNOWN = 0.03
+"""The form of a glow is known to this part of its light."""
+
 FIT_ROUNDS = 4
 """Rounds of fitting, with the weights that the last fit suggests."""
 
@@ -3587,6 +3590,7 @@ class _Surfaces:
         self.inverse = (inverse / inverse.mean()).astype(np.float32)  # (cells,)
         self.on_nodes = self._terms(self.nodes.reshape(-1, 2))  # (nodes, m)
         self.on_nodes[:, len(self.positions) + 3:] = 0  # a glow bends as it likes
+        self.glow_terms = self._simple_terms(cells.centers)[..., 3:]  # (h, w, glows)
         self.matrix = self._terms(cells.centers.reshape(-1, 2))  # (cells, m)
         self.modes, self.bends = self._find_modes()  # (m, m) and (m,)
         self.matrix = (self.matrix @ self.modes).astype(np.float32)
@@ -3654,11 +3658,17 @@ class _Surfaces:
         """Return the light of the glows alone on the cells, (h, w, c)."""
         first = len(self.positions) + 3
         coefficients = self.modes[first:, :len(found)] @ found
-        return self._simple_terms(self.cells.centers)[..., 3:] @ coefficients
+        return self.glow_terms @ coefficients
 
     def excess(self, found: np.ndarray) -> np.ndarray:
-        """Return picture less surface, (h, w, c), in units of the noise."""
-        return (self.cells.values - self.surface(found)) / self.cells.noise
+        """Return picture less surface, (h, w, c), in units of what both may be wrong by."""
+        return (self.cells.values - self.surface(found)) / self.uncertain(found)
+
+    def uncertain(self, found: np.ndarray) -> np.ndarray:
+        """Return the noise of the picture, and with it that of the form of a glow, (h, w, c)."""
+        if not self.glows:
+            return self.cells.noise
+        return np.hypot(self.cells.noise, GLOW_KNOWN * self.glow(found))
 
     def fit(self, sky: np.ndarray, bounds: np.ndarray, smoothing: float,
             found: np.ndarray | None = None) -> np.ndarray:
@@ -3830,7 +3840,8 @@ def _texture(surfaces: _Surfaces, usable: np.ndarray) -> _Texture:
     cells = surfaces.cells
     found = surfaces.fit(usable, np.zeros_like(usable), SMOOTHINGS[-1])
     values = cells.values - surfaces.surface(found)
-    detail = (values - _smooth_slope(values, ROUGH_SCALE, usable)) / cells.noise
+    detail = values - _smooth_slope(values, ROUGH_SCALE, usable)
+    detail /= surfaces.uncertain(found)
     strongest = np.abs(detail).argmax(-1)[..., None]
     detail = np.take_along_axis(detail, strongest, -1)[..., 0]  # (h, w)
     rough = usable & (np.abs(detail) > ROUGH_SIGMA)
@@ -3982,7 +3993,7 @@ def _steep_glows(cells: _Cells, usable: np.ndarray) -> list:
 def _falls_off(cells: _Cells, light: np.ndarray, usable: np.ndarray, place: tuple) -> bool:
     """Tell whether light (h, w) falls off steeply with the distance from an edge or a place."""
     ring = np.round(_distance_from(place, cells.centers) * cells.longer).astype(int)
-    if not (usable & (ring == 0)).any():  # hills stand there
+    if ring[usable].min() > 1:  # hills stand there
         return False
     rings = range(int(GLOW_REACH * cells.longer))
     levels = [light[usable & (ring == k)] for k in rings]
@@ -4035,8 +4046,8 @@ def _look(cells: _Cells, shape: tuple[int, int]) -> _Scene:
         surfaces = _Surfaces(cells, shape, glows)
         cores = [beside & (_distance_from(glow, cells.centers) < GLOW_HALF) for glow in glows]
         found = surfaces.fit(plain | np.any(cores, 0), np.zeros_like(usable), WITH_BOWL)
-        rest = np.abs(surfaces.excess(found)).mean(-1)  # (h, w)
-        glow = np.abs(surfaces.glow(found) / cells.noise).mean(-1)
+        rest = np.abs(cells.values - surfaces.surface(found)).mean(-1)  # (h, w)
+        glow = np.abs(surfaces.glow(found)).mean(-1)
         smooth = [place for place, core in zip(glows, cores)
                   if np.median(rest[core]) < GLOW_SMOOTH * np.median(glow[core])]
         if smooth == glows:
@@ -4339,7 +4350,7 @@ class _Explanation(NamedTuple):
     objects: _Objects
     candidates: list  # of _Candidate, the stiffest first
     best: _Candidate  # the one that was chosen
-    bulging: bool = False  # only one with a closed top explains the picture well
+    bulging: bool = False  # only one with a closed top or bottom explains the picture well
 
 
 def _look_for_sky(scene: _Scene, used: np.ndarray, smoothings: Sequence[float]) -> _Explanation:
@@ -4488,14 +4499,14 @@ ALIKE = 0.05
 ALIKE_DOUBT = 0.5
 """The sky is uncertain by this part of the difference between surfaces that explain it alike."""
 
-POSTERIOR_DOUBT = 6.0
+POSTERIOR_DOUBT = 9.0
 """The sky is uncertain by so many times the deviation of its posterior, in which residuals are
 independent. They are not: what is left of objects is smooth as well. Measured on the truth bench,
 `tests/truth.py`."""
 
 BULGE = 0.1
-"""The sky has no closed top inside the frame that is higher than this part of its range. If the
-surface that explains the picture best has one, a stiffer one is taken, and the sky cannot be known
+"""The sky has no closed top or bottom inside the frame that is higher or deeper than this part of
+its range. If the surface that explains the picture best has one, a stiffer one is taken, and the sky cannot be known
 unless that explains the picture alike."""
 
 SMALL_TOP = 0.2
@@ -4541,7 +4552,7 @@ def _judge(explanation: _Explanation, doubt: float) -> str:
     if share < LITTLE_SKY:
         return f"only {100 * share:.0f} % of the picture shows sky"
     if explanation.bulging:
-        return "the sky would have a bright patch inside the frame"
+        return "the sky would have a closed patch of light or dark inside the frame"
     if doubt > MOST_DOUBT:
         return f"it is uncertain by about {100 * doubt:.0f} % of its range"
     return ""
@@ -4555,7 +4566,7 @@ def _doubt(explanation: _Explanation) -> float:
     """Return by which part of its range the sky is uncertain, rms over the frame.
 
     That is the deviation of the fit itself, and how far surfaces that explain the sky about as well
-    lie from it.
+    lie from it, which have nothing to do with each other.
     """
     surfaces = explanation.surfaces
     best = explanation.best
@@ -4564,17 +4575,20 @@ def _doubt(explanation: _Explanation) -> float:
     invisible = PIXEL_NOISE * np.median(cells.noise, axis=(0, 1))
     span = np.maximum(_span(chosen, (99, 1)), invisible)  # (c,)
     deviation = surfaces.deviation(best.found, best.sky, best.smoothing)[cells.usable]
-    differences = [POSTERIOR_DOUBT * np.sqrt(np.mean((deviation / span)**2))]
+    of_fit = POSTERIOR_DOUBT * np.sqrt(np.mean((deviation / span)**2))
+    differences = [0.0]
     for candidate in explanation.candidates:
         if candidate.loss <= best.loss + ALIKE:
             error = surfaces.surface(candidate.found)[cells.usable] - chosen
             error -= np.median(error, axis=0)
             differences.append(ALIKE_DOUBT * np.sqrt(np.mean((error / span)**2)))
-    return float(max(differences))
+    return float(np.hypot(of_fit, max(differences)))
 
 
 def _closed_top(surfaces: _Surfaces, candidate: _Candidate, objects: np.ndarray) -> float:
-    """Return the height of the highest closed top of a surface, as a part of its range.
+    """Return the height of the highest closed top of a surface, or the depth of its deepest bottom.
+
+    It is a part of the surface's range.
 
     Args:
         surfaces, candidate: one of these surfaces.
@@ -4584,7 +4598,8 @@ def _closed_top(surfaces: _Surfaces, candidate: _Candidate, objects: np.ndarray)
     border = np.full(objects.shape, True)
     border[1:-1, 1:-1] = False
     highest = 0.0
-    for view in np.moveaxis(surfaces.surface(candidate.found), -1, 0):
+    views = np.moveaxis(surfaces.surface(candidate.found), -1, 0)  # (c, h, w)
+    for view in (*views, *-views):
         above = view - _way_out(view, border)  # (h, w)
         core = above > 0.5 * above.max()
         behind = (objects & core).sum() > HIDDEN_TOP * core.sum()
