@@ -3893,17 +3893,11 @@ Milky Way is farther off, and falls less."""
 FOREGROUND_DROP = 0.8
 """Hills fall below the sky by this part of the sky's range (5th to 95th percentile) at once."""
 
-FOREGROUND_DARK = 0.15
-"""All of a hill is darker than the nearest sky by this part of the sky's range."""
-
 FOREGROUND_SIGMA = 10.0
 """All of a hill is darker than the nearest sky by so many sigma."""
 
 FOREGROUND_SIZE = 0.003
 """Hills cover at least this part of the picture."""
-
-FOREGROUND_LENGTH = 0.02
-"""In units of the longer side: the edge of a hill has at least so many cells."""
 
 FOREGROUND_EDGE = 5
 """Cells: how deep the edge of a hill is, in which it is compared with the sky."""
@@ -3930,17 +3924,15 @@ def _dark_foreground(cells: _Cells, objects: np.ndarray) -> np.ndarray:
     from_sky, nearest = scipy.ndimage.distance_transform_edt(~sky, return_indices=True)
     drop = cells.values[tuple(nearest)] - cells.values  # (h, w, c)
     span = _span(cells.values[sky], (95, 5))  # (c,)
-    least = np.maximum(FOREGROUND_SIGMA * cells.noise, FOREGROUND_DARK * span)
-    dark = cells.usable & (drop > least).all(-1)
+    dark = cells.usable & (drop > FOREGROUND_SIGMA * cells.noise).all(-1)
     regions, count = scipy.ndimage.label(scipy.ndimage.binary_opening(dark))
     smallest = FOREGROUND_SIZE * cells.usable.sum()
-    shortest = FOREGROUND_LENGTH * cells.longer
     farthest = FOREGROUND_GAP * cells.longer
     for region in range(1, count + 1):
         inside = regions == region
         gap = from_sky[inside].min()
         edge = inside & (from_sky < gap + FOREGROUND_EDGE)
-        large = inside.sum() > smallest and edge.sum() > shortest
+        large = inside.sum() > smallest
         close = gap <= farthest and inside[cells.rim].any()
         step = np.median(drop[edge], axis=0)  # (c,)
         if large and close and (step > FOREGROUND_DROP * span).all():
@@ -4063,7 +4055,7 @@ CLOSED_SCALES = (2.5, 5.0, 10.0, 16.0)
 """Cells: scales at which patches of light are looked for. Structure is found at finer ones."""
 
 CLOSED_SIGMA = 5.0
-"""A patch curves down by so many sigma in all directions."""
+"""A patch curves down by so many sigma in all directions, and is as many sigma high."""
 
 CLOSED_ROUNDNESS = 0.25
 """Along the direction in which a patch curves least, it curves by this part of what it does across.
@@ -4075,9 +4067,6 @@ White noise has 0.244; stars and gaps add a third."""
 
 CLOSED_VIEW = 2.5
 """Cells: the height of a patch is measured on a Gaussian mean of this width."""
-
-CLOSED_HEIGHT = 4.0
-"""A patch is at least so many sigma of that mean high."""
 
 CLOSED_FOOT = 0.15
 """A patch reaches down to this part of its height."""
@@ -4135,7 +4124,7 @@ def _patches_above(surfaces: _Surfaces, stiff: np.ndarray, usable: np.ndarray,
     view = _smooth(above, CLOSED_VIEW, plain)
     view = np.where(usable, view, view[usable].min())
     way_out = np.maximum(_way_out(view, cells.rim), 0)
-    least = CLOSED_HEIGHT * noise * _noise_of_mean(CLOSED_VIEW)
+    least = CLOSED_SIGMA * noise * _noise_of_mean(CLOSED_VIEW)
     found = np.zeros_like(usable)
     for scale in CLOSED_SCALES:
         if 4 * scale > min(usable.shape):  # too few independent means
@@ -4394,10 +4383,10 @@ def _explain(scene: _Scene, patches: np.ndarray, used: np.ndarray, smoothings: S
     found = _Objects(objects & ~dark, dark, reach, sky)
     candidates = [_try_smoothing(surfaces, found, smoothing) for smoothing in smoothings]
     best = _choose(candidates, margin)
-    if _closed_top(surfaces, best, found.light) <= BULGE:
+    if _closed_top(surfaces, best) <= BULGE:
         return _Explanation(surfaces, found, candidates, best)
     stiffer = [other for other in candidates if other.smoothing > best.smoothing
-               and _closed_top(surfaces, other, found.light) <= BULGE]
+               and _closed_top(surfaces, other) <= BULGE]
     if not stiffer:
         return _Explanation(surfaces, found, candidates, best, bulging=True)
     bulging = stiffer[-1].loss > best.loss + ALIKE
@@ -4513,9 +4502,6 @@ SMALL_TOP = 0.2
 """A top counts only if less than this part of the frame is in the upper half of it. That of
 vignetting is larger."""
 
-HIDDEN_TOP = 0.6
-"""It counts all the same if objects cover this part of its upper half."""
-
 DOUBT_MARGIN = 0.15
 """Where the sky cannot be known, the stiffest surface wins whose loss is this close to that of the
 chosen one. On 46 such scenes 11 got truer by it, and 6 less true; and it eats less of objects."""
@@ -4598,26 +4584,22 @@ def _doubt(explanation: _Explanation) -> float:
     return float(np.hypot(of_fit, max(differences)))
 
 
-def _closed_top(surfaces: _Surfaces, candidate: _Candidate, objects: np.ndarray) -> float:
+def _closed_top(surfaces: _Surfaces, candidate: _Candidate) -> float:
     """Return the height of the highest closed top of a surface, or the depth of its deepest bottom.
 
     It is a part of the surface's range.
-
-    Args:
-        surfaces, candidate: one of these surfaces.
-        objects: (h, w) bool, which may hide a top.
     """
     cells = surfaces.cells
-    border = np.full(objects.shape, True)
+    border = np.full(cells.usable.shape, True)
     border[1:-1, 1:-1] = False
     highest = 0.0
     views = np.moveaxis(surfaces.surface(candidate.found), -1, 0)  # (c, h, w)
     for view in (*views, *-views):
         above = view - _way_out(view, border)  # (h, w)
         core = above > 0.5 * above.max()
-        behind = (objects & core).sum() > HIDDEN_TOP * core.sum()
-        if behind or core.mean() < SMALL_TOP:
-            highest = max(highest, above.max() / max(_span(view[cells.usable], (99, 1)), 1e-12))
+        if core.mean() < SMALL_TOP:
+            span = max(_span(view[cells.usable], (99, 1)), 1e-12)
+            highest = max(highest, above.max() / span)
     return highest
 
 
@@ -5363,7 +5345,12 @@ FORGIVEN = 10.0
 """With auto, the loss forgives what is farther from the surface than so many sigma. It needs not
 forgive objects then, and must not forgive a steep corner of the sky."""
 
-FOUND_COST = 0.002
+FIT_NODES = 13
+"""Nodes along the longer side on which the bending of the fit is measured: about as dense as 96
+control points. The small waves between few points, which a spline has, are no bending of the sky.
+With fewer nodes the surface would bend where none of them sees it."""
+
+FOUND_COST = 0.005
 """The bending of the sky that was found costs at most this much of the loss. Where it cost more,
 the loss would rather give a corner up than bend the surface."""
 
@@ -5581,7 +5568,7 @@ def make_lesson(prepared: Prepared, settings: Settings,
     sample = sky_sample(prepared, settings)
     follows = sample.follows
     positions, values = start
-    nodes, spacing = bending_nodes(prepared.full_shape, NODES)  # (rows, columns, 2)
+    nodes, spacing = bending_nodes(prepared.full_shape, FIT_NODES)  # (rows, columns, 2)
     cost = sky.at(sky.cost, nodes) if settings.auto else np.ones(nodes.shape[:2])
     rows = bending_rows(spacing, cost, settings.smoothing < PLANE)
     nodes = nodes.reshape(-1, 2)

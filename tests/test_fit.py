@@ -354,6 +354,17 @@ def test_a_larger_alpha_keeps_the_surface_lower():
     assert (falls > 0.1 * PIXEL_NOISE).all()
 
 
+def test_auto_follows_a_sky_that_is_brighter_than_the_stretch():
+    y, x = np.indices((200, 300)) / 300
+    sky = 0.05 + 0.01 * x + 0.2 * np.exp(-np.hypot(y, x) / 0.06)
+    settings = Settings(auto=True, downscaling_factor=2, delinearization_quantile=0.95)
+    result = optimize(with_noise(sky), settings)
+    bright = sky > result.prepared.stretch.white[0]
+    assert bright.sum() > 500
+    error = result.model[..., 0] - sky
+    assert np.abs(error[bright]).mean() < 0.05 * np.ptp(sky[bright])
+
+
 def test_auto_keeps_the_surface_in_the_middle_of_the_noise():
     _, sky = two_glows()
     offset = np.median(model_of_two_glows(True) - sky)
