@@ -4698,17 +4698,17 @@ def find_sky(prepared: Prepared, settings: Settings) -> Sky:
         scene = _Scene(cells, _Surfaces(cells, prepared.full_shape), texture, nothing)
         smoothings = (max(smoothings[0], SMALL_SMOOTHING),)
     explanation = _look_for_sky(scene, cells.usable, smoothings)
-    doubt = math.nan if cells.too_small else _doubt(explanation)
-    unsure = "it is too small"
-    if not cells.too_small:
-        unsure = _judge(explanation, doubt)
     shared = None
     if prepared.reference is not None and not cells.too_small:
         explanation, shared = look_with_reference(
-            scene, explanation, not unsure, prepared.reference, smoothings)
-        if shared.used:
-            doubt = _doubt(explanation)
-            unsure = _judge(explanation, doubt)
+            scene, explanation, prepared.reference, smoothings)
+    doubt = math.nan
+    unsure = "it is too small"
+    if not cells.too_small:
+        doubt = _doubt(explanation)
+        if shared is not None:
+            doubt = max(doubt, shared.doubt)
+        unsure = _judge(explanation, doubt)
     if unsure:
         explanation = _in_doubt(explanation)
     surfaces, objects, best = explanation.surfaces, explanation.objects, explanation.best
@@ -4775,15 +4775,15 @@ def _bending(surface: np.ndarray, longer: int) -> np.ndarray:
 #   picture[c] = sky[c] + sum over k of gains[k, c] * reference[k],  gains >= 0
 #
 # Structure finer than the sky decides the gains, so the smooth part of the objects is known, too.
-# Stars are left out: their light is spread differently in the two. What stays unknown is the
-# reference's own gradient, times the gain: it is taken for a part of the sky.
+# Stars are left out: their light is spread differently in the two.
+#
+# What stays unknown is the reference's own sky. It is a plane with a bowl at most, and looks like a
+# part of the picture's. The sky that was found without the reference knows about that part: where
+# that is sure, it is believed, and the reference where it is not.
 #
 # In the shapes below, (h, w) are cells, c is the number of the picture's channels, and k that of
 # the reference's.
 # --------------------------------------------------------------------------------------------------
-
-REFERENCE_SAMPLES = 2
-"""Samples of the reference along a side of a block. Each is a mean over what lies between them."""
 
 REFERENCE_NODES = 64
 """Along the longer side, so many places are looked up in plate solutions."""
@@ -4798,6 +4798,36 @@ STRUCTURE = 0.1
 """Nothing can be explained if the variance of the structure is less than this part of that of the
 noise."""
 
+MATCH_ROUNDS = 6
+"""Rounds of fitting, with the weights that the last fit suggests."""
+
+MATCH_ENOUGH = 0.075
+"""The stiffest sky whose loss is this close to the best one wins. A flexible sky takes what the two
+pictures share, and a little of what they do not."""
+
+MATCH_TILE = 8
+"""Cells along a side of the tiles whose residuals are independent of each other."""
+
+SKY_CONFIRMED = 0.01
+"""A sky that was found without the reference stays if it is sure, and if it differs from the one
+with it by a plane and a bowl, and beside them by no more than this part of its range, rms, or than
+it is uncertain."""
+
+REFERENCE_DOUBT = 0.05
+"""The reference's own sky makes that of the picture uncertain by this part of its range, rms. A
+slope over a fifth of it does."""
+
+SHIFT_VIEW = 3.0
+"""Cells: what differs from a Gaussian mean of this width tells whether both lie in the same place.
+"""
+
+SHIFT_CLEAR = 1.15
+"""A reference is shifted if it correlates so many times as well with the picture elsewhere..."""
+
+SHIFT_SEEN = 0.2
+"""... and if that correlation is at least this. Chance gives up to 0.2, a right place 0.25 to 0.8.
+"""
+
 STAR_DETAIL = 5.0
 """A star of the reference stands so many sigma above its surroundings."""
 
@@ -4809,27 +4839,6 @@ STAR_SPARSE = 0.6
 
 STAR_WINGS = 2
 """Cells about such a star that are left out as well."""
-
-MATCH_ROUNDS = 6
-"""Rounds of fitting, with the weights that the last fit suggests."""
-
-MATCH_ENOUGH = 0.075
-"""The stiffest sky whose loss is this close to the best one wins. A flexible sky takes what the two
-pictures share, and a little of what they do not."""
-
-SKY_CONFIRMED = 0.007
-"""Where the sky was found without the reference, the objects' light in that may differ from a bowl
-by this part of the sky's range, rms. Then that sky stays."""
-
-REFERENCE_VIEW = 3.0
-"""Cells: that light is looked at in Gaussian means of this width. What differs from such a mean
-tells whether both lie in the same place."""
-
-SHIFT_MOST = 0.1
-"""A reference that is shifted by up to this part of the longer side is recognized."""
-
-SHIFT_CLEAR = 1.15
-"""It is shifted if the two agree so many times as well elsewhere."""
 
 PROJECTIONS = {
     "Gnomonic": "TAN", "Stereographic": "STG", "PlateCarree": "CAR", "Mercator": "MER",
@@ -4854,9 +4863,11 @@ class Shared:
     """What a picture and its reference share, and whether the sky was found by it."""
 
     verdict: str  # in words that go on from the reference's name
-    used: bool
+    used: bool = False
     gains: np.ndarray | None = None  # (k, c) linear light for one unit of the reference's
+    gain_errors: np.ndarray | None = None  # (k, c) their standard deviations
     confirms: bool = False  # that what was found without it is sky
+    doubt: float = 0.0  # by which part of its range the sky stays uncertain, for all the reference
 
 
 class _Match(NamedTuple):
@@ -4864,9 +4875,10 @@ class _Match(NamedTuple):
 
     smoothing: float
     found: np.ndarray  # (m, c) coefficients of the sky
-    gains: np.ndarray  # (k, c) in the units of the cells
     step: np.ndarray  # (c,) by which the reference's level differs from its sky
-    residual: np.ndarray  # (n, c) of the cells that were looked at, in the units of the cells
+    gains: np.ndarray  # (k, c) in the units of the cells
+    errors: np.ndarray  # (k, c) standard deviations of the gains
+    loss: float  # as that of a candidate
     explained: float  # share of the structure beside such a sky, and beyond noise
 
 
@@ -4885,17 +4897,17 @@ def read_reference(path: str, picture: Picture, factor: int) -> Reference:
         BgError: it cannot be read, or nothing tells where it lies.
     """
     other = read_picture(path)
-    planes = other.planes
-    height, width = picture.planes.shape[1:]
-    ours = plate_solution(picture.source, height)
-    theirs = plate_solution(other.source, planes.shape[1])
+    shape = picture.planes.shape[1:]
+    their_shape = other.planes.shape[1:]
+    ours = plate_solution(picture.source, shape[0])
+    theirs = plate_solution(other.source, their_shape[0])
     if ours is not None and theirs is not None:
-        there = functools.partial(_by_solutions, ours, theirs, height, planes.shape[1])
-    elif planes.shape[1:] == (height, width):
+        there = functools.partial(_by_solutions, ours, theirs, shape[0], their_shape[0])
+    elif their_shape == shape:
         there = np.array  # pixel on pixel
     else:
-        there = _by_stars(picture.planes, planes, path)
-    light = lay_on_blocks(planes, there, (height, width), factor)
+        there = _by_stars(picture.planes, other.planes, path)
+    light = lay_on_blocks(other.planes, there, shape, factor)
     checksum = hashlib.sha256(Path(path).read_bytes()).hexdigest()
     return Reference(os.path.basename(path), checksum, light)
 
@@ -4929,22 +4941,28 @@ def _solution_of_xisf(source: Source, height: int) -> dict:
 
     def numbers(name):
         part = properties[SOLUTION + name]
-        location = part.get("location")
-        stored = source.blocks.get(location)
+        stored = source.blocks.get(part.get("location"))
         if stored is None:
             stored = base64.b64decode(part.text)
-        return np.frombuffer(stored, ">f8" if part.get("byteOrder") == "big" else "<f8")
+        order = ">f8" if part.get("byteOrder") == "big" else "<f8"
+        return np.frombuffer(stored, order)
 
     x, y = numbers("ReferenceImageCoordinates")
-    matrix = numbers("LinearTransformationMatrix")
+    x_by_column, x_by_row, y_by_column, y_by_row = numbers("LinearTransformationMatrix")
     longitude, latitude = numbers("ReferenceCelestialCoordinates")
     projection = properties[SOLUTION + "ProjectionSystem"]
     code = PROJECTIONS[projection.text or projection.get("value")]
     return {
-        "CTYPE1": f"RA---{code}", "CTYPE2": f"DEC--{code}",
-        "CRVAL1": longitude, "CRVAL2": latitude,
-        "CRPIX1": x + 0.5, "CRPIX2": height - y + 0.5,
-        "CD1_1": matrix[0], "CD1_2": -matrix[1], "CD2_1": matrix[2], "CD2_2": -matrix[3],
+        "CTYPE1": "RA---" + code,
+        "CTYPE2": "DEC--" + code,
+        "CRVAL1": longitude,
+        "CRVAL2": latitude,
+        "CRPIX1": x + 0.5,
+        "CRPIX2": height - y + 0.5,
+        "CD1_1": x_by_column,
+        "CD1_2": -x_by_row,
+        "CD2_1": y_by_column,
+        "CD2_2": -y_by_row,
     }
 
 
@@ -4956,15 +4974,20 @@ def _by_solutions(ours, theirs, height: int, their_height: int, places: np.ndarr
 
     Returns:
         (2, n), NaN where the reference's solution does not reach.
+
+    Raises:
+        BgError: nothing tells how the coordinates of one become those of the other.
     """
+    from astropy.wcs.utils import pixel_to_pixel
     row, column = places
-    longitude, latitude = ours.all_pix2world(column, height - 1 - row, 0)
-    x, y = theirs.all_world2pix(longitude, latitude, 0, quiet=True)
-    # The other half of the celestial sphere is projected on the same plane
-    turned, tilted = np.deg2rad((longitude - theirs.wcs.crval[0], latitude))
-    center = np.deg2rad(theirs.wcs.crval[1])
-    near = np.cos(center) * np.cos(tilted) * np.cos(turned) + np.sin(center) * np.sin(tilted)
-    return np.where(near > 0, (their_height - 1 - y, x), np.nan)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # where it does not converge, it is far outside
+        try:
+            x, y = pixel_to_pixel(ours, theirs, column, height - 1 - row)
+        except ValueError as error:
+            raise BgError("the plate solutions of the picture and of its reference cannot be "
+                          f"compared ({error}); solve both anew") from None
+    return np.stack([their_height - 1 - y, x])
 
 
 def _by_stars(planes: np.ndarray, others: np.ndarray, path: str) -> Callable:
@@ -4997,42 +5020,37 @@ def lay_on_blocks(planes: np.ndarray, there: Callable, shape: tuple[int, int],
     Returns:
         (ceil(height / factor), ceil(width / factor), k), NaN where it shows nothing.
     """
-    def sampled(image, places):
-        return scipy.ndimage.map_coordinates(image, places, order=1, mode="nearest")
-
     spacing = max(factor, max(shape) / REFERENCE_NODES)
-    counts = [max(2, math.ceil(side / spacing)) for side in shape]
-    row, column = [np.linspace(0, side - 1, count) for side, count in zip(shape, counts)]
-    looked_up = there(_grid(row, column).reshape(-1, 2).T).reshape(2, *counts)
-    apart = np.hypot(*np.diff(looked_up, axis=2)) / column[1]  # pixels there for one here
+    nodes = [np.linspace(0, max(side - 1, 1), max(2, math.ceil(side / spacing))) for side in shape]
+    known = _grid(*nodes)  # (rows, columns, 2) of nodes
+    looked_up = there(known.reshape(-1, 2).T).T.reshape(known.shape)
+    place_of = scipy.interpolate.RegularGridInterpolator(
+        nodes, looked_up, bounds_error=False, fill_value=None)
+    centers = [np.arange(0, side, factor) + (factor - 1) / 2 for side in shape]
+    places = np.moveaxis(place_of(_grid(*centers)), -1, 0)  # (2, h, w)
+
+    # Means over areas as large as a block is there
+    apart = np.hypot(*np.diff(places, axis=2))
     apart = apart[np.isfinite(apart)]
-    side = 1
-    if apart.size:  # they overlap
-        spacing = np.median(apart) * factor / REFERENCE_SAMPLES
-        side = max(1, int(spacing + 1e-6))
-    means = [reduce_plane(plane, side, "mean") for plane in planes]
-    last = np.array(means[0].shape)[:, None, None] - 0.5
-    offsets = (np.arange(REFERENCE_SAMPLES) + 0.5) / REFERENCE_SAMPLES * factor - 0.5
-    rows, columns = [np.arange(0, length, factor) for length in shape]
-    total = 0.0
-    for down, right in itertools.product(offsets, repeat=2):
-        nodes = np.meshgrid((rows + down) / row[1], (columns + right) / column[1], indexing="ij")
-        places = np.stack([sampled(line, nodes) for line in looked_up])
-        places = (places + 0.5) / side - 0.5
-        inside = ((-0.5 <= places) & (places <= last)).all(0)  # not so where NaN
-        samples = np.stack([sampled(plane, places) for plane in means], -1)
-        total = total + np.where(inside[..., None], samples, np.nan)
-    return total / REFERENCE_SAMPLES**2
+    side = max(1, round(np.median(apart))) if apart.size else 1
+    places = (places + 0.5) / side - 0.5
+    light = []
+    for plane in planes:
+        means = reduce_plane(plane, side, "mean")
+        last = np.array(means.shape)[:, None, None] - 0.5
+        inside = ((places >= -0.5) & (places <= last)).all(0)  # not so where NaN
+        sampled = scipy.ndimage.map_coordinates(means, places, order=1, mode="nearest")
+        light.append(np.where(inside, sampled, np.nan))
+    return np.stack(light, -1)
 
 
-def look_with_reference(scene: _Scene, before: _Explanation, sure: bool, reference: Reference,
+def look_with_reference(scene: _Scene, before: _Explanation, reference: Reference,
                         smoothings: Sequence[float]) -> tuple[_Explanation, Shared]:
     """Explain the picture as sky and light of the reference, if that fits.
 
     Args:
         scene: the picture.
         before: how it was explained without the reference.
-        sure: whether the sky could be told from objects so.
         reference: of the same frame.
         smoothings: to choose from, the stiffest first.
 
@@ -5044,66 +5062,64 @@ def look_with_reference(scene: _Scene, before: _Explanation, sure: bool, referen
     covered = cells.usable & np.isfinite(light).all(-1)
     share = covered.sum() / cells.usable.sum()
     if share < LEAST_COVERED:
-        return before, Shared(f"covers only {share:.0%} of the picture", False)
+        return before, Shared(f"covers only {share:.0%} of the picture")
     light = np.where(covered[..., None], light, 0)
     grain = _cell_noise(light, covered)  # (h, w, k)
-    lone = scene.texture.rough & ~scene.texture.dense
-    stars = _stars(light / grain, covered) | scipy.ndimage.binary_dilation(lone)
-    seen = covered & ~stars
-    shift = _shift(cells, light / grain, covered)
+    shift = _shift(cells.values / cells.noise, light / grain, covered)
     if shift:
-        pixels = shift * cells.size
-        return before, Shared(f"lies {pixels:.0f} reduced pixels beside the picture", False)
+        return before, Shared(f"lies {shift * cells.size:.0f} reduced pixels beside the picture")
+    lone = scene.texture.rough & ~scene.texture.dense
+    seen = covered & ~_stars(light / grain, covered) & ~scipy.ndimage.binary_dilation(lone)
     if seen.sum() < FEWEST_USABLE:
-        return before, Shared("shows next to nothing but stars", False)
+        return before, Shared("shows next to nothing but stars")
+
+    sure = _doubt(before) <= MOST_DOUBT and not before.bulging
     outside = before.best.sky & ~covered & sure
-    matches = [
-        _match(scene.surfaces, light, grain, seen, outside, smoothing) for smoothing in smoothings]
-    best, losses = _stiffest(matches, cells.noise, grain, seen | outside)
-    gains = best.gains * cells.scale / unit[:, None]
-    verdict = (f"covers {share:.0%} of the picture and explains {best.explained:.0%} of its "
-               "structure")
-    if best.explained < LEAST_EXPLAINED:
-        return before, Shared(verdict, False, gains)
-    objects = light @ best.gains  # (h, w, c)
-    if sure and _unlike_sky(before, objects, seen) < SKY_CONFIRMED:
-        verdict += ", but shows no object in the sky that was found without it"
-        return before, Shared(verdict, False, gains, confirms=True)
+    # With the objects known, the sky needs no more flexibility than without
+    smoothings = [each for each in smoothings if each >= before.best.smoothing]
+    matches = [_match(scene.surfaces, light, grain, seen, outside, each) for each in smoothings]
+    match = _choose(matches, MATCH_ENOUGH)
+    in_linear_light = cells.scale / unit[:, None]  # (k, c)
+    shared = Shared(
+        f"covers {share:.0%} of the picture and explains {match.explained:.0%} of its structure",
+        gains=match.gains * in_linear_light,
+        gain_errors=match.errors * in_linear_light)
+    if match.explained < LEAST_EXPLAINED:
+        return before, shared
 
-    sky = seen | outside
-    values = cells.values - objects - np.where(covered[..., None], best.step, 0)
-    noise = np.sqrt(cells.noise**2 + grain**2 @ best.gains**2)
-    surfaces = _of_values(scene.surfaces, values, noise, sky).dearer(~sky)
+    with_it = scene.surfaces.surface(match.found)  # (h, w, c)
+    possible, unlike = _not_refuted(before, with_it)
+    guessed = before.bulging or before.best.loss > UNEXPLAINED * _pure_noise(cells)
+    doubt = 1.0 if guessed else _doubt(possible)
+    if doubt <= MOST_DOUBT and unlike <= max(SKY_CONFIRMED, doubt):
+        verdict = shared.verdict + ", but shows no object in the sky that was found without it"
+        return possible, replace(shared, verdict=verdict, confirms=True)
+
+    belief = 1 / (1 + (max(doubt, unlike) / REFERENCE_DOUBT)**2)  # in what was found without it
+    where = seen & before.best.sky
+    if where.sum() < LITTLE_SKY * seen.sum():
+        where = seen
+    without = before.surfaces.surface(before.best.found)
+    own_sky = belief * _plane_with_bowl(without - with_it, where, cells.centers)
+    objects = light @ match.gains + match.step - own_sky
+    objects[~covered] = 0
+    noise = np.sqrt(cells.noise**2 + grain**2 @ match.gains**2)
+    surfaces = _of_values(scene.surfaces, cells.values - objects, noise, seen | outside)
+    explanation = _explain_all(surfaces, match.smoothing, smoothings)
+    doubt = REFERENCE_DOUBT * math.sqrt(1 - belief)
+    return explanation, replace(shared, used=True, doubt=doubt)
+
+
+def _explain_all(surfaces: _Surfaces, smoothing: float,
+                 smoothings: Sequence[float]) -> _Explanation:
+    """Explain all usable cells as sky, by the surface of one of the smoothings."""
+    sky = surfaces.cells.usable
+    surfaces = surfaces.dearer(~sky)
     nowhere = np.zeros_like(sky)
-
-    def candidate(match, loss):
-        return _Candidate(match.smoothing, match.found, sky, nowhere, loss)
-
-    candidates = [
-        candidate(match, loss) for match, loss in zip(matches, losses)
-        if match.explained > best.explained / 2]
-    chosen = candidate(best, _loss_of(surfaces.excess(best.found)[sky]))
     no_objects = _Objects(nowhere, nowhere, np.zeros(sky.shape), sky)
-    explanation = _Explanation(surfaces, no_objects, candidates, chosen)
-    return explanation, Shared(verdict, True, gains)
-
-
-def _stiffest(matches: list[_Match], noise: np.ndarray, grain: np.ndarray,
-              sky: np.ndarray) -> tuple[_Match, np.ndarray]:
-    """Return the stiffest match whose loss is close to that of the best one, and all losses.
-
-    The reference's noise counts alike for all. Otherwise a sky that takes the objects in would win,
-    for it needs no reference.
-
-    Args:
-        noise, grain: (h, w, c) and (h, w, k) of the picture and of the reference.
-        sky: (h, w) bool, the cells that were looked at.
-    """
-    gains = np.max([match.gains for match in matches], 0)
-    noise = np.sqrt(noise**2 + grain**2 @ gains**2)[sky]  # (n, c)
-    losses = np.array([_loss_of(match.residual / noise) for match in matches])
-    good = losses <= losses.min() + MATCH_ENOUGH
-    return matches[int(good.argmax())], losses
+    candidates = [_try_smoothing(surfaces, no_objects, each) for each in smoothings]
+    chosen = candidates[smoothings.index(smoothing)]
+    return _Explanation(surfaces, no_objects, candidates, chosen)
 
 
 def tell_of_reference(reference: Reference, shared: Shared) -> None:
@@ -5116,13 +5132,28 @@ def tell_of_reference(reference: Reference, shared: Shared) -> None:
     else:
         logger.warning(f"{text}; it is left out. Give a picture of this region through a similar "
                        "filter, with a plate solution")
+    for line in gains_in_words(shared):
+        logger.info(line)
+
+
+def gains_in_words(shared: Shared) -> list[str]:
+    """Return a line for each channel of the picture that tells its gains, if they are known."""
+    if shared.gains is None:
+        return []
+    count = shared.gains.shape[1]
+    lines = []
+    for channel in range(count):
+        pairs = zip(shared.gains[:, channel], shared.gain_errors[:, channel])
+        gains = ", ".join(f"{gain:.3g} +/- {error:.1g}" for gain, error in pairs)
+        lines.append(f"gains of the reference in {_channel_name(channel, count)} = {gains}")
+    return lines
 
 
 def _cells_of_light(light: np.ndarray, cells: _Cells) -> tuple[np.ndarray, np.ndarray]:
     """Return a reference on the cells (h, w, k), above its darkest part, and its unit (k,)."""
     planes = np.moveaxis(light, -1, 0)
-    light = np.stack([reduce_plane(plane, cells.size, "mean") for plane in planes], -1)
-    light = light.astype(float)
+    means = [reduce_plane(plane, cells.size, "mean") for plane in planes]
+    light = np.stack(means, -1).astype(float)
     there = light[cells.usable & np.isfinite(light).all(-1)]  # (n, k)
     if not there.size:
         return light, np.ones(light.shape[-1])
@@ -5151,53 +5182,111 @@ def _match(surfaces: _Surfaces, light: np.ndarray, grain: np.ndarray, seen: np.n
         outside: (h, w) bool, cells of sky that the reference does not cover.
         smoothing: of the sky.
     """
-    cells = surfaces.cells
-    of_sky = surfaces.energy(smoothing)
-    count = len(of_sky)
-    energy = np.zeros((count + 1, count + 1))
-    energy[:count, :count] = of_sky
-    energy[count, count] = 1e-6 if outside.any() else 1e6  # of the step
-    used = np.flatnonzero(seen | outside)
-    covers = seen.ravel()[used, None]
-    sky = np.concatenate([surfaces.matrix[used, :count], covers], 1)  # (n, m + 1)
-    shared = light.reshape(-1, light.shape[-1])[used] * covers  # (n, k)
-    values = surfaces.values[used]
-    grain = grain.reshape(-1, light.shape[-1])[used]
-    trust = 1 / (cells.noise**2).mean(-1).ravel()[used]
+    channels = light.shape[-1]
+    used = seen | outside
+    light = light[used]  # (n, k)
+    grain = grain[used]
+    noise = surfaces.cells.noise[used]  # (n, c)
+    both = np.concatenate([light, surfaces.cells.values[used]], 1)  # (n, k + c)
+    energy = scipy.linalg.block_diag(surfaces.energy(smoothing), 1e-6)  # (m + 1, m + 1)
+    modes = surfaces.matrix[used.ravel(), :len(energy) - 1]
+    step = seen[used] & outside.any()
+    sky = np.column_stack([modes, step])  # (n, m + 1)
+    trust = 1 / (noise**2).mean(1, keepdims=True)  # (n, 1)
     weight = trust
     for _ in range(MATCH_ROUNDS):
-        share = (weight / weight.sum())[:, None]
+        share = weight / weight.sum()
         weighted = (sky * share).T
-        both = np.concatenate([shared, values], 1)
         parts = np.linalg.solve(weighted @ sky + energy, weighted @ both)  # (m + 1, k + c)
-        of_light, of_picture = np.split(parts, [shared.shape[1]], 1)
-        # What the sky does not explain of either
-        gram = (shared * share).T @ shared - weighted.dot(shared).T @ of_light
-        right = (shared * share).T @ values - weighted.dot(shared).T @ of_picture
+        rest = both - sky @ parts  # what the sky explains of neither
+        of_light, of_picture = np.split(rest, [channels], 1)
+        products = (light * share).T @ rest  # (k, k + c)
+        gram, right = np.split(products, [channels], 1)
         # The reference's noise would make its gains too small
-        gram -= np.diag(np.minimum((grain**2 * share).sum(0), np.diag(gram) / 2))
-        gains = _not_negative(gram, right)
-        found = of_picture - of_light @ gains
-        residual = values - sky @ found - shared @ gains
-        distance = np.sqrt((residual**2 * trust[:, None]).mean(1))
+        of_noise = np.minimum((grain**2 * share).sum(0), np.diag(gram) / 2)
+        gains = _not_negative(gram - np.diag(of_noise), right)
+        residual = of_picture - of_light @ gains  # (n, c)
+        distance = np.sqrt((residual**2 * trust).mean(1, keepdims=True))
         limit = HUBER_LIMIT * HUBER_DEVIATION * max(np.median(distance), 1e-9)
-        weight = trust * np.minimum(1, limit / np.maximum(distance, 1e-9))**2
-    alone = values - sky @ of_picture
-    noise = cells.noise.reshape(-1, values.shape[1])[used]**2 + grain**2 @ gains**2
-    total = ((alone**2 - noise) * share).sum()
-    left = max(0.0, ((residual**2 - noise) * share).sum())
-    seen_at_all = total > STRUCTURE * (noise * share).sum()
-    explained = max(0.0, 1 - left / total) if seen_at_all else 0.0
-    return _Match(smoothing, found[:count], gains, found[count], residual, explained)
+        pull = np.minimum(1, limit / np.maximum(distance, 1e-9))
+        weight = trust * pull**2
+
+    structure = ((of_picture**2 - noise**2) * share).sum()
+    left = ((residual**2 - noise**2) * share).sum()
+    explained = 0.0
+    if structure > STRUCTURE * (noise**2 * share).sum():
+        explained = float(np.clip(1 - left / structure, 0, 1))
+    found = parts[:, channels:] - parts[:, :channels] @ gains
+    errors = _gain_errors(of_light, share, residual, used)
+    loss = _loss_of(residual / noise)
+    return _Match(smoothing, found[:-1], found[-1], gains, errors, loss, explained)
 
 
 def _not_negative(gram: np.ndarray, right: np.ndarray) -> np.ndarray:
     """Solve gram (k, k) @ gains = right (k, c) with gains >= 0, by least squares."""
     heights, vectors = np.linalg.eigh(gram)
     heights = np.maximum(heights, 1e-6 * max(heights.max(), 1e-12))
-    root = np.sqrt(heights)[:, None] * vectors.T
-    aim = vectors.T @ right / np.sqrt(heights)[:, None]
-    return np.stack([scipy.optimize.nnls(root, column)[0] for column in aim.T], -1)
+    roots = np.sqrt(heights)[:, None]
+    matrix = roots * vectors.T
+    wanted = vectors.T @ right / roots
+    gains = [scipy.optimize.nnls(matrix, column)[0] for column in wanted.T]
+    return np.stack(gains, -1)
+
+
+def _gain_errors(light: np.ndarray, share: np.ndarray, residual: np.ndarray,
+                 used: np.ndarray) -> np.ndarray:
+    """Return the standard deviations of gains, (k, c), if tiles of cells are independent.
+
+    Args:
+        light, share, residual: (n, k), (n, 1), and (n, c) of the cells that were compared.
+        used: (h, w) bool, those cells.
+    """
+    row, column = np.nonzero(used)
+    tile = row // MATCH_TILE * used.shape[1] + column // MATCH_TILE  # (n,)
+    weighted = light * share
+    pushes = weighted @ np.linalg.pinv(weighted.T @ light)  # (n, k): gains for one unit of residual
+    moved = pushes[:, :, None] * residual[:, None]  # (n, k, c)
+    by_tile = np.zeros((tile.max() + 1, *moved.shape[1:]))
+    np.add.at(by_tile, tile, moved)
+    return np.sqrt((by_tile**2).sum(0))
+
+
+def _not_refuted(before: _Explanation, sky: np.ndarray) -> tuple[_Explanation, float]:
+    """Drop the skies that were found without a reference and that it refutes.
+
+    Args:
+        before: what was found without it; the best stays.
+        sky: (h, w, c) that was found with it.
+
+    Returns:
+        What is left, and how far the best one is from that sky, as a part of its own range. A plane
+        with a bowl does not count, for that may be the reference's.
+    """
+    surfaces = before.surfaces
+    usable = surfaces.cells.usable
+    span = _span(surfaces.surface(before.best.found)[usable], (99, 1))  # (c,)
+
+    def unlike(candidate):
+        difference = surfaces.surface(candidate.found) - sky
+        difference -= _plane_with_bowl(difference, usable, surfaces.cells.centers)
+        return float(np.sqrt(np.mean((difference[usable] / np.maximum(span, 1e-9))**2)))
+
+    of_best = unlike(before.best)
+    most = max(of_best, SKY_CONFIRMED)
+    left = [candidate for candidate in before.candidates if unlike(candidate) <= most]
+    return before._replace(candidates=left), of_best
+
+
+def _plane_with_bowl(values: np.ndarray, where: np.ndarray, centers: np.ndarray) -> np.ndarray:
+    """Return the plane with a bowl that fits values (h, w, c) best in the cells `where`.
+
+    Args:
+        centers: (h, w, 2) frame coordinates.
+    """
+    y, x = np.moveaxis(centers, -1, 0)
+    terms = np.stack([np.ones_like(x), x, y, x * x, x * y, y * y], -1)  # (h, w, 6)
+    found, *_ = np.linalg.lstsq(terms[where], values[where], rcond=None)
+    return terms @ found
 
 
 def _of_values(surfaces: _Surfaces, values: np.ndarray, noise: np.ndarray,
@@ -5205,46 +5294,33 @@ def _of_values(surfaces: _Surfaces, values: np.ndarray, noise: np.ndarray,
     """Return the same surfaces for other values (h, w, c) of the cells."""
     other = copy.copy(surfaces)
     other.cells = replace(surfaces.cells, values=values, noise=noise, usable=usable)
-    other.values = values.reshape(surfaces.values.shape).astype(np.float32)
+    other.values = values.reshape(-1, values.shape[-1]).astype(np.float32)
     return other
 
 
-def _unlike_sky(before: _Explanation, objects: np.ndarray, seen: np.ndarray) -> float:
-    """Tell how much of the objects' light (h, w, c) lies in the sky that was found without it.
-
-    Returns:
-        What differs from a plane with a bowl, the reference's own sky, over the range of the sky.
-    """
-    cells = before.surfaces.cells
-    sky = before.best.sky & seen
-    if sky.sum() < FEWEST_SKY:
-        return math.inf
-    surfaces = _of_values(before.surfaces, objects, cells.noise, sky)
-    bowl = surfaces.surface(surfaces.fit(sky, np.zeros_like(sky), WITH_BOWL))
-    rest = _smooth(objects - bowl, REFERENCE_VIEW, sky)[sky]  # (n, c)
-    span = _span(before.surfaces.surface(before.best.found)[cells.usable], (99, 1))
-    return float(np.sqrt(np.mean((rest / np.maximum(span, 1e-9))**2)))
-
-
-def _shift(cells: _Cells, light: np.ndarray, covered: np.ndarray) -> float:
+def _shift(ours: np.ndarray, theirs: np.ndarray, covered: np.ndarray) -> float:
     """Return by how many cells a reference lies beside the picture; 0 if it fits.
 
     Args:
-        light: (h, w, k) in sigma.
+        ours, theirs: (h, w, c) and (h, w, k), in sigma.
+        covered: (h, w) bool, cells in which both are compared.
     """
-    def detail(values):
-        rest = values - _smooth_slope(values, REFERENCE_VIEW, covered)
-        return np.where(covered, np.clip(rest, -STAR_DETAIL, STAR_DETAIL).mean(-1), 0)
+    from skimage.registration import phase_cross_correlation
 
-    ours = detail(cells.values / cells.noise)
-    theirs = detail(light)
-    agreement = scipy.signal.fftconvolve(ours, theirs[::-1, ::-1], "same")
-    middle = (np.array(ours.shape) - 1) // 2
-    distance = np.hypot(*(np.indices(ours.shape) - middle[:, None, None]))
-    agreement[distance > SHIFT_MOST * cells.longer] = -np.inf
-    place = np.unravel_index(agreement.argmax(), ours.shape)
-    here = agreement[distance < 2].max()
-    return float(distance[place]) if agreement[place] > SHIFT_CLEAR * max(here, 0) else 0.0
+    def detail(values):
+        rest = values - _smooth_slope(values, SHIFT_VIEW, covered)
+        rest = np.clip(rest, -STAR_DETAIL, STAR_DETAIL).mean(-1)
+        rest = np.where(covered, rest, 0)
+        return rest / max(np.linalg.norm(rest), 1e-12)
+
+    ours = detail(ours)  # (h, w)
+    theirs = detail(theirs)
+    shift, *_ = phase_cross_correlation(ours, theirs, normalization=None)
+    moved = scipy.ndimage.shift(theirs, shift, order=0)
+    here = (ours * theirs).sum()
+    there = (ours * moved).sum()
+    is_shifted = there > max(SHIFT_SEEN, SHIFT_CLEAR * here)
+    return float(np.hypot(*shift)) if is_shifted else 0.0
 
 
 # --------------------------------------------------------------------------------------------------
@@ -7169,18 +7245,6 @@ def _read(path: str) -> Picture:
     return picture
 
 
-def _gains(shared: Shared) -> list[str]:
-    """Return a line for each channel of the picture that tells its gains, if they are known."""
-    if shared.gains is None:
-        return []
-    count = shared.gains.shape[1]
-    lines = []
-    for channel, gains in enumerate(shared.gains.T):
-        each = ", ".join(f"{gain:.4g}" for gain in gains)
-        lines.append(f"gains of the reference in {_channel_name(channel, count)} = {each}")
-    return lines
-
-
 def _read_mask(path):
     """Return the weights that a mask file gives, (c, h, w); None without a file."""
     if path is None:
@@ -7330,7 +7394,7 @@ def _facts_of_reference(prepared: Prepared) -> list[str]:
     shared = prepared.sky.shared
     if shared is not None:
         lines.append(f"the reference {shared.verdict}; {'used' if shared.used else 'not used'}")
-        lines += _gains(shared)
+        lines += gains_in_words(shared)
     return lines
 
 
