@@ -61,6 +61,7 @@ import io
 import itertools
 import logging
 import math
+import multiprocessing
 import numbers
 import os
 import platform
@@ -79,8 +80,15 @@ import time
 import warnings
 import zlib
 from collections import Counter
-from concurrent.futures import CancelledError, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from concurrent.futures import (
+    BrokenExecutor,
+    CancelledError,
+    Executor,
+    ProcessPoolExecutor,
+    ThreadPoolExecutor,
+    as_completed,
+)
+from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -4858,7 +4866,24 @@ class _Match(NamedTuple):
     explained: float  # share of the structure beside such a sky, and beyond noise
 
 
-def read_reference(path: str, picture: Picture, factor: int) -> Reference:
+class OpenedReference(NamedTuple):
+    """A reference as it was read, whatever picture it is for."""
+
+    planes: np.ndarray  # (k, rows, columns)
+    solution: Any  # astropy's WCS, or None
+    checksum: str  # SHA-256 of its file
+
+
+def open_reference(path: str) -> OpenedReference:
+    """Read a reference; raises BgError if it cannot be read."""
+    other = read_picture(path)
+    solution = plate_solution(other.source, other.planes.shape[1])
+    checksum = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    return OpenedReference(other.planes, solution, checksum)
+
+
+def read_reference(path: str, picture: Picture, factor: int,
+                   opened: Callable[[str], OpenedReference] = open_reference) -> Reference:
     """Read a reference, and lay it on a picture.
 
     Where it lies is told by plate solutions, if both have one. Otherwise a reference of the same
@@ -4868,24 +4893,23 @@ def read_reference(path: str, picture: Picture, factor: int) -> Reference:
         path: of the reference.
         picture: as it was read.
         factor: side of a block of the picture's pixels.
+        opened: as `open_reference`.
 
     Raises:
         BgError: it cannot be read, or nothing tells where it lies.
     """
-    other = read_picture(path)
+    other = opened(path)
     planes = other.planes
     height, width = picture.planes.shape[1:]
     ours = plate_solution(picture.source, height)
-    theirs = plate_solution(other.source, planes.shape[1])
-    if ours is not None and theirs is not None:
-        there = functools.partial(_by_solutions, ours, theirs, height, planes.shape[1])
+    if ours is not None and other.solution is not None:
+        there = functools.partial(_by_solutions, ours, other.solution, height, planes.shape[1])
     elif planes.shape[1:] == (height, width):
         there = np.array  # pixel on pixel
     else:
         there = _by_stars(picture.planes, planes, path)
     light = lay_on_blocks(planes, there, (height, width), factor)
-    checksum = hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    return Reference(os.path.basename(path), checksum, light)
+    return Reference(os.path.basename(path), other.checksum, light)
 
 
 def plate_solution(source: Any, height: int):
@@ -7087,22 +7111,20 @@ def _check_folder(options: argparse.Namespace) -> None:
                       "choose another folder") from None
 
 
-def process_file(task: Task, watched: ContextManager = nullcontext()) -> Result:
+def process_file(task: Task, watched: ContextManager = nullcontext(),
+                 opened: Callable[[str], OpenedReference] = open_reference) -> Result:
     """Take the sky out of one picture, from file to files.
 
     Args:
         task: its paths have been checked.
         watched: as for `remove_sky`.
+        opened: takes the path of a reference to what `open_reference` gives.
 
     Raises:
         BgError: the picture cannot be done.
     """
     with _heard() as said, atomic_outputs(*task.outputs.values()) as files:
-        picture = _read_input(task)
-        _check_room(task, picture.planes)
-        _start_importing()
-        mask = _read_mask(task.mask_file)
-        reference = _read_reference(task, picture)
+        picture, mask, reference = read_inputs(task, opened)
         result = remove_sky(
             picture.planes, task.settings, mask, picture.unit, watched, reference)
         _write_outputs(task, picture, result, files)
@@ -7113,9 +7135,7 @@ def process_file(task: Task, watched: ContextManager = nullcontext()) -> Result:
 def preview_file(task: Task) -> None:
     """Draw the preview of one picture."""
     with _heard() as said:
-        picture = _read_input(task)
-        mask = _read_mask(task.mask_file)
-        reference = _read_reference(task, picture)
+        picture, mask, reference = read_inputs(task)
         prepared, settings = examine(picture.planes, task.settings, mask, reference=reference)
     _put_figure(task, draw_preview, prepared=prepared, settings=settings, said=said)
 
@@ -7127,9 +7147,15 @@ def _put_figure(task: Task, draw: Callable, **what) -> None:
         put_picture(draw, task.place_for_figure, task.figure)
 
 
-def _read_input(task: Task) -> Picture:
-    """Read the picture of a task, and log what it is."""
-    picture = _read(task.input_file)
+def read_inputs(task: Task, opened: Callable[[str], OpenedReference] = open_reference) -> tuple[
+        Picture, np.ndarray | None, Reference | None]:
+    """Read what a task names: the picture, its mask (1 or c, h, w), and its reference.
+
+    What the picture is, and what its file has or loses, is logged.
+    """
+    picture = read_picture(task.input_file)
+    for text in picture.warnings:
+        logger.warning(f"{task.input_file} {text}")
     count, height, width = picture.planes.shape
     colors = "gray" if count == 1 else "RGB"
     line = f"{task.input_file}: {width} x {height}, {colors}, {picture.planes.dtype}"
@@ -7139,15 +7165,15 @@ def _read_input(task: Task) -> Picture:
     lone = keep_dark_samples(picture.planes)
     if lone:
         logger.info(f"{lone} lone samples of 0 are taken for dark sky, not for missing data")
-    return picture
-
-
-def _read(path: str) -> Picture:
-    """Read a picture, and warn of what its file has or loses."""
-    picture = read_picture(path)
-    for text in picture.warnings:
-        logger.warning(f"{path} {text}")
-    return picture
+    if "model" in task.outputs:  # there will be a fit
+        _check_room(task, picture.planes)
+        _start_importing()
+    mask = _read_mask(task.mask_file)
+    reference = None
+    if task.reference_file is not None:
+        factor = task.settings.downscaling_factor
+        reference = read_reference(task.reference_file, picture, factor, opened)
+    return picture, mask, reference
 
 
 def _gains(shared: Shared) -> list[str]:
@@ -7170,13 +7196,6 @@ def _read_mask(path):
     for text in picture.warnings:
         logger.warning(f"{path} {text}")
     return picture.planes
-
-
-def _read_reference(task: Task, picture: Picture) -> Reference | None:
-    """Read the reference of a task, and lay it on its picture."""
-    if task.reference_file is None:
-        return None
-    return read_reference(task.reference_file, picture, task.settings.downscaling_factor)
 
 
 def _check_room(task: Task, planes: np.ndarray) -> None:
@@ -7407,12 +7426,12 @@ def _logging_to(*handlers: logging.Handler) -> Iterator[None]:
 
 
 @contextmanager
-def _heard() -> Iterator[list[str]]:
-    """Collect what is logged meanwhile, a sentence each, for a figure to repeat."""
+def _heard(mark: str = "warning: ") -> Iterator[list[str]]:
+    """Collect what is logged meanwhile, a sentence each, with this mark before warnings."""
     said = []
 
     def write(record):
-        doubt = "warning: " if record.levelno >= logging.WARNING else ""
+        doubt = mark if record.levelno >= logging.WARNING else ""
         said.append(doubt + record.getMessage())
 
     handler = logging.Handler()
@@ -7929,9 +7948,7 @@ def work_in_window(task: Task, options: argparse.Namespace, settings: Settings,
                    interrupts: _Interrupts) -> None:
     """Open the preview window on one picture, until it is closed; then write the drawn mask."""
     import matplotlib
-    picture = _read_input(task)
-    mask = _read_mask(task.mask_file)
-    reference = _read_reference(task, picture)
+    picture, mask, reference = read_inputs(task)
     no_keys = {name: [] for name in matplotlib.rcParams if name.startswith("keymap.")}
     with drawing_style(), matplotlib.rc_context(no_keys):
         from matplotlib import pyplot
@@ -7962,8 +7979,8 @@ def work_in_window(task: Task, options: argparse.Namespace, settings: Settings,
 # --------------------------------------------------------------------------------------------------
 # Many pictures
 #
-# They are done one by one in this process, or by workers of Dask, which hands what a dead worker
-# was at to another one. To workers goes plain data: it means the same to a script and to a module.
+# They are done one by one in this process, or by an executor: processes of its own, or workers of
+# Dask. To these goes plain data: it means the same to a script and to a module.
 # --------------------------------------------------------------------------------------------------
 
 REPORT_NAME = "bgoptimizer_report.csv"
@@ -7973,21 +7990,14 @@ OWN_OUTPUTS = ("_bgModel", "_bgSubtracted", "_bgDivided", "_mask")
 """How names of pictures end that this tool has written. They are nothing to work on."""
 
 COPIES_IN_MEMORY = 4
-"""A worker needs about so many times the size of a picture's file, if that is neither compressed
+"""A process needs about so many times the size of a picture's file, if that is neither compressed
 nor of 8 bits: 16-bit samples become 32-bit, and some planes are there twice."""
 
-LOOPBACK = "127.0.0.1"
-"""The address that only this machine can reach."""
+MOST_JOBS = 61
+"""Windows cannot wait for more processes."""
 
 PATIENCE_WITH_SCHEDULER = 15
 """Seconds until a scheduler that does not answer is taken for absent."""
-
-WORKER_ENVIRONMENT = {**ONE_THREAD, "OMP_NUM_THREADS": "1", "TF_NUM_INTEROP_THREADS": "1"}
-"""There may be as many workers as cores, so threads would only get in the way. This stands in place
-of Dask's own, which lets malloc give back all memory at once: then every array is paid for again,
-page by page, which costs a worker a third of its time."""
-
-INSTALL_DASK = 'python -m pip install "dask[distributed]"'
 
 
 class Outcome(NamedTuple):
@@ -8005,25 +8015,24 @@ class Outcome(NamedTuple):
     message: str = ""  # the warnings, or why it failed
 
 
-def find_pictures(where: str | Sequence[str], mask: str | None = None) -> list[str]:
+def find_pictures(where: str | Sequence[str], *used: str | None) -> list[str]:
     """Return the paths of pictures, by name.
 
     Args:
         where: a picture; or a folder, a pattern, or several of all these. Of them, hidden files,
-            what this tool has written, and the mask are left out, and what has another name than
-            pictures have.
-        mask: path of the mask, or None.
+            what this tool has written, what has another name than pictures have, and what is used
+            are left out.
+        used: paths of the mask and of the reference, or None.
 
     Raises:
         BgError: there are none.
     """
     named = [where] if isinstance(where, str) else list(where)
-    if not _names_many(named):
-        _check_given(named)
+    if not names_many(named):
         return named
     pictures, own, others = [], [], []
     for path in sorted({path for name in named for path in _files_at(name)}):
-        if os.path.isdir(path) or _is_same(path, mask):
+        if os.path.isdir(path) or any(_is_same(path, other) for other in used):
             continue
         if not PICTURE_ENDINGS.search(os.path.basename(path)):
             others.append(path)
@@ -8031,42 +8040,32 @@ def find_pictures(where: str | Sequence[str], mask: str | None = None) -> list[s
             own.append(path)
         else:
             pictures.append(path)
-    _tell_left_out(own, "what this tool writes is named so")
-    _tell_left_out(others, "no picture is named so")
+    for paths, why in ((own, "what this tool writes"), (others, "no picture")):
+        if paths:  # they may be somebody's pictures all the same
+            more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
+            logger.info(f"left out: {', '.join(paths[:3])}{more}; {why} is named so")
     if not pictures:
         raise BgError(f"{', '.join(named[:3])} holds no XISF, FITS or TIFF pictures to work on; "
                       "check the name of the folder, or the pattern")
     return pictures
 
 
-def _names_many(named: Sequence[str]) -> bool:
+def names_many(named: Sequence[str]) -> bool:
     """Tell a folder, a pattern, or several names from the name of one picture."""
-    return len(named) > 1 or os.path.isdir(named[0]) or _is_pattern(named[0])
-
-
-def _is_pattern(name: str) -> bool:
-    """Tell a pattern from a file that has brackets or stars in its name."""
-    return glob.has_magic(name) and not os.path.exists(name)
+    return len(named) > 1 or _files_at(named[0]) != named
 
 
 def _files_at(name: str) -> list[str]:
     """Return what is in a folder or fits a pattern, but for hidden files; or a path that exists."""
     folder, pattern = os.path.split(name)
     if os.path.isdir(name):
-        name = os.path.join(glob.escape(name), "*")
-    elif not _is_pattern(name):
+        return glob.glob(os.path.join(glob.escape(name), "*"))
+    if os.path.exists(name) or not glob.has_magic(name):
         _check_given([name])
         return [name]
-    elif os.path.isdir(folder):  # its name may hold brackets
+    if os.path.isdir(folder):  # its name may hold brackets
         name = os.path.join(glob.escape(folder), pattern)
     return glob.glob(name, recursive=True)
-
-
-def _tell_left_out(paths: list[str], why: str) -> None:
-    """Log which files are not worked on: they may be somebody's pictures all the same."""
-    more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
-    if paths:
-        logger.info(f"left out: {', '.join(paths[:3])}{more}; {why}")
 
 
 def run_many(options: argparse.Namespace, settings: Settings, interrupts: _Interrupts) -> None:
@@ -8076,32 +8075,33 @@ def run_many(options: argparse.Namespace, settings: Settings, interrupts: _Inter
         BgError: nothing can be done at all, or some of the pictures failed.
     """
     started = time.perf_counter()
-    pictures = find_pictures(options.input_file, options.mask)
-    pictures = [path for path in pictures if not _is_same(path, options.reference)]
+    pictures = find_pictures(options.input_file, options.mask, options.reference)
     if options.preview:
         raise BgError(f"--preview shows one picture; name it, such as {pictures[0]}")
     if options.figures == "show":
         raise BgError("--figures show is for one picture; use --figures save")
-    if options.mask is not None:
-        _check_given([options.mask])
-        _read_mask(options.mask)  # so that a bad one is told once
-    if options.reference is not None:
-        _check_given([options.reference])
-        read_picture(options.reference)
+    for path, read in ((options.mask, _read_mask), (options.reference, _open_reference_once)):
+        if path is not None:
+            _check_given([path])
+            read(path)  # so that a bad one is told once
     _check_folder(options)
     path = os.path.join(options.output_path, REPORT_NAME)
     _check_output(path, pictures)
     with _report(path) as report:
         to_do, settled = _plan(pictures, options, settings, path)
-        with _dask_client(options, to_do) as client, _bar(len(pictures), "picture") as bar:
-            if client is None:
-                results = (_try_picture(task, interrupts) for task in to_do)
-            else:
-                results = _by_workers(to_do, client)
+        tried = len(to_do)
+        jobs = _jobs_that_fit(options.jobs or 1, [task.input_file for task in to_do])
+        if options.dask is not None and to_do:
+            results = _by_dask(to_do, options.dask)
+        elif jobs > 1:
+            results = _by_processes(to_do, jobs)
+        else:
+            results = (_try_picture(task, interrupts) for task in to_do)
+        with closing(results), _bar(len(pictures), "picture") as bar:
             for outcome in itertools.chain(settled, results):
                 report[outcome.file] = outcome
                 _tell(outcome, bar)
-    _sum_up(report.values(), len(to_do), time.perf_counter() - started, path)
+    _sum_up(report.values(), tried, time.perf_counter() - started, path)
 
 
 @contextmanager
@@ -8204,16 +8204,23 @@ def _sum_up(rows: Iterable[Outcome], tried: int, seconds: float, report: str) ->
         raise BgError(f"{numbers[FAILED]} of {total} {noun} failed; {report} says why")
 
 
+@functools.lru_cache(maxsize=1)
+def _kept_reference(path: str, changed: int) -> OpenedReference:
+    """Read a reference that changed then; all pictures of a folder have the same."""
+    return open_reference(path)
+
+
+def _open_reference_once(path: str) -> OpenedReference:
+    return _kept_reference(path, os.stat(path).st_mtime_ns)
+
+
 def _try_picture(task: Task, interrupts: _Interrupts) -> Outcome:
     """Do one picture, whatever may happen; nothing is printed."""
     started = time.perf_counter()
     watched = _watched_fit(task.settings.epochs, interrupts)
-    warned = []
-    listener = logging.Handler(logging.WARNING)
-    listener.emit = lambda record: warned.append(record.getMessage())
     try:
-        with _logging_to(listener):
-            result = process_file(task, watched)
+        with _logging_to(logging.NullHandler(logging.WARNING)), _heard(mark="") as warned:
+            result = process_file(task, watched, _open_reference_once)
         outcome = _outcome(task, result, warned)
     except Exception as error:
         outcome = Outcome(task.input_file, FAILED, message=_told(error))
@@ -8237,15 +8244,28 @@ def _outcome(task: Task, result: Result, warned: list[str]) -> Outcome:
         confidence=f"unsure: {sky.unsure}" if sky.unsure else "sure", **digits)
 
 
-# Many pictures: workers
+def _jobs_that_fit(jobs: int, pictures: list[str]) -> int:
+    """Return how many of the wanted processes there is work and memory for."""
+    jobs = min(jobs, len(pictures), MOST_JOBS)
+    largest = max(map(os.path.getsize, pictures), default=0)
+    needed = TENSORFLOW_BYTES + COPIES_IN_MEMORY * largest
+    free = _free_memory()
+    room = max(1, int(min(free / needed, jobs)))
+    if room < jobs:
+        logger.warning(f"there is memory for {room} of {jobs} jobs "
+                       f"({free / 1e9:.1f} GB are free, and each needs {needed / 1e9:.1f} GB)")
+    return min(jobs, room)
+
+
+# Many pictures: executors
 
 _one_at_a_time = threading.Lock()
 
 
 def do_picture(given: dict, folder: str) -> tuple:
-    """Do one picture on a worker.
+    """Do one picture for an executor.
 
-    A worker may have several threads. TensorFlow, the log, and memory are one for all of them.
+    A worker of Dask may have several threads. TensorFlow, the log, and memory are one for all.
 
     Args:
         given: the fields of a `Task`, and in it those of `Settings`.
@@ -8254,121 +8274,105 @@ def do_picture(given: dict, folder: str) -> tuple:
     Returns:
         The fields of an `Outcome`.
     """
-    with _one_at_a_time:
+    with _one_at_a_time, _Interrupts() as interrupts:
         os.chdir(folder)
         task = Task(**{**given, "settings": Settings(**given["settings"])})
-        return tuple(_try_picture(task, _Interrupts()))
+        try:
+            return tuple(_try_picture(task, interrupts))
+        except KeyboardInterrupt:  # in a process; what it wrote is cleared away
+            os._exit(1)
 
 
-def _by_workers(to_do: list[Task], client) -> Iterator[Outcome]:
-    """Do the pictures on the workers of a Dask client, in the order in which they are ready.
+def _by_executor(executor: Executor, work: Callable, to_do: list[Task]) -> Iterator[Outcome]:
+    """Have work done on all pictures, in the order in which they are ready.
 
-    Raises:
-        BgError: the scheduler has ended.
+    What is done is taken out of `to_do`.
     """
-    from distributed import as_completed
-    from distributed.comm import CommClosedError
-    work = _as_module().do_picture
     folder = os.getcwd()
-    paths = {}
-    for task in to_do:
-        future = client.submit(work, asdict(task), folder, pure=False)
-        paths[future] = task.input_file
-    for number, future in enumerate(as_completed(paths)):
+    tasks = {executor.submit(work, asdict(task), folder): task for task in to_do}
+    for future in as_completed(tasks):
+        task = tasks[future]
         try:
             outcome = Outcome(*future.result())
-        except (CancelledError, CommClosedError):
-            raise BgError(f"the Dask scheduler has ended, after {number} of {len(to_do)} pictures; "
-                          "start it again, and go on with --skip-done") from None
-        except Exception as error:  # a picture that has killed one worker after the other
+        except (CancelledError, BrokenExecutor):
+            raise
+        except Exception as error:  # a picture that has killed one worker of Dask after the other
             message = f"it could not be done by any worker ({type(error).__name__}); try it alone"
-            outcome = Outcome(paths[future], FAILED, message=message)
+            outcome = Outcome(task.input_file, FAILED, message=message)
+        to_do.remove(task)
         yield outcome
 
 
-def _as_module():
-    """Return this script as a module, also where it is run as a script.
+def _by_processes(to_do: list[Task], count: int) -> Iterator[Outcome]:
+    """Do pictures in processes.
 
-    Python hands a function of a module over by its name, and one of a script with all it uses.
+    One that dies, for want of memory, takes the executor with it. Then what is left is done by one
+    process after the other, and where this dies, the picture has failed.
     """
-    name, _ = os.path.splitext(os.path.basename(__file__))
-    return importlib.import_module(name if __name__ == "__main__" else __name__)
+    others = set(multiprocessing.active_children())
+    spawned = multiprocessing.get_context("spawn")  # a copy of this process could hang
+    while to_do:
+        executor = ProcessPoolExecutor(count, spawned, _start_process)
+        try:
+            yield from _by_executor(executor, do_picture, to_do)
+        except BrokenExecutor:
+            if count == 1:
+                message = "the process that did it has died; is there enough memory?"
+                yield Outcome(to_do.pop(0).input_file, FAILED, message=message)
+            count = 1
+        except BaseException:  # Ctrl-C, or nobody wants more
+            for process in set(multiprocessing.active_children()) - others:
+                process.terminate()
+            raise
+        finally:
+            executor.shutdown()
 
 
-@contextmanager
-def _dask_client(options: argparse.Namespace, to_do: list[Task]) -> Iterator:
-    """Yield a client of a Dask scheduler whose workers have this script; None if none is needed.
+def _start_process() -> None:
+    """Make a process ready for pictures. Ctrl-C ends it, and so does the end of its parent."""
+    os.environ["TF_NUM_INTEROP_THREADS"] = "1"  # there may be as many processes as cores
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    def follow():
+        multiprocessing.parent_process().join()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
+def _by_dask(to_do: list[Task], address: str) -> Iterator[Outcome]:
+    """Do pictures by the workers of a Dask scheduler, which get this script.
 
     Raises:
-        BgError: Dask is not installed, the workers do not start, or no scheduler answers.
+        BgError: Dask is not installed, or no scheduler answers, or it ends.
     """
-    count = _jobs_that_fit(options.jobs or 1, [task.input_file for task in to_do])
-    address = options.dask
-    if not to_do or (address is None and count == 1):
-        yield None
-        return
     try:
-        import dask
         import distributed
     except ImportError:
-        flag = "--jobs" if address is None else "--dask"
-        raise BgError(f"{flag} needs Dask; install it with: {INSTALL_DASK}") from None
+        raise BgError("--dask needs Dask; install it with: "
+                      'python -m pip install "dask[distributed]"') from None
+    # Dask hands a function of a module over by its name, and one of a script with all it uses
+    name, _ = os.path.splitext(os.path.basename(__file__))
+    script = importlib.import_module(name if __name__ == "__main__" else __name__)
     for name in ("distributed", "distributed.client"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # we say what matters
-    environment = {"distributed.nanny.pre-spawn-environ": WORKER_ENVIRONMENT}
-    with tempfile.TemporaryDirectory() as scratch, \
-            dask.config.set({"temporary-directory": scratch, **environment}):
+    try:
+        client = distributed.Client(address, timeout=PATIENCE_WITH_SCHEDULER)
+        client.upload_file(script.__file__)  # also to workers that come later
+    except (OSError, RuntimeError, TimeoutError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise BgError(f"no Dask scheduler answers at {address} ({reason}); "
+                      "start one with: dask scheduler --host ADDRESS") from None
+    number = len(to_do)
+    with client:
+        if not client.scheduler_info()["workers"]:
+            logger.warning(f"the scheduler at {address} has no workers yet; waiting for them "
+                           f"(start one with: dask worker --nthreads 1 {address})")
         try:
-            if address is None:
-                client = _own_workers(distributed, count)
-            else:
-                client = distributed.Client(address, timeout=PATIENCE_WITH_SCHEDULER)
-                client.upload_file(_as_module().__file__)  # also to workers that come later
-        except (OSError, RuntimeError, TimeoutError, ValueError) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            if address is None:
-                raise BgError(f"the workers of --jobs do not start ({reason}); "
-                              "try again, or leave it out") from None
-            raise BgError(f"no Dask scheduler answers at {address} ({reason}); "
-                          "start one with: dask scheduler --host ADDRESS") from None
-        with client:
-            if not client.scheduler_info()["workers"]:
-                logger.warning(f"the scheduler at {address} has no workers yet; waiting for them "
-                               f"(start one with: dask worker --nthreads 1 {address})")
-            yield client
-
-
-def _own_workers(distributed, count: int):
-    """Start workers that nobody but this machine can talk to; returns a client of theirs.
-
-    Ctrl-C waits, and is hidden from the processes that are started: a terminal sends it to them,
-    too, but it is for this process to end them.
-    """
-    with ExitStack() as stack:
-        if hasattr(signal, "pthread_sigmask"):  # not on Windows
-            # Python starts this helper with the first process, and would let Ctrl-C in again
-            from multiprocessing import resource_tracker
-            resource_tracker.ensure_running()
-            before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-            stack.callback(signal.pthread_sigmask, signal.SIG_SETMASK, before)
-        return distributed.Client(
-            n_workers=count, threads_per_worker=1, memory_limit=None, host=LOOPBACK,
-            dashboard_address=f"{LOOPBACK}:0", silence_logs=logging.CRITICAL)
-
-
-def _jobs_that_fit(jobs: int, pictures: list[str]) -> int:
-    """Return how many of the wanted workers there is work and memory for."""
-    jobs = min(jobs, len(pictures))
-    largest = max(map(os.path.getsize, pictures), default=0)
-    needed = TENSORFLOW_BYTES + COPIES_IN_MEMORY * largest
-    free = _free_memory()
-    if jobs * needed <= free:
-        return jobs
-    room = max(1, int(free / needed))
-    if room < jobs:
-        logger.warning(f"there is memory for {room} of {jobs} jobs "
-                       f"({free / 1e9:.1f} GB are free, and each needs {needed / 1e9:.1f} GB)")
-    return room
+            yield from _by_executor(client.get_executor(pure=False), script.do_picture, to_do)
+        except (CancelledError, distributed.comm.CommClosedError):
+            raise BgError(f"the Dask scheduler has ended, after {number - len(to_do)} of {number} "
+                          "pictures; start it again, and go on with --skip-done") from None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -8479,7 +8483,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--skip-done", action="store_true",
         help="leave out pictures whose outputs are there and newer than they are (default: off)")
     add("--jobs", type=int, metavar="N",
-        help="do the pictures of a folder in N processes, as far as memory allows; needs Dask "
+        help="do the pictures of a folder in N processes, as far as memory allows "
              "(default: 1)")
     add("--dask", metavar="ADDRESS",
         help="do the pictures of a folder on the workers of the Dask scheduler at this address, "
@@ -8556,7 +8560,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             console = _Console(logging.WARNING if options.quiet else logging.INFO)
             with _logging_to(console, *logger.handlers):
                 asked = (options.jobs, options.dask, options.skip_done) != (None, None, False)
-                if asked or _names_many(options.input_file):
+                if asked or names_many(options.input_file):
                     run_many(options, settings, interrupts)
                 else:
                     _run_one(options, settings, interrupts)
