@@ -8289,7 +8289,10 @@ def _by_executor(executor: Executor, work: Callable, to_do: list[Task]) -> Itera
     What is done is taken out of `to_do`.
     """
     folder = os.getcwd()
-    tasks = {executor.submit(work, asdict(task), folder): task for task in to_do}
+    try:
+        tasks = {executor.submit(work, asdict(task), folder): task for task in to_do}
+    except OSError as error:  # a process could not be started, or died at once
+        raise BrokenExecutor from error
     for future in as_completed(tasks):
         task = tasks[future]
         try:

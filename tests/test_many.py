@@ -431,18 +431,21 @@ def test_jobs_end_with_the_run_and_leave_no_half_files(number, code, lights):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="no helper of Python's is started first there")
 def test_processes_that_die_at_their_start_fail_in_words(lights):
     program = """
-import sys, bgoptimizer
-bgoptimizer.multiprocessing.set_executable("/bin/false")
+import os, sys, bgoptimizer
+from multiprocessing import resource_tracker
+resource_tracker.ensure_running()
+os.environ["PYTHONHOME"] = "/absent"
 sys.exit(bgoptimizer.main(sys.argv[1:]))
 """
     done = python(program, "lights/[ad].xisf", "out", *FAST, "--jobs", "2")
     assert done.returncode == 1
-    lines = done.stderr.splitlines()
-    assert len(lines) == 3, lines
-    assert "a.xisf: the process that did it has died" in lines[0]
-    assert lines[-1].startswith("bgoptimizer: error: 2 of 2 pictures failed")
+    ours = [line for line in done.stderr.splitlines() if line.startswith("bgoptimizer: ")]
+    assert len(ours) == 3, done.stderr  # Python complains, too, of this strange folder
+    assert "failed: lights/a.xisf: the process that did it has died" in ours[0]
+    assert ours[-1].startswith("bgoptimizer: error: 2 of 2 pictures failed")
 
 
 def dask(*arguments):
