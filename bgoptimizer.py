@@ -7049,7 +7049,7 @@ def _make_task(path: str, options: argparse.Namespace, settings: Settings,
     """
     given = [name for name in (path, options.mask, options.reference) if name is not None]
     _check_given(given)
-    name = options.format or picture_format(path) or "xisf"
+    name = output_format(path, options)
     ending = FORMATS[name].ending
     start = os.path.join(options.output_path, picture_stem(path))
     what = "bgSubtracted" if settings.correction == "subtract" else "bgDivided"
@@ -7067,6 +7067,11 @@ def _make_task(path: str, options: argparse.Namespace, settings: Settings,
     return Task(
         path, options.mask, options.reference, settings, outputs, figure, place, name,
         options.compress)
+
+
+def output_format(path: str, options: argparse.Namespace) -> str:
+    """Return the format of what is written for the picture at this path, a key of FORMATS."""
+    return options.format or picture_format(path) or "xisf"
 
 
 def _check_given(paths: list[str]) -> None:
@@ -7463,15 +7468,17 @@ def _told(error: Exception) -> str:
 
 
 # --------------------------------------------------------------------------------------------------
-# Preview window
+# Preview to work in: a window, and a panel in notebooks
 #
-# A `View` is all that can be chosen. Handlers replace it, and `draw` draws from it. What takes long
-# runs in one thread beside the window: looking for the sky, training, writing. All is computed by
-# the functions of the command line, so the command that the window tells does the same.
+# A `View` is all that can be chosen. The handlers of a `Preview` replace it, and `draw` draws from
+# it; a window and a panel differ in their widgets only. All is computed by the functions of the
+# command line, so the command that is told does the same.
 # --------------------------------------------------------------------------------------------------
 
 WINDOW_SIZE = (13.0, 6.2)
 """Inches, at 100 pixels each: fits a screen of 1366 x 768 pixels with the window's frame."""
+
+PANEL_SIZE = (9.0, 5.5)
 
 LADDER = (0.5, 0.7, 0.8, 0.9, 0.95, 0.97, 0.98, 0.99, 0.995, 0.998, 0.999, 0.9995, 0.9999, 1.0)
 """Values of -dq. What they leave above them falls by even steps, to about a half each."""
@@ -7483,13 +7490,13 @@ TICK = 200
 """Milliseconds between two looks at what the thread does."""
 
 VIEWS = ("picture", "model", "result")
+
 BUTTONS = {
     "blink": "Picture, model, result  [space]",
     "undo": "Undo the last drawing  [z]",
     "train": "Take the sky out  [t]",
     "stop": "Stop  [escape]",
     "write": "Write  [w]",
-    "copy": "Copy the command  [c]",
     "close": "Close  [q]",
 }
 """Methods of the window: what their buttons say, with their keys."""
@@ -7506,10 +7513,6 @@ HELP = ("Keys: left, right -dq;  down, up -tM;  [ ] -tm;  - + smoothing.\n"
         "Draw around what is to be left out; with Shift it is given back.")
 
 
-class _Stopped(Exception):
-    """The user does not want to wait for the fit."""
-
-
 @dataclass(frozen=True)
 class View:
     """What is chosen: what a run would do, and what is shown of it."""
@@ -7518,23 +7521,23 @@ class View:
     drawn: np.ndarray  # (h, w) of the reduced frame: 0 left out, 1 given back, NaN not drawn on
     shown: str = "picture"  # one of VIEWS
 
+    @property
+    def is_drawn_on(self) -> bool:
+        return bool(np.isfinite(self.drawn).any())
 
-class PreviewWindow:
-    """The window in which settings and a mask are tried."""
 
-    def __init__(self, figure, options: argparse.Namespace, settings: Settings, picture: Picture,
+class Preview:
+    """A picture, the view that is chosen of it, and the handlers that change the view."""
+
+    def __init__(self, options: argparse.Namespace, settings: Settings, picture: Picture,
                  mask: np.ndarray | None, reference: Reference | None = None):
-        """Look for the sky, and show it.
+        """Look for the sky.
 
         Args:
-            figure: an empty one.
             options, settings: of the command line.
-            picture: as it was read.
-            mask: (1 or c, h, w) weights of the mask file, or None.
-            reference: another picture of the region, laid on this one, or None.
+            picture, mask, reference: as `read_inputs` gives them.
         """
-        self.figure = figure
-        self.options = options
+        self.options = argparse.Namespace(**{**vars(options), "preview": False})
         self.picture = picture
         self.mask = mask
         black = -picture.unit.offset / picture.unit.scale
@@ -7542,24 +7545,199 @@ class PreviewWindow:
             self.reduced, resolved = examine(picture.planes, settings, mask, black, reference)
         quantiles = {*LADDER, resolved.delinearization_quantile}
         self.stretches, _ = measure_stretches(picture.planes, sorted(quantiles))
-        self.smoothings = [None, *sorted({*SMOOTHINGS, settings.smoothing} - {None})]
-        nothing = np.full(self.reduced.used.shape, np.nan, np.float32)
-        self.view = View(settings, nothing)
-        self.before = []  # views that `undo` goes back to
+        smoothings = {*SMOOTHINGS, settings.smoothing} - {None}
+        self.rungs = {"-dq": list(self.stretches), "smoothing": [None, *sorted(smoothings)]}
+        self.view = View(settings, np.full(self.reduced.used.shape, np.nan, np.float32))
         self.trained = None  # a view and its Result
-        self.written = None  # a drawing and the path of its mask
-        self.pool = ThreadPoolExecutor(1)
-        self.job = None  # what the thread does, and what is done with what it gives
-        self.looking = False  # for the sky is what it does
-        self.moved = math.inf  # when something was changed for which to look for the sky
-        self.stopping = False
-        self.shift = False  # is held
+        self.written = None  # path of the mask that was drawn here
         self.status = HELP
-        self.extras = set()  # what is drawn over the picture
-        self._make_widgets()
+        self.moved = math.inf  # when something was changed for which to look for the sky
+        self.showing = False  # widgets are set to the view: their handlers have nothing to do
         self.prepared, self.settings = self._prepare()
         self.looked = self._what_sky_needs()
-        self.draw()
+
+    # --- Handlers: they change the view ---
+
+    def change(self, drawn: np.ndarray | None = None, **changes) -> None:
+        """Change settings or the drawing, if a fit could do with them."""
+        if self.showing:
+            return
+        before = self.view
+        self.status = HELP
+        try:
+            settings = replace(before.settings, **changes)
+            drawn = before.drawn if drawn is None else drawn
+            self.view = replace(before, settings=settings, drawn=drawn)
+            self.prepared, self.settings = self._prepare()
+            self.moved = time.monotonic()
+            self.said = []  # it was said of something else
+        except (ValueError, BgError) as error:
+            self.view = before
+            self.status = str(error)
+        self.refresh()
+
+    def slide(self, name, value):
+        """Take what a slider stands at: a rung, or the two thresholds."""
+        if name == "-tm, -tM":
+            low, high = np.round(value, 3).tolist()
+            self.change(threshold_min=low, threshold_max=high)
+        elif name == "-dq":
+            self.change(delinearization_quantile=self.rungs[name][int(value)])
+        else:
+            self.change(smoothing=self.rungs[name][int(value)])
+
+    def check(self, auto, divide):
+        self.change(auto=auto, correction="divide" if divide else "subtract")
+
+    def turn_to(self, shown):
+        self.view = replace(self.view, shown=shown)
+        self.refresh()
+
+    def look(self) -> Callable:
+        """Return what finds the sky of the view, if it can be another one, and tells of it."""
+        prepared, settings, known = self.prepared, self.settings, self.reduced.sky
+        needs = self._what_sky_needs()
+        same = needs == self.looked
+
+        def work():
+            sky = known if same else find_sky(prepared, settings)
+            judge(self.picture.planes, prepared, settings, sky)
+            return needs, sky
+
+        return work
+
+    def found(self, given) -> None:
+        self.looked, sky = given
+        self.reduced = replace(self.reduced, sky=sky)
+
+    def _what_sky_needs(self):
+        return self.settings.smoothing, self.settings.auto, self.prepared.used.tobytes()
+
+    # --- From the view to what is shown and run ---
+
+    def refresh(self) -> None:
+        """Show all anew."""
+
+    def _prepare(self):
+        """Return what the fit would see of the view before the sky is known, and the settings."""
+        settings = self.view.settings.resolved()
+        weight = self.reduced.user_mask
+        if self.view.is_drawn_on:
+            drawn = self.view.drawn[..., None]
+            weight = np.where(np.isnan(drawn), 1 if weight is None else weight, drawn)
+        prepared = replace(self.reduced, user_mask=weight)
+        stretch = self.stretches[settings.delinearization_quantile]
+        return prepare_again(prepared, self.picture.planes, stretch, settings), settings
+
+    def draw(self, axes) -> None:
+        """Draw what the view shows of the picture."""
+        settings = self.settings
+        shown = self.view.shown
+        prepared = thinned(with_sky(self.prepared, settings, self.reduced.sky))
+        for old in (*axes.images, *axes.collections, axes.get_legend()):
+            if old is not None:
+                old.remove()
+        if shown == "picture":
+            areas = left_out(prepared, settings)
+            colors = striped(prepared, areas)
+            add_legend(axes, areas, 5)
+            title = "the picture as the fit would see it, and what is left out"
+        else:
+            pictures = before_model_after(prepared, self._sky(), settings.correction)
+            picture = pictures[VIEWS.index(shown)]
+            colors = to_bytes(prepared.stretch.apply(picture))
+            title = f"the {shown}, same stretch"
+            title += "" if self._result() else " (the sky that was found, not trained yet)"
+        show(axes, colors, prepared.full_shape, title, interpolation="nearest", mouseover=False)
+        if shown == "model":
+            draw_contours(axes, picture.mean(-1), prepared.full_shape)
+
+    def marks(self) -> dict[str, tuple]:
+        """Return slider -> what it stands at, and what it says."""
+        quantile = self.settings.delinearization_quantile
+        thresholds = self.settings.threshold_min, self.settings.threshold_max
+        smoothing = self.view.settings.smoothing
+        words = "auto" if smoothing is None else f"{smoothing:g}"
+        return {
+            "-dq": (self.rungs["-dq"].index(quantile), f"{quantile:g}"),
+            "-tm, -tM": (thresholds, "{:g}, {:g}".format(*thresholds)),
+            "smoothing": (self.rungs["smoothing"].index(smoothing), words),
+        }
+
+    def words_on(self, x: float, y: float) -> str:
+        """Say what is at a place of the picture: value and sky, in the picture's own unit."""
+        places = np.array([y, x]) + 0.5
+        cell = (places / self.settings.downscaling_factor).astype(int)
+        row, column = np.clip(cell, 0, np.array(self.prepared.used.shape) - 1)
+        sky = self._sky()(places / max(self.reduced.full_shape))
+        words = f"x {x:.0f}, y {y:.0f}"
+        for name, values in (("value", self.reduced.linear[row, column]), ("sky", sky)):
+            unit = self.picture.unit
+            each = map("{:.5g}".format, values * unit.scale + unit.offset)
+            words += f"   {name} {' '.join(each)}"
+        return words
+
+    def _result(self):
+        """Return what training gave with just these settings and this drawing, or None."""
+        if self.trained is None:
+            return None
+        view, result = self.trained
+        same = view.settings == self.view.settings and view.drawn is self.view.drawn
+        return result if same else None
+
+    def _sky(self):
+        """Return the linear sky as a function of frame coordinates, trained if it is."""
+        result = self._result()
+        return result.linear_sky if result else self.reduced.sky.surface
+
+    def full_mask(self, view: View) -> np.ndarray | None:
+        """Return the mask of a view at full size, (1 or c, h, w), or None."""
+        if not view.is_drawn_on:
+            return self.mask
+        drawn = full_mask(replace(self.reduced, weight=view.drawn[..., None]), view.settings)
+        return np.where(np.isnan(drawn), 1 if self.mask is None else self.mask, drawn)
+
+    def mask_path(self, view: View) -> str | None:
+        """Return the path of a view's mask: of the given one, or if it is drawn, of a new file."""
+        if not view.is_drawn_on:
+            return self.options.mask
+        if self.written is not None:
+            return self.written
+        path, = self.options.input_file
+        ending = FORMATS[output_format(path, self.options)].ending
+        start = os.path.join(self.options.output_path, picture_stem(path) + "_mask")
+        names = (f"{start}{count}{ending}" for count in ["", *range(2, 1000)])
+        return next(name for name in names if not os.path.exists(name))
+
+    def words(self) -> list[str]:
+        """Return the flags of the command that does what is shown."""
+        return flag_words(self.options, self.view.settings, self.mask_path(self.view))
+
+
+def _quietly(work: Callable) -> tuple[Any, list[str]]:
+    """Return what work() gives, and what it says, which nobody else hears."""
+    unheard = logging.NullHandler(logging.INFO)
+    with memory_errors(), _logging_to(unheard), _heard() as said:
+        return work(), said
+
+
+class PreviewWindow(Preview):
+    """A window in which a mask can be drawn, too, and the sky taken out.
+
+    What takes long runs in one thread beside it: looking for the sky, training, writing.
+    """
+
+    def __init__(self, figure, *what):
+        """Show the picture in an empty figure; `what` is as for `Preview`."""
+        super().__init__(*what)
+        self.figure = figure
+        self.before = []  # views that `undo` goes back to
+        self.pool = ThreadPoolExecutor(1)
+        self.job = None  # what the thread does, and what is done with what it gives
+        self.stopping = False
+        self.shift = False  # is held
+        self._make_widgets()
+        self.refresh()
 
     def _make_widgets(self):
         from matplotlib import widgets
@@ -7568,30 +7746,30 @@ class PreviewWindow:
             return self.figure.add_axes([left, top - height, width, height])
 
         self.axes = add(0.01, 0.95, 0.66, 0.86)
-        blank = np.zeros((1, 1, 3), np.uint8)
-        self.image = show(self.axes, blank, self.reduced.full_shape, "", interpolation="nearest")
-        self.image.set_mouseover(False)
         self.axes.format_coord = self.words_on
         words = functools.partial(self.figure.text, s="", fontsize=8, parse_math=False, va="top")
         self.texts = words(0.01, 0.04), words(0.69, 0.49), words(0.69, 0.08, color=END_INK)
-        look = dict(color=START_INK)
-        rungs = len(self.stretches) - 1, len(self.smoothings) - 1
-        places = [add(0.755, top, 0.15, 0.03) for top in (0.95, 0.9, 0.85)]
-        self.sliders = {
-            "-dq": widgets.Slider(places[0], "-dq", 0, rungs[0], valstep=1, **look),
-            "-tm, -tM": widgets.RangeSlider(places[1], "-tm, -tM", 0, 1, valstep=0.001, **look),
-            "smoothing": widgets.Slider(places[2], "smoothing", 0, rungs[1], valstep=1, **look),
+        kinds = {
+            "-dq": (widgets.Slider, len(self.rungs["-dq"]) - 1, 1),
+            "-tm, -tM": (widgets.RangeSlider, 1, 0.001),
+            "smoothing": (widgets.Slider, len(self.rungs["smoothing"]) - 1, 1),
         }
-        for name, slider in self.sliders.items():
+        self.sliders = {}
+        for k, (name, (kind, last, step)) in enumerate(kinds.items()):
+            place = add(0.755, 0.95 - 0.05 * k, 0.15, 0.03)
+            slider = kind(place, name, 0, last, valstep=step, color=START_INK)
+            slider.drawon = False  # `refresh` draws all at once
             slider.on_changed(functools.partial(self.slide, name))
             slider.label.set_x(-0.06)  # beside the handle, not below it
             slider.valtext.set_x(1.06)
-        place = add(0.69, 0.81, 0.295, 0.1)
+            self.sliders[name] = slider
         self.checks = widgets.CheckButtons(
-            place, ["--auto  [a]", "--correction divide  [d]"], useblit=False,
+            add(0.69, 0.81, 0.295, 0.1), ["--auto  [a]", "--correction divide  [d]"], useblit=False,
             frame_props=dict(edgecolor="white"), check_props=dict(facecolor=END_INK))
-        self.checks.on_clicked(self.check)
-        self.keys = {"a": lambda: self.check("--auto"), "d": lambda: self.check("--correction")}
+        self.checks.drawon = False
+        self.checks.on_clicked(lambda _: self.check(*self.checks.get_status()))
+        toggle = self.checks.set_active
+        self.keys = {"a": functools.partial(toggle, 0), "d": functools.partial(toggle, 1)}
         for key, (name, by) in MOVES.items():
             self.keys[key] = functools.partial(self.move, self.sliders[name], by)
         self.buttons = []  # matplotlib forgets a widget that nobody keeps
@@ -7612,48 +7790,35 @@ class PreviewWindow:
         listen("key_press_event", lambda event: self.keys.get(event.key, lambda: None)())
         listen("close_event", lambda event: self.stop())
 
-    # --- Handlers: they change the view ---
+    def refresh(self):
+        self.draw(self.axes)
+        self.showing = True
+        for name, (value, words) in self.marks().items():
+            self.sliders[name].set_val(value)
+            self.sliders[name].valtext.set_text(words)
+        wanted = self.settings.auto, self.settings.correction == "divide"
+        for k, (now, then) in enumerate(zip(self.checks.get_status(), wanted)):
+            if now != then:
+                self.checks.set_active(k)
+        self.showing = False
+        lines = [textwrap.fill(line, 62, subsequent_indent="  ") for line in self.said]
+        for text, words in zip(self.texts, (self.command(), "\n".join(lines), self.status)):
+            text.set_text(words)
+        self.figure.canvas.draw_idle()
 
-    def change(self, drawn: np.ndarray | None = None, **changes) -> None:
-        """Change settings or the drawing, if a fit could do with them."""
-        before = self.view
-        self.status = HELP
-        try:
-            settings = replace(before.settings, **changes)
-            drawn = before.drawn if drawn is None else drawn
-            self.view = replace(before, settings=settings, drawn=drawn)
-            self.prepared, self.settings = self._prepare()
-            self.moved = time.monotonic()
-            self.said = []  # it was said of something else
-        except (ValueError, BgError) as error:
-            self.view = before
-            self.status = str(error)
-        self.draw()
+    def command(self) -> str:
+        """Return the command that does what the window shows."""
+        return command_line(self.options, self.words())
 
-    def slide(self, name, value):
-        if name == "-dq":
-            self.change(delinearization_quantile=list(self.stretches)[int(value)])
-        elif name == "smoothing":
-            self.change(smoothing=self.smoothings[int(value)])
-        else:
-            low, high = np.round(value, 3).tolist()
-            self.change(threshold_min=low, threshold_max=high)
+    # --- Handlers that only a window has ---
 
     def move(self, slider, by):
         value = np.add(slider.val, by)
         slider.set_val(np.clip(value, slider.valmin, slider.valmax))
 
-    def check(self, label):
-        if label.startswith("--auto"):
-            self.change(auto=not self.settings.auto)
-        else:
-            divides = self.settings.correction == "divide"
-            self.change(correction="subtract" if divides else "divide")
-
     def blink(self):
         place = VIEWS.index(self.view.shown) + 1
-        self.view = replace(self.view, shown=VIEWS[place % len(VIEWS)])
-        self.draw()
+        self.turn_to(VIEWS[place % len(VIEWS)])
 
     def draw_around(self, corners):
         """Leave out what the lasso holds, or with Shift give it back.
@@ -7686,24 +7851,24 @@ class PreviewWindow:
     def train(self, then: Callable = lambda: None) -> None:
         """Take the sky out as the command would, and show what comes of it."""
         view = self.view
-        mask = self._full_mask(view)
+        needs = self._what_sky_needs()
+        mask = self.full_mask(view)
         _start_importing()
 
         def on_epoch(epoch, loss):
             if self.stopping:
-                raise _Stopped
+                raise BgError("stopped")
             self.status = f"epoch {epoch}, loss {loss:.4f}"
 
         def work():
             planes = self.picture.planes.copy()
-            watched = nullcontext(on_epoch)
-            reference = self.reduced.reference
-            return remove_sky(
-                planes, view.settings, mask, self.picture.unit, watched, reference)
+            return remove_sky(planes, view.settings, mask, self.picture.unit,
+                              nullcontext(on_epoch), self.reduced.reference)
 
         def keep(result):
+            self.found((needs, result.prepared.sky))
             self.trained = view, result
-            self.view = replace(self.view, shown="result")
+            self.turn_to("result")
             then()
 
         self._start(work, keep, "preparing the fit")
@@ -7716,7 +7881,9 @@ class PreviewWindow:
         view, result = self.trained
 
         def work():
-            task = self._task(view, mask=self.write_mask(view))
+            options = argparse.Namespace(**{**vars(self.options), "mask": self.write_mask(view)})
+            _check_folder(options)
+            task = _make_task(*options.input_file, options, view.settings, None)
             _check_room(task, result.planes)
             with atomic_outputs(*task.outputs.values()) as files:
                 _write_outputs(task, self.picture, result, files)
@@ -7727,58 +7894,50 @@ class PreviewWindow:
 
         self._start(work, tell, "writing")
 
+    def write_mask(self, view: View) -> str | None:
+        """Write the mask of a view, if one was drawn; returns its path, or that of the given."""
+        path = self.mask_path(view)
+        if view.is_drawn_on:
+            _check_folder(self.options)
+            lines = [f"bgoptimizer {VERSION}: a mask drawn by hand, 1 = sky"]
+            rows = rows_of(self.picture.source)
+            write = FORMATS[output_format(*self.options.input_file, self.options)].write
+            with atomic_outputs(path) as (file,):
+                write(file, self.full_mask(view), rows, lines, self.options.compress, Unit())
+            self.written = path
+        return path
+
     def close(self):
         from matplotlib import pyplot
         pyplot.close(self.figure)
 
-    def copy(self):
-        """Put the command on the clipboard."""
-        canvas = self.figure.canvas
-        toolkit = getattr(canvas, "required_interactive_framework", None)
-        self.status = "copied"
-        if toolkit == "tk":
-            canvas.get_tk_widget().clipboard_clear()
-            canvas.get_tk_widget().clipboard_append(self.command())
-        elif toolkit == "qt":
-            from matplotlib.backends.qt_compat import QtWidgets
-            QtWidgets.QApplication.clipboard().setText(self.command())
-        else:
-            self.status = "this window knows of no clipboard; on closing, the command is printed"
-        self.draw()
-
     # --- The thread ---
 
-    def _start(self, work, then, status, looking=False):
+    def _start(self, work, then, status):
         """Have the thread do work(), and then call then() with what that gives.
 
         What is asked for replaces a look for the sky, whose outcome then does not matter.
         """
-        if self.job is not None and not self.looking:
+        if self.job is not None and self.job[1] != self.found:
             self.status = "wait for what is being done, or stop it"
             return
-
-        def listen():
-            unseen = logging.NullHandler(logging.INFO)  # the window alone tells of it
-            with memory_errors(), _logging_to(unseen), _heard() as said:
-                return work(), said
-
         self.moved = math.inf
-        self.looking = looking
         self.stopping = False
         self.status = status
-        self.job = self.pool.submit(listen), then
-        self.draw()
+        self.job = self.pool.submit(_quietly, work), then
+        self.refresh()
 
     def tick(self) -> None:
         """See what the thread has done, and have it look for the sky anew where that is due."""
         if self.job is None:
             if time.monotonic() - self.moved > LOOK_AFTER:
-                self._look()
+                self._start(self.look(), self.found, "looking for the sky")
             return
         future, then = self.job
         if not future.done():
-            self.texts[2].set_text(self.status)
-            self.figure.canvas.draw_idle()
+            if self.texts[2].get_text() != self.status:
+                self.texts[2].set_text(self.status)
+                self.figure.canvas.draw_idle()
             return
         self.job = None
         self.status = HELP
@@ -7786,174 +7945,22 @@ class PreviewWindow:
             given, self.said = future.result()
             then(given)
         except Exception as error:
-            self.status = "stopped" if isinstance(error, _Stopped) else _told(error)
-            self.moved = time.monotonic()
-        self.draw()
-
-    def _look(self):
-        """Look for the sky, if it can be another one now, and hear what is said of it."""
-        needs = self._what_sky_needs()
-        prepared, settings, known = self.prepared, self.settings, self.reduced.sky
-        same = needs == self.looked
-
-        def work():
-            sky = known if same else find_sky(prepared, settings)
-            judge(self.picture.planes, prepared, settings, sky)
-            return sky
-
-        def keep(sky):
-            self.looked = needs
-            self.reduced = replace(self.reduced, sky=sky)
-
-        self._start(work, keep, self.status if same else "looking for the sky", looking=True)
-
-    def _what_sky_needs(self):
-        return self.settings.smoothing, self.settings.auto, self.prepared.used.tobytes()
-
-    # --- From the view to what is shown, run, and written ---
-
-    def _prepare(self):
-        """Return what the fit would see of the view before the sky is known, and the settings."""
-        settings = self.view.settings.resolved()
-        drawn = self.view.drawn[..., None]
-        weight = self.reduced.user_mask
-        if np.isfinite(drawn).any():
-            weight = np.where(np.isnan(drawn), 1 if weight is None else weight, drawn)
-        prepared = replace(self.reduced, user_mask=weight)
-        stretch = self.stretches[settings.delinearization_quantile]
-        return prepare_again(prepared, self.picture.planes, stretch, settings), settings
-
-    def draw(self) -> None:
-        """Draw all from the view, and from what is known of it."""
-        settings = self.settings
-        shown = self.view.shown
-        prepared = thinned(with_sky(self.prepared, settings, self.reduced.sky))
-        for artist in self.extras:
-            artist.remove()
-        always = set(self.axes.get_children())
-        if shown == "picture":
-            areas = left_out(prepared, settings)
-            self.image.set_data(striped(prepared, areas))
-            add_legend(self.axes, areas, 5)
-            title = "the picture as the fit would see it, and what is left out"
-        else:
-            pictures = before_model_after(prepared, self._sky(), settings.correction)
-            picture = pictures[VIEWS.index(shown)]
-            self.image.set_data(to_bytes(prepared.stretch.apply(picture)))
-            title = f"the {shown}, same stretch"
-            title += "" if self._result() else " (the sky that was found, not trained yet)"
-        if shown == "model":
-            draw_contours(self.axes, picture.mean(-1), prepared.full_shape)
-        self.axes.set_title(title)
-        self.extras = set(self.axes.get_children()) - always
-
-        quantile = settings.delinearization_quantile
-        thresholds = settings.threshold_min, settings.threshold_max
-        smoothing = self.view.settings.smoothing
-        rung = list(self.stretches).index(quantile)
-        self._set("-dq", rung, f"{quantile:g}")
-        self._set("-tm, -tM", thresholds, "{:g}, {:g}".format(*thresholds))
-        rung = self.smoothings.index(smoothing)
-        self._set("smoothing", rung, "auto" if smoothing is None else f"{smoothing:g}")
-        self.checks.eventson = False
-        for k, wanted in enumerate((settings.auto, settings.correction == "divide")):
-            if self.checks.get_status()[k] != wanted:
-                self.checks.set_active(k)
-        self.checks.eventson = True
-        lines = [textwrap.fill(line, 62, subsequent_indent="  ") for line in self.said]
-        for text, words in zip(self.texts, (self.command(), "\n".join(lines), self.status)):
-            text.set_text(words)
-        self.figure.canvas.draw_idle()
-
-    def _set(self, name, value, words):
-        """Show a value with a slider, whose handler does not hear of it."""
-        slider = self.sliders[name]
-        slider.eventson = False
-        slider.set_val(value)
-        slider.eventson = True
-        slider.valtext.set_text(words)
-
-    def words_on(self, x: float, y: float) -> str:
-        """Say what is at a place of the picture: value and sky, in the picture's own unit."""
-        places = np.array([y, x]) + 0.5
-        cell = (places / self.settings.downscaling_factor).astype(int)
-        row, column = np.clip(cell, 0, np.array(self.prepared.used.shape) - 1)
-        sky = self._sky()(places / max(self.reduced.full_shape))
-        words = f"x {x:.0f}, y {y:.0f}"
-        for name, values in (("value", self.reduced.linear[row, column]), ("sky", sky)):
-            unit = self.picture.unit
-            each = map("{:.5g}".format, values * unit.scale + unit.offset)
-            words += f"   {name} {' '.join(each)}"
-        return words
-
-    def _result(self):
-        """Return what training gave with just these settings and this drawing, or None."""
-        if self.trained is None:
-            return None
-        view, result = self.trained
-        same = view.settings == self.view.settings and view.drawn is self.view.drawn
-        return result if same else None
-
-    def _sky(self):
-        """Return the linear sky as a function of frame coordinates, trained if it is."""
-        result = self._result()
-        return result.linear_sky if result else self.reduced.sky.surface
-
-    def _full_mask(self, view):
-        """Return the mask of a view at full size, (1 or c, h, w), or None."""
-        if np.isnan(view.drawn).all():
-            return self.mask
-        drawn = replace(self.reduced, weight=view.drawn[..., None])
-        drawn = full_mask(drawn, view.settings)
-        return np.where(np.isnan(drawn), 1 if self.mask is None else self.mask, drawn)
-
-    def _task(self, view, mask):
-        """Return the task of the command that does what the view asks for."""
-        words = dict(preview=False, save_mask=False, animate=False, mask=mask)
-        options = argparse.Namespace(**{**vars(self.options), **words})
-        _check_folder(options)
-        return _make_task(*options.input_file, options, view.settings, None)
-
-    def mask_path(self, view: View) -> str | None:
-        """Return the path of the mask file of a view: the one given, or one that is free."""
-        if np.isnan(view.drawn).all():
-            return self.options.mask
-        if self.written is not None and self.written[0] is view.drawn:
-            return self.written[1]
-        path, = self.options.input_file
-        ending = FORMATS[self.options.format or picture_format(path) or "xisf"].ending
-        start = os.path.join(self.options.output_path, picture_stem(path) + "_mask")
-        names = (f"{start}{count}{ending}" for count in ["", *range(2, 1000)])
-        return next(name for name in names if not os.path.exists(name))
-
-    def write_mask(self, view: View) -> str | None:
-        """Write the mask of a view, if one was drawn; returns its path, or that of the given."""
-        path = self.mask_path(view)
-        if path != self.options.mask and not os.path.exists(path):
-            task = self._task(view, self.options.mask)
-            lines = [f"bgoptimizer {VERSION}: a mask drawn by hand, 1 = sky"]
-            rows = rows_of(self.picture.source)
-            with atomic_outputs(path) as (file,):
-                write = FORMATS[task.format].write
-                write(file, self._full_mask(view), rows, lines, task.compress, Unit())
-            self.written = view.drawn, path
-        return path
-
-    def command(self) -> str:
-        """Return the command that does what the window shows."""
-        return command_line(self.options, self.view.settings, self.mask_path(self.view))
+            self.status = _told(error)
+            if then != self.found:  # it may have replaced a look for the sky
+                self.moved = time.monotonic()
+        self.refresh()
 
 
 def work_in_window(task: Task, options: argparse.Namespace, settings: Settings,
                    interrupts: _Interrupts) -> None:
     """Open the preview window on one picture, until it is closed; then write the drawn mask."""
     import matplotlib
-    picture, mask, reference = read_inputs(task)
+    inputs = read_inputs(task)
     no_keys = {name: [] for name in matplotlib.rcParams if name.startswith("keymap.")}
     with drawing_style(), matplotlib.rc_context(no_keys):
         from matplotlib import pyplot
         figure = pyplot.figure(task.title, WINDOW_SIZE)
-        window = PreviewWindow(figure, options, settings, picture, mask, reference)
+        window = PreviewWindow(figure, options, settings, *inputs)
 
         def tick():
             window.tick()
@@ -7974,6 +7981,112 @@ def work_in_window(task: Task, options: argparse.Namespace, settings: Settings,
     del figure, window, timer, tick
     gc.collect()  # as in `display_kind`
     interrupts.check()
+
+
+class PreviewPanel(Preview):
+    """A panel of ipywidgets in a notebook."""
+
+    shown_before: list[PreviewPanel] = []
+
+    def __init__(self, use: Callable[[list[str]], None], *what):
+        """Make the widgets; `box` is what is to be displayed.
+
+        Args:
+            use: gets the flags that are chosen when the button is clicked.
+            what: as for `Preview`.
+        """
+        import ipywidgets as widgets
+        super().__init__(*what)
+        self.status = ""
+        self.use = use
+        with drawing_style():
+            self.figure = _empty_figure(PANEL_SIZE)
+            self.axes = self.figure.add_axes([0.01, 0.06, 0.98, 0.88])
+        look = dict(continuous_update=False, readout=False, style=dict(description_width="9em"))
+        rungs = {name: list(range(len(values))) for name, values in self.rungs.items()}
+        self.sliders = {
+            "-dq": widgets.SelectionSlider(options=rungs["-dq"], **look),
+            "-tm, -tM": widgets.FloatRangeSlider(min=0, max=1, step=0.001, **look),
+            "smoothing": widgets.SelectionSlider(options=rungs["smoothing"], **look),
+        }
+        self.checks = [widgets.Checkbox(description=name) for name in ("--auto", "divide")]
+        self.shown = widgets.ToggleButtons(options=VIEWS)
+        self.button = widgets.Button(description="Use these settings")
+        self.image = widgets.Image(format="png")
+        self.text = widgets.Textarea(disabled=True, rows=8, layout=dict(width="98%"))
+        for name, slider in self.sliders.items():
+            self._listen(slider, functools.partial(self.slide, name))
+        for box in self.checks:
+            self._listen(box, lambda _: self.check(*[box.value for box in self.checks]))
+        self._listen(self.shown, self.turn_to)
+        self.button.on_click(lambda _: self.use_flags())
+        left = widgets.VBox([*self.sliders.values(), *self.checks, self.button])
+        right = widgets.VBox([self.shown, self.image])
+        self.box = widgets.VBox([widgets.HBox([left, right]), self.text])
+        self.refresh()
+
+    def _listen(self, widget, handler):
+        widget.observe(lambda change: self.showing or handler(change.new), "value")
+
+    def use_flags(self):
+        """Hand over the flags of all that can be chosen here; they are to stand after others."""
+        settings = self.view.settings
+        flags = {
+            "-dq": settings.delinearization_quantile,
+            "-tm": settings.threshold_min,
+            "-tM": settings.threshold_max,
+            "--smoothing": "auto" if settings.smoothing is None else settings.smoothing,
+            "--correction": settings.correction,
+        }
+        words = ["--auto"] if settings.auto else []
+        for flag, value in flags.items():
+            words += [] if value is None else [flag, str(value)]
+        self.use(words)
+        self.status = "these settings are in use now"
+        self.refresh()
+
+    def close(self):
+        """Forget the picture: the widgets would keep it as long as the notebook is open."""
+        for widget in (*self.sliders.values(), *self.checks, self.shown, self.button, self.box):
+            widget.close()
+
+    def change(self, *drawn, **changes):
+        """Also look for the sky anew, for there is no thread that does."""
+        super().change(*drawn, **changes)
+        if self.moved < math.inf:
+            self.moved = math.inf
+            given, self.said = _quietly(self.look())
+            self.found(given)
+            self.refresh()
+
+    def refresh(self):
+        with drawing_style():
+            self.draw(self.axes)
+        file = io.BytesIO()
+        self.figure.savefig(file, format="png")
+        self.showing = True
+        self.image.value = file.getvalue()
+        for name, (value, words) in self.marks().items():
+            self.sliders[name].value = value
+            self.sliders[name].description = f"{name}: {words}"
+        wanted = self.settings.auto, self.settings.correction == "divide"
+        for box, value in zip(self.checks, wanted):
+            box.value = value
+        self.shown.value = self.view.shown
+        self.showing = False
+        words = shlex.join(self.words())
+        self.text.value = "\n".join([*self.said, f"flags: {words}", self.status])
+
+
+def preview_in_panel(task: Task, options: argparse.Namespace, settings: Settings,
+                     use: Callable[[list[str]], None]) -> None:
+    """Show the panel of one picture in a notebook; one that was shown before is closed."""
+    from IPython.display import display
+    panel = PreviewPanel(use, options, settings, *read_inputs(task))
+    for before in PreviewPanel.shown_before:
+        before.close()
+    PreviewPanel.shown_before[:] = [panel]
+    display(panel.box)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -8529,30 +8642,38 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Settings]:
     return options, settings
 
 
-def command_line(options: argparse.Namespace, settings: Settings, mask: str | None) -> str:
-    """Return the command that does one picture with these settings and this mask file."""
+def flag_words(options: argparse.Namespace, settings: Settings, mask: str | None) -> list[str]:
+    """Return the flags that ask for these settings, this mask file, and what else was given."""
+    words = []
+    usual = vars(Settings())
+    for flag, (name, value) in zip(FLAGS, vars(settings).items()):
+        if value != usual[name]:
+            words += [flag] if value is True else [flag, str(value)]
+    for flag, value in (("-m", mask), ("--reference", options.reference),
+                        ("--format", options.format)):
+        words += [] if value is None else [flag, value]
+    if options.compress:
+        words.append("-c")
+    return words
+
+
+def command_line(options: argparse.Namespace, flags: list[str]) -> str:
+    """Return the command that does one picture with these flags."""
     program = sys.argv[0]
     words = [sys.executable, program] if program.endswith(".py") else [os.path.basename(program)]
     words += options.input_file
     if options.output_path != ".":
         words.append(options.output_path)
-    usual = vars(Settings())
-    for flag, (name, value) in zip(FLAGS, vars(settings).items()):
-        if value != usual[name]:
-            words += [flag] if value is True else [flag, str(value)]
-    if mask is not None:
-        words += ["-m", mask]
-    if options.reference is not None:
-        words += ["--reference", options.reference]
-    if options.format is not None:
-        words += ["--format", options.format]
-    if options.compress:
-        words.append("-c")
-    return shlex.join(words)
+    return shlex.join(words + flags)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code. Every failure is one line on stderr."""
+def main(argv: Sequence[str] | None = None,
+         use: Callable[[list[str]], None] = lambda flags: print(shlex.join(flags))) -> int:
+    """Run the command line; returns the exit code. Every failure is one line on stderr.
+
+    In a notebook, the preview's panel has a button that calls `use` with the flags that are chosen
+    in it. They are to stand after others, and to take the place of --auto.
+    """
     interrupts = _Interrupts()
     with suppress(AttributeError):  # a notebook's stdout cannot do that, and there may be none
         # File names may hold characters that the terminal's encoding does not have
@@ -8566,7 +8687,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 if asked or names_many(options.input_file):
                     run_many(options, settings, interrupts)
                 else:
-                    _run_one(options, settings, interrupts)
+                    _run_one(options, settings, interrupts, use)
         return 0
     except SystemExit as stop:  # argparse has said why
         return stop.code or 0
@@ -8610,13 +8731,17 @@ class _Console(logging.Handler):
             print(f"bgoptimizer: warning: {text}", file=sys.stderr)
 
 
-def _run_one(options: argparse.Namespace, settings: Settings, interrupts: _Interrupts) -> None:
+def _run_one(options: argparse.Namespace, settings: Settings, interrupts: _Interrupts,
+             use: Callable[[list[str]], None]) -> None:
     """Do one picture, and tell how it goes on."""
     started = time.perf_counter()
     place = _place_for_figure(options)
     task = _make_task(*options.input_file, options, settings, place)
     if options.preview and place == "window":
         work_in_window(task, options, settings, interrupts)
+        return
+    if options.preview and place == "notebook" and importlib.util.find_spec("ipywidgets"):
+        preview_in_panel(task, options, settings, use)
         return
     _check_folder(options)
     if options.preview:
