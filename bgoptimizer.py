@@ -61,6 +61,7 @@ import io
 import itertools
 import logging
 import math
+import multiprocessing
 import numbers
 import os
 import platform
@@ -79,8 +80,15 @@ import time
 import warnings
 import zlib
 from collections import Counter
-from concurrent.futures import CancelledError, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from concurrent.futures import (
+    BrokenExecutor,
+    CancelledError,
+    Executor,
+    ProcessPoolExecutor,
+    ThreadPoolExecutor,
+    as_completed,
+)
+from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -4882,7 +4890,24 @@ class _Match(NamedTuple):
     explained: float  # share of the structure beside such a sky, and beyond noise
 
 
-def read_reference(path: str, picture: Picture, factor: int) -> Reference:
+class OpenedReference(NamedTuple):
+    """A reference as it was read, whatever picture it is for."""
+
+    planes: np.ndarray  # (k, rows, columns)
+    solution: Any  # astropy's WCS, or None
+    checksum: str  # SHA-256 of its file
+
+
+def open_reference(path: str) -> OpenedReference:
+    """Read a reference; raises BgError if it cannot be read."""
+    other = read_picture(path)
+    solution = plate_solution(other.source, other.planes.shape[1])
+    checksum = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    return OpenedReference(other.planes, solution, checksum)
+
+
+def read_reference(path: str, picture: Picture, factor: int,
+                   opened: Callable[[str], OpenedReference] = open_reference) -> Reference:
     """Read a reference, and lay it on a picture.
 
     Where it lies is told by plate solutions, if both have one. Otherwise a reference of the same
@@ -4892,24 +4917,23 @@ def read_reference(path: str, picture: Picture, factor: int) -> Reference:
         path: of the reference.
         picture: as it was read.
         factor: side of a block of the picture's pixels.
+        opened: as `open_reference`.
 
     Raises:
         BgError: it cannot be read, or nothing tells where it lies.
     """
-    other = read_picture(path)
-    shape = picture.planes.shape[1:]
-    their_shape = other.planes.shape[1:]
-    ours = plate_solution(picture.source, shape[0])
-    theirs = plate_solution(other.source, their_shape[0])
-    if ours is not None and theirs is not None:
-        there = functools.partial(_by_solutions, ours, theirs, shape[0], their_shape[0])
-    elif their_shape == shape:
+    other = opened(path)
+    planes = other.planes
+    height, width = picture.planes.shape[1:]
+    ours = plate_solution(picture.source, height)
+    if ours is not None and other.solution is not None:
+        there = functools.partial(_by_solutions, ours, other.solution, height, planes.shape[1])
+    elif planes.shape[1:] == (height, width):
         there = np.array  # pixel on pixel
     else:
-        there = _by_stars(picture.planes, other.planes, path)
-    light = lay_on_blocks(other.planes, there, shape, factor)
-    checksum = hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    return Reference(os.path.basename(path), checksum, light)
+        there = _by_stars(picture.planes, planes, path)
+    light = lay_on_blocks(planes, there, (height, width), factor)
+    return Reference(os.path.basename(path), other.checksum, light)
 
 
 def plate_solution(source: Any, height: int):
@@ -7120,7 +7144,7 @@ def _make_task(path: str, options: argparse.Namespace, settings: Settings,
     """
     given = [name for name in (path, options.mask, options.reference) if name is not None]
     _check_given(given)
-    name = options.format or picture_format(path) or "xisf"
+    name = output_format(path, options)
     ending = FORMATS[name].ending
     start = os.path.join(options.output_path, picture_stem(path))
     what = "bgSubtracted" if settings.correction == "subtract" else "bgDivided"
@@ -7138,6 +7162,11 @@ def _make_task(path: str, options: argparse.Namespace, settings: Settings,
     return Task(
         path, options.mask, options.reference, settings, outputs, figure, place, name,
         options.compress)
+
+
+def output_format(path: str, options: argparse.Namespace) -> str:
+    """Return the format of what is written for the picture at this path, a key of FORMATS."""
+    return options.format or picture_format(path) or "xisf"
 
 
 def _check_given(paths: list[str]) -> None:
@@ -7182,22 +7211,20 @@ def _check_folder(options: argparse.Namespace) -> None:
                       "choose another folder") from None
 
 
-def process_file(task: Task, watched: ContextManager = nullcontext()) -> Result:
+def process_file(task: Task, watched: ContextManager = nullcontext(),
+                 opened: Callable[[str], OpenedReference] = open_reference) -> Result:
     """Take the sky out of one picture, from file to files.
 
     Args:
         task: its paths have been checked.
         watched: as for `remove_sky`.
+        opened: takes the path of a reference to what `open_reference` gives.
 
     Raises:
         BgError: the picture cannot be done.
     """
     with _heard() as said, atomic_outputs(*task.outputs.values()) as files:
-        picture = _read_input(task)
-        _check_room(task, picture.planes)
-        _start_importing()
-        mask = _read_mask(task.mask_file)
-        reference = _read_reference(task, picture)
+        picture, mask, reference = read_inputs(task, opened)
         result = remove_sky(
             picture.planes, task.settings, mask, picture.unit, watched, reference)
         _write_outputs(task, picture, result, files)
@@ -7208,9 +7235,7 @@ def process_file(task: Task, watched: ContextManager = nullcontext()) -> Result:
 def preview_file(task: Task) -> None:
     """Draw the preview of one picture."""
     with _heard() as said:
-        picture = _read_input(task)
-        mask = _read_mask(task.mask_file)
-        reference = _read_reference(task, picture)
+        picture, mask, reference = read_inputs(task)
         prepared, settings = examine(picture.planes, task.settings, mask, reference=reference)
     _put_figure(task, draw_preview, prepared=prepared, settings=settings, said=said)
 
@@ -7222,9 +7247,15 @@ def _put_figure(task: Task, draw: Callable, **what) -> None:
         put_picture(draw, task.place_for_figure, task.figure)
 
 
-def _read_input(task: Task) -> Picture:
-    """Read the picture of a task, and log what it is."""
-    picture = _read(task.input_file)
+def read_inputs(task: Task, opened: Callable[[str], OpenedReference] = open_reference) -> tuple[
+        Picture, np.ndarray | None, Reference | None]:
+    """Read what a task names: the picture, its mask (1 or c, h, w), and its reference.
+
+    What the picture is, and what its file has or loses, is logged.
+    """
+    picture = read_picture(task.input_file)
+    for text in picture.warnings:
+        logger.warning(f"{task.input_file} {text}")
     count, height, width = picture.planes.shape
     colors = "gray" if count == 1 else "RGB"
     line = f"{task.input_file}: {width} x {height}, {colors}, {picture.planes.dtype}"
@@ -7234,15 +7265,15 @@ def _read_input(task: Task) -> Picture:
     lone = keep_dark_samples(picture.planes)
     if lone:
         logger.info(f"{lone} lone samples of 0 are taken for dark sky, not for missing data")
-    return picture
-
-
-def _read(path: str) -> Picture:
-    """Read a picture, and warn of what its file has or loses."""
-    picture = read_picture(path)
-    for text in picture.warnings:
-        logger.warning(f"{path} {text}")
-    return picture
+    if "model" in task.outputs:  # there will be a fit
+        _check_room(task, picture.planes)
+        _start_importing()
+    mask = _read_mask(task.mask_file)
+    reference = None
+    if task.reference_file is not None:
+        factor = task.settings.downscaling_factor
+        reference = read_reference(task.reference_file, picture, factor, opened)
+    return picture, mask, reference
 
 
 def _read_mask(path):
@@ -7253,13 +7284,6 @@ def _read_mask(path):
     for text in picture.warnings:
         logger.warning(f"{path} {text}")
     return picture.planes
-
-
-def _read_reference(task: Task, picture: Picture) -> Reference | None:
-    """Read the reference of a task, and lay it on its picture."""
-    if task.reference_file is None:
-        return None
-    return read_reference(task.reference_file, picture, task.settings.downscaling_factor)
 
 
 def _check_room(task: Task, planes: np.ndarray) -> None:
@@ -7490,12 +7514,12 @@ def _logging_to(*handlers: logging.Handler) -> Iterator[None]:
 
 
 @contextmanager
-def _heard() -> Iterator[list[str]]:
-    """Collect what is logged meanwhile, a sentence each, for a figure to repeat."""
+def _heard(mark: str = "warning: ") -> Iterator[list[str]]:
+    """Collect what is logged meanwhile, a sentence each, with this mark before warnings."""
     said = []
 
     def write(record):
-        doubt = "warning: " if record.levelno >= logging.WARNING else ""
+        doubt = mark if record.levelno >= logging.WARNING else ""
         said.append(doubt + record.getMessage())
 
     handler = logging.Handler()
@@ -7527,15 +7551,17 @@ def _told(error: Exception) -> str:
 
 
 # --------------------------------------------------------------------------------------------------
-# Preview window
+# Preview to work in: a window, and a panel in notebooks
 #
-# A `View` is all that can be chosen. Handlers replace it, and `draw` draws from it. What takes long
-# runs in one thread beside the window: looking for the sky, training, writing. All is computed by
-# the functions of the command line, so the command that the window tells does the same.
+# A `View` is all that can be chosen. The handlers of a `Preview` replace it, and `draw` draws from
+# it; a window and a panel differ in their widgets only. All is computed by the functions of the
+# command line, so the command that is told does the same.
 # --------------------------------------------------------------------------------------------------
 
 WINDOW_SIZE = (13.0, 6.2)
 """Inches, at 100 pixels each: fits a screen of 1366 x 768 pixels with the window's frame."""
+
+PANEL_SIZE = (9.0, 5.5)
 
 LADDER = (0.5, 0.7, 0.8, 0.9, 0.95, 0.97, 0.98, 0.99, 0.995, 0.998, 0.999, 0.9995, 0.9999, 1.0)
 """Values of -dq. What they leave above them falls by even steps, to about a half each."""
@@ -7547,13 +7573,13 @@ TICK = 200
 """Milliseconds between two looks at what the thread does."""
 
 VIEWS = ("picture", "model", "result")
+
 BUTTONS = {
     "blink": "Picture, model, result  [space]",
     "undo": "Undo the last drawing  [z]",
     "train": "Take the sky out  [t]",
     "stop": "Stop  [escape]",
     "write": "Write  [w]",
-    "copy": "Copy the command  [c]",
     "close": "Close  [q]",
 }
 """Methods of the window: what their buttons say, with their keys."""
@@ -7570,10 +7596,6 @@ HELP = ("Keys: left, right -dq;  down, up -tM;  [ ] -tm;  - + smoothing.\n"
         "Draw around what is to be left out; with Shift it is given back.")
 
 
-class _Stopped(Exception):
-    """The user does not want to wait for the fit."""
-
-
 @dataclass(frozen=True)
 class View:
     """What is chosen: what a run would do, and what is shown of it."""
@@ -7582,23 +7604,23 @@ class View:
     drawn: np.ndarray  # (h, w) of the reduced frame: 0 left out, 1 given back, NaN not drawn on
     shown: str = "picture"  # one of VIEWS
 
+    @property
+    def is_drawn_on(self) -> bool:
+        return bool(np.isfinite(self.drawn).any())
 
-class PreviewWindow:
-    """The window in which settings and a mask are tried."""
 
-    def __init__(self, figure, options: argparse.Namespace, settings: Settings, picture: Picture,
+class Preview:
+    """A picture, the view that is chosen of it, and the handlers that change the view."""
+
+    def __init__(self, options: argparse.Namespace, settings: Settings, picture: Picture,
                  mask: np.ndarray | None, reference: Reference | None = None):
-        """Look for the sky, and show it.
+        """Look for the sky.
 
         Args:
-            figure: an empty one.
             options, settings: of the command line.
-            picture: as it was read.
-            mask: (1 or c, h, w) weights of the mask file, or None.
-            reference: another picture of the region, laid on this one, or None.
+            picture, mask, reference: as `read_inputs` gives them.
         """
-        self.figure = figure
-        self.options = options
+        self.options = argparse.Namespace(**{**vars(options), "preview": False})
         self.picture = picture
         self.mask = mask
         black = -picture.unit.offset / picture.unit.scale
@@ -7606,24 +7628,199 @@ class PreviewWindow:
             self.reduced, resolved = examine(picture.planes, settings, mask, black, reference)
         quantiles = {*LADDER, resolved.delinearization_quantile}
         self.stretches, _ = measure_stretches(picture.planes, sorted(quantiles))
-        self.smoothings = [None, *sorted({*SMOOTHINGS, settings.smoothing} - {None})]
-        nothing = np.full(self.reduced.used.shape, np.nan, np.float32)
-        self.view = View(settings, nothing)
-        self.before = []  # views that `undo` goes back to
+        smoothings = {*SMOOTHINGS, settings.smoothing} - {None}
+        self.rungs = {"-dq": list(self.stretches), "smoothing": [None, *sorted(smoothings)]}
+        self.view = View(settings, np.full(self.reduced.used.shape, np.nan, np.float32))
         self.trained = None  # a view and its Result
-        self.written = None  # a drawing and the path of its mask
-        self.pool = ThreadPoolExecutor(1)
-        self.job = None  # what the thread does, and what is done with what it gives
-        self.looking = False  # for the sky is what it does
-        self.moved = math.inf  # when something was changed for which to look for the sky
-        self.stopping = False
-        self.shift = False  # is held
+        self.written = None  # path of the mask that was drawn here
         self.status = HELP
-        self.extras = set()  # what is drawn over the picture
-        self._make_widgets()
+        self.moved = math.inf  # when something was changed for which to look for the sky
+        self.showing = False  # widgets are set to the view: their handlers have nothing to do
         self.prepared, self.settings = self._prepare()
         self.looked = self._what_sky_needs()
-        self.draw()
+
+    # --- Handlers: they change the view ---
+
+    def change(self, drawn: np.ndarray | None = None, **changes) -> None:
+        """Change settings or the drawing, if a fit could do with them."""
+        if self.showing:
+            return
+        before = self.view
+        self.status = HELP
+        try:
+            settings = replace(before.settings, **changes)
+            drawn = before.drawn if drawn is None else drawn
+            self.view = replace(before, settings=settings, drawn=drawn)
+            self.prepared, self.settings = self._prepare()
+            self.moved = time.monotonic()
+            self.said = []  # it was said of something else
+        except (ValueError, BgError) as error:
+            self.view = before
+            self.status = str(error)
+        self.refresh()
+
+    def slide(self, name, value):
+        """Take what a slider stands at: a rung, or the two thresholds."""
+        if name == "-tm, -tM":
+            low, high = np.round(value, 3).tolist()
+            self.change(threshold_min=low, threshold_max=high)
+        elif name == "-dq":
+            self.change(delinearization_quantile=self.rungs[name][int(value)])
+        else:
+            self.change(smoothing=self.rungs[name][int(value)])
+
+    def check(self, auto, divide):
+        self.change(auto=auto, correction="divide" if divide else "subtract")
+
+    def turn_to(self, shown):
+        self.view = replace(self.view, shown=shown)
+        self.refresh()
+
+    def look(self) -> Callable:
+        """Return what finds the sky of the view, if it can be another one, and tells of it."""
+        prepared, settings, known = self.prepared, self.settings, self.reduced.sky
+        needs = self._what_sky_needs()
+        same = needs == self.looked
+
+        def work():
+            sky = known if same else find_sky(prepared, settings)
+            judge(self.picture.planes, prepared, settings, sky)
+            return needs, sky
+
+        return work
+
+    def found(self, given) -> None:
+        self.looked, sky = given
+        self.reduced = replace(self.reduced, sky=sky)
+
+    def _what_sky_needs(self):
+        return self.settings.smoothing, self.settings.auto, self.prepared.used.tobytes()
+
+    # --- From the view to what is shown and run ---
+
+    def refresh(self) -> None:
+        """Show all anew."""
+
+    def _prepare(self):
+        """Return what the fit would see of the view before the sky is known, and the settings."""
+        settings = self.view.settings.resolved()
+        weight = self.reduced.user_mask
+        if self.view.is_drawn_on:
+            drawn = self.view.drawn[..., None]
+            weight = np.where(np.isnan(drawn), 1 if weight is None else weight, drawn)
+        prepared = replace(self.reduced, user_mask=weight)
+        stretch = self.stretches[settings.delinearization_quantile]
+        return prepare_again(prepared, self.picture.planes, stretch, settings), settings
+
+    def draw(self, axes) -> None:
+        """Draw what the view shows of the picture."""
+        settings = self.settings
+        shown = self.view.shown
+        prepared = thinned(with_sky(self.prepared, settings, self.reduced.sky))
+        for old in (*axes.images, *axes.collections, axes.get_legend()):
+            if old is not None:
+                old.remove()
+        if shown == "picture":
+            areas = left_out(prepared, settings)
+            colors = striped(prepared, areas)
+            add_legend(axes, areas, 5)
+            title = "the picture as the fit would see it, and what is left out"
+        else:
+            pictures = before_model_after(prepared, self._sky(), settings.correction)
+            picture = pictures[VIEWS.index(shown)]
+            colors = to_bytes(prepared.stretch.apply(picture))
+            title = f"the {shown}, same stretch"
+            title += "" if self._result() else " (the sky that was found, not trained yet)"
+        show(axes, colors, prepared.full_shape, title, interpolation="nearest", mouseover=False)
+        if shown == "model":
+            draw_contours(axes, picture.mean(-1), prepared.full_shape)
+
+    def marks(self) -> dict[str, tuple]:
+        """Return slider -> what it stands at, and what it says."""
+        quantile = self.settings.delinearization_quantile
+        thresholds = self.settings.threshold_min, self.settings.threshold_max
+        smoothing = self.view.settings.smoothing
+        words = "auto" if smoothing is None else f"{smoothing:g}"
+        return {
+            "-dq": (self.rungs["-dq"].index(quantile), f"{quantile:g}"),
+            "-tm, -tM": (thresholds, "{:g}, {:g}".format(*thresholds)),
+            "smoothing": (self.rungs["smoothing"].index(smoothing), words),
+        }
+
+    def words_on(self, x: float, y: float) -> str:
+        """Say what is at a place of the picture: value and sky, in the picture's own unit."""
+        places = np.array([y, x]) + 0.5
+        cell = (places / self.settings.downscaling_factor).astype(int)
+        row, column = np.clip(cell, 0, np.array(self.prepared.used.shape) - 1)
+        sky = self._sky()(places / max(self.reduced.full_shape))
+        words = f"x {x:.0f}, y {y:.0f}"
+        for name, values in (("value", self.reduced.linear[row, column]), ("sky", sky)):
+            unit = self.picture.unit
+            each = map("{:.5g}".format, values * unit.scale + unit.offset)
+            words += f"   {name} {' '.join(each)}"
+        return words
+
+    def _result(self):
+        """Return what training gave with just these settings and this drawing, or None."""
+        if self.trained is None:
+            return None
+        view, result = self.trained
+        same = view.settings == self.view.settings and view.drawn is self.view.drawn
+        return result if same else None
+
+    def _sky(self):
+        """Return the linear sky as a function of frame coordinates, trained if it is."""
+        result = self._result()
+        return result.linear_sky if result else self.reduced.sky.surface
+
+    def full_mask(self, view: View) -> np.ndarray | None:
+        """Return the mask of a view at full size, (1 or c, h, w), or None."""
+        if not view.is_drawn_on:
+            return self.mask
+        drawn = full_mask(replace(self.reduced, weight=view.drawn[..., None]), view.settings)
+        return np.where(np.isnan(drawn), 1 if self.mask is None else self.mask, drawn)
+
+    def mask_path(self, view: View) -> str | None:
+        """Return the path of a view's mask: of the given one, or if it is drawn, of a new file."""
+        if not view.is_drawn_on:
+            return self.options.mask
+        if self.written is not None:
+            return self.written
+        path, = self.options.input_file
+        ending = FORMATS[output_format(path, self.options)].ending
+        start = os.path.join(self.options.output_path, picture_stem(path) + "_mask")
+        names = (f"{start}{count}{ending}" for count in ["", *range(2, 1000)])
+        return next(name for name in names if not os.path.exists(name))
+
+    def words(self) -> list[str]:
+        """Return the flags of the command that does what is shown."""
+        return flag_words(self.options, self.view.settings, self.mask_path(self.view))
+
+
+def _quietly(work: Callable) -> tuple[Any, list[str]]:
+    """Return what work() gives, and what it says, which nobody else hears."""
+    unheard = logging.NullHandler(logging.INFO)
+    with memory_errors(), _logging_to(unheard), _heard() as said:
+        return work(), said
+
+
+class PreviewWindow(Preview):
+    """A window in which a mask can be drawn, too, and the sky taken out.
+
+    What takes long runs in one thread beside it: looking for the sky, training, writing.
+    """
+
+    def __init__(self, figure, *what):
+        """Show the picture in an empty figure; `what` is as for `Preview`."""
+        super().__init__(*what)
+        self.figure = figure
+        self.before = []  # views that `undo` goes back to
+        self.pool = ThreadPoolExecutor(1)
+        self.job = None  # what the thread does, and what is done with what it gives
+        self.stopping = False
+        self.shift = False  # is held
+        self._make_widgets()
+        self.refresh()
 
     def _make_widgets(self):
         from matplotlib import widgets
@@ -7632,30 +7829,30 @@ class PreviewWindow:
             return self.figure.add_axes([left, top - height, width, height])
 
         self.axes = add(0.01, 0.95, 0.66, 0.86)
-        blank = np.zeros((1, 1, 3), np.uint8)
-        self.image = show(self.axes, blank, self.reduced.full_shape, "", interpolation="nearest")
-        self.image.set_mouseover(False)
         self.axes.format_coord = self.words_on
         words = functools.partial(self.figure.text, s="", fontsize=8, parse_math=False, va="top")
         self.texts = words(0.01, 0.04), words(0.69, 0.49), words(0.69, 0.08, color=END_INK)
-        look = dict(color=START_INK)
-        rungs = len(self.stretches) - 1, len(self.smoothings) - 1
-        places = [add(0.755, top, 0.15, 0.03) for top in (0.95, 0.9, 0.85)]
-        self.sliders = {
-            "-dq": widgets.Slider(places[0], "-dq", 0, rungs[0], valstep=1, **look),
-            "-tm, -tM": widgets.RangeSlider(places[1], "-tm, -tM", 0, 1, valstep=0.001, **look),
-            "smoothing": widgets.Slider(places[2], "smoothing", 0, rungs[1], valstep=1, **look),
+        kinds = {
+            "-dq": (widgets.Slider, len(self.rungs["-dq"]) - 1, 1),
+            "-tm, -tM": (widgets.RangeSlider, 1, 0.001),
+            "smoothing": (widgets.Slider, len(self.rungs["smoothing"]) - 1, 1),
         }
-        for name, slider in self.sliders.items():
+        self.sliders = {}
+        for k, (name, (kind, last, step)) in enumerate(kinds.items()):
+            place = add(0.755, 0.95 - 0.05 * k, 0.15, 0.03)
+            slider = kind(place, name, 0, last, valstep=step, color=START_INK)
+            slider.drawon = False  # `refresh` draws all at once
             slider.on_changed(functools.partial(self.slide, name))
             slider.label.set_x(-0.06)  # beside the handle, not below it
             slider.valtext.set_x(1.06)
-        place = add(0.69, 0.81, 0.295, 0.1)
+            self.sliders[name] = slider
         self.checks = widgets.CheckButtons(
-            place, ["--auto  [a]", "--correction divide  [d]"], useblit=False,
+            add(0.69, 0.81, 0.295, 0.1), ["--auto  [a]", "--correction divide  [d]"], useblit=False,
             frame_props=dict(edgecolor="white"), check_props=dict(facecolor=END_INK))
-        self.checks.on_clicked(self.check)
-        self.keys = {"a": lambda: self.check("--auto"), "d": lambda: self.check("--correction")}
+        self.checks.drawon = False
+        self.checks.on_clicked(lambda _: self.check(*self.checks.get_status()))
+        toggle = self.checks.set_active
+        self.keys = {"a": functools.partial(toggle, 0), "d": functools.partial(toggle, 1)}
         for key, (name, by) in MOVES.items():
             self.keys[key] = functools.partial(self.move, self.sliders[name], by)
         self.buttons = []  # matplotlib forgets a widget that nobody keeps
@@ -7676,48 +7873,35 @@ class PreviewWindow:
         listen("key_press_event", lambda event: self.keys.get(event.key, lambda: None)())
         listen("close_event", lambda event: self.stop())
 
-    # --- Handlers: they change the view ---
+    def refresh(self):
+        self.draw(self.axes)
+        self.showing = True
+        for name, (value, words) in self.marks().items():
+            self.sliders[name].set_val(value)
+            self.sliders[name].valtext.set_text(words)
+        wanted = self.settings.auto, self.settings.correction == "divide"
+        for k, (now, then) in enumerate(zip(self.checks.get_status(), wanted)):
+            if now != then:
+                self.checks.set_active(k)
+        self.showing = False
+        lines = [textwrap.fill(line, 62, subsequent_indent="  ") for line in self.said]
+        for text, words in zip(self.texts, (self.command(), "\n".join(lines), self.status)):
+            text.set_text(words)
+        self.figure.canvas.draw_idle()
 
-    def change(self, drawn: np.ndarray | None = None, **changes) -> None:
-        """Change settings or the drawing, if a fit could do with them."""
-        before = self.view
-        self.status = HELP
-        try:
-            settings = replace(before.settings, **changes)
-            drawn = before.drawn if drawn is None else drawn
-            self.view = replace(before, settings=settings, drawn=drawn)
-            self.prepared, self.settings = self._prepare()
-            self.moved = time.monotonic()
-            self.said = []  # it was said of something else
-        except (ValueError, BgError) as error:
-            self.view = before
-            self.status = str(error)
-        self.draw()
+    def command(self) -> str:
+        """Return the command that does what the window shows."""
+        return command_line(self.options, self.words())
 
-    def slide(self, name, value):
-        if name == "-dq":
-            self.change(delinearization_quantile=list(self.stretches)[int(value)])
-        elif name == "smoothing":
-            self.change(smoothing=self.smoothings[int(value)])
-        else:
-            low, high = np.round(value, 3).tolist()
-            self.change(threshold_min=low, threshold_max=high)
+    # --- Handlers that only a window has ---
 
     def move(self, slider, by):
         value = np.add(slider.val, by)
         slider.set_val(np.clip(value, slider.valmin, slider.valmax))
 
-    def check(self, label):
-        if label.startswith("--auto"):
-            self.change(auto=not self.settings.auto)
-        else:
-            divides = self.settings.correction == "divide"
-            self.change(correction="subtract" if divides else "divide")
-
     def blink(self):
         place = VIEWS.index(self.view.shown) + 1
-        self.view = replace(self.view, shown=VIEWS[place % len(VIEWS)])
-        self.draw()
+        self.turn_to(VIEWS[place % len(VIEWS)])
 
     def draw_around(self, corners):
         """Leave out what the lasso holds, or with Shift give it back.
@@ -7750,24 +7934,24 @@ class PreviewWindow:
     def train(self, then: Callable = lambda: None) -> None:
         """Take the sky out as the command would, and show what comes of it."""
         view = self.view
-        mask = self._full_mask(view)
+        needs = self._what_sky_needs()
+        mask = self.full_mask(view)
         _start_importing()
 
         def on_epoch(epoch, loss):
             if self.stopping:
-                raise _Stopped
+                raise BgError("stopped")
             self.status = f"epoch {epoch}, loss {loss:.4f}"
 
         def work():
             planes = self.picture.planes.copy()
-            watched = nullcontext(on_epoch)
-            reference = self.reduced.reference
-            return remove_sky(
-                planes, view.settings, mask, self.picture.unit, watched, reference)
+            return remove_sky(planes, view.settings, mask, self.picture.unit,
+                              nullcontext(on_epoch), self.reduced.reference)
 
         def keep(result):
+            self.found((needs, result.prepared.sky))
             self.trained = view, result
-            self.view = replace(self.view, shown="result")
+            self.turn_to("result")
             then()
 
         self._start(work, keep, "preparing the fit")
@@ -7780,7 +7964,9 @@ class PreviewWindow:
         view, result = self.trained
 
         def work():
-            task = self._task(view, mask=self.write_mask(view))
+            options = argparse.Namespace(**{**vars(self.options), "mask": self.write_mask(view)})
+            _check_folder(options)
+            task = _make_task(*options.input_file, options, view.settings, None)
             _check_room(task, result.planes)
             with atomic_outputs(*task.outputs.values()) as files:
                 _write_outputs(task, self.picture, result, files)
@@ -7791,58 +7977,50 @@ class PreviewWindow:
 
         self._start(work, tell, "writing")
 
+    def write_mask(self, view: View) -> str | None:
+        """Write the mask of a view, if one was drawn; returns its path, or that of the given."""
+        path = self.mask_path(view)
+        if view.is_drawn_on:
+            _check_folder(self.options)
+            lines = [f"bgoptimizer {VERSION}: a mask drawn by hand, 1 = sky"]
+            rows = rows_of(self.picture.source)
+            write = FORMATS[output_format(*self.options.input_file, self.options)].write
+            with atomic_outputs(path) as (file,):
+                write(file, self.full_mask(view), rows, lines, self.options.compress, Unit())
+            self.written = path
+        return path
+
     def close(self):
         from matplotlib import pyplot
         pyplot.close(self.figure)
 
-    def copy(self):
-        """Put the command on the clipboard."""
-        canvas = self.figure.canvas
-        toolkit = getattr(canvas, "required_interactive_framework", None)
-        self.status = "copied"
-        if toolkit == "tk":
-            canvas.get_tk_widget().clipboard_clear()
-            canvas.get_tk_widget().clipboard_append(self.command())
-        elif toolkit == "qt":
-            from matplotlib.backends.qt_compat import QtWidgets
-            QtWidgets.QApplication.clipboard().setText(self.command())
-        else:
-            self.status = "this window knows of no clipboard; on closing, the command is printed"
-        self.draw()
-
     # --- The thread ---
 
-    def _start(self, work, then, status, looking=False):
+    def _start(self, work, then, status):
         """Have the thread do work(), and then call then() with what that gives.
 
         What is asked for replaces a look for the sky, whose outcome then does not matter.
         """
-        if self.job is not None and not self.looking:
+        if self.job is not None and self.job[1] != self.found:
             self.status = "wait for what is being done, or stop it"
             return
-
-        def listen():
-            unseen = logging.NullHandler(logging.INFO)  # the window alone tells of it
-            with memory_errors(), _logging_to(unseen), _heard() as said:
-                return work(), said
-
         self.moved = math.inf
-        self.looking = looking
         self.stopping = False
         self.status = status
-        self.job = self.pool.submit(listen), then
-        self.draw()
+        self.job = self.pool.submit(_quietly, work), then
+        self.refresh()
 
     def tick(self) -> None:
         """See what the thread has done, and have it look for the sky anew where that is due."""
         if self.job is None:
             if time.monotonic() - self.moved > LOOK_AFTER:
-                self._look()
+                self._start(self.look(), self.found, "looking for the sky")
             return
         future, then = self.job
         if not future.done():
-            self.texts[2].set_text(self.status)
-            self.figure.canvas.draw_idle()
+            if self.texts[2].get_text() != self.status:
+                self.texts[2].set_text(self.status)
+                self.figure.canvas.draw_idle()
             return
         self.job = None
         self.status = HELP
@@ -7850,176 +8028,22 @@ class PreviewWindow:
             given, self.said = future.result()
             then(given)
         except Exception as error:
-            self.status = "stopped" if isinstance(error, _Stopped) else _told(error)
-            self.moved = time.monotonic()
-        self.draw()
-
-    def _look(self):
-        """Look for the sky, if it can be another one now, and hear what is said of it."""
-        needs = self._what_sky_needs()
-        prepared, settings, known = self.prepared, self.settings, self.reduced.sky
-        same = needs == self.looked
-
-        def work():
-            sky = known if same else find_sky(prepared, settings)
-            judge(self.picture.planes, prepared, settings, sky)
-            return sky
-
-        def keep(sky):
-            self.looked = needs
-            self.reduced = replace(self.reduced, sky=sky)
-
-        self._start(work, keep, self.status if same else "looking for the sky", looking=True)
-
-    def _what_sky_needs(self):
-        return self.settings.smoothing, self.settings.auto, self.prepared.used.tobytes()
-
-    # --- From the view to what is shown, run, and written ---
-
-    def _prepare(self):
-        """Return what the fit would see of the view before the sky is known, and the settings."""
-        settings = self.view.settings.resolved()
-        drawn = self.view.drawn[..., None]
-        weight = self.reduced.user_mask
-        if np.isfinite(drawn).any():
-            weight = np.where(np.isnan(drawn), 1 if weight is None else weight, drawn)
-        prepared = replace(self.reduced, user_mask=weight)
-        stretch = self.stretches[settings.delinearization_quantile]
-        return prepare_again(prepared, self.picture.planes, stretch, settings), settings
-
-    def draw(self) -> None:
-        """Draw all from the view, and from what is known of it."""
-        settings = self.settings
-        shown = self.view.shown
-        prepared = thinned(with_sky(self.prepared, settings, self.reduced.sky))
-        for artist in self.extras:
-            artist.remove()
-        always = set(self.axes.get_children())
-        if shown == "picture":
-            areas = left_out(prepared, settings)
-            self.image.set_data(striped(prepared, areas))
-            add_legend(self.axes, areas, 5)
-            title = "the picture as the fit would see it, and what is left out"
-        else:
-            pictures = before_model_after(prepared, self._sky(), settings.correction)
-            picture = pictures[VIEWS.index(shown)]
-            self.image.set_data(to_bytes(prepared.stretch.apply(picture)))
-            title = f"the {shown}, same stretch"
-            title += "" if self._result() else " (the sky that was found, not trained yet)"
-        if shown == "model":
-            draw_contours(self.axes, picture.mean(-1), prepared.full_shape)
-        self.axes.set_title(title)
-        self.extras = set(self.axes.get_children()) - always
-
-        quantile = settings.delinearization_quantile
-        thresholds = settings.threshold_min, settings.threshold_max
-        smoothing = self.view.settings.smoothing
-        rung = list(self.stretches).index(quantile)
-        self._set("-dq", rung, f"{quantile:g}")
-        self._set("-tm, -tM", thresholds, "{:g}, {:g}".format(*thresholds))
-        rung = self.smoothings.index(smoothing)
-        self._set("smoothing", rung, "auto" if smoothing is None else f"{smoothing:g}")
-        self.checks.eventson = False
-        for k, wanted in enumerate((settings.auto, settings.correction == "divide")):
-            if self.checks.get_status()[k] != wanted:
-                self.checks.set_active(k)
-        self.checks.eventson = True
-        lines = [textwrap.fill(line, 62, subsequent_indent="  ") for line in self.said]
-        for text, words in zip(self.texts, (self.command(), "\n".join(lines), self.status)):
-            text.set_text(words)
-        self.figure.canvas.draw_idle()
-
-    def _set(self, name, value, words):
-        """Show a value with a slider, whose handler does not hear of it."""
-        slider = self.sliders[name]
-        slider.eventson = False
-        slider.set_val(value)
-        slider.eventson = True
-        slider.valtext.set_text(words)
-
-    def words_on(self, x: float, y: float) -> str:
-        """Say what is at a place of the picture: value and sky, in the picture's own unit."""
-        places = np.array([y, x]) + 0.5
-        cell = (places / self.settings.downscaling_factor).astype(int)
-        row, column = np.clip(cell, 0, np.array(self.prepared.used.shape) - 1)
-        sky = self._sky()(places / max(self.reduced.full_shape))
-        words = f"x {x:.0f}, y {y:.0f}"
-        for name, values in (("value", self.reduced.linear[row, column]), ("sky", sky)):
-            unit = self.picture.unit
-            each = map("{:.5g}".format, values * unit.scale + unit.offset)
-            words += f"   {name} {' '.join(each)}"
-        return words
-
-    def _result(self):
-        """Return what training gave with just these settings and this drawing, or None."""
-        if self.trained is None:
-            return None
-        view, result = self.trained
-        same = view.settings == self.view.settings and view.drawn is self.view.drawn
-        return result if same else None
-
-    def _sky(self):
-        """Return the linear sky as a function of frame coordinates, trained if it is."""
-        result = self._result()
-        return result.linear_sky if result else self.reduced.sky.surface
-
-    def _full_mask(self, view):
-        """Return the mask of a view at full size, (1 or c, h, w), or None."""
-        if np.isnan(view.drawn).all():
-            return self.mask
-        drawn = replace(self.reduced, weight=view.drawn[..., None])
-        drawn = full_mask(drawn, view.settings)
-        return np.where(np.isnan(drawn), 1 if self.mask is None else self.mask, drawn)
-
-    def _task(self, view, mask):
-        """Return the task of the command that does what the view asks for."""
-        words = dict(preview=False, save_mask=False, animate=False, mask=mask)
-        options = argparse.Namespace(**{**vars(self.options), **words})
-        _check_folder(options)
-        return _make_task(*options.input_file, options, view.settings, None)
-
-    def mask_path(self, view: View) -> str | None:
-        """Return the path of the mask file of a view: the one given, or one that is free."""
-        if np.isnan(view.drawn).all():
-            return self.options.mask
-        if self.written is not None and self.written[0] is view.drawn:
-            return self.written[1]
-        path, = self.options.input_file
-        ending = FORMATS[self.options.format or picture_format(path) or "xisf"].ending
-        start = os.path.join(self.options.output_path, picture_stem(path) + "_mask")
-        names = (f"{start}{count}{ending}" for count in ["", *range(2, 1000)])
-        return next(name for name in names if not os.path.exists(name))
-
-    def write_mask(self, view: View) -> str | None:
-        """Write the mask of a view, if one was drawn; returns its path, or that of the given."""
-        path = self.mask_path(view)
-        if path != self.options.mask and not os.path.exists(path):
-            task = self._task(view, self.options.mask)
-            lines = [f"bgoptimizer {VERSION}: a mask drawn by hand, 1 = sky"]
-            rows = rows_of(self.picture.source)
-            with atomic_outputs(path) as (file,):
-                write = FORMATS[task.format].write
-                write(file, self._full_mask(view), rows, lines, task.compress, Unit())
-            self.written = view.drawn, path
-        return path
-
-    def command(self) -> str:
-        """Return the command that does what the window shows."""
-        return command_line(self.options, self.view.settings, self.mask_path(self.view))
+            self.status = _told(error)
+            if then != self.found:  # it may have replaced a look for the sky
+                self.moved = time.monotonic()
+        self.refresh()
 
 
 def work_in_window(task: Task, options: argparse.Namespace, settings: Settings,
                    interrupts: _Interrupts) -> None:
     """Open the preview window on one picture, until it is closed; then write the drawn mask."""
     import matplotlib
-    picture = _read_input(task)
-    mask = _read_mask(task.mask_file)
-    reference = _read_reference(task, picture)
+    inputs = read_inputs(task)
     no_keys = {name: [] for name in matplotlib.rcParams if name.startswith("keymap.")}
     with drawing_style(), matplotlib.rc_context(no_keys):
         from matplotlib import pyplot
         figure = pyplot.figure(task.title, WINDOW_SIZE)
-        window = PreviewWindow(figure, options, settings, picture, mask, reference)
+        window = PreviewWindow(figure, options, settings, *inputs)
 
         def tick():
             window.tick()
@@ -8042,11 +8066,117 @@ def work_in_window(task: Task, options: argparse.Namespace, settings: Settings,
     interrupts.check()
 
 
+class PreviewPanel(Preview):
+    """A panel of ipywidgets in a notebook."""
+
+    shown_before: list[PreviewPanel] = []
+
+    def __init__(self, use: Callable[[list[str]], None], *what):
+        """Make the widgets; `box` is what is to be displayed.
+
+        Args:
+            use: gets the flags that are chosen when the button is clicked.
+            what: as for `Preview`.
+        """
+        import ipywidgets as widgets
+        super().__init__(*what)
+        self.status = ""
+        self.use = use
+        with drawing_style():
+            self.figure = _empty_figure(PANEL_SIZE)
+            self.axes = self.figure.add_axes([0.01, 0.06, 0.98, 0.88])
+        look = dict(continuous_update=False, readout=False, style=dict(description_width="9em"))
+        rungs = {name: list(range(len(values))) for name, values in self.rungs.items()}
+        self.sliders = {
+            "-dq": widgets.SelectionSlider(options=rungs["-dq"], **look),
+            "-tm, -tM": widgets.FloatRangeSlider(min=0, max=1, step=0.001, **look),
+            "smoothing": widgets.SelectionSlider(options=rungs["smoothing"], **look),
+        }
+        self.checks = [widgets.Checkbox(description=name) for name in ("--auto", "divide")]
+        self.shown = widgets.ToggleButtons(options=VIEWS)
+        self.button = widgets.Button(description="Use these settings")
+        self.image = widgets.Image(format="png")
+        self.text = widgets.Textarea(disabled=True, rows=8, layout=dict(width="98%"))
+        for name, slider in self.sliders.items():
+            self._listen(slider, functools.partial(self.slide, name))
+        for box in self.checks:
+            self._listen(box, lambda _: self.check(*[box.value for box in self.checks]))
+        self._listen(self.shown, self.turn_to)
+        self.button.on_click(lambda _: self.use_flags())
+        left = widgets.VBox([*self.sliders.values(), *self.checks, self.button])
+        right = widgets.VBox([self.shown, self.image])
+        self.box = widgets.VBox([widgets.HBox([left, right]), self.text])
+        self.refresh()
+
+    def _listen(self, widget, handler):
+        widget.observe(lambda change: self.showing or handler(change.new), "value")
+
+    def use_flags(self):
+        """Hand over the flags of all that can be chosen here; they are to stand after others."""
+        settings = self.view.settings
+        flags = {
+            "-dq": settings.delinearization_quantile,
+            "-tm": settings.threshold_min,
+            "-tM": settings.threshold_max,
+            "--smoothing": "auto" if settings.smoothing is None else settings.smoothing,
+            "--correction": settings.correction,
+        }
+        words = ["--auto"] if settings.auto else []
+        for flag, value in flags.items():
+            words += [] if value is None else [flag, str(value)]
+        self.use(words)
+        self.status = "these settings are in use now"
+        self.refresh()
+
+    def close(self):
+        """Forget the picture: the widgets would keep it as long as the notebook is open."""
+        for widget in (*self.sliders.values(), *self.checks, self.shown, self.button, self.box):
+            widget.close()
+
+    def change(self, *drawn, **changes):
+        """Also look for the sky anew, for there is no thread that does."""
+        super().change(*drawn, **changes)
+        if self.moved < math.inf:
+            self.moved = math.inf
+            given, self.said = _quietly(self.look())
+            self.found(given)
+            self.refresh()
+
+    def refresh(self):
+        with drawing_style():
+            self.draw(self.axes)
+        file = io.BytesIO()
+        self.figure.savefig(file, format="png")
+        self.showing = True
+        self.image.value = file.getvalue()
+        for name, (value, words) in self.marks().items():
+            self.sliders[name].value = value
+            self.sliders[name].description = f"{name}: {words}"
+        wanted = self.settings.auto, self.settings.correction == "divide"
+        for box, value in zip(self.checks, wanted):
+            box.value = value
+        self.shown.value = self.view.shown
+        self.showing = False
+        words = shlex.join(self.words())
+        self.text.value = "\n".join([*self.said, f"flags: {words}", self.status])
+
+
+def preview_in_panel(task: Task, options: argparse.Namespace, settings: Settings,
+                     use: Callable[[list[str]], None]) -> None:
+    """Show the panel of one picture in a notebook; one that was shown before is closed."""
+    from IPython.display import display
+    panel = PreviewPanel(use, options, settings, *read_inputs(task))
+    for before in PreviewPanel.shown_before:
+        before.close()
+    PreviewPanel.shown_before[:] = [panel]
+    display(panel.box)
+
+
 # --------------------------------------------------------------------------------------------------
 # Many pictures
 #
-# They are done one by one in this process, or by workers of Dask, which hands what a dead worker
-# was at to another one. To workers goes plain data: it means the same to a script and to a module.
+# They are done one by one in this process, or by an executor: processes of its own, or workers of
+# Dask. To these goes plain data: it means the same to a script and to a module.
 # --------------------------------------------------------------------------------------------------
 
 REPORT_NAME = "bgoptimizer_report.csv"
@@ -8056,21 +8186,14 @@ OWN_OUTPUTS = ("_bgModel", "_bgSubtracted", "_bgDivided", "_mask")
 """How names of pictures end that this tool has written. They are nothing to work on."""
 
 COPIES_IN_MEMORY = 4
-"""A worker needs about so many times the size of a picture's file, if that is neither compressed
+"""A process needs about so many times the size of a picture's file, if that is neither compressed
 nor of 8 bits: 16-bit samples become 32-bit, and some planes are there twice."""
 
-LOOPBACK = "127.0.0.1"
-"""The address that only this machine can reach."""
+MOST_JOBS = 61
+"""Windows cannot wait for more processes."""
 
 PATIENCE_WITH_SCHEDULER = 15
 """Seconds until a scheduler that does not answer is taken for absent."""
-
-WORKER_ENVIRONMENT = {**ONE_THREAD, "OMP_NUM_THREADS": "1", "TF_NUM_INTEROP_THREADS": "1"}
-"""There may be as many workers as cores, so threads would only get in the way. This stands in place
-of Dask's own, which lets malloc give back all memory at once: then every array is paid for again,
-page by page, which costs a worker a third of its time."""
-
-INSTALL_DASK = 'python -m pip install "dask[distributed]"'
 
 
 class Outcome(NamedTuple):
@@ -8088,25 +8211,24 @@ class Outcome(NamedTuple):
     message: str = ""  # the warnings, or why it failed
 
 
-def find_pictures(where: str | Sequence[str], mask: str | None = None) -> list[str]:
+def find_pictures(where: str | Sequence[str], *used: str | None) -> list[str]:
     """Return the paths of pictures, by name.
 
     Args:
         where: a picture; or a folder, a pattern, or several of all these. Of them, hidden files,
-            what this tool has written, and the mask are left out, and what has another name than
-            pictures have.
-        mask: path of the mask, or None.
+            what this tool has written, what has another name than pictures have, and what is used
+            are left out.
+        used: paths of the mask and of the reference, or None.
 
     Raises:
         BgError: there are none.
     """
     named = [where] if isinstance(where, str) else list(where)
-    if not _names_many(named):
-        _check_given(named)
+    if not names_many(named):
         return named
     pictures, own, others = [], [], []
     for path in sorted({path for name in named for path in _files_at(name)}):
-        if os.path.isdir(path) or _is_same(path, mask):
+        if os.path.isdir(path) or any(_is_same(path, other) for other in used):
             continue
         if not PICTURE_ENDINGS.search(os.path.basename(path)):
             others.append(path)
@@ -8114,42 +8236,32 @@ def find_pictures(where: str | Sequence[str], mask: str | None = None) -> list[s
             own.append(path)
         else:
             pictures.append(path)
-    _tell_left_out(own, "what this tool writes is named so")
-    _tell_left_out(others, "no picture is named so")
+    for paths, why in ((own, "what this tool writes"), (others, "no picture")):
+        if paths:  # they may be somebody's pictures all the same
+            more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
+            logger.info(f"left out: {', '.join(paths[:3])}{more}; {why} is named so")
     if not pictures:
         raise BgError(f"{', '.join(named[:3])} holds no XISF, FITS or TIFF pictures to work on; "
                       "check the name of the folder, or the pattern")
     return pictures
 
 
-def _names_many(named: Sequence[str]) -> bool:
+def names_many(named: Sequence[str]) -> bool:
     """Tell a folder, a pattern, or several names from the name of one picture."""
-    return len(named) > 1 or os.path.isdir(named[0]) or _is_pattern(named[0])
-
-
-def _is_pattern(name: str) -> bool:
-    """Tell a pattern from a file that has brackets or stars in its name."""
-    return glob.has_magic(name) and not os.path.exists(name)
+    return len(named) > 1 or _files_at(named[0]) != named
 
 
 def _files_at(name: str) -> list[str]:
     """Return what is in a folder or fits a pattern, but for hidden files; or a path that exists."""
     folder, pattern = os.path.split(name)
     if os.path.isdir(name):
-        name = os.path.join(glob.escape(name), "*")
-    elif not _is_pattern(name):
+        return glob.glob(os.path.join(glob.escape(name), "*"))
+    if os.path.exists(name) or not glob.has_magic(name):
         _check_given([name])
         return [name]
-    elif os.path.isdir(folder):  # its name may hold brackets
+    if os.path.isdir(folder):  # its name may hold brackets
         name = os.path.join(glob.escape(folder), pattern)
     return glob.glob(name, recursive=True)
-
-
-def _tell_left_out(paths: list[str], why: str) -> None:
-    """Log which files are not worked on: they may be somebody's pictures all the same."""
-    more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
-    if paths:
-        logger.info(f"left out: {', '.join(paths[:3])}{more}; {why}")
 
 
 def run_many(options: argparse.Namespace, settings: Settings, interrupts: _Interrupts) -> None:
@@ -8159,32 +8271,33 @@ def run_many(options: argparse.Namespace, settings: Settings, interrupts: _Inter
         BgError: nothing can be done at all, or some of the pictures failed.
     """
     started = time.perf_counter()
-    pictures = find_pictures(options.input_file, options.mask)
-    pictures = [path for path in pictures if not _is_same(path, options.reference)]
+    pictures = find_pictures(options.input_file, options.mask, options.reference)
     if options.preview:
         raise BgError(f"--preview shows one picture; name it, such as {pictures[0]}")
     if options.figures == "show":
         raise BgError("--figures show is for one picture; use --figures save")
-    if options.mask is not None:
-        _check_given([options.mask])
-        _read_mask(options.mask)  # so that a bad one is told once
-    if options.reference is not None:
-        _check_given([options.reference])
-        read_picture(options.reference)
+    for path, read in ((options.mask, _read_mask), (options.reference, _open_reference_once)):
+        if path is not None:
+            _check_given([path])
+            read(path)  # so that a bad one is told once
     _check_folder(options)
     path = os.path.join(options.output_path, REPORT_NAME)
     _check_output(path, pictures)
     with _report(path) as report:
         to_do, settled = _plan(pictures, options, settings, path)
-        with _dask_client(options, to_do) as client, _bar(len(pictures), "picture") as bar:
-            if client is None:
-                results = (_try_picture(task, interrupts) for task in to_do)
-            else:
-                results = _by_workers(to_do, client)
+        tried = len(to_do)
+        jobs = _jobs_that_fit(options.jobs or 1, [task.input_file for task in to_do])
+        if options.dask is not None and to_do:
+            results = _by_dask(to_do, options.dask)
+        elif jobs > 1:
+            results = _by_processes(to_do, jobs)
+        else:
+            results = (_try_picture(task, interrupts) for task in to_do)
+        with closing(results), _bar(len(pictures), "picture") as bar:
             for outcome in itertools.chain(settled, results):
                 report[outcome.file] = outcome
                 _tell(outcome, bar)
-    _sum_up(report.values(), len(to_do), time.perf_counter() - started, path)
+    _sum_up(report.values(), tried, time.perf_counter() - started, path)
 
 
 @contextmanager
@@ -8287,16 +8400,23 @@ def _sum_up(rows: Iterable[Outcome], tried: int, seconds: float, report: str) ->
         raise BgError(f"{numbers[FAILED]} of {total} {noun} failed; {report} says why")
 
 
+@functools.lru_cache(maxsize=1)
+def _kept_reference(path: str, changed: int) -> OpenedReference:
+    """Read a reference that changed then; all pictures of a folder have the same."""
+    return open_reference(path)
+
+
+def _open_reference_once(path: str) -> OpenedReference:
+    return _kept_reference(path, os.stat(path).st_mtime_ns)
+
+
 def _try_picture(task: Task, interrupts: _Interrupts) -> Outcome:
     """Do one picture, whatever may happen; nothing is printed."""
     started = time.perf_counter()
     watched = _watched_fit(task.settings.epochs, interrupts)
-    warned = []
-    listener = logging.Handler(logging.WARNING)
-    listener.emit = lambda record: warned.append(record.getMessage())
     try:
-        with _logging_to(listener):
-            result = process_file(task, watched)
+        with _logging_to(logging.NullHandler(logging.WARNING)), _heard(mark="") as warned:
+            result = process_file(task, watched, _open_reference_once)
         outcome = _outcome(task, result, warned)
     except Exception as error:
         outcome = Outcome(task.input_file, FAILED, message=_told(error))
@@ -8320,15 +8440,28 @@ def _outcome(task: Task, result: Result, warned: list[str]) -> Outcome:
         confidence=f"unsure: {sky.unsure}" if sky.unsure else "sure", **digits)
 
 
-# Many pictures: workers
+def _jobs_that_fit(jobs: int, pictures: list[str]) -> int:
+    """Return how many of the wanted processes there is work and memory for."""
+    jobs = min(jobs, len(pictures), MOST_JOBS)
+    largest = max(map(os.path.getsize, pictures), default=0)
+    needed = TENSORFLOW_BYTES + COPIES_IN_MEMORY * largest
+    free = _free_memory()
+    room = max(1, int(min(free / needed, jobs)))
+    if room < jobs:
+        logger.warning(f"there is memory for {room} of {jobs} jobs "
+                       f"({free / 1e9:.1f} GB are free, and each needs {needed / 1e9:.1f} GB)")
+    return min(jobs, room)
+
+
+# Many pictures: executors
 
 _one_at_a_time = threading.Lock()
 
 
 def do_picture(given: dict, folder: str) -> tuple:
-    """Do one picture on a worker.
+    """Do one picture for an executor.
 
-    A worker may have several threads. TensorFlow, the log, and memory are one for all of them.
+    A worker of Dask may have several threads. TensorFlow, the log, and memory are one for all.
 
     Args:
         given: the fields of a `Task`, and in it those of `Settings`.
@@ -8337,121 +8470,108 @@ def do_picture(given: dict, folder: str) -> tuple:
     Returns:
         The fields of an `Outcome`.
     """
-    with _one_at_a_time:
+    with _one_at_a_time, _Interrupts() as interrupts:
         os.chdir(folder)
         task = Task(**{**given, "settings": Settings(**given["settings"])})
-        return tuple(_try_picture(task, _Interrupts()))
+        try:
+            return tuple(_try_picture(task, interrupts))
+        except KeyboardInterrupt:  # in a process; what it wrote is cleared away
+            os._exit(1)
 
 
-def _by_workers(to_do: list[Task], client) -> Iterator[Outcome]:
-    """Do the pictures on the workers of a Dask client, in the order in which they are ready.
+def _by_executor(executor: Executor, work: Callable, to_do: list[Task]) -> Iterator[Outcome]:
+    """Have work done on all pictures, in the order in which they are ready.
 
-    Raises:
-        BgError: the scheduler has ended.
+    What is done is taken out of `to_do`.
     """
-    from distributed import as_completed
-    from distributed.comm import CommClosedError
-    work = _as_module().do_picture
     folder = os.getcwd()
-    paths = {}
-    for task in to_do:
-        future = client.submit(work, asdict(task), folder, pure=False)
-        paths[future] = task.input_file
-    for number, future in enumerate(as_completed(paths)):
+    try:
+        tasks = {executor.submit(work, asdict(task), folder): task for task in to_do}
+    except OSError as error:  # a process could not be started, or died at once
+        raise BrokenExecutor from error
+    for future in as_completed(tasks):
+        task = tasks[future]
         try:
             outcome = Outcome(*future.result())
-        except (CancelledError, CommClosedError):
-            raise BgError(f"the Dask scheduler has ended, after {number} of {len(to_do)} pictures; "
-                          "start it again, and go on with --skip-done") from None
-        except Exception as error:  # a picture that has killed one worker after the other
+        except (CancelledError, BrokenExecutor):
+            raise
+        except Exception as error:  # a picture that has killed one worker of Dask after the other
             message = f"it could not be done by any worker ({type(error).__name__}); try it alone"
-            outcome = Outcome(paths[future], FAILED, message=message)
+            outcome = Outcome(task.input_file, FAILED, message=message)
+        to_do.remove(task)
         yield outcome
 
 
-def _as_module():
-    """Return this script as a module, also where it is run as a script.
+def _by_processes(to_do: list[Task], count: int) -> Iterator[Outcome]:
+    """Do pictures in processes.
 
-    Python hands a function of a module over by its name, and one of a script with all it uses.
+    One that dies, for want of memory, takes the executor with it. Then what is left is done by one
+    process after the other, and where this dies, the picture has failed.
     """
-    name, _ = os.path.splitext(os.path.basename(__file__))
-    return importlib.import_module(name if __name__ == "__main__" else __name__)
+    others = set(multiprocessing.active_children())
+    spawned = multiprocessing.get_context("spawn")  # a copy of this process could hang
+    while to_do:
+        executor = ProcessPoolExecutor(count, spawned, _start_process)
+        try:
+            yield from _by_executor(executor, do_picture, to_do)
+        except BrokenExecutor:
+            if count == 1:
+                message = "the process that did it has died; is there enough memory?"
+                yield Outcome(to_do.pop(0).input_file, FAILED, message=message)
+            count = 1
+        except BaseException:  # Ctrl-C, or nobody wants more
+            for process in set(multiprocessing.active_children()) - others:
+                process.terminate()
+            raise
+        finally:
+            executor.shutdown()
 
 
-@contextmanager
-def _dask_client(options: argparse.Namespace, to_do: list[Task]) -> Iterator:
-    """Yield a client of a Dask scheduler whose workers have this script; None if none is needed.
+def _start_process() -> None:
+    """Make a process ready for pictures. Ctrl-C ends it, and so does the end of its parent."""
+    os.environ["TF_NUM_INTEROP_THREADS"] = "1"  # there may be as many processes as cores
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    def follow():
+        multiprocessing.parent_process().join()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
+def _by_dask(to_do: list[Task], address: str) -> Iterator[Outcome]:
+    """Do pictures by the workers of a Dask scheduler, which get this script.
 
     Raises:
-        BgError: Dask is not installed, the workers do not start, or no scheduler answers.
+        BgError: Dask is not installed, or no scheduler answers, or it ends.
     """
-    count = _jobs_that_fit(options.jobs or 1, [task.input_file for task in to_do])
-    address = options.dask
-    if not to_do or (address is None and count == 1):
-        yield None
-        return
     try:
-        import dask
         import distributed
     except ImportError:
-        flag = "--jobs" if address is None else "--dask"
-        raise BgError(f"{flag} needs Dask; install it with: {INSTALL_DASK}") from None
+        raise BgError("--dask needs Dask; install it with: "
+                      'python -m pip install "dask[distributed]"') from None
+    # Dask hands a function of a module over by its name, and one of a script with all it uses
+    name, _ = os.path.splitext(os.path.basename(__file__))
+    script = importlib.import_module(name if __name__ == "__main__" else __name__)
     for name in ("distributed", "distributed.client"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # we say what matters
-    environment = {"distributed.nanny.pre-spawn-environ": WORKER_ENVIRONMENT}
-    with tempfile.TemporaryDirectory() as scratch, \
-            dask.config.set({"temporary-directory": scratch, **environment}):
+    try:
+        client = distributed.Client(address, timeout=PATIENCE_WITH_SCHEDULER)
+        client.upload_file(script.__file__)  # also to workers that come later
+    except (OSError, RuntimeError, TimeoutError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise BgError(f"no Dask scheduler answers at {address} ({reason}); "
+                      "start one with: dask scheduler --host ADDRESS") from None
+    number = len(to_do)
+    with client:
+        if not client.scheduler_info()["workers"]:
+            logger.warning(f"the scheduler at {address} has no workers yet; waiting for them "
+                           f"(start one with: dask worker --nthreads 1 {address})")
         try:
-            if address is None:
-                client = _own_workers(distributed, count)
-            else:
-                client = distributed.Client(address, timeout=PATIENCE_WITH_SCHEDULER)
-                client.upload_file(_as_module().__file__)  # also to workers that come later
-        except (OSError, RuntimeError, TimeoutError, ValueError) as error:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            if address is None:
-                raise BgError(f"the workers of --jobs do not start ({reason}); "
-                              "try again, or leave it out") from None
-            raise BgError(f"no Dask scheduler answers at {address} ({reason}); "
-                          "start one with: dask scheduler --host ADDRESS") from None
-        with client:
-            if not client.scheduler_info()["workers"]:
-                logger.warning(f"the scheduler at {address} has no workers yet; waiting for them "
-                               f"(start one with: dask worker --nthreads 1 {address})")
-            yield client
-
-
-def _own_workers(distributed, count: int):
-    """Start workers that nobody but this machine can talk to; returns a client of theirs.
-
-    Ctrl-C waits, and is hidden from the processes that are started: a terminal sends it to them,
-    too, but it is for this process to end them.
-    """
-    with ExitStack() as stack:
-        if hasattr(signal, "pthread_sigmask"):  # not on Windows
-            # Python starts this helper with the first process, and would let Ctrl-C in again
-            from multiprocessing import resource_tracker
-            resource_tracker.ensure_running()
-            before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-            stack.callback(signal.pthread_sigmask, signal.SIG_SETMASK, before)
-        return distributed.Client(
-            n_workers=count, threads_per_worker=1, memory_limit=None, host=LOOPBACK,
-            dashboard_address=f"{LOOPBACK}:0", silence_logs=logging.CRITICAL)
-
-
-def _jobs_that_fit(jobs: int, pictures: list[str]) -> int:
-    """Return how many of the wanted workers there is work and memory for."""
-    jobs = min(jobs, len(pictures))
-    largest = max(map(os.path.getsize, pictures), default=0)
-    needed = TENSORFLOW_BYTES + COPIES_IN_MEMORY * largest
-    free = _free_memory()
-    if jobs * needed <= free:
-        return jobs
-    room = max(1, int(free / needed))
-    if room < jobs:
-        logger.warning(f"there is memory for {room} of {jobs} jobs "
-                       f"({free / 1e9:.1f} GB are free, and each needs {needed / 1e9:.1f} GB)")
-    return room
+            yield from _by_executor(client.get_executor(pure=False), script.do_picture, to_do)
+        except (CancelledError, distributed.comm.CommClosedError):
+            raise BgError(f"the Dask scheduler has ended, after {number - len(to_do)} of {number} "
+                          "pictures; start it again, and go on with --skip-done") from None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -8562,7 +8682,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--skip-done", action="store_true",
         help="leave out pictures whose outputs are there and newer than they are (default: off)")
     add("--jobs", type=int, metavar="N",
-        help="do the pictures of a folder in N processes, as far as memory allows; needs Dask "
+        help="do the pictures of a folder in N processes, as far as memory allows "
              "(default: 1)")
     add("--dask", metavar="ADDRESS",
         help="do the pictures of a folder on the workers of the Dask scheduler at this address, "
@@ -8605,30 +8725,38 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Settings]:
     return options, settings
 
 
-def command_line(options: argparse.Namespace, settings: Settings, mask: str | None) -> str:
-    """Return the command that does one picture with these settings and this mask file."""
+def flag_words(options: argparse.Namespace, settings: Settings, mask: str | None) -> list[str]:
+    """Return the flags that ask for these settings, this mask file, and what else was given."""
+    words = []
+    usual = vars(Settings())
+    for flag, (name, value) in zip(FLAGS, vars(settings).items()):
+        if value != usual[name]:
+            words += [flag] if value is True else [flag, str(value)]
+    for flag, value in (("-m", mask), ("--reference", options.reference),
+                        ("--format", options.format)):
+        words += [] if value is None else [flag, value]
+    if options.compress:
+        words.append("-c")
+    return words
+
+
+def command_line(options: argparse.Namespace, flags: list[str]) -> str:
+    """Return the command that does one picture with these flags."""
     program = sys.argv[0]
     words = [sys.executable, program] if program.endswith(".py") else [os.path.basename(program)]
     words += options.input_file
     if options.output_path != ".":
         words.append(options.output_path)
-    usual = vars(Settings())
-    for flag, (name, value) in zip(FLAGS, vars(settings).items()):
-        if value != usual[name]:
-            words += [flag] if value is True else [flag, str(value)]
-    if mask is not None:
-        words += ["-m", mask]
-    if options.reference is not None:
-        words += ["--reference", options.reference]
-    if options.format is not None:
-        words += ["--format", options.format]
-    if options.compress:
-        words.append("-c")
-    return shlex.join(words)
+    return shlex.join(words + flags)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code. Every failure is one line on stderr."""
+def main(argv: Sequence[str] | None = None,
+         use: Callable[[list[str]], None] = lambda flags: print(shlex.join(flags))) -> int:
+    """Run the command line; returns the exit code. Every failure is one line on stderr.
+
+    In a notebook, the preview's panel has a button that calls `use` with the flags that are chosen
+    in it. They are to stand after others, and to take the place of --auto.
+    """
     interrupts = _Interrupts()
     with suppress(AttributeError):  # a notebook's stdout cannot do that, and there may be none
         # File names may hold characters that the terminal's encoding does not have
@@ -8639,10 +8767,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             console = _Console(logging.WARNING if options.quiet else logging.INFO)
             with _logging_to(console, *logger.handlers):
                 asked = (options.jobs, options.dask, options.skip_done) != (None, None, False)
-                if asked or _names_many(options.input_file):
+                if asked or names_many(options.input_file):
                     run_many(options, settings, interrupts)
                 else:
-                    _run_one(options, settings, interrupts)
+                    _run_one(options, settings, interrupts, use)
         return 0
     except SystemExit as stop:  # argparse has said why
         return stop.code or 0
@@ -8686,13 +8814,17 @@ class _Console(logging.Handler):
             print(f"bgoptimizer: warning: {text}", file=sys.stderr)
 
 
-def _run_one(options: argparse.Namespace, settings: Settings, interrupts: _Interrupts) -> None:
+def _run_one(options: argparse.Namespace, settings: Settings, interrupts: _Interrupts,
+             use: Callable[[list[str]], None]) -> None:
     """Do one picture, and tell how it goes on."""
     started = time.perf_counter()
     place = _place_for_figure(options)
     task = _make_task(*options.input_file, options, settings, place)
     if options.preview and place == "window":
         work_in_window(task, options, settings, interrupts)
+        return
+    if options.preview and place == "notebook" and importlib.util.find_spec("ipywidgets"):
+        preview_in_panel(task, options, settings, use)
         return
     _check_folder(options)
     if options.preview:

@@ -74,7 +74,7 @@ def window(source, target):
         picture = bgoptimizer.read_picture(source)
         opened = bgoptimizer.PreviewWindow(figure, options, settings, picture, None)
         opened.command = "bgoptimizer.py demo.xisf".format
-        opened.draw()
+        opened.refresh()
         figure.savefig(target)
     opened.pool.shutdown()
     keep_small(target, target)

@@ -1,4 +1,5 @@
 """The notebook as Colab and as plain Jupyter run it, from its first cell to its last."""
+import importlib.util
 import os
 import re
 import shutil
@@ -31,6 +32,7 @@ FAST = dict(  # what is filled into the form
     downscaling_factor=4,
     epochs=110,
 )
+WIDGETS = "application/vnd.jupyter.widget-view+json"
 RED = "\033[1;31m"
 AMBER = "\033[1;33m"
 PLAIN = "\033[0m"
@@ -52,7 +54,16 @@ def download(path):
 files = types.SimpleNamespace(upload=upload, download=download)
 sys.modules["google.colab"] = types.SimpleNamespace(files=files)
 sys.modules["google.colab.files"] = files
+sys.modules["ipywidgets"] = None  # the preview is a still picture
 '''
+
+# A person who moves a slider in the preview's panel, and clicks on its button
+IN_THE_PANEL = """
+import gc
+panel, = [one for one in gc.get_objects() if type(one).__name__ == "PreviewPanel"]
+panel.sliders["smoothing"].value = panel.rungs["smoothing"].index(10)
+panel.button.click()
+"""
 
 
 def read():
@@ -70,13 +81,19 @@ def source(cell_id, **form):
     return text
 
 
-def execute(folder, forms, colab=None):
-    """Run the whole notebook in a folder; returns {cell id: (text, number of pictures)}."""
+def execute(folder, forms, colab=None, panel=None):
+    """Run the whole notebook in a folder; returns {cell id: (text, number of pictures)}.
+
+    `colab` and `panel` are cells to put before the first and after the preview.
+    """
     notebook = read()
     for cell in notebook.cells:
         cell.source = source(cell.id, **forms.get(cell.id, {}))
     if colab:
         notebook.cells.insert(0, nbformat.v4.new_code_cell(colab, id="stand-in"))
+    if panel:
+        place = [cell.id for cell in notebook.cells].index("preview") + 1
+        notebook.cells.insert(place, nbformat.v4.new_code_cell(panel, id="panel"))
     shutil.copy(bgoptimizer.__file__, folder)
     surroundings = {"metadata": {"path": str(folder)}}
     nbclient.NotebookClient(notebook, timeout=None, resources=surroundings).execute()
@@ -86,7 +103,8 @@ def execute(folder, forms, colab=None):
         pictures = 0
         for output in cell.get("outputs", []):
             text += output.get("text", "")
-            pictures += "image/png" in output.get("data", {})
+            shown = output.get("data", {})
+            pictures += "image/png" in shown or WIDGETS in shown
         results[cell.id] = text, pictures
     return results
 
@@ -198,7 +216,8 @@ def test_in_jupyter_files_come_from_a_folder(folder):
     save(lights / "b.XISF", image)
     save(lights / "b_bgModel.xisf", image)  # of an earlier run
     form = dict(FAST, output_folder="out 'here'", save_mask=True, output_format="fits")
-    told = execute(folder, {"pictures": {"folder": str(lights)}, "settings": form})
+    panel = IN_THE_PANEL if importlib.util.find_spec("ipywidgets") else None
+    told = execute(folder, {"pictures": {"folder": str(lights)}, "settings": form}, None, panel)
 
     _, pictures = told["preview"]
     assert pictures == 1
@@ -217,6 +236,8 @@ def test_in_jupyter_files_come_from_a_folder(folder):
     assert set(os.listdir(out)) == written
     planes = bgoptimizer.read_picture(str(out / "b_bgModel.fits")).planes
     check_model(np.moveaxis(planes, 0, -1), sky)
+    header = (out / "b_bgModel.fits").read_bytes()[:100_000]
+    assert (b"smoothing = 10.0" if panel else b"smoothing = 1.0") in header
 
 
 @pytest.mark.parametrize("colab", [True, False])
@@ -373,7 +394,7 @@ def test_the_form_reaches_the_command():
 def test_the_preview_is_of_the_first_picture_and_leaves_out_what_needs_a_fit():
     called = []
 
-    def main(arguments):
+    def main(arguments, use):
         called.append(arguments)
         return 0
 
@@ -394,6 +415,28 @@ def test_the_preview_is_of_the_first_picture_and_leaves_out_what_needs_a_fit():
     assert arguments[-3:] == ["--figures", "save", "--preview"]
     assert "--animate" not in arguments
     assert "--save-mask" not in arguments
+
+
+def test_what_is_chosen_in_the_panel_takes_the_place_of_the_form():
+    used = []
+
+    def main(arguments, use):
+        use(["-tm", "0.01", "--smoothing", "auto"])
+        used.append(arguments)
+        return 0
+
+    names = run_cells(
+        source("settings", auto=True, smoothing="3", more_options="--seed 5", compress=True),
+        source("preview"),
+        bgoptimizer=types.SimpleNamespace(main=main),
+        os=os,
+        where="lights",
+        find=lambda where, mask: ["a.xisf"],
+    )
+    assert "--auto" in used[0]
+    options, settings = bgoptimizer._parse(["a.xisf", *names["arguments"]])
+    assert settings == bgoptimizer.Settings(threshold_min=0.01, seed=5)
+    assert options.compress
 
 
 @pytest.mark.parametrize("found, given", [
@@ -421,7 +464,7 @@ def test_several_pictures_are_one_run_of_their_folder(found, given, folder):
 
 
 def test_warnings_are_amber_and_errors_red(capsys):
-    def main(_):
+    def main(arguments, use):
         print("as usual")
         print("bgoptimizer: warning: look", file=sys.stderr)
         print("bgoptimizer: error: no", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""The preview window: what its handlers do, without a display, and that its command does the same."""
+"""The preview window and panel: what their handlers do, and that the command told does the same."""
 import shlex
 import time
 
@@ -50,13 +50,13 @@ def wait(window):
     window.tick()
     deadline = time.monotonic() + 300
     while window.job is not None and time.monotonic() < deadline:
-        time.sleep(0.01)
+        time.sleep(0.1)
         window.tick()
     assert window.job is None
 
 
 def shown(window):
-    return np.array(window.image.get_array())
+    return np.array(window.axes.images[0].get_array())
 
 
 def test_a_slider_changes_the_stretch_the_picture_and_the_command(opened):
@@ -227,18 +227,67 @@ def test_a_mask_that_was_given_is_drawn_on(opened, folder):
     assert drawn[:36, 80:].all()
 
 
-def test_copying_without_a_clipboard_is_told(opened):
-    window = opened("-dx", "4")
-    press(window, "c")
-    assert "printed" in window.status
-
-
 def test_keys_reach_their_handlers_as_events(opened):
     window = opened("-dx", "4")
     canvas = window.figure.canvas
     for key in ("a", "unknown"):
         canvas.callbacks.process("key_press_event", KeyEvent("key_press_event", canvas, key))
     assert window.view.settings.auto
+
+
+# The panel of a notebook
+
+@pytest.fixture
+def panel(folder):
+    """A panel of a picture, and the list of what its button has handed over."""
+    pytest.importorskip("ipywidgets")
+    image, _ = sloping_sky(160, 240)
+    save(folder / "sky.xisf", image)
+    options, settings = bgoptimizer._parse(["sky.xisf", "-p", "-dx", "4", "--smoothing", "3"])
+    used = []
+    picture = bgoptimizer.read_picture("sky.xisf")
+    made = bgoptimizer.PreviewPanel(used.append, options, settings, picture, None)
+    yield made, used
+    made.close()
+
+
+def test_the_panel_tries_settings_and_its_button_hands_them_over(panel):
+    panel, used = panel
+    before = panel.image.value
+    panel.sliders["-dq"].value = 1
+    assert panel.view.settings.delinearization_quantile == 0.7
+    assert panel.image.value != before
+    panel.sliders["smoothing"].value = panel.rungs["smoothing"].index(10)
+    assert panel.reduced.sky.smoothing == 10  # looked for anew
+    assert any("smoothing 10 " in line for line in panel.said)
+    panel.sliders["-tm, -tM"].value = (0.05, 0.5)
+    panel.checks[1].value = True
+    panel.button.click()
+    _, settings = bgoptimizer._parse(["sky.xisf", "-dx", "4", *used[0]])
+    assert settings == panel.view.settings
+    assert "-dq 0.7" in panel.text.value
+
+
+def test_the_panel_shows_what_auto_chooses_and_does_not_ask_for_it(panel):
+    panel, used = panel
+    panel.checks[0].value = True
+    assert "0.999" in panel.sliders["-dq"].description
+    panel.button.click()
+    assert "--auto" in used[0] and "-dq" not in used[0]
+    panel.checks[0].value = False
+    assert "0.95" in panel.sliders["-dq"].description
+    pictures = [panel.image.value]
+    for view in ("model", "result"):
+        panel.shown.value = view
+        pictures.append(panel.image.value)
+    assert len(set(pictures)) == 3
+
+
+def test_the_panel_refuses_in_words_what_leaves_no_sky(panel):
+    panel, _ = panel
+    panel.sliders["-tm, -tM"].value = (0, 0)
+    assert "-tM must be" in panel.text.value
+    assert panel.sliders["-tm, -tM"].value == (0.001, 1)
 
 
 def test_the_command_knows_all_settings():
