@@ -65,7 +65,6 @@ import numbers
 import os
 import platform
 import re
-import secrets
 import shlex
 import shutil
 import signal
@@ -2211,30 +2210,26 @@ FORMATS = {
 # Outputs: all files of a run, or none
 # --------------------------------------------------------------------------------------------------
 
-HOST = re.sub(r"(?a)\W", "_", platform.node())[:64]
-"""Name of this machine, as a part of file names."""
-
-
 @contextmanager
 def atomic_outputs(*paths):
     """Open files that take the names `paths` once all are whole, and else leave nothing behind.
 
-    Until then they are locked, hidden files in the same folder, whose names tell who writes them.
-    They survive a power cut as soon as they have their names.
+    Until then they are hidden files in the same folder, which no other run can write. They survive
+    a power cut as soon as they have their names.
 
     Raises BgError if they cannot be written, or another run writes them.
     """
     folder = os.path.dirname(paths[0])
     try:
         with memory_errors(), ExitStack() as stack:
-            files = [stack.enter_context(_temporary(path)) for path in paths]
+            files = [stack.enter_context(_hidden_file(path)) for path in paths]
             yield files
             for file in files:
                 file.flush()
                 os.fsync(file.fileno())
                 if fcntl is None:
                     file.close()  # Windows renames no open file
-            _rename_all([file.name for file in files], paths)
+            _rename_all(paths)
             with suppress(OSError):  # Windows opens no folders, and some disks cannot do that
                 opened = os.open(folder or ".", os.O_RDONLY)
                 stack.callback(os.close, opened)
@@ -2247,63 +2242,77 @@ def atomic_outputs(*paths):
                       "free space or choose another folder") from None
 
 
-@contextmanager
-def _temporary(path):
-    """Create the file that will become an output; what a killed run left of it is removed."""
+def _hidden_name(path, ending):
+    """Return a name in the folder of an output; it depends on `path` alone, so that runs meet."""
     folder, name = os.path.split(path)
     digest = hashlib.sha1(os.fsencode(name)).hexdigest()  # any name is short enough
-    start = os.path.join(folder, f".bgoptimizer-{digest[:12]}")
-    own = f"{start}-{secrets.token_hex(4)}-{os.getpid()}-{HOST}.tmp"
-    with ExitStack() as stack:
-        stack.callback(_remove, own)
-        file = stack.enter_context(open(own, "x+b"))
-        if fcntl is not None:
-            with suppress(OSError):  # some disks know no locks
-                fcntl.flock(file, fcntl.LOCK_EX)
-        for other in glob.glob(f"{glob.escape(start)}-*.tmp"):
-            if other != own and _is_being_written(other):
-                *_, process, host = other[:-len(".tmp")].rsplit("-", 2)
-                raise BgError(f"process {process} on {host} is writing {path}; wait until it ends, "
-                              "or choose another folder (if it runs no more, "
-                              f"delete {other})")
-        for aside in glob.glob(f"{glob.escape(start)}-*.old"):
+    return os.path.join(folder, f".bgoptimizer-{digest[:16]}{ending}")
+
+
+@contextmanager
+def _hidden_file(path):
+    """Open the file that will become an output; what does not become one is removed."""
+    name, aside = _hidden_name(path, ".tmp"), _hidden_name(path, ".old")
+    try:
+        file = _open_alone(name)
+    except FileExistsError:
+        raise BgError(f"another run is writing {path}; wait until it ends, or choose another "
+                      f"folder (if none runs, delete {name})") from None
+    try:
+        with file:
             if os.path.exists(path):
                 _remove(aside)
-            else:  # a run was killed between two names
-                os.rename(aside, path)
-        yield file
+            else:  # a run may have been killed between two names
+                with suppress(FileNotFoundError):
+                    os.rename(aside, path)
+            yield file
+    except BaseException:
+        _remove(name)
+        raise
 
 
-def _is_being_written(name):
-    """Tell whether the run that made a temporary file is alive; else the file is removed."""
+def _open_alone(name):
+    """Open a file to write, anew if a killed run left it; raise FileExistsError if a run has it."""
+    if fcntl is None:
+        _remove(name)  # Windows removes no open file
+        return open(name, "x+b")
+    is_new = True
     try:
-        if fcntl is not None:
-            with open(name, "rb") as file:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        os.unlink(name)  # Windows refuses this while the file is open
-    except FileNotFoundError:
-        return False
-    except OSError:
-        return True
-    return False
+        file = open(name, "x+b")
+    except FileExistsError:
+        file = open(name, "r+b")
+        is_new = False
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        is_alone = False
+    except OSError:  # some disks know no locks
+        is_alone = is_new
+    else:  # its run may have ended just now, and renamed it
+        is_alone = os.path.exists(name) and os.path.samefile(file.fileno(), name)
+    if not is_alone:
+        file.close()
+        raise FileExistsError
+    file.truncate()
+    return file
 
 
-def _rename_all(names, paths):
+def _rename_all(paths):
     """Give files their names, all or none: what had these names before, comes back if one fails.
 
     A kill may leave some out, but never mixes two runs.
     """
     set_aside, renamed = [], []
     try:
-        for name, path in zip(names, paths):
+        for path in paths:
             if os.path.isdir(path):
                 raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-            aside = f"{name[:-len('.tmp')]}.old"
+            aside = _hidden_name(path, ".old")
             with suppress(FileNotFoundError):
                 os.rename(path, aside)
                 set_aside.append((aside, path))
-        for name, path in zip(names, paths):
-            os.replace(name, path)
+        for path in paths:
+            os.replace(_hidden_name(path, ".tmp"), path)
             renamed.append(path)
     except BaseException:
         for path in renamed:
