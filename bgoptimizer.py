@@ -240,28 +240,14 @@ GZIP_START = b"\x1f\x8b"
 LARGEST_VALUE = 1e30  # floating point beyond it is no light, but damage, or means something else
 SMALLEST_MARK = -99  # -99, -999, -9999, -32768, and the like stand for what is missing
 
-EXPANSION = {
-    "zlib": 1032, "lz4": 255, "lz4hc": 255, "zstd": 1 << 16,
-    "RICE_1": 1032, "RICE_ONE": 1032, "GZIP_1": 1032, "GZIP_2": 1032, "HCOMPRESS_1": 100,
-    "NOCOMPRESS": 1,
-    "NONE": 1, 1: 1, "LZW": 4096, "DEFLATE": 1032, "ADOBE_DEFLATE": 1032, "PACKBITS": 64,
-    "ZSTD": 1 << 16,
-}
-"""The compressions that are read in XISF, FITS, and TIFF, and how many bytes one stored byte can
-stand for. FITS's PLIO_1 is for masks, and cfitsio's files with 16 bits of it come out wrong."""
-
 NO_QUESTIONS = 1 << 28
-"""Bytes that compressed data may claim to hold, as far as their codec can do that."""
+"""Bytes that any compressed data may claim to hold: few enough for a small file that lies."""
 
-MOST_COMPRESSED = 1032
-"""Bytes that one stored byte may stand for beyond NO_QUESTIONS. That much deflate makes of a flat
-mask; of pictures, with their noise, nothing makes more than some dozens."""
+MOST_COMPRESSED = 250
+"""Bytes that one stored byte may stand for beyond NO_QUESTIONS. Of pictures, with their noise,
+nothing makes more than some dozens."""
 
-# Other limits that no real file meets
 MAX_TILES = 100_000  # or strips of a picture, each of which takes a call to decompress
-MAX_PARTS = 1000  # HDUs of a FITS file
-MAX_FITS_CARDS = 20_000  # of a header
-MAX_KEPT_CARDS = 18_000  # that outputs take over: with HISTORY, they must be readable, too
 
 # What a decoder may take: seconds, one more for so many bytes (tenfold of what it needs), and bytes
 # beside thrice what it decodes
@@ -301,7 +287,6 @@ sys.stdout.buffer.write(numpy.ascontiguousarray(samples, dtype))
 
 NOT_A_FILE = "is not a file", "name a picture, or save the data to one first"
 NOT_DECODED = "is damaged: its data cannot be read or decompressed"
-CLAIMS_MORE = "claims more data than its compressed block can hold"
 
 NO_LIGHT = re.compile("dark|bias|flat|offset|zero", re.IGNORECASE)
 """What IMAGETYP and the like say of frames that show no sky."""
@@ -367,14 +352,12 @@ def _require(fact, problem, *advice):
         raise _Unreadable(problem, *advice)
 
 
-def _check_expansion(codec, size, stored):
-    """Refuse `stored` bytes of an unknown codec, or that claim to hold more than it allows."""
-    _require(codec in EXPANSION, f"is compressed with {codec}, which is not read",
+def _check_expansion(codec, known, size, stored):
+    """Refuse data of an unknown codec, or `stored` bytes that claim to hold far too many."""
+    _require(codec in known, f"is compressed with {codec}, which is not read",
              "save it uncompressed")
-    ratio = EXPANSION[codec]
-    if size > NO_QUESTIONS:
-        ratio = min(ratio, MOST_COMPRESSED)
-    _require(size <= ratio * stored, CLAIMS_MORE)
+    _require(size <= max(NO_QUESTIONS, MOST_COMPRESSED * stored),
+             "claims more data than its compressed block can hold")
 
 
 @contextmanager
@@ -392,13 +375,13 @@ def _opened(path):
 @contextmanager
 def _unzipped(packed):
     """Unpack a gzip file."""
-    most = max(NO_QUESTIONS, MOST_COMPRESSED * os.fstat(packed.fileno()).st_size)
+    stored = os.fstat(packed.fileno()).st_size
     packed.seek(0)
     with tempfile.TemporaryFile() as file, gzip.GzipFile(fileobj=packed) as pieces:
         try:
             for piece in iter(lambda: pieces.read(READ_AT_ONCE), b""):
                 file.write(piece)
-                _require(file.tell() <= most, CLAIMS_MORE)
+                _check_expansion("gzip", ("gzip",), file.tell(), stored)
         except (EOFError, gzip.BadGzipFile, zlib.error):
             raise _Unreadable("is cut short or damaged: gzip cannot unpack it") from None
         yield file
@@ -451,7 +434,7 @@ def _rows_of(stream, dtype, row_shape):
 
 
 def _read_planes(read_rows, dtype, shape, together, white=None, step=1, zero=0, blank=None,
-                 flip=False, negative=False):
+                 flip=False):
     """Read samples strip by strip, in the order of the file.
 
     Args:
@@ -462,7 +445,6 @@ def _read_planes(read_rows, dtype, shape, together, white=None, step=1, zero=0, 
         white, step, zero: samples become (stored * step + zero) / white.
         blank: the integer that means "missing".
         flip: True if the first row is the lowest.
-        negative: True if unsigned integers have 0 for white.
 
     Returns planes (float64 if the samples are, else float32).
     """
@@ -478,8 +460,6 @@ def _read_planes(read_rows, dtype, shape, together, white=None, step=1, zero=0, 
         for rows in _strips(height, width * together):
             first = number * height
             samples = read_rows(first + rows.start, first + rows.stop)[..., :colors]
-            if negative:
-                samples = ~samples
             values = samples.astype(calculated)
             if scaled:
                 values = (values * step + zero) / (white or 1)
@@ -613,27 +593,27 @@ def _check_planes(planes):
 # Pictures on disk: keywords
 #
 # The keywords of FITS stand in its header as cards of 80 characters, in XISF as elements, and in
-# the description of an Astro-TIFF, https://astro-tiff.sourceforge.io, as lines. They are passed on
-# as cards. Outside of FITS they describe, as in PixInsight and Siril, the picture in the order of
+# the description of an Astro-TIFF, https://astro-tiff.sourceforge.io, as lines. All become a list
+# of Keyword. Outside of FITS they describe, as in PixInsight and Siril, the picture in the order of
 # rows that FITS has by convention: from the lowest up.
 # --------------------------------------------------------------------------------------------------
 
-FITS_CARD = 80
-"""Characters of a card."""
+FITS_CARD = 80  # characters of a card
+HISTORY_COLUMNS = 72  # characters of text that a card of HISTORY has room for
 
-HISTORY_COLUMNS = 72
-"""Characters of text that a HISTORY keyword has room for in a FITS header."""
-
-FITS_NAME = re.compile("[A-Z0-9_-]{1,8}")
-FITS_NUMBER = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)([EDed][-+]?\d+)?|[TF]")
-FITS_VALUE = re.compile(r" *('(?:[^']|'')*'|\([^()']*\)|[^'()/ =]*) *(?:/ ?(.*?) *)?")
-FITS_TEXT_NAMES = ("COMMENT", "HISTORY", "")  # cards without a value
+NUMBER_PATTERN = r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)(?:[EDed][-+]?\d+)?"
+VALUE_PATTERN = rf"(?:'(?:[^']|'')*'|\([^()']*\)|{NUMBER_PATTERN}|[TF])?"
+FITS_VALUE = re.compile(VALUE_PATTERN)
+FITS_CARD_WITH_VALUE = re.compile(
+    r"(?:(?=.{8}=)([A-Z0-9_-]+) *=|HIERARCH +([^=]*[^= ]) *=|(CONTINUE)  )"
+    rf" *({VALUE_PATTERN}) *(?:/ ?(.*))?")
+TEXT_NAMES = ("COMMENT", "HISTORY", "")  # cards without a value: their text is the comment
 # Keywords that every writer makes anew
-FITS_STRUCTURE = re.compile(
+STRUCTURE_NAMES = re.compile(
     r"SIMPLE|XTENSION|EXTEND|BITPIX|NAXIS\d*|PCOUNT|GCOUNT|BSCALE|BZERO|BLANK|END|GROUPS"
     "|DATASUM|CHECKSUM")
-RANGE_KEYWORDS = ("DATAMIN", "DATAMAX")
-LEVEL_KEYWORDS = re.compile("CBLACK|CWHITE|SATURATE|SATLEVEL|DATAMIN|DATAMAX|BUNIT")
+RANGE_NAMES = ("DATAMIN", "DATAMAX")
+LEVEL_NAMES = re.compile("CBLACK|CWHITE|SATURATE|SATLEVEL|DATAMIN|DATAMAX|BUNIT")
 """Keywords in the unit of the samples. (PEDESTAL is in steps of 16 bits in all files.)"""
 
 # Keywords and XISF's properties, as "element name", that new pixels make untrue
@@ -641,10 +621,80 @@ STALE_PIXEL_METADATA = re.compile(
     r"FITSKeyword (BITPIX|NAXIS\d*|BSCALE|BZERO|CHECKSUM|DATASUM|NOISE[A-Z]?\d*)$"
     r"|Property (.*:)?(Statistics|Noise)(:|$)")
 
+MAX_KEPT_CARDS = 18_000  # of a header; with HISTORY, it must be readable, too
 
-def _split_cards(text):
-    """Return the cards of a header, each a line of it."""
-    return [text[start:start + FITS_CARD] for start in range(0, len(text), FITS_CARD)]
+
+class Keyword(NamedTuple):
+    """A keyword of a picture."""
+    name: str
+    value: str  # as it stands in FITS: 'text', 1.50, T; empty for HISTORY and the like
+    comment: str = ""
+
+
+def _parse_card(card):
+    """Return the Keyword of a card; None if it is malformed."""
+    name = card[:8].rstrip()
+    if name in TEXT_NAMES:
+        return Keyword(name, "", card[8:].rstrip())
+    match = FITS_CARD_WITH_VALUE.fullmatch(card.rstrip())
+    if not match:
+        return None
+    name, long_name, continued, value, comment = match.groups("")
+    return Keyword(name or long_name or continued, value, comment)
+
+
+def _parse_cards(cards):
+    """Return the keywords of cards. Texts over several cards are joined; see `_cards`.
+
+    Malformed cards become COMMENT.
+    """
+    found = []  # of name, the parts of a text, comments
+    for card in cards:
+        keyword = _parse_card(card)
+        goes_on = found and found[-1][1][-1].endswith("&'")
+        if keyword and keyword.name == "CONTINUE" and keyword.value[:1] == "'" and goes_on:
+            _, parts, comments = found[-1]
+            parts[-1] = parts[-1][:-2]
+            parts.append(keyword.value[1:])
+            comments.append(keyword.comment)
+            continue
+        if not keyword or keyword.name == "CONTINUE":
+            keyword = Keyword("COMMENT", "", card.rstrip())
+        found.append((keyword.name, [keyword.value], [keyword.comment]))
+    keywords = []
+    for name, parts, comments in found:
+        value = "".join(parts)
+        if value[:1] == "'":
+            value = value[:-1].rstrip() + "'"
+        keywords.append(Keyword(name, value, " ".join(filter(None, comments))))
+    return keywords
+
+
+def _cards(keywords):
+    """Return the cards of keywords. What no card can hold becomes COMMENT."""
+    cards = []
+    for name, value, comment in keywords:
+        is_long_name = not re.fullmatch("[A-Z0-9_-]{1,8}", name)
+        start = f"HIERARCH {name} = " if is_long_name else f"{name:8}= "
+        if name not in TEXT_NAMES and ("=" in name or len(start) > FITS_CARD // 2):
+            name, comment = "COMMENT", f"{name} = {value} / {comment}"
+        if name in TEXT_NAMES:
+            cards += [f"{name:8}{line}" for line in _wrapped(comment)]
+        elif len(start + value) <= FITS_CARD:
+            value = f"{value:20}" if value.startswith("'") else f"{value:>20}"
+            cards.append(f"{start}{value} / {comment}" if comment else start + value)
+        else:
+            cards += _cards_of_long_text(start, value)
+    return [_printable(card[:FITS_CARD]).ljust(FITS_CARD) for card in cards]
+
+
+def _cards_of_long_text(start, value):
+    """Return the first card of a text, which begins with `start`, and those that continue it."""
+    text = value[1:-1].replace("''", "'")
+    length = (FITS_CARD - len(start) - len("'&'")) // 2  # quotes count twice
+    pieces = [text[k:k + length].replace("'", "''") for k in range(0, len(text), length)]
+    first, *others = [f"'{piece}&'" for piece in pieces[:-1]] + [f"'{pieces[-1]}'"]
+    return [start + first, *(f"CONTINUE  {piece}" for piece in others)]
 
 
 def _printable(text):
@@ -652,81 +702,22 @@ def _printable(text):
     return re.sub("[^ -~]", "?", text)
 
 
-def _text_cards(name, text):
-    """Return cards without a value, such as HISTORY, that hold a text."""
-    lines = textwrap.wrap(_printable(text), HISTORY_COLUMNS) or [""]
-    return [f"{name:8}{line}".ljust(FITS_CARD) for line in lines]
+def _wrapped(text):
+    """Return the lines of a text that are short enough for HISTORY."""
+    if len(text) <= HISTORY_COLUMNS and "\n" not in text:
+        return [text]
+    return re.findall(rf"\S.{{0,{HISTORY_COLUMNS - 1}}}(?!\S)|\S{{{HISTORY_COLUMNS}}}", text)
 
 
-def _value_card(name, value, comment=""):
-    """Return a card with a value as it is to stand there."""
-    value = str(value)
-    text = f"{name:8}= {value:20}" if value.startswith("'") else f"{name:8}= {value:>20}"
-    if comment:
-        text += f" / {comment}"
-    return text[:FITS_CARD].ljust(FITS_CARD)
-
-
-def _parse_card(card):
-    """Return name, value, and comment of a card as they stand there; None if it is malformed."""
-    name, text = card[:8].rstrip(), card[8:]
-    if name in FITS_TEXT_NAMES:
-        return name, "", text.rstrip()
-    if name == "HIERARCH":
-        name, equals, text = text.partition("=")
-        name, text = name.strip(), equals + text
-    elif name == "CONTINUE":
-        text = "=" + text
-    if name != name.strip() or not text.startswith("="):
-        return None
-    match = FITS_VALUE.fullmatch(text, 1)
-    known = FITS_NAME.fullmatch(name) or card.startswith("HIERARCH")
-    if not match or not known or not card.isascii() or not card.isprintable():
-        return None
-    value, comment = match.groups("")
-    if value[:1] not in ("'", "(", "") and not FITS_NUMBER.fullmatch(value):
-        return None
-    return name, value, comment
-
-
-def _keywords(cards):
-    """Return (name, value, comment) of well-formed cards; texts over several cards are joined."""
-    found = []  # of name, the parts of a text, comments
-    for name, value, comment in filter(None, map(_parse_card, cards)):
-        if name != "CONTINUE":
-            found.append((name, [value], [comment]))
-        elif found and found[-1][1][-1].endswith("&'") and value[:1] == "'":
-            _, parts, comments = found[-1]
-            parts[-1] = parts[-1][:-2]
-            parts.append(value[1:])
-            comments.append(comment)
-    joined = []
-    for name, parts, comments in found:
-        value = "".join(parts)
-        if value[:1] == "'":
-            value = value[:-1].rstrip() + "'"
-        joined.append((name, value, " ".join(filter(None, comments))))
-    return joined
-
-
-def _changed_cards(cards, change):
-    """Return cards in which `change`, (name, value) -> value, has set values anew."""
-    changed = []
-    for card in cards:
-        parsed = _parse_card(card)
-        if parsed:
-            name, value, comment = parsed
-            new_value = change(name, value)
-            if new_value != value:
-                card = _value_card(name, new_value, comment)
-        changed.append(card)
-    return changed
+def _changed(keywords, change):
+    """Return keywords in which `change`, (name, value) -> value, has set values anew."""
+    return [keyword._replace(value=change(keyword.name, keyword.value)) for keyword in keywords]
 
 
 def _in_unit(unit):
-    """Return a change for `_changed_cards` that brings levels into samples from that Unit."""
+    """Return a change for `_changed` that brings levels into samples from that Unit."""
     def change(name, value):
-        if not LEVEL_KEYWORDS.fullmatch(name):
+        if not LEVEL_NAMES.fullmatch(name):
             return value
         if name == "BUNIT" and len(value) > 2:
             return f"'{unit.scale:.9g} {value[1:-1].strip()}'"
@@ -736,11 +727,11 @@ def _in_unit(unit):
 
 
 def _with_range(planes, unit):
-    """Return a change for `_changed_cards` that sets DATAMIN and DATAMAX to those of planes."""
+    """Return a change for `_changed` that sets DATAMIN and DATAMAX to those of planes."""
     def change(name, value):
-        if name not in RANGE_KEYWORDS:
+        if name not in RANGE_NAMES:
             return value
-        number = ranges()[RANGE_KEYWORDS.index(name)] * unit.scale + unit.offset
+        number = ranges()[RANGE_NAMES.index(name)] * unit.scale + unit.offset
         return f"{number:.9G}" if math.isfinite(number) else value
 
     @functools.lru_cache(maxsize=None)  # most pictures do not have them
@@ -751,13 +742,13 @@ def _with_range(planes, unit):
     return change
 
 
-def _upside_down(height, cards):
-    """Return a change for `_changed_cards` that turns celestial coordinates with the rows.
+def _upside_down(height, keywords):
+    """Return a change for `_changed` that turns celestial coordinates with the rows.
 
     With y' = height + 1 - y, the column of y in the matrix changes its sign, and so do odd powers
     of y in the SIP polynomials, and what they add to y.
     """
-    has_matrix = any(re.match("(CD|PC)2_2", card) for card in cards)
+    has_matrix = any(re.match("(CD|PC)2_2", name) for name, *_ in keywords)
 
     def change(name, value):
         number = _number(value)
@@ -784,6 +775,29 @@ def _number(value):
     return int(number) if number.is_integer() else number
 
 
+def _kept(keywords, white, notes):
+    """Return the keywords of FITS or an Astro-TIFF that outputs keep; the others are noted.
+
+    Levels of integers, whose largest is `white`, become those of samples in [0, 1].
+    """
+    kept, untrue = [], []
+    for keyword in keywords:
+        if STRUCTURE_NAMES.fullmatch(keyword.name):
+            continue
+        is_stale = STALE_PIXEL_METADATA.match(f"FITSKeyword {keyword.name}")
+        (untrue if is_stale else kept).append(keyword)
+    _note_untrue([keyword.name for keyword in untrue], notes)
+    _what_keywords_say({name: value for name, value, _ in kept}, notes)
+    return _changed(kept, _in_unit(Unit(white))) if white else kept
+
+
+def _note_untrue(names, notes):
+    """Note what is not kept."""
+    if names:
+        notes.append(f"had {', '.join(names)[:200]}: "
+                     "not kept, because the new pixels make them untrue")
+
+
 def _what_keywords_say(values, notes):
     """Add to `notes` what keywords (texts by name) tell against a picture as input."""
     for name in ("imageType", "IMAGETYP", "FRAME", "FRAMETYP"):
@@ -794,54 +808,40 @@ def _what_keywords_say(values, notes):
             break
 
 
-def _cards_of_xisf(source):
-    """Return the FITSKeyword elements of an XISF file as FITS cards."""
-    cards = []
+def _keywords_of_xisf(source):
+    """Return the keywords of an XISF file, such as FITS can have them."""
+    keywords = []
     for element in source.root.findall("Image/FITSKeyword"):
-        name = _printable(element.get("name", "").strip().upper())
-        value = _printable(element.get("value", "").strip())
-        comment = _printable(element.get("comment", ""))
-        if FITS_STRUCTURE.fullmatch(name) or name == "CONTINUE" or len(name) > FITS_CARD // 2:
-            continue
-        if name in FITS_TEXT_NAMES:
-            cards += _text_cards(name, comment or value)
-        elif FITS_NAME.fullmatch(name) and (not value or FITS_NUMBER.fullmatch(value)):
-            cards.append(_value_card(name, value, comment))  # all digits, as they stand there
-        else:
-            if value.startswith("'"):
-                value = value[1:-1].replace("''", "'").rstrip()
-            cards += _cards_of_text(name, value, comment)
-    return cards
-
-
-def _cards_of_text(name, text, comment):
-    """Return the cards of a text, which may need several; none for a name that no card can have."""
-    from astropy.io import fits
-    start = "" if FITS_NAME.fullmatch(name) else "HIERARCH "
-    with warnings.catch_warnings(), suppress(ValueError):
-        warnings.simplefilter("ignore")  # of a comment that is cut at the end of its card
-        cards = _split_cards(str(fits.Card(start + name, text, comment)))
-        return cards if _parse_card(cards[0]) else []
-    return []
+        name = element.get("name", "").strip().upper()
+        value = element.get("value", "").strip()
+        comment = element.get("comment", "")
+        if name in TEXT_NAMES:
+            value, comment = "", comment or value
+        elif not FITS_VALUE.fullmatch(value) or len(value) > HISTORY_COLUMNS:
+            text = value[1:-1].replace("''", "'") if value[:1] == value[-1:] == "'" else value
+            value = "'" + text.replace("'", "''") + "'"
+        if not STRUCTURE_NAMES.fullmatch(name):
+            keywords.append(Keyword(name, value, comment))
+    return keywords
 
 
 def _shared_metadata(source, height):
-    """Return what all formats can hold of a file's metadata: FITS cards, and the color profile.
+    """Return what all formats can hold of a file's metadata: keywords, and the color profile.
 
-    The cards are those of a picture whose rows go from the lowest up, of which there are `height`.
+    The keywords are those of a picture whose rows go from the lowest up; there are `height`.
     """
     if source is None:
         return [], b""
     if isinstance(source, Source):
-        cards, icc = _cards_of_xisf(source), b""
+        keywords, icc = _keywords_of_xisf(source), b""
         with suppress(_Unreadable, AttributeError):  # a damaged profile is lost, not the picture
             icc = _icc_of_xisf(source)
     else:
-        cards, icc = source.cards, source.icc
-    cards = [card for card in cards if card[:8] != ROW_ORDER]
+        keywords, icc = source.keywords, source.icc
+    keywords = [keyword for keyword in keywords if keyword.name != ROW_ORDER]
     if isinstance(source, FitsSource) and source.top_down:
-        cards = _changed_cards(cards, _upside_down(height, cards))
-    return cards, icc
+        keywords = _changed(keywords, _upside_down(height, keywords))
+    return keywords, icc
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1160,7 +1160,7 @@ def _unpack(stored, attributes, size=None):
     pieces = []
     start = 0
     for piece_size, size in zip(stored_sizes, unpacked_sizes):
-        _check_expansion(codec, size, piece_size)
+        _check_expansion(codec, (codec,), size, piece_size)
         pieces.append(_decompress(stored[start:start + piece_size], codec, size))
         start += piece_size
     return _unshuffle(pieces[0] if len(pieces) == 1 else np.concatenate(pieces), item)
@@ -1362,7 +1362,7 @@ def _new_header(planes, source, history):
         bounds="0:1", location="pixels", colorSpace="RGB" if channels == 3 else "Gray")
     lines = []
     for line in history:
-        lines += textwrap.wrap(line, HISTORY_COLUMNS)
+        lines += _wrapped(line)
     for line in lines:
         ElementTree.SubElement(image, "FITSKeyword", name="HISTORY", value="", comment=line)
     change = _with_range(planes, Unit())
@@ -1428,7 +1428,7 @@ def _markup(element):
 # Pictures on disk: FITS
 #
 # Headers are read and written card by card, so that what is malformed or strange costs neither
-# time nor the picture, and is kept as it stands. astropy packs and unpacks compressed pictures.
+# time nor the picture. astropy packs and unpacks compressed pictures, and sums their bytes.
 # The FITS standard: https://fits.gsfc.nasa.gov/fits_standard.html.
 # --------------------------------------------------------------------------------------------------
 
@@ -1437,19 +1437,25 @@ END_CARD = "END".ljust(FITS_CARD)
 ROW_ORDER = "ROWORDER"  # says which row is the first: the lowest, unless it is 'TOP-DOWN'
 
 FITS_TYPES = {8: "u1", 16: "i2", 32: "i4", 64: "i8", -32: "f4", -64: "f8"}  # by BITPIX
-# Cards of the table in which a compressed picture stands
-FITS_TABLE = re.compile(
-    r"EXTNAME = 'COMPRESSED_IMAGE'|(TFIELDS|THEAP|T(TYPE|FORM|UNIT|NULL|SCAL|ZERO|DIM|DISP)\d+"
-    r"|Z(IMAGE|TENSION|BITPIX|NAXIS\d*|TILE\d+|CMPTYPE|NAME\d+|VAL\d+|SIMPLE|EXTEND|PCOUNT|GCOUNT"
-    r"|HECKSUM|DATASUM|MASKCMP|BLANK|QUANTIZ|DITHER0|SCALE|ZERO)) *=")
+# PLIO_1 is for masks, and cfitsio's files with 16 bits of it come out wrong
+FITS_CODECS = ("RICE_1", "RICE_ONE", "GZIP_1", "GZIP_2", "HCOMPRESS_1", "NOCOMPRESS")
 # Settings of the decoders, and what they can be; with others they write where they must not
 FITS_CODEC_SETTINGS = {"BLOCKSIZE": (16, 32), "BYTEPIX": (1, 2, 4), "ZDITHER0": range(1, 10_001)}
+# Keywords of the table in which a compressed picture stands
+FITS_TABLE = re.compile(
+    r"TFIELDS|THEAP|T(TYPE|FORM|UNIT|NULL|SCAL|ZERO|DIM|DISP)\d+"
+    r"|Z(IMAGE|TENSION|BITPIX|NAXIS\d*|TILE\d+|CMPTYPE|NAME\d+|VAL\d+|SIMPLE|EXTEND|PCOUNT|GCOUNT"
+    "|HECKSUM|DATASUM|MASKCMP|BLANK|QUANTIZ|DITHER0|SCALE|ZERO)")
+COMPRESSED_NAME = "'COMPRESSED_IMAGE'"  # EXTNAME of such a table, if the picture has none
+
+MAX_PARTS = 1000  # HDUs of a file, and
+MAX_FITS_CARDS = 20_000  # cards of a header; no real file has more
 
 
 @dataclass
 class FitsSource:
-    """What a FITS file has besides its pixels, in the bytes that stood in it."""
-    cards: list  # of str, 80 characters each, without those that the pixels decide
+    """What a FITS file has besides its pixels."""
+    keywords: list  # of Keyword, without those that the pixels decide
     before: bytes = b""  # HDUs in front of the picture; empty if it is the first
     after: bytes = b""  # HDUs behind it
     checksum: bool = False  # True if the picture had a DATASUM or CHECKSUM
@@ -1496,45 +1502,17 @@ def read_fits(path):
         return _picture(planes, white, source, notes, path)
 
 
-def _header_values(cards):
-    """Return numbers and texts (in capitals) by keyword; of repeated ones the first."""
-    values = {}
-    for card in map(_printable, cards):
-        parsed = _parse_card(card)
-        damaged = not parsed and FITS_STRUCTURE.fullmatch(card[:8].rstrip())
-        _require(not damaged, f"has the damaged card {card.rstrip()!r}")
-        if parsed:
-            name, text, _ = parsed
-            number = _number(text)
-            value = text.strip("' ").upper() if number is None else number
-            values.setdefault(name, value)
-    return values
-
-
-def _fits_axes(header, prefix=""):
-    """Return the lengths of the axes, the last named first, as NumPy has them."""
-    count = header.get(prefix + "NAXIS")
-    _require(count in range(1000), f"has the impossible {prefix}NAXIS {count!r}")
-    axes = [header.get(f"{prefix}NAXIS{axis}") for axis in range(count, 0, -1)]
-    possible = all(isinstance(length, int) and length >= 0 for length in axes)
-    _require(possible, f"has the impossible axes {axes}")
-    return axes
-
-
 class _FitsPart(NamedTuple):
     """An HDU: a header and its data."""
-    header: dict  # values by keyword
     cards: list  # of str
+    keywords: list  # of Keyword
+    header: dict  # numbers, and texts in capitals, by keyword; of repeated ones the first
     start: int  # byte at which the header starts
     data: int  # byte at which the data start
     length: int  # bytes of the data
+    end: int  # byte behind the data and their padding
     shape: list  # of its picture; empty if it has none
     packed: bool  # True if it is a table in which a compressed picture stands
-
-    @property
-    def end(self):
-        """The byte behind the data and their padding."""
-        return self.data + self.length + -self.length % FITS_BLOCK
 
 
 def _read_fits_parts(file, notes):
@@ -1558,24 +1536,22 @@ def _read_fits_parts(file, notes):
 
 def _read_fits_part(file, position, size):
     """Return the HDU at a position in a file of so many bytes."""
-    file.seek(position)
-    cards = []
-    while END_CARD not in cards[-FITS_BLOCK // FITS_CARD:]:
-        block = file.read(FITS_BLOCK)
-        _require(len(block) == FITS_BLOCK, "is cut short: a header has no end")
-        cards += _split_cards(block.decode("latin-1"))
-        _require(len(cards) <= MAX_FITS_CARDS, "has a header too large to be true")
+    cards = _read_fits_cards(file, position)
     start_of_data = file.tell()
-    cards = cards[:cards.index(END_CARD)]
     names = [card[:8].rstrip() for card in cards]
     _require("XTENSION" not in names[1:] and names.count("BITPIX") <= 1,
              "is damaged: a header without END runs into the next")
-    header = _header_values(cards)
+    for name, card in zip(names, cards):
+        damaged = STRUCTURE_NAMES.fullmatch(name) and not _parse_card(card)
+        _require(not damaged, f"has the damaged card {_printable(card).rstrip()!r}")
+    keywords = _parse_cards(cards)
+    header = {}
+    for name, value, _ in keywords:
+        number = _number(value)
+        header.setdefault(name, value.strip("' ").upper() if number is None else number)
     bits = header.get("BITPIX")
     _require(bits in FITS_TYPES, f"has the impossible BITPIX {bits!r}")
     shape = _fits_axes(header)
-    _require(header.get("GROUPS") != "T", "holds random groups, the data of a radio interferometer",
-             "name a picture")
     samples = math.prod(shape) if shape else 0
     length = abs(bits) // 8 * (samples + header.get("PCOUNT", 0)) * header.get("GCOUNT", 1)
     packed = header.get("ZIMAGE") == "T"
@@ -1592,7 +1568,32 @@ def _read_fits_part(file, position, size):
     gone = min(rows, math.ceil(rows * missing / max(1, length)))
     _require(length >= 0 and missing <= 0, f"is cut short: the last {gone} of its {rows} rows are "
                                            "missing" if shape else "is cut short")
-    return _FitsPart(header, cards, position, start_of_data, length, shape, packed)
+    end = start_of_data + length + -length % FITS_BLOCK
+    return _FitsPart(
+        cards, keywords, header, position, start_of_data, length, end, shape, packed)
+
+
+def _read_fits_cards(file, position):
+    """Return the cards of the header at a position, and leave the file behind its last block."""
+    file.seek(position)
+    cards = []
+    while END_CARD not in cards[-FITS_BLOCK // FITS_CARD:]:
+        block = file.read(FITS_BLOCK)
+        _require(len(block) == FITS_BLOCK, "is cut short: a header has no end")
+        text = block.decode("latin-1")
+        cards += [text[start:start + FITS_CARD] for start in range(0, FITS_BLOCK, FITS_CARD)]
+        _require(len(cards) <= MAX_FITS_CARDS, "has a header too large to be true")
+    return cards[:cards.index(END_CARD)]
+
+
+def _fits_axes(header, prefix=""):
+    """Return the lengths of the axes, the last named first, as NumPy has them."""
+    count = header.get(prefix + "NAXIS")
+    _require(count in range(1000), f"has the impossible {prefix}NAXIS {count!r}")
+    axes = [header.get(f"{prefix}NAXIS{axis}") for axis in range(count, 0, -1)]
+    possible = all(isinstance(length, int) and length >= 0 for length in axes)
+    _require(possible, f"has the impossible axes {axes}")
+    return axes
 
 
 def _fits_layout(shape):
@@ -1611,7 +1612,7 @@ def _fits_layout(shape):
 def _check_fits_tiles(part, size):
     """Refuse a compressed picture of so many bytes that lies about its size or its settings."""
     header = part.header
-    _check_expansion(header.get("ZCMPTYPE"), size, part.length)
+    _check_expansion(header.get("ZCMPTYPE"), FITS_CODECS, size, part.length)
     settings = {"ZDITHER0": header.get("ZDITHER0", 1)}
     for name in header:
         if name.startswith("ZNAME"):
@@ -1634,26 +1635,16 @@ def _read_fits_source(file, parts, number, white, notes):
     Levels of integers, whose largest is `white`, become those of samples in [0, 1].
     """
     part = parts[number]
-    kept, untrue = [], []
-    for card in part.cards:
-        name = card[:8].rstrip()
-        of_table = FITS_TABLE.match(card) if part.packed else None
-        if FITS_STRUCTURE.fullmatch(name) or of_table:
-            continue
-        if STALE_PIXEL_METADATA.match(f"FITSKeyword {name}"):
-            untrue.append(name)
-        else:
-            kept.append(card)
-    if untrue:
-        notes.append(f"had {', '.join(untrue)[:200]}: "
-                     "not kept, because the new pixels make them untrue")
-    _what_keywords_say(part.header, notes)
-    if white:
-        kept = _changed_cards(kept, _in_unit(Unit(white)))
+    keywords = part.keywords
+    if part.packed:
+        keywords = [keyword for keyword in keywords if not FITS_TABLE.fullmatch(keyword.name)
+                    and keyword[:2] != ("EXTNAME", COMPRESSED_NAME)]
+    keywords = _kept(keywords, white, notes)
     file.seek(0)
     before = file.read(part.start)
-    names = [card[:8].rstrip() for card in parts[0].cards]
-    says_nothing = all(FITS_STRUCTURE.fullmatch(name) or name in FITS_TEXT_NAMES for name in names)
+    first_names = [keyword.name for keyword in parts[0].keywords]
+    says_nothing = all(STRUCTURE_NAMES.fullmatch(name) or name in TEXT_NAMES
+                       for name in first_names)
     if part.packed and number == 1 and says_nothing:
         before = b""  # it is there because a compressed picture cannot be the first
     file.seek(part.end)
@@ -1665,7 +1656,7 @@ def _read_fits_source(file, parts, number, white, notes):
             icc = file.read(other.length)
     checksum = "DATASUM" in part.header or "CHECKSUM" in part.header
     top_down = part.header.get(ROW_ORDER) == "TOP-DOWN"
-    return FitsSource(kept, before, _padded(after), checksum, icc, top_down)
+    return FitsSource(keywords, before, _padded(after), checksum, icc, top_down)
 
 
 def _padded(data, filling=b"\0"):
@@ -1676,7 +1667,7 @@ def _padded(data, filling=b"\0"):
 def _fits_header(cards):
     """Return the bytes of a header."""
     text = "".join([*cards, END_CARD])
-    return _padded(text.encode("latin-1"), b" ")
+    return _padded(text.encode("ascii"), b" ")
 
 
 def _structure_cards(start, bits, axes):
@@ -1686,35 +1677,33 @@ def _structure_cards(start, bits, axes):
     for number, length in enumerate(axes[::-1], 1):
         values[f"NAXIS{number}"] = length
     values.update({"EXTEND": "T"} if start == 0 else {"PCOUNT": 0, "GCOUNT": 1})
-    return [_value_card(*item) for item in values.items()]
+    return _cards(Keyword(name, str(value)) for name, value in values.items())
 
 
 def _to_fits_source(source, height):
     """Return a FitsSource that holds what FITS can hold of another one."""
-    cards, icc = _shared_metadata(source, height)
-    cards.append(_value_card(ROW_ORDER, "'BOTTOM-UP'"))
+    keywords, icc = _shared_metadata(source, height)
     after = b""
     if icc:
-        profile = _structure_cards(1, 8, [len(icc)]) + [_value_card("EXTNAME", "'ICCProfile'")]
-        after = _fits_header(profile) + _padded(icc)
-    return FitsSource(cards, after=after, icc=icc)
+        name = Keyword("EXTNAME", "'ICCProfile'")
+        after = _fits_header(_structure_cards(1, 8, [len(icc)]) + _cards([name])) + _padded(icc)
+    return FitsSource([*keywords, Keyword(ROW_ORDER, "'BOTTOM-UP'")], after=after, icc=icc)
 
 
 def write_fits(file, planes, source=None, history=(), compress=False, unit=Unit()):
     """Write a picture as FITS; the arguments are those of `write_xisf`, and its Unit.
 
-    All cards of a FITS source are written as they stood there, and its other HDUs too. `compress`
-    makes a compressed image (GZIP_2, nothing is lost), with the ending .fits all the same.
+    All keywords of a FITS source are written, and its other HDUs too. `compress` makes a
+    compressed image (GZIP_2, nothing is lost), with the ending .fits all the same.
     """
     _check_planes(planes)
     if not isinstance(source, FitsSource):
         source = _to_fits_source(source, planes.shape[1])
-    cards = _changed_cards(source.cards[:MAX_KEPT_CARDS], _with_range(planes, unit))
-    lost = len(source.cards) - len(cards)
-    if lost:
+    cards = _cards(_changed(source.keywords, _with_range(planes, unit)))
+    if len(cards) > MAX_KEPT_CARDS:
+        lost = len(cards) - MAX_KEPT_CARDS
         logger.warning(f"{lost} lines of FITS keywords are lost: a header has no room for them")
-    for line in history:
-        cards += _text_cards("HISTORY", line)
+    cards = cards[:MAX_KEPT_CARDS] + _cards(Keyword("HISTORY", "", line) for line in history)
     file.write(source.before)
     data = np.empty(planes.shape, planes.dtype.newbyteorder(">"))
     stored = data if source.top_down else data[:, ::-1]
@@ -1731,7 +1720,9 @@ def write_fits(file, planes, source=None, history=(), compress=False, unit=Unit(
         structure = _structure_cards(len(source.before), -8 * data.itemsize, data.shape)
     cards = structure + cards
     if source.checksum:
-        cards += _checksum_cards(cards, data)
+        from astropy.io import fits
+        data_sum = fits.ImageHDU(data).add_datasum()
+        cards += _cards([Keyword("DATASUM", f"'{data_sum}'")])
     file.write(_fits_header(cards))
     file.write(data)
     file.write(bytes(-data.nbytes % FITS_BLOCK))
@@ -1745,7 +1736,6 @@ def _compressed_fits(data):
     """
     from astropy.io import fits
     made = io.BytesIO()
-    made.close = lambda: None  # astropy closes what it wrote
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         hdu = fits.CompImageHDU(data, compression_type="GZIP_2", quantize_level=0)
@@ -1754,41 +1744,7 @@ def _compressed_fits(data):
     first = _read_fits_part(made, 0, len(content))
     packed = _read_fits_part(made, first.end, len(content))
     cards = [card for card in packed.cards if card.rstrip() and not card.startswith("EXTNAME")]
-    return content[:packed.start], cards, content[packed.data:packed.end]
-
-
-def _checksum_cards(cards, data):
-    """Return the cards CHECKSUM and DATASUM of an HDU (appendix J of the FITS standard)."""
-    data_sum = _ones_complement_sum(data)
-    sums = [_value_card("CHECKSUM", "'0000000000000000'"), _value_card("DATASUM", f"'{data_sum}'")]
-    whole = _ones_complement_sum(_fits_header(cards + sums), data_sum)
-    return [_value_card("CHECKSUM", f"'{_checksum(whole)}'"), sums[1]]
-
-
-def _ones_complement_sum(data, total=0):
-    """Add bytes, of which there are 4 n, to a sum of 32-bit words that carries over at its end."""
-    words = np.frombuffer(data, ">u4")
-    total += int(words.sum(dtype=np.uint64))
-    while total >> 32:
-        total = (total & 0xffffffff) + (total >> 32)
-    return total
-
-
-def _checksum(total):
-    """Return the 16 characters that bring the sum of an HDU to -0."""
-    inverse = 0xffffffff - total
-    columns = []
-    for shift in (24, 16, 8, 0):
-        quotient, remainder = divmod(inverse >> shift & 0xff, 4)
-        four = [quotient + remainder + 48] + 3 * [quotient + 48]
-        while not all(chr(character).isalnum() for character in four):
-            for k in (0, 2):  # in pairs, so that their sum stays
-                if not chr(four[k]).isalnum() or not chr(four[k + 1]).isalnum():
-                    four[k] += 1
-                    four[k + 1] -= 1
-        columns.append(four)
-    text = "".join(chr(column[k]) for k in range(4) for column in columns)
-    return text[-1] + text[:-1]
+    return content[:packed.start], cards, np.frombuffer(content[packed.data:packed.end], np.uint8)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1800,6 +1756,8 @@ def _checksum(total):
 TIFF_COLORS = {0: 1, 1: 1, 2: 3}  # channels of gray (white is 0 or largest) and RGB, by photometric
 TIFF_MINISWHITE = 0
 TIFF_SENSOR = (32803, 34892)  # photometric of a color filter mosaic, and of a camera's linear data
+TIFF_CODECS = (
+    1, "NONE", "LZW", "DEFLATE", "ADOBE_DEFLATE", "PACKBITS", "ZSTD")  # tifffile's names
 TIFF_ICC = 34675
 TIFF_CHUNKS = ("StripOffsets", "StripByteCounts", "TileOffsets", "TileByteCounts")
 TIFF_PLANAR = 1, 2  # samples of a pixel together, or planes
@@ -1813,17 +1771,11 @@ TIFF_KEPT = {271: "s", 272: "s", 306: "s", 315: "s", 33432: "s", 274: "H", 700: 
 
 MAX_PAGES = 16  # among which the picture is looked for
 
-FOR_PROGRAMS = re.compile(
-    rb"\s*(\{|<|\[|(ImageJ|shape)=|Aperio |state\.|# )|.*(scanimage\.SI|>\s*$)", re.DOTALL)
-"""Descriptions that programs parse, who would stumble over more lines: JSON of tifffile, OME-XML,
-ImageJ=, and their like. They tell how the old file was made up."""
-
 
 @dataclass
 class TiffSource:
     """What a TIFF file has besides its pixels."""
-    description: bytes = b""  # in words
-    cards: list = field(default_factory=list)  # the description, if it is a FITS header
+    keywords: list  # of Keyword; a description in words is COMMENT
     icc: bytes = b""  # color profile
     options: dict = field(default_factory=dict)  # others, as tifffile's writer takes them
 
@@ -1843,14 +1795,16 @@ def read_tiff(path):
             dtype = page.dtype.newbyteorder(tiff.byteorder)
             white = _white(dtype)
             source = _read_tiff_source(page, white, notes)
-            is_negative = page.photometric == TIFF_MINISWHITE
-            _require(white or not is_negative, "is gray, with white as 0, and not unsigned",
-                     "save it with black as 0")
+            step, zero = 1, 0
+            if page.photometric == TIFF_MINISWHITE:
+                _require(white, "is gray, with white as 0, and not unsigned",
+                         "save it with black as 0")
+                step, zero = -1, white
             position = page.dataoffsets[0] if page.is_final else None
             with _stream_of("tiff", file, number, position, dtype, page.nbytes) as stream:
                 rows = _rows_of(stream, dtype, (width, together))
                 shape = colors, height, width
-                planes = _read_planes(rows, dtype, shape, together, white, negative=is_negative)
+                planes = _read_planes(rows, dtype, shape, together, white, step, zero)
         return _picture(planes, white, source, notes, path)
 
 
@@ -1862,8 +1816,8 @@ def _find_page(tiff):
             pages.append(tiff.pages[number])
     _require(pages, "holds no picture")
     first = pages[0]
-    parts = [*pages, *(first.pages or ())]
-    from_sensor = any(part.photometric in TIFF_SENSOR for part in parts)
+    from_sensor = any(
+        page.photometric in TIFF_SENSOR for page in [*pages, *(first.pages or ())])
     if from_sensor or "DNGVersion" in first.tags:
         maker = str(first.tags.valueof("Make") or "").strip()
         _refuse_raw(f"of {maker[:30]}" if maker else "such as DNG")
@@ -1915,7 +1869,7 @@ def _check_tiff_page(page, size):
     last = max(map(sum, zip(offsets, counts)))
     _require(last <= size, "is cut short: its last rows are missing")
     needed = math.prod(page.shaped) * item
-    _check_expansion(_tiff_word(page.compression), needed, min(sum(counts), size))
+    _check_expansion(_tiff_word(page.compression), TIFF_CODECS, needed, min(sum(counts), size))
     tile = math.prod(page.chunks) * item
     _require(tile <= 4 * needed + (1 << 20), "has tiles larger than the picture")
     return colors
@@ -1930,7 +1884,7 @@ def _read_tiff_source(page, white, notes):
     """Return what the outputs keep of a page; integers have `white` for their largest."""
     value = page.tags.valueof
 
-    def text(code):
+    def as_bytes(code):
         found = value(code) or b""
         return found if isinstance(found, bytes) else str(found).encode("utf-8", "replace")
 
@@ -1939,29 +1893,18 @@ def _read_tiff_source(page, white, notes):
         if kind == "H" and isinstance(value(code), int):
             tags.append((code, kind, 1, int(value(code)), True))
         elif kind != "H" and value(code) is not None:
-            count = len(text(code)) if kind == "B" else 0
-            tags.append((code, kind, count, text(code), True))
+            count = len(as_bytes(code)) if kind == "B" else 0
+            tags.append((code, kind, count, as_bytes(code), True))
     icc = value(TIFF_ICC)
     icc = icc if isinstance(icc, bytes) else b""
-    tags += _icc_tags(icc)
-    options = {"extratags": tags}
+    options = {"extratags": tags + _icc_tags(icc)}
     resolution = value("XResolution"), value("YResolution")
     unit = value("ResolutionUnit") or TIFF_INCH
     if all(map(_is_fraction, resolution)) and unit in TIFF_RESOLUTION_UNITS:
         options.update(resolution=resolution, resolutionunit=int(unit))
-    description = text("ImageDescription").rstrip(b"\0 \r\n")
-    cards = _cards_of_tiff(description)
-    if cards:
-        description = b""
-        _what_keywords_say({name: value for name, value, _ in _keywords(cards)}, notes)
-        if white:
-            cards = _changed_cards(cards, _in_unit(Unit(white)))
-    elif FOR_PROGRAMS.match(description):
-        if not re.fullmatch(rb'\{"shape": \[[\d, ]+\]\}', description):  # it tells nothing else
-            notes.append(f"loses its description {description[:40]!r}..., "
-                         "which is for programs and tells of the old pixels")
-        description = b""
-    return TiffSource(description, cards, icc, options)
+    description = as_bytes("ImageDescription").decode("utf-8", "replace")
+    keywords = _kept(_keywords_of_tiff(description.strip("\0 \r\n")), white, notes)
+    return TiffSource(keywords, icc, options)
 
 
 def _is_fraction(value):
@@ -1970,21 +1913,23 @@ def _is_fraction(value):
     return is_pair and all(isinstance(number, int) and number > 0 for number in value)
 
 
-def _cards_of_tiff(description):
-    """Return the cards of an Astro-TIFF's description; none if it is something else."""
-    lines = description.decode("latin-1").split("\n")
-    cards = [line.rstrip().ljust(FITS_CARD) for line in lines]
-    parsed = _parse_card(cards[0])
-    if not parsed or not parsed[0] or max(map(len, cards)) > FITS_CARD:
+def _keywords_of_tiff(description):
+    """Return the keywords of an Astro-TIFF's description; another one becomes COMMENT."""
+    if re.fullmatch(r'(\{"shape": \[[\d, ]+\]\})?', description):  # tifffile's: it tells nothing
         return []
-    return [card for card in cards[:MAX_KEPT_CARDS]
-            if card.strip() and not FITS_STRUCTURE.fullmatch(card[:8].rstrip())]
+    lines = description.split("\n")[:MAX_KEPT_CARDS]
+    cards = [line.rstrip().ljust(FITS_CARD) for line in lines]
+    first = _parse_card(cards[0])
+    if first and first.name and max(map(len, cards)) == FITS_CARD:
+        return _parse_cards(card for card in cards if card != END_CARD)
+    return [Keyword("COMMENT", "", description)]
 
 
 def write_tiff(file, planes, source=None, history=(), compress=False, unit=Unit()):
     """Write a picture as 32-bit float TIFF; the arguments are those of `write_fits`.
 
-    FITS cards become a description, as Astro-TIFF has it. HISTORY is appended to the description.
+    Keywords and HISTORY become a description, as Astro-TIFF has it, whatever the description of
+    the source was: others are parsed by programs, which would stumble over more lines.
     `compress` is deflate with the floating point predictor.
     """
     import tifffile
@@ -2003,14 +1948,11 @@ def write_tiff(file, planes, source=None, history=(), compress=False, unit=Unit(
     options = dict(source.options)
     if compress:
         options.update(compression="adobe_deflate", predictor=3)
-    cards = _changed_cards(source.cards, _with_range(planes, unit))
-    for line in history:
-        cards += _text_cards("HISTORY", line)
-    if source.cards:
-        shape = planes.shape if channels > 1 else planes.shape[1:]
-        cards = [*_structure_cards(0, -32, shape), *cards, END_CARD]
-    lines = [card.rstrip().encode("latin-1", "replace") for card in cards]
-    description = b"\n".join([*filter(None, [source.description]), *lines])
+    cards = _cards(_changed(source.keywords, _with_range(planes, unit)))[:MAX_KEPT_CARDS]
+    cards += _cards(Keyword("HISTORY", "", line) for line in history)
+    shape = planes.shape if channels > 1 else planes.shape[1:]
+    cards = [*_structure_cards(0, -32, shape), *cards, END_CARD]
+    description = "\n".join(card.rstrip() for card in cards)
     big = data.nbytes + len(description) + len(source.icc) > LARGEST_TIFF
     with tifffile.TiffWriter(file, bigtiff=big) as writer:
         writer.write(data, photometric=photometric, description=description, metadata=None,
@@ -2019,8 +1961,8 @@ def write_tiff(file, planes, source=None, history=(), compress=False, unit=Unit(
 
 def _to_tiff_source(source, height):
     """Return a TiffSource that holds what TIFF can hold of another one."""
-    cards, icc = _shared_metadata(source, height)
-    return TiffSource(b"", cards, icc, {"extratags": _icc_tags(icc)})
+    keywords, icc = _shared_metadata(source, height)
+    return TiffSource(keywords, icc, {"extratags": _icc_tags(icc)})
 
 
 def _icc_tags(icc):
@@ -2176,15 +2118,13 @@ def _write_xisf_of_any(file, planes, source=None, history=(), compress=False, un
 
 def _to_xisf_source(source, height, unit):
     """Return a Source that holds what XISF can hold of another one."""
-    cards, icc = _shared_metadata(source, height)
+    keywords, icc = _shared_metadata(source, height)
     if unit != Unit():
-        cards = _changed_cards(cards, _in_unit(unit))
+        keywords = _changed(keywords, _in_unit(unit))
     root = ElementTree.XML(BARE_XISF)
     image = root.find("Image")
-    for name, value, comment in _keywords(cards):
-        if name in FITS_TEXT_NAMES:
-            value = ""
-        ElementTree.SubElement(image, "FITSKeyword", name=name, value=value, comment=comment)
+    for keyword in keywords:
+        ElementTree.SubElement(image, "FITSKeyword", keyword._asdict())
     blocks = {}
     if icc:
         ElementTree.SubElement(image, "ICCProfile", location="icc")
@@ -2195,7 +2135,7 @@ def _to_xisf_source(source, height, unit):
 def rows_of(source):
     """Return a source that tells nothing but the order of another one's rows, for its mask."""
     if isinstance(source, FitsSource) and source.top_down:
-        return FitsSource([_value_card(ROW_ORDER, "'TOP-DOWN'")], top_down=True)
+        return FitsSource([Keyword(ROW_ORDER, "'TOP-DOWN'")], top_down=True)
     return None
 
 
@@ -4908,8 +4848,8 @@ def plate_solution(source: Any, height: int):
     from astropy.wcs import WCS
     with warnings.catch_warnings(), suppress(Exception):  # damaged ones are none
         warnings.simplefilter("ignore")
-        cards, _ = _shared_metadata(source, height)
-        solution = WCS(fits.Header.fromstring("".join(cards)), naxis=2)
+        keywords, _ = _shared_metadata(source, height)
+        solution = WCS(fits.Header.fromstring("".join(_cards(keywords))), naxis=2)
         if solution.has_celestial:
             return solution
         if isinstance(source, Source):

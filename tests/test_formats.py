@@ -400,7 +400,7 @@ def test_a_fits_keeps_its_header_card_by_card(compress, small, folder):
             assert "bgoptimizer: a line" in str(hdus[number].header["HISTORY"])
             hdus.verify("exception")
         with fits.open(again, disable_image_compression=True) as hdus:
-            assert {"CHECKSUM", "DATASUM"} <= set(hdus[number].header)
+            assert "DATASUM" in hdus[number].header
 
 
 def test_a_solved_picture_has_the_same_sky_positions(small, folder):
@@ -417,7 +417,7 @@ def test_a_solved_picture_has_the_same_sky_positions(small, folder):
         np.testing.assert_allclose(after, before, atol=1e-9)
 
 
-def test_malformed_cards_survive_as_they_are(small, folder):
+def test_what_malformed_cards_say_is_kept_as_comments(small, folder):
     path = save_fits("a.fits", small)
     odd = [b"OBJECT  = 'no end", b"lower   = 3", b"BAD = = 3 /", b"\xb5\xe9 not ASCII"]
     data = open(path, "rb").read()
@@ -426,7 +426,9 @@ def test_malformed_cards_survive_as_they_are(small, folder):
     with open(path, "wb") as file:
         file.write((data[:end] + cards).ljust(2800) + b"END".ljust(80) + data[2880:])
     picture = bg.read_picture(path)
-    assert cards in open(written("fits", picture), "rb").read()
+    found = fits.getheader(written("fits", picture))
+    said = ["OBJECT  = 'no end", "lower   = 3", "BAD = = 3 /", "?? not ASCII"]
+    assert list(found["COMMENT"]) == said
     for name in bg.FORMATS:
         for compress in (False, True):
             again = bg.read_picture(written(name, picture, compress=compress))
@@ -573,10 +575,10 @@ def test_xisf_keywords_become_cards(folder, small):
 
 def test_writing_changes_neither_planes_nor_source(small, folder):
     picture = bg.read_picture(save_fits("a.fits", small, header()))
-    planes, cards = picture.planes.copy(), list(picture.source.cards)
+    planes, keywords = picture.planes.copy(), list(picture.source.keywords)
     for name in bg.FORMATS:
         written(name, picture, history=["a"], unit=bg.Unit(2.0, -1.0))
-    assert np.array_equal(planes, picture.planes) and cards == picture.source.cards
+    assert np.array_equal(planes, picture.planes) and keywords == picture.source.keywords
 
 
 # ------------------------------------------------------------------------------------ hostile files
@@ -780,7 +782,7 @@ def test_letters_beyond_ascii_cost_no_compressed_picture(small, folder):
         data = file.read().replace(b"in X C", b"in \xb0 C")
         file.seek(0)
         file.write(data)
-    assert "in \xb0 C" in bg.read_picture(path).source.cards[0]
+    assert bg.read_picture(path).source.keywords[0].comment == "in \xb0 C"
 
 
 def test_a_tiff_tag_larger_than_the_file_costs_no_picture(folder):
@@ -951,14 +953,16 @@ def test_mutants_are_read_or_refused(kind, small, folder):
 # ------------------------------------------------------------------------------------ descriptions
 
 PLAIN = "taken in the garden"
-DESCRIPTIONS = {  # of a TIFF; what is left of it; what is said
-    "tifffile": ('{"shape": [40, 60, 3]}', "", None),
-    "tifffile with more": ('{"shape": [40, 60, 3], "exposure": 30}', "", "loses its description"),
-    "OME": ('<?xml version="1.0"?><OME xmlns="x"><Image ID="0"/></OME>', "", "loses its description"),
-    "ImageJ": ("ImageJ=1.53\nimages=3\nchannels=3\nmode=color", "", "loses its description"),
-    "ScanImage": ("state.configPath=1", "", "loses its description"),
-    "words": (PLAIN, PLAIN, None),
-    "none": ("", "", None),
+DESCRIPTIONS = {  # of a TIFF, and the comments that become of it
+    "tifffile": ('{"shape": [40, 60, 3]}', []),
+    "tifffile with more": (
+        '{"shape": [40, 60, 3], "exposure": 30}', ['{"shape": [40, 60, 3], "exposure": 30}']),
+    "OME": ('<?xml version="1.0"?><OME xmlns="x"><Image/></OME>',
+            ['<?xml version="1.0"?><OME xmlns="x"><Image/></OME>']),
+    "ImageJ": ("ImageJ=1.53\nimages=3\nchannels=3", ["ImageJ=1.53", "images=3", "channels=3"]),
+    "ScanImage": ("state.configPath=1", ["state.configPath=1"]),
+    "words": (PLAIN, [PLAIN]),
+    "none": ("", []),
 }
 
 
@@ -976,18 +980,17 @@ def read_by_others(name, path, planes):
 
 @pytest.mark.parametrize("kind", DESCRIPTIONS)
 def test_every_output_is_read_by_the_libraries_whatever_a_tiff_says(kind, small, folder):
-    description, left, said = DESCRIPTIONS[kind]
+    description, comments = DESCRIPTIONS[kind]
     save_tiff("a.tif", small, description=description)
     picture = bg.read_picture("a.tif")
-    assert len(picture.warnings) == bool(said)
-    assert not said or said in picture.warnings[0]
+    assert not picture.warnings
     for name in bg.FORMATS:
         for compress in (False, True):
             path = written(name, picture, history=["bgoptimizer: a line"], compress=compress)
             read_by_others(name, path, picture.planes)
     with tifffile.TiffFile(written("tiff", picture, history=["a line"])) as tiff:
-        lines = [left, "HISTORY a line"] if left else ["HISTORY a line"]
-        assert tiff.pages[0].description.split("\n") == lines
+        found = fits.Header.fromstring(tiff.pages[0].description, sep="\n")
+    assert list(found.get("COMMENT", [])) == comments and list(found["HISTORY"]) == ["a line"]
 
 
 @pytest.mark.parametrize("name", bg.FORMATS)
@@ -1142,8 +1145,6 @@ GREEDY = {
     "FITS with 20000 HDUs": (
         lambda: fits_header(*plain(8)) + 20000 * fits_header("XTENSION= 'IMAGE'", *plain(8)[1:]),
         "too many parts"),
-    "FITS of random groups": (
-        lambda: fits_header(*plain(8, 0, 3, more=["GROUPS  = T"]), data=2880), "random groups"),
 }
 
 
