@@ -507,22 +507,24 @@ def array_unit(planes):
     return unit
 
 
-def _leave_out_marks(planes):
-    """Set samples to NaN, in place, that a value such as -9999 marks as missing.
+def _leave_out_marks(planes, notes):
+    """Set samples to NaN, in place, that a value such as -9999 marks as missing, and note that.
 
     It is a whole number up to SMALLEST_MARK, and all others are nearer to their median than to it.
 
-    Returns the value, None without one, and how many they are.
+    Returns the value, None without one.
     """
     lowest = min(_finite_range(plane)[0] for plane in planes)
     if not (-LARGEST_VALUE < lowest <= SMALLEST_MARK and lowest == round(lowest)):
-        return None, 0
+        return None
     others = np.concatenate([plane[np.isfinite(plane) & (plane > lowest)] for plane in planes])
     if not others.size or others.min() - lowest <= np.median(others) - others.min():
-        return None, 0
+        return None
     marked = planes == lowest
     planes[marked] = np.nan
-    return lowest, np.count_nonzero(marked)
+    count = np.count_nonzero(marked)
+    notes.append(f"has {count} samples of {lowest:g}, which are taken for missing")
+    return lowest
 
 
 def _fit_into_unit_range(planes, name):
@@ -531,8 +533,8 @@ def _fit_into_unit_range(planes, name):
     Room is left where the corrected picture may need it: above the brightest star, and below the
     noise of the darkest sky, so that negative values stay what they are.
     """
-    mark, count = _leave_out_marks(planes)
-    marked = [f"has {count} samples of {mark:g}, which are taken for missing"] if count else []
+    marked = []
+    mark = _leave_out_marks(planes, marked)
     lows, highs = zip(*map(_finite_range, planes))
     lowest, highest = min(lows), max(highs)
     if lowest >= 0 and highest <= 1 or lowest > highest:
@@ -867,6 +869,7 @@ BARE_XISF = "<xisf><Image/><Metadata/></xisf>"
 BLOCK_XISF = (
     '<xisf version="1.0" xmlns="http://www.pixinsight.com/xisf"><Image geometry="{size}:1:1" '
     'sampleFormat="UInt8" location="attachment:{position}:{size}"/><Metadata/></xisf>')
+XISF_CODECS = ("zlib", "lz4", "lz4hc", "zstd")
 SAMPLE_FORMATS = {  # XISF's names, in lower case, and those of NumPy
     "uint8": "u1", "uint16": "u2", "uint32": "u4", "uint64": "u8", "float32": "f4", "float64": "f8",
 }
@@ -892,9 +895,7 @@ LZ4_LIMIT = 0x7E000000
 than 2 GiB together."""
 
 ALIGNMENT = 4096  # bytes: attached blocks start at multiples of it, as in PixInsight's own files
-FAR_BELOW = 1.0  # samples more than the whole range below black mark what is missing
 
-XISF_NAME = re.compile("[_a-zA-Z][_a-zA-Z0-9]*")
 # Without leading zeros: PixInsight takes 010 for 8
 XISF_INTEGER = re.compile(r"\+?(0|[1-9][0-9]{0,17}|0x[0-9a-fA-F]{1,15})")
 XISF_COMPRESSION = re.compile(
@@ -917,7 +918,6 @@ class Source:
     """What the outputs carry over from a file besides its pixels."""
     root: ElementTree.Element  # the header, without what describes the old pixels and the old file
     blocks: dict  # attached bytes, by the `location` that stands in their elements
-    checksum: bool = False  # True if the pixels had a checksum: then those of the outputs get one
 
 
 @dataclass
@@ -944,9 +944,9 @@ def read_xisf(path):
         root, end = _read_header(file)
         size = os.fstat(file.fileno()).st_size
         opened = _OpenFile(file, end, bytes_left=2 * size, warnings=[])
-        planes = _read_pixels(root, opened)
+        planes, mark = _read_pixels(root, opened)
         source = _read_source(root, opened)
-    return Picture(planes, source, opened.warnings)
+    return Picture(planes, source, opened.warnings, Unit(mark=mark))
 
 
 def _read_header(file):
@@ -1063,16 +1063,14 @@ def _read_attached(place, opened):
         with open(path, "wb") as copied:
             _write_header(copied, header)
             copied.seek(ALIGNMENT)
-            for start in range(0, size, READ_AT_ONCE):
-                copied.write(opened.file.read(min(READ_AT_ONCE, size - start)))
-        try:
-            return XISF(path).read_image(0, "channels_first").ravel()
-        except ValueError:  # the file has become shorter since it was opened
-            raise _Unreadable(NOT_DECODED) from None
+            copied.write(opened.file.read(size))
+            _require(copied.tell() == ALIGNMENT + size, "is cut short: it ends in its data")
+        return XISF(path).read_image(0, "channels_first").ravel()
 
 
 def _read_pixels(root, opened):
-    """Return the first image's samples, (c, h, w) in [0, 1]."""
+    """Return the first image's samples, (c, h, w) in [0, 1], and the value that marks missing ones.
+    """
     images = root.findall("Image")
     _require(images, "holds no image", "open it in the program that wrote it and save it again")
     if len(images) > 1:
@@ -1101,18 +1099,16 @@ def _read_pixels(root, opened):
     white = None if bounds == (0, 1) else upper - lower
     planes = _read_planes(lambda start, stop: rows[start:stop], dtype, (colors, height, width),
                           together, white, zero=-lower)
-    below, above, marked = np.sum([_clip(plane) for plane in planes], 0)
+    mark = _leave_out_marks(planes, opened.warnings)
+    below, above = np.sum([_clip(plane) for plane in planes], 0)
     if below or above:
         opened.warnings.append(f"has {below} samples below and {above} above its bounds "
                                f"{lower:g}:{upper:g}: clipped")
-    if marked:
-        opened.warnings.append(f"has {marked} samples far below its bounds {lower:g}:{upper:g}, "
-                               "which are taken for missing")
     if bounds != (0, 1):
         change = _in_unit(Unit(upper - lower, lower))
         for keyword in images[0].findall("FITSKeyword"):
             keyword.set("value", change(keyword.get("name", ""), keyword.get("value", "")))
-    return planes
+    return planes, mark
 
 
 def _read_bounds(attributes, dtype):
@@ -1147,6 +1143,7 @@ def _unpack(stored, attributes, size=None):
              f"is damaged: its data hold {unpacked_size} bytes, its samples need {size}")
     if codec is None:
         return stored
+    _check_expansion(codec, XISF_CODECS, unpacked_size, stored.size)
     sizes = [stored.size, unpacked_size]  # of each piece, as stored and unpacked
     if "subblocks" in attributes:
         text = _value(attributes, "subblocks").replace(",", ":")
@@ -1157,13 +1154,17 @@ def _unpack(stored, attributes, size=None):
     totals = sum(stored_sizes), sum(unpacked_sizes)
     _require(consistent and totals == (stored.size, unpacked_size),
              "has a compressed block that contradicts itself")
-    pieces = []
-    start = 0
+    unpacked = np.empty(unpacked_size, np.uint8)
+    start = position = 0
     for piece_size, size in zip(stored_sizes, unpacked_sizes):
-        _check_expansion(codec, (codec,), size, piece_size)
-        pieces.append(_decompress(stored[start:start + piece_size], codec, size))
+        piece = stored[start:start + piece_size]
+        unpacked[position:position + size] = _decompress(piece, codec, size)
         start += piece_size
-    return _unshuffle(pieces[0] if len(pieces) == 1 else np.concatenate(pieces), item)
+        position += size
+    # Byte 0 of every item, then byte 1 of every item, and so on; behind them what is no item
+    end = unpacked_size // item * item
+    unpacked[:end] = unpacked[:end].reshape(item, -1).T.ravel()
+    return unpacked
 
 
 def _decompress(stored, codec, size):
@@ -1185,101 +1186,74 @@ def _decompress(stored, codec, size):
     raise _Unreadable(NOT_DECODED)
 
 
-def _unshuffle(data, item):
-    """Put byte 0 of every item, then byte 1 of every item, and so on, back into items.
-
-    What is less than an item stays behind them.
-    """
-    if item == 1:
-        return data
-    end = data.size // item * item
-    unshuffled = data[:end].reshape(item, -1).T.ravel()
-    return np.concatenate([unshuffled, data[end:]]) if end < data.size else unshuffled
-
-
 def _clip(plane):
     """Clip a plane to [0, 1], in place; what is not finite stays.
 
-    Returns how many were below, above, and so far below that they are missing.
+    Returns how many samples were below and above.
     """
     low, high = _finite_range(plane)
     if low >= 0 and high <= 1:
-        return 0, 0, 0
-    marked = (plane < -FAR_BELOW) & (plane > -np.inf)
-    dark = (plane < 0) & (plane >= -FAR_BELOW)
+        return 0, 0
+    dark = (plane < 0) & (plane > -np.inf)
     bright = (plane > 1) & (plane < np.inf)
     plane[dark] = np.finfo(plane.dtype).tiny  # 0 means missing
     plane[bright] = 1
-    plane[marked] = 0
-    return dark.sum(), bright.sum(), marked.sum()
+    return dark.sum(), bright.sum()
 
 
 def _read_source(root, opened):
     """Return the Source; what cannot be carried over is left out and named in the warnings."""
     image = root.find("Image")
-    checksum = "checksum" in image.attrib or image.find("Data[@checksum]") is not None
     keywords = {element.get("name"): element.get("value")
                 for element in image.findall("FITSKeyword")}
     _what_keywords_say({**keywords, **image.attrib}, opened.warnings)
-    for name in STALE_IMAGE_ATTRIBUTES:
-        image.attrib.pop(name, None)
-    if not XISF_NAME.fullmatch(image.get("id", "_")):
-        del image.attrib["id"]
-    image.text = image.tail = None  # pixels, if they stood there
-    blocks = {}
-    image[:] = _carry_over(image, blocks, opened)
     if image.find("ColorFilterArray") is not None:
         opened.warnings.append("is a color filter mosaic: debayer it first, "
                                "or its colors are fitted as one")
+    for name in STALE_IMAGE_ATTRIBUTES:
+        image.attrib.pop(name, None)
+    image.text = image.tail = None  # pixels, if they stood there
     others = [child for child in root if child.tag not in ("Image", "Metadata", "Signature")]
-    metadata = ElementTree.Element("Metadata")
-    metadata[:] = _carry_over(root.findall("Metadata/Property"), blocks, opened)
-    namespaces = {name: root.get(name) for name in root.keys() if name.startswith("xmlns:")}
-    new_root = ElementTree.Element("xisf", namespaces)
-    new_root[:] = [image, *_carry_over(others, blocks, opened), metadata]
-    return Source(new_root, blocks, checksum)
-
-
-def _carry_over(elements, blocks, opened):
-    """Return the elements that are kept, and add their attached bytes to `blocks`."""
+    blocks = {}
     kept, untrue, lost = [], [], []
-    for element in elements:
-        name = element.get("id") or element.get("name") or ""
-        title = f"{element.tag} {name}"
-        if STALE_FILE_METADATA.match(title):
-            continue
-        if STALE_PIXEL_METADATA.match(title):
-            untrue.append(f"{name[:80]!r}")
-            continue
-        element.tail = None
-        if element.tag == "FITSKeyword":  # strict readers want all three
-            element.attrib.setdefault("value", "")
-            element.attrib.setdefault("comment", "")
-        try:
-            blocks.update(_attached_bytes(element, blocks, opened))
-        except _Unreadable as error:
-            lost.append(f"{element.tag} {name[:80]!r}, which {error}")
-        else:
-            kept.append(element)
+    for elements in (image, others, root.findall("Metadata/Property")):
+        kept.append([element for element in elements
+                     if _is_kept(element, blocks, opened, untrue, lost)])
     if lost:
         opened.warnings.append(f"loses {len(lost)} element(s): {', '.join(lost)[:300]}")
-    if untrue:
-        opened.warnings.append(f"had {', '.join(untrue)[:200]}: "
-                               "not kept, because the new pixels make them untrue")
-    return kept
+    _note_untrue(untrue, opened.warnings)
+    metadata = ElementTree.Element("Metadata")
+    image[:], others, metadata[:] = kept
+    namespaces = {name: root.get(name) for name in root.keys() if name.startswith("xmlns:")}
+    new_root = ElementTree.Element("xisf", namespaces)
+    new_root[:] = [image, *others, metadata]
+    return Source(new_root, blocks)
 
 
-def _attached_bytes(element, blocks, opened):
-    """Return the attached bytes of an element and its children, by location, but for known ones."""
+def _is_kept(element, blocks, opened, untrue, lost):
+    """Tell whether outputs keep an element; if so, add its attached bytes to `blocks`."""
+    name = element.get("id") or element.get("name") or ""
+    title = f"{element.tag} {name}"
+    if STALE_FILE_METADATA.match(title):
+        return False
+    if STALE_PIXEL_METADATA.match(title):
+        untrue.append(f"{name[:80]!r}")
+        return False
+    element.tail = None
     attached = {}
-    for part in element.iter():
-        location = part.get("location")
-        if location is None or location in blocks:  # several elements may share one block
-            continue
-        stored, _ = _read_block(part, opened)
-        if location.strip().startswith("attachment"):  # others stand in the element itself
-            attached[location] = stored
-    return attached
+    try:
+        for part in element.iter():
+            location = part.get("location")
+            if location is None or location in blocks:  # several elements may share one block
+                continue
+            stored, _ = _read_block(part, opened)
+            if location.strip().startswith("attachment"):  # others stand in the element itself
+                attached[location] = stored
+    except _Unreadable as error:
+        lost.append(f"{element.tag} {name[:80]!r}, which {error}")
+        return False
+    blocks.update(attached)
+    return True
 
 
 def _icc_of_xisf(source):
@@ -1304,7 +1278,7 @@ def write_xisf(file, planes, source=None, history=(), compress=False):
         history: lines, which become HISTORY keywords.
         compress: lz4hc with byte shuffling, or zstd where PixInsight would not read that.
 
-    The pixels get a checksum if they are to be compressed, or if those of the source had one.
+    Compressed pixels get a checksum.
     Raises ValueError if the planes are of a shape or type that could not be read back.
     """
     _check_planes(planes)
@@ -1318,12 +1292,9 @@ def write_xisf(file, planes, source=None, history=(), compress=False):
         codec, packed = _compress(planes)
         if len(packed) < size:
             image.set("compression", f"{codec}+sh:{size}:{item}")
+            image.set("checksum", f"sha1:{hashlib.sha1(packed).hexdigest()}")
             pieces = [packed]
             size = len(packed)
-    digest = hashlib.sha1()
-    has_checksum = compress or source.checksum
-    if has_checksum:
-        image.set("checksum", f"sha1:{digest.hexdigest()}")  # as long as the final one
     sizes = {location: len(block) for location, block in source.blocks.items()}
     positions = _place_blocks(root, {**sizes, "pixels": size})
     for location, block in source.blocks.items():
@@ -1332,11 +1303,7 @@ def write_xisf(file, planes, source=None, history=(), compress=False):
     file.seek(positions["pixels"])
     for piece in pieces:
         file.write(piece)
-        if has_checksum:
-            digest.update(piece)
         del piece  # before the next plane is made
-    if has_checksum:
-        image.set("checksum", f"sha1:{digest.hexdigest()}")
     file.seek(0)
     _write_header(file, XML_DECLARATION + _markup(root))
 
@@ -1366,8 +1333,9 @@ def _new_header(planes, source, history):
     for line in lines:
         ElementTree.SubElement(image, "FITSKeyword", name="HISTORY", value="", comment=line)
     change = _with_range(planes, Unit())
-    for keyword in image.findall("FITSKeyword"):
-        keyword.set("value", change(keyword.get("name"), keyword.get("value")))
+    for keyword in image.findall("FITSKeyword"):  # strict readers want all attributes
+        keyword.set("value", change(keyword.get("name"), keyword.get("value", "")))
+        keyword.attrib.setdefault("comment", "")
     for element in image.findall("Property[@id='Processing:History']"):
         if "location" not in element.attrib:  # the specification wants it kept and appended to
             element.text = "\n".join([element.text or "", *lines])
