@@ -319,27 +319,19 @@ class _Unreadable(ValueError):
 
 @contextmanager
 def _refusals(path):
-    """Turn all that goes wrong while a file is read into a BgError."""
+    """Turn what is wrong with a file that is read into a BgError."""
     try:
-        _require("\0" not in str(path), "has a NUL in its name, which no file can have",
-                 "check the name")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the libraries' own, on headers not quite right
             with memory_errors():
                 yield
-    except BgError:
+    except (BgError, MemoryError, ImportError):
         raise
     except _Unreadable as error:
         raise BgError(f"{path} {error}; {error.advice}") from None
-    except MemoryError:
-        raise BgError(f"{path} needs more memory than there is; "
-                      "close other programs or crop the picture") from None
     except OSError as error:
         reason = error.strerror or error
         raise BgError(f"{path} cannot be read: {reason}; check the path and the disk") from None
-    except ImportError as error:
-        raise BgError(f"{path} cannot be read without {error.name}; install it with: "
-                      "python -m pip install -r requirements.txt") from None
     except Exception as error:  # the libraries raise anything on damaged files
         reason = " ".join(str(error).split())[:100]
         raise BgError(f"{path} is damaged, or of a kind that is not read ({reason}); "
@@ -605,6 +597,7 @@ HISTORY_COLUMNS = 72  # characters of text that a card of HISTORY has room for
 
 NUMBER_PATTERN = r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)(?:[EDed][-+]?\d+)?"
 VALUE_PATTERN = rf"(?:'(?:[^']|'')*'|\([^()']*\)|{NUMBER_PATTERN}|[TF])?"
+FITS_NAME = re.compile("[A-Z0-9_-]{1,8}")
 FITS_VALUE = re.compile(VALUE_PATTERN)
 FITS_CARD_WITH_VALUE = re.compile(
     r"(?:(?=.{8}=)([A-Z0-9_-]+) *=|HIERARCH +([^=]*[^= ]) *=|(CONTINUE)  )"
@@ -675,28 +668,43 @@ def _parse_cards(cards):
 def _cards(keywords):
     """Return the cards of keywords. What no card can hold becomes COMMENT."""
     cards = []
-    for name, value, comment in keywords:
-        is_long_name = not re.fullmatch("[A-Z0-9_-]{1,8}", name)
-        start = f"HIERARCH {name} = " if is_long_name else f"{name:8}= "
-        if name not in TEXT_NAMES and ("=" in name or len(start) > FITS_CARD // 2):
-            name, comment = "COMMENT", f"{name} = {value} / {comment}"
-        if name in TEXT_NAMES:
-            cards += [f"{name:8}{line}" for line in _wrapped(comment)]
-        elif len(start + value) <= FITS_CARD:
-            value = f"{value:20}" if value.startswith("'") else f"{value:>20}"
-            cards.append(f"{start}{value} / {comment}" if comment else start + value)
+    for keyword in keywords:
+        if keyword.name in TEXT_NAMES:
+            cards += _cards_of_text(keyword.name, keyword.comment)
         else:
-            cards += _cards_of_long_text(start, value)
+            cards += _cards_of_value(keyword)
     return [_printable(card[:FITS_CARD]).ljust(FITS_CARD) for card in cards]
 
 
-def _cards_of_long_text(start, value):
-    """Return the first card of a text, which begins with `start`, and those that continue it."""
-    text = value[1:-1].replace("''", "'")
-    length = (FITS_CARD - len(start) - len("'&'")) // 2  # quotes count twice
-    pieces = [text[k:k + length].replace("'", "''") for k in range(0, len(text), length)]
-    first, *others = [f"'{piece}&'" for piece in pieces[:-1]] + [f"'{pieces[-1]}'"]
-    return [start + first, *(f"CONTINUE  {piece}" for piece in others)]
+def _cards_of_text(name, text):
+    """Return cards without a value, such as HISTORY, that hold a text."""
+    return [f"{name:8}{line}" for line in _wrapped(text)]
+
+
+def _cards_of_value(keyword):
+    """Return the card of a keyword with a value; a long text needs several."""
+    name, value, comment = keyword
+    if FITS_NAME.fullmatch(name):
+        start = f"{name:8}= "
+    else:
+        name = f"HIERARCH {name}"
+        start = f"{name} = "
+    if "=" not in name and len(start + value) <= FITS_CARD:
+        value = f"{value:20}" if value.startswith("'") else f"{value:>20}"
+        comment = comment and f" / {comment}"
+        return [start + value + comment]
+    with warnings.catch_warnings(), suppress(ValueError):
+        warnings.simplefilter("ignore")  # of a comment that is cut at the end of its card
+        from astropy.io import fits
+        text = value[1:-1].replace("''", "'")
+        card = str(fits.Card(name, _printable(text), _printable(comment)))
+        return _split_cards(card)
+    return _cards_of_text("COMMENT", f"{name} = {value} / {comment}")
+
+
+def _split_cards(text):
+    """Return the cards of a header, which stand in it without a mark between them."""
+    return [text[start:start + FITS_CARD] for start in range(0, len(text), FITS_CARD)]
 
 
 def _printable(text):
@@ -1396,7 +1404,7 @@ def _markup(element):
 # Pictures on disk: FITS
 #
 # Headers are read and written card by card, so that what is malformed or strange costs neither
-# time nor the picture. astropy packs and unpacks compressed pictures, and sums their bytes.
+# time nor the picture. astropy packs and unpacks compressed pictures.
 # The FITS standard: https://fits.gsfc.nasa.gov/fits_standard.html.
 # --------------------------------------------------------------------------------------------------
 
@@ -1426,7 +1434,6 @@ class FitsSource:
     keywords: list  # of Keyword, without those that the pixels decide
     before: bytes = b""  # HDUs in front of the picture; empty if it is the first
     after: bytes = b""  # HDUs behind it
-    checksum: bool = False  # True if the picture had a DATASUM or CHECKSUM
     icc: bytes = b""  # color profile; it also stands in one of the HDUs
     top_down: bool = False  # True if the first row is the top
 
@@ -1453,10 +1460,7 @@ def read_fits(path):
         size = math.prod(shape) * dtype.itemsize
         if part.packed:
             _check_fits_tiles(part, size)
-        step, zero = header.get("BSCALE", 1), header.get("BZERO", 0)
-        numbers = isinstance(step, (int, float)) and isinstance(zero, (int, float))
-        _require(numbers and step and math.isfinite(step) and math.isfinite(zero),
-                 f"has the impossible BSCALE {step!r} or BZERO {zero!r}")
+        step, zero = _fits_scale(header)
         blank = header.get("BLANK") if dtype.kind != "f" else None
         white = _white(dtype, step, zero)
         source = _read_fits_source(file, parts, number, white, notes)
@@ -1531,12 +1535,10 @@ def _read_fits_part(file, position, size):
         shape = shape[1:]
     if len(shape) < 2 or 0 in shape:
         shape = []
-    missing = start_of_data + length - size
-    rows = math.prod(shape[:-1])
-    gone = min(rows, math.ceil(rows * missing / max(1, length)))
-    _require(length >= 0 and missing <= 0, f"is cut short: the last {gone} of its {rows} rows are "
-                                           "missing" if shape else "is cut short")
-    end = start_of_data + length + -length % FITS_BLOCK
+    complete = length >= 0 and start_of_data + length <= size
+    _require(complete, "is cut short: the end of its data is missing")
+    padding = -length % FITS_BLOCK
+    end = start_of_data + length + padding
     return _FitsPart(
         cards, keywords, header, position, start_of_data, length, end, shape, packed)
 
@@ -1548,8 +1550,7 @@ def _read_fits_cards(file, position):
     while END_CARD not in cards[-FITS_BLOCK // FITS_CARD:]:
         block = file.read(FITS_BLOCK)
         _require(len(block) == FITS_BLOCK, "is cut short: a header has no end")
-        text = block.decode("latin-1")
-        cards += [text[start:start + FITS_CARD] for start in range(0, FITS_BLOCK, FITS_CARD)]
+        cards += _split_cards(block.decode("latin-1"))
         _require(len(cards) <= MAX_FITS_CARDS, "has a header too large to be true")
     return cards[:cards.index(END_CARD)]
 
@@ -1558,10 +1559,24 @@ def _fits_axes(header, prefix=""):
     """Return the lengths of the axes, the last named first, as NumPy has them."""
     count = header.get(prefix + "NAXIS")
     _require(count in range(1000), f"has the impossible {prefix}NAXIS {count!r}")
-    axes = [header.get(f"{prefix}NAXIS{axis}") for axis in range(count, 0, -1)]
-    possible = all(isinstance(length, int) and length >= 0 for length in axes)
-    _require(possible, f"has the impossible axes {axes}")
+    axes = []
+    for number in range(count, 0, -1):
+        name = f"{prefix}NAXIS{number}"
+        length = header.get(name)
+        possible = isinstance(length, int) and length >= 0
+        _require(possible, f"has the impossible {name} {length!r}")
+        axes.append(length)
     return axes
+
+
+def _fits_scale(header):
+    """Return what the stored samples are multiplied with, and what is added then."""
+    scale = header.get("BSCALE", 1), header.get("BZERO", 0)
+    for name, number in zip(("BSCALE", "BZERO"), scale):
+        possible = isinstance(number, (int, float)) and math.isfinite(number)
+        _require(possible, f"has the impossible {name} {number!r}")
+    _require(scale[0] != 0, "has the impossible BSCALE 0")
+    return scale
 
 
 def _fits_layout(shape):
@@ -1584,15 +1599,19 @@ def _check_fits_tiles(part, size):
     settings = {"ZDITHER0": header.get("ZDITHER0", 1)}
     for name in header:
         if name.startswith("ZNAME"):
-            settings[header[name]] = header.get(name.replace("NAME", "VAL"))
-    for name, value in settings.items():
-        possible = FITS_CODEC_SETTINGS.get(name, (value,))
+            setting = header[name]
+            settings[setting] = header.get(name.replace("NAME", "VAL"))
+    for name, possible in FITS_CODEC_SETTINGS.items():
+        value = settings.get(name, possible[0])
         _require(value in possible, f"has the impossible {name} {value!r}")
     _require(header.get("TFIELDS") in range(1000), "has too many columns to be true")
     tiles = 1
-    for axis, length in enumerate(_fits_axes(header, "Z")[::-1], 1):
-        side = header.get(f"ZTILE{axis}", length if axis == 1 else 1)
-        _require(isinstance(side, int) and side > 0, f"has the impossible ZTILE{axis} {side!r}")
+    axes = _fits_axes(header, "Z")
+    for number, length in enumerate(reversed(axes), 1):
+        name = f"ZTILE{number}"
+        usual = length if number == 1 else 1
+        side = header.get(name, usual)
+        _require(isinstance(side, int) and side > 0, f"has the impossible {name} {side!r}")
         tiles *= math.ceil(length / side)
     _require(tiles == header["NAXIS2"] <= MAX_TILES, "has another number of tiles than it claims")
 
@@ -1610,9 +1629,8 @@ def _read_fits_source(file, parts, number, white, notes):
     keywords = _kept(keywords, white, notes)
     file.seek(0)
     before = file.read(part.start)
-    first_names = [keyword.name for keyword in parts[0].keywords]
-    says_nothing = all(STRUCTURE_NAMES.fullmatch(name) or name in TEXT_NAMES
-                       for name in first_names)
+    first_names = {keyword.name for keyword in parts[0].keywords}.difference(TEXT_NAMES)
+    says_nothing = all(map(STRUCTURE_NAMES.fullmatch, first_names))
     if part.packed and number == 1 and says_nothing:
         before = b""  # it is there because a compressed picture cannot be the first
     file.seek(part.end)
@@ -1622,9 +1640,8 @@ def _read_fits_source(file, parts, number, white, notes):
         if other.header.get("EXTNAME") == "ICCPROFILE":
             file.seek(other.data)
             icc = file.read(other.length)
-    checksum = "DATASUM" in part.header or "CHECKSUM" in part.header
     top_down = part.header.get(ROW_ORDER) == "TOP-DOWN"
-    return FitsSource(keywords, before, _padded(after), checksum, icc, top_down)
+    return FitsSource(keywords, before, _padded(after), icc, top_down)
 
 
 def _padded(data, filling=b"\0"):
@@ -1638,13 +1655,15 @@ def _fits_header(cards):
     return _padded(text.encode("ascii"), b" ")
 
 
-def _structure_cards(start, bits, axes):
+def _structure_cards(is_first, bits, axes):
     """Return the cards that a header begins with: of the first HDU, or of an image extension."""
-    values = {"SIMPLE": "T"} if start == 0 else {"XTENSION": "'IMAGE   '"}
-    values.update(BITPIX=bits, NAXIS=len(axes))
-    for number, length in enumerate(axes[::-1], 1):
+    values = {"BITPIX": bits, "NAXIS": len(axes)}
+    for number, length in enumerate(reversed(axes), 1):
         values[f"NAXIS{number}"] = length
-    values.update({"EXTEND": "T"} if start == 0 else {"PCOUNT": 0, "GCOUNT": 1})
+    if is_first:
+        values = {"SIMPLE": "T", **values, "EXTEND": "T"}
+    else:
+        values = {"XTENSION": "'IMAGE   '", **values, "PCOUNT": 0, "GCOUNT": 1}
     return _cards(Keyword(name, str(value)) for name, value in values.items())
 
 
@@ -1653,9 +1672,11 @@ def _to_fits_source(source, height):
     keywords, icc = _shared_metadata(source, height)
     after = b""
     if icc:
-        name = Keyword("EXTNAME", "'ICCProfile'")
-        after = _fits_header(_structure_cards(1, 8, [len(icc)]) + _cards([name])) + _padded(icc)
-    return FitsSource([*keywords, Keyword(ROW_ORDER, "'BOTTOM-UP'")], after=after, icc=icc)
+        cards = _structure_cards(False, 8, [len(icc)])
+        cards += _cards([Keyword("EXTNAME", "'ICCProfile'")])
+        after = _fits_header(cards) + _padded(icc)
+    keywords.append(Keyword(ROW_ORDER, "'BOTTOM-UP'"))
+    return FitsSource(keywords, after=after, icc=icc)
 
 
 def write_fits(file, planes, source=None, history=(), compress=False, unit=Unit()):
@@ -1685,13 +1706,9 @@ def write_fits(file, planes, source=None, history=(), compress=False, unit=Unit(
         if not source.before:
             file.write(empty_hdu)
     else:
-        structure = _structure_cards(len(source.before), -8 * data.itemsize, data.shape)
-    cards = structure + cards
-    if source.checksum:
-        from astropy.io import fits
-        data_sum = fits.ImageHDU(data).add_datasum()
-        cards += _cards([Keyword("DATASUM", f"'{data_sum}'")])
-    file.write(_fits_header(cards))
+        is_first = not source.before
+        structure = _structure_cards(is_first, -8 * data.itemsize, data.shape)
+    file.write(_fits_header(structure + cards))
     file.write(data)
     file.write(bytes(-data.nbytes % FITS_BLOCK))
     file.write(source.after)
@@ -1712,7 +1729,7 @@ def _compressed_fits(data):
     first = _read_fits_part(made, 0, len(content))
     packed = _read_fits_part(made, first.end, len(content))
     cards = [card for card in packed.cards if card.rstrip() and not card.startswith("EXTNAME")]
-    return content[:packed.start], cards, np.frombuffer(content[packed.data:packed.end], np.uint8)
+    return content[:packed.start], cards, content[packed.data:packed.end]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1730,8 +1747,6 @@ TIFF_ICC = 34675
 TIFF_CHUNKS = ("StripOffsets", "StripByteCounts", "TileOffsets", "TileByteCounts")
 TIFF_PLANAR = 1, 2  # samples of a pixel together, or planes
 TIFF_THUMBNAIL = 2  # value of the old SubfileType
-TIFF_INCH = 2
-TIFF_RESOLUTION_UNITS = 1, 2, 3  # none, inch, centimeter
 LARGEST_TIFF = 0xF0000000  # bytes; larger ones are BigTIFF
 TIFF_BYTES = 7  # a type
 TIFF_KEPT = {271: "s", 272: "s", 306: "s", 315: "s", 33432: "s", 274: "H", 700: "B"}
@@ -1745,7 +1760,7 @@ class TiffSource:
     """What a TIFF file has besides its pixels."""
     keywords: list  # of Keyword; a description in words is COMMENT
     icc: bytes = b""  # color profile
-    options: dict = field(default_factory=dict)  # others, as tifffile's writer takes them
+    tags: list = field(default_factory=list)  # these and others, as tifffile's writer takes them
 
 
 def read_tiff(path):
@@ -1815,32 +1830,40 @@ def _check_tiff_page(page, size):
     _require(known, "does not say whether it is gray or RGB", advice)
     colors = TIFF_COLORS.get(page.photometric)
     _require(colors, f"is neither gray nor RGB, but {_tiff_word(page.photometric)}", advice)
+    bits = page.bitspersample
     item = page.dtype.itemsize if page.dtype and page.dtype.kind in "iuf" else 0
-    _require(item and page.bitspersample == 8 * item,
-             f"has samples of {page.bitspersample} bits, which are not read", advice)
-    lengths = *page.shaped, *page.chunks, page.samplesperpixel
-    _require(all(isinstance(length, int) for length in lengths),
-             "is damaged: its size is not a number")
+    _require(item and bits == 8 * item, f"has samples of {bits} bits, which are not read", advice)
+    channels = page.samplesperpixel
+    lengths = *page.shaped, *page.chunks, channels
+    whole = all(isinstance(length, int) for length in lengths)
+    _require(whole, "is damaged: its size is not a number")
     planes, depth, height, width, together = page.shaped
     _require(depth == 1 and height and width, "is not a flat picture", advice)
-    channels = page.samplesperpixel
     _require(channels >= colors and planes * together == channels,
              f"is called RGB but has {channels} channel(s)", advice)
+    _check_tiff_chunks(page, size)
+    needed = math.prod(page.shaped) * item
+    stored = min(sum(page.databytecounts), size)
+    _check_expansion(_tiff_word(page.compression), TIFF_CODECS, needed, stored)
+    tile = math.prod(page.chunks) * item
+    _require(tile <= 4 * needed + (1 << 20), "has tiles larger than the picture")
+    return colors
+
+
+def _check_tiff_chunks(page, size):
+    """Refuse a page that does not have all its strips or tiles in a file of so many bytes.
+
+    tifffile makes up what is missing, and leaves out what is too much.
+    """
     offsets, counts = page.dataoffsets, page.databytecounts
     _require(len(offsets) <= MAX_TILES or page.is_final, "has too many strips to be true")
     chunks = math.prod(page.chunked)
-    listed = [page.tags[code].count for code in TIFF_CHUNKS if code in page.tags]
-    # tifffile makes up what is missing, and leaves out what is too much
+    listed = [page.tags[name].count for name in TIFF_CHUNKS if name in page.tags]
     complete = listed == [chunks, chunks] and all(offsets) and all(counts)
     _require(complete and page.planarconfig in (None, *TIFF_PLANAR),
              f"is damaged: it has not the {chunks} strips or tiles that it needs")
     last = max(map(sum, zip(offsets, counts)))
     _require(last <= size, "is cut short: its last rows are missing")
-    needed = math.prod(page.shaped) * item
-    _check_expansion(_tiff_word(page.compression), TIFF_CODECS, needed, min(sum(counts), size))
-    tile = math.prod(page.chunks) * item
-    _require(tile <= 4 * needed + (1 << 20), "has tiles larger than the picture")
-    return colors
 
 
 def _tiff_word(value):
@@ -1858,27 +1881,19 @@ def _read_tiff_source(page, white, notes):
 
     tags = []
     for code, kind in TIFF_KEPT.items():
-        if kind == "H" and isinstance(value(code), int):
-            tags.append((code, kind, 1, int(value(code)), True))
-        elif kind != "H" and value(code) is not None:
-            count = len(as_bytes(code)) if kind == "B" else 0
-            tags.append((code, kind, count, as_bytes(code), True))
+        found = value(code)
+        if kind == "H" and isinstance(found, int):
+            tags.append((code, kind, 1, int(found), True))
+        elif kind != "H" and found is not None:
+            text = as_bytes(code)
+            count = len(text) if kind == "B" else 0
+            tags.append((code, kind, count, text, True))
     icc = value(TIFF_ICC)
     icc = icc if isinstance(icc, bytes) else b""
-    options = {"extratags": tags + _icc_tags(icc)}
-    resolution = value("XResolution"), value("YResolution")
-    unit = value("ResolutionUnit") or TIFF_INCH
-    if all(map(_is_fraction, resolution)) and unit in TIFF_RESOLUTION_UNITS:
-        options.update(resolution=resolution, resolutionunit=int(unit))
+    tags += _icc_tags(icc)
     description = as_bytes("ImageDescription").decode("utf-8", "replace")
-    keywords = _kept(_keywords_of_tiff(description.strip("\0 \r\n")), white, notes)
-    return TiffSource(keywords, icc, options)
-
-
-def _is_fraction(value):
-    """Tell whether a tag's value is one number above 0: numerator and denominator."""
-    is_pair = isinstance(value, tuple) and len(value) == 2
-    return is_pair and all(isinstance(number, int) and number > 0 for number in value)
+    keywords = _keywords_of_tiff(description.strip("\0 \r\n"))
+    return TiffSource(_kept(keywords, white, notes), icc, tags)
 
 
 def _keywords_of_tiff(description):
@@ -1913,24 +1928,22 @@ def write_tiff(file, planes, source=None, history=(), compress=False, unit=Unit(
     if channels == 1:
         data = data[..., 0]
         photometric = "minisblack"
-    options = dict(source.options)
-    if compress:
-        options.update(compression="adobe_deflate", predictor=3)
+    options = {"compression": "adobe_deflate", "predictor": 3} if compress else {}
     cards = _cards(_changed(source.keywords, _with_range(planes, unit)))[:MAX_KEPT_CARDS]
     cards += _cards(Keyword("HISTORY", "", line) for line in history)
     shape = planes.shape if channels > 1 else planes.shape[1:]
-    cards = [*_structure_cards(0, -32, shape), *cards, END_CARD]
+    cards = [*_structure_cards(True, -32, shape), *cards, END_CARD]
     description = "\n".join(card.rstrip() for card in cards)
     big = data.nbytes + len(description) + len(source.icc) > LARGEST_TIFF
     with tifffile.TiffWriter(file, bigtiff=big) as writer:
         writer.write(data, photometric=photometric, description=description, metadata=None,
-                     software=f"bgoptimizer {VERSION}", **options)
+                     software=f"bgoptimizer {VERSION}", extratags=source.tags, **options)
 
 
 def _to_tiff_source(source, height):
     """Return a TiffSource that holds what TIFF can hold of another one."""
     keywords, icc = _shared_metadata(source, height)
-    return TiffSource(keywords, icc, {"extratags": _icc_tags(icc)})
+    return TiffSource(keywords, icc, _icc_tags(icc))
 
 
 def _icc_tags(icc):

@@ -400,7 +400,7 @@ def test_a_fits_keeps_its_header_card_by_card(compress, small, folder):
             assert "bgoptimizer: a line" in str(hdus[number].header["HISTORY"])
             hdus.verify("exception")
         with fits.open(again, disable_image_compression=True) as hdus:
-            assert "DATASUM" in hdus[number].header
+            assert not {"CHECKSUM", "DATASUM"} & set(hdus[number].header)
 
 
 def test_a_solved_picture_has_the_same_sky_positions(small, folder):
@@ -444,8 +444,6 @@ def test_a_tiff_keeps_what_it_has(compress, channels, small, folder):
         metadata=None,
         photometric="rgb" if channels > 1 else "minisblack",
         description="SIMPLE  =                    T\nOBJECT  = 'M 31'\nEND",
-        resolution=(300, 301),
-        resolutionunit=2,
         extratags=[ICC_TAG, (315, "s", 0, "me", True), (700, "B", 4, b"<x/>", True)],
     )
     picture = bg.read_picture("a.tif")
@@ -462,7 +460,6 @@ def test_a_tiff_keeps_what_it_has(compress, channels, small, folder):
             and tags[315].value == "me"
             and tags[700].value == b"<x/>"
         )
-        assert tags[282].value == (300, 1) and tags[296].value == 2
         assert (tiff.pages[0].predictor == 3) == compress
     assert np.array_equal(bg.read_picture(again).planes, picture.planes)
 
@@ -879,12 +876,6 @@ def test_planes_that_could_not_be_read_back_are_not_written(name, shape, dtype):
     assert not file.getvalue()
 
 
-def test_a_nul_in_a_name_is_said(folder):
-    for read in (bg.read_picture, bg.read_xisf, bg.read_fits, bg.read_tiff):
-        with pytest.raises(bg.BgError, match="NUL in its name.*; check the name"):
-            read("a\0b.fits")
-
-
 def test_a_tiff_that_does_not_tell_its_compression_has_none(folder):
     tags = [entry for entry in tiff_tags() if entry[0] != 259]
     with open("a.tif", "wb") as file:
@@ -1106,18 +1097,6 @@ def cut_before(path, function):
         return function(*arguments, **options)
 
     return cut
-
-
-@pytest.mark.parametrize(
-    "rows, says", [(1, "the last 1 of its 40 rows"), (39, "the last 39 of its 40 rows")]
-)
-def test_a_truncated_file_is_said_in_rows(rows, says, small, folder):
-    path = save_fits("a.fits", small[0])
-    with fits.open(path) as hdus:
-        end = hdus.fileinfo(0)["datLoc"] + small[0].nbytes
-    os.truncate(path, end - rows * 120 + 1)
-    with pytest.raises(bg.BgError, match=says):
-        bg.read_picture(path)
 
 
 def zstd_bomb():

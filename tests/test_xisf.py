@@ -292,13 +292,14 @@ def test_what_is_no_file_is_refused(tmp_path):
 def test_a_file_that_may_not_be_read_or_fails_is_refused(tmp_path, monkeypatch):
     path = tmp_path / "in.xisf"
     path.write_bytes(one_image())
-    failures = (("builtins.open", PermissionError(13, "Permission denied"), "Permission denied"),
-                ("numpy.empty", MemoryError(), "memory"))
-    for function, error, says in failures:
-        with monkeypatch.context() as patch:
-            patch.setattr(function, raising(error))
-            with pytest.raises(bg.BgError, match=says):
-                bg.read_xisf(str(path))
+    with monkeypatch.context() as patch:
+        patch.setattr("builtins.open", raising(PermissionError(13, "Permission denied")))
+        with pytest.raises(bg.BgError, match="Permission denied"):
+            bg.read_xisf(str(path))
+    with monkeypatch.context() as patch:
+        patch.setattr("numpy.empty", raising(MemoryError()))
+        with pytest.raises(MemoryError):
+            bg.read_xisf(str(path))
 
 
 def raising(error):
