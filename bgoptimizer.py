@@ -575,14 +575,6 @@ def _in_own_unit(plane, unit):
     return values
 
 
-def _check_planes(planes):
-    """Refuse to write planes of a shape or type that could not be read back."""
-    if len(planes.shape) != 3 or planes.shape[0] not in (1, 3) or 0 in planes.shape:
-        raise ValueError(f"planes must be (c, h, w) with c = 1 or 3, not {planes.shape}")
-    if planes.dtype.name not in ("float32", "float64"):
-        raise ValueError(f"planes must be float32 or float64, not {planes.dtype}")
-
-
 # --------------------------------------------------------------------------------------------------
 # Pictures on disk: keywords
 #
@@ -1287,9 +1279,7 @@ def write_xisf(file, planes, source=None, history=(), compress=False):
         compress: lz4hc with byte shuffling, or zstd where PixInsight would not read that.
 
     Compressed pixels get a checksum.
-    Raises ValueError if the planes are of a shape or type that could not be read back.
     """
-    _check_planes(planes)
     source = source or Source(ElementTree.XML(BARE_XISF), {})
     root = _new_header(planes, source, history)
     image = root.find("Image")
@@ -1685,7 +1675,6 @@ def write_fits(file, planes, source=None, history=(), compress=False, unit=Unit(
     All keywords of a FITS source are written, and its other HDUs too. `compress` makes a
     compressed image (GZIP_2, nothing is lost), with the ending .fits all the same.
     """
-    _check_planes(planes)
     if not isinstance(source, FitsSource):
         source = _to_fits_source(source, planes.shape[1])
     cards = _cards(_changed(source.keywords, _with_range(planes, unit)))
@@ -1745,12 +1734,13 @@ TIFF_CODECS = (
     1, "NONE", "LZW", "DEFLATE", "ADOBE_DEFLATE", "PACKBITS", "ZSTD")  # tifffile's names
 TIFF_ICC = 34675
 TIFF_CHUNKS = ("StripOffsets", "StripByteCounts", "TileOffsets", "TileByteCounts")
-TIFF_PLANAR = 1, 2  # samples of a pixel together, or planes
+TIFF_PLANAR = None, 1, 2  # not said, samples of a pixel together, or planes
 TIFF_THUMBNAIL = 2  # value of the old SubfileType
 LARGEST_TIFF = 0xF0000000  # bytes; larger ones are BigTIFF
 TIFF_BYTES = 7  # a type
-TIFF_KEPT = {271: "s", 272: "s", 306: "s", 315: "s", 33432: "s", 274: "H", 700: "B"}
-"""Tags that are carried over, and their types: camera, date, author, rights, orientation, XMP."""
+TIFF_ORIENTATION = 274
+TIFF_KEPT = {271: "s", 272: "s", 306: "s", 315: "s", 33432: "s", 700: "B"}
+"""Tags that are carried over, and their types: camera, date, author, rights, XMP."""
 
 MAX_PAGES = 16  # among which the picture is looked for
 
@@ -1860,10 +1850,11 @@ def _check_tiff_chunks(page, size):
     chunks = math.prod(page.chunked)
     listed = [page.tags[name].count for name in TIFF_CHUNKS if name in page.tags]
     complete = listed == [chunks, chunks] and all(offsets) and all(counts)
-    _require(complete and page.planarconfig in (None, *TIFF_PLANAR),
+    arranged = page.planarconfig in TIFF_PLANAR
+    _require(complete and arranged,
              f"is damaged: it has not the {chunks} strips or tiles that it needs")
-    last = max(map(sum, zip(offsets, counts)))
-    _require(last <= size, "is cut short: its last rows are missing")
+    ends = map(sum, zip(offsets, counts))
+    _require(max(ends) <= size, "is cut short: its last rows are missing")
 
 
 def _tiff_word(value):
@@ -1881,13 +1872,13 @@ def _read_tiff_source(page, white, notes):
 
     tags = []
     for code, kind in TIFF_KEPT.items():
-        found = value(code)
-        if kind == "H" and isinstance(found, int):
-            tags.append((code, kind, 1, int(found), True))
-        elif kind != "H" and found is not None:
-            text = as_bytes(code)
+        text = as_bytes(code)
+        if text:
             count = len(text) if kind == "B" else 0
             tags.append((code, kind, count, text, True))
+    orientation = value(TIFF_ORIENTATION)
+    if isinstance(orientation, int):
+        tags.append((TIFF_ORIENTATION, "H", 1, int(orientation), True))
     icc = value(TIFF_ICC)
     icc = icc if isinstance(icc, bytes) else b""
     tags += _icc_tags(icc)
@@ -1916,7 +1907,6 @@ def write_tiff(file, planes, source=None, history=(), compress=False, unit=Unit(
     `compress` is deflate with the floating point predictor.
     """
     import tifffile
-    _check_planes(planes)
     channels, height, width = planes.shape
     if not isinstance(source, TiffSource):
         source = _to_tiff_source(source, height)

@@ -861,21 +861,6 @@ def test_what_is_written_is_never_too_large_to_be_read(name, small, folder):
             picture = bg.read_picture(written(name, picture, history=lines))
 
 
-NOT_WRITTEN = [(shape, "f4") for shape in (
-    (2, 4, 5), (4, 4, 5), (4, 5), (1, 1, 4, 5), (0, 4, 5), (1, 0, 5), (1, 4, 0))]
-NOT_WRITTEN += [((1, 4, 5), dtype) for dtype in (
-    "f2", "u2", "u1", "i4", "c8", "?", "longdouble")]
-
-
-@pytest.mark.parametrize("name", bg.FORMATS)
-@pytest.mark.parametrize("shape, dtype", NOT_WRITTEN)
-def test_planes_that_could_not_be_read_back_are_not_written(name, shape, dtype):
-    file = io.BytesIO()
-    with pytest.raises(ValueError, match="planes must be"):
-        bg.FORMATS[name].write(file, np.zeros(shape, dtype))
-    assert not file.getvalue()
-
-
 def test_a_tiff_that_does_not_tell_its_compression_has_none(folder):
     tags = [entry for entry in tiff_tags() if entry[0] != 259]
     with open("a.tif", "wb") as file:
