@@ -1891,12 +1891,14 @@ def _keywords_of_tiff(description):
     """Return the keywords of an Astro-TIFF's description; another one becomes COMMENT."""
     if re.fullmatch(r'(\{"shape": \[[\d, ]+\]\})?', description):  # tifffile's: it tells nothing
         return []
-    lines = description.split("\n")[:MAX_KEPT_CARDS]
-    cards = [line.rstrip().ljust(FITS_CARD) for line in lines]
-    first = _parse_card(cards[0])
-    if first and first.name and max(map(len, cards)) == FITS_CARD:
-        return _parse_cards(card for card in cards if card != END_CARD)
-    return [Keyword("COMMENT", "", description)]
+    description = description[:MAX_KEPT_CARDS * HISTORY_COLUMNS]
+    lines = [line.rstrip() for line in description.split("\n")]
+    if max(map(len, lines)) <= FITS_CARD:
+        cards = [line.ljust(FITS_CARD) for line in lines if line != "END"]
+        first = _parse_card(cards[0]) if cards else None
+        if first and first.name:
+            return _parse_cards(cards[:MAX_KEPT_CARDS])
+    return [Keyword("COMMENT", "", line) for line in _wrapped(description)[:MAX_KEPT_CARDS]]
 
 
 def write_tiff(file, planes, source=None, history=(), compress=False, unit=Unit()):
