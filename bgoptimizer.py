@@ -66,7 +66,6 @@ import numbers
 import os
 import platform
 import re
-import secrets
 import shlex
 import shutil
 import signal
@@ -249,28 +248,14 @@ GZIP_START = b"\x1f\x8b"
 LARGEST_VALUE = 1e30  # floating point beyond it is no light, but damage, or means something else
 SMALLEST_MARK = -99  # -99, -999, -9999, -32768, and the like stand for what is missing
 
-EXPANSION = {
-    "zlib": 1032, "lz4": 255, "lz4hc": 255, "zstd": 1 << 16,
-    "RICE_1": 1032, "RICE_ONE": 1032, "GZIP_1": 1032, "GZIP_2": 1032, "HCOMPRESS_1": 100,
-    "NOCOMPRESS": 1,
-    "NONE": 1, 1: 1, "LZW": 4096, "DEFLATE": 1032, "ADOBE_DEFLATE": 1032, "PACKBITS": 64,
-    "ZSTD": 1 << 16,
-}
-"""The compressions that are read in XISF, FITS, and TIFF, and how many bytes one stored byte can
-stand for. FITS's PLIO_1 is for masks, and cfitsio's files with 16 bits of it come out wrong."""
-
 NO_QUESTIONS = 1 << 28
-"""Bytes that compressed data may claim to hold, as far as their codec can do that."""
+"""Bytes that any compressed data may claim to hold: few enough for a small file that lies."""
 
-MOST_COMPRESSED = 1032
-"""Bytes that one stored byte may stand for beyond NO_QUESTIONS. That much deflate makes of a flat
-mask; of pictures, with their noise, nothing makes more than some dozens."""
+MOST_COMPRESSED = 250
+"""Bytes that one stored byte may stand for beyond NO_QUESTIONS. Of pictures, with their noise,
+nothing makes more than some dozens."""
 
-# Other limits that no real file meets
 MAX_TILES = 100_000  # or strips of a picture, each of which takes a call to decompress
-MAX_PARTS = 1000  # HDUs of a FITS file
-MAX_FITS_CARDS = 20_000  # of a header
-MAX_KEPT_CARDS = 18_000  # that outputs take over: with HISTORY, they must be readable, too
 
 # What a decoder may take: seconds, one more for so many bytes (tenfold of what it needs), and bytes
 # beside thrice what it decodes
@@ -310,7 +295,6 @@ sys.stdout.buffer.write(numpy.ascontiguousarray(samples, dtype))
 
 NOT_A_FILE = "is not a file", "name a picture, or save the data to one first"
 NOT_DECODED = "is damaged: its data cannot be read or decompressed"
-CLAIMS_MORE = "claims more data than its compressed block can hold"
 
 NO_LIGHT = re.compile("dark|bias|flat|offset|zero", re.IGNORECASE)
 """What IMAGETYP and the like say of frames that show no sky."""
@@ -343,27 +327,19 @@ class _Unreadable(ValueError):
 
 @contextmanager
 def _refusals(path):
-    """Turn all that goes wrong while a file is read into a BgError."""
+    """Turn what is wrong with a file that is read into a BgError."""
     try:
-        _require("\0" not in str(path), "has a NUL in its name, which no file can have",
-                 "check the name")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the libraries' own, on headers not quite right
             with memory_errors():
                 yield
-    except BgError:
+    except (BgError, MemoryError, ImportError):
         raise
     except _Unreadable as error:
         raise BgError(f"{path} {error}; {error.advice}") from None
-    except MemoryError:
-        raise BgError(f"{path} needs more memory than there is; "
-                      "close other programs or crop the picture") from None
     except OSError as error:
         reason = error.strerror or error
         raise BgError(f"{path} cannot be read: {reason}; check the path and the disk") from None
-    except ImportError as error:
-        raise BgError(f"{path} cannot be read without {error.name}; install it with: "
-                      "python -m pip install -r requirements.txt") from None
     except Exception as error:  # the libraries raise anything on damaged files
         reason = " ".join(str(error).split())[:100]
         raise BgError(f"{path} is damaged, or of a kind that is not read ({reason}); "
@@ -376,14 +352,12 @@ def _require(fact, problem, *advice):
         raise _Unreadable(problem, *advice)
 
 
-def _check_expansion(codec, size, stored):
-    """Refuse `stored` bytes of an unknown codec, or that claim to hold more than it allows."""
-    _require(codec in EXPANSION, f"is compressed with {codec}, which is not read",
+def _check_expansion(codec, known, size, stored):
+    """Refuse data of an unknown codec, or `stored` bytes that claim to hold far too many."""
+    _require(codec in known, f"is compressed with {codec}, which is not read",
              "save it uncompressed")
-    ratio = EXPANSION[codec]
-    if size > NO_QUESTIONS:
-        ratio = min(ratio, MOST_COMPRESSED)
-    _require(size <= ratio * stored, CLAIMS_MORE)
+    _require(size <= max(NO_QUESTIONS, MOST_COMPRESSED * stored),
+             "claims more data than its compressed block can hold")
 
 
 @contextmanager
@@ -401,13 +375,13 @@ def _opened(path):
 @contextmanager
 def _unzipped(packed):
     """Unpack a gzip file."""
-    most = max(NO_QUESTIONS, MOST_COMPRESSED * os.fstat(packed.fileno()).st_size)
+    stored = os.fstat(packed.fileno()).st_size
     packed.seek(0)
     with tempfile.TemporaryFile() as file, gzip.GzipFile(fileobj=packed) as pieces:
         try:
             for piece in iter(lambda: pieces.read(READ_AT_ONCE), b""):
                 file.write(piece)
-                _require(file.tell() <= most, CLAIMS_MORE)
+                _check_expansion("gzip", ("gzip",), file.tell(), stored)
         except (EOFError, gzip.BadGzipFile, zlib.error):
             raise _Unreadable("is cut short or damaged: gzip cannot unpack it") from None
         yield file
@@ -460,7 +434,7 @@ def _rows_of(stream, dtype, row_shape):
 
 
 def _read_planes(read_rows, dtype, shape, together, white=None, step=1, zero=0, blank=None,
-                 flip=False, negative=False):
+                 flip=False):
     """Read samples strip by strip, in the order of the file.
 
     Args:
@@ -471,7 +445,6 @@ def _read_planes(read_rows, dtype, shape, together, white=None, step=1, zero=0, 
         white, step, zero: samples become (stored * step + zero) / white.
         blank: the integer that means "missing".
         flip: True if the first row is the lowest.
-        negative: True if unsigned integers have 0 for white.
 
     Returns planes (float64 if the samples are, else float32).
     """
@@ -487,8 +460,6 @@ def _read_planes(read_rows, dtype, shape, together, white=None, step=1, zero=0, 
         for rows in _strips(height, width * together):
             first = number * height
             samples = read_rows(first + rows.start, first + rows.stop)[..., :colors]
-            if negative:
-                samples = ~samples
             values = samples.astype(calculated)
             if scaled:
                 values = (values * step + zero) / (white or 1)
@@ -536,22 +507,24 @@ def array_unit(planes):
     return unit
 
 
-def _leave_out_marks(planes):
-    """Set samples to NaN, in place, that a value such as -9999 marks as missing.
+def _leave_out_marks(planes, notes):
+    """Set samples to NaN, in place, that a value such as -9999 marks as missing, and note that.
 
     It is a whole number up to SMALLEST_MARK, and all others are nearer to their median than to it.
 
-    Returns the value, None without one, and how many they are.
+    Returns the value, None without one.
     """
     lowest = min(_finite_range(plane)[0] for plane in planes)
     if not (-LARGEST_VALUE < lowest <= SMALLEST_MARK and lowest == round(lowest)):
-        return None, 0
+        return None
     others = np.concatenate([plane[np.isfinite(plane) & (plane > lowest)] for plane in planes])
     if not others.size or others.min() - lowest <= np.median(others) - others.min():
-        return None, 0
+        return None
     marked = planes == lowest
     planes[marked] = np.nan
-    return lowest, np.count_nonzero(marked)
+    count = np.count_nonzero(marked)
+    notes.append(f"has {count} samples of {lowest:g}, which are taken for missing")
+    return lowest
 
 
 def _fit_into_unit_range(planes, name):
@@ -560,8 +533,8 @@ def _fit_into_unit_range(planes, name):
     Room is left where the corrected picture may need it: above the brightest star, and below the
     noise of the darkest sky, so that negative values stay what they are.
     """
-    mark, count = _leave_out_marks(planes)
-    marked = [f"has {count} samples of {mark:g}, which are taken for missing"] if count else []
+    marked = []
+    mark = _leave_out_marks(planes, marked)
     lows, highs = zip(*map(_finite_range, planes))
     lowest, highest = min(lows), max(highs)
     if lowest >= 0 and highest <= 1 or lowest > highest:
@@ -610,39 +583,32 @@ def _in_own_unit(plane, unit):
     return values
 
 
-def _check_planes(planes):
-    """Refuse to write planes of a shape or type that could not be read back."""
-    if len(planes.shape) != 3 or planes.shape[0] not in (1, 3) or 0 in planes.shape:
-        raise ValueError(f"planes must be (c, h, w) with c = 1 or 3, not {planes.shape}")
-    if planes.dtype.name not in ("float32", "float64"):
-        raise ValueError(f"planes must be float32 or float64, not {planes.dtype}")
-
-
 # --------------------------------------------------------------------------------------------------
 # Pictures on disk: keywords
 #
 # The keywords of FITS stand in its header as cards of 80 characters, in XISF as elements, and in
-# the description of an Astro-TIFF, https://astro-tiff.sourceforge.io, as lines. They are passed on
-# as cards. Outside of FITS they describe, as in PixInsight and Siril, the picture in the order of
+# the description of an Astro-TIFF, https://astro-tiff.sourceforge.io, as lines. All become a list
+# of Keyword. Outside of FITS they describe, as in PixInsight and Siril, the picture in the order of
 # rows that FITS has by convention: from the lowest up.
 # --------------------------------------------------------------------------------------------------
 
-FITS_CARD = 80
-"""Characters of a card."""
+FITS_CARD = 80  # characters of a card
+HISTORY_COLUMNS = 72  # characters of text that a card of HISTORY has room for
 
-HISTORY_COLUMNS = 72
-"""Characters of text that a HISTORY keyword has room for in a FITS header."""
-
+NUMBER_PATTERN = r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)(?:[EDed][-+]?\d+)?"
+VALUE_PATTERN = rf"(?:'(?:[^']|'')*'|\([^()']*\)|{NUMBER_PATTERN}|[TF])?"
 FITS_NAME = re.compile("[A-Z0-9_-]{1,8}")
-FITS_NUMBER = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)([EDed][-+]?\d+)?|[TF]")
-FITS_VALUE = re.compile(r" *('(?:[^']|'')*'|\([^()']*\)|[^'()/ =]*) *(?:/ ?(.*?) *)?")
-FITS_TEXT_NAMES = ("COMMENT", "HISTORY", "")  # cards without a value
+FITS_VALUE = re.compile(VALUE_PATTERN)
+FITS_CARD_WITH_VALUE = re.compile(
+    r"(?:(?=.{8}=)([A-Z0-9_-]+) *=|HIERARCH +([^=]*[^= ]) *=|(CONTINUE)  )"
+    rf" *({VALUE_PATTERN}) *(?:/ ?(.*))?")
+TEXT_NAMES = ("COMMENT", "HISTORY", "")  # cards without a value: their text is the comment
 # Keywords that every writer makes anew
-FITS_STRUCTURE = re.compile(
+STRUCTURE_NAMES = re.compile(
     r"SIMPLE|XTENSION|EXTEND|BITPIX|NAXIS\d*|PCOUNT|GCOUNT|BSCALE|BZERO|BLANK|END|GROUPS"
     "|DATASUM|CHECKSUM")
-RANGE_KEYWORDS = ("DATAMIN", "DATAMAX")
-LEVEL_KEYWORDS = re.compile("CBLACK|CWHITE|SATURATE|SATLEVEL|DATAMIN|DATAMAX|BUNIT")
+RANGE_NAMES = ("DATAMIN", "DATAMAX")
+LEVEL_NAMES = re.compile("CBLACK|CWHITE|SATURATE|SATLEVEL|DATAMIN|DATAMAX|BUNIT")
 """Keywords in the unit of the samples. (PEDESTAL is in steps of 16 bits in all files.)"""
 
 # Keywords and XISF's properties, as "element name", that new pixels make untrue
@@ -650,9 +616,94 @@ STALE_PIXEL_METADATA = re.compile(
     r"FITSKeyword (BITPIX|NAXIS\d*|BSCALE|BZERO|CHECKSUM|DATASUM|NOISE[A-Z]?\d*)$"
     r"|Property (.*:)?(Statistics|Noise)(:|$)")
 
+MAX_KEPT_CARDS = 18_000  # of a header; with HISTORY, it must be readable, too
+
+
+class Keyword(NamedTuple):
+    """A keyword of a picture."""
+    name: str
+    value: str  # as it stands in FITS: 'text', 1.50, T; empty for HISTORY and the like
+    comment: str = ""
+
+
+def _parse_card(card):
+    """Return the Keyword of a card; None if it is malformed."""
+    name = card[:8].rstrip()
+    if name in TEXT_NAMES:
+        return Keyword(name, "", card[8:].rstrip())
+    match = FITS_CARD_WITH_VALUE.fullmatch(card.rstrip())
+    if not match:
+        return None
+    name, long_name, continued, value, comment = match.groups("")
+    return Keyword(name or long_name or continued, value, comment)
+
+
+def _parse_cards(cards):
+    """Return the keywords of cards. Texts over several cards are joined; see `_cards`.
+
+    Malformed cards become COMMENT.
+    """
+    found = []  # of name, the parts of a text, comments
+    for card in cards:
+        keyword = _parse_card(card)
+        goes_on = found and found[-1][1][-1].endswith("&'")
+        if keyword and keyword.name == "CONTINUE" and keyword.value[:1] == "'" and goes_on:
+            _, parts, comments = found[-1]
+            parts[-1] = parts[-1][:-2]
+            parts.append(keyword.value[1:])
+            comments.append(keyword.comment)
+            continue
+        if not keyword or keyword.name == "CONTINUE":
+            keyword = Keyword("COMMENT", "", card.rstrip())
+        found.append((keyword.name, [keyword.value], [keyword.comment]))
+    keywords = []
+    for name, parts, comments in found:
+        value = "".join(parts)
+        if value[:1] == "'":
+            value = value[:-1].rstrip() + "'"
+        keywords.append(Keyword(name, value, " ".join(filter(None, comments))))
+    return keywords
+
+
+def _cards(keywords):
+    """Return the cards of keywords. What no card can hold becomes COMMENT."""
+    cards = []
+    for keyword in keywords:
+        if keyword.name in TEXT_NAMES:
+            cards += _cards_of_text(keyword.name, keyword.comment)
+        else:
+            cards += _cards_of_value(keyword)
+    return [_printable(card[:FITS_CARD]).ljust(FITS_CARD) for card in cards]
+
+
+def _cards_of_text(name, text):
+    """Return cards without a value, such as HISTORY, that hold a text."""
+    return [f"{name:8}{line}" for line in _wrapped(text)]
+
+
+def _cards_of_value(keyword):
+    """Return the card of a keyword with a value; a long text needs several."""
+    name, value, comment = keyword
+    if FITS_NAME.fullmatch(name):
+        start = f"{name:8}= "
+    else:
+        name = f"HIERARCH {name}"
+        start = f"{name} = "
+    if "=" not in name and len(start + value) <= FITS_CARD:
+        value = f"{value:20}" if value.startswith("'") else f"{value:>20}"
+        comment = comment and f" / {comment}"
+        return [start + value + comment]
+    with warnings.catch_warnings(), suppress(ValueError):
+        warnings.simplefilter("ignore")  # of a comment that is cut at the end of its card
+        from astropy.io import fits
+        text = value[1:-1].replace("''", "'")
+        card = str(fits.Card(name, _printable(text), _printable(comment)))
+        return _split_cards(card)
+    return _cards_of_text("COMMENT", f"{name} = {value} / {comment}")
+
 
 def _split_cards(text):
-    """Return the cards of a header, each a line of it."""
+    """Return the cards of a header, which stand in it without a mark between them."""
     return [text[start:start + FITS_CARD] for start in range(0, len(text), FITS_CARD)]
 
 
@@ -661,81 +712,22 @@ def _printable(text):
     return re.sub("[^ -~]", "?", text)
 
 
-def _text_cards(name, text):
-    """Return cards without a value, such as HISTORY, that hold a text."""
-    lines = textwrap.wrap(_printable(text), HISTORY_COLUMNS) or [""]
-    return [f"{name:8}{line}".ljust(FITS_CARD) for line in lines]
+def _wrapped(text):
+    """Return the lines of a text that are short enough for HISTORY."""
+    if len(text) <= HISTORY_COLUMNS and "\n" not in text:
+        return [text]
+    return re.findall(rf"\S.{{0,{HISTORY_COLUMNS - 1}}}(?!\S)|\S{{{HISTORY_COLUMNS}}}", text)
 
 
-def _value_card(name, value, comment=""):
-    """Return a card with a value as it is to stand there."""
-    value = str(value)
-    text = f"{name:8}= {value:20}" if value.startswith("'") else f"{name:8}= {value:>20}"
-    if comment:
-        text += f" / {comment}"
-    return text[:FITS_CARD].ljust(FITS_CARD)
-
-
-def _parse_card(card):
-    """Return name, value, and comment of a card as they stand there; None if it is malformed."""
-    name, text = card[:8].rstrip(), card[8:]
-    if name in FITS_TEXT_NAMES:
-        return name, "", text.rstrip()
-    if name == "HIERARCH":
-        name, equals, text = text.partition("=")
-        name, text = name.strip(), equals + text
-    elif name == "CONTINUE":
-        text = "=" + text
-    if name != name.strip() or not text.startswith("="):
-        return None
-    match = FITS_VALUE.fullmatch(text, 1)
-    known = FITS_NAME.fullmatch(name) or card.startswith("HIERARCH")
-    if not match or not known or not card.isascii() or not card.isprintable():
-        return None
-    value, comment = match.groups("")
-    if value[:1] not in ("'", "(", "") and not FITS_NUMBER.fullmatch(value):
-        return None
-    return name, value, comment
-
-
-def _keywords(cards):
-    """Return (name, value, comment) of well-formed cards; texts over several cards are joined."""
-    found = []  # of name, the parts of a text, comments
-    for name, value, comment in filter(None, map(_parse_card, cards)):
-        if name != "CONTINUE":
-            found.append((name, [value], [comment]))
-        elif found and found[-1][1][-1].endswith("&'") and value[:1] == "'":
-            _, parts, comments = found[-1]
-            parts[-1] = parts[-1][:-2]
-            parts.append(value[1:])
-            comments.append(comment)
-    joined = []
-    for name, parts, comments in found:
-        value = "".join(parts)
-        if value[:1] == "'":
-            value = value[:-1].rstrip() + "'"
-        joined.append((name, value, " ".join(filter(None, comments))))
-    return joined
-
-
-def _changed_cards(cards, change):
-    """Return cards in which `change`, (name, value) -> value, has set values anew."""
-    changed = []
-    for card in cards:
-        parsed = _parse_card(card)
-        if parsed:
-            name, value, comment = parsed
-            new_value = change(name, value)
-            if new_value != value:
-                card = _value_card(name, new_value, comment)
-        changed.append(card)
-    return changed
+def _changed(keywords, change):
+    """Return keywords in which `change`, (name, value) -> value, has set values anew."""
+    return [keyword._replace(value=change(keyword.name, keyword.value)) for keyword in keywords]
 
 
 def _in_unit(unit):
-    """Return a change for `_changed_cards` that brings levels into samples from that Unit."""
+    """Return a change for `_changed` that brings levels into samples from that Unit."""
     def change(name, value):
-        if not LEVEL_KEYWORDS.fullmatch(name):
+        if not LEVEL_NAMES.fullmatch(name):
             return value
         if name == "BUNIT" and len(value) > 2:
             return f"'{unit.scale:.9g} {value[1:-1].strip()}'"
@@ -745,11 +737,11 @@ def _in_unit(unit):
 
 
 def _with_range(planes, unit):
-    """Return a change for `_changed_cards` that sets DATAMIN and DATAMAX to those of planes."""
+    """Return a change for `_changed` that sets DATAMIN and DATAMAX to those of planes."""
     def change(name, value):
-        if name not in RANGE_KEYWORDS:
+        if name not in RANGE_NAMES:
             return value
-        number = ranges()[RANGE_KEYWORDS.index(name)] * unit.scale + unit.offset
+        number = ranges()[RANGE_NAMES.index(name)] * unit.scale + unit.offset
         return f"{number:.9G}" if math.isfinite(number) else value
 
     @functools.lru_cache(maxsize=None)  # most pictures do not have them
@@ -760,13 +752,13 @@ def _with_range(planes, unit):
     return change
 
 
-def _upside_down(height, cards):
-    """Return a change for `_changed_cards` that turns celestial coordinates with the rows.
+def _upside_down(height, keywords):
+    """Return a change for `_changed` that turns celestial coordinates with the rows.
 
     With y' = height + 1 - y, the column of y in the matrix changes its sign, and so do odd powers
     of y in the SIP polynomials, and what they add to y.
     """
-    has_matrix = any(re.match("(CD|PC)2_2", card) for card in cards)
+    has_matrix = any(re.match("(CD|PC)2_2", name) for name, *_ in keywords)
 
     def change(name, value):
         number = _number(value)
@@ -793,6 +785,29 @@ def _number(value):
     return int(number) if number.is_integer() else number
 
 
+def _kept(keywords, white, notes):
+    """Return the keywords of FITS or an Astro-TIFF that outputs keep; the others are noted.
+
+    Levels of integers, whose largest is `white`, become those of samples in [0, 1].
+    """
+    kept, untrue = [], []
+    for keyword in keywords:
+        if STRUCTURE_NAMES.fullmatch(keyword.name):
+            continue
+        is_stale = STALE_PIXEL_METADATA.match(f"FITSKeyword {keyword.name}")
+        (untrue if is_stale else kept).append(keyword)
+    _note_untrue([keyword.name for keyword in untrue], notes)
+    _what_keywords_say({name: value for name, value, _ in kept}, notes)
+    return _changed(kept, _in_unit(Unit(white))) if white else kept
+
+
+def _note_untrue(names, notes):
+    """Note what is not kept."""
+    if names:
+        notes.append(f"had {', '.join(names)[:200]}: "
+                     "not kept, because the new pixels make them untrue")
+
+
 def _what_keywords_say(values, notes):
     """Add to `notes` what keywords (texts by name) tell against a picture as input."""
     for name in ("imageType", "IMAGETYP", "FRAME", "FRAMETYP"):
@@ -803,54 +818,40 @@ def _what_keywords_say(values, notes):
             break
 
 
-def _cards_of_xisf(source):
-    """Return the FITSKeyword elements of an XISF file as FITS cards."""
-    cards = []
+def _keywords_of_xisf(source):
+    """Return the keywords of an XISF file, such as FITS can have them."""
+    keywords = []
     for element in source.root.findall("Image/FITSKeyword"):
-        name = _printable(element.get("name", "").strip().upper())
-        value = _printable(element.get("value", "").strip())
-        comment = _printable(element.get("comment", ""))
-        if FITS_STRUCTURE.fullmatch(name) or name == "CONTINUE" or len(name) > FITS_CARD // 2:
-            continue
-        if name in FITS_TEXT_NAMES:
-            cards += _text_cards(name, comment or value)
-        elif FITS_NAME.fullmatch(name) and (not value or FITS_NUMBER.fullmatch(value)):
-            cards.append(_value_card(name, value, comment))  # all digits, as they stand there
-        else:
-            if value.startswith("'"):
-                value = value[1:-1].replace("''", "'").rstrip()
-            cards += _cards_of_text(name, value, comment)
-    return cards
-
-
-def _cards_of_text(name, text, comment):
-    """Return the cards of a text, which may need several; none for a name that no card can have."""
-    from astropy.io import fits
-    start = "" if FITS_NAME.fullmatch(name) else "HIERARCH "
-    with warnings.catch_warnings(), suppress(ValueError):
-        warnings.simplefilter("ignore")  # of a comment that is cut at the end of its card
-        cards = _split_cards(str(fits.Card(start + name, text, comment)))
-        return cards if _parse_card(cards[0]) else []
-    return []
+        name = element.get("name", "").strip().upper()
+        value = element.get("value", "").strip()
+        comment = element.get("comment", "")
+        if name in TEXT_NAMES:
+            value, comment = "", comment or value
+        elif not FITS_VALUE.fullmatch(value) or len(value) > HISTORY_COLUMNS:
+            text = value[1:-1].replace("''", "'") if value[:1] == value[-1:] == "'" else value
+            value = "'" + text.replace("'", "''") + "'"
+        if not STRUCTURE_NAMES.fullmatch(name):
+            keywords.append(Keyword(name, value, comment))
+    return keywords
 
 
 def _shared_metadata(source, height):
-    """Return what all formats can hold of a file's metadata: FITS cards, and the color profile.
+    """Return what all formats can hold of a file's metadata: keywords, and the color profile.
 
-    The cards are those of a picture whose rows go from the lowest up, of which there are `height`.
+    The keywords are those of a picture whose rows go from the lowest up; there are `height`.
     """
     if source is None:
         return [], b""
     if isinstance(source, Source):
-        cards, icc = _cards_of_xisf(source), b""
+        keywords, icc = _keywords_of_xisf(source), b""
         with suppress(_Unreadable, AttributeError):  # a damaged profile is lost, not the picture
             icc = _icc_of_xisf(source)
     else:
-        cards, icc = source.cards, source.icc
-    cards = [card for card in cards if card[:8] != ROW_ORDER]
+        keywords, icc = source.keywords, source.icc
+    keywords = [keyword for keyword in keywords if keyword.name != ROW_ORDER]
     if isinstance(source, FitsSource) and source.top_down:
-        cards = _changed_cards(cards, _upside_down(height, cards))
-    return cards, icc
+        keywords = _changed(keywords, _upside_down(height, keywords))
+    return keywords, icc
 
 
 # --------------------------------------------------------------------------------------------------
@@ -876,6 +877,7 @@ BARE_XISF = "<xisf><Image/><Metadata/></xisf>"
 BLOCK_XISF = (
     '<xisf version="1.0" xmlns="http://www.pixinsight.com/xisf"><Image geometry="{size}:1:1" '
     'sampleFormat="UInt8" location="attachment:{position}:{size}"/><Metadata/></xisf>')
+XISF_CODECS = ("zlib", "lz4", "lz4hc", "zstd")
 SAMPLE_FORMATS = {  # XISF's names, in lower case, and those of NumPy
     "uint8": "u1", "uint16": "u2", "uint32": "u4", "uint64": "u8", "float32": "f4", "float64": "f8",
 }
@@ -901,9 +903,7 @@ LZ4_LIMIT = 0x7E000000
 than 2 GiB together."""
 
 ALIGNMENT = 4096  # bytes: attached blocks start at multiples of it, as in PixInsight's own files
-FAR_BELOW = 1.0  # samples more than the whole range below black mark what is missing
 
-XISF_NAME = re.compile("[_a-zA-Z][_a-zA-Z0-9]*")
 # Without leading zeros: PixInsight takes 010 for 8
 XISF_INTEGER = re.compile(r"\+?(0|[1-9][0-9]{0,17}|0x[0-9a-fA-F]{1,15})")
 XISF_COMPRESSION = re.compile(
@@ -926,7 +926,6 @@ class Source:
     """What the outputs carry over from a file besides its pixels."""
     root: ElementTree.Element  # the header, without what describes the old pixels and the old file
     blocks: dict  # attached bytes, by the `location` that stands in their elements
-    checksum: bool = False  # True if the pixels had a checksum: then those of the outputs get one
 
 
 @dataclass
@@ -953,9 +952,9 @@ def read_xisf(path):
         root, end = _read_header(file)
         size = os.fstat(file.fileno()).st_size
         opened = _OpenFile(file, end, bytes_left=2 * size, warnings=[])
-        planes = _read_pixels(root, opened)
+        planes, mark = _read_pixels(root, opened)
         source = _read_source(root, opened)
-    return Picture(planes, source, opened.warnings)
+    return Picture(planes, source, opened.warnings, Unit(mark=mark))
 
 
 def _read_header(file):
@@ -1072,16 +1071,14 @@ def _read_attached(place, opened):
         with open(path, "wb") as copied:
             _write_header(copied, header)
             copied.seek(ALIGNMENT)
-            for start in range(0, size, READ_AT_ONCE):
-                copied.write(opened.file.read(min(READ_AT_ONCE, size - start)))
-        try:
-            return XISF(path).read_image(0, "channels_first").ravel()
-        except ValueError:  # the file has become shorter since it was opened
-            raise _Unreadable(NOT_DECODED) from None
+            copied.write(opened.file.read(size))
+            _require(copied.tell() == ALIGNMENT + size, "is cut short: it ends in its data")
+        return XISF(path).read_image(0, "channels_first").ravel()
 
 
 def _read_pixels(root, opened):
-    """Return the first image's samples, (c, h, w) in [0, 1]."""
+    """Return the first image's samples, (c, h, w) in [0, 1], and the value that marks missing ones.
+    """
     images = root.findall("Image")
     _require(images, "holds no image", "open it in the program that wrote it and save it again")
     if len(images) > 1:
@@ -1110,18 +1107,16 @@ def _read_pixels(root, opened):
     white = None if bounds == (0, 1) else upper - lower
     planes = _read_planes(lambda start, stop: rows[start:stop], dtype, (colors, height, width),
                           together, white, zero=-lower)
-    below, above, marked = np.sum([_clip(plane) for plane in planes], 0)
+    mark = _leave_out_marks(planes, opened.warnings)
+    below, above = np.sum([_clip(plane) for plane in planes], 0)
     if below or above:
         opened.warnings.append(f"has {below} samples below and {above} above its bounds "
                                f"{lower:g}:{upper:g}: clipped")
-    if marked:
-        opened.warnings.append(f"has {marked} samples far below its bounds {lower:g}:{upper:g}, "
-                               "which are taken for missing")
     if bounds != (0, 1):
         change = _in_unit(Unit(upper - lower, lower))
         for keyword in images[0].findall("FITSKeyword"):
             keyword.set("value", change(keyword.get("name", ""), keyword.get("value", "")))
-    return planes
+    return planes, mark
 
 
 def _read_bounds(attributes, dtype):
@@ -1156,6 +1151,7 @@ def _unpack(stored, attributes, size=None):
              f"is damaged: its data hold {unpacked_size} bytes, its samples need {size}")
     if codec is None:
         return stored
+    _check_expansion(codec, XISF_CODECS, unpacked_size, stored.size)
     sizes = [stored.size, unpacked_size]  # of each piece, as stored and unpacked
     if "subblocks" in attributes:
         text = _value(attributes, "subblocks").replace(",", ":")
@@ -1166,13 +1162,17 @@ def _unpack(stored, attributes, size=None):
     totals = sum(stored_sizes), sum(unpacked_sizes)
     _require(consistent and totals == (stored.size, unpacked_size),
              "has a compressed block that contradicts itself")
-    pieces = []
-    start = 0
+    unpacked = np.empty(unpacked_size, np.uint8)
+    start = position = 0
     for piece_size, size in zip(stored_sizes, unpacked_sizes):
-        _check_expansion(codec, size, piece_size)
-        pieces.append(_decompress(stored[start:start + piece_size], codec, size))
+        piece = stored[start:start + piece_size]
+        unpacked[position:position + size] = _decompress(piece, codec, size)
         start += piece_size
-    return _unshuffle(pieces[0] if len(pieces) == 1 else np.concatenate(pieces), item)
+        position += size
+    # Byte 0 of every item, then byte 1 of every item, and so on; behind them what is no item
+    end = unpacked_size // item * item
+    unpacked[:end] = unpacked[:end].reshape(item, -1).T.ravel()
+    return unpacked
 
 
 def _decompress(stored, codec, size):
@@ -1194,101 +1194,74 @@ def _decompress(stored, codec, size):
     raise _Unreadable(NOT_DECODED)
 
 
-def _unshuffle(data, item):
-    """Put byte 0 of every item, then byte 1 of every item, and so on, back into items.
-
-    What is less than an item stays behind them.
-    """
-    if item == 1:
-        return data
-    end = data.size // item * item
-    unshuffled = data[:end].reshape(item, -1).T.ravel()
-    return np.concatenate([unshuffled, data[end:]]) if end < data.size else unshuffled
-
-
 def _clip(plane):
     """Clip a plane to [0, 1], in place; what is not finite stays.
 
-    Returns how many were below, above, and so far below that they are missing.
+    Returns how many samples were below and above.
     """
     low, high = _finite_range(plane)
     if low >= 0 and high <= 1:
-        return 0, 0, 0
-    marked = (plane < -FAR_BELOW) & (plane > -np.inf)
-    dark = (plane < 0) & (plane >= -FAR_BELOW)
+        return 0, 0
+    dark = (plane < 0) & (plane > -np.inf)
     bright = (plane > 1) & (plane < np.inf)
     plane[dark] = np.finfo(plane.dtype).tiny  # 0 means missing
     plane[bright] = 1
-    plane[marked] = 0
-    return dark.sum(), bright.sum(), marked.sum()
+    return dark.sum(), bright.sum()
 
 
 def _read_source(root, opened):
     """Return the Source; what cannot be carried over is left out and named in the warnings."""
     image = root.find("Image")
-    checksum = "checksum" in image.attrib or image.find("Data[@checksum]") is not None
     keywords = {element.get("name"): element.get("value")
                 for element in image.findall("FITSKeyword")}
     _what_keywords_say({**keywords, **image.attrib}, opened.warnings)
-    for name in STALE_IMAGE_ATTRIBUTES:
-        image.attrib.pop(name, None)
-    if not XISF_NAME.fullmatch(image.get("id", "_")):
-        del image.attrib["id"]
-    image.text = image.tail = None  # pixels, if they stood there
-    blocks = {}
-    image[:] = _carry_over(image, blocks, opened)
     if image.find("ColorFilterArray") is not None:
         opened.warnings.append("is a color filter mosaic: debayer it first, "
                                "or its colors are fitted as one")
+    for name in STALE_IMAGE_ATTRIBUTES:
+        image.attrib.pop(name, None)
+    image.text = image.tail = None  # pixels, if they stood there
     others = [child for child in root if child.tag not in ("Image", "Metadata", "Signature")]
-    metadata = ElementTree.Element("Metadata")
-    metadata[:] = _carry_over(root.findall("Metadata/Property"), blocks, opened)
-    namespaces = {name: root.get(name) for name in root.keys() if name.startswith("xmlns:")}
-    new_root = ElementTree.Element("xisf", namespaces)
-    new_root[:] = [image, *_carry_over(others, blocks, opened), metadata]
-    return Source(new_root, blocks, checksum)
-
-
-def _carry_over(elements, blocks, opened):
-    """Return the elements that are kept, and add their attached bytes to `blocks`."""
+    blocks = {}
     kept, untrue, lost = [], [], []
-    for element in elements:
-        name = element.get("id") or element.get("name") or ""
-        title = f"{element.tag} {name}"
-        if STALE_FILE_METADATA.match(title):
-            continue
-        if STALE_PIXEL_METADATA.match(title):
-            untrue.append(f"{name[:80]!r}")
-            continue
-        element.tail = None
-        if element.tag == "FITSKeyword":  # strict readers want all three
-            element.attrib.setdefault("value", "")
-            element.attrib.setdefault("comment", "")
-        try:
-            blocks.update(_attached_bytes(element, blocks, opened))
-        except _Unreadable as error:
-            lost.append(f"{element.tag} {name[:80]!r}, which {error}")
-        else:
-            kept.append(element)
+    for elements in (image, others, root.findall("Metadata/Property")):
+        kept.append([element for element in elements
+                     if _is_kept(element, blocks, opened, untrue, lost)])
     if lost:
         opened.warnings.append(f"loses {len(lost)} element(s): {', '.join(lost)[:300]}")
-    if untrue:
-        opened.warnings.append(f"had {', '.join(untrue)[:200]}: "
-                               "not kept, because the new pixels make them untrue")
-    return kept
+    _note_untrue(untrue, opened.warnings)
+    metadata = ElementTree.Element("Metadata")
+    image[:], others, metadata[:] = kept
+    namespaces = {name: root.get(name) for name in root.keys() if name.startswith("xmlns:")}
+    new_root = ElementTree.Element("xisf", namespaces)
+    new_root[:] = [image, *others, metadata]
+    return Source(new_root, blocks)
 
 
-def _attached_bytes(element, blocks, opened):
-    """Return the attached bytes of an element and its children, by location, but for known ones."""
+def _is_kept(element, blocks, opened, untrue, lost):
+    """Tell whether outputs keep an element; if so, add its attached bytes to `blocks`."""
+    name = element.get("id") or element.get("name") or ""
+    title = f"{element.tag} {name}"
+    if STALE_FILE_METADATA.match(title):
+        return False
+    if STALE_PIXEL_METADATA.match(title):
+        untrue.append(f"{name[:80]!r}")
+        return False
+    element.tail = None
     attached = {}
-    for part in element.iter():
-        location = part.get("location")
-        if location is None or location in blocks:  # several elements may share one block
-            continue
-        stored, _ = _read_block(part, opened)
-        if location.strip().startswith("attachment"):  # others stand in the element itself
-            attached[location] = stored
-    return attached
+    try:
+        for part in element.iter():
+            location = part.get("location")
+            if location is None or location in blocks:  # several elements may share one block
+                continue
+            stored, _ = _read_block(part, opened)
+            if location.strip().startswith("attachment"):  # others stand in the element itself
+                attached[location] = stored
+    except _Unreadable as error:
+        lost.append(f"{element.tag} {name[:80]!r}, which {error}")
+        return False
+    blocks.update(attached)
+    return True
 
 
 def _icc_of_xisf(source):
@@ -1313,10 +1286,8 @@ def write_xisf(file, planes, source=None, history=(), compress=False):
         history: lines, which become HISTORY keywords.
         compress: lz4hc with byte shuffling, or zstd where PixInsight would not read that.
 
-    The pixels get a checksum if they are to be compressed, or if those of the source had one.
-    Raises ValueError if the planes are of a shape or type that could not be read back.
+    Compressed pixels get a checksum.
     """
-    _check_planes(planes)
     source = source or Source(ElementTree.XML(BARE_XISF), {})
     root = _new_header(planes, source, history)
     image = root.find("Image")
@@ -1327,12 +1298,9 @@ def write_xisf(file, planes, source=None, history=(), compress=False):
         codec, packed = _compress(planes)
         if len(packed) < size:
             image.set("compression", f"{codec}+sh:{size}:{item}")
+            image.set("checksum", f"sha1:{hashlib.sha1(packed).hexdigest()}")
             pieces = [packed]
             size = len(packed)
-    digest = hashlib.sha1()
-    has_checksum = compress or source.checksum
-    if has_checksum:
-        image.set("checksum", f"sha1:{digest.hexdigest()}")  # as long as the final one
     sizes = {location: len(block) for location, block in source.blocks.items()}
     positions = _place_blocks(root, {**sizes, "pixels": size})
     for location, block in source.blocks.items():
@@ -1341,11 +1309,7 @@ def write_xisf(file, planes, source=None, history=(), compress=False):
     file.seek(positions["pixels"])
     for piece in pieces:
         file.write(piece)
-        if has_checksum:
-            digest.update(piece)
         del piece  # before the next plane is made
-    if has_checksum:
-        image.set("checksum", f"sha1:{digest.hexdigest()}")
     file.seek(0)
     _write_header(file, XML_DECLARATION + _markup(root))
 
@@ -1371,12 +1335,13 @@ def _new_header(planes, source, history):
         bounds="0:1", location="pixels", colorSpace="RGB" if channels == 3 else "Gray")
     lines = []
     for line in history:
-        lines += textwrap.wrap(line, HISTORY_COLUMNS)
+        lines += _wrapped(line)
     for line in lines:
         ElementTree.SubElement(image, "FITSKeyword", name="HISTORY", value="", comment=line)
     change = _with_range(planes, Unit())
-    for keyword in image.findall("FITSKeyword"):
-        keyword.set("value", change(keyword.get("name"), keyword.get("value")))
+    for keyword in image.findall("FITSKeyword"):  # strict readers want all attributes
+        keyword.set("value", change(keyword.get("name"), keyword.get("value", "")))
+        keyword.attrib.setdefault("comment", "")
     for element in image.findall("Property[@id='Processing:History']"):
         if "location" not in element.attrib:  # the specification wants it kept and appended to
             element.text = "\n".join([element.text or "", *lines])
@@ -1437,7 +1402,7 @@ def _markup(element):
 # Pictures on disk: FITS
 #
 # Headers are read and written card by card, so that what is malformed or strange costs neither
-# time nor the picture, and is kept as it stands. astropy packs and unpacks compressed pictures.
+# time nor the picture. astropy packs and unpacks compressed pictures.
 # The FITS standard: https://fits.gsfc.nasa.gov/fits_standard.html.
 # --------------------------------------------------------------------------------------------------
 
@@ -1446,22 +1411,27 @@ END_CARD = "END".ljust(FITS_CARD)
 ROW_ORDER = "ROWORDER"  # says which row is the first: the lowest, unless it is 'TOP-DOWN'
 
 FITS_TYPES = {8: "u1", 16: "i2", 32: "i4", 64: "i8", -32: "f4", -64: "f8"}  # by BITPIX
-# Cards of the table in which a compressed picture stands
-FITS_TABLE = re.compile(
-    r"EXTNAME = 'COMPRESSED_IMAGE'|(TFIELDS|THEAP|T(TYPE|FORM|UNIT|NULL|SCAL|ZERO|DIM|DISP)\d+"
-    r"|Z(IMAGE|TENSION|BITPIX|NAXIS\d*|TILE\d+|CMPTYPE|NAME\d+|VAL\d+|SIMPLE|EXTEND|PCOUNT|GCOUNT"
-    r"|HECKSUM|DATASUM|MASKCMP|BLANK|QUANTIZ|DITHER0|SCALE|ZERO)) *=")
+# PLIO_1 is for masks, and cfitsio's files with 16 bits of it come out wrong
+FITS_CODECS = ("RICE_1", "RICE_ONE", "GZIP_1", "GZIP_2", "HCOMPRESS_1", "NOCOMPRESS")
 # Settings of the decoders, and what they can be; with others they write where they must not
 FITS_CODEC_SETTINGS = {"BLOCKSIZE": (16, 32), "BYTEPIX": (1, 2, 4), "ZDITHER0": range(1, 10_001)}
+# Keywords of the table in which a compressed picture stands
+FITS_TABLE = re.compile(
+    r"TFIELDS|THEAP|T(TYPE|FORM|UNIT|NULL|SCAL|ZERO|DIM|DISP)\d+"
+    r"|Z(IMAGE|TENSION|BITPIX|NAXIS\d*|TILE\d+|CMPTYPE|NAME\d+|VAL\d+|SIMPLE|EXTEND|PCOUNT|GCOUNT"
+    "|HECKSUM|DATASUM|MASKCMP|BLANK|QUANTIZ|DITHER0|SCALE|ZERO)")
+COMPRESSED_NAME = "'COMPRESSED_IMAGE'"  # EXTNAME of such a table, if the picture has none
+
+MAX_PARTS = 1000  # HDUs of a file, and
+MAX_FITS_CARDS = 20_000  # cards of a header; no real file has more
 
 
 @dataclass
 class FitsSource:
-    """What a FITS file has besides its pixels, in the bytes that stood in it."""
-    cards: list  # of str, 80 characters each, without those that the pixels decide
+    """What a FITS file has besides its pixels."""
+    keywords: list  # of Keyword, without those that the pixels decide
     before: bytes = b""  # HDUs in front of the picture; empty if it is the first
     after: bytes = b""  # HDUs behind it
-    checksum: bool = False  # True if the picture had a DATASUM or CHECKSUM
     icc: bytes = b""  # color profile; it also stands in one of the HDUs
     top_down: bool = False  # True if the first row is the top
 
@@ -1488,10 +1458,7 @@ def read_fits(path):
         size = math.prod(shape) * dtype.itemsize
         if part.packed:
             _check_fits_tiles(part, size)
-        step, zero = header.get("BSCALE", 1), header.get("BZERO", 0)
-        numbers = isinstance(step, (int, float)) and isinstance(zero, (int, float))
-        _require(numbers and step and math.isfinite(step) and math.isfinite(zero),
-                 f"has the impossible BSCALE {step!r} or BZERO {zero!r}")
+        step, zero = _fits_scale(header)
         blank = header.get("BLANK") if dtype.kind != "f" else None
         white = _white(dtype, step, zero)
         source = _read_fits_source(file, parts, number, white, notes)
@@ -1505,45 +1472,17 @@ def read_fits(path):
         return _picture(planes, white, source, notes, path)
 
 
-def _header_values(cards):
-    """Return numbers and texts (in capitals) by keyword; of repeated ones the first."""
-    values = {}
-    for card in map(_printable, cards):
-        parsed = _parse_card(card)
-        damaged = not parsed and FITS_STRUCTURE.fullmatch(card[:8].rstrip())
-        _require(not damaged, f"has the damaged card {card.rstrip()!r}")
-        if parsed:
-            name, text, _ = parsed
-            number = _number(text)
-            value = text.strip("' ").upper() if number is None else number
-            values.setdefault(name, value)
-    return values
-
-
-def _fits_axes(header, prefix=""):
-    """Return the lengths of the axes, the last named first, as NumPy has them."""
-    count = header.get(prefix + "NAXIS")
-    _require(count in range(1000), f"has the impossible {prefix}NAXIS {count!r}")
-    axes = [header.get(f"{prefix}NAXIS{axis}") for axis in range(count, 0, -1)]
-    possible = all(isinstance(length, int) and length >= 0 for length in axes)
-    _require(possible, f"has the impossible axes {axes}")
-    return axes
-
-
 class _FitsPart(NamedTuple):
     """An HDU: a header and its data."""
-    header: dict  # values by keyword
     cards: list  # of str
+    keywords: list  # of Keyword
+    header: dict  # numbers, and texts in capitals, by keyword; of repeated ones the first
     start: int  # byte at which the header starts
     data: int  # byte at which the data start
     length: int  # bytes of the data
+    end: int  # byte behind the data and their padding
     shape: list  # of its picture; empty if it has none
     packed: bool  # True if it is a table in which a compressed picture stands
-
-    @property
-    def end(self):
-        """The byte behind the data and their padding."""
-        return self.data + self.length + -self.length % FITS_BLOCK
 
 
 def _read_fits_parts(file, notes):
@@ -1567,24 +1506,22 @@ def _read_fits_parts(file, notes):
 
 def _read_fits_part(file, position, size):
     """Return the HDU at a position in a file of so many bytes."""
-    file.seek(position)
-    cards = []
-    while END_CARD not in cards[-FITS_BLOCK // FITS_CARD:]:
-        block = file.read(FITS_BLOCK)
-        _require(len(block) == FITS_BLOCK, "is cut short: a header has no end")
-        cards += _split_cards(block.decode("latin-1"))
-        _require(len(cards) <= MAX_FITS_CARDS, "has a header too large to be true")
+    cards = _read_fits_cards(file, position)
     start_of_data = file.tell()
-    cards = cards[:cards.index(END_CARD)]
     names = [card[:8].rstrip() for card in cards]
     _require("XTENSION" not in names[1:] and names.count("BITPIX") <= 1,
              "is damaged: a header without END runs into the next")
-    header = _header_values(cards)
+    for name, card in zip(names, cards):
+        damaged = STRUCTURE_NAMES.fullmatch(name) and not _parse_card(card)
+        _require(not damaged, f"has the damaged card {_printable(card).rstrip()!r}")
+    keywords = _parse_cards(cards)
+    header = {}
+    for name, value, _ in keywords:
+        number = _number(value)
+        header.setdefault(name, value.strip("' ").upper() if number is None else number)
     bits = header.get("BITPIX")
     _require(bits in FITS_TYPES, f"has the impossible BITPIX {bits!r}")
     shape = _fits_axes(header)
-    _require(header.get("GROUPS") != "T", "holds random groups, the data of a radio interferometer",
-             "name a picture")
     samples = math.prod(shape) if shape else 0
     length = abs(bits) // 8 * (samples + header.get("PCOUNT", 0)) * header.get("GCOUNT", 1)
     packed = header.get("ZIMAGE") == "T"
@@ -1596,12 +1533,48 @@ def _read_fits_part(file, position, size):
         shape = shape[1:]
     if len(shape) < 2 or 0 in shape:
         shape = []
-    missing = start_of_data + length - size
-    rows = math.prod(shape[:-1])
-    gone = min(rows, math.ceil(rows * missing / max(1, length)))
-    _require(length >= 0 and missing <= 0, f"is cut short: the last {gone} of its {rows} rows are "
-                                           "missing" if shape else "is cut short")
-    return _FitsPart(header, cards, position, start_of_data, length, shape, packed)
+    complete = length >= 0 and start_of_data + length <= size
+    _require(complete, "is cut short: the end of its data is missing")
+    padding = -length % FITS_BLOCK
+    end = start_of_data + length + padding
+    return _FitsPart(
+        cards, keywords, header, position, start_of_data, length, end, shape, packed)
+
+
+def _read_fits_cards(file, position):
+    """Return the cards of the header at a position, and leave the file behind its last block."""
+    file.seek(position)
+    cards = []
+    while END_CARD not in cards[-FITS_BLOCK // FITS_CARD:]:
+        block = file.read(FITS_BLOCK)
+        _require(len(block) == FITS_BLOCK, "is cut short: a header has no end")
+        cards += _split_cards(block.decode("latin-1"))
+        _require(len(cards) <= MAX_FITS_CARDS, "has a header too large to be true")
+    return cards[:cards.index(END_CARD)]
+
+
+def _fits_axes(header, prefix=""):
+    """Return the lengths of the axes, the last named first, as NumPy has them."""
+    count = header.get(prefix + "NAXIS")
+    _require(count in range(1000), f"has the impossible {prefix}NAXIS {count!r}")
+    axes = []
+    for number in range(count, 0, -1):
+        name = f"{prefix}NAXIS{number}"
+        length = header.get(name)
+        possible = isinstance(length, int) and length >= 0
+        _require(possible, f"has the impossible {name} {length!r}")
+        axes.append(length)
+    return axes
+
+
+def _fits_scale(header):
+    """Return what the stored samples are multiplied with, and what is added then."""
+    scale = header.get("BSCALE", 1), header.get("BZERO", 0)
+    for name, number in zip(("BSCALE", "BZERO"), scale):
+        possible = isinstance(number, (int, float)) and math.isfinite(number)
+        _require(possible, f"has the impossible {name} {number!r}")
+    _require(scale[0] != 0, "has the impossible BSCALE 0")
+    return scale
 
 
 def _fits_layout(shape):
@@ -1620,19 +1593,23 @@ def _fits_layout(shape):
 def _check_fits_tiles(part, size):
     """Refuse a compressed picture of so many bytes that lies about its size or its settings."""
     header = part.header
-    _check_expansion(header.get("ZCMPTYPE"), size, part.length)
+    _check_expansion(header.get("ZCMPTYPE"), FITS_CODECS, size, part.length)
     settings = {"ZDITHER0": header.get("ZDITHER0", 1)}
     for name in header:
         if name.startswith("ZNAME"):
-            settings[header[name]] = header.get(name.replace("NAME", "VAL"))
-    for name, value in settings.items():
-        possible = FITS_CODEC_SETTINGS.get(name, (value,))
+            setting = header[name]
+            settings[setting] = header.get(name.replace("NAME", "VAL"))
+    for name, possible in FITS_CODEC_SETTINGS.items():
+        value = settings.get(name, possible[0])
         _require(value in possible, f"has the impossible {name} {value!r}")
     _require(header.get("TFIELDS") in range(1000), "has too many columns to be true")
     tiles = 1
-    for axis, length in enumerate(_fits_axes(header, "Z")[::-1], 1):
-        side = header.get(f"ZTILE{axis}", length if axis == 1 else 1)
-        _require(isinstance(side, int) and side > 0, f"has the impossible ZTILE{axis} {side!r}")
+    axes = _fits_axes(header, "Z")
+    for number, length in enumerate(reversed(axes), 1):
+        name = f"ZTILE{number}"
+        usual = length if number == 1 else 1
+        side = header.get(name, usual)
+        _require(isinstance(side, int) and side > 0, f"has the impossible {name} {side!r}")
         tiles *= math.ceil(length / side)
     _require(tiles == header["NAXIS2"] <= MAX_TILES, "has another number of tiles than it claims")
 
@@ -1643,26 +1620,15 @@ def _read_fits_source(file, parts, number, white, notes):
     Levels of integers, whose largest is `white`, become those of samples in [0, 1].
     """
     part = parts[number]
-    kept, untrue = [], []
-    for card in part.cards:
-        name = card[:8].rstrip()
-        of_table = FITS_TABLE.match(card) if part.packed else None
-        if FITS_STRUCTURE.fullmatch(name) or of_table:
-            continue
-        if STALE_PIXEL_METADATA.match(f"FITSKeyword {name}"):
-            untrue.append(name)
-        else:
-            kept.append(card)
-    if untrue:
-        notes.append(f"had {', '.join(untrue)[:200]}: "
-                     "not kept, because the new pixels make them untrue")
-    _what_keywords_say(part.header, notes)
-    if white:
-        kept = _changed_cards(kept, _in_unit(Unit(white)))
+    keywords = part.keywords
+    if part.packed:
+        keywords = [keyword for keyword in keywords if not FITS_TABLE.fullmatch(keyword.name)
+                    and keyword[:2] != ("EXTNAME", COMPRESSED_NAME)]
+    keywords = _kept(keywords, white, notes)
     file.seek(0)
     before = file.read(part.start)
-    names = [card[:8].rstrip() for card in parts[0].cards]
-    says_nothing = all(FITS_STRUCTURE.fullmatch(name) or name in FITS_TEXT_NAMES for name in names)
+    first_names = {keyword.name for keyword in parts[0].keywords}.difference(TEXT_NAMES)
+    says_nothing = all(map(STRUCTURE_NAMES.fullmatch, first_names))
     if part.packed and number == 1 and says_nothing:
         before = b""  # it is there because a compressed picture cannot be the first
     file.seek(part.end)
@@ -1672,9 +1638,8 @@ def _read_fits_source(file, parts, number, white, notes):
         if other.header.get("EXTNAME") == "ICCPROFILE":
             file.seek(other.data)
             icc = file.read(other.length)
-    checksum = "DATASUM" in part.header or "CHECKSUM" in part.header
     top_down = part.header.get(ROW_ORDER) == "TOP-DOWN"
-    return FitsSource(kept, before, _padded(after), checksum, icc, top_down)
+    return FitsSource(keywords, before, _padded(after), icc, top_down)
 
 
 def _padded(data, filling=b"\0"):
@@ -1685,45 +1650,46 @@ def _padded(data, filling=b"\0"):
 def _fits_header(cards):
     """Return the bytes of a header."""
     text = "".join([*cards, END_CARD])
-    return _padded(text.encode("latin-1"), b" ")
+    return _padded(text.encode("ascii"), b" ")
 
 
-def _structure_cards(start, bits, axes):
+def _structure_cards(is_first, bits, axes):
     """Return the cards that a header begins with: of the first HDU, or of an image extension."""
-    values = {"SIMPLE": "T"} if start == 0 else {"XTENSION": "'IMAGE   '"}
-    values.update(BITPIX=bits, NAXIS=len(axes))
-    for number, length in enumerate(axes[::-1], 1):
+    values = {"BITPIX": bits, "NAXIS": len(axes)}
+    for number, length in enumerate(reversed(axes), 1):
         values[f"NAXIS{number}"] = length
-    values.update({"EXTEND": "T"} if start == 0 else {"PCOUNT": 0, "GCOUNT": 1})
-    return [_value_card(*item) for item in values.items()]
+    if is_first:
+        values = {"SIMPLE": "T", **values, "EXTEND": "T"}
+    else:
+        values = {"XTENSION": "'IMAGE   '", **values, "PCOUNT": 0, "GCOUNT": 1}
+    return _cards(Keyword(name, str(value)) for name, value in values.items())
 
 
 def _to_fits_source(source, height):
     """Return a FitsSource that holds what FITS can hold of another one."""
-    cards, icc = _shared_metadata(source, height)
-    cards.append(_value_card(ROW_ORDER, "'BOTTOM-UP'"))
+    keywords, icc = _shared_metadata(source, height)
     after = b""
     if icc:
-        profile = _structure_cards(1, 8, [len(icc)]) + [_value_card("EXTNAME", "'ICCProfile'")]
-        after = _fits_header(profile) + _padded(icc)
-    return FitsSource(cards, after=after, icc=icc)
+        cards = _structure_cards(False, 8, [len(icc)])
+        cards += _cards([Keyword("EXTNAME", "'ICCProfile'")])
+        after = _fits_header(cards) + _padded(icc)
+    keywords.append(Keyword(ROW_ORDER, "'BOTTOM-UP'"))
+    return FitsSource(keywords, after=after, icc=icc)
 
 
 def write_fits(file, planes, source=None, history=(), compress=False, unit=Unit()):
     """Write a picture as FITS; the arguments are those of `write_xisf`, and its Unit.
 
-    All cards of a FITS source are written as they stood there, and its other HDUs too. `compress`
-    makes a compressed image (GZIP_2, nothing is lost), with the ending .fits all the same.
+    All keywords of a FITS source are written, and its other HDUs too. `compress` makes a
+    compressed image (GZIP_2, nothing is lost), with the ending .fits all the same.
     """
-    _check_planes(planes)
     if not isinstance(source, FitsSource):
         source = _to_fits_source(source, planes.shape[1])
-    cards = _changed_cards(source.cards[:MAX_KEPT_CARDS], _with_range(planes, unit))
-    lost = len(source.cards) - len(cards)
-    if lost:
+    cards = _cards(_changed(source.keywords, _with_range(planes, unit)))
+    if len(cards) > MAX_KEPT_CARDS:
+        lost = len(cards) - MAX_KEPT_CARDS
         logger.warning(f"{lost} lines of FITS keywords are lost: a header has no room for them")
-    for line in history:
-        cards += _text_cards("HISTORY", line)
+    cards = cards[:MAX_KEPT_CARDS] + _cards(Keyword("HISTORY", "", line) for line in history)
     file.write(source.before)
     data = np.empty(planes.shape, planes.dtype.newbyteorder(">"))
     stored = data if source.top_down else data[:, ::-1]
@@ -1737,11 +1703,9 @@ def write_fits(file, planes, source=None, history=(), compress=False, unit=Unit(
         if not source.before:
             file.write(empty_hdu)
     else:
-        structure = _structure_cards(len(source.before), -8 * data.itemsize, data.shape)
-    cards = structure + cards
-    if source.checksum:
-        cards += _checksum_cards(cards, data)
-    file.write(_fits_header(cards))
+        is_first = not source.before
+        structure = _structure_cards(is_first, -8 * data.itemsize, data.shape)
+    file.write(_fits_header(structure + cards))
     file.write(data)
     file.write(bytes(-data.nbytes % FITS_BLOCK))
     file.write(source.after)
@@ -1754,7 +1718,6 @@ def _compressed_fits(data):
     """
     from astropy.io import fits
     made = io.BytesIO()
-    made.close = lambda: None  # astropy closes what it wrote
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         hdu = fits.CompImageHDU(data, compression_type="GZIP_2", quantize_level=0)
@@ -1766,40 +1729,6 @@ def _compressed_fits(data):
     return content[:packed.start], cards, content[packed.data:packed.end]
 
 
-def _checksum_cards(cards, data):
-    """Return the cards CHECKSUM and DATASUM of an HDU (appendix J of the FITS standard)."""
-    data_sum = _ones_complement_sum(data)
-    sums = [_value_card("CHECKSUM", "'0000000000000000'"), _value_card("DATASUM", f"'{data_sum}'")]
-    whole = _ones_complement_sum(_fits_header(cards + sums), data_sum)
-    return [_value_card("CHECKSUM", f"'{_checksum(whole)}'"), sums[1]]
-
-
-def _ones_complement_sum(data, total=0):
-    """Add bytes, of which there are 4 n, to a sum of 32-bit words that carries over at its end."""
-    words = np.frombuffer(data, ">u4")
-    total += int(words.sum(dtype=np.uint64))
-    while total >> 32:
-        total = (total & 0xffffffff) + (total >> 32)
-    return total
-
-
-def _checksum(total):
-    """Return the 16 characters that bring the sum of an HDU to -0."""
-    inverse = 0xffffffff - total
-    columns = []
-    for shift in (24, 16, 8, 0):
-        quotient, remainder = divmod(inverse >> shift & 0xff, 4)
-        four = [quotient + remainder + 48] + 3 * [quotient + 48]
-        while not all(chr(character).isalnum() for character in four):
-            for k in (0, 2):  # in pairs, so that their sum stays
-                if not chr(four[k]).isalnum() or not chr(four[k + 1]).isalnum():
-                    four[k] += 1
-                    four[k + 1] -= 1
-        columns.append(four)
-    text = "".join(chr(column[k]) for k in range(4) for column in columns)
-    return text[-1] + text[:-1]
-
-
 # --------------------------------------------------------------------------------------------------
 # Pictures on disk: TIFF
 #
@@ -1809,32 +1738,27 @@ def _checksum(total):
 TIFF_COLORS = {0: 1, 1: 1, 2: 3}  # channels of gray (white is 0 or largest) and RGB, by photometric
 TIFF_MINISWHITE = 0
 TIFF_SENSOR = (32803, 34892)  # photometric of a color filter mosaic, and of a camera's linear data
+TIFF_CODECS = (
+    1, "NONE", "LZW", "DEFLATE", "ADOBE_DEFLATE", "PACKBITS", "ZSTD")  # tifffile's names
 TIFF_ICC = 34675
 TIFF_CHUNKS = ("StripOffsets", "StripByteCounts", "TileOffsets", "TileByteCounts")
-TIFF_PLANAR = 1, 2  # samples of a pixel together, or planes
+TIFF_PLANAR = None, 1, 2  # not said, samples of a pixel together, or planes
 TIFF_THUMBNAIL = 2  # value of the old SubfileType
-TIFF_INCH = 2
-TIFF_RESOLUTION_UNITS = 1, 2, 3  # none, inch, centimeter
 LARGEST_TIFF = 0xF0000000  # bytes; larger ones are BigTIFF
 TIFF_BYTES = 7  # a type
-TIFF_KEPT = {271: "s", 272: "s", 306: "s", 315: "s", 33432: "s", 274: "H", 700: "B"}
-"""Tags that are carried over, and their types: camera, date, author, rights, orientation, XMP."""
+TIFF_ORIENTATION = 274
+TIFF_KEPT = {271: "s", 272: "s", 306: "s", 315: "s", 33432: "s", 700: "B"}
+"""Tags that are carried over, and their types: camera, date, author, rights, XMP."""
 
 MAX_PAGES = 16  # among which the picture is looked for
-
-FOR_PROGRAMS = re.compile(
-    rb"\s*(\{|<|\[|(ImageJ|shape)=|Aperio |state\.|# )|.*(scanimage\.SI|>\s*$)", re.DOTALL)
-"""Descriptions that programs parse, who would stumble over more lines: JSON of tifffile, OME-XML,
-ImageJ=, and their like. They tell how the old file was made up."""
 
 
 @dataclass
 class TiffSource:
     """What a TIFF file has besides its pixels."""
-    description: bytes = b""  # in words
-    cards: list = field(default_factory=list)  # the description, if it is a FITS header
+    keywords: list  # of Keyword; a description in words is COMMENT
     icc: bytes = b""  # color profile
-    options: dict = field(default_factory=dict)  # others, as tifffile's writer takes them
+    tags: list = field(default_factory=list)  # these and others, as tifffile's writer takes them
 
 
 def read_tiff(path):
@@ -1852,14 +1776,16 @@ def read_tiff(path):
             dtype = page.dtype.newbyteorder(tiff.byteorder)
             white = _white(dtype)
             source = _read_tiff_source(page, white, notes)
-            is_negative = page.photometric == TIFF_MINISWHITE
-            _require(white or not is_negative, "is gray, with white as 0, and not unsigned",
-                     "save it with black as 0")
+            step, zero = 1, 0
+            if page.photometric == TIFF_MINISWHITE:
+                _require(white, "is gray, with white as 0, and not unsigned",
+                         "save it with black as 0")
+                step, zero = -1, white
             position = page.dataoffsets[0] if page.is_final else None
             with _stream_of("tiff", file, number, position, dtype, page.nbytes) as stream:
                 rows = _rows_of(stream, dtype, (width, together))
                 shape = colors, height, width
-                planes = _read_planes(rows, dtype, shape, together, white, negative=is_negative)
+                planes = _read_planes(rows, dtype, shape, together, white, step, zero)
         return _picture(planes, white, source, notes, path)
 
 
@@ -1871,8 +1797,8 @@ def _find_page(tiff):
             pages.append(tiff.pages[number])
     _require(pages, "holds no picture")
     first = pages[0]
-    parts = [*pages, *(first.pages or ())]
-    from_sensor = any(part.photometric in TIFF_SENSOR for part in parts)
+    from_sensor = any(
+        page.photometric in TIFF_SENSOR for page in [*pages, *(first.pages or ())])
     if from_sensor or "DNGVersion" in first.tags:
         maker = str(first.tags.valueof("Make") or "").strip()
         _refuse_raw(f"of {maker[:30]}" if maker else "such as DNG")
@@ -1902,32 +1828,41 @@ def _check_tiff_page(page, size):
     _require(known, "does not say whether it is gray or RGB", advice)
     colors = TIFF_COLORS.get(page.photometric)
     _require(colors, f"is neither gray nor RGB, but {_tiff_word(page.photometric)}", advice)
+    bits = page.bitspersample
     item = page.dtype.itemsize if page.dtype and page.dtype.kind in "iuf" else 0
-    _require(item and page.bitspersample == 8 * item,
-             f"has samples of {page.bitspersample} bits, which are not read", advice)
-    lengths = *page.shaped, *page.chunks, page.samplesperpixel
-    _require(all(isinstance(length, int) for length in lengths),
-             "is damaged: its size is not a number")
+    _require(item and bits == 8 * item, f"has samples of {bits} bits, which are not read", advice)
+    channels = page.samplesperpixel
+    lengths = *page.shaped, *page.chunks, channels
+    whole = all(isinstance(length, int) for length in lengths)
+    _require(whole, "is damaged: its size is not a number")
     planes, depth, height, width, together = page.shaped
     _require(depth == 1 and height and width, "is not a flat picture", advice)
-    channels = page.samplesperpixel
     _require(channels >= colors and planes * together == channels,
              f"is called RGB but has {channels} channel(s)", advice)
-    offsets, counts = page.dataoffsets, page.databytecounts
-    _require(len(offsets) <= MAX_TILES or page.is_final, "has too many strips to be true")
-    chunks = math.prod(page.chunked)
-    listed = [page.tags[code].count for code in TIFF_CHUNKS if code in page.tags]
-    # tifffile makes up what is missing, and leaves out what is too much
-    complete = listed == [chunks, chunks] and all(offsets) and all(counts)
-    _require(complete and page.planarconfig in (None, *TIFF_PLANAR),
-             f"is damaged: it has not the {chunks} strips or tiles that it needs")
-    last = max(map(sum, zip(offsets, counts)))
-    _require(last <= size, "is cut short: its last rows are missing")
+    _check_tiff_chunks(page, size)
     needed = math.prod(page.shaped) * item
-    _check_expansion(_tiff_word(page.compression), needed, min(sum(counts), size))
+    stored = min(sum(page.databytecounts), size)
+    _check_expansion(_tiff_word(page.compression), TIFF_CODECS, needed, stored)
     tile = math.prod(page.chunks) * item
     _require(tile <= 4 * needed + (1 << 20), "has tiles larger than the picture")
     return colors
+
+
+def _check_tiff_chunks(page, size):
+    """Refuse a page that does not have all its strips or tiles in a file of so many bytes.
+
+    tifffile makes up what is missing, and leaves out what is too much.
+    """
+    offsets, counts = page.dataoffsets, page.databytecounts
+    _require(len(offsets) <= MAX_TILES or page.is_final, "has too many strips to be true")
+    chunks = math.prod(page.chunked)
+    listed = [page.tags[name].count for name in TIFF_CHUNKS if name in page.tags]
+    complete = listed == [chunks, chunks] and all(offsets) and all(counts)
+    arranged = page.planarconfig in TIFF_PLANAR
+    _require(complete and arranged,
+             f"is damaged: it has not the {chunks} strips or tiles that it needs")
+    ends = map(sum, zip(offsets, counts))
+    _require(max(ends) <= size, "is cut short: its last rows are missing")
 
 
 def _tiff_word(value):
@@ -1939,65 +1874,49 @@ def _read_tiff_source(page, white, notes):
     """Return what the outputs keep of a page; integers have `white` for their largest."""
     value = page.tags.valueof
 
-    def text(code):
+    def as_bytes(code):
         found = value(code) or b""
         return found if isinstance(found, bytes) else str(found).encode("utf-8", "replace")
 
     tags = []
     for code, kind in TIFF_KEPT.items():
-        if kind == "H" and isinstance(value(code), int):
-            tags.append((code, kind, 1, int(value(code)), True))
-        elif kind != "H" and value(code) is not None:
-            count = len(text(code)) if kind == "B" else 0
-            tags.append((code, kind, count, text(code), True))
+        text = as_bytes(code)
+        if text:
+            count = len(text) if kind == "B" else 0
+            tags.append((code, kind, count, text, True))
+    orientation = value(TIFF_ORIENTATION)
+    if isinstance(orientation, int):
+        tags.append((TIFF_ORIENTATION, "H", 1, int(orientation), True))
     icc = value(TIFF_ICC)
     icc = icc if isinstance(icc, bytes) else b""
     tags += _icc_tags(icc)
-    options = {"extratags": tags}
-    resolution = value("XResolution"), value("YResolution")
-    unit = value("ResolutionUnit") or TIFF_INCH
-    if all(map(_is_fraction, resolution)) and unit in TIFF_RESOLUTION_UNITS:
-        options.update(resolution=resolution, resolutionunit=int(unit))
-    description = text("ImageDescription").rstrip(b"\0 \r\n")
-    cards = _cards_of_tiff(description)
-    if cards:
-        description = b""
-        _what_keywords_say({name: value for name, value, _ in _keywords(cards)}, notes)
-        if white:
-            cards = _changed_cards(cards, _in_unit(Unit(white)))
-    elif FOR_PROGRAMS.match(description):
-        if not re.fullmatch(rb'\{"shape": \[[\d, ]+\]\}', description):  # it tells nothing else
-            notes.append(f"loses its description {description[:40]!r}..., "
-                         "which is for programs and tells of the old pixels")
-        description = b""
-    return TiffSource(description, cards, icc, options)
+    description = as_bytes("ImageDescription").decode("utf-8", "replace")
+    keywords = _keywords_of_tiff(description.strip("\0 \r\n"))
+    return TiffSource(_kept(keywords, white, notes), icc, tags)
 
 
-def _is_fraction(value):
-    """Tell whether a tag's value is one number above 0: numerator and denominator."""
-    is_pair = isinstance(value, tuple) and len(value) == 2
-    return is_pair and all(isinstance(number, int) and number > 0 for number in value)
-
-
-def _cards_of_tiff(description):
-    """Return the cards of an Astro-TIFF's description; none if it is something else."""
-    lines = description.decode("latin-1").split("\n")
-    cards = [line.rstrip().ljust(FITS_CARD) for line in lines]
-    parsed = _parse_card(cards[0])
-    if not parsed or not parsed[0] or max(map(len, cards)) > FITS_CARD:
+def _keywords_of_tiff(description):
+    """Return the keywords of an Astro-TIFF's description; another one becomes COMMENT."""
+    if re.fullmatch(r'(\{"shape": \[[\d, ]+\]\})?', description):  # tifffile's: it tells nothing
         return []
-    return [card for card in cards[:MAX_KEPT_CARDS]
-            if card.strip() and not FITS_STRUCTURE.fullmatch(card[:8].rstrip())]
+    description = description[:MAX_KEPT_CARDS * HISTORY_COLUMNS]
+    lines = [line.rstrip() for line in description.split("\n")]
+    if max(map(len, lines)) <= FITS_CARD:
+        cards = [line.ljust(FITS_CARD) for line in lines if line != "END"]
+        first = _parse_card(cards[0]) if cards else None
+        if first and first.name:
+            return _parse_cards(cards[:MAX_KEPT_CARDS])
+    return [Keyword("COMMENT", "", line) for line in _wrapped(description)[:MAX_KEPT_CARDS]]
 
 
 def write_tiff(file, planes, source=None, history=(), compress=False, unit=Unit()):
     """Write a picture as 32-bit float TIFF; the arguments are those of `write_fits`.
 
-    FITS cards become a description, as Astro-TIFF has it. HISTORY is appended to the description.
+    Keywords and HISTORY become a description, as Astro-TIFF has it, whatever the description of
+    the source was: others are parsed by programs, which would stumble over more lines.
     `compress` is deflate with the floating point predictor.
     """
     import tifffile
-    _check_planes(planes)
     channels, height, width = planes.shape
     if not isinstance(source, TiffSource):
         source = _to_tiff_source(source, height)
@@ -2009,27 +1928,22 @@ def write_tiff(file, planes, source=None, history=(), compress=False, unit=Unit(
     if channels == 1:
         data = data[..., 0]
         photometric = "minisblack"
-    options = dict(source.options)
-    if compress:
-        options.update(compression="adobe_deflate", predictor=3)
-    cards = _changed_cards(source.cards, _with_range(planes, unit))
-    for line in history:
-        cards += _text_cards("HISTORY", line)
-    if source.cards:
-        shape = planes.shape if channels > 1 else planes.shape[1:]
-        cards = [*_structure_cards(0, -32, shape), *cards, END_CARD]
-    lines = [card.rstrip().encode("latin-1", "replace") for card in cards]
-    description = b"\n".join([*filter(None, [source.description]), *lines])
+    options = {"compression": "adobe_deflate", "predictor": 3} if compress else {}
+    cards = _cards(_changed(source.keywords, _with_range(planes, unit)))[:MAX_KEPT_CARDS]
+    cards += _cards(Keyword("HISTORY", "", line) for line in history)
+    shape = planes.shape if channels > 1 else planes.shape[1:]
+    cards = [*_structure_cards(True, -32, shape), *cards, END_CARD]
+    description = "\n".join(card.rstrip() for card in cards)
     big = data.nbytes + len(description) + len(source.icc) > LARGEST_TIFF
     with tifffile.TiffWriter(file, bigtiff=big) as writer:
         writer.write(data, photometric=photometric, description=description, metadata=None,
-                     software=f"bgoptimizer {VERSION}", **options)
+                     software=f"bgoptimizer {VERSION}", extratags=source.tags, **options)
 
 
 def _to_tiff_source(source, height):
     """Return a TiffSource that holds what TIFF can hold of another one."""
-    cards, icc = _shared_metadata(source, height)
-    return TiffSource(b"", cards, icc, {"extratags": _icc_tags(icc)})
+    keywords, icc = _shared_metadata(source, height)
+    return TiffSource(keywords, icc, _icc_tags(icc))
 
 
 def _icc_tags(icc):
@@ -2185,15 +2099,13 @@ def _write_xisf_of_any(file, planes, source=None, history=(), compress=False, un
 
 def _to_xisf_source(source, height, unit):
     """Return a Source that holds what XISF can hold of another one."""
-    cards, icc = _shared_metadata(source, height)
+    keywords, icc = _shared_metadata(source, height)
     if unit != Unit():
-        cards = _changed_cards(cards, _in_unit(unit))
+        keywords = _changed(keywords, _in_unit(unit))
     root = ElementTree.XML(BARE_XISF)
     image = root.find("Image")
-    for name, value, comment in _keywords(cards):
-        if name in FITS_TEXT_NAMES:
-            value = ""
-        ElementTree.SubElement(image, "FITSKeyword", name=name, value=value, comment=comment)
+    for keyword in keywords:
+        ElementTree.SubElement(image, "FITSKeyword", keyword._asdict())
     blocks = {}
     if icc:
         ElementTree.SubElement(image, "ICCProfile", location="icc")
@@ -2204,7 +2116,7 @@ def _to_xisf_source(source, height, unit):
 def rows_of(source):
     """Return a source that tells nothing but the order of another one's rows, for its mask."""
     if isinstance(source, FitsSource) and source.top_down:
-        return FitsSource([_value_card(ROW_ORDER, "'TOP-DOWN'")], top_down=True)
+        return FitsSource([Keyword(ROW_ORDER, "'TOP-DOWN'")], top_down=True)
     return None
 
 
@@ -2219,30 +2131,26 @@ FORMATS = {
 # Outputs: all files of a run, or none
 # --------------------------------------------------------------------------------------------------
 
-HOST = re.sub(r"(?a)\W", "_", platform.node())[:64]
-"""Name of this machine, as a part of file names."""
-
-
 @contextmanager
 def atomic_outputs(*paths):
     """Open files that take the names `paths` once all are whole, and else leave nothing behind.
 
-    Until then they are locked, hidden files in the same folder, whose names tell who writes them.
-    They survive a power cut as soon as they have their names.
+    Until then they are hidden files in the same folder, which no other run can write. They survive
+    a power cut as soon as they have their names.
 
     Raises BgError if they cannot be written, or another run writes them.
     """
     folder = os.path.dirname(paths[0])
     try:
         with memory_errors(), ExitStack() as stack:
-            files = [stack.enter_context(_temporary(path)) for path in paths]
+            files = [stack.enter_context(_hidden_file(path)) for path in paths]
             yield files
             for file in files:
                 file.flush()
                 os.fsync(file.fileno())
                 if fcntl is None:
                     file.close()  # Windows renames no open file
-            _rename_all([file.name for file in files], paths)
+            _rename_all(paths)
             with suppress(OSError):  # Windows opens no folders, and some disks cannot do that
                 opened = os.open(folder or ".", os.O_RDONLY)
                 stack.callback(os.close, opened)
@@ -2255,63 +2163,77 @@ def atomic_outputs(*paths):
                       "free space or choose another folder") from None
 
 
-@contextmanager
-def _temporary(path):
-    """Create the file that will become an output; what a killed run left of it is removed."""
+def _hidden_name(path, ending):
+    """Return a name in the folder of an output; it depends on `path` alone, so that runs meet."""
     folder, name = os.path.split(path)
     digest = hashlib.sha1(os.fsencode(name)).hexdigest()  # any name is short enough
-    start = os.path.join(folder, f".bgoptimizer-{digest[:12]}")
-    own = f"{start}-{secrets.token_hex(4)}-{os.getpid()}-{HOST}.tmp"
-    with ExitStack() as stack:
-        stack.callback(_remove, own)
-        file = stack.enter_context(open(own, "x+b"))
-        if fcntl is not None:
-            with suppress(OSError):  # some disks know no locks
-                fcntl.flock(file, fcntl.LOCK_EX)
-        for other in glob.glob(f"{glob.escape(start)}-*.tmp"):
-            if other != own and _is_being_written(other):
-                *_, process, host = other[:-len(".tmp")].rsplit("-", 2)
-                raise BgError(f"process {process} on {host} is writing {path}; wait until it ends, "
-                              "or choose another folder (if it runs no more, "
-                              f"delete {other})")
-        for aside in glob.glob(f"{glob.escape(start)}-*.old"):
+    return os.path.join(folder, f".bgoptimizer-{digest[:16]}{ending}")
+
+
+@contextmanager
+def _hidden_file(path):
+    """Open the file that will become an output; what does not become one is removed."""
+    name, aside = _hidden_name(path, ".tmp"), _hidden_name(path, ".old")
+    try:
+        file = _open_alone(name)
+    except FileExistsError:
+        raise BgError(f"another run is writing {path}; wait until it ends, or choose another "
+                      f"folder (if none runs, delete {name})") from None
+    try:
+        with file:
             if os.path.exists(path):
                 _remove(aside)
-            else:  # a run was killed between two names
-                os.rename(aside, path)
-        yield file
+            else:  # a run may have been killed between two names
+                with suppress(FileNotFoundError):
+                    os.rename(aside, path)
+            yield file
+    except BaseException:
+        _remove(name)
+        raise
 
 
-def _is_being_written(name):
-    """Tell whether the run that made a temporary file is alive; else the file is removed."""
+def _open_alone(name):
+    """Open a file to write, anew if a killed run left it; raise FileExistsError if a run has it."""
+    if fcntl is None:
+        _remove(name)  # Windows removes no open file
+        return open(name, "x+b")
+    is_new = True
     try:
-        if fcntl is not None:
-            with open(name, "rb") as file:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        os.unlink(name)  # Windows refuses this while the file is open
-    except FileNotFoundError:
-        return False
-    except OSError:
-        return True
-    return False
+        file = open(name, "x+b")
+    except FileExistsError:
+        file = open(name, "r+b")
+        is_new = False
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        is_alone = False
+    except OSError:  # some disks know no locks
+        is_alone = is_new
+    else:  # its run may have ended just now, and renamed it
+        is_alone = os.path.exists(name) and os.path.samefile(file.fileno(), name)
+    if not is_alone:
+        file.close()
+        raise FileExistsError
+    file.truncate()
+    return file
 
 
-def _rename_all(names, paths):
+def _rename_all(paths):
     """Give files their names, all or none: what had these names before, comes back if one fails.
 
     A kill may leave some out, but never mixes two runs.
     """
     set_aside, renamed = [], []
     try:
-        for name, path in zip(names, paths):
+        for path in paths:
             if os.path.isdir(path):
                 raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-            aside = f"{name[:-len('.tmp')]}.old"
+            aside = _hidden_name(path, ".old")
             with suppress(FileNotFoundError):
                 os.rename(path, aside)
                 set_aside.append((aside, path))
-        for name, path in zip(names, paths):
-            os.replace(name, path)
+        for path in paths:
+            os.replace(_hidden_name(path, ".tmp"), path)
             renamed.append(path)
     except BaseException:
         for path in renamed:
@@ -4947,8 +4869,8 @@ def plate_solution(source: Any, height: int):
     from astropy.wcs import WCS
     with warnings.catch_warnings(), suppress(Exception):  # damaged ones are none
         warnings.simplefilter("ignore")
-        cards, _ = _shared_metadata(source, height)
-        solution = WCS(fits.Header.fromstring("".join(cards)), naxis=2)
+        keywords, _ = _shared_metadata(source, height)
+        solution = WCS(fits.Header.fromstring("".join(_cards(keywords))), naxis=2)
         if solution.has_celestial:
             return solution
         if isinstance(source, Source):

@@ -400,7 +400,7 @@ def test_a_fits_keeps_its_header_card_by_card(compress, small, folder):
             assert "bgoptimizer: a line" in str(hdus[number].header["HISTORY"])
             hdus.verify("exception")
         with fits.open(again, disable_image_compression=True) as hdus:
-            assert {"CHECKSUM", "DATASUM"} <= set(hdus[number].header)
+            assert not {"CHECKSUM", "DATASUM"} & set(hdus[number].header)
 
 
 def test_a_solved_picture_has_the_same_sky_positions(small, folder):
@@ -417,7 +417,7 @@ def test_a_solved_picture_has_the_same_sky_positions(small, folder):
         np.testing.assert_allclose(after, before, atol=1e-9)
 
 
-def test_malformed_cards_survive_as_they_are(small, folder):
+def test_what_malformed_cards_say_is_kept_as_comments(small, folder):
     path = save_fits("a.fits", small)
     odd = [b"OBJECT  = 'no end", b"lower   = 3", b"BAD = = 3 /", b"\xb5\xe9 not ASCII"]
     data = open(path, "rb").read()
@@ -426,7 +426,9 @@ def test_malformed_cards_survive_as_they_are(small, folder):
     with open(path, "wb") as file:
         file.write((data[:end] + cards).ljust(2800) + b"END".ljust(80) + data[2880:])
     picture = bg.read_picture(path)
-    assert cards in open(written("fits", picture), "rb").read()
+    found = fits.getheader(written("fits", picture))
+    said = ["OBJECT  = 'no end", "lower   = 3", "BAD = = 3 /", "?? not ASCII"]
+    assert list(found["COMMENT"]) == said
     for name in bg.FORMATS:
         for compress in (False, True):
             again = bg.read_picture(written(name, picture, compress=compress))
@@ -442,8 +444,6 @@ def test_a_tiff_keeps_what_it_has(compress, channels, small, folder):
         metadata=None,
         photometric="rgb" if channels > 1 else "minisblack",
         description="SIMPLE  =                    T\nOBJECT  = 'M 31'\nEND",
-        resolution=(300, 301),
-        resolutionunit=2,
         extratags=[ICC_TAG, (315, "s", 0, "me", True), (700, "B", 4, b"<x/>", True)],
     )
     picture = bg.read_picture("a.tif")
@@ -460,7 +460,6 @@ def test_a_tiff_keeps_what_it_has(compress, channels, small, folder):
             and tags[315].value == "me"
             and tags[700].value == b"<x/>"
         )
-        assert tags[282].value == (300, 1) and tags[296].value == 2
         assert (tiff.pages[0].predictor == 3) == compress
     assert np.array_equal(bg.read_picture(again).planes, picture.planes)
 
@@ -573,10 +572,10 @@ def test_xisf_keywords_become_cards(folder, small):
 
 def test_writing_changes_neither_planes_nor_source(small, folder):
     picture = bg.read_picture(save_fits("a.fits", small, header()))
-    planes, cards = picture.planes.copy(), list(picture.source.cards)
+    planes, keywords = picture.planes.copy(), list(picture.source.keywords)
     for name in bg.FORMATS:
         written(name, picture, history=["a"], unit=bg.Unit(2.0, -1.0))
-    assert np.array_equal(planes, picture.planes) and cards == picture.source.cards
+    assert np.array_equal(planes, picture.planes) and keywords == picture.source.keywords
 
 
 # ------------------------------------------------------------------------------------ hostile files
@@ -780,7 +779,7 @@ def test_letters_beyond_ascii_cost_no_compressed_picture(small, folder):
         data = file.read().replace(b"in X C", b"in \xb0 C")
         file.seek(0)
         file.write(data)
-    assert "in \xb0 C" in bg.read_picture(path).source.cards[0]
+    assert bg.read_picture(path).source.keywords[0].comment == "in \xb0 C"
 
 
 def test_a_tiff_tag_larger_than_the_file_costs_no_picture(folder):
@@ -862,27 +861,6 @@ def test_what_is_written_is_never_too_large_to_be_read(name, small, folder):
             picture = bg.read_picture(written(name, picture, history=lines))
 
 
-NOT_WRITTEN = [(shape, "f4") for shape in (
-    (2, 4, 5), (4, 4, 5), (4, 5), (1, 1, 4, 5), (0, 4, 5), (1, 0, 5), (1, 4, 0))]
-NOT_WRITTEN += [((1, 4, 5), dtype) for dtype in (
-    "f2", "u2", "u1", "i4", "c8", "?", "longdouble")]
-
-
-@pytest.mark.parametrize("name", bg.FORMATS)
-@pytest.mark.parametrize("shape, dtype", NOT_WRITTEN)
-def test_planes_that_could_not_be_read_back_are_not_written(name, shape, dtype):
-    file = io.BytesIO()
-    with pytest.raises(ValueError, match="planes must be"):
-        bg.FORMATS[name].write(file, np.zeros(shape, dtype))
-    assert not file.getvalue()
-
-
-def test_a_nul_in_a_name_is_said(folder):
-    for read in (bg.read_picture, bg.read_xisf, bg.read_fits, bg.read_tiff):
-        with pytest.raises(bg.BgError, match="NUL in its name.*; check the name"):
-            read("a\0b.fits")
-
-
 def test_a_tiff_that_does_not_tell_its_compression_has_none(folder):
     tags = [entry for entry in tiff_tags() if entry[0] != 259]
     with open("a.tif", "wb") as file:
@@ -951,14 +929,16 @@ def test_mutants_are_read_or_refused(kind, small, folder):
 # ------------------------------------------------------------------------------------ descriptions
 
 PLAIN = "taken in the garden"
-DESCRIPTIONS = {  # of a TIFF; what is left of it; what is said
-    "tifffile": ('{"shape": [40, 60, 3]}', "", None),
-    "tifffile with more": ('{"shape": [40, 60, 3], "exposure": 30}', "", "loses its description"),
-    "OME": ('<?xml version="1.0"?><OME xmlns="x"><Image ID="0"/></OME>', "", "loses its description"),
-    "ImageJ": ("ImageJ=1.53\nimages=3\nchannels=3\nmode=color", "", "loses its description"),
-    "ScanImage": ("state.configPath=1", "", "loses its description"),
-    "words": (PLAIN, PLAIN, None),
-    "none": ("", "", None),
+DESCRIPTIONS = {  # of a TIFF, and the comments that become of it
+    "tifffile": ('{"shape": [40, 60, 3]}', []),
+    "tifffile with more": (
+        '{"shape": [40, 60, 3], "exposure": 30}', ['{"shape": [40, 60, 3], "exposure": 30}']),
+    "OME": ('<?xml version="1.0"?><OME xmlns="x"><Image/></OME>',
+            ['<?xml version="1.0"?><OME xmlns="x"><Image/></OME>']),
+    "ImageJ": ("ImageJ=1.53\nimages=3\nchannels=3", ["ImageJ=1.53", "images=3", "channels=3"]),
+    "ScanImage": ("state.configPath=1", ["state.configPath=1"]),
+    "words": (PLAIN, [PLAIN]),
+    "none": ("", []),
 }
 
 
@@ -976,18 +956,17 @@ def read_by_others(name, path, planes):
 
 @pytest.mark.parametrize("kind", DESCRIPTIONS)
 def test_every_output_is_read_by_the_libraries_whatever_a_tiff_says(kind, small, folder):
-    description, left, said = DESCRIPTIONS[kind]
+    description, comments = DESCRIPTIONS[kind]
     save_tiff("a.tif", small, description=description)
     picture = bg.read_picture("a.tif")
-    assert len(picture.warnings) == bool(said)
-    assert not said or said in picture.warnings[0]
+    assert not picture.warnings
     for name in bg.FORMATS:
         for compress in (False, True):
             path = written(name, picture, history=["bgoptimizer: a line"], compress=compress)
             read_by_others(name, path, picture.planes)
     with tifffile.TiffFile(written("tiff", picture, history=["a line"])) as tiff:
-        lines = [left, "HISTORY a line"] if left else ["HISTORY a line"]
-        assert tiff.pages[0].description.split("\n") == lines
+        found = fits.Header.fromstring(tiff.pages[0].description, sep="\n")
+    assert list(found.get("COMMENT", [])) == comments and list(found["HISTORY"]) == ["a line"]
 
 
 @pytest.mark.parametrize("name", bg.FORMATS)
@@ -1105,18 +1084,6 @@ def cut_before(path, function):
     return cut
 
 
-@pytest.mark.parametrize(
-    "rows, says", [(1, "the last 1 of its 40 rows"), (39, "the last 39 of its 40 rows")]
-)
-def test_a_truncated_file_is_said_in_rows(rows, says, small, folder):
-    path = save_fits("a.fits", small[0])
-    with fits.open(path) as hdus:
-        end = hdus.fileinfo(0)["datLoc"] + small[0].nbytes
-    os.truncate(path, end - rows * 120 + 1)
-    with pytest.raises(bg.BgError, match=says):
-        bg.read_picture(path)
-
-
 def zstd_bomb():
     stream = zstandard.ZstdCompressor().compress(bytes(1 << 30))
     size = (4, 1, len(stream))
@@ -1142,8 +1109,6 @@ GREEDY = {
     "FITS with 20000 HDUs": (
         lambda: fits_header(*plain(8)) + 20000 * fits_header("XTENSION= 'IMAGE'", *plain(8)[1:]),
         "too many parts"),
-    "FITS of random groups": (
-        lambda: fits_header(*plain(8, 0, 3, more=["GROUPS  = T"]), data=2880), "random groups"),
 }
 
 
