@@ -2833,12 +2833,34 @@ RIM_STEP = 12.0
 """At a rim the picture steps by so many times its typical difference between neighbors, beyond that
 of a slope."""
 
-RIM_CONVEX = 0.15
-"""A rim lies outside of a straight-sided frame: at most this part of it is inside the convex hull
-of the rest. Hills and dark clouds are not so straight."""
+RIM_FOOT = 0.25
+"""All of a rim is darker than the picture by this part of what the rim near it is..."""
+
+RIM_NEAR = 7
+"""... within a window of so many pixels."""
+
+RIM_TURN = 0.5
+"""Degrees between the directions in which straight edges of the picture are looked for."""
+
+RIM_STRAIGHT = 1.5
+"""Pixels: an edge that is nowhere farther from a line is straight."""
+
+RIM_LENGTH = 0.2
+"""A straight edge is at least this part of the longer side long. Hills have shorter ones."""
+
+RIM_WHOLE = 0.7
+"""A straight edge has gaps, where hills or stars are, on less than the rest of its length."""
+
+RIM_DARK = 0.25
+"""The picture is brighter than what is beyond at least this part of a straight edge. The rest may
+be the edge of the frame itself, but not all: beside hills that edge is straight as well."""
 
 RIM_FEWEST = 8
 """Pixels. What is smaller is no rim."""
+
+RIM_SKY = 0.88
+"""Beyond a step that leaves more than this part of the light there is sky, which fewer exposures
+reached, if it is noisier than the picture."""
 
 RIM_SOFT = 2
 """Pixels by which a rim is widened, because its edge may be soft."""
@@ -2847,7 +2869,8 @@ RIM_SOFT = 2
 def find_rim(linear: np.ndarray, present: np.ndarray) -> np.ndarray:
     """Find a rim at the edge of the frame that is darker than the picture by a step, but not 0.
 
-    Overscan, the edges that registration leaves, and the corners of a turned frame are such rims.
+    Overscan, the edges that registration leaves, and the corners of a turned frame are such rims:
+    they lie beyond straight edges of the picture. Hills do not.
 
     Args:
         linear: (h, w, c) the reduced picture.
@@ -2856,41 +2879,113 @@ def find_rim(linear: np.ndarray, present: np.ndarray) -> np.ndarray:
     Returns:
         (h, w) bool.
     """
-    from skimage.morphology import convex_hull_image
-    nowhere = np.zeros_like(present)
+    rim = np.zeros_like(present)
     if not present.any():
-        return nowhere
+        return rim
     light = linear / np.median(linear[present], axis=0)
     light = light.mean(-1)
     light = light[_nearest(present)]
+    level, least = _level_beside(light, present)
+    drop = level - light
+    deepest = scipy.ndimage.maximum_filter(drop, RIM_NEAR)
+    dark = present & (drop > np.maximum(least / 2, RIM_FOOT * deepest))
+    frame = np.full(present.shape, True)
+    frame[1:-1, 1:-1] = False
+    frame |= scipy.ndimage.binary_dilation(~present)
+    dark = scipy.ndimage.binary_propagation(dark & frame, mask=dark)
+    picture = present & ~dark
+    mean = scipy.ndimage.uniform_filter(light, 3)
+    detail = np.abs(light - mean)
+    noise = np.median(detail[picture])
+    beyond = _beyond_straight_edges(picture, dark)
+    regions, count = scipy.ndimage.label(dark & beyond)
+    for region in range(1, count + 1):
+        part = regions == region
+        size = part.sum()
+        height = np.percentile(drop[part], 75)
+        if size < RIM_FEWEST or height < least:
+            continue
+        left = light[part] / level[part]
+        is_dark = np.median(left) < RIM_SKY
+        is_noisier = np.median(detail[part]) > noise
+        if is_dark or not is_noisier:
+            rim |= part
+    return present & scipy.ndimage.binary_dilation(rim, iterations=RIM_SOFT)
+
+
+def _level_beside(light: np.ndarray, present: np.ndarray) -> tuple[np.ndarray, float]:
+    """Return the light of the largest part without steps, and beyond it what is nearest of it.
+
+    Args:
+        light: (h, w).
+        present: (h, w) bool, True somewhere.
+
+    Returns:
+        (h, w), and how much light a step is.
+    """
     calm = scipy.ndimage.median_filter(light, 3)
-    step = scipy.ndimage.maximum_filter(calm, 3) - scipy.ndimage.minimum_filter(calm, 3)
-    step -= scipy.ndimage.percentile_filter(step, 25, 9)  # that of a slope
+    highest = scipy.ndimage.maximum_filter(calm, 3)
+    lowest = scipy.ndimage.minimum_filter(calm, 3)
+    step = highest - lowest
+    slope = scipy.ndimage.percentile_filter(step[::3, ::3], 25, 3)
+    slope = slope.repeat(3, axis=0)
+    slope = slope.repeat(3, axis=1)
+    height, width = light.shape
+    step -= slope[:height, :width]
     least = RIM_STEP * np.median(np.abs(step[present]))
     regions, _ = scipy.ndimage.label(present & (step < least))
     sizes = np.bincount(regions.ravel())
     sizes[0] = 0
     if not sizes.any():
-        return nowhere
+        return light, least
     inside = regions == sizes.argmax()
     nearest = _nearest(inside)
-    level = scipy.ndimage.median_filter(light[nearest], 7)[nearest]
-    drop = level - light
-    dark = present & ~inside & (drop > least / 2)
-    frame = np.full(present.shape, True)
-    frame[1:-1, 1:-1] = False
-    frame |= scipy.ndimage.binary_dilation(~present)
-    regions, count = scipy.ndimage.label(scipy.ndimage.binary_propagation(dark & frame, mask=dark))
-    rim = nowhere
-    for region in range(1, count + 1):
-        part = regions == region
-        if part.sum() < RIM_FEWEST or np.percentile(drop[part], 75) < least:
-            continue
-        hull = convex_hull_image(present & ~part)
-        hull = scipy.ndimage.binary_erosion(hull)  # its outermost blocks may be half rim
-        if drop[part & hull].sum() <= RIM_CONVEX * drop[part].sum():
-            rim = rim | part
-    return present & scipy.ndimage.binary_dilation(rim, iterations=RIM_SOFT)
+    counted = np.where(inside, light, 0)
+    total = scipy.ndimage.uniform_filter(counted, 7)
+    weight = scipy.ndimage.uniform_filter(inside.astype(float), 7)
+    level = total / np.maximum(weight, 1e-6)
+    return np.where(inside, light, level[nearest]), least
+
+
+def _beyond_straight_edges(picture: np.ndarray, dark: np.ndarray) -> np.ndarray:
+    """Return True, (h, w), beyond straight lines along which a picture ends and the dark begins.
+
+    Args:
+        picture, dark: (h, w) bool.
+    """
+    beyond = np.zeros_like(picture)
+    if not dark.any() or not picture.any():
+        return beyond
+    y, x = np.indices(picture.shape)
+    ends = picture & ~scipy.ndimage.binary_erosion(picture)
+    end_y, end_x = np.nonzero(ends)
+    beside_dark = scipy.ndimage.binary_dilation(dark)[ends]  # (n,)
+    shortest = RIM_LENGTH * max(picture.shape)
+    degrees = np.arange(0, 360, RIM_TURN)
+    for angle in np.deg2rad(degrees):
+        down = math.sin(angle)
+        right = math.cos(angle)
+        outward = down * end_y + right * end_x  # (n,)
+        last = outward.max()
+        touching = outward > last - RIM_STRAIGHT
+        along = right * end_y - down * end_x
+        along = np.rint(along[touching])
+        length = np.unique(along).size
+        whole = length > RIM_WHOLE * np.ptp(along)
+        darker = beside_dark[touching].mean() > RIM_DARK
+        if length > shortest and whole and darker:
+            farther = down * y + right * x
+            beyond |= farther > last
+    return beyond
+
+
+def rim_depth(prepared: Prepared) -> int:
+    """Return how many reduced pixels deep a rim is; 0 if there is none."""
+    present = prepared.present.all(-1)
+    present = np.pad(present, 1)  # nothing is present beyond the frame
+    depth = scipy.ndimage.distance_transform_cdt(present, "chessboard")
+    depth = depth[1:-1, 1:-1]
+    return int(depth[prepared.rim].max(initial=0))
 
 
 def _nearest(where: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -6101,7 +6196,8 @@ def judge(planes: np.ndarray, prepared: Prepared, settings: Settings,
                        "Take the result as a guess, mask objects with -m, or keep the surface "
                        "stiff with --smoothing 1e4")
     if prepared.rim.any():
-        logger.info("left out: a rim that is darker than the picture by a step "
+        pixels = settings.downscaling_factor * rim_depth(prepared)
+        logger.info(f"left out: a rim of {pixels} pixels that is darker than the picture by a step "
                     f"({prepared.rim.mean():.1%} of the frame)")
     for sentence in doubts(planes, prepared):
         logger.warning(sentence)
