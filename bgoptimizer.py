@@ -3625,6 +3625,10 @@ WITH_BOWL = 1e3
 UNSEEN_COST = 10.0
 """Bending costs so many times as much where no sky is seen."""
 
+CELLS_PER_FREEDOM = 15.0
+"""A surface has one degree of freedom for so many cells that may show sky, and no more, but a bowl
+is always free. Of hundreds of stars on 100 x 100 pixels, others would follow the stars."""
+
 GLOW_COST = 1e-7
 """Weight of the squared coefficients of a glow: next to nothing."""
 
@@ -3717,6 +3721,15 @@ class _Surfaces:
         derivatives = bending_rows(self.spacing, everywhere, True) @ self.on_nodes
         bends, modes = scipy.linalg.eigh(derivatives.T @ derivatives, square)
         return modes, bends
+
+    def candidates(self, sky: np.ndarray) -> list[float]:
+        """Return those of `SMOOTHINGS` that cells (h, w) bool are enough for."""
+        enough = []
+        for smoothing in SMOOTHINGS:
+            kept = 1 / (1 + smoothing * STIFFNESS_UNIT * self.bends)  # (m,) of each mode
+            if smoothing >= WITH_BOWL or CELLS_PER_FREEDOM * kept.sum() <= sky.sum():
+                enough.append(smoothing)
+        return enough
 
     def dearer(self, unseen: np.ndarray) -> _Surfaces:
         """Return the same surfaces, whose bending costs more where no sky is seen, (h, w) bool."""
@@ -3923,7 +3936,8 @@ def _texture(surfaces: _Surfaces, usable: np.ndarray) -> _Texture:
         usable: (h, w) bool.
     """
     cells = surfaces.cells
-    found = surfaces.fit(usable, np.zeros_like(usable), SMOOTHINGS[-1])
+    most_flexible = surfaces.candidates(usable)[-1]
+    found = surfaces.fit(usable, np.zeros_like(usable), most_flexible)
     values = cells.values - surfaces.surface(found)
     detail = (values - _smooth_slope(values, ROUGH_SCALE, usable)) / cells.noise
     strongest = np.abs(detail).argmax(-1)[..., None]
@@ -4774,14 +4788,18 @@ def find_sky(prepared: Prepared, settings: Settings) -> Sky:
             surface that objects shall not bend.
     """
     cells = _make_cells(prepared)
-    smoothings = SMOOTHINGS if settings.smoothing is None else (settings.smoothing,)
     if not cells.too_small:
         scene = _look(cells, prepared.full_shape)
+        may_be_sky = cells.usable & ~scene.texture.rough & ~scene.texture.dense & ~scene.near_hills
+        smoothings = scene.surfaces.candidates(may_be_sky)
     else:
         nothing = np.zeros_like(cells.usable)
         texture = _Texture(np.zeros(nothing.shape), nothing, nothing)
         scene = _Scene(cells, _Surfaces(cells, prepared.full_shape), texture, nothing)
-        smoothings = (max(smoothings[0], SMALL_SMOOTHING),)
+        smoothings = [SMALL_SMOOTHING]
+    if settings.smoothing is not None:
+        least = SMALL_SMOOTHING if cells.too_small else 0
+        smoothings = [max(settings.smoothing, least)]
     explanation = _look_for_sky(scene, cells.usable, smoothings)
     doubt = math.nan if cells.too_small else _doubt(explanation)
     unsure = "it is too small"

@@ -534,3 +534,31 @@ def test_what_is_known_of_cells_is_told_at_any_place():
     assert_array_equal(sky.at(cells, sky.centers), cells)
     corners = np.array([[0, 0], [200 / 300, 1]])  # of the frame
     assert_array_equal(sky.at(cells, corners), [0, cells.size - 1])
+
+
+def crowded_crop(seed):
+    """Return a picture (100, 100, 1) of 400 stars on a slope, and its sky, whose median is 0.05."""
+    rng = np.random.default_rng(seed)
+    y, x = np.mgrid[:100, :100]
+    angle = rng.uniform(0, 2 * np.pi)
+    along = (x * np.cos(angle) + y * np.sin(angle)) / 100
+    sky = 0.05 + 0.01 * (along - np.median(along))
+    image = sky.copy()
+    for _ in range(400):
+        star_y, star_x = rng.uniform(-10, 110, 2)
+        distance = np.hypot(y - star_y, x - star_x)
+        flux = min(20, 0.004 * (rng.pareto(1) + 1))
+        image += flux / 10 * (1 + distance**2 / 9.7)**-3  # Moffat's profile, 3 pixels wide
+    image += 0.002 * rng.standard_normal(image.shape)
+    return image[..., None].astype(np.float32), sky[..., None]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_sky_of_a_small_crowded_picture_does_not_follow_its_stars(seed):
+    image, sky = crowded_crop(seed)
+    prepared, _ = examine(to_planes(image), Settings(auto=True))
+    found = prepared.sky
+    error = found.surface(frame_coordinates(100, 100)) - sky
+    error -= np.median(error)
+    assert error.std() < 0.01 * 0.05
+    assert found.found_smoothing >= 1e3  # at most a bowl: there are 13 x 13 reduced pixels
