@@ -6444,6 +6444,10 @@ STRETCHED_MEDIAN = 0.15
 """Any fall is enough if the brightest thousandth is above the first number, and the median above
 the second part of the way from black to there."""
 
+STRETCHED_LIGHT = 0.08
+"""A fall may be smaller if the median is above this part of the full range. Stretches take it to
+0.1 at least. In none of the linear pictures was any fall certain."""
+
 STRETCHED_TILE = 32
 """Squares of 2 x 2 pixels along a side of a tile. In so few nothing else changes the noise."""
 
@@ -6501,11 +6505,13 @@ def doubts(planes: np.ndarray, prepared: Prepared) -> list[str]:
     """
     sentences = []
     linear = prepared.linear[prepared.present.all(-1)]  # (n, c)
-    bright = False
+    bright = light = False
     if linear.size:  # there are pixels of which no channel is missing
         low, median, high = np.quantile(linear, (0, 0.5, 0.999), axis=0)
-        bright = (high > STRETCHED_TOP) & (median - low > STRETCHED_MEDIAN * (high - low))
-    if _looks_stretched(planes, np.all(bright)):
+        above = median - low
+        bright = (high > STRETCHED_TOP) & (above > STRETCHED_MEDIAN * (high - low))
+        light = median.mean() > STRETCHED_LIGHT
+    if _looks_stretched(planes, np.all(bright), light):
         sentences.append("the picture looks stretched; "
                          "light can be subtracted only while the data are linear")
     if len(planes) == 1 and _looks_like_mosaic(planes[0]):
@@ -6517,21 +6523,27 @@ def doubts(planes: np.ndarray, prepared: Prepared) -> list[str]:
     return sentences
 
 
-def _looks_stretched(planes: np.ndarray, bright: bool = False) -> bool:
+def _looks_stretched(planes: np.ndarray, bright: bool = False, light: bool = False) -> bool:
     """Tell whether the noise falls as the light grows, which a stretch makes it do.
 
     In linear data it grows, or stays. It is compared within small tiles: vignetting, and borders
     that fewer exposures reach, have another noise. If a picture is `bright`, any fall is
-    enough; in a small one, that it is bright.
+    enough, and in a small one, that it is bright. If its sky is `light`, so is any fall that is
+    certain.
     """
     side = STRETCHED_TILE
     falls = []
     for plane in planes:
         height, width = plane.shape
-        step = 2 * side * max(1, round(math.sqrt(plane.size / 4e6)))  # a few Mpix are enough
+        apart = math.sqrt(plane.size / 4e6)  # a few Mpix are enough
+        step = 2 * side * max(1, round(apart))
         for y, x in np.ndindex(height // step, width // step):
-            tile = plane[y * step:, x * step:][:2 * side, :2 * side].astype(float)
-            squares = tile.reshape(side, 2, side, 2).swapaxes(1, 2).reshape(-1, 4)
+            top = y * step
+            left = x * step
+            tile = plane[top:top + 2 * side, left:left + 2 * side]
+            squares = tile.astype(float).reshape(side, 2, side, 2)
+            squares = squares.swapaxes(1, 2)
+            squares = squares.reshape(-1, 4)
             inside = (squares > 0) & (squares < 0.99)  # neither missing nor clipped
             squares = squares[inside.all(1)]
             if len(squares) > side**2 / 2:
@@ -6540,23 +6552,29 @@ def _looks_stretched(planes: np.ndarray, bright: bool = False) -> bool:
         return bright
     typical = np.median(falls)
     error = MEDIAN_NOISE * _deviation(falls - typical) / math.sqrt(len(falls))
-    least = 0 if bright else max(STRETCHED_FALL, STRETCHED_SIGMA * error)
-    return typical > least
+    if bright:
+        return typical > 0
+    certain = typical > STRETCHED_SIGMA * error
+    return bool(certain and (light or typical > STRETCHED_FALL))
 
 
 def _fall_of_noise(squares: np.ndarray) -> float:
     """Return by which part the noise of 2 x 2 pixels (n, 4) falls from the dim to the bright."""
     detail = np.abs(squares @ (0.5, -0.5, -0.5, 0.5))  # no slope adds to it
     detail = np.minimum(detail, 4 * np.median(detail))  # stars
-    variances = detail[np.argsort(squares.mean(1))]**2
+    by_light = np.argsort(squares.mean(1))
+    variances = detail[by_light]**2
     ninths = [part.mean() for part in np.array_split(variances, 9)]
-    dim, bright = ninths[1] + ninths[2], ninths[6] + ninths[7]
-    return 0.5 * math.log((dim + 1e-30) / (bright + 1e-30))  # 0 where there is no noise
+    dim = ninths[1] + ninths[2] + 1e-30  # without noise the fall is 0
+    bright = ninths[6] + ninths[7] + 1e-30
+    return 0.5 * math.log(dim / bright)
 
 
 def _looks_like_mosaic(plane: np.ndarray) -> bool:
     """Tell whether pixels of one phase of a 2 x 2 mosaic agree better than pixels of two."""
-    down, across = [4 * max(1, side // 2000) for side in plane.shape]  # a few Mpix are enough
+    height, width = plane.shape
+    down = 4 * max(1, height // 2000)  # a few Mpix are enough
+    across = 4 * max(1, width // 2000)
     means = []
     errors = []
     dark = math.inf
@@ -6566,14 +6584,19 @@ def _looks_like_mosaic(plane: np.ndarray) -> bool:
         if phase.size < 1000:
             return False
         dark = min(dark, np.quantile(phase, 0.01))
+        mean = scipy.stats.trim_mean(phase, 0.1, axis=None)  # a median would be an integer
         noise = _deviation(phase - np.median(phase))
-        means.append(scipy.stats.trim_mean(phase, 0.1, axis=None))  # medians would be integers
-        errors.append(noise / math.sqrt(phase.size))
+        error = noise / math.sqrt(phase.size)
+        means.append(mean)
+        errors.append(error)
     difference = np.ptp(means)
-    height = np.median(means) - dark
-    diagonals = min(abs(means[0] - means[3]), abs(means[1] - means[2]))
-    return (difference > 10 * max(errors) and difference > MOSAIC_DIFFERENCE * height
-            and diagonals < MOSAIC_GREENS * difference)
+    above_dark = np.median(means) - dark
+    one_diagonal = abs(means[0] - means[3])
+    other_diagonal = abs(means[1] - means[2])
+    greens = min(one_diagonal, other_diagonal)
+    certain = difference > 10 * max(errors)
+    large = difference > MOSAIC_DIFFERENCE * above_dark
+    return certain and large and greens < MOSAIC_GREENS * difference
 
 
 def gradient(prepared: Prepared, fit: Fit | None = None, correction: str = "subtract") -> float:
