@@ -2763,12 +2763,34 @@ RIM_STEP = 12.0
 """At a rim the picture steps by so many times its typical difference between neighbors, beyond that
 of a slope."""
 
-RIM_CONVEX = 0.15
-"""A rim lies outside of a straight-sided frame: at most this part of it is inside the convex hull
-of the rest. Hills and dark clouds are not so straight."""
+RIM_FOOT = 0.25
+"""All of a rim is darker than the picture by this part of what the rim near it is..."""
+
+RIM_NEAR = 7
+"""... within a window of so many pixels."""
+
+RIM_TURN = 0.5
+"""Degrees between the directions in which straight edges of the picture are looked for."""
+
+RIM_STRAIGHT = 1.5
+"""Pixels: an edge that is nowhere farther from a line is straight."""
+
+RIM_LENGTH = 0.2
+"""A straight edge is at least this part of the longer side long. Hills have shorter ones."""
+
+RIM_WHOLE = 0.7
+"""A straight edge has gaps, where hills or stars are, on less than the rest of its length."""
+
+RIM_DARK = 0.25
+"""The picture is brighter than what is beyond at least this part of a straight edge. The rest may
+be the edge of the frame itself, but not all: beside hills that edge is straight as well."""
 
 RIM_FEWEST = 8
 """Pixels. What is smaller is no rim."""
+
+RIM_SKY = 0.88
+"""Beyond a step that leaves more than this part of the light there is sky, which fewer exposures
+reached, if it is noisier than the picture."""
 
 RIM_SOFT = 2
 """Pixels by which a rim is widened, because its edge may be soft."""
@@ -2777,7 +2799,8 @@ RIM_SOFT = 2
 def find_rim(linear: np.ndarray, present: np.ndarray) -> np.ndarray:
     """Find a rim at the edge of the frame that is darker than the picture by a step, but not 0.
 
-    Overscan, the edges that registration leaves, and the corners of a turned frame are such rims.
+    Overscan, the edges that registration leaves, and the corners of a turned frame are such rims:
+    they lie beyond straight edges of the picture. Hills do not.
 
     Args:
         linear: (h, w, c) the reduced picture.
@@ -2786,41 +2809,113 @@ def find_rim(linear: np.ndarray, present: np.ndarray) -> np.ndarray:
     Returns:
         (h, w) bool.
     """
-    from skimage.morphology import convex_hull_image
-    nowhere = np.zeros_like(present)
+    rim = np.zeros_like(present)
     if not present.any():
-        return nowhere
+        return rim
     light = linear / np.median(linear[present], axis=0)
     light = light.mean(-1)
     light = light[_nearest(present)]
+    level, least = _level_beside(light, present)
+    drop = level - light
+    deepest = scipy.ndimage.maximum_filter(drop, RIM_NEAR)
+    dark = present & (drop > np.maximum(least / 2, RIM_FOOT * deepest))
+    frame = np.full(present.shape, True)
+    frame[1:-1, 1:-1] = False
+    frame |= scipy.ndimage.binary_dilation(~present)
+    dark = scipy.ndimage.binary_propagation(dark & frame, mask=dark)
+    picture = present & ~dark
+    mean = scipy.ndimage.uniform_filter(light, 3)
+    detail = np.abs(light - mean)
+    noise = np.median(detail[picture])
+    beyond = _beyond_straight_edges(picture, dark)
+    regions, count = scipy.ndimage.label(dark & beyond)
+    for region in range(1, count + 1):
+        part = regions == region
+        size = part.sum()
+        height = np.percentile(drop[part], 75)
+        if size < RIM_FEWEST or height < least:
+            continue
+        left = light[part] / level[part]
+        is_dark = np.median(left) < RIM_SKY
+        is_noisier = np.median(detail[part]) > noise
+        if is_dark or not is_noisier:
+            rim |= part
+    return present & scipy.ndimage.binary_dilation(rim, iterations=RIM_SOFT)
+
+
+def _level_beside(light: np.ndarray, present: np.ndarray) -> tuple[np.ndarray, float]:
+    """Return the light of the largest part without steps, and beyond it what is nearest of it.
+
+    Args:
+        light: (h, w).
+        present: (h, w) bool, True somewhere.
+
+    Returns:
+        (h, w), and how much light a step is.
+    """
     calm = scipy.ndimage.median_filter(light, 3)
-    step = scipy.ndimage.maximum_filter(calm, 3) - scipy.ndimage.minimum_filter(calm, 3)
-    step -= scipy.ndimage.percentile_filter(step, 25, 9)  # that of a slope
+    highest = scipy.ndimage.maximum_filter(calm, 3)
+    lowest = scipy.ndimage.minimum_filter(calm, 3)
+    step = highest - lowest
+    slope = scipy.ndimage.percentile_filter(step[::3, ::3], 25, 3)
+    slope = slope.repeat(3, axis=0)
+    slope = slope.repeat(3, axis=1)
+    height, width = light.shape
+    step -= slope[:height, :width]
     least = RIM_STEP * np.median(np.abs(step[present]))
     regions, _ = scipy.ndimage.label(present & (step < least))
     sizes = np.bincount(regions.ravel())
     sizes[0] = 0
     if not sizes.any():
-        return nowhere
+        return light, least
     inside = regions == sizes.argmax()
     nearest = _nearest(inside)
-    level = scipy.ndimage.median_filter(light[nearest], 7)[nearest]
-    drop = level - light
-    dark = present & ~inside & (drop > least / 2)
-    frame = np.full(present.shape, True)
-    frame[1:-1, 1:-1] = False
-    frame |= scipy.ndimage.binary_dilation(~present)
-    regions, count = scipy.ndimage.label(scipy.ndimage.binary_propagation(dark & frame, mask=dark))
-    rim = nowhere
-    for region in range(1, count + 1):
-        part = regions == region
-        if part.sum() < RIM_FEWEST or np.percentile(drop[part], 75) < least:
-            continue
-        hull = convex_hull_image(present & ~part)
-        hull = scipy.ndimage.binary_erosion(hull)  # its outermost blocks may be half rim
-        if drop[part & hull].sum() <= RIM_CONVEX * drop[part].sum():
-            rim = rim | part
-    return present & scipy.ndimage.binary_dilation(rim, iterations=RIM_SOFT)
+    counted = np.where(inside, light, 0)
+    total = scipy.ndimage.uniform_filter(counted, 7)
+    weight = scipy.ndimage.uniform_filter(inside.astype(float), 7)
+    level = total / np.maximum(weight, 1e-6)
+    return np.where(inside, light, level[nearest]), least
+
+
+def _beyond_straight_edges(picture: np.ndarray, dark: np.ndarray) -> np.ndarray:
+    """Return True, (h, w), beyond straight lines along which a picture ends and the dark begins.
+
+    Args:
+        picture, dark: (h, w) bool.
+    """
+    beyond = np.zeros_like(picture)
+    if not dark.any() or not picture.any():
+        return beyond
+    y, x = np.indices(picture.shape)
+    ends = picture & ~scipy.ndimage.binary_erosion(picture)
+    end_y, end_x = np.nonzero(ends)
+    beside_dark = scipy.ndimage.binary_dilation(dark)[ends]  # (n,)
+    shortest = RIM_LENGTH * max(picture.shape)
+    degrees = np.arange(0, 360, RIM_TURN)
+    for angle in np.deg2rad(degrees):
+        down = math.sin(angle)
+        right = math.cos(angle)
+        outward = down * end_y + right * end_x  # (n,)
+        last = outward.max()
+        touching = outward > last - RIM_STRAIGHT
+        along = right * end_y - down * end_x
+        along = np.rint(along[touching])
+        length = np.unique(along).size
+        whole = length > RIM_WHOLE * np.ptp(along)
+        darker = beside_dark[touching].mean() > RIM_DARK
+        if length > shortest and whole and darker:
+            farther = down * y + right * x
+            beyond |= farther > last
+    return beyond
+
+
+def rim_depth(prepared: Prepared) -> int:
+    """Return how many reduced pixels deep a rim is; 0 if there is none."""
+    present = prepared.present.all(-1)
+    present = np.pad(present, 1)  # nothing is present beyond the frame
+    depth = scipy.ndimage.distance_transform_cdt(present, "chessboard")
+    depth = depth[1:-1, 1:-1]
+    return int(depth[prepared.rim].max(initial=0))
 
 
 def _nearest(where: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -3460,6 +3555,10 @@ WITH_BOWL = 1e3
 UNSEEN_COST = 10.0
 """Bending costs so many times as much where no sky is seen."""
 
+CELLS_PER_FREEDOM = 15.0
+"""A surface has one degree of freedom for so many cells that may show sky, and no more, but a bowl
+is always free. Of hundreds of stars on 100 x 100 pixels, others would follow the stars."""
+
 GLOW_COST = 1e-7
 """Weight of the squared coefficients of a glow: next to nothing."""
 
@@ -3556,6 +3655,15 @@ class _Surfaces:
         derivatives = bending_rows(self.spacing, everywhere, True) @ self.on_nodes
         bends, modes = scipy.linalg.eigh(derivatives.T @ derivatives, square)
         return modes, bends
+
+    def candidates(self, sky: np.ndarray) -> list[float]:
+        """Return those of `SMOOTHINGS` that cells (h, w) bool are enough for."""
+        enough = []
+        for smoothing in SMOOTHINGS:
+            kept = 1 / (1 + smoothing * STIFFNESS_UNIT * self.bends)  # (m,) of each mode
+            if smoothing >= WITH_BOWL or CELLS_PER_FREEDOM * kept.sum() <= sky.sum():
+                enough.append(smoothing)
+        return enough
 
     def dearer(self, unseen: np.ndarray) -> _Surfaces:
         """Return the same surfaces, whose bending costs more where no sky is seen, (h, w) bool."""
@@ -3768,7 +3876,8 @@ def _texture(surfaces: _Surfaces, usable: np.ndarray) -> _Texture:
         usable: (h, w) bool.
     """
     cells = surfaces.cells
-    found = surfaces.fit(usable, np.zeros_like(usable), SMOOTHINGS[-1])
+    most_flexible = surfaces.candidates(usable)[-1]
+    found = surfaces.fit(usable, np.zeros_like(usable), most_flexible)
     values = cells.values - surfaces.surface(found)
     detail = values - _smooth_slope(values, ROUGH_SCALE, usable)
     detail /= surfaces.uncertain(found)
@@ -4619,14 +4728,18 @@ def find_sky(prepared: Prepared, settings: Settings) -> Sky:
             surface that objects shall not bend.
     """
     cells = _make_cells(prepared)
-    smoothings = SMOOTHINGS if settings.smoothing is None else (settings.smoothing,)
     if not cells.too_small:
         scene = _look(cells, prepared.full_shape)
+        may_be_sky = cells.usable & ~scene.texture.rough & ~scene.texture.dense & ~scene.near_hills
+        smoothings = scene.surfaces.candidates(may_be_sky)
     else:
         nothing = np.zeros_like(cells.usable)
         texture = _Texture(np.zeros(nothing.shape), nothing, nothing)
         scene = _Scene(cells, _Surfaces(cells, prepared.full_shape), texture, nothing)
-        smoothings = (max(smoothings[0], SMALL_SMOOTHING),)
+        smoothings = [SMALL_SMOOTHING]
+    if settings.smoothing is not None:
+        least = SMALL_SMOOTHING if cells.too_small else 0
+        smoothings = [max(settings.smoothing, least)]
     explanation = _look_for_sky(scene, cells.usable, smoothings)
     shared = None
     if prepared.reference is not None and not cells.too_small:
@@ -6142,7 +6255,8 @@ def judge(planes: np.ndarray, prepared: Prepared, settings: Settings,
                        "Take the result as a guess, mask objects with -m, or keep the surface "
                        "stiff with --smoothing 1e4")
     if prepared.rim.any():
-        logger.info("left out: a rim that is darker than the picture by a step "
+        pixels = settings.downscaling_factor * rim_depth(prepared)
+        logger.info(f"left out: a rim of {pixels} pixels that is darker than the picture by a step "
                     f"({prepared.rim.mean():.1%} of the frame)")
     for sentence in doubts(planes, prepared):
         logger.warning(sentence)
@@ -6371,6 +6485,10 @@ STRETCHED_MEDIAN = 0.15
 """Any fall is enough if the brightest thousandth is above the first number, and the median above
 the second part of the way from black to there."""
 
+STRETCHED_LIGHT = 0.08
+"""A fall may be smaller if the median is above this part of the full range. Stretches take it to
+0.1 at least. In none of the linear pictures was any fall certain."""
+
 STRETCHED_TILE = 32
 """Squares of 2 x 2 pixels along a side of a tile. In so few nothing else changes the noise."""
 
@@ -6428,11 +6546,13 @@ def doubts(planes: np.ndarray, prepared: Prepared) -> list[str]:
     """
     sentences = []
     linear = prepared.linear[prepared.present.all(-1)]  # (n, c)
-    bright = False
+    bright = light = False
     if linear.size:  # there are pixels of which no channel is missing
         low, median, high = np.quantile(linear, (0, 0.5, 0.999), axis=0)
-        bright = (high > STRETCHED_TOP) & (median - low > STRETCHED_MEDIAN * (high - low))
-    if _looks_stretched(planes, np.all(bright)):
+        above = median - low
+        bright = (high > STRETCHED_TOP) & (above > STRETCHED_MEDIAN * (high - low))
+        light = median.mean() > STRETCHED_LIGHT
+    if _looks_stretched(planes, np.all(bright), light):
         sentences.append("the picture looks stretched; "
                          "light can be subtracted only while the data are linear")
     if len(planes) == 1 and _looks_like_mosaic(planes[0]):
@@ -6444,21 +6564,27 @@ def doubts(planes: np.ndarray, prepared: Prepared) -> list[str]:
     return sentences
 
 
-def _looks_stretched(planes: np.ndarray, bright: bool = False) -> bool:
+def _looks_stretched(planes: np.ndarray, bright: bool = False, light: bool = False) -> bool:
     """Tell whether the noise falls as the light grows, which a stretch makes it do.
 
     In linear data it grows, or stays. It is compared within small tiles: vignetting, and borders
     that fewer exposures reach, have another noise. If a picture is `bright`, any fall is
-    enough; in a small one, that it is bright.
+    enough, and in a small one, that it is bright. If its sky is `light`, so is any fall that is
+    certain.
     """
     side = STRETCHED_TILE
     falls = []
     for plane in planes:
         height, width = plane.shape
-        step = 2 * side * max(1, round(math.sqrt(plane.size / 4e6)))  # a few Mpix are enough
+        apart = math.sqrt(plane.size / 4e6)  # a few Mpix are enough
+        step = 2 * side * max(1, round(apart))
         for y, x in np.ndindex(height // step, width // step):
-            tile = plane[y * step:, x * step:][:2 * side, :2 * side].astype(float)
-            squares = tile.reshape(side, 2, side, 2).swapaxes(1, 2).reshape(-1, 4)
+            top = y * step
+            left = x * step
+            tile = plane[top:top + 2 * side, left:left + 2 * side]
+            squares = tile.astype(float).reshape(side, 2, side, 2)
+            squares = squares.swapaxes(1, 2)
+            squares = squares.reshape(-1, 4)
             inside = (squares > 0) & (squares < 0.99)  # neither missing nor clipped
             squares = squares[inside.all(1)]
             if len(squares) > side**2 / 2:
@@ -6467,23 +6593,29 @@ def _looks_stretched(planes: np.ndarray, bright: bool = False) -> bool:
         return bright
     typical = np.median(falls)
     error = MEDIAN_NOISE * _deviation(falls - typical) / math.sqrt(len(falls))
-    least = 0 if bright else max(STRETCHED_FALL, STRETCHED_SIGMA * error)
-    return typical > least
+    if bright:
+        return typical > 0
+    certain = typical > STRETCHED_SIGMA * error
+    return bool(certain and (light or typical > STRETCHED_FALL))
 
 
 def _fall_of_noise(squares: np.ndarray) -> float:
     """Return by which part the noise of 2 x 2 pixels (n, 4) falls from the dim to the bright."""
     detail = np.abs(squares @ (0.5, -0.5, -0.5, 0.5))  # no slope adds to it
     detail = np.minimum(detail, 4 * np.median(detail))  # stars
-    variances = detail[np.argsort(squares.mean(1))]**2
+    by_light = np.argsort(squares.mean(1))
+    variances = detail[by_light]**2
     ninths = [part.mean() for part in np.array_split(variances, 9)]
-    dim, bright = ninths[1] + ninths[2], ninths[6] + ninths[7]
-    return 0.5 * math.log((dim + 1e-30) / (bright + 1e-30))  # 0 where there is no noise
+    dim = ninths[1] + ninths[2] + 1e-30  # without noise the fall is 0
+    bright = ninths[6] + ninths[7] + 1e-30
+    return 0.5 * math.log(dim / bright)
 
 
 def _looks_like_mosaic(plane: np.ndarray) -> bool:
     """Tell whether pixels of one phase of a 2 x 2 mosaic agree better than pixels of two."""
-    down, across = [4 * max(1, side // 2000) for side in plane.shape]  # a few Mpix are enough
+    height, width = plane.shape
+    down = 4 * max(1, height // 2000)  # a few Mpix are enough
+    across = 4 * max(1, width // 2000)
     means = []
     errors = []
     dark = math.inf
@@ -6493,14 +6625,19 @@ def _looks_like_mosaic(plane: np.ndarray) -> bool:
         if phase.size < 1000:
             return False
         dark = min(dark, np.quantile(phase, 0.01))
+        mean = scipy.stats.trim_mean(phase, 0.1, axis=None)  # a median would be an integer
         noise = _deviation(phase - np.median(phase))
-        means.append(scipy.stats.trim_mean(phase, 0.1, axis=None))  # medians would be integers
-        errors.append(noise / math.sqrt(phase.size))
+        error = noise / math.sqrt(phase.size)
+        means.append(mean)
+        errors.append(error)
     difference = np.ptp(means)
-    height = np.median(means) - dark
-    diagonals = min(abs(means[0] - means[3]), abs(means[1] - means[2]))
-    return (difference > 10 * max(errors) and difference > MOSAIC_DIFFERENCE * height
-            and diagonals < MOSAIC_GREENS * difference)
+    above_dark = np.median(means) - dark
+    one_diagonal = abs(means[0] - means[3])
+    other_diagonal = abs(means[1] - means[2])
+    greens = min(one_diagonal, other_diagonal)
+    certain = difference > 10 * max(errors)
+    large = difference > MOSAIC_DIFFERENCE * above_dark
+    return certain and large and greens < MOSAIC_GREENS * difference
 
 
 def gradient(prepared: Prepared, fit: Fit | None = None, correction: str = "subtract") -> float:
