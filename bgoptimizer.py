@@ -4054,6 +4054,12 @@ class _Scene:
     texture: _Texture
     near_hills: np.ndarray  # (h, w) bool: hills and trees, with a margin
 
+    @property
+    def plain(self) -> np.ndarray:
+        """What has no structure, and so may be sky, (h, w) bool."""
+        structure = self.texture.rough | self.texture.dense | self.near_hills
+        return self.cells.usable & ~structure
+
 
 def _look(cells: _Cells, shape: tuple[int, int]) -> _Scene:
     """Tell what has structure, what are hills, and where the sky has steep glows.
@@ -4064,6 +4070,9 @@ def _look(cells: _Cells, shape: tuple[int, int]) -> _Scene:
     """
     usable = cells.usable
     plates = _Surfaces(cells, shape)
+    if cells.too_small:
+        nothing = np.zeros_like(usable)
+        return _Scene(cells, plates, _Texture(np.zeros(usable.shape), nothing, nothing), nothing)
     texture = _texture(plates, usable)
     hills = _dark_foreground(cells, texture.dense)
     if hills.any():
@@ -4129,7 +4138,7 @@ def _closed_patches(scene: _Scene) -> np.ndarray:
     surfaces = scene.surfaces
     usable = scene.cells.usable & ~scene.near_hills
     objects = scene.texture.dense & usable
-    plain = usable & ~objects & ~scene.texture.rough
+    plain = scene.plain
     found = np.zeros_like(usable)
     for _ in range(CLOSED_ROUNDS):
         before = found
@@ -4728,43 +4737,27 @@ def find_sky(prepared: Prepared, settings: Settings) -> Sky:
             surface that objects shall not bend.
     """
     cells = _make_cells(prepared)
-    if not cells.too_small:
-        scene = _look(cells, prepared.full_shape)
-        may_be_sky = cells.usable & ~scene.texture.rough & ~scene.texture.dense & ~scene.near_hills
-        smoothings = scene.surfaces.candidates(may_be_sky)
-    else:
-        nothing = np.zeros_like(cells.usable)
-        texture = _Texture(np.zeros(nothing.shape), nothing, nothing)
-        scene = _Scene(cells, _Surfaces(cells, prepared.full_shape), texture, nothing)
-        smoothings = [SMALL_SMOOTHING]
-    if settings.smoothing is not None:
-        least = SMALL_SMOOTHING if cells.too_small else 0
-        smoothings = [max(settings.smoothing, least)]
+    scene = _look(cells, prepared.full_shape)
+    smoothings = _smoothings(scene, settings)
     explanation = _look_for_sky(scene, cells.usable, smoothings)
     shared = None
     if prepared.reference is not None and not cells.too_small:
         explanation, shared = look_with_reference(
             scene, explanation, prepared.reference, smoothings)
-    doubt = math.nan
-    unsure = "it is too small"
-    if not cells.too_small:
-        doubt = _doubt(explanation)
-        if shared is not None:
-            doubt = max(doubt, shared.doubt)
-        unsure = _judge(explanation, doubt)
+    doubt, unsure = _certainty(explanation, shared)
     if unsure:
         explanation = _in_doubt(explanation)
     surfaces, objects, best = explanation.surfaces, explanation.objects, explanation.best
     total = cells.usable.sum()
     cells = surfaces.cells  # with a reference, without the light of objects
 
-    share = objects.sky.sum() / total
     smoothing = best.smoothing
     why = "given by hand"
     if settings.smoothing is None:
         why = f"loss {best.loss:.3f}, pure noise has {_pure_noise(cells):g}"
         if not settings.auto:
-            smoothing *= 10**min(PLAIN_MOST, PLAIN_STIFFER * (1 - share))
+            objects_share = 1 - objects.sky.sum() / total
+            smoothing *= 10**min(PLAIN_MOST, PLAIN_STIFFER * objects_share)
     light = surfaces.surface(best.found)
     bending = _bending(light, cells.longer)
     cost = bending_cost(~objects.sky, cells.centers, cells.centers)
@@ -4795,6 +4788,26 @@ def find_sky(prepared: Prepared, settings: Settings) -> Sky:
         why=why,
         shared=shared,
     )
+
+
+def _smoothings(scene: _Scene, settings: Settings) -> list[float]:
+    """Return the smoothings to choose from, the stiffest first: one if it was given by hand."""
+    smoothings = scene.surfaces.candidates(scene.plain)
+    if settings.smoothing is not None:
+        smoothings = [settings.smoothing]
+    if scene.cells.too_small:
+        return [max(smoothings[0], SMALL_SMOOTHING)]
+    return smoothings
+
+
+def _certainty(explanation: _Explanation, shared: Shared | None) -> tuple[float, str]:
+    """Return by which part of its range the sky is uncertain, and why it cannot be known, if so."""
+    if explanation.surfaces.cells.too_small:
+        return math.nan, "it is too small"
+    doubt = _doubt(explanation)
+    if shared is not None:
+        doubt = max(doubt, shared.doubt)
+    return doubt, _judge(explanation, doubt)
 
 
 def _bending(surface: np.ndarray, longer: int) -> np.ndarray:
@@ -6526,11 +6539,13 @@ def close_up(planes: np.ndarray, settings: Settings) -> np.ndarray | None:
     return np.stack([reduce_plane(plane, factor, "mean") for plane in planes], -1)
 
 
-def blown_out(prepared: Prepared) -> np.ndarray:
+def blown_out(prepared: Prepared, settings: Settings) -> np.ndarray:
     """Return True, (h, w), where the stretch clips sky, so that the fit loses it.
 
-    It is nowhere True if that is hardly anywhere.
+    It is nowhere True if that is hardly anywhere, or with auto, which follows a sky that bright.
     """
+    if settings.auto:
+        return np.full(prepared.used.shape, False)
     sky = prepared.sky.surface(prepared.centers)  # (h, w, c)
     too_bright = sky > prepared.stretch.white
     blown = (too_bright & clipped_by_stretch(prepared)).any(-1)
@@ -6695,7 +6710,7 @@ def _log_numbers(prepared: Prepared, settings: Settings) -> None:
         high = prepared.stretch.white[k]
         logger.info(f"  {letter}: minimum {low:.6f}, median {prepared.median[k]:.6f}, "
                     f"clipped above {high:.6f}")
-    share = blown_out(thinned(prepared)).mean()
+    share = blown_out(thinned(prepared), settings).mean()
     if share > 0:
         logger.warning(f"the stretch clips a smooth part of the picture ({share:.1%} of the "
                        "frame), most likely sky, and the fit loses it there; "
@@ -6837,7 +6852,7 @@ def draw_preview(figure, prepared: Prepared, settings: Settings, title: str,
     words = "stretched as for the fit, and what is left out"
     show(stretched, striped(prepared, areas), shape, words)
     add_legend(stretched, areas)
-    _draw_hints(hints, prepared)
+    _draw_hints(hints, prepared, settings)
     _draw_histogram(histogram, prepared, settings)
 
 
@@ -6917,7 +6932,7 @@ def _draw_histogram(axes, prepared, settings):
                     ["minimum", "median", "0.5", "0.75", f"-dq {quantile:g}"])
 
 
-def _draw_hints(axes, prepared: Prepared) -> None:
+def _draw_hints(axes, prepared: Prepared, settings: Settings) -> None:
     """Draw the picture less the sky that was found.
 
     What stands out is not sky, and may be mistaken for it unless it is masked.
@@ -6938,7 +6953,7 @@ def _draw_hints(axes, prepared: Prepared) -> None:
     bar = _draw_scale(axes, drawn, ticks)
     labels = map("{:+.0%}".format, ticks / np.mean(sky))
     bar.set_xticklabels(labels)
-    blown = blown_out(prepared)
+    blown = blown_out(prepared, settings)
     if blown.any() and min(blown.shape) > 1:
         axes.contour(blown, [0.5], colors="#d7191c", linewidths=2, origin="upper",
                      extent=_extent(prepared.full_shape))
