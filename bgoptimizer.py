@@ -4543,8 +4543,8 @@ independent. They are not: what is left of objects is smooth as well. Measured o
 
 BULGE = 0.1
 """The sky has no closed top or bottom inside the frame that is higher or deeper than this part of
-its range. If the surface that explains the picture best has one, a stiffer one is taken, and the sky cannot be known
-unless that explains the picture alike."""
+its range. If the surface that explains the picture best has one, a stiffer one is taken, and the
+sky cannot be known unless that explains the picture alike."""
 
 SMALL_TOP = 0.2
 """A top counts only if less than this part of the frame is in the upper half of it. That of
