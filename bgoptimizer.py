@@ -5149,6 +5149,8 @@ def look_with_reference(scene: _Scene, before: _Explanation, reference: Referenc
     outside = before.best.sky & ~covered & sure
     # With the objects known, the sky needs no more flexibility than without
     smoothings = [each for each in smoothings if each >= before.best.smoothing]
+    if not sure:
+        before = _in_doubt(before)  # what would be taken without the reference
     matches = [_match(scene.surfaces, light, grain, seen, outside, each) for each in smoothings]
     match = _choose(matches, MATCH_ENOUGH)
     in_linear_light = cells.scale / unit[:, None]  # (k, c)
