@@ -4486,7 +4486,8 @@ def _try_smoothing(surfaces: _Surfaces, objects: _Objects, smoothing: float) -> 
         sky = now
         bounds = light | outskirts
         found = surfaces.fit(sky, bounds, smoothing, found)
-    loss = _loss_of(surfaces.excess(found)[sky])
+    rest = surfaces.cells.values - surfaces.surface(found)
+    loss = _loss_of((rest / surfaces.cells.noise)[sky])
     return _Candidate(smoothing, found, sky, bounds, loss)
 
 
@@ -4584,7 +4585,7 @@ def _judge(explanation: _Explanation, doubt: float) -> str:
     best = explanation.best
     if _has_seam(cells):
         return "it steps along a straight line, as between the panels of a mosaic"
-    if best.loss > UNEXPLAINED * _pure_noise(cells):
+    if not _is_explained(explanation):
         return "no smooth surface explains what looks like sky"
     share = best.sky.sum() / cells.usable.sum()
     if share < LITTLE_SKY:
@@ -4594,6 +4595,13 @@ def _judge(explanation: _Explanation, doubt: float) -> str:
     if doubt > MOST_DOUBT:
         return f"it is uncertain by about {100 * doubt:.0f} % of its range"
     return ""
+
+
+def _is_explained(explanation: _Explanation) -> bool:
+    """Tell whether the surface leaves little but noise, and what is open about a glow's form."""
+    surfaces, best = explanation.surfaces, explanation.best
+    loss = _loss_of(surfaces.excess(best.found)[best.sky])
+    return loss <= UNEXPLAINED * _pure_noise(surfaces.cells)
 
 
 def _in_doubt(explanation: _Explanation) -> _Explanation:
@@ -5163,7 +5171,7 @@ def look_with_reference(scene: _Scene, before: _Explanation, reference: Referenc
 
     with_it = scene.surfaces.surface(match.found)  # (h, w, c)
     possible, unlike = _not_refuted(before, with_it)
-    guessed = before.bulging or before.best.loss > UNEXPLAINED * _pure_noise(cells)
+    guessed = before.bulging or not _is_explained(before)
     doubt = 1.0 if guessed else _doubt(possible)
     if doubt <= MOST_DOUBT and unlike <= max(SKY_CONFIRMED, doubt):
         verdict = shared.verdict + ", but shows no object in the sky that was found without it"

@@ -100,14 +100,16 @@ def test_a_nebula_under_a_mask_is_not_subtracted():
 
 
 def test_black_border_does_not_shift_the_color(fitted):
-    image, _, bare = fitted
+    image, _, _ = fitted
+    settings = quick(auto=True)  # two plain fits differ by more, from other control points
+    bare = optimize(image, settings)
     framed = np.zeros((120, 180, 3), np.float32)
     inside = slice(10, 106), slice(20, 164)
     framed[inside] = image
-    subtracted = optimize(framed, QUICK).subtracted[inside]
+    subtracted = optimize(framed, settings).subtracted[inside]
     assert_allclose(medians(subtracted), medians(image), rtol=1e-3)
     shift = medians(subtracted - bare.subtracted)
-    assert np.abs(shift).max() < 0.001 * image.mean()
+    assert np.abs(shift).max() < 0.0002 * image.mean()
 
 
 def test_one_bad_pixel_does_not_shift_the_color(fitted):
