@@ -6702,10 +6702,6 @@ def gradients(result: Result) -> str:
     return f"gradient {before:.1%} of the sky's level before, {result.gradient_after:.1%} after"
 
 
-def _percent(share: float) -> str:
-    return "unknown" if math.isnan(share) else f"{share:.1%}"
-
-
 def _log_numbers(prepared: Prepared, settings: Settings) -> None:
     """Log numbers to act on before the fit."""
     part = shares(prepared)
