@@ -594,6 +594,7 @@ def _in_own_unit(plane, unit):
 
 FITS_CARD = 80  # characters of a card
 HISTORY_COLUMNS = 72  # characters of text that a card of HISTORY has room for
+SHORTEST_ROOM = 20  # characters that a name must leave to a text that needs several cards
 
 NUMBER_PATTERN = r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)(?:[EDed][-+]?\d+)?"
 VALUE_PATTERN = rf"(?:'(?:[^']|'')*'|\([^()']*\)|{NUMBER_PATTERN}|[TF])?"
@@ -684,22 +685,37 @@ def _cards_of_text(name, text):
 def _cards_of_value(keyword):
     """Return the card of a keyword with a value; a long text needs several."""
     name, value, comment = keyword
-    if FITS_NAME.fullmatch(name):
-        start = f"{name:8}= "
-    else:
-        name = f"HIERARCH {name}"
-        start = f"{name} = "
-    if "=" not in name and len(start + value) <= FITS_CARD:
+    start = f"{name:8}= " if FITS_NAME.fullmatch(name) else f"HIERARCH {name} = "
+    room = FITS_CARD - len(start)
+    if "=" not in name and len(value) <= room:
         value = f"{value:20}" if value.startswith("'") else f"{value:>20}"
         comment = comment and f" / {comment}"
         return [start + value + comment]
-    with warnings.catch_warnings(), suppress(ValueError):
-        warnings.simplefilter("ignore")  # of a comment that is cut at the end of its card
-        from astropy.io import fits
-        text = value[1:-1].replace("''", "'")
-        card = str(fits.Card(name, _printable(text), _printable(comment)))
-        return _split_cards(card)
+    if "=" not in name and value.startswith("'") and room >= SHORTEST_ROOM:
+        return _cards_of_long_text(start, value[1:-1].replace("''", "'"), comment)
     return _cards_of_text("COMMENT", f"{name} = {value} / {comment}")
+
+
+def _cards_of_long_text(start, text, comment):
+    """Return the cards of a text, the first with this `start`; the comment stands after it.
+
+    fits.Card, which could do that, takes time with the square of the text's length.
+    """
+    width = FITS_CARD - len(start) - len("'&'")
+    if "'" in text:
+        width //= 2  # a quote is written as two, which may not part
+    parts = []
+    for place in range(0, len(text), width):
+        piece = text[place:place + width].replace("'", "''")
+        parts.append((piece, ""))
+    if comment:
+        for line in _wrapped(comment, FITS_CARD - len("CONTINUE  '&' / ")):
+            parts.append(("", f" / {line}"))
+    cards = [f"CONTINUE  '{piece}&'{remark}" for piece, remark in parts[:-1]]
+    piece, remark = parts[-1]
+    cards.append(f"CONTINUE  '{piece}'{remark}")
+    cards[0] = start + cards[0][len("CONTINUE  "):]
+    return cards
 
 
 def _split_cards(text):
@@ -712,11 +728,11 @@ def _printable(text):
     return re.sub("[^ -~]", "?", text)
 
 
-def _wrapped(text):
-    """Return the lines of a text that are short enough for HISTORY."""
-    if len(text) <= HISTORY_COLUMNS and "\n" not in text:
+def _wrapped(text, width=HISTORY_COLUMNS):
+    """Return the lines of a text, which are short enough for HISTORY."""
+    if len(text) <= width and "\n" not in text:
         return [text]
-    return re.findall(rf"\S.{{0,{HISTORY_COLUMNS - 1}}}(?!\S)|\S{{{HISTORY_COLUMNS}}}", text)
+    return re.findall(rf"\S.{{0,{width - 1}}}(?!\S)|\S{{{width}}}", text)
 
 
 def _changed(keywords, change):

@@ -981,6 +981,41 @@ def test_the_keywords_of_an_astro_tiff_reach_all_formats(name, small, folder):
     assert list(back["HISTORY"]) == ["stacked", "cropped"]
 
 
+@pytest.mark.parametrize("name", ["fits", "tiff"])
+def test_long_texts_are_whole_wherever_their_cards_end(name, small, folder):
+    texts = {f"TEXT{k}": "a" * k + "'" * 40 + "b" * k + " & 'c' &" for k in range(50, 72)}
+    texts["HIERARCH SITE OF THE TELESCOPE"] = "it's " * 30 + "there"
+    keywords = []
+    for keyword, text in texts.items():
+        value = "'" + text.replace("'", "''") + "'"
+        remark = "which is long " * 9 + keyword
+        keywords.append(bg.Keyword(keyword.replace("HIERARCH ", ""), value, remark))
+    picture = bg.Picture(small / np.float32(65535), bg.FitsSource(keywords), [])
+    path = written(name, picture)
+    assert bg.read_picture(path).source.keywords == keywords
+    cards = fits.getheader(written("fits", picture))
+    for keyword, text in texts.items():
+        assert cards[keyword] == text
+
+
+@pytest.mark.parametrize(
+    "keyword, words",
+    [
+        (bg.Keyword("A" * 66, "12345"), ["A" * 66, "=", "12345"]),
+        (bg.Keyword("A" * 75, "'x'"), ["A" * 72, "AAA", "=", "'x'"]),
+        (bg.Keyword("LONG NAME", "1." + "2" * 70), ["LONG NAME =", "1." + "2" * 70]),
+        (bg.Keyword("A=B", "'x'"), ["A=B", "=", "'x'"]),
+    ],
+)
+def test_what_no_card_can_hold_becomes_a_comment(keyword, words, small, folder):
+    source = bg.FitsSource([keyword, bg.Keyword("OBJECT", "'M 31'")])
+    path = written("fits", bg.Picture(small / np.float32(65535), source, []))
+    cards = fits.getheader(path)
+    comment = " ".join(cards["COMMENT"])
+    assert all(word in comment for word in words)
+    assert cards["OBJECT"] == "M 31"
+
+
 # ------------------------------------------------------------------------------------ damaged files
 
 
