@@ -2788,6 +2788,10 @@ RIM_NEAR = 7
 RIM_TURN = 0.5
 """Degrees between the directions in which straight edges of the picture are looked for."""
 
+RIM_OUTSIDE = 0.1
+"""So many ends of the picture lie outside of such an edge, in parts of those on it: a bright object
+in the rim is no edge, the next hill is."""
+
 RIM_STRAIGHT = 1.5
 """Pixels: an edge that is nowhere farther from a line is straight."""
 
@@ -2912,8 +2916,17 @@ def _beyond_straight_edges(picture: np.ndarray, dark: np.ndarray) -> np.ndarray:
         down = math.sin(angle)
         right = math.cos(angle)
         outward = down * end_y + right * end_x  # (n,)
-        last = outward.max()
-        touching = outward > last - RIM_STRAIGHT
+        # The outermost line with so many ends
+        first = math.floor(outward.min())
+        ends_on = np.bincount(np.rint(outward - first).astype(int))
+        lines = np.flatnonzero(ends_on + np.append(ends_on[1:], 0) > shortest)
+        if not lines.size:
+            continue
+        last = first + lines[-1] + 1
+        touching = np.abs(outward - last) <= RIM_STRAIGHT
+        outside = outward > last + RIM_STRAIGHT
+        if outside.sum() > RIM_OUTSIDE * touching.sum():
+            continue
         along = right * end_y - down * end_x
         along = np.rint(along[touching])
         length = np.unique(along).size
@@ -5519,7 +5532,7 @@ FORGIVEN = 10.0
 """With auto, the loss forgives what is farther from the surface than so many sigma. It needs not
 forgive objects then, and must not forgive a steep corner of the sky."""
 
-FIT_NODES = 13
+FIT_NODES = 15
 """Nodes along the longer side on which the bending of the fit is measured: about as dense as 96
 control points. The small waves between few points, which a spline has, are no bending of the sky.
 With fewer nodes the surface would bend where none of them sees it."""
