@@ -2220,18 +2220,25 @@ def _open_alone(name):
         file = open(name, "r+b")
         is_new = False
     try:
+        if not _has_alone(file, name, is_new):
+            raise FileExistsError
+        file.truncate()
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+def _has_alone(file, name, is_new):
+    """Tell whether this run has a file of this name for itself; then no other run gets it."""
+    try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        is_alone = False
+        return False
     except OSError:  # some disks know no locks
-        is_alone = is_new
-    else:  # its run may have ended just now, and renamed it
-        is_alone = os.path.exists(name) and os.path.samefile(file.fileno(), name)
-    if not is_alone:
-        file.close()
-        raise FileExistsError
-    file.truncate()
-    return file
+        return is_new
+    # Its run may have ended just now, and renamed it
+    return os.path.exists(name) and os.path.samefile(file.fileno(), name)
 
 
 def _rename_all(paths):

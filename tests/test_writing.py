@@ -210,6 +210,20 @@ def test_runs_killed_at_any_moment_leave_whole_pairs(name, folder):
     assert (folder / "sky.xisf").read_bytes() == kept
 
 
+def test_a_signal_while_a_hidden_file_is_made_leaves_nothing(folder, monkeypatch):
+    make = bgoptimizer._open_alone
+
+    def interrupted(name):
+        monkeypatch.setattr(bgoptimizer, "_open_alone", make)
+        make(name).close()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bgoptimizer, "_open_alone", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write("a.xisf")
+    assert os.listdir(".") == []
+
+
 # --------------------------------------------------------------------------------- two runs at once
 
 def test_the_second_run_of_a_pair_says_that_another_writes_it(sky, folder, capsys, monkeypatch):
