@@ -2195,6 +2195,11 @@ def _hidden_file(path):
     except FileExistsError:
         raise BgError(f"another run is writing {path}; wait until it ends, or choose another "
                       f"folder (if none runs, delete {name})") from None
+    except BaseException:  # a signal may come when it is made, but not yet known here
+        with suppress(OSError):
+            _open_alone(name).close()
+            _remove(name)
+        raise
     try:
         with file:
             if os.path.exists(path):
