@@ -3739,9 +3739,13 @@ class _Surfaces:
         coefficients = self.modes[first:, :len(found)] @ found
         return self.glow_terms @ coefficients
 
+    def rest(self, found: np.ndarray) -> np.ndarray:
+        """Return picture less surface, (h, w, c)."""
+        return self.cells.values - self.surface(found)
+
     def excess(self, found: np.ndarray) -> np.ndarray:
         """Return picture less surface, (h, w, c), in units of what both may be wrong by."""
-        return (self.cells.values - self.surface(found)) / self.uncertain(found)
+        return self.rest(found) / self.uncertain(found)
 
     def uncertain(self, found: np.ndarray) -> np.ndarray:
         """Return the noise of the picture, and with it that of the form of a glow, (h, w, c)."""
@@ -3821,7 +3825,7 @@ class _Surfaces:
         system = rows.T @ (rows * weight) / weight.sum() + energy
         root = np.linalg.cholesky(np.linalg.inv(system))
         spread = np.linalg.norm(self.matrix[:, :count] @ root, axis=1)  # (cells,)
-        residual = (self.cells.values - self.surface(found))[sky]  # (n, c)
+        residual = self.rest(found)[sky]  # (n, c)
         noise = _deviation(residual, 0) / math.sqrt(len(residual))  # (c,)
         return (spread[:, None] * noise).reshape(self.cells.values.shape)
 
@@ -3919,7 +3923,7 @@ def _texture(surfaces: _Surfaces, usable: np.ndarray) -> _Texture:
     cells = surfaces.cells
     most_flexible = surfaces.candidates(usable)[-1]
     found = surfaces.fit(usable, np.zeros_like(usable), most_flexible)
-    values = cells.values - surfaces.surface(found)
+    values = surfaces.rest(found)
     detail = values - _smooth_slope(values, ROUGH_SCALE, usable)
     detail /= surfaces.uncertain(found)
     strongest = np.abs(detail).argmax(-1)[..., None]
@@ -4127,7 +4131,7 @@ def _look(cells: _Cells, shape: tuple[int, int]) -> _Scene:
         surfaces = _Surfaces(cells, shape, glows)
         cores = [beside & (_distance_from(glow, cells.centers) < GLOW_HALF) for glow in glows]
         found = surfaces.fit(plain | np.any(cores, 0), np.zeros_like(usable), WITH_BOWL)
-        rest = np.abs(cells.values - surfaces.surface(found)).mean(-1)  # (h, w)
+        rest = np.abs(surfaces.rest(found)).mean(-1)  # (h, w)
         glow = np.abs(surfaces.glow(found)).mean(-1)
         smooth = [place for place, core in zip(glows, cores)
                   if np.median(rest[core]) < GLOW_SMOOTH * np.median(glow[core])]
@@ -4527,8 +4531,8 @@ def _try_smoothing(surfaces: _Surfaces, objects: _Objects, smoothing: float) -> 
         sky = now
         bounds = light | outskirts
         found = surfaces.fit(sky, bounds, smoothing, found)
-    rest = surfaces.cells.values - surfaces.surface(found)
-    loss = _loss_of((rest / surfaces.cells.noise)[sky])
+    in_sigma = surfaces.rest(found) / surfaces.cells.noise
+    loss = _loss_of(in_sigma[sky])
     return _Candidate(smoothing, found, sky, bounds, loss)
 
 
