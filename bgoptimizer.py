@@ -4069,7 +4069,7 @@ def _steep_glows(cells: _Cells, usable: np.ndarray) -> list:
 def _falls_off(cells: _Cells, light: np.ndarray, usable: np.ndarray, place: tuple) -> bool:
     """Tell whether light (h, w) falls off steeply with the distance from an edge or a place."""
     ring = np.round(_distance_from(place, cells.centers) * cells.longer).astype(int)
-    if ring[usable].min() > 1:  # hills stand there
+    if ring[usable].min(initial=2) > 1:  # hills stand there, or everywhere
         return False
     rings = range(int(GLOW_REACH * cells.longer))
     levels = [light[usable & (ring == k)] for k in rings]
