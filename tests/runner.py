@@ -3,6 +3,7 @@
 So what the tool would choose by itself has no part in a test, unless the test is about just that
 (test_find_sky.py).
 """
+import gc
 import math
 import os
 import subprocess
@@ -70,23 +71,29 @@ def python(program, *arguments, env=None, **options):
     )
 
 
-def growth(work, tries=5):
+def growth(work, tries=10):
     """Return how many times the processor time of `work(1)` twice the input, `work(2)`, takes.
 
     It is about 2 where time is in proportion to the input, and 4 where it grows with the square,
     on a slow machine and on a fast one. Other processes can only add to a time, so the least of a
-    few counts; no more are taken than show that the growth is LINEAR.
+    few counts; no more are taken than show that the growth is LINEAR. Garbage collection is off
+    meanwhile: it goes through all that the tests before have left, and more often in `work(2)`.
     """
     least = {1: math.inf, 2: math.inf}
     work(1)  # what is loaded or made once is not counted
-    for _ in range(tries):
-        for size in least:
-            started = time.process_time()
-            work(size)
-            least[size] = min(least[size], time.process_time() - started)
-        ratio = least[2] / max(least[1], TOO_SHORT_TO_COMPARE)
-        if ratio < LINEAR:
-            break
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(tries):
+            for size in least:
+                started = time.process_time()
+                work(size)
+                least[size] = min(least[size], time.process_time() - started)
+            ratio = least[2] / max(least[1], TOO_SHORT_TO_COMPARE)
+            if ratio < LINEAR:
+                break
+    finally:
+        gc.enable()
     return ratio
 
 
