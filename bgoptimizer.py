@@ -6775,25 +6775,21 @@ def _log_numbers(prepared: Prepared, settings: Settings) -> None:
 # small picture, there is a close-up. Axes are those of the full-size picture, in its pixels.
 # --------------------------------------------------------------------------------------------------
 
-FIGURE_SIZE = (13.6, 7.6)
-"""Inches, at 100 pixels each: fits a laptop's screen."""
+VIEWS = ("picture", "model", "result")
+"""What is shown of a picture, in figures with one stretch; see `views_of`."""
+
+NOT_TRAINED = " (of the sky that was found, not trained yet)"
+FIGURE_SIZE = 13.6, 7.6  # inches of 100 pixels: fits a laptop's screen
+INK = "#f0e442"  # of control points, and of what can be moved
 
 FIGURE_STYLE = {
-    "axes.titlelocation": "left",
     "axes.titlesize": 10,
     "figure.dpi": 100,
-    "font.size": 9,
-    "grid.linewidth": 0.2,
-    "legend.fontsize": 8,
+    "font.size": 8,
     "legend.frameon": False,
-    "xtick.labelsize": 8,
-    "ytick.labelsize": 8,
 }
 """What differs from matplotlib's dark style. So pictures look the same in light and in dark windows
 and notebooks."""
-
-CHANNEL_INKS = {"L": ("white",), "RGB": ("#e8703a", "#2fb58a", "#5ab0ee")}
-"""Colors of channels that color-blind people can tell apart (after Okabe and Ito)."""
 
 OVERLAYS = {
     "missing": ("#6b7077", "", "missing"),
@@ -6803,26 +6799,16 @@ OVERLAYS = {
     "auto": ("#cc79a7", "///", "left out by --auto"),
     "clipped": ("#f0e442", "\\\\\\", "clipped by -dq"),
 }
-"""Reason -> its color, its stripes (none: solid), its name. Stripes tell the reasons apart where
-colors do not."""
-
-START_INK = "#56b4e9"
-END_INK = "#f0e442"
-"""Colors of a control point where it starts, and where it ends."""
+"""Reason -> its color (after Okabe and Ito), its stripes (none: solid), its name. Stripes tell the
+reasons apart where colors do not."""
 
 DISPLAY_QUANTILES = (0.002, 0.5, 0.9995)
 """Quantiles of a channel that are shown as nearly black, as the background, and as white. So nearly
 nothing is clipped, and no single star decides how dark the rest is."""
 
-FRAMES = 20
-FRAME_PAUSE = 130
-LAST_PAUSE = 1500
-"""Largest number of frames in an animation, and milliseconds that a frame and the last frame are
-shown: some 4 seconds in all."""
-
-HALF_FRAME = 3.0
-"""Inches: the side of a square of the area of half a frame. With so few pixels, a GIF with the
-usual noise stays below 3 MB."""
+FRAMES = 20  # of an animation, at most
+FRAME_PAUSE = 130  # milliseconds that a frame is shown
+LAST_PAUSE = 1500  # milliseconds: some 4 seconds in all
 
 
 def display_stretch(linear: np.ndarray) -> Stretch:
@@ -6839,44 +6825,93 @@ def display_stretch(linear: np.ndarray) -> Stretch:
     return Stretch(*constants)
 
 
-def to_bytes(image: np.ndarray) -> np.ndarray:
+def to_bytes(stretched: np.ndarray) -> np.ndarray:
     """Take a stretched picture (h, w, c), NaN where nothing is, to bytes (h, w, 3)."""
-    image = np.nan_to_num(image)
-    image = 255 * np.clip(image, 0, 1)
-    image = np.round(image).astype(np.uint8)
-    height, width, _ = image.shape
-    return np.broadcast_to(image, (height, width, 3))
+    image = np.round(255 * np.nan_to_num(stretched)).astype(np.uint8)
+    return np.broadcast_to(image, (*image.shape[:2], 3))
 
 
-def left_out(prepared: Prepared, settings: Settings) -> dict[str, np.ndarray]:
-    """Tell where a thinned frame is left out or clipped: reason -> (h, w) bool, as OVERLAYS."""
-    clipped = clipped_by_stretch(prepared).any(-1) & prepared.used
-    return {**mask_reasons(prepared, settings), "clipped": clipped}
-
-
-def striped(prepared: Prepared, areas: dict[str, np.ndarray]) -> np.ndarray:
-    """Return the picture as the fit would see it, and over it in stripes what it would not.
+def views_of(prepared: Prepared, sky: Callable, correction: str) -> dict[str, np.ndarray]:
+    """Return the picture, a model of its sky, and what is left without it, as they are drawn.
 
     Args:
         prepared: thinned.
-        areas: as of `left_out`.
+        sky: takes frame coordinates (..., 2) to the linear sky there, (..., c).
+        correction: "subtract" or "divide".
 
     Returns:
-        Bytes (h, w, 3), larger than `prepared` where that is small.
+        One of VIEWS -> (h, w, c) linear.
+    """
+    picture = prepared.linear if prepared.close_up is None else prepared.close_up
+    model = np.stack(list(SkyModel(sky, picture.shape[:2])), -1)
+    result = corrected(prepared, picture, model, correction)
+    return dict(zip(VIEWS, (picture, model, result)))
+
+
+def show(axes, colors: np.ndarray, shape: tuple[int, int], title: str) -> None:
+    """Draw bytes (h, w, 3) over a full-size frame of this shape."""
+    height, width = shape
+    axes.set_title(title, loc="left")  # the style does not reach what a window draws later
+    axes.set(xticks=[], yticks=[])
+    axes.imshow(colors, mouseover=False, extent=(-0.5, width - 0.5, height - 0.5, -0.5))
+
+
+def draw_view(axes, view: str, pictures: dict[str, np.ndarray], stretch: Stretch,
+              shape: tuple[int, int], words: str = "") -> None:
+    """Draw one of the `views_of` a picture; on the model lines of equal brightness.
+
+    Args:
+        shape: (h, w) of the full-size frame.
+        words: go on after the name of the view.
+    """
+    picture = pictures[view]
+    show(axes, to_bytes(stretch.apply(picture)), shape, f"the {view}{words}")
+    brightness = picture.mean(-1)
+    span = np.ptp(brightness)
+    if view == "model" and span > 1e-9 and min(brightness.shape) > 1:
+        darkest = brightness.min() - span  # without the dark colors of the map
+        axes.contour(brightness, 8, cmap="plasma", vmin=darkest, origin="upper",
+                     extent=axes.images[0].get_extent())
+
+
+def draw_seen(axes, prepared: Prepared, settings: Settings, columns: int = 2) -> None:
+    """Draw the picture as the fit would see it, and in stripes what it would not, with a legend.
+
+    Args:
+        prepared: thinned.
+        columns: of the legend.
+    """
+    from matplotlib.patches import Patch
+    clipped = clipped_by_stretch(prepared).any(-1) & prepared.used
+    areas = {**mask_reasons(prepared, settings), "clipped": clipped}
+    show(axes, striped(prepared, areas), prepared.full_shape,
+         "as the fit would see it, and what is left out")
+    legend = []
+    for reason, (color, hatch, label) in OVERLAYS.items():
+        share = areas[reason].mean()
+        if share > 0:
+            label = f"{label} ({share:.1%})"
+            legend.append(Patch(facecolor=color, edgecolor="black", hatch=hatch, label=label))
+    axes.legend(handles=legend, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=columns)
+
+
+def striped(prepared: Prepared, areas: dict[str, np.ndarray]) -> np.ndarray:
+    """Return the picture as the fit would see it, bytes (h, w, 3), and over it areas in stripes.
+
+    Args:
+        prepared: thinned.
+        areas: reason, as in OVERLAYS -> (rows, columns) of `prepared`, bool.
     """
     from matplotlib.colors import to_rgb
-    stretched = prepared.stretch.apply(_drawn(prepared))
-    times = math.ceil(VIEW_PIXELS / max(stretched.shape))
-    colors = to_bytes(stretched).repeat(times, 0).repeat(times, 1)
+    linear = prepared.linear if prepared.close_up is None else prepared.close_up
+    times = math.ceil(VIEW_PIXELS / max(linear.shape))  # a small one is enlarged
+    colors = to_bytes(prepared.stretch.apply(linear)).repeat(times, 0).repeat(times, 1)
     height, width, _ = colors.shape
     row, column = np.ogrid[:height, :width]
     lines = {"": 0 * row, "/": row + column, "\\": row - column, "-": row}
+    rows, columns = prepared.used.shape
     for reason, (color, hatch, _) in OVERLAYS.items():
-        area = areas[reason]
-        if not area.any():
-            continue
-        rows, columns = area.shape
-        area = area[row * rows // height, column * columns // width]
+        area = areas[reason][row * rows // height, column * columns // width]
         edge = area & ~scipy.ndimage.binary_erosion(area, iterations=2)
         period = 36 // max(len(hatch), 1)
         stripes = lines[hatch[:1]] % period < max(period // 3, not hatch)
@@ -6886,187 +6921,43 @@ def striped(prepared: Prepared, areas: dict[str, np.ndarray]) -> np.ndarray:
     return colors
 
 
-def draw_preview(figure, prepared: Prepared, settings: Settings, title: str,
-                 said: list[str]) -> None:
-    """Draw what helps to choose settings.
-
-    That is the picture, what the fit would see of it, what stands out, a histogram, and what was
-    said of it.
-    """
-    prepared = thinned(prepared)
-    areas = left_out(prepared, settings)
-    (picture, stretched, hints), (histogram,) = _lay_out(figure, title, said, (2,))
-    shape = prepared.full_shape
-    linear = _drawn(prepared)
-    shown = to_bytes(display_stretch(linear).apply(linear))
-    show(picture, shown, shape, "the picture, plain stretch")
-    words = "stretched as for the fit, and what is left out"
-    show(stretched, striped(prepared, areas), shape, words)
-    add_legend(stretched, areas)
-    _draw_hints(hints, prepared, settings)
-    _draw_histogram(histogram, prepared, settings)
-
-
-def _drawn(prepared: Prepared) -> np.ndarray:
-    """Return the linear picture (h, w, c) as it is drawn."""
-    return prepared.linear if prepared.close_up is None else prepared.close_up
-
-
-def _lay_out(figure, title, said, widths):
-    """Give a figure a title, three axes, axes of such widths below them, and words beside these.
-
-    Returns the axes above and below.
-    """
-    figure.suptitle(title, x=0.015, ha="left", fontsize=11)
-    cells = figure.add_gridspec(
-        2, 1, height_ratios=(1.5, 1),
-        left=0.025, right=0.985, top=0.915, bottom=0.085, hspace=0.35)
-    above = cells[0].subgridspec(1, 3, wspace=0.03)
-    below = cells[1].subgridspec(1, len(widths) + 1, width_ratios=(*widths, 1.6), wspace=0.15)
-    above, below = [list(map(figure.add_subplot, part)) for part in (above, below)]
-    words = below.pop()
-    words.axis("off")
-    lines = [textwrap.fill(line, 80, subsequent_indent="  ") for line in said]
-    text = "\n".join(lines).encode("utf-8", "replace").decode()  # names may hold anything
-    words.text(0, 1, text, va="top", fontsize=8, parse_math=False)
-    return above, below
-
-
-def _extent(shape):
-    """Return where the sides of a full-size frame (h, w) are, in its pixels, for matplotlib."""
-    height, width = shape
-    return -0.5, width - 0.5, height - 0.5, -0.5
-
-
-def show(axes, image: np.ndarray, shape: tuple[int, int], title: str, **look):
-    """Draw bytes (h, w, 3), or values (h, w), over a full-size frame; returns what was drawn."""
-    interpolation = "antialiased"
-    if max(image.shape) < 300:  # pixels: it is enlarged, and should not look like a mosaic
-        interpolation = "bicubic"
-    axes.set_title(title)
-    axes.set(xticks=[], yticks=[])
-    look = {"interpolation": interpolation, **look}
-    return axes.imshow(image, extent=_extent(shape), **look)
-
-
-def add_legend(axes, areas: dict[str, np.ndarray], columns: int = 2) -> None:
-    """Say below a picture what the stripes in it mean, and of how much of it."""
-    from matplotlib.patches import Patch
-    legend = []
-    for reason, (color, hatch, label) in OVERLAYS.items():
-        share = areas[reason].mean()
-        if share > 0:
-            label += f" ({share:.1%})"
-            legend.append(Patch(facecolor=color, edgecolor="black", hatch=hatch, label=label))
-    axes.legend(handles=legend, loc="upper center", bbox_to_anchor=(0.5, 0), ncols=columns)
-
-
-def _draw_histogram(axes, prepared, settings):
-    """Draw how often the stretched values of each channel occur, and what is made of them."""
-    letters = _channel_letters(prepared)
-    for k, ink in enumerate(CHANNEL_INKS[letters]):
-        values = prepared.image[..., k]
-        for counted, filled in ((prepared.present, False), (prepared.weight > 0, True)):
-            counts, edges = np.histogram(values[counted[..., k]], 128, (0, 1))
-            axes.stairs(counts, edges, fill=filled, color=ink, alpha=0.3 if filled else 1)
-    axes.set_title("how often a stretched value occurs (filled: used; heights are logarithmic)")
-    axes.set_yscale("symlog", linthresh=1)
-    axes.yaxis.set_visible(False)
-    left, right = -0.02, 1.02  # a little beyond 0 and 1, so that these can be seen
-    axes.set_xlim(left, right)
-    color, hatch, _ = OVERLAYS["threshold"]
-    for threshold, end in ((settings.threshold_min, left), (settings.threshold_max, right)):
-        axes.axvspan(threshold, end, facecolor="none", edgecolor=color, hatch=hatch)
-    axes.axvline(MIDTONES_TARGET, linestyle=":")
-    quantile = settings.delinearization_quantile
-    axes.set_xticks([0, MIDTONES_TARGET, 0.5, 0.75, 1],
-                    ["minimum", "median", "0.5", "0.75", f"-dq {quantile:g}"])
-
-
-def _draw_hints(axes, prepared: Prepared, settings: Settings) -> None:
-    """Draw the picture less the sky that was found.
-
-    What stands out is not sky, and may be mistaken for it unless it is masked.
-    """
-    known = prepared.present.all(-1)  # (h, w)
-    sky = prepared.sky.surface(prepared.centers)  # (h, w, c)
-    residual = (prepared.linear - sky).mean(-1)
-    residual = np.where(known, residual, 0)
-    residual = scipy.ndimage.gaussian_filter(residual, max(known.shape) / 300)
-    limit = 6 * float(np.median(np.abs(residual[known]))) if known.any() else 0.0
-    if limit == 0:  # nothing to see
-        limit = 1.0
-    residual = np.where(known, residual, np.nan)
-    drawn = show(axes, residual, prepared.full_shape,
-                 "less the sky that was found: orange above, purple below",
-                 cmap="PuOr_r", vmin=-limit, vmax=limit, interpolation="nearest")
-    ticks = np.array((-limit, 0, limit))
-    bar = _draw_scale(axes, drawn, ticks)
-    labels = map("{:+.0%}".format, ticks / np.mean(sky))
-    bar.set_xticklabels(labels)
-    blown = blown_out(prepared, settings)
-    if blown.any() and min(blown.shape) > 1:
-        axes.contour(blown, [0.5], colors="#d7191c", linewidths=2, origin="upper",
-                     extent=_extent(prepared.full_shape))
-        axes.set_xlabel("outlined: sky blown out, raise -dq", color="#ff8a80", weight="bold",
-                        labelpad=28)
-
-
-def before_model_after(prepared: Prepared, sky: Callable, correction: str) -> list[np.ndarray]:
-    """Return the picture as it is drawn, a model of its sky, and what is left, (h, w, c) linear.
+def draw_figures(figure, prepared: Prepared, settings: Settings, title: str, said: list[str],
+                 fit: Fit | None = None) -> None:
+    """Draw picture, model and result; what the fit sees; its loss; and what was said.
 
     Args:
-        prepared: thinned.
-        sky: takes frame coordinates (..., 2) to the linear sky there, (..., c).
-        correction: "subtract" or "divide".
+        figure: empty.
+        prepared, settings: as `examine` gives them.
+        title: the name of the picture.
+        said: sentences.
+        fit: None before it. Then the model is the sky that was found.
     """
-    before = _drawn(prepared)
-    model = SkyModel(sky, before.shape[:2])
-    model = np.stack(list(model), -1)
-    return [before, model, corrected(prepared, before, model, correction)]
+    prepared = thinned(prepared)
+    figure.set_layout_engine("constrained")
+    third = "words" if fit is None else "loss"
+    axes = figure.subplot_mosaic([VIEWS, ("seen", third, "words")])
+    sky = prepared.sky.surface if fit is None else linear_sky(prepared, fit)
+    pictures = views_of(prepared, sky, settings.correction)
+    stretch = display_stretch(pictures["picture"])
+    words = NOT_TRAINED if fit is None else ", same stretch"
+    for view in VIEWS:
+        draw_view(axes[view], view, pictures, stretch, prepared.full_shape, words)
+    axes["picture"].set_title(title, loc="left")
+    draw_seen(axes["seen"], prepared, settings)
+    if fit is not None:
+        axes["loss"].plot(fit.history[:, 0])
+        axes["loss"].set_title("loss of the epochs", loc="left")
+    axes["words"].axis("off")
+    axes["words"].text(0, 1, in_lines(said, 70), va="top", parse_math=False, in_layout=False)
 
 
-def draw_figures(figure, result: Result, title: str, said: list[str]) -> None:
-    """Draw the result: before, model, after; what was called sky, control points, loss, words."""
-    fit = result.fit
-    prepared = thinned(result.prepared)
-    shape = prepared.full_shape
-    above, (points, loss) = _lay_out(figure, title, said, (1.2, 1))
-    sky = linear_sky(prepared, fit)
-    pictures = before_model_after(prepared, sky, result.settings.correction)
-    stretch = display_stretch(pictures[0])
-    titles = "before", "model, same stretch, lines of equal brightness", "after, same stretch"
-    for axes, picture, words in zip(above, pictures, titles):
-        show(axes, to_bytes(stretch.apply(picture)), shape, words)
-    lines = draw_contours(above[1], pictures[1].mean(-1), shape)
-    if lines is not None:
-        bar = _draw_scale(above[1], lines, lines.levels[::2])
-        for line in bar.collections:
-            line.set_linewidth(5)
-
-    areas = left_out(prepared, result.settings)
-    words = "what was called sky; control points, from ring to dot"
-    show(points, striped(prepared, areas), shape, words)
-    add_legend(points, areas)
-    _draw_control_points(points, fit, shape)
-    loss.plot(fit.history[:, 0])
-    loss.set_title("loss of the epochs")
-    loss.grid()
+def in_lines(said: list[str], width: int) -> str:
+    """Return sentences in lines of so many characters, as they can be drawn."""
+    lines = [textwrap.fill(line, width, subsequent_indent="  ") for line in said]
+    return "\n".join(lines).encode("utf-8", "replace").decode()  # names may hold anything
 
 
-def _draw_control_points(axes, fit, shape):
-    """Draw the paths of the control points of a fit over a picture of this shape."""
-    stations = [positions for _, positions, _ in fit.track]
-    paths = np.stack([*stations, fit.positions]) * max(shape) - 0.5  # (steps, n, 2) pixels
-    row, column = np.moveaxis(paths, -1, 0)  # (steps, n) each
-    axes.plot(column, row, color=START_INK, linewidth=0.9, alpha=0.8)
-    ring = dict(color="none", markeredgecolor=START_INK, markersize=3.5)
-    axes.plot(column[0], row[0], "o", **ring)
-    axes.plot(column[-1], row[-1], "o", color=END_INK, markeredgecolor="black", markersize=5)
-    axes.margins(0.04)  # points may leave the picture a little
-
-
-def animation_frames(prepared: Prepared, fit: Fit, correction: str = "subtract") -> np.ndarray:
+def animation_frames(prepared: Prepared, fit: Fit, correction: str = "subtract") -> list:
     """Show how the surface and its control points settle, and the picture that they leave.
 
     Args:
@@ -7075,45 +6966,40 @@ def animation_frames(prepared: Prepared, fit: Fit, correction: str = "subtract")
         correction: "subtract" or "divide".
 
     Returns:
-        (n, h, w, 3) bytes, n up to FRAMES: the first frame at the start, the last with the final
-        surface.
+        Pictures of Pillow, up to FRAMES: from the start of the fit to the final surface.
     """
+    from matplotlib.figure import Figure
+    from PIL import Image
+    prepared = thinned(prepared)
     height, width = shape = prepared.full_shape
-    wide = HALF_FRAME * math.sqrt(width / height)  # inches
-    wide = min(wide, 4.0)
-    tall = wide * height / width
-    prepared = thinned(prepared, round(100 * max(wide, tall)))
-    stretch = display_stretch(_drawn(prepared))
-    head = tall / (tall + 0.3)  # the rest is for the words
-    frames = []
+    size = 7.4, 0.3 + 3.6 * min(height / width, 0.7)  # inches; larger is more than 3 MB
     # Most happens early, so the steps are at equal distances of the square root of the epoch
     last = len(fit.track) - 1
-    chosen = np.unique(np.round(last * np.linspace(0, 1, FRAMES - 1)**2).astype(int))
-    steps = [(f"epoch {epoch}", *points) for epoch, *points in map(fit.track.__getitem__, chosen)]
-    steps.append((f"best of {len(fit.history)} epochs", fit.positions, fit.values))
-    with drawing_style():
-        figure = _empty_figure((2 * wide, tall + 0.3))
-        panels = figure.subplots(1, 2, gridspec_kw=dict(
-            left=0.01, right=0.99, bottom=0.01, top=head, wspace=0.02))
-        for words, positions, values in steps:
-            sky = linear_sky(prepared, replace(fit, positions=positions, values=values))
-            _, *pictures = before_model_after(prepared, sky, correction)
-            titles = f"sky model, {words}", "the picture without it"
-            for axes, picture, title in zip(panels, pictures, titles):
-                axes.clear()
-                show(axes, to_bytes(stretch.apply(picture)), shape, title)
-            row, column = positions.T * max(shape) - 0.5
-            panels[0].plot(column, row, "o", color=END_INK, markeredgecolor="black", markersize=5)
-            panels[0].axis(_extent(shape))
-            figure.canvas.draw()
-            frames.append(np.array(figure.canvas.buffer_rgba())[..., :3])
-    return np.stack(frames)
+    chosen = np.round(last * np.linspace(0, 1, FRAMES - 1)**2)
+    steps = [fit.track[k] for k in np.unique(chosen.astype(int))]
+    steps.append((f"{len(fit.history)}, the best of all", fit.positions, fit.values))
+    frames = []
+    for epoch, positions, values in steps:
+        sky = linear_sky(prepared, replace(fit, positions=positions, values=values))
+        pictures = views_of(prepared, sky, correction)
+        stretch = display_stretch(pictures["picture"])
+        row, column = positions.T * max(shape) - 0.5  # (n,) pixels
+        with drawing_style():
+            figure = Figure(size, layout="constrained")
+            model, result = figure.subplots(1, 2)
+            draw_view(model, "model", pictures, stretch, shape, f", epoch {epoch}")
+            model.autoscale(False)  # points may be outside
+            model.plot(column, row, "o", color=INK, markeredgecolor="black", markersize=5)
+            draw_view(result, "result", pictures, stretch, shape, f", epoch {epoch}")
+            png = to_png(figure)
+        frame = Image.open(io.BytesIO(png))
+        frames.append(frame.convert("RGB"))
+    return frames
 
 
-def write_animation(file, frames: np.ndarray) -> None:
-    """Write frames, (n, h, w, 3) bytes, as a GIF that repeats."""
-    from PIL import Image
-    first, *others = map(Image.fromarray, frames)
+def write_animation(file, frames: list) -> None:
+    """Write pictures of Pillow as a GIF that repeats."""
+    first, *others = frames
     pauses = [FRAME_PAUSE] * len(others) + [LAST_PAUSE]
     first.save(file, "GIF", save_all=True, append_images=others, duration=pauses, loop=0)
 
@@ -7123,95 +7009,57 @@ def _channel_letters(prepared):
     return "RGB" if prepared.image.shape[-1] == 3 else "L"
 
 
-def draw_contours(axes, values: np.ndarray, shape: tuple[int, int]):
-    """Draw lines of equal brightness (h, w); returns them, or None where there are none."""
-    low, high = np.quantile(values, (0.005, 0.995))
-    if high - low < 1e-9 or min(values.shape) == 1:  # flat, or too narrow for contours
-        return None
-    from matplotlib import colormaps
-    from matplotlib.ticker import MaxNLocator
-    levels = MaxNLocator(8).tick_values(low, high)
-    brightness = np.linspace(0.4, 1, len(levels))  # without the dark colors of the map
-    colors = colormaps["plasma"](brightness)
-    return axes.contour(values, levels, colors=colors, linewidths=1.3, origin="upper",
-                        extent=_extent(shape))
-
-
-def _draw_scale(axes, drawn, ticks):
-    """Draw a color bar below a panel; returns its axes."""
-    bar = axes.inset_axes([0.02, -0.06, 0.96, 0.025])
-    axes.figure.colorbar(drawn, cax=bar, orientation="horizontal", ticks=ticks)
-    bar.tick_params(labelsize=7, length=0, pad=2)
-    return bar
-
-
 def drawing_style() -> ContextManager:
-    """Return a context in which matplotlib draws in our colors.
-
-    It works also where a notebook has handed down the name of its own backend, which this Python
-    may not have.
-    """
-    backend = os.environ.get("MPLBACKEND", "")
-    scheme, _, module = backend.partition("://")
-    package, _, _ = module.partition(".")
-    if scheme == "module" and importlib.util.find_spec(package) is None:
-        del os.environ["MPLBACKEND"]
+    """Return a context in which matplotlib draws in our colors."""
     from matplotlib import style
     return style.context(["dark_background", FIGURE_STYLE])
 
 
-def _empty_figure(size):
-    """Return a figure of so many inches that needs no display, and is not pyplot's."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    return FigureCanvasAgg(Figure(size)).figure
+def to_png(figure) -> bytes:
+    """Return what a figure shows as a PNG."""
+    file = io.BytesIO()
+    figure.savefig(file, format="png")
+    return file.getvalue()
 
 
 def display_kind() -> str | None:
     """Return where a picture can be shown: "notebook" (an IPython kernel), "window", or None."""
-    if "IPython" in sys.modules:
-        shell = sys.modules["IPython"].get_ipython()
-        if hasattr(shell, "kernel"):
-            return "notebook"
+    if "IPython" in sys.modules and hasattr(sys.modules["IPython"].get_ipython(), "kernel"):
+        return "notebook"
     screen = os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
     if sys.platform.startswith("linux") and not screen:
         return None
     try:
-        with drawing_style():
-            from matplotlib import pyplot
-            canvas = pyplot.figure().canvas
-            kind = getattr(canvas, "required_interactive_framework", None)
-            pyplot.close()
+        from matplotlib import pyplot
+        kind = pyplot.figure().canvas.required_interactive_framework
+        pyplot.close()
     except Exception:  # no toolkit, no screen, or a notebook's backend handed down to a subprocess
         return None
-    del canvas
     gc.collect()  # here: Tk ends the process if another thread comes to delete its objects
     return "window" if kind else None
 
 
 def put_picture(draw: Callable, where: str, path: str) -> None:
-    """Draw and show, or save.
+    """Have draw(figure) fill an empty figure, and show it in a "notebook" or "window", or save it.
 
     Args:
-        draw: gets the empty figure.
-        where: "notebook", "window" or "file".
-        path: of the file.
+        where: "file" to save it at this path.
     """
+    from matplotlib.figure import Figure
     with drawing_style():
         if where == "window":
             from matplotlib import pyplot
             draw(pyplot.figure(figsize=FIGURE_SIZE))
             return
-        figure = _empty_figure(FIGURE_SIZE)
+        figure = Figure(FIGURE_SIZE)
         draw(figure)
-        if where == "file":
-            with atomic_outputs(path) as (file,):
-                figure.savefig(file, format="png", pil_kwargs={"compress_level": 3})
-            return
+        picture = to_png(figure)
+    if where == "file":
+        with atomic_outputs(path) as (file,):
+            file.write(picture)
+    else:
         from IPython.display import Image, display
-        packed = io.BytesIO()
-        figure.savefig(packed, format="png")
-        display(Image(packed.getvalue()))
+        display(Image(picture))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -7353,7 +7201,7 @@ def process_file(task: Task, watched: ContextManager = nullcontext(),
         result = remove_sky(
             picture.planes, task.settings, mask, picture.unit, watched, reference)
         _write_outputs(task, picture, result, files)
-    _put_figure(task, draw_figures, result=result, said=said)
+    _put_figure(task, prepared=result.prepared, settings=result.settings, said=said, fit=result.fit)
     return result
 
 
@@ -7362,13 +7210,13 @@ def preview_file(task: Task) -> None:
     with _heard() as said:
         picture, mask, reference = read_inputs(task)
         prepared, settings = examine(picture.planes, task.settings, mask, reference=reference)
-    _put_figure(task, draw_preview, prepared=prepared, settings=settings, said=said)
+    _put_figure(task, prepared=prepared, settings=settings, said=said)
 
 
-def _put_figure(task: Task, draw: Callable, **what) -> None:
-    """Draw a figure of something where the task wants it."""
+def _put_figure(task: Task, **what) -> None:
+    """Draw the figure of a picture where the task wants it; `what` is as for `draw_figures`."""
     if task.place_for_figure is not None:
-        draw = functools.partial(draw, title=task.title, **what)
+        draw = functools.partial(draw_figures, title=task.title, **what)
         put_picture(draw, task.place_for_figure, task.figure)
 
 
@@ -7678,44 +7526,52 @@ def _told(error: Exception) -> str:
 # --------------------------------------------------------------------------------------------------
 # Preview to work in: a window, and a panel in notebooks
 #
-# A `View` is all that can be chosen. The handlers of a `Preview` replace it, and `draw` draws from
+# A `View` is all that can be chosen. The handlers of a `Preview` replace it, and `refresh` shows
 # it; a window and a panel differ in their widgets only. All is computed by the functions of the
 # command line, so the command that is told does the same.
 # --------------------------------------------------------------------------------------------------
 
-WINDOW_SIZE = (13.0, 6.2)
-"""Inches, at 100 pixels each: fits a screen of 1366 x 768 pixels with the window's frame."""
+WINDOW_SIZE = 13.0, 6.2  # inches of 100 pixels: fits a screen of 1366 x 768, with its frame
+LOOK_AFTER = 0.4  # seconds after the last move until the sky is looked for anew
+TICK = 200  # milliseconds between two looks at what the thread does
+THOUSANDTHS = tuple(k / 1000 for k in range(1001))
 
-PANEL_SIZE = (9.0, 5.5)
+LADDERS = {
+    # What these leave above them falls by even steps, to about a half each
+    "delinearization_quantile": (
+        0.5, 0.7, 0.8, 0.9, 0.95, 0.97, 0.98, 0.99, 0.995, 0.998, 0.999, 0.9995, 0.9999, 1.0),
+    "threshold_min": THOUSANDTHS,
+    "threshold_max": THOUSANDTHS,
+    "smoothing": (None, *sorted(SMOOTHINGS)),
+    "auto": (False, True),
+    "correction": ("subtract", "divide"),
+    "shown": VIEWS,
+}
+"""What can be chosen, a field of `Settings` or of `View` -> its values."""
 
-LADDER = (0.5, 0.7, 0.8, 0.9, 0.95, 0.97, 0.98, 0.99, 0.995, 0.998, 0.999, 0.9995, 0.9999, 1.0)
-"""Values of -dq. What they leave above them falls by even steps, to about a half each."""
+SLIDERS = {
+    "-dq": ("delinearization_quantile",),
+    "-tm, -tM": ("threshold_min", "threshold_max"),
+    "smoothing": ("smoothing",),
+}
+CHECKS = {"--auto  [a]": "auto", "--correction divide  [d]": "correction"}
+"""Label of a widget in the window -> what is chosen with it."""
 
-LOOK_AFTER = 0.4
-"""Seconds after the last move until the sky is looked for anew."""
-
-TICK = 200
-"""Milliseconds between two looks at what the thread does."""
-
-VIEWS = ("picture", "model", "result")
+STEPS = {
+    "left": ("delinearization_quantile", -1), "right": ("delinearization_quantile", 1),
+    "down": ("threshold_max", -10), "up": ("threshold_max", 10),
+    "[": ("threshold_min", -1), "]": ("threshold_min", 1),
+    "-": ("smoothing", -1), "+": ("smoothing", 1),
+    "a": ("auto", 1), "d": ("correction", 1), " ": ("shown", 1),
+}
+"""Key -> what is chosen with it, and by how many values it goes on."""
 
 BUTTONS = {
-    "blink": "Picture, model, result  [space]",
-    "undo": "Undo the last drawing  [z]",
-    "train": "Take the sky out  [t]",
-    "stop": "Stop  [escape]",
-    "write": "Write  [w]",
-    "close": "Close  [q]",
+    " ": "Picture, model, result  [space]", "z": "Undo the last drawing  [z]",
+    "t": "Take the sky out  [t]", "escape": "Stop  [escape]",
+    "w": "Write  [w]", "q": "Close  [q]",
 }
-"""Methods of the window: what their buttons say, with their keys."""
-
-MOVES = {
-    "left": ("-dq", -1), "right": ("-dq", 1),
-    "down": ("-tm, -tM", (0, -0.01)), "up": ("-tm, -tM", (0, 0.01)),
-    "[": ("-tm, -tM", (-0.001, 0)), "]": ("-tm, -tM", (0.001, 0)),
-    "-": ("smoothing", -1), "+": ("smoothing", 1),
-}
-"""Key -> a slider, and by how much the key moves it."""
+"""Key -> label of the button that does the same."""
 
 HELP = ("Keys: left, right -dq;  down, up -tM;  [ ] -tm;  - + smoothing.\n"
         "Draw around what is to be left out; with Shift it is given back.")
@@ -7723,203 +7579,182 @@ HELP = ("Keys: left, right -dq;  down, up -tM;  [ ] -tm;  - + smoothing.\n"
 
 @dataclass(frozen=True)
 class View:
-    """What is chosen: what a run would do, and what is shown of it."""
+    """What is chosen of a picture, what follows from it, and what is shown."""
 
-    settings: Settings  # None where nothing was asked for, as on the command line
-    drawn: np.ndarray  # (h, w) of the reduced frame: 0 left out, 1 given back, NaN not drawn on
+    asked: Settings  # None where nothing was asked for, as on the command line
+    settings: Settings  # as used
+    prepared: Prepared  # what the fit would see, but for what --auto leaves out
+    drawn: np.ndarray | None = None  # (h, w, 1) of the reduced frame: 0 left out, 1 given back,
+    # NaN not drawn on
+    result: Result | None = None  # of a training with just this
     shown: str = "picture"  # one of VIEWS
-
-    @property
-    def is_drawn_on(self) -> bool:
-        return bool(np.isfinite(self.drawn).any())
 
 
 class Preview:
     """A picture, the view that is chosen of it, and the handlers that change the view."""
 
-    def __init__(self, options: argparse.Namespace, settings: Settings, picture: Picture,
+    def __init__(self, figure, options: argparse.Namespace, settings: Settings, picture: Picture,
                  mask: np.ndarray | None, reference: Reference | None = None):
-        """Look for the sky.
+        """Prepare the picture. What is not seen at once is computed later, or beside it.
 
         Args:
+            figure: empty.
             options, settings: of the command line.
             picture, mask, reference: as `read_inputs` gives them.
         """
-        self.options = argparse.Namespace(**{**vars(options), "preview": False})
+        self.options = copy.copy(options)
+        self.options.preview = False
         self.picture = picture
         self.mask = mask
-        black = -picture.unit.offset / picture.unit.scale
-        with _heard() as self.said:
-            self.reduced, resolved = examine(picture.planes, settings, mask, black, reference)
-        quantiles = {*LADDER, resolved.delinearization_quantile}
-        self.stretches, _ = measure_stretches(picture.planes, sorted(quantiles))
-        smoothings = {*SMOOTHINGS, settings.smoothing} - {None}
-        self.rungs = {"-dq": list(self.stretches), "smoothing": [None, *sorted(smoothings)]}
-        self.view = View(settings, np.full(self.reduced.used.shape, np.nan, np.float32))
-        self.trained = None  # a view and its Result
+        used = settings.resolved()
+        planes = picture.planes
+        self.undrawn = replace(
+            prepare(planes, used, mask), close_up=close_up(planes, used), reference=reference,
+            black=-picture.unit.offset / picture.unit.scale)
+        self.view = View(settings, used, self.undrawn)
+        self.ladders = {name: list(values) for name, values in LADDERS.items()}
+        for name, values in self.ladders.items():
+            if self.value(name) not in values:
+                values.append(self.value(name))
+                values.sort(key=lambda value: -1 if value is None else value)
+        self.stretches = ThreadPoolExecutor(1).submit(
+            measure_stretches, planes, self.ladders["delinearization_quantile"])
         self.written = None  # path of the mask that was drawn here
-        self.status = HELP
-        self.moved = math.inf  # when something was changed for which to look for the sky
+        self.sky = None  # as it was found last
+        self.looked = None  # what it depends on
+        self.due = 0.0  # when to look for it, by the monotonic clock
+        self.said = []
+        self.status = ""  # what was refused, or is being done
         self.showing = False  # widgets are set to the view: their handlers have nothing to do
-        self.prepared, self.settings = self._prepare()
-        self.looked = self._what_sky_needs()
+        self.figure = figure
+        self.axes = figure.add_axes([0.01, 0.09, 0.66, 0.86])  # left, bottom, width, height
+        write = functools.partial(figure.text, s="", va="top", parse_math=False)
+        self.texts = write(0.01, 0.04), write(0.69, 0.49), write(0.69, 0.05, color=INK)
+
+    def value(self, name: str):
+        """Return what is chosen, by its name in LADDERS."""
+        return getattr(self.view if name == "shown" else self.view.settings, name)
 
     # --- Handlers: they change the view ---
 
+    def step(self, name: str, by: int) -> None:
+        """Go along a ladder, and around where it is short."""
+        ladder = self.ladders[name]
+        place = ladder.index(self.value(name)) + by
+        if len(ladder) > 3:
+            place = min(max(place, 0), len(ladder) - 1)
+        self.change(**{name: ladder[place % len(ladder)]})
+
     def change(self, drawn: np.ndarray | None = None, **changes) -> None:
-        """Change settings or the drawing, if a fit could do with them."""
+        """Change what is chosen, or the drawing, if a fit could do with it."""
         if self.showing:
             return
-        before = self.view
-        self.status = HELP
+        if "shown" in changes:
+            self.view = replace(self.view, **changes)
+            self.refresh()
+            return
         try:
-            settings = replace(before.settings, **changes)
-            drawn = before.drawn if drawn is None else drawn
-            self.view = replace(before, settings=settings, drawn=drawn)
-            self.prepared, self.settings = self._prepare()
-            self.moved = time.monotonic()
-            self.said = []  # it was said of something else
+            asked = replace(self.view.asked, **changes)
+            settings = asked.resolved()
+            quantile = settings.delinearization_quantile
+            stretches, _ = self.stretches.result()
+            if quantile not in stretches:
+                raise BgError(f"-dq {quantile:g} takes all of a channel to 1; raise it")
+            drawn = self.view.drawn if drawn is None else drawn
+            mask = self.undrawn.user_mask
+            if drawn is not None:
+                mask = np.where(np.isnan(drawn), 1 if mask is None else mask, drawn)
+            bare = replace(self.undrawn, user_mask=mask)
+            prepared = prepare_again(bare, self.picture.planes, stretches[quantile], settings)
         except (ValueError, BgError) as error:
-            self.view = before
             self.status = str(error)
-        self.refresh()
-
-    def slide(self, name, value):
-        """Take what a slider stands at: a rung, or the two thresholds."""
-        if name == "-tm, -tM":
-            low, high = np.round(value, 3).tolist()
-            self.change(threshold_min=low, threshold_max=high)
-        elif name == "-dq":
-            self.change(delinearization_quantile=self.rungs[name][int(value)])
+            self.refresh()
         else:
-            self.change(smoothing=self.rungs[name][int(value)])
+            self.go_to(View(asked, settings, prepared, drawn))
 
-    def check(self, auto, divide):
-        self.change(auto=auto, correction="divide" if divide else "subtract")
-
-    def turn_to(self, shown):
-        self.view = replace(self.view, shown=shown)
+    def go_to(self, view: View) -> None:
+        """Take a view for which the sky may be another one."""
+        self.view = replace(view, shown=self.view.shown)
+        self.said = []  # it was said of something else
+        self.status = ""
+        self.due = time.monotonic() + LOOK_AFTER
         self.refresh()
 
-    def look(self) -> Callable:
-        """Return what finds the sky of the view, if it can be another one, and tells of it."""
-        prepared, settings, known = self.prepared, self.settings, self.reduced.sky
-        needs = self._what_sky_needs()
-        same = needs == self.looked
+    def look(self, view: View) -> tuple:
+        """Find the sky of a view, if it can be another one, and tell of it."""
+        prepared, settings = view.prepared, view.settings
+        needs = settings.smoothing, settings.auto, prepared.used.tobytes()
+        sky = self.sky if needs == self.looked else find_sky(prepared, settings)
+        judge(self.picture.planes, prepared, settings, sky)
+        return needs, sky
 
-        def work():
-            sky = known if same else find_sky(prepared, settings)
-            judge(self.picture.planes, prepared, settings, sky)
-            return needs, sky
+    def found(self, given: tuple) -> None:
+        self.looked, self.sky = given
 
-        return work
-
-    def found(self, given) -> None:
-        self.looked, sky = given
-        self.reduced = replace(self.reduced, sky=sky)
-
-    def _what_sky_needs(self):
-        return self.settings.smoothing, self.settings.auto, self.prepared.used.tobytes()
-
-    # --- From the view to what is shown and run ---
+    # --- From the view to what is shown ---
 
     def refresh(self) -> None:
         """Show all anew."""
+        self.draw()
+        words = shlex.join(self.words()), in_lines(self.said, 62), self.status
+        for text, line in zip(self.texts, words):
+            text.set_text(line)
+        self.showing = True
+        self.set_widgets()
+        self.showing = False
 
-    def _prepare(self):
-        """Return what the fit would see of the view before the sky is known, and the settings."""
-        settings = self.view.settings.resolved()
-        weight = self.reduced.user_mask
-        if self.view.is_drawn_on:
-            drawn = self.view.drawn[..., None]
-            weight = np.where(np.isnan(drawn), 1 if weight is None else weight, drawn)
-        prepared = replace(self.reduced, user_mask=weight)
-        stretch = self.stretches[settings.delinearization_quantile]
-        return prepare_again(prepared, self.picture.planes, stretch, settings), settings
-
-    def draw(self, axes) -> None:
-        """Draw what the view shows of the picture."""
-        settings = self.settings
-        shown = self.view.shown
-        prepared = thinned(with_sky(self.prepared, settings, self.reduced.sky))
+    def draw(self) -> None:
+        """Draw the picture."""
+        axes, view = self.axes, self.view
         for old in (*axes.images, *axes.collections, axes.get_legend()):
             if old is not None:
                 old.remove()
-        if shown == "picture":
-            areas = left_out(prepared, settings)
-            colors = striped(prepared, areas)
-            add_legend(axes, areas, 5)
-            title = "the picture as the fit would see it, and what is left out"
-        else:
-            pictures = before_model_after(prepared, self._sky(), settings.correction)
-            picture = pictures[VIEWS.index(shown)]
-            colors = to_bytes(prepared.stretch.apply(picture))
-            title = f"the {shown}, same stretch"
-            title += "" if self._result() else " (the sky that was found, not trained yet)"
-        show(axes, colors, prepared.full_shape, title, interpolation="nearest", mouseover=False)
-        if shown == "model":
-            draw_contours(axes, picture.mean(-1), prepared.full_shape)
+        prepared = thinned(self.seen())
+        if view.shown == "picture" or self.sky is None:
+            draw_seen(axes, prepared, view.settings, 5)
+            return
+        words = "" if view.result else NOT_TRAINED
+        pictures = views_of(prepared, self.model(), view.settings.correction)
+        draw_view(axes, view.shown, pictures, prepared.stretch, prepared.full_shape, words)
 
-    def marks(self) -> dict[str, tuple]:
-        """Return slider -> what it stands at, and what it says."""
-        quantile = self.settings.delinearization_quantile
-        thresholds = self.settings.threshold_min, self.settings.threshold_max
-        smoothing = self.view.settings.smoothing
-        words = "auto" if smoothing is None else f"{smoothing:g}"
-        return {
-            "-dq": (self.rungs["-dq"].index(quantile), f"{quantile:g}"),
-            "-tm, -tM": (thresholds, "{:g}, {:g}".format(*thresholds)),
-            "smoothing": (self.rungs["smoothing"].index(smoothing), words),
-        }
+    def seen(self) -> Prepared:
+        """Return what the fit would see, as far as the sky is known."""
+        view = self.view
+        return with_sky(view.prepared, view.settings, self.sky) if self.sky else view.prepared
+
+    def model(self) -> Callable:
+        """Return the linear sky as a function of frame coordinates, trained if it is."""
+        result = self.view.result
+        return result.linear_sky if result else self.sky.surface
 
     def words_on(self, x: float, y: float) -> str:
         """Say what is at a place of the picture: value and sky, in the picture's own unit."""
-        places = np.array([y, x]) + 0.5
-        cell = (places / self.settings.downscaling_factor).astype(int)
-        row, column = np.clip(cell, 0, np.array(self.prepared.used.shape) - 1)
-        sky = self._sky()(places / max(self.reduced.full_shape))
+        if self.sky is None:
+            return ""
+        place = np.array([y, x]) + 0.5
+        cell = (place / self.view.settings.downscaling_factor).astype(int)
+        cell = np.clip(cell, 0, np.array(self.undrawn.used.shape) - 1)
+        value = self.undrawn.linear[tuple(cell)]
+        sky = self.model()(place / max(self.undrawn.full_shape))
         words = f"x {x:.0f}, y {y:.0f}"
-        for name, values in (("value", self.reduced.linear[row, column]), ("sky", sky)):
-            unit = self.picture.unit
-            each = map("{:.5g}".format, values * unit.scale + unit.offset)
-            words += f"   {name} {' '.join(each)}"
+        for name, samples in (("value", value), ("sky", sky)):
+            samples = samples * self.picture.unit.scale + self.picture.unit.offset
+            words += f"   {name} " + " ".join(f"{sample:.5g}" for sample in samples)
         return words
-
-    def _result(self):
-        """Return what training gave with just these settings and this drawing, or None."""
-        if self.trained is None:
-            return None
-        view, result = self.trained
-        same = view.settings == self.view.settings and view.drawn is self.view.drawn
-        return result if same else None
-
-    def _sky(self):
-        """Return the linear sky as a function of frame coordinates, trained if it is."""
-        result = self._result()
-        return result.linear_sky if result else self.reduced.sky.surface
-
-    def full_mask(self, view: View) -> np.ndarray | None:
-        """Return the mask of a view at full size, (1 or c, h, w), or None."""
-        if not view.is_drawn_on:
-            return self.mask
-        drawn = full_mask(replace(self.reduced, weight=view.drawn[..., None]), view.settings)
-        return np.where(np.isnan(drawn), 1 if self.mask is None else self.mask, drawn)
 
     def mask_path(self, view: View) -> str | None:
         """Return the path of a view's mask: of the given one, or if it is drawn, of a new file."""
-        if not view.is_drawn_on:
+        if view.drawn is None:
             return self.options.mask
-        if self.written is not None:
-            return self.written
         path, = self.options.input_file
         ending = FORMATS[output_format(path, self.options)].ending
         start = os.path.join(self.options.output_path, picture_stem(path) + "_mask")
-        names = (f"{start}{count}{ending}" for count in ["", *range(2, 1000)])
-        return next(name for name in names if not os.path.exists(name))
+        paths = (f"{start}{count}{ending}" for count in ["", *range(2, 1000)])
+        return self.written or next(path for path in paths if not os.path.exists(path))
 
     def words(self) -> list[str]:
         """Return the flags of the command that does what is shown."""
-        return flag_words(self.options, self.view.settings, self.mask_path(self.view))
+        return flag_words(self.options, self.view.asked, self.mask_path(self.view))
 
 
 def _quietly(work: Callable) -> tuple[Any, list[str]]:
@@ -7935,98 +7770,72 @@ class PreviewWindow(Preview):
     What takes long runs in one thread beside it: looking for the sky, training, writing.
     """
 
-    def __init__(self, figure, *what):
-        """Show the picture in an empty figure; `what` is as for `Preview`."""
+    def __init__(self, *what):
+        """Make the widgets; `what` is as for `Preview`."""
         super().__init__(*what)
-        self.figure = figure
         self.before = []  # views that `undo` goes back to
         self.pool = ThreadPoolExecutor(1)
         self.job = None  # what the thread does, and what is done with what it gives
-        self.stopping = False
+        self.stopping = threading.Event()
         self.shift = False  # is held
+        self.keys = {key: functools.partial(self.step, *step) for key, step in STEPS.items()}
+        self.keys.update(z=self.undo, t=self.train, escape=self.stopping.set,
+                         w=functools.partial(self.train, write=True))
         self._make_widgets()
         self.refresh()
 
     def _make_widgets(self):
         from matplotlib import widgets
-
-        def add(left, top, width, height):
-            return self.figure.add_axes([left, top - height, width, height])
-
-        self.axes = add(0.01, 0.95, 0.66, 0.86)
+        add = self.figure.add_axes
+        self.figure.text(0.69, 0.11, HELP, va="top")
         self.axes.format_coord = self.words_on
-        words = functools.partial(self.figure.text, s="", fontsize=8, parse_math=False, va="top")
-        self.texts = words(0.01, 0.04), words(0.69, 0.49), words(0.69, 0.08, color=END_INK)
-        kinds = {
-            "-dq": (widgets.Slider, len(self.rungs["-dq"]) - 1, 1),
-            "-tm, -tM": (widgets.RangeSlider, 1, 0.001),
-            "smoothing": (widgets.Slider, len(self.rungs["smoothing"]) - 1, 1),
-        }
-        self.sliders = {}
-        for k, (name, (kind, last, step)) in enumerate(kinds.items()):
-            place = add(0.755, 0.95 - 0.05 * k, 0.15, 0.03)
-            slider = kind(place, name, 0, last, valstep=step, color=START_INK)
+        self.widgets = {}  # matplotlib forgets one that nobody keeps
+        for k, (label, names) in enumerate(SLIDERS.items()):
+            kind = widgets.Slider if len(names) == 1 else widgets.RangeSlider
+            last = len(self.ladders[names[0]]) - 1
+            place = add([0.755, 0.92 - 0.05 * k, 0.15, 0.03])
+            slider = kind(place, label, 0, last, valstep=1, color=INK)
             slider.drawon = False  # `refresh` draws all at once
-            slider.on_changed(functools.partial(self.slide, name))
+            slider.on_changed(functools.partial(self.slide, names))
             slider.label.set_x(-0.06)  # beside the handle, not below it
             slider.valtext.set_x(1.06)
-            self.sliders[name] = slider
+            self.widgets[label] = slider
         self.checks = widgets.CheckButtons(
-            add(0.69, 0.81, 0.295, 0.1), ["--auto  [a]", "--correction divide  [d]"], useblit=False,
-            frame_props=dict(edgecolor="white"), check_props=dict(facecolor=END_INK))
+            add([0.69, 0.71, 0.295, 0.1]), list(CHECKS), useblit=False,
+            frame_props=dict(edgecolor="white"), check_props=dict(facecolor=INK))
         self.checks.drawon = False
-        self.checks.on_clicked(lambda _: self.check(*self.checks.get_status()))
-        toggle = self.checks.set_active
-        self.keys = {"a": functools.partial(toggle, 0), "d": functools.partial(toggle, 1)}
-        for key, (name, by) in MOVES.items():
-            self.keys[key] = functools.partial(self.move, self.sliders[name], by)
-        self.buttons = []  # matplotlib forgets a widget that nobody keeps
-        for k, (name, label) in enumerate(BUTTONS.items()):
-            place = add(0.69 + 0.15 * (k % 2), 0.69 - 0.045 * (k // 2), 0.145, 0.04)
+        self.checks.on_clicked(lambda label: self.step(CHECKS[label], 1))
+        for k, (key, label) in enumerate(BUTTONS.items()):
+            place = add([0.69 + 0.15 * (k % 2), 0.65 - 0.045 * (k // 2), 0.145, 0.04])
             button = widgets.Button(place, label, color="#30363d", hovercolor="#4a5058")
-            button.label.set_fontsize(8)
-            handler = getattr(self, name)
-            button.on_clicked(lambda event, handler=handler: handler())
-            self.buttons.append(button)
-            _, key = label[:-1].split("[")
-            self.keys[" " if key == "space" else key] = handler
+            button.on_clicked(lambda _, key=key: self.keys[key]())
+            self.widgets[label] = button
         self.lasso = widgets.LassoSelector(
-            self.axes, self.draw_around, props=dict(color=END_INK, linewidth=2), button=1)
+            self.axes, self.draw_around, props=dict(color=INK, linewidth=2), button=1)
         self.lasso.set_visible(False)  # else all would be drawn twice
         listen = self.figure.canvas.mpl_connect
         listen("button_press_event", lambda event: setattr(self, "shift", event.key == "shift"))
         listen("key_press_event", lambda event: self.keys.get(event.key, lambda: None)())
-        listen("close_event", lambda event: self.stop())
+        listen("close_event", lambda event: self.stopping.set())
 
-    def refresh(self):
-        self.draw(self.axes)
-        self.showing = True
-        for name, (value, words) in self.marks().items():
-            self.sliders[name].set_val(value)
-            self.sliders[name].valtext.set_text(words)
-        wanted = self.settings.auto, self.settings.correction == "divide"
-        for k, (now, then) in enumerate(zip(self.checks.get_status(), wanted)):
-            if now != then:
+    def set_widgets(self):
+        for label, names in SLIDERS.items():
+            values = [self.value(name) for name in names]
+            places = [self.ladders[name].index(value) for name, value in zip(names, values)]
+            self.widgets[label].set_val(places if len(names) > 1 else places[0])
+            self.widgets[label].valtext.set_text(", ".join(map(in_words, values)))
+        settings = self.view.settings
+        wanted = settings.auto, settings.correction == "divide"
+        for k, checked in enumerate(self.checks.get_status()):
+            if checked != wanted[k]:
                 self.checks.set_active(k)
-        self.showing = False
-        lines = [textwrap.fill(line, 62, subsequent_indent="  ") for line in self.said]
-        for text, words in zip(self.texts, (self.command(), "\n".join(lines), self.status)):
-            text.set_text(words)
         self.figure.canvas.draw_idle()
-
-    def command(self) -> str:
-        """Return the command that does what the window shows."""
-        return command_line(self.options, self.words())
 
     # --- Handlers that only a window has ---
 
-    def move(self, slider, by):
-        value = np.add(slider.val, by)
-        slider.set_val(np.clip(value, slider.valmin, slider.valmax))
-
-    def blink(self):
-        place = VIEWS.index(self.view.shown) + 1
-        self.turn_to(VIEWS[place % len(VIEWS)])
+    def slide(self, names, places):
+        places = np.atleast_1d(places).astype(int)
+        self.change(**{name: self.ladders[name][place] for name, place in zip(names, places)})
 
     def draw_around(self, corners):
         """Leave out what the lasso holds, or with Shift give it back.
@@ -8034,103 +7843,85 @@ class PreviewWindow(Preview):
         What --auto leaves out can be given back only where its mask becomes one of the user's own.
         """
         from skimage.draw import polygon2mask
-        drawn = self.view.drawn.copy()
+        view = self.view
+        shape = view.prepared.used.shape
         pixels = np.array(corners)[:, ::-1]  # (n, 2) row and column, full size
-        inside = polygon2mask(drawn.shape, (pixels + 0.5) / self.settings.downscaling_factor - 0.5)
+        inside = polygon2mask(shape, (pixels + 0.5) / view.settings.downscaling_factor - 0.5)
         if len(corners) < 3 or not inside.any():  # a click
             return
+        drawn = np.full((*shape, 1), np.nan) if view.drawn is None else view.drawn.copy()
         changes = {}
-        if self.shift and self.settings.auto:
-            drawn[:] = with_sky(self.prepared, self.settings, self.reduced.sky).used
-            quantile = self.settings.delinearization_quantile
+        if self.shift and view.settings.auto:
+            drawn[..., 0] = self.seen().used
+            quantile = view.settings.delinearization_quantile
             changes = dict(auto=False, delinearization_quantile=quantile)
         drawn[inside] = self.shift
-        self.before.append(self.view)
+        self.before.append(view)
         self.change(drawn, **changes)
 
     def undo(self):
         if self.before:
-            before = self.before.pop()
-            self.change(before.drawn, **vars(before.settings))
+            self.go_to(self.before.pop())
 
-    def stop(self):
-        self.stopping = True
-
-    def train(self, then: Callable = lambda: None) -> None:
-        """Take the sky out as the command would, and show what comes of it."""
+    def train(self, write: bool = False) -> None:
+        """Take the sky out as the command would, show what comes of it, and write it if wanted."""
+        if self.job is not None and self.job[1] != self.found:  # that can be replaced
+            return
         view = self.view
-        needs = self._what_sky_needs()
-        mask = self.full_mask(view)
+        options = copy.copy(self.options)
         _start_importing()
 
         def on_epoch(epoch, loss):
-            if self.stopping:
+            if self.stopping.is_set():
                 raise BgError("stopped")
             self.status = f"epoch {epoch}, loss {loss:.4f}"
 
         def work():
-            planes = self.picture.planes.copy()
-            return remove_sky(planes, view.settings, mask, self.picture.unit,
-                              nullcontext(on_epoch), self.reduced.reference)
+            if write:
+                options.mask = self.write_mask(view)
+                _check_folder(options)
+                task = _make_task(*options.input_file, options, view.asked, None)
+            result = view.result or remove_sky(
+                self.picture.planes.copy(), view.asked, self.full_mask(view), self.picture.unit,
+                nullcontext(on_epoch), self.undrawn.reference)
+            if write:
+                with atomic_outputs(*task.outputs.values()) as files:
+                    _write_outputs(task, self.picture, result, files)
+                logger.info("wrote " + ", ".join(task.outputs.values()))
+            return result
 
         def keep(result):
-            self.found((needs, result.prepared.sky))
-            self.trained = view, result
-            self.turn_to("result")
-            then()
+            self.found((None, result.prepared.sky))
+            self.view = replace(view, result=result, shown="result")
 
-        self._start(work, keep, "preparing the fit")
+        self._start(work, keep, "at work")
 
-    def write(self):
-        """Write what the command would write."""
-        if self._result() is None:
-            self.train(self.write)
-            return
-        view, result = self.trained
-
-        def work():
-            options = argparse.Namespace(**{**vars(self.options), "mask": self.write_mask(view)})
-            _check_folder(options)
-            task = _make_task(*options.input_file, options, view.settings, None)
-            _check_room(task, result.planes)
-            with atomic_outputs(*task.outputs.values()) as files:
-                _write_outputs(task, self.picture, result, files)
-            return task.written
-
-        def tell(paths):
-            self.said = [f"wrote {path}" for path in paths]
-
-        self._start(work, tell, "writing")
+    def full_mask(self, view: View) -> np.ndarray | None:
+        """Return the mask of a view at full size, (1 or c, h, w), or None."""
+        if view.drawn is None:
+            return self.mask
+        drawn = full_mask(replace(self.undrawn, weight=view.drawn), view.settings)
+        return np.where(np.isnan(drawn), 1 if self.mask is None else self.mask, drawn)
 
     def write_mask(self, view: View) -> str | None:
-        """Write the mask of a view, if one was drawn; returns its path, or that of the given."""
+        """Write the mask of a view if it was drawn on; returns its path, or that of the given."""
         path = self.mask_path(view)
-        if view.is_drawn_on:
+        if view.drawn is not None:
             _check_folder(self.options)
-            lines = [f"bgoptimizer {VERSION}: a mask drawn by hand, 1 = sky"]
-            rows = rows_of(self.picture.source)
             write = FORMATS[output_format(*self.options.input_file, self.options)].write
+            lines = ["bgoptimizer: a mask drawn by hand, 1 = sky"]
+            metadata = rows_of(self.picture.source)
             with atomic_outputs(path) as (file,):
-                write(file, self.full_mask(view), rows, lines, self.options.compress, Unit())
+                write(file, self.full_mask(view), metadata, lines, self.options.compress, Unit())
             self.written = path
         return path
-
-    def close(self):
-        from matplotlib import pyplot
-        pyplot.close(self.figure)
 
     # --- The thread ---
 
     def _start(self, work, then, status):
-        """Have the thread do work(), and then call then() with what that gives.
-
-        What is asked for replaces a look for the sky, whose outcome then does not matter.
-        """
-        if self.job is not None and self.job[1] != self.found:
-            self.status = "wait for what is being done, or stop it"
-            return
-        self.moved = math.inf
-        self.stopping = False
+        """Have the thread do work(), and then call then() with what that gives."""
+        self.due = math.inf
+        self.stopping.clear()
         self.status = status
         self.job = self.pool.submit(_quietly, work), then
         self.refresh()
@@ -8138,37 +7929,38 @@ class PreviewWindow(Preview):
     def tick(self) -> None:
         """See what the thread has done, and have it look for the sky anew where that is due."""
         if self.job is None:
-            if time.monotonic() - self.moved > LOOK_AFTER:
-                self._start(self.look(), self.found, "looking for the sky")
+            if time.monotonic() > self.due:
+                look = functools.partial(self.look, self.view)
+                self._start(look, self.found, "looking for the sky")
             return
         future, then = self.job
-        if not future.done():
-            if self.texts[2].get_text() != self.status:
-                self.texts[2].set_text(self.status)
-                self.figure.canvas.draw_idle()
-            return
-        self.job = None
-        self.status = HELP
-        try:
-            given, self.said = future.result()
-            then(given)
-        except Exception as error:
-            self.status = _told(error)
-            if then != self.found:  # it may have replaced a look for the sky
-                self.moved = time.monotonic()
-        self.refresh()
+        if future.done():
+            self.job = None
+            self.status = ""
+            try:
+                given, self.said = future.result()
+                then(given)
+            except Exception as error:
+                self.status = _told(error)
+                if then != self.found:  # it may have replaced a look for the sky
+                    self.due = time.monotonic()
+            self.refresh()
+        elif self.texts[2].get_text() != self.status:
+            self.texts[2].set_text(self.status)
+            self.figure.canvas.draw_idle()
 
 
 def work_in_window(task: Task, options: argparse.Namespace, settings: Settings,
                    interrupts: _Interrupts) -> None:
     """Open the preview window on one picture, until it is closed; then write the drawn mask."""
-    import matplotlib
     inputs = read_inputs(task)
-    no_keys = {name: [] for name in matplotlib.rcParams if name.startswith("keymap.")}
-    with drawing_style(), matplotlib.rc_context(no_keys):
+    with drawing_style():
         from matplotlib import pyplot
         figure = pyplot.figure(task.title, WINDOW_SIZE)
+        # pyplot's own keys do other things
+        figure.canvas.mpl_disconnect(figure.canvas.manager.key_press_handler_id)
         window = PreviewWindow(figure, options, settings, *inputs)
+        window.keys["q"] = functools.partial(pyplot.close, figure)
 
         def tick():
             window.tick()
@@ -8182,119 +7974,82 @@ def work_in_window(task: Task, options: argparse.Namespace, settings: Settings,
         pyplot.show()
         interrupts.patient = False
     window.pool.shutdown()
-    path = window.write_mask(window.view)
-    if path != options.mask:
-        logger.info(f"the mask that was drawn: {path}")
-    logger.info(f"this command does it:\n{window.command()}")
+    window.write_mask(window.view)
+    logger.info(f"this command does it:\n{command_line(window.options, window.words())}")
     del figure, window, timer, tick
     gc.collect()  # as in `display_kind`
     interrupts.check()
 
 
 class PreviewPanel(Preview):
-    """A panel of ipywidgets in a notebook."""
+    """A panel of ipywidgets in a notebook; `box` is what is to be displayed."""
 
-    shown_before: list[PreviewPanel] = []
+    widgets_in_use = []  # of the last panel
 
     def __init__(self, use: Callable[[list[str]], None], *what):
-        """Make the widgets; `box` is what is to be displayed.
+        """Make the widgets.
 
         Args:
             use: gets the flags that are chosen when the button is clicked.
-            what: as for `Preview`.
+            what: as for `Preview`, but for the figure.
         """
-        import ipywidgets as widgets
-        super().__init__(*what)
-        self.status = ""
-        self.use = use
+        import ipywidgets
+        from matplotlib.figure import Figure
         with drawing_style():
-            self.figure = _empty_figure(PANEL_SIZE)
-            self.axes = self.figure.add_axes([0.01, 0.06, 0.98, 0.88])
-        look = dict(continuous_update=False, readout=False, style=dict(description_width="9em"))
-        rungs = {name: list(range(len(values))) for name, values in self.rungs.items()}
-        self.sliders = {
-            "-dq": widgets.SelectionSlider(options=rungs["-dq"], **look),
-            "-tm, -tM": widgets.FloatRangeSlider(min=0, max=1, step=0.001, **look),
-            "smoothing": widgets.SelectionSlider(options=rungs["smoothing"], **look),
-        }
-        self.checks = [widgets.Checkbox(description=name) for name in ("--auto", "divide")]
-        self.shown = widgets.ToggleButtons(options=VIEWS)
-        self.button = widgets.Button(description="Use these settings")
-        self.image = widgets.Image(format="png")
-        self.text = widgets.Textarea(disabled=True, rows=8, layout=dict(width="98%"))
-        for name, slider in self.sliders.items():
-            self._listen(slider, functools.partial(self.slide, name))
-        for box in self.checks:
-            self._listen(box, lambda _: self.check(*[box.value for box in self.checks]))
-        self._listen(self.shown, self.turn_to)
-        self.button.on_click(lambda _: self.use_flags())
-        left = widgets.VBox([*self.sliders.values(), *self.checks, self.button])
-        right = widgets.VBox([self.shown, self.image])
-        self.box = widgets.VBox([widgets.HBox([left, right]), self.text])
+            super().__init__(Figure(WINDOW_SIZE), *what)
+        for widget in PreviewPanel.widgets_in_use:
+            widget.close()  # else it would keep its picture as long as the notebook is open
+        self.widgets = {}
+        for name, values in self.ladders.items():
+            kind = ipywidgets.SelectionSlider if len(values) > 3 else ipywidgets.ToggleButtons
+            words = list(map(in_words, values))
+            widget = kind(options=words, index=0, description=name, continuous_update=False)
+            widget.observe(functools.partial(self.take, name), "index")
+            self.widgets[name] = widget
+        self.button = ipywidgets.Button(description="Use these settings")
+        self.button.on_click(lambda _: use(self.all_flags()))
+        self.image = ipywidgets.Image(format="png")
+        PreviewPanel.widgets_in_use = [*self.widgets.values(), self.button]
+        self.box = ipywidgets.VBox([*PreviewPanel.widgets_in_use, self.image])
+        self.go_to(self.view)
+
+    def take(self, name, change):
+        self.change(**{name: self.ladders[name][change.new]})
+
+    def all_flags(self) -> list[str]:
+        """Return flags for all settings; they are to stand after others."""
+        words = []
+        for flag, value in zip(FLAGS, vars(self.view.asked).values()):
+            if flag == "--auto":
+                words += [flag] if value else []
+            elif value is not None or flag == "--smoothing":
+                words += [flag, in_words(value)]
+        return words
+
+    def go_to(self, view):
+        """Also look for the sky, for there is no thread that does."""
+        super().go_to(view)
+        given, self.said = _quietly(functools.partial(self.look, view))
+        self.found(given)
         self.refresh()
 
-    def _listen(self, widget, handler):
-        widget.observe(lambda change: self.showing or handler(change.new), "value")
-
-    def use_flags(self):
-        """Hand over the flags of all that can be chosen here; they are to stand after others."""
-        settings = self.view.settings
-        flags = {
-            "-dq": settings.delinearization_quantile,
-            "-tm": settings.threshold_min,
-            "-tM": settings.threshold_max,
-            "--smoothing": "auto" if settings.smoothing is None else settings.smoothing,
-            "--correction": settings.correction,
-        }
-        words = ["--auto"] if settings.auto else []
-        for flag, value in flags.items():
-            words += [] if value is None else [flag, str(value)]
-        self.use(words)
-        self.status = "these settings are in use now"
-        self.refresh()
-
-    def close(self):
-        """Forget the picture: the widgets would keep it as long as the notebook is open."""
-        for widget in (*self.sliders.values(), *self.checks, self.shown, self.button, self.box):
-            widget.close()
-
-    def change(self, *drawn, **changes):
-        """Also look for the sky anew, for there is no thread that does."""
-        super().change(*drawn, **changes)
-        if self.moved < math.inf:
-            self.moved = math.inf
-            given, self.said = _quietly(self.look())
-            self.found(given)
-            self.refresh()
-
-    def refresh(self):
+    def set_widgets(self):
+        for name, widget in self.widgets.items():
+            widget.index = self.ladders[name].index(self.value(name))
         with drawing_style():
-            self.draw(self.axes)
-        file = io.BytesIO()
-        self.figure.savefig(file, format="png")
-        self.showing = True
-        self.image.value = file.getvalue()
-        for name, (value, words) in self.marks().items():
-            self.sliders[name].value = value
-            self.sliders[name].description = f"{name}: {words}"
-        wanted = self.settings.auto, self.settings.correction == "divide"
-        for box, value in zip(self.checks, wanted):
-            box.value = value
-        self.shown.value = self.view.shown
-        self.showing = False
-        words = shlex.join(self.words())
-        self.text.value = "\n".join([*self.said, f"flags: {words}", self.status])
+            self.image.value = to_png(self.figure)
+
+
+def in_words(value) -> str:
+    """Return what can be chosen in words, as the command line takes it."""
+    return "auto" if value is None else str(value)
 
 
 def preview_in_panel(task: Task, options: argparse.Namespace, settings: Settings,
                      use: Callable[[list[str]], None]) -> None:
     """Show the panel of one picture in a notebook; one that was shown before is closed."""
     from IPython.display import display
-    panel = PreviewPanel(use, options, settings, *read_inputs(task))
-    for before in PreviewPanel.shown_before:
-        before.close()
-    PreviewPanel.shown_before[:] = [panel]
-    display(panel.box)
+    display(PreviewPanel(use, options, settings, *read_inputs(task)).box)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -61,7 +61,7 @@ sys.modules["ipywidgets"] = None  # the preview is a still picture
 IN_THE_PANEL = """
 import gc
 panel, = [one for one in gc.get_objects() if type(one).__name__ == "PreviewPanel"]
-panel.sliders["smoothing"].value = panel.rungs["smoothing"].index(10)
+panel.widgets["smoothing"].label = "10.0"
 panel.button.click()
 """
 

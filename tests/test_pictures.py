@@ -204,7 +204,7 @@ def test_the_animation_shows_the_surface_as_it_was_trained():
     median = prepared.stretch.extend(prepared.median)
     flat = np.tile(median, (len(positions), 1)).astype(np.float32)
     fit = fit_surface(prepared, settings, (positions, flat))
-    frames = animation_frames(prepared, fit)  # (n, h, w, 3)
+    frames = np.stack(animation_frames(prepared, fit))  # (n, h, w, 3)
     model = frames[:, 40:-20, 20:frames.shape[2] // 2 - 20]  # without the words above it
     low, high = np.percentile(model.astype(float), (20, 80), axis=(1, 2, 3))
     contrast = high - low  # (n,) the points are too small to count

@@ -30,13 +30,15 @@ def opened(folder, monkeypatch):
         picture = bgoptimizer.read_picture(name)
         with drawing_style():
             figure = FigureCanvasAgg(Figure(WINDOW_SIZE)).figure
-            windows.append(PreviewWindow(figure, options, settings, picture, mask))
-        return windows[-1]
+            window = PreviewWindow(figure, options, settings, picture, mask)
+        windows.append(window)
+        wait(window)  # until the sky is found
+        return window
 
     monkeypatch.setattr(bgoptimizer, "LOOK_AFTER", 0)
     yield open_window
     for window in windows:
-        window.stop()
+        window.stopping.set()
         window.pool.shutdown()
 
 
@@ -62,54 +64,54 @@ def shown(window):
 def test_a_slider_changes_the_stretch_the_picture_and_the_command(opened):
     window = opened("-dx", "4", "-dq", "0.97")
     before = shown(window)
-    window.sliders["-dq"].set_val(0)
-    assert window.view.settings.delinearization_quantile == 0.5
+    window.widgets["-dq"].set_val(0)
+    assert window.view.asked.delinearization_quantile == 0.5
     assert (shown(window) != before).any()
-    assert "-dq 0.5" in window.command()
+    assert "-dq 0.5" in shlex.join(window.words())
     press(window, "right")
-    assert "-dq 0.7" in window.command()
-    assert window.sliders["-dq"].valtext.get_text() == "0.7"
+    assert "-dq 0.7" in shlex.join(window.words())
+    assert window.widgets["-dq"].valtext.get_text() == "0.7"
 
 
 def test_thresholds_and_smoothing_follow_slider_and_keys(opened):
     window = opened("-dx", "4", "--smoothing", "3")
-    window.sliders["-tm, -tM"].set_val((0.05, 0.5))
+    window.widgets["-tm, -tM"].set_val((50, 500))  # thousandths
     press(window, "down", "]", "+")
-    settings = window.view.settings
+    settings = window.view.asked
     assert (settings.threshold_min, settings.threshold_max) == (0.051, 0.49)
     assert settings.smoothing == 10
     wait(window)
-    assert window.reduced.sky.smoothing == 10  # looked for anew
+    assert window.sky.smoothing == 10  # looked for anew
     press(window, *["-"] * 20)
-    assert window.view.settings.smoothing is None
+    assert window.view.asked.smoothing is None
 
 
 def test_a_smoothing_of_0_is_a_rung(opened):
     window = opened("-dx", "4", "--smoothing", "0")
-    assert window.sliders["smoothing"].val == 1
-    assert "--smoothing 0" in window.command()
+    assert window.widgets["smoothing"].val == 1
+    assert "--smoothing 0" in shlex.join(window.words())
 
 
 def test_what_leaves_no_sky_is_refused_in_words(opened):
     window = opened("-dx", "4")
     window.change(threshold_max=-1.0)
     assert "-tM must be" in window.status
-    assert window.view.settings.threshold_max == 1
+    assert window.view.asked.threshold_max == 1
     window.draw_around([(-9, -9), (999, -9), (999, 999), (-9, 999)])
     assert "every pixel is masked" in window.status
-    assert np.isnan(window.view.drawn).all()
+    assert window.view.drawn is None
 
 
 def test_check_boxes_and_their_keys(opened):
     window = opened("-dx", "4")
     window.checks.set_active(0)
-    assert window.view.settings.auto
-    assert window.settings.delinearization_quantile == 0.999  # as the command line has it
+    assert window.view.asked.auto
+    assert window.view.settings.delinearization_quantile == 0.999  # as the command line has it
     press(window, "d")
     assert all(window.checks.get_status())
-    assert "--correction divide" in window.command()
+    assert "--correction divide" in shlex.join(window.words())
     press(window, "a", "d")
-    assert "--" not in window.command()
+    assert "--" not in shlex.join(window.words())
 
 
 def test_blinking_shows_picture_model_and_result(opened):
@@ -131,38 +133,36 @@ def test_the_cursor_tells_place_value_and_sky_in_the_pictures_unit(opened, unit)
     words = window.words_on(100.2, 50.4).split()
     assert words[:4] == ["x", "100,", "y", "50"]
     value, sky = float(words[5]), float(words[7])
-    assert value == pytest.approx(unit * window.reduced.linear[12, 25, 0], rel=1e-4)
+    assert value == pytest.approx(unit * window.undrawn.linear[12, 25, 0], rel=1e-4)
     assert sky == pytest.approx(value, rel=0.05)
 
 
 def test_what_is_drawn_is_left_out_given_back_and_undone(opened):
     window = opened("-dx", "4")
-    wait(window)
-    used = window.prepared.used
+    used = window.view.prepared.used
     window.draw_around(SQUARE)
-    assert not window.prepared.used[12:24, 12:28].any()
-    assert window.prepared.used[:9].all()
+    assert not window.view.prepared.used[12:24, 12:28].any()
+    assert window.view.prepared.used[:9].all()
     window.shift = True
     window.draw_around([(40, 40), (80, 40), (80, 100), (40, 100)])
-    assert window.prepared.used[12:24, 12:18].all()
+    assert window.view.prepared.used[12:24, 12:18].all()
     window.draw_around([(40, 40), (40, 40)])  # a click draws nothing
     assert len(window.before) == 2
     press(window, "z", "z", "z")
-    assert_array_equal(window.prepared.used, used)
-    assert "-m" not in window.command()
+    assert_array_equal(window.view.prepared.used, used)
+    assert "-m" not in shlex.join(window.words())
 
 
 def test_giving_back_what_auto_left_out_makes_its_mask_the_users_own(opened):
     window = opened("-dx", "4", "--auto", "-tM", "0.99")
-    sky = window.reduced.sky
-    window.reduced = bgoptimizer.replace(
-        window.reduced, sky=bgoptimizer.replace(sky, shows_sky=sky.centers[..., 1] > 0.5))
+    right = window.sky.centers[..., 1] > 0.5
+    window.sky = bgoptimizer.replace(window.sky, shows_sky=right)
     window.shift = True
     window.draw_around(SQUARE)
-    settings = window.view.settings
+    settings = window.view.asked
     assert not settings.auto
     assert settings.delinearization_quantile == 0.999
-    used = window.prepared.used
+    used = window.view.prepared.used
     assert used[12:24, 12:28].all()  # given back
     assert not used[:8, :24].any()  # as --auto had it
 
@@ -171,16 +171,12 @@ def test_training_shows_the_result_and_writing_writes_what_the_command_writes(op
     window = opened(*FAST, "--compress")
     window.draw_around(SQUARE)
     press(window, "w")
-    wait(window)  # for the fit, then for the files
     wait(window)
     assert window.view.shown == "result"
     names = ["sky_bgModel.xisf", "sky_bgSubtracted.xisf", "sky_mask.xisf"]
     assert sorted(path.name for path in (folder / "out").iterdir()) == names
     written = [load(folder / "out" / name) for name in names]
-    words = shlex.split(window.command())
-    start = words.index("sky.xisf")
-    words[start + 1] = "again"
-    assert run(*words[start:]) == 0
+    assert run("sky.xisf", "again", *window.words()) == 0
     again = [load(folder / "again" / name) for name in names[:2]]
     for one, other in zip(written, again):
         assert one.tobytes() == other.tobytes()
@@ -196,7 +192,7 @@ def test_the_fit_stops_when_asked_to(opened):
         window.tick()
     press(window, "escape")
     wait(window)
-    assert window.trained is None
+    assert window.view.result is None
     assert not list(bgoptimizer.Path().glob("out/*"))
 
 
@@ -217,10 +213,10 @@ def test_a_mask_that_was_given_is_drawn_on(opened, folder):
     mask[:, :80] = 0
     save(folder / "given.xisf", mask)
     window = opened("-dx", "4", "-m", "given.xisf")
-    assert "-m given.xisf" in window.command()
+    assert "-m given.xisf" in shlex.join(window.words())
     window.draw_around([(160, 40), (200, 40), (200, 100), (160, 100)])
     path = window.write_mask(window.view)
-    assert f"-m {path}" in window.command()
+    assert f"-m {path}" in shlex.join(window.words())
     drawn = load(path)[..., 0]
     assert not drawn[:, :80].any()
     assert not drawn[48:96, 164:196].any()
@@ -232,7 +228,7 @@ def test_keys_reach_their_handlers_as_events(opened):
     canvas = window.figure.canvas
     for key in ("a", "unknown"):
         canvas.callbacks.process("key_press_event", KeyEvent("key_press_event", canvas, key))
-    assert window.view.settings.auto
+    assert window.view.asked.auto
 
 
 # The panel of a notebook
@@ -247,47 +243,48 @@ def panel(folder):
     used = []
     picture = bgoptimizer.read_picture("sky.xisf")
     made = bgoptimizer.PreviewPanel(used.append, options, settings, picture, None)
-    yield made, used
-    made.close()
+    return made, used
 
 
 def test_the_panel_tries_settings_and_its_button_hands_them_over(panel):
     panel, used = panel
     before = panel.image.value
-    panel.sliders["-dq"].value = 1
-    assert panel.view.settings.delinearization_quantile == 0.7
+    panel.widgets["delinearization_quantile"].label = "0.7"
+    assert panel.view.asked.delinearization_quantile == 0.7
     assert panel.image.value != before
-    panel.sliders["smoothing"].value = panel.rungs["smoothing"].index(10)
-    assert panel.reduced.sky.smoothing == 10  # looked for anew
+    panel.widgets["smoothing"].label = "10.0"
+    assert panel.sky.smoothing == 10  # looked for anew
     assert any("smoothing 10 " in line for line in panel.said)
-    panel.sliders["-tm, -tM"].value = (0.05, 0.5)
-    panel.checks[1].value = True
+    panel.widgets["threshold_min"].label = "0.05"
+    panel.widgets["threshold_max"].label = "0.5"
+    panel.widgets["correction"].label = "divide"
     panel.button.click()
-    _, settings = bgoptimizer._parse(["sky.xisf", "-dx", "4", *used[0]])
-    assert settings == panel.view.settings
-    assert "-dq 0.7" in panel.text.value
+    form = "-dx", "4", "-dq", "0.5", "-tm", "0.4", "--smoothing", "3"  # what came before
+    _, settings = bgoptimizer._parse(["sky.xisf", *form, *used[0]])
+    assert settings == panel.view.asked
+    assert "-dq 0.7" in shlex.join(panel.words())
 
 
 def test_the_panel_shows_what_auto_chooses_and_does_not_ask_for_it(panel):
     panel, used = panel
-    panel.checks[0].value = True
-    assert "0.999" in panel.sliders["-dq"].description
+    panel.widgets["auto"].label = "True"
+    assert panel.widgets["delinearization_quantile"].label == "0.999"
     panel.button.click()
     assert "--auto" in used[0] and "-dq" not in used[0]
-    panel.checks[0].value = False
-    assert "0.95" in panel.sliders["-dq"].description
+    panel.widgets["auto"].label = "False"
+    assert panel.widgets["delinearization_quantile"].label == "0.95"
     pictures = [panel.image.value]
     for view in ("model", "result"):
-        panel.shown.value = view
+        panel.widgets["shown"].label = view
         pictures.append(panel.image.value)
     assert len(set(pictures)) == 3
 
 
 def test_the_panel_refuses_in_words_what_leaves_no_sky(panel):
     panel, _ = panel
-    panel.sliders["-tm, -tM"].value = (0, 0)
-    assert "-tM must be" in panel.text.value
-    assert panel.sliders["-tm, -tM"].value == (0.001, 1)
+    panel.widgets["threshold_max"].label = "0.0"
+    assert "-tM must be" in panel.status
+    assert panel.widgets["threshold_max"].label == "1.0"
 
 
 def test_the_command_knows_all_settings():
