@@ -6827,8 +6827,10 @@ def display_stretch(linear: np.ndarray) -> Stretch:
 
 def to_bytes(stretched: np.ndarray) -> np.ndarray:
     """Take a stretched picture (h, w, c), NaN where nothing is, to bytes (h, w, 3)."""
-    image = np.round(255 * np.nan_to_num(stretched)).astype(np.uint8)
-    return np.broadcast_to(image, (*image.shape[:2], 3))
+    image = 255 * np.nan_to_num(stretched)
+    image = np.round(image).astype(np.uint8)
+    height, width, _ = image.shape
+    return np.broadcast_to(image, (height, width, 3))
 
 
 def views_of(prepared: Prepared, sky: Callable, correction: str) -> dict[str, np.ndarray]:
@@ -6843,7 +6845,8 @@ def views_of(prepared: Prepared, sky: Callable, correction: str) -> dict[str, np
         One of VIEWS -> (h, w, c) linear.
     """
     picture = prepared.linear if prepared.close_up is None else prepared.close_up
-    model = np.stack(list(SkyModel(sky, picture.shape[:2])), -1)
+    planes = SkyModel(sky, picture.shape[:2])
+    model = np.stack(list(planes), -1)
     result = corrected(prepared, picture, model, correction)
     return dict(zip(VIEWS, (picture, model, result)))
 
@@ -6853,7 +6856,8 @@ def show(axes, colors: np.ndarray, shape: tuple[int, int], title: str) -> None:
     height, width = shape
     axes.set_title(title, loc="left")  # the style does not reach what a window draws later
     axes.set(xticks=[], yticks=[])
-    axes.imshow(colors, mouseover=False, extent=(-0.5, width - 0.5, height - 0.5, -0.5))
+    extent = -0.5, width - 0.5, height - 0.5, -0.5
+    axes.imshow(colors, extent=extent, mouseover=False)
 
 
 def draw_view(axes, view: str, pictures: dict[str, np.ndarray], stretch: Stretch,
@@ -6904,8 +6908,10 @@ def striped(prepared: Prepared, areas: dict[str, np.ndarray]) -> np.ndarray:
     """
     from matplotlib.colors import to_rgb
     linear = prepared.linear if prepared.close_up is None else prepared.close_up
+    colors = to_bytes(prepared.stretch.apply(linear))
     times = math.ceil(VIEW_PIXELS / max(linear.shape))  # a small one is enlarged
-    colors = to_bytes(prepared.stretch.apply(linear)).repeat(times, 0).repeat(times, 1)
+    colors = colors.repeat(times, 0)
+    colors = colors.repeat(times, 1)
     height, width, _ = colors.shape
     row, column = np.ogrid[:height, :width]
     lines = {"": 0 * row, "/": row + column, "\\": row - column, "-": row}
@@ -6954,7 +6960,8 @@ def draw_figures(figure, prepared: Prepared, settings: Settings, title: str, sai
 def in_lines(said: list[str], width: int) -> str:
     """Return sentences in lines of so many characters, as they can be drawn."""
     lines = [textwrap.fill(line, width, subsequent_indent="  ") for line in said]
-    return "\n".join(lines).encode("utf-8", "replace").decode()  # names may hold anything
+    text = "\n".join(lines)
+    return text.encode("utf-8", "replace").decode()  # names of files may hold anything
 
 
 def animation_frames(prepared: Prepared, fit: Fit, correction: str = "subtract") -> list:
@@ -7595,22 +7602,21 @@ class Preview:
 
     def __init__(self, figure, options: argparse.Namespace, settings: Settings, picture: Picture,
                  mask: np.ndarray | None, reference: Reference | None = None):
-        """Prepare the picture. What is not seen at once is computed later, or beside it.
+        """Prepare the picture; what is not seen at once is computed later, or beside it.
 
-        Args:
-            figure: empty.
-            options, settings: of the command line.
-            picture, mask, reference: as `read_inputs` gives them.
+        The figure is empty, options and settings are of the command line, and the rest is as
+        `read_inputs` gives it.
         """
         self.options = copy.copy(options)
         self.options.preview = False
         self.picture = picture
         self.mask = mask
-        used = settings.resolved()
         planes = picture.planes
+        black = -picture.unit.offset / picture.unit.scale
+        used = settings.resolved()
+        prepared = prepare(planes, used, mask)
         self.undrawn = replace(
-            prepare(planes, used, mask), close_up=close_up(planes, used), reference=reference,
-            black=-picture.unit.offset / picture.unit.scale)
+            prepared, black=black, close_up=close_up(planes, used), reference=reference)
         self.view = View(settings, used, self.undrawn)
         self.ladders = {name: list(values) for name, values in LADDERS.items()}
         for name, values in self.ladders.items():
@@ -7635,12 +7641,16 @@ class Preview:
         """Return what is chosen, by its name in LADDERS."""
         return getattr(self.view if name == "shown" else self.view.settings, name)
 
+    def place(self, name: str) -> int:
+        """Return where on its ladder that stands."""
+        return self.ladders[name].index(self.value(name))
+
     # --- Handlers: they change the view ---
 
     def step(self, name: str, by: int) -> None:
         """Go along a ladder, and around where it is short."""
         ladder = self.ladders[name]
-        place = ladder.index(self.value(name)) + by
+        place = self.place(name) + by
         if len(ladder) > 3:
             place = min(max(place, 0), len(ladder) - 1)
         self.change(**{name: ladder[place % len(ladder)]})
@@ -7731,14 +7741,15 @@ class Preview:
         """Say what is at a place of the picture: value and sky, in the picture's own unit."""
         if self.sky is None:
             return ""
+        undrawn, unit = self.undrawn, self.picture.unit
         place = np.array([y, x]) + 0.5
-        cell = (place / self.view.settings.downscaling_factor).astype(int)
-        cell = np.clip(cell, 0, np.array(self.undrawn.used.shape) - 1)
-        value = self.undrawn.linear[tuple(cell)]
-        sky = self.model()(place / max(self.undrawn.full_shape))
+        sky = self.model()(place / max(undrawn.full_shape))
+        cell = place / self.view.settings.downscaling_factor
+        last = np.array(undrawn.used.shape) - 1
+        row, column = np.clip(cell.astype(int), 0, last)
         words = f"x {x:.0f}, y {y:.0f}"
-        for name, samples in (("value", value), ("sky", sky)):
-            samples = samples * self.picture.unit.scale + self.picture.unit.offset
+        for name, samples in (("value", undrawn.linear[row, column]), ("sky", sky)):
+            samples = samples * unit.scale + unit.offset
             words += f"   {name} " + " ".join(f"{sample:.5g}" for sample in samples)
         return words
 
@@ -7820,10 +7831,11 @@ class PreviewWindow(Preview):
 
     def set_widgets(self):
         for label, names in SLIDERS.items():
-            values = [self.value(name) for name in names]
-            places = [self.ladders[name].index(value) for name, value in zip(names, values)]
-            self.widgets[label].set_val(places if len(names) > 1 else places[0])
-            self.widgets[label].valtext.set_text(", ".join(map(in_words, values)))
+            slider = self.widgets[label]
+            places = [self.place(name) for name in names]
+            slider.set_val(places if len(names) > 1 else places[0])
+            words = [in_words(self.value(name)) for name in names]
+            slider.valtext.set_text(", ".join(words))
         settings = self.view.settings
         wanted = settings.auto, settings.correction == "divide"
         for k, checked in enumerate(self.checks.get_status()):
@@ -7834,8 +7846,11 @@ class PreviewWindow(Preview):
     # --- Handlers that only a window has ---
 
     def slide(self, names, places):
-        places = np.atleast_1d(places).astype(int)
-        self.change(**{name: self.ladders[name][place] for name, place in zip(names, places)})
+        places = np.atleast_1d(places)
+        changes = {}
+        for name, place in zip(names, places):
+            changes[name] = self.ladders[name][int(place)]
+        self.change(**changes)
 
     def draw_around(self, corners):
         """Leave out what the lasso holds, or with Shift give it back.
@@ -7987,12 +8002,7 @@ class PreviewPanel(Preview):
     widgets_in_use = []  # of the last panel
 
     def __init__(self, use: Callable[[list[str]], None], *what):
-        """Make the widgets.
-
-        Args:
-            use: gets the flags that are chosen when the button is clicked.
-            what: as for `Preview`, but for the figure.
-        """
+        """Make the widgets; the button calls use(flags), and `what` is as for `Preview`."""
         import ipywidgets
         from matplotlib.figure import Figure
         with drawing_style():
@@ -8035,7 +8045,7 @@ class PreviewPanel(Preview):
 
     def set_widgets(self):
         for name, widget in self.widgets.items():
-            widget.index = self.ladders[name].index(self.value(name))
+            widget.index = self.place(name)
         with drawing_style():
             self.image.value = to_png(self.figure)
 

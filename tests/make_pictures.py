@@ -66,14 +66,15 @@ def run(*words):
 
 
 def window(source, target):
-    """Draw the preview window as it opens, without a display."""
+    """Draw the preview window as soon as the sky is found, without a display."""
     options, settings = bgoptimizer._parse([str(source), "--preview"])
     bgoptimizer.logger.setLevel("INFO")  # all that is said stands in the window
     with bgoptimizer.drawing_style():
         figure = FigureCanvasAgg(Figure(bgoptimizer.WINDOW_SIZE)).figure
         picture = bgoptimizer.read_picture(source)
         opened = bgoptimizer.PreviewWindow(figure, options, settings, picture, None)
-        opened.command = "bgoptimizer.py demo.xisf".format
+        given, opened.said = bgoptimizer._quietly(lambda: opened.look(opened.view))
+        opened.found(given)
         opened.refresh()
         figure.savefig(target)
     opened.pool.shutdown()

@@ -231,6 +231,33 @@ def test_keys_reach_their_handlers_as_events(opened):
     assert window.view.asked.auto
 
 
+@pytest.mark.parametrize("drawn", [False, True])
+def test_closing_the_window_tells_the_command_and_writes_only_what_was_drawn(
+        drawn, sky, folder, monkeypatch, capsys):
+    from matplotlib import pyplot
+    windows = []
+
+    def work():
+        """Stand in for a person, and for what a toolkit does in show()."""
+        window, = windows
+        if drawn:
+            window.draw_around(SQUARE)
+        press(window, "right", "q")
+
+    def remember(*what):
+        windows.append(PreviewWindow(*what))
+        return windows[0]
+
+    monkeypatch.setattr("bgoptimizer.display_kind", lambda: "window")
+    monkeypatch.setattr("bgoptimizer.PreviewWindow", remember)
+    monkeypatch.setattr(pyplot, "show", work)
+    assert run("sky.xisf", "out", "-p") == 0
+    assert not pyplot.get_fignums()
+    *_, command = capsys.readouterr().out.splitlines()
+    assert command.endswith("-dq 0.97 -m out/sky_mask.xisf" if drawn else "-dq 0.97")
+    assert [path.name for path in folder.glob("out/*")] == ["sky_mask.xisf"] * drawn
+
+
 # The panel of a notebook
 
 @pytest.fixture
