@@ -6782,12 +6782,7 @@ NOT_TRAINED = " (of the sky that was found, not trained yet)"
 FIGURE_SIZE = 13.6, 7.6  # inches of 100 pixels: fits a laptop's screen
 INK = "#f0e442"  # of control points, and of what can be moved
 
-FIGURE_STYLE = {
-    "axes.titlesize": 10,
-    "figure.dpi": 100,
-    "font.size": 8,
-    "legend.frameon": False,
-}
+FIGURE_STYLE = {"figure.dpi": 100, "font.size": 8, "legend.frameon": False}
 """What differs from matplotlib's dark style. So pictures look the same in light and in dark windows
 and notebooks."""
 
@@ -6802,10 +6797,6 @@ OVERLAYS = {
 """Reason -> its color (after Okabe and Ito), its stripes (none: solid), its name. Stripes tell the
 reasons apart where colors do not."""
 
-DISPLAY_QUANTILES = (0.002, 0.5, 0.9995)
-"""Quantiles of a channel that are shown as nearly black, as the background, and as white. So nearly
-nothing is clipped, and no single star decides how dark the rest is."""
-
 FRAMES = 20  # of an animation, at most
 FRAME_PAUSE = 130  # milliseconds that a frame is shown
 LAST_PAUSE = 1500  # milliseconds: some 4 seconds in all
@@ -6814,9 +6805,10 @@ LAST_PAUSE = 1500  # milliseconds: some 4 seconds in all
 def display_stretch(linear: np.ndarray) -> Stretch:
     """Return a stretch for the eye of a reduced picture (h, w, c).
 
-    Nearly nothing is clipped, and the median of every channel is at 0.25, unless it is very bright.
+    Nearly nothing is clipped, no single star decides how dark the rest is, and the median of every
+    channel is at 0.25, unless it is very bright.
     """
-    low, median, high = np.nanquantile(linear, DISPLAY_QUANTILES, axis=(0, 1))  # (c,) each
+    low, median, high = np.nanquantile(linear, (0.002, 0.5, 0.9995), axis=(0, 1))  # (c,) each
     pedestal = low - 0.1 * (median - low)  # darker than `low`, so that faint structure stays
     scale = np.maximum(high - pedestal, 1e-9)  # not 0 where the picture is flat
     midtones = (median - pedestal) / scale
@@ -6854,10 +6846,11 @@ def views_of(prepared: Prepared, sky: Callable, correction: str) -> dict[str, np
 def show(axes, colors: np.ndarray, shape: tuple[int, int], title: str) -> None:
     """Draw bytes (h, w, 3) over a full-size frame of this shape."""
     height, width = shape
+    right = width - 0.5
+    bottom = height - 0.5
     axes.set_title(title, loc="left")  # the style does not reach what a window draws later
     axes.set(xticks=[], yticks=[])
-    extent = -0.5, width - 0.5, height - 0.5, -0.5
-    axes.imshow(colors, extent=extent, mouseover=False)
+    axes.imshow(colors, extent=(-0.5, right, bottom, -0.5), mouseover=False)
 
 
 def draw_view(axes, view: str, pictures: dict[str, np.ndarray], stretch: Stretch,
@@ -6869,7 +6862,8 @@ def draw_view(axes, view: str, pictures: dict[str, np.ndarray], stretch: Stretch
         words: go on after the name of the view.
     """
     picture = pictures[view]
-    show(axes, to_bytes(stretch.apply(picture)), shape, f"the {view}{words}")
+    stretched = stretch.apply(picture)
+    show(axes, to_bytes(stretched), shape, f"the {view}{words}")
     brightness = picture.mean(-1)
     span = np.ptp(brightness)
     if view == "model" and span > 1e-9 and min(brightness.shape) > 1:
@@ -6886,10 +6880,10 @@ def draw_seen(axes, prepared: Prepared, settings: Settings, columns: int = 2) ->
         columns: of the legend.
     """
     from matplotlib.patches import Patch
-    clipped = clipped_by_stretch(prepared).any(-1) & prepared.used
-    areas = {**mask_reasons(prepared, settings), "clipped": clipped}
-    show(axes, striped(prepared, areas), prepared.full_shape,
-         "as the fit would see it, and what is left out")
+    areas = mask_reasons(prepared, settings)
+    areas["clipped"] = clipped_by_stretch(prepared).any(-1) & prepared.used
+    colors = striped(prepared, areas)
+    show(axes, colors, prepared.full_shape, "as the fit would see it, and what is left out")
     legend = []
     for reason, (color, hatch, label) in OVERLAYS.items():
         share = areas[reason].mean()
@@ -6908,7 +6902,8 @@ def striped(prepared: Prepared, areas: dict[str, np.ndarray]) -> np.ndarray:
     """
     from matplotlib.colors import to_rgb
     linear = prepared.linear if prepared.close_up is None else prepared.close_up
-    colors = to_bytes(prepared.stretch.apply(linear))
+    stretched = prepared.stretch.apply(linear)
+    colors = to_bytes(stretched)
     times = math.ceil(VIEW_PIXELS / max(linear.shape))  # a small one is enlarged
     colors = colors.repeat(times, 0)
     colors = colors.repeat(times, 1)
@@ -6916,14 +6911,17 @@ def striped(prepared: Prepared, areas: dict[str, np.ndarray]) -> np.ndarray:
     row, column = np.ogrid[:height, :width]
     lines = {"": 0 * row, "/": row + column, "\\": row - column, "-": row}
     rows, columns = prepared.used.shape
+    cells = row * rows // height, column * columns // width
     for reason, (color, hatch, _) in OVERLAYS.items():
-        area = areas[reason][row * rows // height, column * columns // width]
-        edge = area & ~scipy.ndimage.binary_erosion(area, iterations=2)
+        area = areas[reason][cells]
+        inside = scipy.ndimage.binary_erosion(area, iterations=2)
+        marked = area & ~inside  # its edge
         period = 36 // max(len(hatch), 1)
         stripes = lines[hatch[:1]] % period < max(period // 3, not hatch)
-        colors[area & ~stripes] //= 2  # darker between them, so that these are seen on any color
+        marked |= area & stripes
+        colors[area] //= 2  # darker between stripes, so that these are seen on any color
         ink = 255 * np.array(to_rgb(color))
-        colors[area & stripes | edge] = ink.astype(np.uint8)
+        colors[marked] = ink.astype(np.uint8)
     return colors
 
 
@@ -6964,22 +6962,21 @@ def in_lines(said: list[str], width: int) -> str:
     return text.encode("utf-8", "replace").decode()  # names of files may hold anything
 
 
-def animation_frames(prepared: Prepared, fit: Fit, correction: str = "subtract") -> list:
-    """Show how the surface and its control points settle, and the picture that they leave.
+def write_animation(file, prepared: Prepared, fit: Fit, correction: str = "subtract") -> None:
+    """Write a GIF of how the surface and its control points settle, and what picture they leave.
 
     Args:
+        file: opened.
         prepared: what was fitted.
-        fit: with its path.
+        fit: with its path, from whose start to whose end there are up to FRAMES.
         correction: "subtract" or "divide".
-
-    Returns:
-        Pictures of Pillow, up to FRAMES: from the start of the fit to the final surface.
     """
     from matplotlib.figure import Figure
     from PIL import Image
     prepared = thinned(prepared)
     height, width = shape = prepared.full_shape
-    size = 7.4, 0.3 + 3.6 * min(height / width, 0.7)  # inches; larger is more than 3 MB
+    tall = 3.6 * min(height / width, 0.7)  # inches; larger is more than 3 MB
+    places = dict(left=0.01, right=0.99, bottom=0.01, top=tall / (tall + 0.3), wspace=0.02)
     # Most happens early, so the steps are at equal distances of the square root of the epoch
     last = len(fit.track) - 1
     chosen = np.round(last * np.linspace(0, 1, FRAMES - 1)**2)
@@ -6987,13 +6984,14 @@ def animation_frames(prepared: Prepared, fit: Fit, correction: str = "subtract")
     steps.append((f"{len(fit.history)}, the best of all", fit.positions, fit.values))
     frames = []
     for epoch, positions, values in steps:
-        sky = linear_sky(prepared, replace(fit, positions=positions, values=values))
+        then = replace(fit, positions=positions, values=values)
+        sky = linear_sky(prepared, then)
         pictures = views_of(prepared, sky, correction)
         stretch = display_stretch(pictures["picture"])
         row, column = positions.T * max(shape) - 0.5  # (n,) pixels
         with drawing_style():
-            figure = Figure(size, layout="constrained")
-            model, result = figure.subplots(1, 2)
+            figure = Figure((7.4, tall + 0.3))  # the rest is for the words
+            model, result = figure.subplots(1, 2, gridspec_kw=places)
             draw_view(model, "model", pictures, stretch, shape, f", epoch {epoch}")
             model.autoscale(False)  # points may be outside
             model.plot(column, row, "o", color=INK, markeredgecolor="black", markersize=5)
@@ -7001,14 +6999,8 @@ def animation_frames(prepared: Prepared, fit: Fit, correction: str = "subtract")
             png = to_png(figure)
         frame = Image.open(io.BytesIO(png))
         frames.append(frame.convert("RGB"))
-    return frames
-
-
-def write_animation(file, frames: list) -> None:
-    """Write pictures of Pillow as a GIF that repeats."""
-    first, *others = frames
-    pauses = [FRAME_PAUSE] * len(others) + [LAST_PAUSE]
-    first.save(file, "GIF", save_all=True, append_images=others, duration=pauses, loop=0)
+    pauses = [FRAME_PAUSE] * (len(frames) - 1) + [LAST_PAUSE]
+    frames[0].save(file, "GIF", save_all=True, append_images=frames[1:], duration=pauses, loop=0)
 
 
 def _channel_letters(prepared):
@@ -7361,8 +7353,7 @@ def _write_outputs(task: Task, picture: Picture, result: Result, opened: list) -
         write(files[kind], planes, metadata, lines, task.compress, unit)
     if "animation" in files:
         correction = result.settings.correction
-        frames = animation_frames(result.prepared, result.fit, correction)
-        write_animation(files["animation"], frames)
+        write_animation(files["animation"], result.prepared, result.fit, correction)
 
 
 def _history(task: Task, result: Result) -> list[str]:
@@ -7561,8 +7552,7 @@ SLIDERS = {
     "-tm, -tM": ("threshold_min", "threshold_max"),
     "smoothing": ("smoothing",),
 }
-CHECKS = {"--auto  [a]": "auto", "--correction divide  [d]": "correction"}
-"""Label of a widget in the window -> what is chosen with it."""
+"""Label of a slider in the window -> what is chosen with it."""
 
 STEPS = {
     "left": ("delinearization_quantile", -1), "right": ("delinearization_quantile", 1),
@@ -7574,11 +7564,12 @@ STEPS = {
 """Key -> what is chosen with it, and by how many values it goes on."""
 
 BUTTONS = {
+    "a": "--auto  [a]", "d": "--correction divide  [d]",
     " ": "Picture, model, result  [space]", "z": "Undo the last drawing  [z]",
     "t": "Take the sky out  [t]", "escape": "Stop  [escape]",
     "w": "Write  [w]", "q": "Close  [q]",
 }
-"""Key -> label of the button that does the same."""
+"""Key -> label of the button that does the same; the first two are check boxes."""
 
 HELP = ("Keys: left, right -dq;  down, up -tM;  [ ] -tm;  - + smoothing.\n"
         "Draw around what is to be left out; with Shift it is given back.")
@@ -7705,16 +7696,6 @@ class Preview:
 
     def refresh(self) -> None:
         """Show all anew."""
-        self.draw()
-        words = shlex.join(self.words()), in_lines(self.said, 62), self.status
-        for text, line in zip(self.texts, words):
-            text.set_text(line)
-        self.showing = True
-        self.set_widgets()
-        self.showing = False
-
-    def draw(self) -> None:
-        """Draw the picture."""
         axes, view = self.axes, self.view
         for old in (*axes.images, *axes.collections, axes.get_legend()):
             if old is not None:
@@ -7722,10 +7703,16 @@ class Preview:
         prepared = thinned(self.seen())
         if view.shown == "picture" or self.sky is None:
             draw_seen(axes, prepared, view.settings, 5)
-            return
-        words = "" if view.result else NOT_TRAINED
-        pictures = views_of(prepared, self.model(), view.settings.correction)
-        draw_view(axes, view.shown, pictures, prepared.stretch, prepared.full_shape, words)
+        else:
+            words = "" if view.result else NOT_TRAINED
+            pictures = views_of(prepared, self.model(), view.settings.correction)
+            draw_view(axes, view.shown, pictures, prepared.stretch, prepared.full_shape, words)
+        words = shlex.join(self.words()), in_lines(self.said, 62), self.status
+        for text, line in zip(self.texts, words):
+            text.set_text(line)
+        self.showing = True
+        self.set_widgets()
+        self.showing = False
 
     def seen(self) -> Prepared:
         """Return what the fit would see, as far as the sky is known."""
@@ -7783,6 +7770,7 @@ class PreviewWindow(Preview):
 
     def __init__(self, *what):
         """Make the widgets; `what` is as for `Preview`."""
+        from matplotlib import widgets
         super().__init__(*what)
         self.before = []  # views that `undo` goes back to
         self.pool = ThreadPoolExecutor(1)
@@ -7790,13 +7778,7 @@ class PreviewWindow(Preview):
         self.stopping = threading.Event()
         self.shift = False  # is held
         self.keys = {key: functools.partial(self.step, *step) for key, step in STEPS.items()}
-        self.keys.update(z=self.undo, t=self.train, escape=self.stopping.set,
-                         w=functools.partial(self.train, write=True))
-        self._make_widgets()
-        self.refresh()
-
-    def _make_widgets(self):
-        from matplotlib import widgets
+        self.keys.update(z=self.undo, t=self.train, escape=self.stopping.set, w=self.write)
         add = self.figure.add_axes
         self.figure.text(0.69, 0.11, HELP, va="top")
         self.axes.format_coord = self.words_on
@@ -7811,16 +7793,11 @@ class PreviewWindow(Preview):
             slider.label.set_x(-0.06)  # beside the handle, not below it
             slider.valtext.set_x(1.06)
             self.widgets[label] = slider
-        self.checks = widgets.CheckButtons(
-            add([0.69, 0.71, 0.295, 0.1]), list(CHECKS), useblit=False,
-            frame_props=dict(edgecolor="white"), check_props=dict(facecolor=INK))
-        self.checks.drawon = False
-        self.checks.on_clicked(lambda label: self.step(CHECKS[label], 1))
         for k, (key, label) in enumerate(BUTTONS.items()):
-            place = add([0.69 + 0.15 * (k % 2), 0.65 - 0.045 * (k // 2), 0.145, 0.04])
+            place = add([0.69 + 0.15 * (k % 2), 0.74 - 0.05 * (k // 2), 0.145, 0.045])
             button = widgets.Button(place, label, color="#30363d", hovercolor="#4a5058")
             button.on_clicked(lambda _, key=key: self.keys[key]())
-            self.widgets[label] = button
+            self.widgets[key] = button
         self.lasso = widgets.LassoSelector(
             self.axes, self.draw_around, props=dict(color=INK, linewidth=2), button=1)
         self.lasso.set_visible(False)  # else all would be drawn twice
@@ -7828,6 +7805,7 @@ class PreviewWindow(Preview):
         listen("button_press_event", lambda event: setattr(self, "shift", event.key == "shift"))
         listen("key_press_event", lambda event: self.keys.get(event.key, lambda: None)())
         listen("close_event", lambda event: self.stopping.set())
+        self.refresh()
 
     def set_widgets(self):
         for label, names in SLIDERS.items():
@@ -7836,11 +7814,9 @@ class PreviewWindow(Preview):
             slider.set_val(places if len(names) > 1 else places[0])
             words = [in_words(self.value(name)) for name in names]
             slider.valtext.set_text(", ".join(words))
-        settings = self.view.settings
-        wanted = settings.auto, settings.correction == "divide"
-        for k, checked in enumerate(self.checks.get_status()):
-            if checked != wanted[k]:
-                self.checks.set_active(k)
+        for key, name in (("a", "auto"), ("d", "correction")):
+            box = "\u2611" if self.place(name) else "\u2610"
+            self.widgets[key].label.set_text(f"{box}  {BUTTONS[key]}")
         self.figure.canvas.draw_idle()
 
     # --- Handlers that only a window has ---
@@ -7878,12 +7854,9 @@ class PreviewWindow(Preview):
         if self.before:
             self.go_to(self.before.pop())
 
-    def train(self, write: bool = False) -> None:
-        """Take the sky out as the command would, show what comes of it, and write it if wanted."""
-        if self.job is not None and self.job[1] != self.found:  # that can be replaced
-            return
+    def train(self, then: Callable = lambda: None) -> None:
+        """Take the sky out as the command would, and show what comes of it."""
         view = self.view
-        options = copy.copy(self.options)
         _start_importing()
 
         def on_epoch(epoch, loss):
@@ -7892,24 +7865,34 @@ class PreviewWindow(Preview):
             self.status = f"epoch {epoch}, loss {loss:.4f}"
 
         def work():
-            if write:
-                options.mask = self.write_mask(view)
-                _check_folder(options)
-                task = _make_task(*options.input_file, options, view.asked, None)
-            result = view.result or remove_sky(
+            return remove_sky(
                 self.picture.planes.copy(), view.asked, self.full_mask(view), self.picture.unit,
                 nullcontext(on_epoch), self.undrawn.reference)
-            if write:
-                with atomic_outputs(*task.outputs.values()) as files:
-                    _write_outputs(task, self.picture, result, files)
-                logger.info("wrote " + ", ".join(task.outputs.values()))
-            return result
 
         def keep(result):
             self.found((None, result.prepared.sky))
             self.view = replace(view, result=result, shown="result")
+            then()
 
-        self._start(work, keep, "at work")
+        self._start(work, keep, "preparing the fit")
+
+    def write(self):
+        """Write what the command would write."""
+        view = self.view
+        if view.result is None:
+            self.train(self.write)
+            return
+
+        def work():
+            options = copy.copy(self.options)
+            options.mask = self.write_mask(view)
+            _check_folder(options)
+            task = _make_task(*options.input_file, options, view.asked, None)
+            with atomic_outputs(*task.outputs.values()) as files:
+                _write_outputs(task, self.picture, view.result, files)
+            logger.info("wrote " + ", ".join(task.outputs.values()))
+
+        self._start(work, lambda _: None, "writing")
 
     def full_mask(self, view: View) -> np.ndarray | None:
         """Return the mask of a view at full size, (1 or c, h, w), or None."""
@@ -7934,7 +7917,12 @@ class PreviewWindow(Preview):
     # --- The thread ---
 
     def _start(self, work, then, status):
-        """Have the thread do work(), and then call then() with what that gives."""
+        """Have the thread do work(), and then call then() with what that gives.
+
+        That replaces a look for the sky, and waits for nothing else.
+        """
+        if self.job is not None and self.job[1] != self.found:
+            return
         self.due = math.inf
         self.stopping.clear()
         self.status = status

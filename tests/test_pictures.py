@@ -1,4 +1,5 @@
 """What is said of a picture and what is drawn: numbers, warnings, preview, figures, animation."""
+import io
 import os
 import sys
 import types
@@ -9,12 +10,11 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 from matplotlib.figure import Figure
 from matplotlib.text import Text
-from PIL import Image
+from PIL import Image, ImageSequence
 
 from bgoptimizer import (
     OVERLAYS,
     Settings,
-    animation_frames,
     blown_out,
     examine,
     fit_surface,
@@ -25,6 +25,7 @@ from bgoptimizer import (
     shares,
     start_positions,
     striped,
+    write_animation,
 )
 from runner import FAST, command, python, quick, refused, run
 from scenes import make_scene, save, sloping_sky, to_planes
@@ -204,7 +205,10 @@ def test_the_animation_shows_the_surface_as_it_was_trained():
     median = prepared.stretch.extend(prepared.median)
     flat = np.tile(median, (len(positions), 1)).astype(np.float32)
     fit = fit_surface(prepared, settings, (positions, flat))
-    frames = np.stack(animation_frames(prepared, fit))  # (n, h, w, 3)
+    file = io.BytesIO()
+    write_animation(file, prepared, fit)
+    images = ImageSequence.Iterator(Image.open(file))
+    frames = np.stack([image.convert("RGB") for image in images])  # (n, h, w, 3)
     model = frames[:, 40:-20, 20:frames.shape[2] // 2 - 20]  # without the words above it
     low, high = np.percentile(model.astype(float), (20, 80), axis=(1, 2, 3))
     contrast = high - low  # (n,) the points are too small to count

@@ -104,11 +104,11 @@ def test_what_leaves_no_sky_is_refused_in_words(opened):
 
 def test_check_boxes_and_their_keys(opened):
     window = opened("-dx", "4")
-    window.checks.set_active(0)
+    press(window, "a")
     assert window.view.asked.auto
     assert window.view.settings.delinearization_quantile == 0.999  # as the command line has it
     press(window, "d")
-    assert all(window.checks.get_status())
+    assert all("\u2611" in window.widgets[key].label.get_text() for key in "ad")
     assert "--correction divide" in shlex.join(window.words())
     press(window, "a", "d")
     assert "--" not in shlex.join(window.words())
@@ -171,6 +171,7 @@ def test_training_shows_the_result_and_writing_writes_what_the_command_writes(op
     window = opened(*FAST, "--compress")
     window.draw_around(SQUARE)
     press(window, "w")
+    wait(window)  # for the fit, then for the files
     wait(window)
     assert window.view.shown == "result"
     names = ["sky_bgModel.xisf", "sky_bgSubtracted.xisf", "sky_mask.xisf"]
