@@ -7638,13 +7638,20 @@ class Preview:
 
     # --- Handlers: they change the view ---
 
+    def take(self, names: Sequence[str], places: Sequence[int]) -> None:
+        """Choose what is at these places of the ladders of these names."""
+        changes = {}
+        for name, place in zip(names, places):
+            changes[name] = self.ladders[name][int(place)]
+        self.change(**changes)
+
     def step(self, name: str, by: int) -> None:
         """Go along a ladder, and around where it is short."""
-        ladder = self.ladders[name]
+        count = len(self.ladders[name])
         place = self.place(name) + by
-        if len(ladder) > 3:
-            place = min(max(place, 0), len(ladder) - 1)
-        self.change(**{name: ladder[place % len(ladder)]})
+        if count > 3:
+            place = min(max(place, 0), count - 1)
+        self.take([name], [place % count])
 
     def change(self, drawn: np.ndarray | None = None, **changes) -> None:
         """Change what is chosen, or the drawing, if a fit could do with it."""
@@ -7789,7 +7796,7 @@ class PreviewWindow(Preview):
             place = add([0.755, 0.92 - 0.05 * k, 0.15, 0.03])
             slider = kind(place, label, 0, last, valstep=1, color=INK)
             slider.drawon = False  # `refresh` draws all at once
-            slider.on_changed(functools.partial(self.slide, names))
+            slider.on_changed(lambda at, names=names: self.take(names, np.atleast_1d(at)))
             slider.label.set_x(-0.06)  # beside the handle, not below it
             slider.valtext.set_x(1.06)
             self.widgets[label] = slider
@@ -7820,13 +7827,6 @@ class PreviewWindow(Preview):
         self.figure.canvas.draw_idle()
 
     # --- Handlers that only a window has ---
-
-    def slide(self, names, places):
-        places = np.atleast_1d(places)
-        changes = {}
-        for name, place in zip(names, places):
-            changes[name] = self.ladders[name][int(place)]
-        self.change(**changes)
 
     def draw_around(self, corners):
         """Leave out what the lasso holds, or with Shift give it back.
@@ -8002,7 +8002,7 @@ class PreviewPanel(Preview):
             kind = ipywidgets.SelectionSlider if len(values) > 3 else ipywidgets.ToggleButtons
             words = list(map(in_words, values))
             widget = kind(options=words, index=0, description=name, continuous_update=False)
-            widget.observe(functools.partial(self.take, name), "index")
+            widget.observe(lambda change, name=name: self.take([name], [change.new]), "index")
             self.widgets[name] = widget
         self.button = ipywidgets.Button(description="Use these settings")
         self.button.on_click(lambda _: use(self.all_flags()))
@@ -8010,9 +8010,6 @@ class PreviewPanel(Preview):
         PreviewPanel.widgets_in_use = [*self.widgets.values(), self.button]
         self.box = ipywidgets.VBox([*PreviewPanel.widgets_in_use, self.image])
         self.go_to(self.view)
-
-    def take(self, name, change):
-        self.change(**{name: self.ladders[name][change.new]})
 
     def all_flags(self) -> list[str]:
         """Return flags for all settings; they are to stand after others."""
