@@ -6981,7 +6981,7 @@ def write_animation(file, prepared: Prepared, fit: Fit, correction: str = "subtr
     last = len(fit.track) - 1
     chosen = np.round(last * np.linspace(0, 1, FRAMES - 1)**2)
     steps = [fit.track[k] for k in np.unique(chosen.astype(int))]
-    steps.append((f"{len(fit.history)}, the best of all", fit.positions, fit.values))
+    steps.append((f"the best of {len(fit.history)}", fit.positions, fit.values))
     frames = []
     for epoch, positions, values in steps:
         then = replace(fit, positions=positions, values=values)
@@ -6992,10 +6992,10 @@ def write_animation(file, prepared: Prepared, fit: Fit, correction: str = "subtr
         with drawing_style():
             figure = Figure((7.4, tall + 0.3))  # the rest is for the words
             model, result = figure.subplots(1, 2, gridspec_kw=places)
-            draw_view(model, "model", pictures, stretch, shape, f", epoch {epoch}")
+            draw_view(model, "model", pictures, stretch, shape, f", epoch: {epoch}")
             model.autoscale(False)  # points may be outside
             model.plot(column, row, "o", color=INK, markeredgecolor="black", markersize=5)
-            draw_view(result, "result", pictures, stretch, shape, f", epoch {epoch}")
+            draw_view(result, "result", pictures, stretch, shape, f", epoch: {epoch}")
             png = to_png(figure)
         frame = Image.open(io.BytesIO(png))
         frames.append(frame.convert("RGB"))
