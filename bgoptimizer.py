@@ -7714,6 +7714,7 @@ class Preview:
             words = "" if view.result else NOT_TRAINED
             pictures = views_of(prepared, self.model(), view.settings.correction)
             draw_view(axes, view.shown, pictures, prepared.stretch, prepared.full_shape, words)
+        axes.images[0].set_interpolation("nearest")  # it is the quickest
         words = shlex.join(self.words()), in_lines(self.said, 62), self.status
         for text, line in zip(self.texts, words):
             text.set_text(line)
