@@ -6913,6 +6913,8 @@ def striped(prepared: Prepared, areas: dict[str, np.ndarray]) -> np.ndarray:
     rows, columns = prepared.used.shape
     cells = row * rows // height, column * columns // width
     for reason, (color, hatch, _) in OVERLAYS.items():
+        if not areas[reason].any():
+            continue  # it would take time
         area = areas[reason][cells]
         inside = scipy.ndimage.binary_erosion(area, iterations=2)
         marked = area & ~inside  # its edge
