@@ -2151,36 +2151,32 @@ FORMATS = {
 def atomic_outputs(*paths):
     """Open files that take the names `paths` once all are whole, and else leave nothing behind.
 
-    Until then they are hidden files in the same folder, which no other run can write. They survive
-    a power cut as soon as they have their names.
+    Until then they are hidden files in the same folder, which no other run can write. Their names
+    depend on `paths` alone, so what a killed run has left is taken over by the next one.
 
     Raises BgError if they cannot be written, or another run writes them.
     """
-    folder = os.path.dirname(paths[0])
+    folder = os.path.dirname(paths[0]) or "."
     try:
         with memory_errors(), ExitStack() as stack:
             files = [stack.enter_context(_hidden_file(path)) for path in paths]
             yield files
             for file in files:
                 file.flush()
-                os.fsync(file.fileno())
+                os.fsync(file.fileno())  # a name that survives a power cut leads to a whole file
                 if fcntl is None:
                     file.close()  # Windows renames no open file
             _rename_all(paths)
-            with suppress(OSError):  # Windows opens no folders, and some disks cannot do that
-                opened = os.open(folder or ".", os.O_RDONLY)
-                stack.callback(os.close, opened)
-                os.fsync(opened)
     except BrokenPipeError:  # that of stdout: no output is a pipe
         raise
     except OSError as error:
         reason = error.strerror or error
-        raise BgError(f"cannot write to {folder or '.'}: {reason}; "
+        raise BgError(f"cannot write to {folder}: {reason}; "
                       "free space or choose another folder") from None
 
 
 def _hidden_name(path, ending):
-    """Return a name in the folder of an output; it depends on `path` alone, so that runs meet."""
+    """Return the name, in the folder of an output, of what becomes it or what it was before."""
     folder, name = os.path.split(path)
     digest = hashlib.sha1(os.fsencode(name)).hexdigest()  # any name is short enough
     return os.path.join(folder, f".bgoptimizer-{digest[:16]}{ending}")
@@ -2188,54 +2184,33 @@ def _hidden_name(path, ending):
 
 @contextmanager
 def _hidden_file(path):
-    """Open the file that will become an output; what does not become one is removed."""
-    name, aside = _hidden_name(path, ".tmp"), _hidden_name(path, ".old")
+    """Open the file that will become an output; it is removed if it does not."""
+    name = _hidden_name(path, ".tmp")
+    if fcntl is None:
+        _remove(name)  # Windows removes no file that a run has open
+    is_ours = is_new = not os.path.exists(name)
     try:
-        file = _open_alone(name)
-    except FileExistsError:
-        raise BgError(f"another run is writing {path}; wait until it ends, or choose another "
-                      f"folder (if none runs, delete {name})") from None
-    except BaseException:  # a signal may come when it is made, but not yet known here
-        with suppress(OSError):
-            _open_alone(name).close()
-            _remove(name)
-        raise
-    try:
-        with file:
-            if os.path.exists(path):
-                _remove(aside)
-            else:  # a run may have been killed between two names
-                with suppress(FileNotFoundError):
-                    os.rename(aside, path)
+        with open(name, "r+b", opener=_open_or_make) as file:
+            is_ours = _has_alone(file, name, is_new)
+            if not is_ours:
+                raise BgError(f"another run is writing {path}; wait until it ends, or choose "
+                              f"another folder (if none runs, delete {name})")
+            file.truncate()
             yield file
     except BaseException:
-        _remove(name)
+        if is_ours:
+            _remove(name)
         raise
 
 
-def _open_alone(name):
-    """Open a file to write, anew if a killed run left it; raise FileExistsError if a run has it."""
-    if fcntl is None:
-        _remove(name)  # Windows removes no open file
-        return open(name, "x+b")
-    is_new = True
-    try:
-        file = open(name, "x+b")
-    except FileExistsError:
-        file = open(name, "r+b")
-        is_new = False
-    try:
-        if not _has_alone(file, name, is_new):
-            raise FileExistsError
-        file.truncate()
-    except BaseException:
-        file.close()
-        raise
-    return file
+def _open_or_make(name, flags):
+    return os.open(name, flags | os.O_CREAT, 0o666)
 
 
 def _has_alone(file, name, is_new):
     """Tell whether this run has a file of this name for itself; then no other run gets it."""
+    if fcntl is None:
+        return is_new
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -2251,26 +2226,18 @@ def _rename_all(paths):
 
     A kill may leave some out, but never mixes two runs.
     """
-    set_aside, renamed = [], []
-    try:
+    with ExitStack() as undo:
         for path in paths:
-            if os.path.isdir(path):
-                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-            aside = _hidden_name(path, ".old")
-            with suppress(FileNotFoundError):
-                os.rename(path, aside)
-                set_aside.append((aside, path))
+            if os.path.isfile(path):
+                aside = _hidden_name(path, ".old")
+                os.replace(path, aside)
+                undo.callback(os.replace, aside, path)
         for path in paths:
             os.replace(_hidden_name(path, ".tmp"), path)
-            renamed.append(path)
-    except BaseException:
-        for path in renamed:
-            _remove(path)
-        for aside, path in set_aside:
-            os.replace(aside, path)
-        raise
-    for aside, _ in set_aside:
-        _remove(aside)
+            undo.callback(_remove, path)
+        undo.pop_all()
+    for path in paths:
+        _remove(_hidden_name(path, ".old"))
 
 
 def _remove(name):
