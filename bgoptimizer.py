@@ -2264,15 +2264,13 @@ which stays in the processor's cache."""
 GAUSSIAN_DEVIATION = 1.4826
 """Standard deviation of a Gaussian over its median distance from the median."""
 
-TILE = 8
-"""Pixels along a side of the tiles by which missing data are told from dark samples."""
-
-DEAD_TILES = 4
-"""So many tiles of zeros in a row, along a row or column, are missing data and not chance."""
+DOUBLINGS_OF_ZERO = 1, 2, 4, 8
+"""16 zeros in a row or column are missing data: if half of all samples were 0 by chance, such a run
+would hold 1 of 4000. Looking so far ahead, one after the other, finds them."""
 
 NEAR_BLACK = 0.2
-"""A lone zero is a dark sample if the darkest other sample of its tile is below this part of the
-tile's mean."""
+"""A lone zero is a dark sample, and no dead pixel, if the darkest other sample of the channel is
+below this part of its mean."""
 
 
 def keep_dark_samples(planes: np.ndarray) -> int:
@@ -2291,71 +2289,27 @@ def keep_dark_samples(planes: np.ndarray) -> int:
 
 
 def _keep_dark_samples(plane: np.ndarray) -> int:
-    zero = plane == 0
-    if not zero.any():
+    dark = plane == 0  # (h, w)
+    if not dark.any():
         return 0
-    height, width = plane.shape
-    below = -height % TILE
-    beside = -width % TILE
-    padded = np.pad(zero, ((0, below), (0, beside)), mode="edge")
-    rows = len(padded) // TILE
-    # Where all is zero: over the height of a tile, over its width, over all of it
-    down = padded.reshape(rows, TILE, -1).all(1)  # (rows, w)
-    along = padded.reshape(rows * TILE, -1, TILE).all(2)  # (h, columns)
-    full = down.reshape(rows, -1, TILE).all(2)  # (rows, columns)
-    near_full = scipy.ndimage.binary_dilation(full, np.ones((3, 3)))
-    down = _long_runs(down)
-    along = _long_runs(along.T).T
-    lone = 0
-    for row in range(rows):
-        top = row * TILE
-        strip = slice(top, top + TILE)
-        samples = plane[strip]  # (8, w); the last strip may have fewer rows
-        missing = np.repeat(near_full[row], TILE)  # (w,)
-        missing = missing | down[row]
-        missing = missing | np.repeat(along[strip], TILE, axis=1)  # (8, w)
-        dark = zero[strip] & ~missing[:len(samples), :width]
-        if dark.any():
-            near_black = np.repeat(_near_black(samples), TILE)
-            dark &= near_black[:width]
-            lone += np.count_nonzero(dark)
-            samples[dark] = np.finfo(plane.dtype).tiny
-    return lone
+    others = plane[_present(plane)]
+    if not others.size or others.min() > NEAR_BLACK * others.mean():
+        return 0
+    down = _long_runs(dark.copy())
+    along = _long_runs(dark.copy().T).T
+    dark &= ~(down | along)
+    plane[dark] = np.finfo(plane.dtype).tiny
+    return np.count_nonzero(dark)
 
 
-def _near_black(strip: np.ndarray) -> np.ndarray:
-    """Tell which tiles of a strip (8, w) come so near to 0 that a sample may be 0 by chance.
-
-    In other tiles a 0 is a dead pixel, and missing.
-
-    Returns:
-        (columns,) bool.
-    """
-    height, width = strip.shape
-    beside = -width % TILE
-    padded = np.pad(strip, ((0, 0), (0, beside)), mode="edge")
-    tiles = padded.reshape(height, -1, TILE)  # (8, columns, 8)
-    present = _present(tiles)
-    inside = (0, 2)
-    darkest = np.min(tiles, inside, where=present, initial=np.inf)
-    total = np.sum(tiles, inside, where=present)
-    count = np.sum(present, inside)
-    mean = total / np.maximum(count, 1)
-    return darkest < NEAR_BLACK * mean
-
-
-def _long_runs(tiles: np.ndarray) -> np.ndarray:
-    """Return True where `tiles` is True at least DEAD_TILES times in a row down a column.
-
-    A run ends somewhere inside a tile, so the tiles at its ends belong to it.
-    """
-    beyond = (DEAD_TILES, DEAD_TILES)  # what touches the edge goes on there
-    padded = np.pad(tiles, (beyond, (0, 0)), mode="edge")
-    run = np.ones((DEAD_TILES, 1))
-    runs = scipy.ndimage.binary_opening(padded, run)
-    ends = np.ones((3, 1))
-    runs = scipy.ndimage.binary_dilation(runs, ends)
-    return runs[DEAD_TILES:-DEAD_TILES]
+def _long_runs(true: np.ndarray) -> np.ndarray:
+    """Keep True, in place, only where it stands many times in a row down a column."""
+    for step in DOUBLINGS_OF_ZERO:  # True where a run begins
+        true[:-step] &= true[step:]
+        true[-step:] = False
+    for step in DOUBLINGS_OF_ZERO:
+        true[step:] |= true[:-step]
+    return true
 
 
 def _present(samples: np.ndarray) -> np.ndarray:
@@ -2371,14 +2325,9 @@ def _strips(height: int, width: int, multiple: int = 1) -> list[slice]:
 
     The height of each strip but the last is a multiple of `multiple` rows.
     """
-    rows = STRIP_PIXELS // max(1, width)
-    rows -= rows % multiple
-    rows = max(rows, multiple)
-    strips = []
-    for top in range(0, height, rows):
-        bottom = min(top + rows, height)
-        strips.append(slice(top, bottom))
-    return strips
+    rows = STRIP_PIXELS // width
+    rows = max(rows - rows % multiple, multiple)
+    return [slice(top, min(top + rows, height)) for top in range(0, height, rows)]
 
 
 def _each(work: Callable, items: Sequence) -> Iterator:
@@ -2406,22 +2355,17 @@ def _quantiles(plane: np.ndarray, present: np.ndarray, quantiles: Sequence[float
     """
     step = plane.size // QUANTILE_SAMPLES
     step |= 1  # odd, so that it meets all the colors of a sensor's mosaic
-    some = plane.ravel()[::step]
     some_present = present.ravel()[::step]
-    values = some[some_present]
+    values = plane.ravel()[::step][some_present]
     if values.size == 0:
         values = plane[present]
-    last = values.size - 1
-    ranks = [int(quantile * last) for quantile in quantiles]
-    values.partition(ranks)
-    return values[ranks].astype(float)
+    found = np.quantile(values, quantiles, overwrite_input=True, method="lower")
+    return found.astype(float)
 
 
 def _channel_name(k: int, count: int) -> str:
     """Return what messages call channel `k` of `count`."""
-    if count == 1:
-        return "the picture"
-    return f"channel {'RGB'[k]}"
+    return "the picture" if count == 1 else f"channel {'RGB'[k]}"
 
 
 # --------------------------------------------------------------------------------------------------
