@@ -150,7 +150,7 @@ def memory_errors():
     """Turn each error that comes from a lack of memory into a MemoryError."""
     try:
         yield
-    except (BgError, MemoryError):  # said already
+    except BgError:  # what led to it has been judged
         raise
     except Exception as error:
         root = error
@@ -190,44 +190,38 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self):
-        def whole(value, low, high=math.inf):
-            return isinstance(value, numbers.Integral) and low <= value <= high
-
-        def number(value):  # NaN lies in no range
-            return value if isinstance(value, numbers.Real) else math.nan
-
-        quantile = self.delinearization_quantile
-        points = self.points
-        smoothing = self.smoothing
-        minimum = number(self.threshold_min)
-        above_minimum = minimum < number(self.threshold_max) < math.inf
-        checks = (
-            ("-dx", whole(self.downscaling_factor, 1, 1_000_000), "1 to 1000000"),
-            ("-df", self.downscaling_func in ("median", "mean"), "median or mean"),
-            ("-dq", quantile is None or 0 < number(quantile) <= 1, "above 0, at most 1"),
-            ("-N", points is None or whole(points, 3, 4096), "3 to 4096"),
-            ("-O", self.order in (1, 2, 3, 4), "1, 2, 3 or 4"),
-            ("-tm", -math.inf < minimum < math.inf, "a finite number"),
-            ("-tM", above_minimum, "a finite number above -tm"),
-            ("-i", self.initializer in ("random", "grid"), "random or grid"),
-            ("-e", whole(self.epochs, 1), "1 or more"),
-            ("-a", 0 <= number(self.alpha) <= 1e9, "0 to 1e9"),
-            ("-B", whole(self.batch, 1), "1 or more"),
-            ("-lr", 0 < number(self.learning_rate) <= 1e9, "above 0, at most 1e9"),
-            ("--smoothing", smoothing is None or 0 <= number(smoothing) <= 1e9,
-             "auto, or 0 to 1e9"),
-            ("--correction", self.correction in ("subtract", "divide"), "subtract or divide"),
-            ("--seed", whole(self.seed, 0, 2**32 - 1), "0 to 4294967295"),
-        )
-        for flag, good, wanted in checks:
-            if not good:
-                raise ValueError(f"{flag} must be {wanted}")
+        whole, real = numbers.Integral, numbers.Real
+        ranges = {  # flag: value, its type, least, most
+            "-dx": (self.downscaling_factor, whole, 1, 10**6),
+            "-dq": (self.delinearization_quantile, real, 1e-9, 1),
+            "-N": (self.points, whole, 3, 4096),
+            "-O": (self.order, whole, 1, 4),
+            "-tm": (self.threshold_min, real, -10**9, 10**9),
+            "-tM": (self.threshold_max, real, -10**9, 10**9),
+            "-e": (self.epochs, whole, 1, 10**9),
+            "-a": (self.alpha, real, 0, 10**9),
+            "-B": (self.batch, whole, 1, 10**9),
+            "-lr": (self.learning_rate, real, 1e-9, 10**9),
+            "--smoothing": (self.smoothing, real, 0, 10**9),
+            "--seed": (self.seed, whole, 0, 2**32 - 1),
+        }
+        for flag, (value, kind, least, most) in ranges.items():
+            is_open = value is None and flag in ("-dq", "-N", "--smoothing")
+            if not is_open and not (isinstance(value, kind) and least <= value <= most):
+                raise ValueError(f"{flag} must be {least} to {most}")
+        if self.threshold_min >= self.threshold_max:
+            raise ValueError("-tM must be above -tm")
+        choices = {
+            "-df": (self.downscaling_func, "median", "mean"),
+            "-i": (self.initializer, "random", "grid"),
+            "--correction": (self.correction, "subtract", "divide"),
+        }
+        for flag, (value, *allowed) in choices.items():
+            if value not in allowed:
+                raise ValueError(f"{flag} must be {' or '.join(allowed)}")
 
     def resolved(self) -> Settings:
-        """Return these settings with defaults in place of every None but `smoothing`.
-
-        The smoothing is chosen with the sky, by `examine`.
-        """
+        """Return these settings with a value for every None but `smoothing`: see `examine`."""
         quantile = AUTO_QUANTILE if self.auto else DEFAULT_QUANTILE
         points = AUTO_POINTS if self.auto else DEFAULT_POINTS
         return replace(
@@ -2151,14 +2145,15 @@ FORMATS = {
 def atomic_outputs(*paths):
     """Open files that take the names `paths` once all are whole, and else leave nothing behind.
 
-    Until then they are hidden files in the same folder, which no other run can write. Their names
-    depend on `paths` alone, so what a killed run has left is taken over by the next one.
+    Until then they are hidden files in the same folder, made if missing, and no other run can write
+    them. Their names depend on `paths` alone, so the next run takes over what a killed one left.
 
     Raises BgError if they cannot be written, or another run writes them.
     """
     folder = os.path.dirname(paths[0]) or "."
     try:
         with memory_errors(), ExitStack() as stack:
+            os.makedirs(folder, exist_ok=True)
             files = [stack.enter_context(_hidden_file(path)) for path in paths]
             yield files
             for file in files:
@@ -7129,20 +7124,6 @@ def put_picture(draw: Callable, where: str, path: str) -> None:
 # One picture, from file to files
 # --------------------------------------------------------------------------------------------------
 
-TENSORFLOW_BYTES = 0.6e9
-TENSORFLOW_MAPS = 1.2e9
-"""Memory that TensorFlow and the fit take, about, in bytes; and addresses that they take and never
-fill, which count where `ulimit -v` limits. Measured with TensorFlow 2.15."""
-
-PLANES_TO_WRITE = 6
-PLANES_TO_COMPRESS = 12
-"""Memory that writing takes at most, in planes of the picture. Measured were 5.3 (FITS and TIFF, if
-not in [0, 1]), and with --compress 9.5 (XISF) and 11.7 (FITS)."""
-
-MEMORY_LIMITS = "/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"
-"""Where Linux tells how much memory a container may fill: in version 2 and in version 1."""
-
-
 @dataclass(frozen=True)
 class Task:
     """One picture to do: what to read, what to write, and how."""
@@ -7205,7 +7186,7 @@ def output_format(path: str, options: argparse.Namespace) -> str:
     return options.format or picture_format(path) or "xisf"
 
 
-def _check_given(paths: list[str]) -> None:
+def _check_given(paths: Iterable[str]) -> None:
     """Refuse paths to read that are no files."""
     for path in paths:
         if not os.path.exists(path):
@@ -7214,37 +7195,14 @@ def _check_given(paths: list[str]) -> None:
             raise BgError(f"{path} is a folder; name an XISF, FITS or TIFF file in it")
 
 
-def _check_output(path: str, kept: list[str]) -> None:
-    """Refuse a path to write that is a folder, or one of the files to keep."""
+def _check_output(path: str, kept: Iterable[str]) -> None:
+    """Refuse a path to write that is a folder, or one of the files to keep, which are there."""
     if os.path.isdir(path):
         raise BgError(f"{path} is a folder, and a file of that name is to be written; "
                       "choose another output folder")
-    if any(_is_same(path, other) for other in kept):
+    if os.path.exists(path) and any(os.path.samefile(path, other) for other in kept):
         raise BgError(f"{path} would be overwritten, and you gave it to read; "
                       "choose another output folder")
-
-
-def _is_same(path: str, other: str | None) -> bool:
-    """Tell whether two paths, or none, lead to one file."""
-    there = other is not None and os.path.exists(path) and os.path.exists(other)
-    return there and os.path.samefile(path, other)
-
-
-def _check_folder(options: argparse.Namespace) -> None:
-    """Make the folder for the outputs, if anything may be written."""
-    folder = options.output_path
-    if options.preview and options.figures in ("show", "none"):
-        return
-    try:
-        os.makedirs(folder, exist_ok=True)
-    except FileExistsError:
-        raise BgError(f"{folder} is a file, not a folder; name a folder for the outputs") from None
-    except OSError as error:
-        raise BgError(f"cannot write to {folder}: {error.strerror}; "
-                      "choose another folder") from None
-    except ValueError:  # a NUL, or what this system's names cannot hold
-        raise BgError(f"{folder!r} holds a character that no name of a folder can have; "
-                      "choose another folder") from None
 
 
 def process_file(task: Task, watched: ContextManager = nullcontext(),
@@ -7289,22 +7247,20 @@ def read_inputs(task: Task, opened: Callable[[str], OpenedReference] = open_refe
 
     What the picture is, and what its file has or loses, is logged.
     """
-    picture = read_picture(task.input_file)
-    for text in picture.warnings:
-        logger.warning(f"{task.input_file} {text}")
+    picture = _read_and_warn(read_picture, task.input_file)
     count, height, width = picture.planes.shape
     colors = "gray" if count == 1 else "RGB"
     line = f"{task.input_file}: {width} x {height}, {colors}, {picture.planes.dtype}"
-    if picture.note:
-        line += f"; {picture.note}"
-    logger.info(line)
+    logger.info(f"{line}; {picture.note}" if picture.note else line)
     lone = keep_dark_samples(picture.planes)
     if lone:
         logger.info(f"{lone} lone samples of 0 are taken for dark sky, not for missing data")
     if "model" in task.outputs:  # there will be a fit
         _check_room(task, picture.planes)
         _start_importing()
-    mask = _read_mask(task.mask_file)
+    mask = None
+    if task.mask_file is not None:
+        mask = _read_and_warn(read_mask, task.mask_file).planes
     reference = None
     if task.reference_file is not None:
         factor = task.settings.downscaling_factor
@@ -7312,21 +7268,15 @@ def read_inputs(task: Task, opened: Callable[[str], OpenedReference] = open_refe
     return picture, mask, reference
 
 
-def _read_mask(path):
-    """Return the weights that a mask file gives, (c, h, w); None without a file."""
-    if path is None:
-        return None
-    picture = read_mask(path)
+def _read_and_warn(read: Callable[[str], Picture], path: str) -> Picture:
+    picture = read(path)
     for text in picture.warnings:
         logger.warning(f"{path} {text}")
-    return picture.planes
+    return picture
 
 
 def _check_room(task: Task, planes: np.ndarray) -> None:
-    """Refuse if the outputs do not fit on the disk, and warn if the work may not fit into memory.
-
-    A system that is short of memory ends the run without a word.
-    """
+    """Refuse if the outputs do not fit on the disk."""
     folder = os.path.dirname(task.outputs["model"]) or "."
     needed = len(task.outputs) * planes.nbytes  # an animation is smaller than that
     free = shutil.disk_usage(folder).free
@@ -7334,32 +7284,6 @@ def _check_room(task: Task, planes: np.ndarray) -> None:
         raise BgError(f"{folder} has {free / 1e6:.3g} MB free and the outputs need "
                       f"{needed / 1e6:.3g} MB; free space, choose another folder, "
                       "or try --compress")
-    count = PLANES_TO_COMPRESS if task.compress else PLANES_TO_WRITE
-    needed = TENSORFLOW_BYTES + count * planes[0].nbytes
-    free = _free_memory()
-    if free < needed:
-        logger.warning(f"about {needed / 1e9:.1f} GB more memory is needed and "
-                       f"{free / 1e9:.1f} GB are free; if the run dies, close other programs, "
-                       "or crop the picture or split its channels")
-
-
-def _free_memory() -> float:
-    """Return the bytes that this process may still fill, as Linux tells it; elsewhere infinity."""
-    free = [math.inf]
-    with suppress(ImportError, OSError):  # another system, or one that hides this
-        import resource
-        limit, _ = resource.getrlimit(resource.RLIMIT_AS)
-        pages = Path("/proc/self/statm").read_text().split()
-        mapped, filled = [int(number) * resource.getpagesize() for number in pages[:2]]
-        if limit != resource.RLIM_INFINITY:
-            free.append(limit - mapped - TENSORFLOW_MAPS)
-        for path in MEMORY_LIMITS:
-            with suppress(OSError, ValueError):  # no such container, or "max"
-                free.append(int(Path(path).read_text()) - filled)
-        available = re.search(r"MemAvailable: *(\d+) kB", Path("/proc/meminfo").read_text())
-        if available:
-            free.append(1024 * int(available[1]))
-    return max(0, min(free))
 
 
 @functools.lru_cache(maxsize=None)  # so that only the first call does anything
@@ -7368,8 +7292,7 @@ def _start_importing() -> None:
 
     Who needs it waits for this import, or sees it fail again.
     """
-    ours = sys.stderr is sys.__stderr__  # else somebody has replaced it
-    if ours and sys.stderr is not None:
+    if sys.stderr is not None and sys.stderr is sys.__stderr__:  # nobody has replaced it
         # Keep our stderr on a descriptor of its own: descriptor 2 is silenced below
         own = os.dup(2)
         sys.stderr = open(own, "w", buffering=1, encoding=sys.stderr.encoding,
@@ -7382,21 +7305,17 @@ def _import_silently() -> None:
 
     Both print a page of log lines from C++, and no setting silences all of them.
     """
-    with suppress(Exception):  # there is no stderr, no TensorFlow, or a GPU that does not start
+    with suppress(Exception), ExitStack() as stack:  # no stderr, no TensorFlow, or a broken GPU
         kept = os.dup(2)
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, 2)
-        collects = gc.isenabled()
-        gc.disable()  # else it looks through all that is imported, time and again: half a second
-        try:
-            import_tensorflow().zeros(1)
-            importlib.import_module("scipy.interpolate")  # for `SkyModel`, beside the fit
-        finally:
-            if collects:
-                gc.enable()
-            os.dup2(kept, 2)
-            os.close(kept)
-            os.close(nowhere)
+        stack.callback(os.close, kept)
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        stack.callback(os.dup2, kept, 2)
+        if gc.isenabled():  # it would look through all that is imported, for half a second
+            gc.disable()
+            stack.callback(gc.enable)
+        import_tensorflow().zeros(1)
+        importlib.import_module("scipy.interpolate")  # for `SkyModel`, beside the fit
 
 
 def _write_outputs(task: Task, picture: Picture, result: Result, opened: list) -> None:
@@ -7428,19 +7347,20 @@ def _history(task: Task, result: Result) -> list[str]:
     microseconds.
     """
     settings = result.settings
-    fit = result.fit
     now = datetime.now(timezone.utc)
     date = now.strftime("%Y-%m-%dT%H:%M:%S.%fZ")
     lines = [f"{name} = {value}" for name, value in vars(settings).items()]
-    mask = None if task.mask_file is None else os.path.basename(task.mask_file)
-    lines.append(f"mask = {mask}")
+    lines.append(f"mask = {task.mask_file and os.path.basename(task.mask_file)}")
     lines += _facts_of_reference(result.prepared)
-    lines.append(f"control points used = {len(fit.positions)}")
-    lines.append(fit.stopped)
+    lines.append(f"control points used = {len(result.fit.positions)}")
+    lines.append(result.fit.stopped)
     what = "offset" if settings.correction == "subtract" else "model's median"
     for channel, offset in enumerate(result.offsets):
         lines.append(f"{what} of channel {channel} = {offset:.9g}")
-    lines += _versions()
+    lines.append(f"Python {platform.python_version()}")
+    for name in ("tensorflow", "tensorflow-addons", "keras", "numpy", "scipy", "scikit-image"):
+        with suppress(importlib.metadata.PackageNotFoundError):  # so that pip takes these lines
+            lines.append(f"{name}=={importlib.metadata.version(name)}")
     lines = [f"bgoptimizer: {line}" for line in lines]
     return [f"bgoptimizer {VERSION}, {date}"] + lines
 
@@ -7455,15 +7375,6 @@ def _facts_of_reference(prepared: Prepared) -> list[str]:
     if shared is not None:
         lines.append(f"the reference {shared.verdict}; {'used' if shared.used else 'not used'}")
         lines += gains_in_words(shared)
-    return lines
-
-
-def _versions() -> list[str]:
-    """Return lines that tell the versions of what a result depends on, as pip takes them."""
-    lines = [f"Python {platform.python_version()}"]
-    for name in ("tensorflow", "tensorflow-addons", "keras", "numpy", "scipy", "scikit-image"):
-        with suppress(importlib.metadata.PackageNotFoundError):
-            lines.append(f"{name}=={importlib.metadata.version(name)}")
     return lines
 
 
@@ -7569,20 +7480,19 @@ def _heard(mark: str = "warning: ") -> Iterator[list[str]]:
 
 def _told(error: Exception) -> str:
     """Return one sentence on what went wrong."""
+    words = " ".join(str(error).split())
     if isinstance(error, BgError):
-        return " ".join(str(error).split())
+        return words
     if isinstance(error, MemoryError):
         return ("there is not enough memory; "
                 "close other programs, crop the picture, or split its channels")
     if isinstance(error, OSError):
         name = error.filename or "a file"
-        reason = error.strerror or error
-        return f"{name}: {reason}; check the path, the disk, your rights"
+        return f"{name}: {error.strerror or words}; check the path, the disk, your rights"
     if isinstance(error, ImportError):
         return (f"{error.name} cannot be imported; "
                 "install it with: python -m pip install -r requirements.txt")
-    reason = " ".join(str(error).split())
-    return (f"unexpected {type(error).__name__}: {reason[:300]}; "
+    return (f"unexpected {type(error).__name__}: {words[:300]}; "
             "this is a bug, please report it with your command")
 
 
@@ -8001,10 +7911,9 @@ class PreviewWindow(Preview):
 
         def work():
             options = argparse.Namespace(**{**vars(self.options), "mask": self.write_mask(view)})
-            _check_folder(options)
             task = _make_task(*options.input_file, options, view.settings, None)
-            _check_room(task, result.planes)
             with atomic_outputs(*task.outputs.values()) as files:
+                _check_room(task, result.planes)
                 _write_outputs(task, self.picture, result, files)
             return task.written
 
@@ -8017,7 +7926,6 @@ class PreviewWindow(Preview):
         """Write the mask of a view, if one was drawn; returns its path, or that of the given."""
         path = self.mask_path(view)
         if view.is_drawn_on:
-            _check_folder(self.options)
             lines = [f"bgoptimizer {VERSION}: a mask drawn by hand, 1 = sky"]
             rows = rows_of(self.picture.source)
             write = FORMATS[output_format(*self.options.input_file, self.options)].write
@@ -8221,10 +8129,6 @@ DONE, WARNED, FAILED, SKIPPED = "done", "warned", "failed", "skipped"
 OWN_OUTPUTS = ("_bgModel", "_bgSubtracted", "_bgDivided", "_mask")
 """How names of pictures end that this tool has written. They are nothing to work on."""
 
-COPIES_IN_MEMORY = 4
-"""A process needs about so many times the size of a picture's file, if that is neither compressed
-nor of 8 bits: 16-bit samples become 32-bit, and some planes are there twice."""
-
 MOST_JOBS = 61
 """Windows cannot wait for more processes."""
 
@@ -8241,41 +8145,37 @@ class Outcome(NamedTuple):
     smoothing: str = ""
     gradient_before: str = ""
     gradient_after: str = ""
-    confidence: str = ""  # sure, or unsure and why
     clipped: str = ""  # share of the samples
+    confidence: str = ""  # sure, or unsure and why
     seconds: str = ""
     message: str = ""  # the warnings, or why it failed
 
 
 def find_pictures(where: str | Sequence[str], *used: str | None) -> list[str]:
-    """Return the paths of pictures, by name.
+    """Return the paths of pictures, by name; raises BgError if there are none.
 
     Args:
         where: a picture; or a folder, a pattern, or several of all these. Of them, hidden files,
             what this tool has written, what has another name than pictures have, and what is used
             are left out.
         used: paths of the mask and of the reference, or None.
-
-    Raises:
-        BgError: there are none.
     """
     named = [where] if isinstance(where, str) else list(where)
     if not names_many(named):
         return named
-    pictures, own, others = [], [], []
+    used = {os.path.realpath(path) for path in used if path is not None}
+    pictures, others = [], []
     for path in sorted({path for name in named for path in _files_at(name)}):
-        if os.path.isdir(path) or any(_is_same(path, other) for other in used):
+        if os.path.isdir(path) or os.path.realpath(path) in used:
             continue
-        if not PICTURE_ENDINGS.search(os.path.basename(path)):
+        is_own = picture_stem(path).endswith(OWN_OUTPUTS)
+        if is_own or not PICTURE_ENDINGS.search(os.path.basename(path)):
             others.append(path)
-        elif picture_stem(path).endswith(OWN_OUTPUTS):
-            own.append(path)
         else:
             pictures.append(path)
-    for paths, why in ((own, "what this tool writes"), (others, "no picture")):
-        if paths:  # they may be somebody's pictures all the same
-            more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
-            logger.info(f"left out: {', '.join(paths[:3])}{more}; {why} is named so")
+    if others:  # they may be somebody's pictures all the same
+        some = textwrap.shorten(", ".join(others), 200, placeholder=" ...")
+        logger.info(f"left out, as named like no picture or like outputs of this tool: {some}")
     if not pictures:
         raise BgError(f"{', '.join(named[:3])} holds no XISF, FITS or TIFF pictures to work on; "
                       "check the name of the folder, or the pattern")
@@ -8303,8 +8203,8 @@ def _files_at(name: str) -> list[str]:
 def run_many(options: argparse.Namespace, settings: Settings, interrupts: _Interrupts) -> None:
     """Do all pictures that the command line names, and write the report.
 
-    Raises:
-        BgError: nothing can be done at all, or some of the pictures failed.
+    Until it is written no other run can write it, so no two runs work on one folder. A BgError is
+    raised if nothing can be done at all, and if some of the pictures failed.
     """
     started = time.perf_counter()
     pictures = find_pictures(options.input_file, options.mask, options.reference)
@@ -8312,65 +8212,50 @@ def run_many(options: argparse.Namespace, settings: Settings, interrupts: _Inter
         raise BgError(f"--preview shows one picture; name it, such as {pictures[0]}")
     if options.figures == "show":
         raise BgError("--figures show is for one picture; use --figures save")
-    for path, read in ((options.mask, _read_mask), (options.reference, _open_reference_once)):
+    for path, read in ((options.mask, read_mask), (options.reference, _open_reference_once)):
         if path is not None:
             _check_given([path])
             read(path)  # so that a bad one is told once
-    _check_folder(options)
-    path = os.path.join(options.output_path, REPORT_NAME)
-    _check_output(path, pictures)
-    with _report(path) as report:
-        to_do, settled = _plan(pictures, options, settings, path)
+    report = os.path.join(options.output_path, REPORT_NAME)
+    _check_output(report, pictures)
+    outcomes = []
+    stopped = None
+    with atomic_outputs(report) as (file,):
+        to_do, settled = _plan(pictures, options, settings, report)
         tried = len(to_do)
-        jobs = _jobs_that_fit(options.jobs or 1, [task.input_file for task in to_do])
+        jobs = min(options.jobs or 1, tried, MOST_JOBS)
         if options.dask is not None and to_do:
             results = _by_dask(to_do, options.dask)
         elif jobs > 1:
             results = _by_processes(to_do, jobs)
         else:
             results = (_try_picture(task, interrupts) for task in to_do)
-        with closing(results), _bar(len(pictures), "picture") as bar:
-            for outcome in itertools.chain(settled, results):
-                report[outcome.file] = outcome
-                _tell(outcome, bar)
-    _sum_up(report.values(), tried, time.perf_counter() - started, path)
-
-
-@contextmanager
-def _report(path: str) -> Iterator[dict[str, Outcome]]:
-    """Yield the outcomes by file, to be filled, and write them as a table in CSV.
-
-    They are also written if the run is interrupted, unless there are none. Until then no other run
-    can write this report, so no two runs work on one folder.
-    """
-    outcomes = {}
-    stopped = None
-    with atomic_outputs(path) as (file,):
         try:
-            yield outcomes
+            with closing(results), _bar(len(pictures), "picture") as bar:
+                for outcome in itertools.chain(settled, results):
+                    outcomes.append(outcome)
+                    _tell(outcome, bar)
         except BaseException as error:  # an interrupted night has a report, too
             stopped = error
             if not outcomes:
                 raise
         text = io.StringIO(newline="")
-        writer = csv.writer(text)
-        writer.writerow(Outcome._fields)
-        writer.writerows(outcomes[name] for name in sorted(outcomes))
+        csv.writer(text).writerows([Outcome._fields, *sorted(outcomes)])
         file.write(text.getvalue().encode("utf-8", "surrogateescape"))
     if stopped is not None:
         raise stopped
+    _sum_up(outcomes, tried, time.perf_counter() - started, report)
 
 
 def read_report(path: str) -> dict[str, Outcome]:
     """Return the outcomes of a report by file; none if there is no report, or not one of ours."""
-    if not os.path.isfile(path):
+    if not os.path.exists(path):
         return {}
     with open(path, encoding="utf-8", errors="surrogateescape", newline="") as file:
-        table = csv.DictReader(file)
-        if tuple(table.fieldnames or ()) != Outcome._fields:
-            return {}
-        rows = [Outcome(**row) for row in table if None not in row]
-    return {row.file: row for row in rows}
+        names, *rows = list(csv.reader(file)) or [()]
+    if tuple(names) != Outcome._fields:
+        return {}
+    return {row[0]: Outcome(*row) for row in rows}
 
 
 def _plan(pictures: list[str], options: argparse.Namespace, settings: Settings,
@@ -8389,7 +8274,7 @@ def _plan(pictures: list[str], options: argparse.Namespace, settings: Settings,
                 if other != path:
                     raise BgError(f"{path} and {other} would both write {output}; "
                                   "rename one of them, or do it alone into another folder")
-        except Exception as error:
+        except BgError as error:
             settled.append(Outcome(path, FAILED, message=_told(error)))
             continue
         if options.skip_done and _is_done(task):
@@ -8421,13 +8306,12 @@ def _tell(outcome: Outcome, bar) -> None:
             logger.info(f"{outcome.file}: done, {outcome.seconds} s")
 
 
-def _sum_up(rows: Iterable[Outcome], tried: int, seconds: float, report: str) -> None:
+def _sum_up(outcomes: list[Outcome], tried: int, seconds: float, report: str) -> None:
     """Log what came of all pictures; raises BgError if some failed."""
-    numbers = Counter(row.outcome for row in rows)
-    total = sum(numbers.values())
+    numbers = Counter(row.outcome for row in outcomes)
+    total = len(outcomes)
     noun = "picture" if total == 1 else "pictures"
-    kinds = [kind for kind in (DONE, WARNED, FAILED, SKIPPED) if numbers[kind]]
-    parts = [f"{numbers[kind]} {kind}" for kind in kinds]
+    parts = [f"{count} {outcome}" for outcome, count in sorted(numbers.items())]
     line = f"{total} {noun}: {', '.join(parts)}"
     if tried:
         line += f"; {seconds / tried:.1f} s a picture, {seconds:.1f} s in all"
@@ -8462,31 +8346,12 @@ def _try_picture(task: Task, interrupts: _Interrupts) -> Outcome:
 def _outcome(task: Task, result: Result, warned: list[str]) -> Outcome:
     """Put a result into the words and digits of a row."""
     sky = result.prepared.sky
-    numbers = {
-        "sky_share": sky.share,
-        "smoothing": result.settings.smoothing,
-        "gradient_before": result.gradient_before,
-        "gradient_after": result.gradient_after,
-        "clipped": result.clipped,
-    }
-    digits = {
-        name: "" if math.isnan(number) else f"{number:.5g}" for name, number in numbers.items()}
-    return Outcome(
-        task.input_file, WARNED if warned else DONE, message=" | ".join(warned),
-        confidence=f"unsure: {sky.unsure}" if sky.unsure else "sure", **digits)
-
-
-def _jobs_that_fit(jobs: int, pictures: list[str]) -> int:
-    """Return how many of the wanted processes there is work and memory for."""
-    jobs = min(jobs, len(pictures), MOST_JOBS)
-    largest = max(map(os.path.getsize, pictures), default=0)
-    needed = TENSORFLOW_BYTES + COPIES_IN_MEMORY * largest
-    free = _free_memory()
-    room = max(1, int(min(free / needed, jobs)))
-    if room < jobs:
-        logger.warning(f"there is memory for {room} of {jobs} jobs "
-                       f"({free / 1e9:.1f} GB are free, and each needs {needed / 1e9:.1f} GB)")
-    return min(jobs, room)
+    numbers = (sky.share, result.settings.smoothing, result.gradient_before,
+               result.gradient_after, result.clipped)
+    digits = ["" if math.isnan(number) else f"{number:.5g}" for number in numbers]
+    confidence = f"unsure: {sky.unsure}" if sky.unsure else "sure"
+    outcome = WARNED if warned else DONE
+    return Outcome(task.input_file, outcome, *digits, confidence, message=" | ".join(warned))
 
 
 # Many pictures: executors
@@ -8495,16 +8360,10 @@ _one_at_a_time = threading.Lock()
 
 
 def do_picture(given: dict, folder: str) -> tuple:
-    """Do one picture for an executor.
+    """Do one picture for an executor; takes and gives the fields of a `Task` and an `Outcome`.
 
-    A worker of Dask may have several threads. TensorFlow, the log, and memory are one for all.
-
-    Args:
-        given: the fields of a `Task`, and in it those of `Settings`.
-        folder: the one that its paths start from.
-
-    Returns:
-        The fields of an `Outcome`.
+    Paths start from `folder`. A worker of Dask may have several threads, but TensorFlow, the log,
+    and memory are one for all.
     """
     with _one_at_a_time, _Interrupts() as interrupts:
         os.chdir(folder)
@@ -8516,15 +8375,12 @@ def do_picture(given: dict, folder: str) -> tuple:
 
 
 def _by_executor(executor: Executor, work: Callable, to_do: list[Task]) -> Iterator[Outcome]:
-    """Have work done on all pictures, in the order in which they are ready.
+    """Have work done on all pictures, as they are ready; what is done is taken out of `to_do`.
 
-    What is done is taken out of `to_do`.
+    BrokenExecutor, CancelledError, and OSError are the end of the executor.
     """
     folder = os.getcwd()
-    try:
-        tasks = {executor.submit(work, asdict(task), folder): task for task in to_do}
-    except OSError as error:  # a process could not be started, or died at once
-        raise BrokenExecutor from error
+    tasks = {executor.submit(work, asdict(task), folder): task for task in to_do}
     for future in as_completed(tasks):
         task = tasks[future]
         try:
@@ -8550,7 +8406,7 @@ def _by_processes(to_do: list[Task], count: int) -> Iterator[Outcome]:
         executor = ProcessPoolExecutor(count, spawned, _start_process)
         try:
             yield from _by_executor(executor, do_picture, to_do)
-        except BrokenExecutor:
+        except (BrokenExecutor, OSError):  # such as one that could not be started
             if count == 1:
                 message = "the process that did it has died; is there enough memory?"
                 yield Outcome(to_do.pop(0).input_file, FAILED, message=message)
@@ -8576,11 +8432,7 @@ def _start_process() -> None:
 
 
 def _by_dask(to_do: list[Task], address: str) -> Iterator[Outcome]:
-    """Do pictures by the workers of a Dask scheduler, which get this script.
-
-    Raises:
-        BgError: Dask is not installed, or no scheduler answers, or it ends.
-    """
+    """Do pictures by the workers of a Dask scheduler, which get this script."""
     try:
         import distributed
     except ImportError:
@@ -8605,7 +8457,7 @@ def _by_dask(to_do: list[Task], address: str) -> Iterator[Outcome]:
                            f"(start one with: dask worker --nthreads 1 {address})")
         try:
             yield from _by_executor(client.get_executor(pure=False), script.do_picture, to_do)
-        except (CancelledError, distributed.comm.CommClosedError):
+        except (CancelledError, OSError):
             raise BgError(f"the Dask scheduler has ended, after {number - len(to_do)} of {number} "
                           "pictures; start it again, and go on with --skip-done") from None
 
@@ -8626,14 +8478,9 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"bgoptimizer: error: {message}; see --help\n")
 
 
-def _number_or_auto(text: str) -> float | None:
-    """Read what --smoothing takes; None stands for auto."""
-    if text == "auto":
-        return None
-    try:
-        return float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither auto nor a number") from None
+def auto_or_number(text: str) -> float | None:
+    """Read what --smoothing takes; None stands for auto. Argparse shows this function's name."""
+    return None if text == "auto" else float(text)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -8642,90 +8489,79 @@ def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="bgoptimizer.py", description=purpose, epilog=heading + examples, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("input_file", nargs="+",
+    parser.add_argument(
+        "input_file", nargs="+",
         help="linear XISF, FITS or TIFF picture, gray or RGB; or several, a folder of them, or a "
              'pattern such as "lights/*.fit"')
-    add("output_path", nargs="?", default=".",
+    parser.add_argument(
+        "output_path", nargs="?", default=".",
         help="folder for what is written; made if missing (default: .)")
-    add("-c", "--compress", action="store_true",
-        help="compress the outputs without loss: lz4hc with byte shuffling, in FITS GZIP_2, in "
-             "TIFF deflate (default: off)")
-    add("-dx", "--downscaling-factor", type=int,
-        help="side of the blocks of pixels that the fit sees as one pixel (default: %(default)s)")
-    add("-df", "--downscaling-func", choices=("median", "mean"), metavar="DOWNSCALING_FUNC",
-        help="what a block is reduced to, median or mean; the median drops small stars "
-             "(default: %(default)s)")
-    add("-dq", "--delinearization-quantile", type=float,
-        help="quantile of the picture that the stretch takes to 1; the fit does not see what is "
-             "brighter. A lower one stretches more; raise it if the preview shows blown out sky "
-             f"(default: {DEFAULT_QUANTILE}, with --auto {AUTO_QUANTILE})")
-    add("-p", "--preview", action="store_true",
-        help="show stretch and mask: in a window to try settings and draw a mask in, without a "
-             "display as a picture that is saved (default: off)")
-    add("-N", dest="points", metavar="N", type=int,
-        help="number of control points that the fit trains; --smoothing decides how stiff the "
-             f"surface is (default: {DEFAULT_POINTS}, with --auto {AUTO_POINTS})")
-    add("-O", dest="order", metavar="O", type=int, choices=(1, 2, 3, 4),
-        help="order of the spline, 1 to 4; 2 is a thin plate, 3 is cubic (default: %(default)s)")
-    add("-tm", "--threshold-min", type=float,
-        help="leave out what is darker than this in the stretched picture (default: %(default)s)")
-    add("-tM", "--threshold-max", type=float,
-        help="leave out what is brighter than this in the stretched picture; lower it to mask "
-             "objects (default: %(default)s)")
-    add("-m", "--mask",
-        help="mask in XISF, FITS or TIFF, as high and wide as the picture, with 1 channel or as "
-             "many: 1 = use, 0 = leave out, between = weight (default: none)")
-    add("-i", "--initializer", choices=("random", "grid"), metavar="INITIALIZER",
-        help="where the control points start, random or grid (default: %(default)s)")
-    add("-e", "--epochs", type=int,
-        help="most epochs; the fit stops earlier if nothing improves (default: %(default)s)")
-    add("-a", "--alpha", type=float,
-        help="weight of the penalties on a sky that is negative or brighter than the picture "
-             "(default: %(default)g)")
-    add("-B", dest="batch", metavar="B", type=int,
-        help=f"batch size: independent samples of {SAMPLE_CELLS} cells that the fit sees "
-             "(default: %(default)s)")
-    add("-lr", dest="learning_rate", metavar="LR", type=float,
-        help="learning rate at the start (default: %(default)s)")
 
-    add = parser.add_argument_group("more").add_argument
-    add("--auto", action="store_true",
-        help="find objects and leave them out; flags given by hand stay in force (default: off)")
-    add("--reference", metavar="FILE",
-        help="another picture of the region in XISF, FITS or TIFF, whose sky is flat or gentler; "
-             "it tells nebula from glow. It is laid on the picture by plate solutions, or stars, "
-             "and implies --auto (default: none)")
-    add("--smoothing", type=_number_or_auto, metavar="{auto,NUMBER}",
-        help="stiffness of the surface: 10000 is a plane, 1000 a plane with a bowl, 0.001 follows "
-             "all that is smooth (default: auto, found from the picture)")
+    def add(*flags, help, default="%(default)s", **kind):
+        parser.add_argument(*flags, help=f"{help} (default: {default})", **kind)
+
+    switch = {"action": "store_true", "default": "off"}
+    add("-c", "--compress", **switch,
+        help="compress without loss: XISF by LZ4-HC and byte shuffling, FITS by GZIP_2, TIFF by "
+             "deflate")
+    add("-dx", "--downscaling-factor", type=int,
+        help="side of the blocks of pixels that the fit sees as one pixel")
+    add("-df", "--downscaling-func", choices=("median", "mean"), metavar="DOWNSCALING_FUNC",
+        help="what a block is reduced to, median or mean; the median drops small stars")
+    add("-dq", "--delinearization-quantile", type=float,
+        default=f"{DEFAULT_QUANTILE}, with --auto {AUTO_QUANTILE}",
+        help="quantile taken to 1; what is above is clipped; raise it if the preview shows "
+             "clipped sky")
+    add("-p", "--preview", **switch,
+        help="try settings in a window, draw a mask; without a display, a picture of stretch and "
+             "mask is saved")
+    add("-N", dest="points", metavar="N", type=int,
+        default=f"{DEFAULT_POINTS}, with --auto {AUTO_POINTS}",
+        help="number of control points that the fit trains")
+    add("-O", dest="order", metavar="O", type=int,
+        help="order of the spline, 1 to 4; 2 is a thin plate, 3 is cubic")
+    add("-tm", "--threshold-min", type=float,
+        help="leave out what is darker than this in the stretched picture")
+    add("-tM", "--threshold-max", type=float,
+        help="leave out what is brighter than this in the stretched picture")
+    add("-m", "--mask", default="none",
+        help="a picture of the same size, 1 channel or as many: 1 = use, 0 = leave out, between = "
+             "weight")
+    add("-i", "--initializer", choices=("random", "grid"), metavar="INITIALIZER",
+        help="where the control points start, random or grid")
+    add("-e", "--epochs", type=int, help="most epochs; the fit ends before when nothing improves")
+    add("-a", "--alpha", type=float, default="%(default)g",
+        help="weight of the penalties on a sky that is negative or brighter than the picture")
+    add("-B", dest="batch", metavar="B", type=int,
+        help=f"batch size: independent samples of {SAMPLE_CELLS} cells that the fit sees")
+    add("-lr", dest="learning_rate", metavar="LR", type=float, help="learning rate at the start")
+    add("--auto", **switch,
+        help="find objects and leave them out; flags given by hand stay in force")
+    add("--reference", metavar="FILE", default="none",
+        help="another picture of the region with a gentler sky, which tells nebula from glow; it "
+             "implies --auto")
+    add("--smoothing", type=auto_or_number, metavar="{auto,NUMBER}",
+        default="auto, found from the picture",
+        help="stiffness: 10000 is a plane, 1000 adds a bowl, 0.001 follows all that is smooth")
     add("--correction", choices=("subtract", "divide"),
-        help="what is done with the sky: subtract it, or divide by it, against vignetting "
-             "(default: %(default)s)")
-    add("--format", choices=tuple(FORMATS),
-        help="format of the outputs (default: the one of the input)")
-    add("--seed", type=int,
-        help="seed of random numbers; one command gives one result (default: %(default)s)")
-    add("--save-mask", action="store_true",
-        help="also write <name>_mask.xisf, the mask in force, to edit and give back with -m "
-             "(default: off)")
-    add("--figures", choices=("auto", "show", "save", "none"), default="auto",
-        help="result figure or preview: show it in a window or notebook, save it as PNG, or "
-             "neither; auto shows it where it can, and saves the preview where it cannot "
-             "(default: %(default)s)")
-    add("--animate", action="store_true",
-        help="also write <name>_optimization.gif: how the surface settles (default: off)")
-    add("--skip-done", action="store_true",
-        help="leave out pictures whose outputs are there and newer than they are (default: off)")
-    add("--jobs", type=int, metavar="N",
-        help="do the pictures of a folder in N processes, as far as memory allows "
-             "(default: 1)")
-    add("--dask", metavar="ADDRESS",
-        help="do the pictures of a folder on the workers of the Dask scheduler at this address, "
-             "such as tcp://host:8786; they need to see the same files (default: none)")
-    add("--quiet", action="store_true", help="print warnings and errors only (default: off)")
-    add("--version", action="version", version=f"bgoptimizer {VERSION}")
-    parser.set_defaults(**vars(Settings()))
+        help="what is done with the sky: subtract it, or divide by it, against vignetting")
+    add("--format", choices=tuple(FORMATS), default="the one of the input",
+        help="format of the outputs")
+    add("--seed", type=int, help="seed of all random numbers")
+    add("--save-mask", **switch, help="also write the mask, to edit it and give it back with -m")
+    add("--figures", choices=("auto", "show", "save", "none"),
+        help="figure or preview: show it, save it as PNG, or none; auto shows it where that is "
+             "possible, and saves the preview where it is not")
+    add("--animate", **switch, help="also write an animation of how the surface settles")
+    add("--skip-done", **switch, help="leave out pictures whose outputs are newer than they are")
+    add("--jobs", type=int, metavar="N", default="1",
+        help="pictures of a folder that are done at the same time, each in a process")
+    add("--dask", metavar="ADDRESS", default="none",
+        help="the address of a Dask scheduler, such as tcp://host:8786, whose workers do the "
+             "pictures; they need to see the same files")
+    add("--quiet", **switch, help="print warnings and errors only")
+    parser.add_argument("--version", action="version", version=f"bgoptimizer {VERSION}")
+    parser.set_defaults(**vars(Settings()), figures="auto")
     return parser
 
 
@@ -8745,20 +8581,16 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Settings]:
     if others and not (PICTURE_ENDINGS.search(last) and os.path.isfile(last)):
         options.input_file = others
         options.output_path = last
-    for flag, given in (("--save-mask", options.save_mask), ("--animate", options.animate)):
-        if given and options.preview:
-            parser.error(f"--preview writes nothing but itself; leave it or {flag} out")
-    if options.jobs is not None and options.dask is not None:
-        parser.error("--jobs starts workers here and --dask uses those of a scheduler; "
-                     "leave one of them out")
-    if options.jobs is not None and options.jobs < 1:
-        parser.error("--jobs must be 1 or more")
+    if options.preview and (options.save_mask or options.animate):
+        parser.error("--preview writes nothing but itself, no --save-mask and no --animate")
+    if options.jobs is not None and (options.jobs < 1 or options.dask is not None):
+        parser.error("--jobs must be 1 or more, and does not go with --dask")
     options.auto = options.auto or options.reference is not None
+    chosen = {item.name: getattr(options, item.name) for item in fields(Settings)}
     try:
-        settings = Settings(**{item.name: getattr(options, item.name) for item in fields(Settings)})
+        return options, Settings(**chosen)
     except ValueError as error:
         parser.error(str(error))
-    return options, settings
 
 
 def flag_words(options: argparse.Namespace, settings: Settings, mask: str | None) -> list[str]:
@@ -8802,8 +8634,8 @@ def main(argv: Sequence[str] | None = None,
             options, settings = _parse(argv)
             console = _Console(logging.WARNING if options.quiet else logging.INFO)
             with _logging_to(console, *logger.handlers):
-                asked = (options.jobs, options.dask, options.skip_done) != (None, None, False)
-                if asked or names_many(options.input_file):
+                many = options.jobs or options.dask or options.skip_done
+                if many or names_many(options.input_file):
                     run_many(options, settings, interrupts)
                 else:
                     _run_one(options, settings, interrupts, use)
@@ -8811,32 +8643,24 @@ def main(argv: Sequence[str] | None = None,
     except SystemExit as stop:  # argparse has said why
         return stop.code or 0
     except KeyboardInterrupt:
-        return _fail("interrupted; what was not finished was not written",
-                     128 + (interrupts.asked or signal.SIGINT))
+        code = 128 + (interrupts.asked or signal.SIGINT)
+        message = "interrupted; what was not finished was not written"
     except BrokenPipeError:  # whoever read our lines has left
-        # Python flushes stdout at its end, and would complain once more
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())
         return 1
     except Exception as error:
-        return _fail(_told(error))
+        code = 1
+        message = _told(error)
+    print(f"bgoptimizer: error: {message}", file=sys.stderr)
+    return code
 
 
 def command() -> None:
-    """Run the command line and leave.
-
-    All is written by then. What Python and TensorFlow would still put away takes 0.6 s.
-    """
+    """Run the command line and leave. What Python and TensorFlow would put away takes 0.6 s."""
     code = main()
     for stream in (sys.stdout, sys.stderr):
         with suppress(AttributeError, OSError):  # there is no such stream, or nobody listens
             stream.flush()
     os._exit(code)
-
-
-def _fail(message: str, code: int = 1) -> int:
-    print(f"bgoptimizer: error: {message}", file=sys.stderr)
-    return code
 
 
 class _Console(logging.Handler):
@@ -8856,17 +8680,16 @@ def _run_one(options: argparse.Namespace, settings: Settings, interrupts: _Inter
     started = time.perf_counter()
     place = _place_for_figure(options)
     task = _make_task(*options.input_file, options, settings, place)
-    if options.preview and place == "window":
+    if not options.preview:
+        process_file(task, _watched_fit(settings.epochs, interrupts))
+    elif place == "window":
         work_in_window(task, options, settings, interrupts)
         return
-    if options.preview and place == "notebook" and importlib.util.find_spec("ipywidgets"):
+    elif place == "notebook" and importlib.util.find_spec("ipywidgets"):
         preview_in_panel(task, options, settings, use)
         return
-    _check_folder(options)
-    if options.preview:
-        preview_file(task)
     else:
-        process_file(task, _watched_fit(settings.epochs, interrupts))
+        preview_file(task)
     for path in task.written:
         logger.info(f"wrote {path}")
     logger.info(f"{time.perf_counter() - started:.1f} s")
@@ -8877,17 +8700,13 @@ def _run_one(options: argparse.Namespace, settings: Settings, interrupts: _Inter
 
 def _place_for_figure(options: argparse.Namespace) -> str | None:
     """Return where the preview or the figure goes: "notebook", "window", "file", or None."""
-    if options.figures == "none":
-        return None
-    if options.figures == "save":
-        return "file"
+    if options.figures in ("none", "save"):
+        return "file" if options.figures == "save" else None
     kind = display_kind()
-    if kind is not None:
-        return kind
-    if options.figures == "show":
+    if kind is None and options.figures == "show":
         raise BgError(
             "there is neither a notebook nor a window to show figures in; use --figures save")
-    return "file" if options.preview else None
+    return kind or ("file" if options.preview else None)
 
 
 if __name__ == "__main__":

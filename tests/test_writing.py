@@ -289,13 +289,6 @@ def test_a_folder_named_like_an_output_is_found_before_the_fit(
     assert os.listdir("out") == [name]
 
 
-@pytest.mark.parametrize("name", ["a\0b", "a\ud800b"])
-def test_a_name_that_no_folder_can_have_is_one_clear_line(name, sky, folder, capsys):
-    assert run("sky.xisf", name) == 1
-    said = refused(capsys)
-    assert "no name of a folder can have" in said and "bug" not in said
-
-
 def test_names_as_long_as_the_system_takes_can_be_written(folder):
     write("m" * 250 + ".tif")
     assert len(os.listdir(".")) == 1
@@ -383,22 +376,6 @@ def test_tensorflow_that_has_no_room_is_not_to_be_installed_again(folder, monkey
     monkeypatch.setattr(bgoptimizer.importlib, "import_module", fails)
     with pytest.raises(MemoryError):
         bgoptimizer.import_tensorflow()
-
-
-LIMITED = """
-import resource, sys, bgoptimizer
-resource.setrlimit(resource.RLIMIT_AS, (int(sys.argv[1]), resource.RLIM_INFINITY))
-sys.exit(bgoptimizer.main(["sky.xisf", "out", "-e", "2"]))
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts addresses as Linux does")
-@pytest.mark.parametrize("limit", [1_200_000_000, 1_700_000_000])
-def test_a_limit_on_addresses_is_told_before_tensorflow_meets_it(limit, sky, folder):
-    done = python(LIMITED, str(limit), cwd=folder)  # TensorFlow itself may abort
-    assert "more memory is needed" in done.stderr and "Traceback" not in done.stderr
-    assert "install" not in done.stderr
 
 
 @SIGNALS
