@@ -49,7 +49,6 @@ import argparse
 import base64
 import copy
 import csv
-import errno
 import functools
 import gc
 import glob
@@ -67,7 +66,6 @@ import os
 import platform
 import re
 import shlex
-import shutil
 import signal
 import stat
 import subprocess
@@ -7256,7 +7254,6 @@ def read_inputs(task: Task, opened: Callable[[str], OpenedReference] = open_refe
     if lone:
         logger.info(f"{lone} lone samples of 0 are taken for dark sky, not for missing data")
     if "model" in task.outputs:  # there will be a fit
-        _check_room(task, picture.planes)
         _start_importing()
     mask = None
     if task.mask_file is not None:
@@ -7273,17 +7270,6 @@ def _read_and_warn(read: Callable[[str], Picture], path: str) -> Picture:
     for text in picture.warnings:
         logger.warning(f"{path} {text}")
     return picture
-
-
-def _check_room(task: Task, planes: np.ndarray) -> None:
-    """Refuse if the outputs do not fit on the disk."""
-    folder = os.path.dirname(task.outputs["model"]) or "."
-    needed = len(task.outputs) * planes.nbytes  # an animation is smaller than that
-    free = shutil.disk_usage(folder).free
-    if free < needed and not task.compress:  # nobody knows how large those will be
-        raise BgError(f"{folder} has {free / 1e6:.3g} MB free and the outputs need "
-                      f"{needed / 1e6:.3g} MB; free space, choose another folder, "
-                      "or try --compress")
 
 
 @functools.lru_cache(maxsize=None)  # so that only the first call does anything
@@ -7913,7 +7899,6 @@ class PreviewWindow(Preview):
             options = argparse.Namespace(**{**vars(self.options), "mask": self.write_mask(view)})
             task = _make_task(*options.input_file, options, view.settings, None)
             with atomic_outputs(*task.outputs.values()) as files:
-                _check_room(task, result.planes)
                 _write_outputs(task, self.picture, result, files)
             return task.written
 

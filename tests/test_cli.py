@@ -6,7 +6,6 @@ import re
 import signal
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import numpy as np
@@ -382,16 +381,6 @@ def test_too_little_memory_says_what_helps(sky, folder, capsys, monkeypatch):
     monkeypatch.setattr(bgoptimizer, "examine", exhausted)
     assert run("sky.xisf") == 1
     assert "memory" in refused(capsys)
-
-
-def test_too_little_disk_is_said_before_the_fit(sky, folder, capsys, monkeypatch):
-    def almost_full(_):
-        return types.SimpleNamespace(free=1000)  # bytes
-
-    monkeypatch.setattr(bgoptimizer.shutil, "disk_usage", almost_full)
-    monkeypatch.setattr(bgoptimizer, "fit_sky", None)
-    assert run("sky.xisf", *FAST) == 1
-    assert "0.001 MB free" in refused(capsys)
 
 
 def test_a_failure_while_writing_leaves_nothing_behind(sky, folder, capsys, monkeypatch):
