@@ -2183,7 +2183,8 @@ def _hidden_file(path):
         _remove(name)  # Windows removes no file that a run has open
     is_ours = is_new = not os.path.exists(name)
     try:
-        with open(name, "r+b", opener=_open_or_make) as file:
+        open(name, "ab").close()  # so that it is there
+        with open(name, "r+b") as file:
             is_ours = _has_alone(file, name, is_new)
             if not is_ours:
                 raise BgError(f"another run is writing {path}; wait until it ends, or choose "
@@ -2194,10 +2195,6 @@ def _hidden_file(path):
         if is_ours:
             _remove(name)
         raise
-
-
-def _open_or_make(name, flags):
-    return os.open(name, flags | os.O_CREAT, 0o666)
 
 
 def _has_alone(file, name, is_new):
@@ -7139,9 +7136,8 @@ class Task:
     @property
     def title(self) -> str:
         """The name of the picture, as it can be drawn."""
-        name = os.path.basename(self.input_file)
-        name = name.encode("utf-8", "replace").decode()
-        return name.replace("$", r"\$")  # matplotlib would take it for a formula
+        name = os.path.basename(self.input_file).encode("utf-8", "replace")
+        return name.decode().replace("$", r"\$")  # matplotlib would take it for a formula
 
     @property
     def written(self) -> list[str]:
@@ -7205,15 +7201,9 @@ def _check_output(path: str, kept: Iterable[str]) -> None:
 
 def process_file(task: Task, watched: ContextManager = nullcontext(),
                  opened: Callable[[str], OpenedReference] = open_reference) -> Result:
-    """Take the sky out of one picture, from file to files.
+    """Take the sky out of one picture, from file to files; raises BgError if that cannot be done.
 
-    Args:
-        task: its paths have been checked.
-        watched: as for `remove_sky`.
-        opened: takes the path of a reference to what `open_reference` gives.
-
-    Raises:
-        BgError: the picture cannot be done.
+    `watched` is as for `remove_sky`. `opened` takes the path of a reference to what is in it.
     """
     with _heard() as said, atomic_outputs(*task.outputs.values()) as files:
         picture, mask, reference = read_inputs(task, opened)
@@ -7337,7 +7327,13 @@ def _history(task: Task, result: Result) -> list[str]:
     date = now.strftime("%Y-%m-%dT%H:%M:%S.%fZ")
     lines = [f"{name} = {value}" for name, value in vars(settings).items()]
     lines.append(f"mask = {task.mask_file and os.path.basename(task.mask_file)}")
-    lines += _facts_of_reference(result.prepared)
+    reference = result.prepared.reference
+    if reference is not None:
+        lines.append(f"reference = {reference.name}, SHA-256 {reference.checksum}")
+    shared = result.prepared.sky.shared
+    if shared is not None:
+        lines.append(f"the reference {shared.verdict}; {'used' if shared.used else 'not used'}")
+        lines += gains_in_words(shared)
     lines.append(f"control points used = {len(result.fit.positions)}")
     lines.append(result.fit.stopped)
     what = "offset" if settings.correction == "subtract" else "model's median"
@@ -7351,19 +7347,6 @@ def _history(task: Task, result: Result) -> list[str]:
     return [f"bgoptimizer {VERSION}, {date}"] + lines
 
 
-def _facts_of_reference(prepared: Prepared) -> list[str]:
-    """Return lines that tell what reference was given, and what became of it."""
-    reference = prepared.reference
-    if reference is None:
-        return []
-    lines = [f"reference = {reference.name}, SHA-256 {reference.checksum}"]
-    shared = prepared.sky.shared
-    if shared is not None:
-        lines.append(f"the reference {shared.verdict}; {'used' if shared.used else 'not used'}")
-        lines += gains_in_words(shared)
-    return lines
-
-
 class _Interrupts:
     """Ctrl-C, or another wish to end the run, that cannot get lost.
 
@@ -7371,12 +7354,11 @@ class _Interrupts:
     nothing is raised while `patient`: then `check` does it.
     """
 
-    def __init__(self):
-        self.asked = 0  # number of the signal
-        self.patient = False
-        self.before = {}
+    asked = 0  # number of the signal
+    patient = False
 
     def __enter__(self):
+        self.before = {}
         names = "SIGINT", "SIGTERM", "SIGHUP"
         for number in [getattr(signal, name) for name in names if hasattr(signal, name)]:
             before = signal.getsignal(number)
@@ -8114,9 +8096,6 @@ DONE, WARNED, FAILED, SKIPPED = "done", "warned", "failed", "skipped"
 OWN_OUTPUTS = ("_bgModel", "_bgSubtracted", "_bgDivided", "_mask")
 """How names of pictures end that this tool has written. They are nothing to work on."""
 
-MOST_JOBS = 61
-"""Windows cannot wait for more processes."""
-
 PATIENCE_WITH_SCHEDULER = 15
 """Seconds until a scheduler that does not answer is taken for absent."""
 
@@ -8146,11 +8125,12 @@ def find_pictures(where: str | Sequence[str], *used: str | None) -> list[str]:
         used: paths of the mask and of the reference, or None.
     """
     named = [where] if isinstance(where, str) else list(where)
-    if not names_many(named):
+    files = sorted({path for name in named for path in _files_at(name)})
+    if files == named and len(named) == 1:
         return named
     used = {os.path.realpath(path) for path in used if path is not None}
     pictures, others = [], []
-    for path in sorted({path for name in named for path in _files_at(name)}):
+    for path in files:
         if os.path.isdir(path) or os.path.realpath(path) in used:
             continue
         is_own = picture_stem(path).endswith(OWN_OUTPUTS)
@@ -8160,16 +8140,11 @@ def find_pictures(where: str | Sequence[str], *used: str | None) -> list[str]:
             pictures.append(path)
     if others:  # they may be somebody's pictures all the same
         some = textwrap.shorten(", ".join(others), 200, placeholder=" ...")
-        logger.info(f"left out, as named like no picture or like outputs of this tool: {some}")
+        logger.info(f"left out by name (no pictures, or outputs of this tool): {some}")
     if not pictures:
         raise BgError(f"{', '.join(named[:3])} holds no XISF, FITS or TIFF pictures to work on; "
                       "check the name of the folder, or the pattern")
     return pictures
-
-
-def names_many(named: Sequence[str]) -> bool:
-    """Tell a folder, a pattern, or several names from the name of one picture."""
-    return len(named) > 1 or _files_at(named[0]) != named
 
 
 def _files_at(name: str) -> list[str]:
@@ -8185,21 +8160,19 @@ def _files_at(name: str) -> list[str]:
     return glob.glob(name, recursive=True)
 
 
-def run_many(options: argparse.Namespace, settings: Settings, interrupts: _Interrupts) -> None:
-    """Do all pictures that the command line names, and write the report.
+def run_many(pictures: list[str], options: argparse.Namespace, settings: Settings,
+             interrupts: _Interrupts) -> None:
+    """Do all these pictures as the command line says, and write the report.
 
     Until it is written no other run can write it, so no two runs work on one folder. A BgError is
     raised if nothing can be done at all, and if some of the pictures failed.
     """
     started = time.perf_counter()
-    pictures = find_pictures(options.input_file, options.mask, options.reference)
-    if options.preview:
-        raise BgError(f"--preview shows one picture; name it, such as {pictures[0]}")
-    if options.figures == "show":
-        raise BgError("--figures show is for one picture; use --figures save")
+    if options.preview or options.figures == "show":
+        raise BgError("--preview and --figures show are for one picture; "
+                      f"name it, such as {pictures[0]}")
     for path, read in ((options.mask, read_mask), (options.reference, _open_reference_once)):
         if path is not None:
-            _check_given([path])
             read(path)  # so that a bad one is told once
     report = os.path.join(options.output_path, REPORT_NAME)
     _check_output(report, pictures)
@@ -8208,7 +8181,7 @@ def run_many(options: argparse.Namespace, settings: Settings, interrupts: _Inter
     with atomic_outputs(report) as (file,):
         to_do, settled = _plan(pictures, options, settings, report)
         tried = len(to_do)
-        jobs = min(options.jobs or 1, tried, MOST_JOBS)
+        jobs = min(options.jobs or 1, tried, 61)  # Windows cannot wait for more processes
         if options.dask is not None and to_do:
             results = _by_dask(to_do, options.dask)
         elif jobs > 1:
@@ -8424,8 +8397,8 @@ def _by_dask(to_do: list[Task], address: str) -> Iterator[Outcome]:
         raise BgError("--dask needs Dask; install it with: "
                       'python -m pip install "dask[distributed]"') from None
     # Dask hands a function of a module over by its name, and one of a script with all it uses
-    name, _ = os.path.splitext(os.path.basename(__file__))
-    script = importlib.import_module(name if __name__ == "__main__" else __name__)
+    name = Path(__file__).stem if __name__ == "__main__" else __name__
+    script = importlib.import_module(name)
     for name in ("distributed", "distributed.client"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # we say what matters
     try:
@@ -8619,9 +8592,10 @@ def main(argv: Sequence[str] | None = None,
             options, settings = _parse(argv)
             console = _Console(logging.WARNING if options.quiet else logging.INFO)
             with _logging_to(console, *logger.handlers):
-                many = options.jobs or options.dask or options.skip_done
-                if many or names_many(options.input_file):
-                    run_many(options, settings, interrupts)
+                pictures = find_pictures(options.input_file, options.mask, options.reference)
+                reported = options.jobs or options.dask or options.skip_done
+                if reported or len(pictures) > 1 or pictures != options.input_file:
+                    run_many(pictures, options, settings, interrupts)
                 else:
                     _run_one(options, settings, interrupts, use)
         return 0

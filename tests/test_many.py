@@ -171,7 +171,7 @@ def test_what_a_folder_leaves_out_is_told(lights, capsys):
     assert len(found) == 8
     assert run("lights", "out", "--figures", "show") == 1
     said = capsys.readouterr().out
-    assert "left out, " in said and "hidden" not in said
+    assert "left out by name" in said and "hidden" not in said
     assert ": lights/a_bgModel.xisf, lights/galaxy_mask.xisf, lights/notes.txt\n" in said
 
 
@@ -191,9 +191,10 @@ def test_the_second_run_on_a_folder_is_refused_and_disturbs_nothing(lights, caps
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["-p"], "--preview shows one picture; name it, such as lights/a.xisf"),
-    (["--figures", "show"], "use --figures save"),
-    (["-m", "absent.xisf"], "absent.xisf does not exist")])
+    (["-p"], "for one picture; name it, such as lights/a.xisf"),
+    (["--figures", "show"], "for one picture"),
+    (["-m", "absent.xisf"], "absent.xisf"),
+    (["--reference", "absent.xisf"], "absent.xisf")])
 def test_what_is_not_for_many_is_refused_in_a_line(flags, words, lights, capsys):
     assert run("lights", "out", *flags) == 1
     assert words in refused(capsys)
