@@ -2479,8 +2479,6 @@ class Stretch:
         f(x) = (1 - m) x / ((1 - 4 m) x + 3 m)
 
     with the midtones m. This is the midtones transfer function that takes m to MIDTONES_TARGET.
-    `invert` is exact on [0, 1]. Outside it goes on with the slopes at the ends, because the inverse
-    of f has a pole above 1, and a spline may well get there.
     """
 
     pedestal: np.ndarray
@@ -2492,26 +2490,19 @@ class Stretch:
         m = self.midtones
         x = (linear - self.pedestal) / self.scale
         x = np.clip(x, 0, 1)
-        above = (1 - m) * x
-        below = (1 - 4 * m) * x + 3 * m
-        return above / below
+        return (1 - m) * x / ((1 - 4 * m) * x + 3 * m)
 
     def extend(self, linear: np.ndarray) -> np.ndarray:
-        """Do what `apply` does, but outside [0, 1] go on with the slopes at the ends.
-
-        It is what `invert` undoes.
-        """
+        """Do what `apply` does, but outside [0, 1] go on with the slopes at the ends."""
+        m = self.midtones
         x = (linear - self.pedestal) / self.scale
-        slope_at_0, slope_at_1 = _end_slopes(self.midtones)
         below_0 = np.minimum(x, 0)
         above_1 = np.maximum(x - 1, 0)
-        y = self.apply(linear)
-        return y + slope_at_0 * below_0 + slope_at_1 * above_1
+        return self.apply(linear) + (1 - m) / (3 * m) * below_0 + 3 * m / (1 - m) * above_1
 
     def invert(self, stretched: np.ndarray) -> np.ndarray:
-        """Take stretched samples (..., c) of any range back to linear ones, (..., c)."""
-        x = inverse_midtones(stretched, self.midtones)
-        return x * self.scale + self.pedestal
+        """Undo `extend`: take stretched samples (..., c) back to linear ones, (..., c)."""
+        return inverse_midtones(stretched, self.midtones) * self.scale + self.pedestal
 
     @property
     def white(self) -> np.ndarray:
@@ -2524,34 +2515,21 @@ class Stretch:
         return Stretch(self.pedestal[only], self.scale[only], self.midtones[only])
 
 
-def inverse_midtones(stretched, midtones, library=np):
-    """Undo the midtones transfer function, and go on with the slopes at its ends.
+def inverse_midtones(stretched, m, library=np):
+    """Undo the midtones transfer function, outside [0, 1] with the slopes at its ends.
+
+    It has a pole above 1 itself, and a spline may well get there.
 
     Args:
-        stretched: an array (..., c), or a tensor [..., c].
-        midtones: (c,) or [c].
-        library: numpy, or tensorflow for tensors.
-
-    Returns:
-        What the stretch took there, in units of its scale above the pedestal; as `stretched`.
+        stretched: an array (..., c), or a tensor.
+        m: the midtones, (c,).
+        library: what has `minimum` and `maximum`: numpy, or tensorflow for tensors.
     """
-    m = midtones
-    y = library.maximum(stretched, 0.0)
-    y = library.minimum(y, 1.0)
-    above = 3 * m * y
-    below = (1 - m) - (1 - 4 * m) * y
-    # The slopes of the inverse are the reciprocals, and so are these two of each other
-    slope_at_1, slope_at_0 = _end_slopes(m)
+    y = library.minimum(library.maximum(stretched, 0.0), 1.0)
     below_0 = library.minimum(stretched, 0.0)
     above_1 = library.maximum(stretched - 1, 0.0)
-    return above / below + slope_at_0 * below_0 + slope_at_1 * above_1
-
-
-def _end_slopes(m):
-    """Return the slopes of the stretch with midtones m at 0 and at 1, (c,) each."""
-    slope_at_0 = (1 - m) / (3 * m)
-    slope_at_1 = 3 * m / (1 - m)
-    return slope_at_0, slope_at_1
+    inside = 3 * m * y / ((1 - m) - (1 - 4 * m) * y)
+    return inside + 3 * m / (1 - m) * below_0 + (1 - m) / (3 * m) * above_1
 
 
 def measure_stretch(planes: np.ndarray, quantile: float) -> tuple[Stretch, np.ndarray]:
@@ -2587,17 +2565,17 @@ def measure_stretches(planes: np.ndarray,
                           "remove that channel, or save the picture again")
         low = float(np.min(plane, where=present, initial=np.inf))
         median, *high = _quantiles(plane, present, (0.5, *quantiles))
-        scales = np.array(high) - low
-        if scales.max() < smallest:
+        if max(high) - low < smallest:
             raise BgError(f"{name} has the same value everywhere ({low:.6g}), so it shows no sky; "
                           "raise -dq if a bright object fills the frame, else give a picture with "
                           "content")
-        return low, median, *scales
+        return low, median, *high
 
     measured = _each(measure, range(count))
-    pedestal, median, *scales = np.array(list(measured)).T  # (c,) each
+    pedestal, median, *high = np.array(list(measured)).T  # (c,) each
     stretches = {}
-    for quantile, scale in zip(quantiles, scales):
+    for quantile, white in zip(quantiles, high):
+        scale = white - pedestal
         if scale.min() >= smallest:
             midtones = (median - pedestal) / scale
             midtones = np.clip(midtones, MIDTONES_MARGIN, 1 - MIDTONES_MARGIN)
@@ -3059,10 +3037,9 @@ def shares(prepared: Prepared) -> dict[str, float]:
 # Spline: f(q) = sum_i w_i phi_k(|q - c_i|) + v.q + b
 # --------------------------------------------------------------------------------------------------
 
-_TINY_SQUARED_DISTANCE = 1e-10
+TINY_SQUARED_DISTANCE = 1e-10
 """Replaces smaller squared distances, for which the logarithm and the gradient of the square root
 grow without bound. The value is that of tensorflow-addons."""
-
 
 SPLINE_REGULARIZATION = 1e-4
 """Regularization of the interpolation inside the fit. It keeps the equations solvable where control
@@ -3070,7 +3047,7 @@ points come close to each other. It does not make the surface stiff: the bending
 
 
 def spline_surface(query: np.ndarray, positions: np.ndarray, values: np.ndarray, order: int,
-                   regularization: float) -> np.ndarray:
+                   regularization: float = SPLINE_REGULARIZATION) -> np.ndarray:
     """Evaluate the surface through values at control points, in Float64.
 
     It is that of `interpolate_spline`, for where no gradient is needed. It is linear in the values:
@@ -3086,44 +3063,31 @@ def spline_surface(query: np.ndarray, positions: np.ndarray, values: np.ndarray,
     Returns:
         (..., k).
     """
-    coefficients = _spline_coefficients(positions, order, regularization) @ values
+    n = len(positions)
+    plane = np.c_[positions, np.ones(n)]  # (n, 3)
+    kernels = _kernel(positions, positions, order) + regularization * np.eye(n)
+    system = np.block([[kernels, plane], [plane.T, np.zeros((3, 3))]])
+    unit = np.eye(n + 3, n)
+    try:
+        to_coefficients = np.linalg.solve(system, unit)  # (n + 3, n)
+    except np.linalg.LinAlgError:
+        # Control points stand on one line or on top of each other: take the smallest coefficients
+        to_coefficients = np.linalg.lstsq(system, unit, rcond=None)[0]
+    coefficients = to_coefficients @ values
     weights, slopes, level = np.split(coefficients, (-3, -1))  # (n, k), (2, k), (1, k)
     points = query.reshape(-1, 2)  # (m, 2)
     # In parts: the kernels of all points at once would be the largest array of a run
-    count = 1 + len(points) * len(positions) // STRIP_PIXELS
-    parts = []
-    for part in np.array_split(points, count):
-        kernels = _kernel(part, positions, order)
-        parts.append(kernels @ weights + part @ slopes + level)
-    values_there = np.concatenate(parts)  # (m, k)
-    return values_there.reshape(*query.shape[:-1], -1)
+    count = 1 + len(points) * n // STRIP_PIXELS
+    parts = [_kernel(part, positions, order) @ weights + part @ slopes + level
+             for part in np.array_split(points, count)]
+    return np.concatenate(parts).reshape(*query.shape[:-1], -1)
 
 
-def _spline_coefficients(positions: np.ndarray, order: int, regularization: float) -> np.ndarray:
-    """Return the matrix that takes values at control points to the spline's coefficients.
-
-    It has the shape (n + 3, n). The coefficients are n weights of kernels, two slopes, and a level.
-    """
-    n = len(positions)
-    kernels = _kernel(positions, positions, order)  # (n, n)
-    plane = np.c_[positions, np.ones(n)]  # (n, 3)
-    system = np.zeros((n + 3, n + 3))
-    system[:n, :n] = kernels + regularization * np.eye(n)
-    system[:n, n:] = plane
-    system[n:, :n] = plane.T
-    values = np.eye(n + 3, n)
-    try:
-        return np.linalg.solve(system, values)
-    except np.linalg.LinAlgError:
-        # Control points stand on one line or on top of each other: take the smallest coefficients
-        return np.linalg.lstsq(system, values, rcond=None)[0]
-
-
-def _kernel(query: np.ndarray, positions: np.ndarray, order: int) -> np.ndarray:
+def _kernel(query, positions, order):
     """Return phi_k of the distances of query (m, 2) from positions (n, 2): (m, n)."""
     from scipy.spatial.distance import cdist
     squared = cdist(query, positions, "sqeuclidean")
-    squared = np.maximum(squared, _TINY_SQUARED_DISTANCE)
+    squared = np.maximum(squared, TINY_SQUARED_DISTANCE)
     if order % 2:
         return squared**(order / 2)
     return 0.5 * squared**(order // 2) * np.log(squared)
@@ -3139,7 +3103,7 @@ def interpolate_spline(train_points, train_values, query_points, order, regulari
         train_points: `[b, n, d]` float tensor of control points.
         train_values: `[b, n, k]` float tensor of values there.
         query_points: `[b, m, d]` float tensor of where to evaluate.
-        order: of the polyharmonic kernel, an int.
+        order: of the polyharmonic kernel, 1 to 4.
         regularization_weight: weight on the diagonal of the system; 0 interpolates exactly.
         name: scope of the operations.
 
@@ -3153,30 +3117,23 @@ def interpolate_spline(train_points, train_values, query_points, order, regulari
         c = tf.convert_to_tensor(train_points)
         f = tf.convert_to_tensor(train_values)
         q = tf.convert_to_tensor(query_points)
-        b, n = tf.shape(c)[0], tf.shape(c)[1]
+        n = tf.shape(c)[1]
         d = c.shape[-1]
 
-        r2 = _squared_distances(c, c)
-        matrix_a = _phi(r2, order)  # [b, n, n]
-        if regularization_weight > 0:
-            matrix_a += regularization_weight * tf.eye(n, dtype=c.dtype)
+        matrix_a = _phi(_squared_distances(c, c), order)  # [b, n, n]
+        matrix_a += regularization_weight * tf.eye(n, dtype=c.dtype)
         matrix_b = tf.concat([c, tf.ones_like(c[..., :1])], 2)  # [b, n, d + 1]
-        transposed_b = tf.transpose(matrix_b, [0, 2, 1])
-        corner = tf.zeros([b, d + 1, d + 1], c.dtype)
         upper = tf.concat([matrix_a, matrix_b], 2)  # [b, n, n + d + 1]
-        lower = tf.concat([transposed_b, corner], 2)  # [b, d + 1, n + d + 1]
+        lower = tf.pad(tf.transpose(matrix_b, [0, 2, 1]), [[0, 0], [0, 0], [0, d + 1]])
         system = tf.concat([upper, lower], 1)
-
-        no_plane = tf.zeros([b, d + 1, f.shape[-1]], f.dtype)
-        right_side = tf.concat([f, no_plane], 1)  # [b, n + d + 1, k]
+        right_side = tf.pad(f, [[0, 0], [0, d + 1], [0, 0]])  # [b, n + d + 1, k]
         w_v = tf.linalg.solve(system, right_side)
         w = w_v[:, :n]
         v = w_v[:, n:]  # with b of the formula in the last row
 
-        r2 = _squared_distances(q, c)
-        kernels = _phi(r2, order)  # [b, m, n]
-        linear = tf.concat([q, tf.ones_like(q[..., :1])], 2)  # [b, m, d + 1]
-        return tf.matmul(kernels, w) + tf.matmul(linear, v)
+        kernels = _phi(_squared_distances(q, c), order)  # [b, m, n]
+        plane = tf.concat([q, tf.ones_like(q[..., :1])], 2)  # [b, m, d + 1]
+        return tf.matmul(kernels, w) + tf.matmul(plane, v)
 
 
 def _squared_distances(x, y):
@@ -3196,18 +3153,13 @@ def _squared_distances(x, y):
 def _phi(r2, order):
     """Return the kernel for squared distances r2, of any shape."""
     import tensorflow as tf
-    guarded = tf.maximum(r2, _TINY_SQUARED_DISTANCE)
+    guarded = tf.maximum(r2, TINY_SQUARED_DISTANCE)
     if order == 1:
         return tf.sqrt(guarded)
     if order % 2:
         return tf.pow(guarded, order / 2)
-    # For orders 2 and 4, r2 may be 0, or slightly below by rounding, outside the logarithm
-    if order == 2:
-        powered = r2
-    elif order == 4:
-        powered = tf.square(r2)
-    else:
-        powered = tf.pow(guarded, order / 2)
+    # Outside the logarithm r2 may be 0, or slightly below by rounding
+    powered = r2 if order == 2 else tf.square(r2)
     return 0.5 * powered * tf.math.log(guarded)
 
 
@@ -3228,10 +3180,7 @@ def import_tensorflow():
 
 
 def import_interpolate_spline() -> Callable:
-    """Return tensorflow-addons' function where it exists, else the drop-in.
-
-    It exists for Python up to 3.11 and TensorFlow up to 2.15.
-    """
+    """Return tensorflow-addons' function where it exists, up to Python 3.11; else the drop-in."""
     with warnings.catch_warnings():
         # It warns that its development has ended, and which TensorFlow it was tested with
         warnings.simplefilter("ignore")
@@ -3242,16 +3191,10 @@ def import_interpolate_spline() -> Callable:
             return interpolate_spline
 
 
-def spline_layer(points: int, channels: int, order: int, regularization: float):
+def spline_layer(points: int, channels: int, order: int):
     """Return a Keras layer, query points [m, 2] -> surface [m, c].
 
     Its trainable weights are the control points: their positions (n, 2) and their values (n, c).
-
-    Args:
-        points: n, the number of control points.
-        channels: c, of the surface.
-        order: of the spline.
-        regularization: weight on the diagonal of the interpolation system.
     """
     import tensorflow as tf
     interpolate = import_interpolate_spline()
@@ -3259,15 +3202,12 @@ def spline_layer(points: int, channels: int, order: int, regularization: float):
     class SplineSurface(tf.keras.layers.Layer):
         def __init__(self):
             super().__init__(name="spline_surface")
-            self.positions = self._control_points("positions", 2)
-            self.values = self._control_points("values", channels)
-
-        def _control_points(self, name, numbers):
-            return self.add_weight(name=name, shape=(points, numbers), initializer="zeros")
+            self.positions = self.add_weight(name="positions", shape=(points, 2))
+            self.values = self.add_weight(name="values", shape=(points, channels))
 
         def call(self, query):
-            surface = interpolate(
-                self.positions[None], self.values[None], query[None], order, regularization)
+            surface = interpolate(self.positions[None], self.values[None], query[None], order,
+                                  SPLINE_REGULARIZATION)
             return surface[0]
 
     return SplineSurface()
@@ -3275,8 +3215,6 @@ def spline_layer(points: int, channels: int, order: int, regularization: float):
 
 def bending_nodes(full_shape: tuple[int, int], longer: int) -> tuple[np.ndarray, np.ndarray]:
     """Return nodes over the frame, (rows, columns, 2), and their distances down and along it.
-
-    All are in frame coordinates.
 
     Args:
         full_shape: (h, w) of the picture. Only its ratio counts.
@@ -5927,7 +5865,7 @@ class _Training:
         import tensorflow as tf
         self.lock = threading.Lock()
         self.alpha = alpha
-        self.layer = spline_layer(points, channels, order, SPLINE_REGULARIZATION)
+        self.layer = spline_layer(points, channels, order)
         start = np.zeros((points, 2 + channels), np.float32)
         self.coordinates = tf.Variable(start)  # of positions and values, see `_condition`
         self.adam = tf.keras.optimizers.Adam()
