@@ -6109,11 +6109,9 @@ def take_out(planes: np.ndarray, sky: SkyModel, prepared: Prepared,
     divides = correction == "divide"
     black = prepared.black
     levels = np.median(sky.nodes, (1, 2)) - black
-    for channel, nodes in enumerate(sky.nodes):
-        if divides and nodes.min() <= black:
-            name = _channel_name(channel, len(planes))
-            raise BgError(f"the model of {name} is not above 0 everywhere, and nothing can be "
-                          "divided by it; use --correction subtract")
+    if divides and sky.nodes.min() <= black:
+        raise BgError("the model is not above 0 everywhere, and nothing can be divided by it; "
+                      "use --correction subtract")
 
     def work(channel):
         plane = planes[channel]
@@ -6476,7 +6474,8 @@ def close_up(planes: np.ndarray, settings: Settings) -> np.ndarray | None:
     factor = math.ceil(longer / VIEW_PIXELS)
     if longer > SMALL_PICTURE or factor >= settings.downscaling_factor:
         return None
-    return np.stack([reduce_plane(plane, factor, "mean") for plane in planes], -1)
+    reduced = [reduce_plane(plane, factor, "mean") for plane in planes]
+    return np.stack(reduced, -1)
 
 
 def blown_out(prepared: Prepared, settings: Settings) -> np.ndarray:
@@ -6488,13 +6487,18 @@ def blown_out(prepared: Prepared, settings: Settings) -> np.ndarray:
         return np.full(prepared.used.shape, False)
     sky = prepared.sky.surface(prepared.centers)  # (h, w, c)
     too_bright = sky > prepared.stretch.white
-    blown = (too_bright & clipped_by_stretch(prepared)).any(-1)
+    clipped = too_bright & clipped_by_stretch(prepared)
+    blown = clipped.any(-1)
     return blown & (blown.mean() > BLOWN_SHARE)
 
 
 def _warn_of_odd_data(planes: np.ndarray, prepared: Prepared) -> None:
     """Warn if a picture (c, h, w) looks as if the tool should not run on it."""
-    if _looks_stretched(planes, _is_bright(prepared)):
+    pixels = 0, 1  # the axes
+    low, median, high = np.nanquantile(prepared.linear, (0, 0.5, 0.999), pixels)  # (c,) each
+    above = median - low
+    bright = (high > STRETCHED_TOP) & (above > STRETCHED_MEDIAN * (high - low))
+    if _looks_stretched(planes, bright.all()):
         logger.warning("the picture looks stretched; "
                        "light can be subtracted only while the data are linear")
     if len(planes) == 1 and _looks_like_mosaic(planes[0]):
@@ -6505,22 +6509,11 @@ def _warn_of_odd_data(planes: np.ndarray, prepared: Prepared) -> None:
                        "check that it is the right one")
 
 
-def _is_bright(prepared: Prepared) -> bool:
-    """Tell whether a picture is as bright as one that was stretched for the eye."""
-    linear = prepared.linear[prepared.present.all(-1)]  # (n, c)
-    if not linear.size:  # there is no pixel that all channels have
-        return False
-    low, median, high = np.quantile(linear, (0, 0.5, 0.999), axis=0)  # (c,) each
-    above = median - low > STRETCHED_MEDIAN * (high - low)
-    return bool(np.all(above & (high > STRETCHED_TOP)))
-
-
 def _looks_stretched(planes: np.ndarray, bright: bool = False) -> bool:
     """Tell whether the noise falls as the light grows, which a stretch makes it do.
 
     In linear data it grows, or stays. It is compared within small tiles: vignetting, and borders
-    that fewer exposures reach, have another noise. If a picture is `bright`, any fall is
-    enough, and in a small one, that it is bright.
+    that fewer exposures reach, have another noise. If a picture is `bright`, any fall is enough.
     """
     side = STRETCHED_TILE
     falls = []
@@ -6528,11 +6521,12 @@ def _looks_stretched(planes: np.ndarray, bright: bool = False) -> bool:
         height, width = plane.shape
         apart = math.sqrt(plane.size / 4e6)  # a few Mpix are enough
         step = 2 * side * max(1, round(apart))
-        tops = range(0, height - step + 1, step)
-        lefts = range(0, width - step + 1, step)
-        for top, left in itertools.product(tops, lefts):
+        for y, x in np.ndindex(height // step, width // step):
+            top = y * step
+            left = x * step
             tile = plane[top:top + 2 * side, left:left + 2 * side]
-            squares = tile.astype(float).reshape(side, 2, side, 2)
+            squares = tile.astype(float)
+            squares = squares.reshape(side, 2, side, 2)
             squares = squares.swapaxes(1, 2)
             squares = squares.reshape(-1, 4)
             inside = (squares > 0) & (squares < 0.99)  # neither missing nor clipped
@@ -6540,7 +6534,7 @@ def _looks_stretched(planes: np.ndarray, bright: bool = False) -> bool:
             if len(squares) > side**2 / 2:
                 falls.append(_fall_of_noise(squares))
     if len(falls) < 10:  # too few to know the error
-        return bright
+        return False
     typical = np.median(falls)
     error = MEDIAN_NOISE * _deviation(falls - typical) / math.sqrt(len(falls))
     least = 0 if bright else STRETCHED_SIGMA * error
@@ -6602,7 +6596,8 @@ def gradients(prepared: Prepared, model: Callable[[np.ndarray], np.ndarray],
     missed = _smooth(found.image - surface, GRADIENT_SCALE, shows_sky)
     sky = surface[shows_sky]  # (n, c)
     picture = sky + missed[shows_sky]
-    taken = model(found.centers[shows_sky])
+    places = found.centers[shows_sky]  # (n, 2)
+    taken = model(places)
     left = corrected(prepared, picture, taken, correction)
     level = np.maximum(np.median(sky, axis=0), 1e-12)
     before = _span(sky, (99, 1)) / level  # (c,)
