@@ -6437,11 +6437,11 @@ STRETCHED_MEDIAN = 0.15
 """Any fall is enough if the brightest thousandth is above the first number, and the median above
 the second part of the way from black to there."""
 
-STRETCHED_TILE = 32
+TILE_SQUARES = 32
 """Squares of 2 x 2 pixels along a side of a tile. In so few nothing else changes the noise."""
 
-MOSAIC_PIXELS = 5000
-"""Pixels of each phase of a mosaic. In fewer, noise could look like one."""
+FEWEST_TILES = 10
+"""With fewer nobody knows the error of what they tell."""
 
 MOSAIC_DIFFERENCE = 0.03
 """The means of the four phases of a mosaic differ by at least this part of their height above
@@ -6509,31 +6509,39 @@ def _warn_of_odd_data(planes: np.ndarray, prepared: Prepared) -> None:
                        "check that it is the right one")
 
 
+def _squares(plane: np.ndarray) -> Iterator[np.ndarray]:
+    """Yield the squares of 2 x 2 pixels in tiles of a plane, (n, 4) in each.
+
+    Squares in which pixels are missing or clipped are left out, and so are tiles full of these.
+    """
+    side = 2 * TILE_SQUARES  # pixels
+    height, width = plane.shape
+    apart = math.sqrt(plane.size / 1.6e6)  # some hundred tiles are enough
+    step = side * max(1, round(apart))
+    for y, x in np.ndindex(height // step, width // step):
+        top = y * step
+        left = x * step
+        tile = plane[top:top + side, left:left + side]
+        squares = tile.astype(float)
+        squares = squares.reshape(TILE_SQUARES, 2, TILE_SQUARES, 2)
+        squares = squares.swapaxes(1, 2)
+        squares = squares.reshape(-1, 4)
+        inside = (squares > 0) & (squares < 0.99)
+        squares = squares[inside.all(1)]
+        if len(squares) > TILE_SQUARES**2 / 2:
+            yield squares
+
+
 def _looks_stretched(planes: np.ndarray, bright: bool = False) -> bool:
     """Tell whether the noise falls as the light grows, which a stretch makes it do.
 
     In linear data it grows, or stays. It is compared within small tiles: vignetting, and borders
     that fewer exposures reach, have another noise. If a picture is `bright`, any fall is enough.
     """
-    side = STRETCHED_TILE
     falls = []
     for plane in planes:
-        height, width = plane.shape
-        apart = math.sqrt(plane.size / 4e6)  # a few Mpix are enough
-        step = 2 * side * max(1, round(apart))
-        for y, x in np.ndindex(height // step, width // step):
-            top = y * step
-            left = x * step
-            tile = plane[top:top + 2 * side, left:left + 2 * side]
-            squares = tile.astype(float)
-            squares = squares.reshape(side, 2, side, 2)
-            squares = squares.swapaxes(1, 2)
-            squares = squares.reshape(-1, 4)
-            inside = (squares > 0) & (squares < 0.99)  # neither missing nor clipped
-            squares = squares[inside.all(1)]
-            if len(squares) > side**2 / 2:
-                falls.append(_fall_of_noise(squares))
-    if len(falls) < 10:  # too few to know the error
+        falls += map(_fall_of_noise, _squares(plane))
+    if len(falls) < FEWEST_TILES:
         return False
     typical = np.median(falls)
     error = MEDIAN_NOISE * _deviation(falls - typical) / math.sqrt(len(falls))
@@ -6554,26 +6562,20 @@ def _fall_of_noise(squares: np.ndarray) -> float:
 
 
 def _looks_like_mosaic(plane: np.ndarray) -> bool:
-    """Tell whether pixels of one phase of a 2 x 2 mosaic agree better than pixels of two."""
-    height, width = plane.shape
-    down = 4 * max(1, height // 2000)  # a few Mpix are enough
-    across = 4 * max(1, width // 2000)
-    means = []
-    dark = math.inf
-    for y, x in np.ndindex(2, 2):
-        phase = plane[y::down, x::across]
-        phase = phase[_present(phase)]
-        if phase.size < MOSAIC_PIXELS:
-            return False
-        dark = min(dark, np.quantile(phase, 0.01))
-        mean = scipy.stats.trim_mean(phase, 0.1, axis=None)  # a median would be an integer
-        means.append(mean)
-    difference = np.ptp(means)
-    above_dark = np.median(means) - dark
-    one_diagonal = abs(means[0] - means[3])
-    other_diagonal = abs(means[1] - means[2])
+    """Tell whether the pixels of two phases of a 2 x 2 mosaic agree better than all four."""
+    tiles = list(_squares(plane))
+    if len(tiles) < FEWEST_TILES:
+        return False
+    means = np.array([squares.mean(0) for squares in tiles])  # (tiles, 4)
+    phases = means - means.mean(1, keepdims=True)
+    phases = np.median(phases, 0)  # stars are in few tiles
+    dark = min(np.quantile(squares, 0.01) for squares in tiles)
+    difference = np.ptp(phases)
+    one_diagonal = abs(phases[0] - phases[3])
+    other_diagonal = abs(phases[1] - phases[2])
     greens = min(one_diagonal, other_diagonal)
-    large = difference > MOSAIC_DIFFERENCE * above_dark
+    height = np.median(means) - dark
+    large = difference > MOSAIC_DIFFERENCE * height
     return bool(large and greens < MOSAIC_GREENS * difference)
 
 
