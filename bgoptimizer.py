@@ -2520,14 +2520,10 @@ class Stretch:
 
 
 def inverse_midtones(stretched, m, library=np):
-    """Undo the midtones transfer function, outside [0, 1] with the slopes at its ends.
+    """Undo the midtones transfer function with midtones m, (c,), for samples (..., c).
 
-    It has a pole above 1 itself, and a spline may well get there.
-
-    Args:
-        stretched: an array (..., c), or a tensor.
-        m: the midtones, (c,).
-        library: what has `minimum` and `maximum`: numpy, or tensorflow for tensors.
+    Outside [0, 1] it goes on with the slopes at its ends: it has a pole above 1, and a spline may
+    well get there. The library is numpy, or tensorflow for tensors.
     """
     y = library.maximum(stretched, 0.0)
     y = library.minimum(y, 1.0)
@@ -3065,18 +3061,14 @@ def spline_surface(query: np.ndarray, positions: np.ndarray, values: np.ndarray,
                    regularization: float = SPLINE_REGULARIZATION) -> np.ndarray:
     """Evaluate the surface through values at control points, in Float64, as `interpolate_spline`.
 
-    It is linear in the values: for np.eye(n), it is the matrix that takes any values to their
-    surface.
+    For the values np.eye(n) it is the matrix that takes any values to their surface.
 
     Args:
-        query: (..., 2) where to evaluate.
+        query: (..., 2) where to evaluate; the result is (..., k).
         positions: (n, 2) control points.
         values: (n, k) at the control points.
         order: of the kernel phi, which is r^order if odd and r^order log r if even.
         regularization: weight on the diagonal of the interpolation system, 0 = through the values.
-
-    Returns:
-        (..., k).
     """
     n = len(positions)
     plane = np.c_[positions, np.ones(n)]  # (n, 3)
@@ -3183,10 +3175,7 @@ def _phi(r2, order):
 
 
 def import_tensorflow():
-    """Import TensorFlow where it is first needed.
-
-    It takes seconds, and help, errors, and previews do not need it.
-    """
+    """Import TensorFlow, which takes seconds, and which help, errors, and previews do not need."""
     try:
         with memory_errors():
             return importlib.import_module("tensorflow")
@@ -3233,11 +3222,9 @@ def spline_layer(points: int, channels: int, order: int):
 
 
 def bending_nodes(full_shape: tuple[int, int], longer: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return nodes over the frame, (rows, columns, 2), and their distances down and along it.
+    """Return nodes over a frame (h, w), (rows, columns, 2), and their distances down and along it.
 
-    Args:
-        full_shape: (h, w) of the picture. Only its ratio counts.
-        longer: nodes along the longer side.
+    Along the longer side there are `longer` nodes.
     """
     sides = np.array(full_shape) / max(full_shape)
     rows, columns = np.maximum(4, np.round(longer * sides)).astype(int)
@@ -3257,9 +3244,6 @@ def bending_rows(spacing: np.ndarray, cost: np.ndarray, free_bowl: bool) -> np.n
         cost: (rows, columns) of bending at the nodes.
         free_bowl: only deviations from the mean second derivatives count. These are those of a
             bowl, and most skies have a part that is one: vignetting, and most glows.
-
-    Returns:
-        (3 (rows - 2) (columns - 2), rows columns).
     """
     def differences(count):  # at the inner nodes: (count - 2, count) each
         unit = np.eye(count)
@@ -3277,7 +3261,7 @@ def bending_rows(spacing: np.ndarray, cost: np.ndarray, free_bowl: bool) -> np.n
         np.kron(second_down, same_along) / down**2,
         np.kron(same_down, second_along) / along**2,
         math.sqrt(2) * mixed,
-    ])  # (3, inner nodes, nodes)
+    ])
     weight = cost[1:-1, 1:-1].ravel()
     if free_bowl:
         shares = weight / weight.sum()
@@ -3285,7 +3269,7 @@ def bending_rows(spacing: np.ndarray, cost: np.ndarray, free_bowl: bool) -> np.n
     area = (rows - 1) * down * (columns - 1) * along
     each = area / weight.size / (8 * math.pi)
     derivatives *= np.sqrt(each * weight)[:, None]
-    return derivatives.reshape(-1, cost.size)
+    return derivatives.reshape(-1, cost.size)  # (3 inner nodes, nodes)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -5436,7 +5420,7 @@ def loss_error(r):
 
 
 def loss_color(r):
-    """Return the variance of r over the channels, 0 for a gray picture: it keeps the sky neutral."""
+    """Return the variance of r over the channels: it keeps the sky neutral."""
     import tensorflow as tf
     return tf.math.reduce_variance(r, -1)
 
@@ -5477,9 +5461,8 @@ def log_loss(terms, alpha):
 # --------------------------------------------------------------------------------------------------
 
 SAMPLE_CELLS = 2048
-"""Cells in one independent sample of the sky; a fit sees `-B` samples. The surface has some hundred
-degrees of freedom. Where the noise of a cell is 1 % of the gradient, 2048 cells determine 32
-control points to 0.13 %."""
+"""Cells in one independent sample of the sky; a fit sees `-B` samples. Where the noise of a cell is
+1 % of the gradient, so many determine 32 control points to 0.13 %."""
 
 SAMPLE_MEAN = 0.7
 """Cells: the sample is drawn from Gaussian means of this width."""
@@ -5517,7 +5500,7 @@ that was found may have a glow in its corner."""
 
 VALUE_RATE = 0.3
 """Stretched units by which the surface moves where a trained coordinate moves by 1. With less, a
-flat start takes more than 1000 epochs. With more, the surface trembles longer about its end."""
+flat start takes more than 1000 epochs; with more, the surface trembles longer about its end."""
 
 POSITION_RATE = 0.02
 """Control points move by this part of their mean distance where a trained coordinate moves by 1.
@@ -5545,19 +5528,10 @@ class Fit:
 
 
 def start_positions(settings: Settings, sky: Sky, shape: tuple[int, int]) -> np.ndarray:
-    """Return where the control points start.
+    """Return where the control points start, (n, 2) float32, in a frame of this shape (h, w).
 
     Random points are uniform. With auto each one is that of ten which is farthest from those
-    before, so that every small glow has points.
-
-    Args:
-        settings: `initializer`, `points`, `seed` and `auto` count.
-        sky: a distance counts more where it needs more points.
-        shape: (h, w) of the full-size frame.
-
-    Returns:
-        (n, 2) float32 (row, column) in frame coordinates. A grid may have a few more or fewer
-        points than were asked for.
+    before, so that every small glow has points. A distance counts more where the sky needs more.
     """
     sides = np.array(shape) / max(shape)
     if settings.initializer == "grid":
@@ -5579,7 +5553,8 @@ def start_positions(settings: Settings, sky: Sky, shape: tuple[int, int]) -> np.
 def _grid_positions(wanted, sides):
     """Return the centers of the cells of a grid.
 
-    Its rows and columns come nearest to the wanted number and to the frame's aspect ratio.
+    Its rows and columns come nearest to the wanted number and to the frame's aspect ratio, so it
+    may have a few points more or fewer.
     """
     height, width = sides
     # At least two rows and columns: with one the slope along the other axis would be open
@@ -5597,7 +5572,7 @@ def _grid_positions(wanted, sides):
 
 
 def start_values(prepared: Prepared, positions: np.ndarray) -> np.ndarray:
-    """Return the first values at the control points (n, 2): the sky found there, stretched (n, c)."""
+    """Return the first values at control points (n, 2): the sky found there, stretched (n, c)."""
     linear = prepared.sky.surface(positions)
     return prepared.stretch.extend(linear).astype(np.float32)
 
@@ -5637,10 +5612,7 @@ class Sample(NamedTuple):
 
 
 class Lesson(NamedTuple):
-    """What the training step sees of one picture.
-
-    There are n control points, and k nodes where bending is measured.
-    """
+    """What the training step sees of a picture, with n control points, and k nodes for bending."""
 
     sample: Sample
     nodes: Any  # (k, 2) frame coordinates
@@ -5673,7 +5645,8 @@ def sky_sample(prepared: Prepared, settings: Settings) -> Sample:
     most = int(BOUNDS_SHARE * len(of_sky))
     of_bounds = sample_cells(bounds, density, most, settings.seed)
     picked = np.concatenate([of_sky, of_bounds])  # (m,)
-    is_sky = np.arange(len(picked))[:, None] < len(of_sky)  # (m, 1)
+    is_sky = np.arange(len(picked)) < len(of_sky)
+    is_sky = is_sky[:, None]  # (m, 1)
     pick = np.unravel_index(picked, follows.shape)
 
     light = sky.image[pick]  # (m, c) linear
@@ -5699,12 +5672,7 @@ def sky_sample(prepared: Prepared, settings: Settings) -> Sample:
 
 def make_lesson(prepared: Prepared, settings: Settings,
                 start: tuple[np.ndarray, np.ndarray]) -> Lesson:
-    """Put together what the training step sees of a picture.
-
-    Args:
-        prepared, settings: what `examine` gave.
-        start: positions (n, 2) and values (n, c) of the control points.
-    """
+    """Put together what the training step sees of a picture; the arguments are `fit_surface`'s."""
     sky = prepared.sky
     stretch = prepared.stretch
     positions, values = start
@@ -5758,7 +5726,6 @@ def _condition(positions: np.ndarray, order: int, places: np.ndarray, nodes: np.
     would take thousands of epochs for the directions in which points move together.
 
     Args:
-        positions, order: of the spline.
         places: (m, 2) the sky in the sample.
         nodes, rows: (k, 2) and (r, k), for the bending of a stretched surface.
         energy: weight of the bending beside the mean squared residual.
@@ -5780,8 +5747,7 @@ def fit_surface(prepared: Prepared, settings: Settings, start: tuple[np.ndarray,
     """Fit the spline to the sky.
 
     Adam trains positions and values. The learning rate is halved on a plateau, and the fit stops
-    early. This is a loop of our own and not Keras' `fit`, which would add more to each epoch than
-    the 2 ms that an epoch takes.
+    early. Keras' own `fit` would add more to each epoch than the 2 ms that an epoch takes.
 
     Args:
         prepared, settings: what `examine` gave.
@@ -5816,8 +5782,9 @@ def fit_surface(prepared: Prepared, settings: Settings, start: tuple[np.ndarray,
             improved = changed = epoch
         least = min(least, loss)
         history.append(losses)
-        if (epoch - 1) % TRACK_EVERY == 0:
-            track.append((epoch - 1, *now))
+        done = epoch - 1
+        if done % TRACK_EVERY == 0:
+            track.append((done, *now))
         if on_epoch is not None:
             on_epoch(epoch, float(loss))
         if epoch - improved >= STOP_PATIENCE:
@@ -5837,22 +5804,25 @@ def _begin(lesson: Lesson, settings: Settings) -> _Training:
     """Return a training that stands at the start of this lesson."""
     import tensorflow as tf
 
-    def open_ended(part):
+    def in_float32(part):
+        return tf.constant(part, tf.float32)
+
+    def of_any_number(part):
         return tf.TensorSpec([None, *part.shape[1:]])
 
-    lesson = tf.nest.map_structure(lambda part: tf.constant(part, tf.float32), lesson)
+    lesson = tf.nest.map_structure(in_float32, lesson)
     # A step traced for the number of cells of its first picture would round differently, so that
     # what comes first in a folder changed the results of all others.
     kinds = tf.nest.map_structure(tf.TensorSpec.from_tensor, lesson)
-    kinds = kinds._replace(sample=Sample(*map(open_ended, lesson.sample)))
-    device = lesson.nodes.device
-    training = _training(kinds, settings.order, settings.alpha, device, threading.get_ident())
+    cells = map(of_any_number, lesson.sample)
+    kinds = kinds._replace(sample=Sample(*cells))
+    training = _training(kinds, settings.order, settings.alpha, lesson.nodes.device)
     training.begin(lesson, settings.learning_rate)
     return training
 
 
 @functools.lru_cache(maxsize=8)  # a folder holds pictures of few kinds
-def _training(kinds, order, alpha, device, thread) -> _Training:
+def _training(kinds, order, alpha, device) -> _Training:
     """Return the training of fits that have all of this in common.
 
     It is made once: TensorFlow takes longer to trace a step than to do a hundred.
@@ -5943,10 +5913,7 @@ def _cell_terms(sample, surface):
 
 
 def compute_devices() -> list[tuple[str, str]]:
-    """Return what to compute on: a GPU if one works, then the CPU.
-
-    Each has a place, as in `tf.device`, and a name for people.
-    """
+    """Return what to compute on, a GPU if one works, then the CPU: place in `tf.device`, name."""
     tf = import_tensorflow()
     cpu = "/CPU:0", "the CPU"
     try:
@@ -5964,12 +5931,12 @@ def compute_devices() -> list[tuple[str, str]]:
     return [("/GPU:0", name), cpu]
 
 
+_fitting = threading.Lock()  # there is one training for all threads
+
+
 def fit_sky(prepared: Prepared, settings: Settings,
             on_epoch: Callable[[int, float], None] | None = None) -> Fit:
-    """Fit the surface to what `examine` gave, on the first device that works.
-
-    `on_epoch` is called with the number of each epoch, from 1, and its loss.
-    """
+    """Fit the surface to what `examine` gave, on the first device that works; see `fit_surface`."""
     tf = import_tensorflow()
     positions = start_positions(settings, prepared.sky, prepared.full_shape)
     start = positions, start_values(prepared, positions)
@@ -5978,7 +5945,7 @@ def fit_sky(prepared: Prepared, settings: Settings,
         logger.info(f"fitting {len(positions)} control points, "
                     f"smoothing {settings.smoothing:.3g}, on {name}")
         try:
-            with tf.device(place):
+            with _fitting, tf.device(place):
                 return fit_surface(prepared, settings, start, on_epoch)
         except tf.errors.OpError as error:
             if place == devices[-1][0]:
@@ -6003,21 +5970,14 @@ So it cannot run away in a corner without sky, or behind hills."""
 class SkyModel:
     """The sky at full size, (c, h, w) in linear units, made in strips of rows.
 
-    It is never in memory as a whole, unless somebody asks for that. The sky is evaluated at nodes
-    some pixels apart, and a cubic spline along each axis goes through them. It bends over much
-    longer distances, so nothing is lost (tests hold it to 2e-5), and a pixel costs only a few
-    multiplications. SciPy's RectBivariateSpline takes three times as long.
+    The sky is evaluated at nodes some pixels apart, and a cubic spline along each axis goes through
+    them. It bends over much longer distances, so nothing is lost (tests hold it to 2e-5), and a
+    pixel costs only a few multiplications. SciPy's RectBivariateSpline takes three times as long.
     """
 
     def __init__(self, sky: Callable[[np.ndarray], np.ndarray], shape: tuple[int, int],
                  dtype=np.float32):
-        """Evaluate the nodes.
-
-        Args:
-            sky: takes frame coordinates (..., 2) to the linear sky there, (..., c).
-            shape: (h, w) of the picture.
-            dtype: of the model.
-        """
+        """Evaluate the nodes of a sky, a function as of `linear_sky`, for a picture (h, w)."""
         height, width = shape
         longer = max(shape)
         spacing = min(longer / SURFACE_NODES, min(shape) / LEAST_NODES)
@@ -6087,17 +6047,13 @@ def linear_sky(prepared: Prepared, fit: Fit) -> Callable[[np.ndarray], np.ndarra
 
 def take_out(planes: np.ndarray, sky: SkyModel, prepared: Prepared,
              correction: str) -> tuple[np.ndarray, np.ndarray]:
-    """Take the sky out of a picture, in place, and clip what is left to [0, 1].
+    """Take the sky out of a picture (c, h, w), in place, and clip what is left to [0, 1].
 
     "subtract" makes it image - model + offset. The offset of a channel is what the median of its
     present samples would lose. So the background stays neutral, and a black border or one bad pixel
     cannot decide a color. "divide" makes it image / model * the model's median, all above black;
     that is right where something dims the light, such as vignetting. Missing samples stay as they
     are.
-
-    Args:
-        planes: (c, h, w) linear samples; changed.
-        prepared: `median` and `black` count.
 
     Returns:
         The offsets, or the model's medians above black, (c,), and how many samples were clipped at
@@ -6151,12 +6107,9 @@ def _divided(samples, sky, black, level):
 
 def corrected(prepared: Prepared, linear: np.ndarray, sky: np.ndarray,
               correction: str) -> np.ndarray:
-    """Return some samples of a picture without their sky, as `take_out` does, but not clipped.
+    """Return some samples of a picture without their sky, (..., c), as `take_out`, but not clipped.
 
-    Args:
-        prepared: `black` and `median` count.
-        linear: (..., c) samples, NaN where missing.
-        sky: (..., c) the model there.
+    Missing samples are NaN.
     """
     pixels = tuple(range(sky.ndim - 1))  # the axes
     black = prepared.black
@@ -6185,12 +6138,8 @@ def examine(planes: np.ndarray, settings: Settings, mask: np.ndarray | None = No
             reference: Reference | None = None) -> tuple[Prepared, Settings]:
     """Do everything before the fit: stretch, reduce, mask, find the sky, and warn of what is odd.
 
-    It needs no TensorFlow.
-
-    Args:
-        planes, settings, mask: as for `prepare`, and so are the errors.
-        black: the sample that no light at all would give; it counts where the sky is divided out.
-        reference: another picture of the region.
+    It needs no TensorFlow. The arguments are those of `remove_sky`, but for `black`: the sample
+    that no light at all would give, which counts where the sky is divided out.
 
     Returns:
         What the fit sees, and the settings with the values that are used in place of every None.
@@ -6581,14 +6530,11 @@ def _looks_like_mosaic(plane: np.ndarray) -> bool:
 
 def gradients(prepared: Prepared, model: Callable[[np.ndarray], np.ndarray],
               correction: str) -> tuple[float, float]:
-    """Tell how uneven the sky is before and after the correction.
+    """Tell how uneven the sky is before and after the correction: its range over its level.
 
-    That is its range over its level, mean of the channels. Before the correction it is the range of
-    the sky that was found. After it, what the found sky misses of the picture counts as well: the
-    model is like the found sky by its making.
-
-    Both are NaN if too little of the picture is sure to be sky. The model is as `linear_sky` gives
-    it.
+    That is the mean of the channels; NaN if too little of the picture is sure to be sky. After the
+    correction, what the found sky misses of the picture counts as well: the model, which is as
+    `linear_sky` gives it, is like the found sky by its making.
     """
     found = prepared.sky
     if found.unsure or found.share < GRADIENT_SHARE:
