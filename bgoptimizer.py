@@ -49,7 +49,6 @@ import argparse
 import base64
 import copy
 import csv
-import errno
 import functools
 import gc
 import glob
@@ -67,7 +66,6 @@ import os
 import platform
 import re
 import shlex
-import shutil
 import signal
 import stat
 import subprocess
@@ -150,7 +148,7 @@ def memory_errors():
     """Turn each error that comes from a lack of memory into a MemoryError."""
     try:
         yield
-    except (BgError, MemoryError):  # said already
+    except BgError:  # what led to it has been judged
         raise
     except Exception as error:
         root = error
@@ -190,44 +188,38 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self):
-        def whole(value, low, high=math.inf):
-            return isinstance(value, numbers.Integral) and low <= value <= high
-
-        def number(value):  # NaN lies in no range
-            return value if isinstance(value, numbers.Real) else math.nan
-
-        quantile = self.delinearization_quantile
-        points = self.points
-        smoothing = self.smoothing
-        minimum = number(self.threshold_min)
-        above_minimum = minimum < number(self.threshold_max) < math.inf
-        checks = (
-            ("-dx", whole(self.downscaling_factor, 1, 1_000_000), "1 to 1000000"),
-            ("-df", self.downscaling_func in ("median", "mean"), "median or mean"),
-            ("-dq", quantile is None or 0 < number(quantile) <= 1, "above 0, at most 1"),
-            ("-N", points is None or whole(points, 3, 4096), "3 to 4096"),
-            ("-O", self.order in (1, 2, 3, 4), "1, 2, 3 or 4"),
-            ("-tm", -math.inf < minimum < math.inf, "a finite number"),
-            ("-tM", above_minimum, "a finite number above -tm"),
-            ("-i", self.initializer in ("random", "grid"), "random or grid"),
-            ("-e", whole(self.epochs, 1), "1 or more"),
-            ("-a", 0 <= number(self.alpha) <= 1e9, "0 to 1e9"),
-            ("-B", whole(self.batch, 1), "1 or more"),
-            ("-lr", 0 < number(self.learning_rate) <= 1e9, "above 0, at most 1e9"),
-            ("--smoothing", smoothing is None or 0 <= number(smoothing) <= 1e9,
-             "auto, or 0 to 1e9"),
-            ("--correction", self.correction in ("subtract", "divide"), "subtract or divide"),
-            ("--seed", whole(self.seed, 0, 2**32 - 1), "0 to 4294967295"),
-        )
-        for flag, good, wanted in checks:
-            if not good:
-                raise ValueError(f"{flag} must be {wanted}")
+        whole, real = numbers.Integral, numbers.Real
+        ranges = {  # flag: value, its type, least, most
+            "-dx": (self.downscaling_factor, whole, 1, 10**6),
+            "-dq": (self.delinearization_quantile, real, 1e-9, 1),
+            "-N": (self.points, whole, 3, 4096),
+            "-O": (self.order, whole, 1, 4),
+            "-tm": (self.threshold_min, real, -10**9, 10**9),
+            "-tM": (self.threshold_max, real, -10**9, 10**9),
+            "-e": (self.epochs, whole, 1, 10**9),
+            "-a": (self.alpha, real, 0, 10**9),
+            "-B": (self.batch, whole, 1, 10**9),
+            "-lr": (self.learning_rate, real, 1e-9, 10**9),
+            "--smoothing": (self.smoothing, real, 0, 10**9),
+            "--seed": (self.seed, whole, 0, 2**32 - 1),
+        }
+        for flag, (value, kind, least, most) in ranges.items():
+            is_open = value is None and flag in ("-dq", "-N", "--smoothing")
+            if not is_open and not (isinstance(value, kind) and least <= value <= most):
+                raise ValueError(f"{flag} must be {least} to {most}")
+        if self.threshold_min >= self.threshold_max:
+            raise ValueError("-tM must be above -tm")
+        choices = {
+            "-df": (self.downscaling_func, "median", "mean"),
+            "-i": (self.initializer, "random", "grid"),
+            "--correction": (self.correction, "subtract", "divide"),
+        }
+        for flag, (value, *allowed) in choices.items():
+            if value not in allowed:
+                raise ValueError(f"{flag} must be {' or '.join(allowed)}")
 
     def resolved(self) -> Settings:
-        """Return these settings with defaults in place of every None but `smoothing`.
-
-        The smoothing is chosen with the sky, by `examine`.
-        """
+        """Return these settings with a value for every None but `smoothing`: see `examine`."""
         quantile = AUTO_QUANTILE if self.auto else DEFAULT_QUANTILE
         points = AUTO_POINTS if self.auto else DEFAULT_POINTS
         return replace(
@@ -2151,36 +2143,33 @@ FORMATS = {
 def atomic_outputs(*paths):
     """Open files that take the names `paths` once all are whole, and else leave nothing behind.
 
-    Until then they are hidden files in the same folder, which no other run can write. They survive
-    a power cut as soon as they have their names.
+    Until then they are hidden files in the same folder, made if missing, and no other run can write
+    them. Their names depend on `paths` alone, so the next run takes over what a killed one left.
 
     Raises BgError if they cannot be written, or another run writes them.
     """
-    folder = os.path.dirname(paths[0])
+    folder = os.path.dirname(paths[0]) or "."
     try:
         with memory_errors(), ExitStack() as stack:
+            os.makedirs(folder, exist_ok=True)
             files = [stack.enter_context(_hidden_file(path)) for path in paths]
             yield files
             for file in files:
                 file.flush()
-                os.fsync(file.fileno())
+                os.fsync(file.fileno())  # a name that survives a power cut leads to a whole file
                 if fcntl is None:
                     file.close()  # Windows renames no open file
             _rename_all(paths)
-            with suppress(OSError):  # Windows opens no folders, and some disks cannot do that
-                opened = os.open(folder or ".", os.O_RDONLY)
-                stack.callback(os.close, opened)
-                os.fsync(opened)
     except BrokenPipeError:  # that of stdout: no output is a pipe
         raise
     except OSError as error:
         reason = error.strerror or error
-        raise BgError(f"cannot write to {folder or '.'}: {reason}; "
+        raise BgError(f"cannot write to {folder}: {reason}; "
                       "free space or choose another folder") from None
 
 
 def _hidden_name(path, ending):
-    """Return a name in the folder of an output; it depends on `path` alone, so that runs meet."""
+    """Return the name, in the folder of an output, of what becomes it or what it was before."""
     folder, name = os.path.split(path)
     digest = hashlib.sha1(os.fsencode(name)).hexdigest()  # any name is short enough
     return os.path.join(folder, f".bgoptimizer-{digest[:16]}{ending}")
@@ -2188,54 +2177,30 @@ def _hidden_name(path, ending):
 
 @contextmanager
 def _hidden_file(path):
-    """Open the file that will become an output; what does not become one is removed."""
-    name, aside = _hidden_name(path, ".tmp"), _hidden_name(path, ".old")
+    """Open the file that will become an output; it is removed if it does not."""
+    name = _hidden_name(path, ".tmp")
+    if fcntl is None:
+        _remove(name)  # Windows removes no file that a run has open
+    is_ours = is_new = not os.path.exists(name)
     try:
-        file = _open_alone(name)
-    except FileExistsError:
-        raise BgError(f"another run is writing {path}; wait until it ends, or choose another "
-                      f"folder (if none runs, delete {name})") from None
-    except BaseException:  # a signal may come when it is made, but not yet known here
-        with suppress(OSError):
-            _open_alone(name).close()
-            _remove(name)
-        raise
-    try:
-        with file:
-            if os.path.exists(path):
-                _remove(aside)
-            else:  # a run may have been killed between two names
-                with suppress(FileNotFoundError):
-                    os.rename(aside, path)
+        open(name, "ab").close()  # so that it is there
+        with open(name, "r+b") as file:
+            is_ours = _has_alone(file, name, is_new)
+            if not is_ours:
+                raise BgError(f"another run is writing {path}; wait until it ends, or choose "
+                              f"another folder (if none runs, delete {name})")
+            file.truncate()
             yield file
     except BaseException:
-        _remove(name)
+        if is_ours:
+            _remove(name)
         raise
-
-
-def _open_alone(name):
-    """Open a file to write, anew if a killed run left it; raise FileExistsError if a run has it."""
-    if fcntl is None:
-        _remove(name)  # Windows removes no open file
-        return open(name, "x+b")
-    is_new = True
-    try:
-        file = open(name, "x+b")
-    except FileExistsError:
-        file = open(name, "r+b")
-        is_new = False
-    try:
-        if not _has_alone(file, name, is_new):
-            raise FileExistsError
-        file.truncate()
-    except BaseException:
-        file.close()
-        raise
-    return file
 
 
 def _has_alone(file, name, is_new):
     """Tell whether this run has a file of this name for itself; then no other run gets it."""
+    if fcntl is None:
+        return is_new
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -2251,26 +2216,18 @@ def _rename_all(paths):
 
     A kill may leave some out, but never mixes two runs.
     """
-    set_aside, renamed = [], []
-    try:
+    with ExitStack() as undo:
         for path in paths:
-            if os.path.isdir(path):
-                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-            aside = _hidden_name(path, ".old")
-            with suppress(FileNotFoundError):
-                os.rename(path, aside)
-                set_aside.append((aside, path))
+            if os.path.isfile(path):
+                aside = _hidden_name(path, ".old")
+                os.replace(path, aside)
+                undo.callback(os.replace, aside, path)
         for path in paths:
             os.replace(_hidden_name(path, ".tmp"), path)
-            renamed.append(path)
-    except BaseException:
-        for path in renamed:
-            _remove(path)
-        for aside, path in set_aside:
-            os.replace(aside, path)
-        raise
-    for aside, _ in set_aside:
-        _remove(aside)
+            undo.callback(_remove, path)
+        undo.pop_all()
+    for path in paths:
+        _remove(_hidden_name(path, ".old"))
 
 
 def _remove(name):
@@ -2297,15 +2254,13 @@ which stays in the processor's cache."""
 GAUSSIAN_DEVIATION = 1.4826
 """Standard deviation of a Gaussian over its median distance from the median."""
 
-TILE = 8
-"""Pixels along a side of the tiles by which missing data are told from dark samples."""
-
-DEAD_TILES = 4
-"""So many tiles of zeros in a row, along a row or column, are missing data and not chance."""
+DOUBLINGS_OF_ZERO = 1, 2, 4, 8
+"""16 zeros in a row or column are missing data: if half of all samples were 0 by chance, such a run
+would hold 1 of 4000. Looking so far ahead, one after the other, finds them."""
 
 NEAR_BLACK = 0.2
-"""A lone zero is a dark sample if the darkest other sample of its tile is below this part of the
-tile's mean."""
+"""A lone zero is a dark sample, and no dead pixel, if the darkest other sample of the channel is
+below this part of its mean."""
 
 
 def keep_dark_samples(planes: np.ndarray) -> int:
@@ -2324,71 +2279,27 @@ def keep_dark_samples(planes: np.ndarray) -> int:
 
 
 def _keep_dark_samples(plane: np.ndarray) -> int:
-    zero = plane == 0
-    if not zero.any():
+    dark = plane == 0  # (h, w)
+    if not dark.any():
         return 0
-    height, width = plane.shape
-    below = -height % TILE
-    beside = -width % TILE
-    padded = np.pad(zero, ((0, below), (0, beside)), mode="edge")
-    rows = len(padded) // TILE
-    # Where all is zero: over the height of a tile, over its width, over all of it
-    down = padded.reshape(rows, TILE, -1).all(1)  # (rows, w)
-    along = padded.reshape(rows * TILE, -1, TILE).all(2)  # (h, columns)
-    full = down.reshape(rows, -1, TILE).all(2)  # (rows, columns)
-    near_full = scipy.ndimage.binary_dilation(full, np.ones((3, 3)))
-    down = _long_runs(down)
-    along = _long_runs(along.T).T
-    lone = 0
-    for row in range(rows):
-        top = row * TILE
-        strip = slice(top, top + TILE)
-        samples = plane[strip]  # (8, w); the last strip may have fewer rows
-        missing = np.repeat(near_full[row], TILE)  # (w,)
-        missing = missing | down[row]
-        missing = missing | np.repeat(along[strip], TILE, axis=1)  # (8, w)
-        dark = zero[strip] & ~missing[:len(samples), :width]
-        if dark.any():
-            near_black = np.repeat(_near_black(samples), TILE)
-            dark &= near_black[:width]
-            lone += np.count_nonzero(dark)
-            samples[dark] = np.finfo(plane.dtype).tiny
-    return lone
+    others = plane[_present(plane)]
+    if not others.size or others.min() > NEAR_BLACK * others.mean():
+        return 0
+    down = _long_runs(dark.copy())
+    along = _long_runs(dark.copy().T).T
+    dark &= ~(down | along)
+    plane[dark] = np.finfo(plane.dtype).tiny
+    return np.count_nonzero(dark)
 
 
-def _near_black(strip: np.ndarray) -> np.ndarray:
-    """Tell which tiles of a strip (8, w) come so near to 0 that a sample may be 0 by chance.
-
-    In other tiles a 0 is a dead pixel, and missing.
-
-    Returns:
-        (columns,) bool.
-    """
-    height, width = strip.shape
-    beside = -width % TILE
-    padded = np.pad(strip, ((0, 0), (0, beside)), mode="edge")
-    tiles = padded.reshape(height, -1, TILE)  # (8, columns, 8)
-    present = _present(tiles)
-    inside = (0, 2)
-    darkest = np.min(tiles, inside, where=present, initial=np.inf)
-    total = np.sum(tiles, inside, where=present)
-    count = np.sum(present, inside)
-    mean = total / np.maximum(count, 1)
-    return darkest < NEAR_BLACK * mean
-
-
-def _long_runs(tiles: np.ndarray) -> np.ndarray:
-    """Return True where `tiles` is True at least DEAD_TILES times in a row down a column.
-
-    A run ends somewhere inside a tile, so the tiles at its ends belong to it.
-    """
-    beyond = (DEAD_TILES, DEAD_TILES)  # what touches the edge goes on there
-    padded = np.pad(tiles, (beyond, (0, 0)), mode="edge")
-    run = np.ones((DEAD_TILES, 1))
-    runs = scipy.ndimage.binary_opening(padded, run)
-    ends = np.ones((3, 1))
-    runs = scipy.ndimage.binary_dilation(runs, ends)
-    return runs[DEAD_TILES:-DEAD_TILES]
+def _long_runs(true: np.ndarray) -> np.ndarray:
+    """Keep True, in place, only where it stands many times in a row down a column."""
+    for step in DOUBLINGS_OF_ZERO:  # True where a run begins
+        true[:-step] &= true[step:]
+        true[-step:] = False
+    for step in DOUBLINGS_OF_ZERO:
+        true[step:] |= true[:-step]
+    return true
 
 
 def _present(samples: np.ndarray) -> np.ndarray:
@@ -2404,14 +2315,9 @@ def _strips(height: int, width: int, multiple: int = 1) -> list[slice]:
 
     The height of each strip but the last is a multiple of `multiple` rows.
     """
-    rows = STRIP_PIXELS // max(1, width)
-    rows -= rows % multiple
-    rows = max(rows, multiple)
-    strips = []
-    for top in range(0, height, rows):
-        bottom = min(top + rows, height)
-        strips.append(slice(top, bottom))
-    return strips
+    rows = STRIP_PIXELS // width
+    rows = max(rows - rows % multiple, multiple)
+    return [slice(top, min(top + rows, height)) for top in range(0, height, rows)]
 
 
 def _each(work: Callable, items: Sequence) -> Iterator:
@@ -2439,22 +2345,17 @@ def _quantiles(plane: np.ndarray, present: np.ndarray, quantiles: Sequence[float
     """
     step = plane.size // QUANTILE_SAMPLES
     step |= 1  # odd, so that it meets all the colors of a sensor's mosaic
-    some = plane.ravel()[::step]
     some_present = present.ravel()[::step]
-    values = some[some_present]
+    values = plane.ravel()[::step][some_present]
     if values.size == 0:
         values = plane[present]
-    last = values.size - 1
-    ranks = [int(quantile * last) for quantile in quantiles]
-    values.partition(ranks)
-    return values[ranks].astype(float)
+    found = np.quantile(values, quantiles, overwrite_input=True, method="lower")
+    return found.astype(float)
 
 
 def _channel_name(k: int, count: int) -> str:
     """Return what messages call channel `k` of `count`."""
-    if count == 1:
-        return "the picture"
-    return f"channel {'RGB'[k]}"
+    return "the picture" if count == 1 else f"channel {'RGB'[k]}"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2479,8 +2380,6 @@ class Stretch:
         f(x) = (1 - m) x / ((1 - 4 m) x + 3 m)
 
     with the midtones m. This is the midtones transfer function that takes m to MIDTONES_TARGET.
-    `invert` is exact on [0, 1]. Outside it goes on with the slopes at the ends, because the inverse
-    of f has a pole above 1, and a spline may well get there.
     """
 
     pedestal: np.ndarray
@@ -2497,10 +2396,7 @@ class Stretch:
         return above / below
 
     def extend(self, linear: np.ndarray) -> np.ndarray:
-        """Do what `apply` does, but outside [0, 1] go on with the slopes at the ends.
-
-        It is what `invert` undoes.
-        """
+        """Do what `apply` does, but outside [0, 1] go on with the slopes at the ends."""
         x = (linear - self.pedestal) / self.scale
         slope_at_0, slope_at_1 = _end_slopes(self.midtones)
         below_0 = np.minimum(x, 0)
@@ -2509,7 +2405,7 @@ class Stretch:
         return y + slope_at_0 * below_0 + slope_at_1 * above_1
 
     def invert(self, stretched: np.ndarray) -> np.ndarray:
-        """Take stretched samples (..., c) of any range back to linear ones, (..., c)."""
+        """Undo `extend`: take stretched samples (..., c) back to linear ones, (..., c)."""
         x = inverse_midtones(stretched, self.midtones)
         return x * self.scale + self.pedestal
 
@@ -2524,18 +2420,12 @@ class Stretch:
         return Stretch(self.pedestal[only], self.scale[only], self.midtones[only])
 
 
-def inverse_midtones(stretched, midtones, library=np):
-    """Undo the midtones transfer function, and go on with the slopes at its ends.
+def inverse_midtones(stretched, m, library=np):
+    """Undo the midtones transfer function with midtones m, (c,), for samples (..., c).
 
-    Args:
-        stretched: an array (..., c), or a tensor [..., c].
-        midtones: (c,) or [c].
-        library: numpy, or tensorflow for tensors.
-
-    Returns:
-        What the stretch took there, in units of its scale above the pedestal; as `stretched`.
+    Outside [0, 1] it goes on with the slopes at its ends: it has a pole above 1, and a spline may
+    well get there. The library is numpy, or tensorflow for tensors.
     """
-    m = midtones
     y = library.maximum(stretched, 0.0)
     y = library.minimum(y, 1.0)
     above = 3 * m * y
@@ -2548,7 +2438,7 @@ def inverse_midtones(stretched, midtones, library=np):
 
 
 def _end_slopes(m):
-    """Return the slopes of the stretch with midtones m at 0 and at 1, (c,) each."""
+    """Return the slopes of the stretch with midtones m at 0 and at 1."""
     slope_at_0 = (1 - m) / (3 * m)
     slope_at_1 = 3 * m / (1 - m)
     return slope_at_0, slope_at_1
@@ -2587,17 +2477,17 @@ def measure_stretches(planes: np.ndarray,
                           "remove that channel, or save the picture again")
         low = float(np.min(plane, where=present, initial=np.inf))
         median, *high = _quantiles(plane, present, (0.5, *quantiles))
-        scales = np.array(high) - low
-        if scales.max() < smallest:
+        if max(high) - low < smallest:
             raise BgError(f"{name} has the same value everywhere ({low:.6g}), so it shows no sky; "
                           "raise -dq if a bright object fills the frame, else give a picture with "
                           "content")
-        return low, median, *scales
+        return low, median, *high
 
     measured = _each(measure, range(count))
-    pedestal, median, *scales = np.array(list(measured)).T  # (c,) each
+    pedestal, median, *high = np.array(list(measured)).T  # (c,) each
     stretches = {}
-    for quantile, scale in zip(quantiles, scales):
+    for quantile, white in zip(quantiles, high):
+        scale = white - pedestal
         if scale.min() >= smallest:
             midtones = (median - pedestal) / scale
             midtones = np.clip(midtones, MIDTONES_MARGIN, 1 - MIDTONES_MARGIN)
@@ -3059,10 +2949,9 @@ def shares(prepared: Prepared) -> dict[str, float]:
 # Spline: f(q) = sum_i w_i phi_k(|q - c_i|) + v.q + b
 # --------------------------------------------------------------------------------------------------
 
-_TINY_SQUARED_DISTANCE = 1e-10
+TINY_SQUARED_DISTANCE = 1e-10
 """Replaces smaller squared distances, for which the logarithm and the gradient of the square root
 grow without bound. The value is that of tensorflow-addons."""
-
 
 SPLINE_REGULARIZATION = 1e-4
 """Regularization of the interpolation inside the fit. It keeps the equations solvable where control
@@ -3070,60 +2959,48 @@ points come close to each other. It does not make the surface stiff: the bending
 
 
 def spline_surface(query: np.ndarray, positions: np.ndarray, values: np.ndarray, order: int,
-                   regularization: float) -> np.ndarray:
-    """Evaluate the surface through values at control points, in Float64.
+                   regularization: float = SPLINE_REGULARIZATION) -> np.ndarray:
+    """Evaluate the surface through values at control points, in Float64, as `interpolate_spline`.
 
-    It is that of `interpolate_spline`, for where no gradient is needed. It is linear in the values:
-    for the values np.eye(n), it is the matrix that takes any values to their surface.
+    For the values np.eye(n) it is the matrix that takes any values to their surface.
 
     Args:
-        query: (..., 2) where to evaluate.
+        query: (..., 2) where to evaluate; the result is (..., k).
         positions: (n, 2) control points.
         values: (n, k) at the control points.
         order: of the kernel phi, which is r^order if odd and r^order log r if even.
         regularization: weight on the diagonal of the interpolation system, 0 = through the values.
-
-    Returns:
-        (..., k).
     """
-    coefficients = _spline_coefficients(positions, order, regularization) @ values
+    n = len(positions)
+    plane = np.c_[positions, np.ones(n)]  # (n, 3)
+    system = np.zeros((n + 3, n + 3))
+    system[:n, :n] = _kernel(positions, positions, order) + regularization * np.eye(n)
+    system[:n, n:] = plane
+    system[n:, :n] = plane.T
+    unit = np.eye(n + 3, n)
+    try:
+        to_coefficients = np.linalg.solve(system, unit)  # (n + 3, n)
+    except np.linalg.LinAlgError:
+        # Control points stand on one line or on top of each other: take the smallest coefficients
+        to_coefficients = np.linalg.lstsq(system, unit, rcond=None)[0]
+    coefficients = to_coefficients @ values
     weights, slopes, level = np.split(coefficients, (-3, -1))  # (n, k), (2, k), (1, k)
     points = query.reshape(-1, 2)  # (m, 2)
     # In parts: the kernels of all points at once would be the largest array of a run
-    count = 1 + len(points) * len(positions) // STRIP_PIXELS
-    parts = []
+    count = 1 + len(points) * n // STRIP_PIXELS
+    surface = []
     for part in np.array_split(points, count):
         kernels = _kernel(part, positions, order)
-        parts.append(kernels @ weights + part @ slopes + level)
-    values_there = np.concatenate(parts)  # (m, k)
-    return values_there.reshape(*query.shape[:-1], -1)
+        surface.append(kernels @ weights + part @ slopes + level)
+    surface = np.concatenate(surface)  # (m, k)
+    return surface.reshape(*query.shape[:-1], -1)
 
 
-def _spline_coefficients(positions: np.ndarray, order: int, regularization: float) -> np.ndarray:
-    """Return the matrix that takes values at control points to the spline's coefficients.
-
-    It has the shape (n + 3, n). The coefficients are n weights of kernels, two slopes, and a level.
-    """
-    n = len(positions)
-    kernels = _kernel(positions, positions, order)  # (n, n)
-    plane = np.c_[positions, np.ones(n)]  # (n, 3)
-    system = np.zeros((n + 3, n + 3))
-    system[:n, :n] = kernels + regularization * np.eye(n)
-    system[:n, n:] = plane
-    system[n:, :n] = plane.T
-    values = np.eye(n + 3, n)
-    try:
-        return np.linalg.solve(system, values)
-    except np.linalg.LinAlgError:
-        # Control points stand on one line or on top of each other: take the smallest coefficients
-        return np.linalg.lstsq(system, values, rcond=None)[0]
-
-
-def _kernel(query: np.ndarray, positions: np.ndarray, order: int) -> np.ndarray:
+def _kernel(query, positions, order):
     """Return phi_k of the distances of query (m, 2) from positions (n, 2): (m, n)."""
     from scipy.spatial.distance import cdist
     squared = cdist(query, positions, "sqeuclidean")
-    squared = np.maximum(squared, _TINY_SQUARED_DISTANCE)
+    squared = np.maximum(squared, TINY_SQUARED_DISTANCE)
     if order % 2:
         return squared**(order / 2)
     return 0.5 * squared**(order // 2) * np.log(squared)
@@ -3133,18 +3010,8 @@ def interpolate_spline(train_points, train_values, query_points, order, regulari
                        name="interpolate_spline"):
     """Do what `tfa.image.interpolate_spline` does, where tensorflow-addons does not exist.
 
-    It is a drop-in with the same values and the same gradients.
-
-    Args:
-        train_points: `[b, n, d]` float tensor of control points.
-        train_values: `[b, n, k]` float tensor of values there.
-        query_points: `[b, m, d]` float tensor of where to evaluate.
-        order: of the polyharmonic kernel, an int.
-        regularization_weight: weight on the diagonal of the system; 0 interpolates exactly.
-        name: scope of the operations.
-
-    Returns:
-        `[b, m, k]` float tensor.
+    Args, values, and gradients are the same: points `[b, n, d]`, values there `[b, n, k]`, and
+    `[b, m, d]` where to evaluate, give `[b, m, k]`. The order is 1 to 4.
 
     Source: https://en.wikipedia.org/wiki/Polyharmonic_spline; notation (c, f, w, v, A, B) as there.
     """
@@ -3153,30 +3020,32 @@ def interpolate_spline(train_points, train_values, query_points, order, regulari
         c = tf.convert_to_tensor(train_points)
         f = tf.convert_to_tensor(train_values)
         q = tf.convert_to_tensor(query_points)
-        b, n = tf.shape(c)[0], tf.shape(c)[1]
-        d = c.shape[-1]
+        n = tf.shape(c)[1]
+        more = c.shape[-1] + 1  # equations, for the plane
 
         r2 = _squared_distances(c, c)
         matrix_a = _phi(r2, order)  # [b, n, n]
-        if regularization_weight > 0:
-            matrix_a += regularization_weight * tf.eye(n, dtype=c.dtype)
-        matrix_b = tf.concat([c, tf.ones_like(c[..., :1])], 2)  # [b, n, d + 1]
+        matrix_a += regularization_weight * tf.eye(n, dtype=c.dtype)
+        matrix_b = _with_ones(c)  # [b, n, d + 1]
         transposed_b = tf.transpose(matrix_b, [0, 2, 1])
-        corner = tf.zeros([b, d + 1, d + 1], c.dtype)
         upper = tf.concat([matrix_a, matrix_b], 2)  # [b, n, n + d + 1]
-        lower = tf.concat([transposed_b, corner], 2)  # [b, d + 1, n + d + 1]
+        lower = tf.pad(transposed_b, [[0, 0], [0, 0], [0, more]])
         system = tf.concat([upper, lower], 1)
-
-        no_plane = tf.zeros([b, d + 1, f.shape[-1]], f.dtype)
-        right_side = tf.concat([f, no_plane], 1)  # [b, n + d + 1, k]
+        right_side = tf.pad(f, [[0, 0], [0, more], [0, 0]])  # [b, n + d + 1, k]
         w_v = tf.linalg.solve(system, right_side)
         w = w_v[:, :n]
         v = w_v[:, n:]  # with b of the formula in the last row
 
         r2 = _squared_distances(q, c)
         kernels = _phi(r2, order)  # [b, m, n]
-        linear = tf.concat([q, tf.ones_like(q[..., :1])], 2)  # [b, m, d + 1]
-        return tf.matmul(kernels, w) + tf.matmul(linear, v)
+        return tf.matmul(kernels, w) + tf.matmul(_with_ones(q), v)
+
+
+def _with_ones(points):
+    """Return points `[b, n, d]` with one more coordinate, which is 1."""
+    import tensorflow as tf
+    ones = tf.ones_like(points[..., :1])
+    return tf.concat([points, ones], 2)
 
 
 def _squared_distances(x, y):
@@ -3196,26 +3065,18 @@ def _squared_distances(x, y):
 def _phi(r2, order):
     """Return the kernel for squared distances r2, of any shape."""
     import tensorflow as tf
-    guarded = tf.maximum(r2, _TINY_SQUARED_DISTANCE)
+    guarded = tf.maximum(r2, TINY_SQUARED_DISTANCE)
     if order == 1:
         return tf.sqrt(guarded)
     if order % 2:
         return tf.pow(guarded, order / 2)
-    # For orders 2 and 4, r2 may be 0, or slightly below by rounding, outside the logarithm
-    if order == 2:
-        powered = r2
-    elif order == 4:
-        powered = tf.square(r2)
-    else:
-        powered = tf.pow(guarded, order / 2)
+    # Outside the logarithm r2 may be 0, or slightly below by rounding
+    powered = r2 if order == 2 else tf.square(r2)
     return 0.5 * powered * tf.math.log(guarded)
 
 
 def import_tensorflow():
-    """Import TensorFlow where it is first needed.
-
-    It takes seconds, and help, errors, and previews do not need it.
-    """
+    """Import TensorFlow, which takes seconds, and which help, errors, and previews do not need."""
     try:
         with memory_errors():
             return importlib.import_module("tensorflow")
@@ -3228,10 +3089,7 @@ def import_tensorflow():
 
 
 def import_interpolate_spline() -> Callable:
-    """Return tensorflow-addons' function where it exists, else the drop-in.
-
-    It exists for Python up to 3.11 and TensorFlow up to 2.15.
-    """
+    """Return tensorflow-addons' function where it exists, up to Python 3.11; else the drop-in."""
     with warnings.catch_warnings():
         # It warns that its development has ended, and which TensorFlow it was tested with
         warnings.simplefilter("ignore")
@@ -3242,16 +3100,10 @@ def import_interpolate_spline() -> Callable:
             return interpolate_spline
 
 
-def spline_layer(points: int, channels: int, order: int, regularization: float):
+def spline_layer(points: int, channels: int, order: int):
     """Return a Keras layer, query points [m, 2] -> surface [m, c].
 
     Its trainable weights are the control points: their positions (n, 2) and their values (n, c).
-
-    Args:
-        points: n, the number of control points.
-        channels: c, of the surface.
-        order: of the spline.
-        regularization: weight on the diagonal of the interpolation system.
     """
     import tensorflow as tf
     interpolate = import_interpolate_spline()
@@ -3259,32 +3111,26 @@ def spline_layer(points: int, channels: int, order: int, regularization: float):
     class SplineSurface(tf.keras.layers.Layer):
         def __init__(self):
             super().__init__(name="spline_surface")
-            self.positions = self._control_points("positions", 2)
-            self.values = self._control_points("values", channels)
-
-        def _control_points(self, name, numbers):
-            return self.add_weight(name=name, shape=(points, numbers), initializer="zeros")
+            self.positions = self.add_weight(name="positions", shape=(points, 2))
+            self.values = self.add_weight(name="values", shape=(points, channels))
 
         def call(self, query):
-            surface = interpolate(
-                self.positions[None], self.values[None], query[None], order, regularization)
+            surface = interpolate(self.positions[None], self.values[None], query[None], order,
+                                  SPLINE_REGULARIZATION)
             return surface[0]
 
     return SplineSurface()
 
 
 def bending_nodes(full_shape: tuple[int, int], longer: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return nodes over the frame, (rows, columns, 2), and their distances down and along it.
+    """Return nodes over a frame (h, w), (rows, columns, 2), and their distances down and along it.
 
-    All are in frame coordinates.
-
-    Args:
-        full_shape: (h, w) of the picture. Only its ratio counts.
-        longer: nodes along the longer side.
+    Along the longer side there are `longer` nodes.
     """
     sides = np.array(full_shape) / max(full_shape)
-    counts = np.maximum(4, np.round(longer * sides)).astype(int)
-    down, along = [np.linspace(0, side, count) for side, count in zip(sides, counts)]
+    rows, columns = np.maximum(4, np.round(longer * sides)).astype(int)
+    down = np.linspace(0, sides[0], rows)
+    along = np.linspace(0, sides[1], columns)
     return _grid(down, along), np.array([down[1], along[1]])
 
 
@@ -3299,28 +3145,32 @@ def bending_rows(spacing: np.ndarray, cost: np.ndarray, free_bowl: bool) -> np.n
         cost: (rows, columns) of bending at the nodes.
         free_bowl: only deviations from the mean second derivatives count. These are those of a
             bowl, and most skies have a part that is one: vignetting, and most glows.
-
-    Returns:
-        (3 (rows - 2) (columns - 2), rows columns).
     """
+    def differences(count):  # at the inner nodes: (count - 2, count) each
+        unit = np.eye(count)
+        same = unit[1:-1]
+        first = unit[2:] - unit[:-2]
+        second = unit[2:] - 2 * same + unit[:-2]
+        return same, first, second
+
     rows, columns = cost.shape
     down, along = spacing
-    count = rows * columns
-    unit = np.eye(count).reshape(rows, columns, count)
-    center = unit[1:-1, 1:-1]
-    down_down = (unit[2:, 1:-1] - 2 * center + unit[:-2, 1:-1]) / down**2
-    along_along = (unit[1:-1, 2:] - 2 * center + unit[1:-1, :-2]) / along**2
-    corners = unit[2:, 2:] - unit[2:, :-2] - unit[:-2, 2:] + unit[:-2, :-2]
-    down_along = corners / (4 * down * along)
-    derivatives = np.stack([down_down, along_along, math.sqrt(2) * down_along])
-    weight = cost[1:-1, 1:-1]  # (rows - 2, columns - 2)
+    same_down, first_down, second_down = differences(rows)
+    same_along, first_along, second_along = differences(columns)
+    mixed = np.kron(first_down, first_along) / (4 * down * along)
+    derivatives = np.stack([
+        np.kron(second_down, same_along) / down**2,
+        np.kron(same_down, second_along) / along**2,
+        math.sqrt(2) * mixed,
+    ])
+    weight = cost[1:-1, 1:-1].ravel()
     if free_bowl:
         shares = weight / weight.sum()
-        derivatives -= np.einsum("ij,kijn->kn", shares, derivatives)[:, None, None]
+        derivatives -= np.einsum("i,kin->kn", shares, derivatives)[:, None]
     area = (rows - 1) * down * (columns - 1) * along
     each = area / weight.size / (8 * math.pi)
-    derivatives *= np.sqrt(each * weight)[..., None]
-    return derivatives.reshape(-1, count)
+    derivatives *= np.sqrt(each * weight)[:, None]
+    return derivatives.reshape(-1, cost.size)  # (3 inner nodes, nodes)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -5471,19 +5321,13 @@ def loss_error(r):
 
 
 def loss_color(r):
-    """Return how far the channels disagree: the variance of r over them, 0 for a gray picture.
-
-    It keeps the background neutral.
-    """
+    """Return the variance of r over the channels: it keeps the sky neutral."""
     import tensorflow as tf
     return tf.math.reduce_variance(r, -1)
 
 
 def loss_overshoot(r):
-    """Return how far the surface lies above the picture.
-
-    Subtracting more light than there is leaves dark holes.
-    """
+    """Return how far the surface lies above the picture: that would leave dark holes."""
     import tensorflow as tf
     return tf.reduce_mean(tf.abs(r) - r, -1)
 
@@ -5509,8 +5353,7 @@ def log_loss(terms, alpha):
     """
     import tensorflow as tf
     error, color, overshoot, negative = terms
-    penalties = overshoot + negative
-    total = error + color + alpha * penalties
+    total = error + color + alpha * (overshoot + negative)
     return tf.reduce_mean(tf.math.log(LOSS_FLOOR + total))
 
 
@@ -5519,9 +5362,8 @@ def log_loss(terms, alpha):
 # --------------------------------------------------------------------------------------------------
 
 SAMPLE_CELLS = 2048
-"""Cells in one independent sample of the sky; a fit sees `-B` samples. The surface has some hundred
-degrees of freedom. Where the noise of a cell is 1 % of the gradient, 2048 cells determine 32
-control points to 0.13 %."""
+"""Cells in one independent sample of the sky; a fit sees `-B` samples. Where the noise of a cell is
+1 % of the gradient, so many determine 32 control points to 0.13 %."""
 
 SAMPLE_MEAN = 0.7
 """Cells: the sample is drawn from Gaussian means of this width."""
@@ -5530,16 +5372,12 @@ BOUNDS_SHARE = 0.25
 """For one cell of sky in the sample there are so many that only bound the sky, if there are."""
 
 STOP_PATIENCE = 100
-"""The fit stops after so many epochs without improvement."""
-
 STOP_DELTA = 5e-5
-"""The loss must fall by this much to count as improved."""
+"""The fit stops after so many epochs in which the loss has not fallen by this much."""
 
 RATE_PATIENCE = 50
-"""The learning rate is halved after so many epochs without improvement."""
-
 RATE_FLOOR = 1e-4
-"""The learning rate is not halved below this."""
+"""The learning rate is halved after so many such epochs, but not below this."""
 
 TRACK_EVERY = 10
 """Epochs between two recordings of the control points."""
@@ -5563,7 +5401,7 @@ that was found may have a glow in its corner."""
 
 VALUE_RATE = 0.3
 """Stretched units by which the surface moves where a trained coordinate moves by 1. With less, a
-flat start takes more than 1000 epochs. With more, the surface trembles longer about its end."""
+flat start takes more than 1000 epochs; with more, the surface trembles longer about its end."""
 
 POSITION_RATE = 0.02
 """Control points move by this part of their mean distance where a trained coordinate moves by 1.
@@ -5574,56 +5412,31 @@ CONDITION_FLOOR = 1e-4
 faster than that."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Fit:
     """A fitted surface, and how it came about."""
 
     positions: np.ndarray  # (n, 2) final control points, in frame coordinates
     values: np.ndarray  # (n, c) final values there, stretched units
     order: int
-    smoothing: float
     history: np.ndarray  # (epochs, 6): loss, then LOSS_TERMS, four as means
     stopped: str  # why the fit ended, in words
     track: list[tuple[int, np.ndarray, np.ndarray]]  # (epoch, positions, values); the start first
 
     def surface(self, query: np.ndarray) -> np.ndarray:
         """Return the surface (..., c) at query (..., 2), stretched, float64."""
-        return _fit_spline(query, self.positions, self.values, self.order)
-
-
-def _fit_spline(query: np.ndarray, positions: np.ndarray, values: np.ndarray,
-                order: int) -> np.ndarray:
-    """Return the spline of the fit's layer through values (n, k), at query (..., 2): (..., k)."""
-    positions = positions.astype(float)
-    return spline_surface(query, positions, values, order, SPLINE_REGULARIZATION)
+        return spline_surface(query, self.positions, self.values, self.order)
 
 
 def start_positions(settings: Settings, sky: Sky, shape: tuple[int, int]) -> np.ndarray:
-    """Return where the control points start.
+    """Return where the control points start, (n, 2) float32, in a frame of this shape (h, w).
 
-    Args:
-        settings: `initializer`, `points`, `seed` and `auto` count.
-        sky: with auto, random points are denser where it is steeper.
-        shape: (h, w) of the full-size frame.
-
-    Returns:
-        (n, 2) float32 (row, column) in frame coordinates. A grid may have a few more or fewer
-        points than were asked for.
+    Random points are uniform. With auto each one is that of ten which is farthest from those
+    before, so that every small glow has points. A distance counts more where the sky needs more.
     """
     sides = np.array(shape) / max(shape)
     if settings.initializer == "grid":
-        positions = _grid_positions(settings.points, sides)
-    else:
-        positions = _random_positions(settings, sky, sides)
-    return positions.astype(np.float32)
-
-
-def _random_positions(settings, sky, sides):
-    """Return uniformly random points.
-
-    With auto each point is the one of ten that is farthest from those before, so that every small
-    glow has points. A distance counts more where the sky needs more points.
-    """
+        return _grid_positions(settings.points, sides)
     rng = np.random.default_rng(settings.seed)
     draws = 10 if settings.auto else 1
     points = np.full((1, 2), np.inf)  # one that is far from all, to begin with
@@ -5631,42 +5444,36 @@ def _random_positions(settings, sky, sides):
         candidates = sides * rng.random((draws, 2))
         differences = candidates[:, None] - points  # (draws, points, 2)
         distances = np.linalg.norm(differences, axis=-1)
-        counted = distances.min(1) * sky.at(sky.density, candidates)
-        points = np.vstack((points, candidates[counted.argmax()]))
-    return points[1:]
+        nearest = distances.min(1)
+        counted = nearest * sky.at(sky.density, candidates)
+        farthest = candidates[counted.argmax()]
+        points = np.vstack((points, farthest))
+    return points[1:].astype(np.float32)
 
 
 def _grid_positions(wanted, sides):
     """Return the centers of the cells of a grid.
 
-    Its rows and columns come nearest to the wanted number and to the frame's aspect ratio.
+    Its rows and columns come nearest to the wanted number and to the frame's aspect ratio, so it
+    may have a few points more or fewer.
     """
-    def misfit(shape):
-        rows, columns = shape
-        number = abs(rows * columns - wanted) / wanted
-        height, width = sides
-        aspect = columns / rows * height / width
-        return number + abs(math.log(aspect))
-
+    height, width = sides
     # At least two rows and columns: with one the slope along the other axis would be open
-    shapes = []
-    most = max(2, wanted // 2)
-    for rows in range(2, most + 1):
-        columns = max(2, round(wanted / rows))
-        shapes.append((rows, columns))
-    rows, columns = min(shapes, key=misfit)
-    row = (np.arange(rows) + 0.5) / rows
-    column = (np.arange(columns) + 0.5) / columns
+    rows = np.arange(2, max(2, wanted // 2) + 1)
+    columns = np.maximum(2, np.round(wanted / rows))
+    number = np.abs(rows * columns - wanted) / wanted
+    aspect = columns / rows * height / width
+    misfit = number + np.abs(np.log(aspect))
+    best = misfit.argmin()
+    row = np.arange(0.5, rows[best]) / rows[best]
+    column = np.arange(0.5, columns[best]) / columns[best]
     centers = _grid(row, column)  # (rows, columns, 2) in [0, 1]
-    return sides * centers.reshape(-1, 2)
+    positions = sides * centers.reshape(-1, 2)
+    return positions.astype(np.float32)
 
 
 def start_values(prepared: Prepared, positions: np.ndarray) -> np.ndarray:
-    """Return the first values at the control points (n, 2): the sky that was found there.
-
-    Returns:
-        (n, c) float32, stretched.
-    """
+    """Return the first values at control points (n, 2): the sky found there, stretched (n, c)."""
     linear = prepared.sky.surface(positions)
     return prepared.stretch.extend(linear).astype(np.float32)
 
@@ -5678,32 +5485,38 @@ def sample_cells(usable: np.ndarray, density: np.ndarray, wanted: int, seed: int
     drawn at random from each run of equal weight. A cell's weight is the density (h, w) of control
     points squared. So the loss, which forgives, cannot forgive a small steep part of the sky.
     """
+    cells = np.flatnonzero(usable)
+    if cells.size <= wanted:
+        return cells
     _, width = usable.shape
-    row, column = np.nonzero(usable)
-    if row.size <= wanted:
-        return row * width + column
-    tile = max(1, int(math.sqrt(row.size / wanted)))
+    row, column = np.divmod(cells, width)
+    tile = max(1, int(math.sqrt(cells.size / wanted)))
     keys = (column, row, column // tile, row // tile)
     tile_by_tile = np.lexsort(keys)
-    places = (row * width + column)[tile_by_tile]
-    reached = np.cumsum(density.ravel()[places]**2)
+    cells = cells[tile_by_tile]
+    reached = np.cumsum(density.ravel()[cells]**2)
     rng = np.random.default_rng(seed)
     drawn = (np.arange(wanted) + rng.random(wanted)) / wanted
-    return np.unique(places[np.searchsorted(reached, drawn * reached[-1])])
+    ranks = np.searchsorted(reached, drawn * reached[-1])
+    return np.unique(cells[ranks])
+
+
+class Sample(NamedTuple):
+    """The m cells that the fit sees."""
+
+    places: Any  # (m, 2) frame coordinates
+    image: Any  # (m, c) stretched
+    brightest: Any  # (m, c) that the stretch can tell: a brighter sky is no overshoot
+    weight: Any  # (m, c) in [0, 1]
+    follows: Any  # (m, 1) 1 where the surface follows the picture, 0 where that only bounds it
+    bounded: Any  # (m, 1) 1 where an overshoot counts
 
 
 class Lesson(NamedTuple):
-    """What the training step sees of one picture: m cells, and k nodes where bending is measured.
+    """What the training step sees of a picture, with n control points, and k nodes for bending."""
 
-    There are n control points.
-    """
-
-    places: Any  # (m + k, 2) frame coordinates: of the cells, then of the nodes
-    image: Any  # (m, c) stretched
-    weight: Any  # (m, c) in [0, 1]
-    clipped: Any  # (m, c) as bright as the stretch can tell: a sky that is brighter is no overshoot
-    follows: Any  # (m, 1) 1 where the surface follows the picture, 0 where that only bounds it
-    bounded: Any  # (m, 1) 1 where an overshoot counts
+    sample: Sample
+    nodes: Any  # (k, 2) frame coordinates
     bending: Any  # (r, k) see `bending_rows`
     stiffness: Any  # () weight of the bending
     unit: Any  # (c,) linear, that of the bending, in units of the stretch's scale
@@ -5712,15 +5525,6 @@ class Lesson(NamedTuple):
     values: Any  # (n, c) at the start
     condition: Any  # (n, n) takes trained coordinates to values
     spacing: Any  # () takes trained coordinates to positions
-
-
-class Sample(NamedTuple):
-    """What the fit sees of the cells: m of them."""
-
-    places: np.ndarray  # (m, 2) frame coordinates
-    image: np.ndarray  # (m, c) stretched
-    weight: np.ndarray  # (m, c) in [0, 1]
-    follows: np.ndarray  # (m, 1) bool: False where the picture only bounds the sky
 
 
 def sky_sample(prepared: Prepared, settings: Settings) -> Sample:
@@ -5737,83 +5541,82 @@ def sky_sample(prepared: Prepared, settings: Settings) -> Sample:
     follows = (trust > 0).any(-1) & (sky.shows_sky | (not auto))
     bounds = sky.below & auto
     density = sky.density if auto else np.ones(follows.shape)
-    of_sky = sample_cells(follows, density, SAMPLE_CELLS * settings.batch, settings.seed)
+    wanted = SAMPLE_CELLS * settings.batch
+    of_sky = sample_cells(follows, density, wanted, settings.seed)
     most = int(BOUNDS_SHARE * len(of_sky))
     of_bounds = sample_cells(bounds, density, most, settings.seed)
-    pick = np.concatenate([of_sky, of_bounds])
-    is_sky = np.arange(len(pick))[:, None] < len(of_sky)  # (m, 1)
+    picked = np.concatenate([of_sky, of_bounds])  # (m,)
+    is_sky = np.arange(len(picked)) < len(of_sky)
+    is_sky = is_sky[:, None]  # (m, 1)
+    pick = np.unravel_index(picked, follows.shape)
 
-    light = _picked(sky.image, pick)  # (m, c) linear
-    noise = _picked(sky.noise, pick)
+    light = sky.image[pick]  # (m, c) linear
+    noise = sky.noise[pick]
     # What is not in the sample counts through means, which have less than half of the noise
-    smooth = _picked(_smooth_slope(sky.image, SAMPLE_MEAN, follows), pick)
+    smooth = _smooth_slope(sky.image, SAMPLE_MEAN, follows)[pick]
     picture = np.where(is_sky, smooth, light + CEILING_SIGMA * noise)
-    # What is left with auto is sky, however bright: the stretch shall not clip it
-    image = stretch.extend(picture) if auto else stretch.apply(picture)
-    weight = np.where(is_sky, _picked(trust, pick), 1.0)
+    weight = np.where(is_sky, trust[pick], 1.0)
     if auto:
+        # What is left is sky, however bright: the stretch shall not clip it
+        image = stretch.extend(picture)
+        brightest = np.full(image.shape, np.inf)
         noise = stretch.extend(light + noise) - stretch.extend(light)  # (m, c) stretched
-        noise = np.maximum(noise.mean(-1, keepdims=True), LOSS_FLOOR / FORGIVEN)
+        noise = noise.mean(-1, keepdims=True)
+        noise = np.maximum(noise, LOSS_FLOOR / FORGIVEN)
         weight *= LOSS_FLOOR / (FORGIVEN * noise)
-    return Sample(_picked(sky.centers, pick), image, weight, is_sky)
+    else:
+        image = stretch.apply(picture)
+        brightest = np.where(image < 1, np.inf, 1)
+    bounded = ~is_sky | (not auto)
+    return Sample(sky.centers[pick], image, brightest, weight, is_sky, bounded)
 
 
 def make_lesson(prepared: Prepared, settings: Settings,
                 start: tuple[np.ndarray, np.ndarray]) -> Lesson:
-    """Put together what the training step sees of a picture.
-
-    Args:
-        prepared, settings: what `examine` gave.
-        start: positions (n, 2) and values (n, c) of the control points.
-    """
+    """Put together what the training step sees of a picture; the arguments are `fit_surface`'s."""
     sky = prepared.sky
     stretch = prepared.stretch
-    sample = sky_sample(prepared, settings)
-    follows = sample.follows
     positions, values = start
+    sample = sky_sample(prepared, settings)
     nodes, spacing = bending_nodes(prepared.full_shape, FIT_NODES)  # (rows, columns, 2)
-    cost = sky.at(sky.cost, nodes) if settings.auto else np.ones(nodes.shape[:2])
+    cost = np.ones(nodes.shape[:2])
+    if settings.auto:
+        cost = sky.at(sky.cost, nodes)
     rows = bending_rows(spacing, cost, settings.smoothing < PLANE)
     nodes = nodes.reshape(-1, 2)
-    found = _fit_spline(nodes, positions, start_values(prepared, positions), settings.order)
-    derivatives = rows @ (stretch.invert(found) / sky.unit)  # (r, c)
-    bending = (derivatives**2).sum(0).mean()
-
     # In finding the sky, bending stands beside the mean squared residual. The loss curves by
     # 1 / spread^2 at the sky, and by less where it forgives less.
-    curvature = (2 / FORGIVEN if settings.auto else 1) / sky.spread**2
+    sharpness = 2 / FORGIVEN if settings.auto else 1
+    curvature = sharpness / sky.spread**2
     stiffness = curvature / 2 * STIFFNESS_UNIT * settings.smoothing
+
+    found_values = start_values(prepared, positions)
+    found = spline_surface(nodes, positions, found_values, settings.order)  # (k, c)
+    derivatives = rows @ (stretch.invert(found) / sky.unit)  # (r, c)
+    bending = (derivatives**2).sum(0).mean()
     asked_for_plane = sky.by_hand and settings.smoothing >= PLANE
     most = PLANE_COST if asked_for_plane else FOUND_COST
     most *= settings.smoothing / max(sky.found_smoothing, 1e-9)
     stiffness = min(stiffness, most / max(bending, 1e-12))  # at a smoothing of 0, none
 
     step = 1e-3
-    slopes = (stretch.invert(found + step) - stretch.invert(found - step)) / (2 * step)
-    slopes = (slopes / sky.unit).mean(-1)  # (k,) of the inverse of the stretch
-    places = sample.places[follows[:, 0]]
+    rise = stretch.invert(found + step) - stretch.invert(found - step)
+    slopes = rise / (2 * step) / sky.unit
+    slopes = slopes.mean(-1)  # (k,) of the inverse of the stretch
+    places = sample.places[sample.follows[:, 0]]
     energy = 2 * stiffness / curvature
     condition = _condition(positions, settings.order, places, nodes, rows * slopes, energy)
     return Lesson(
-        places=np.concatenate([sample.places, nodes]),
-        image=sample.image,
-        weight=sample.weight,
-        clipped=follows * (sample.image >= 1) * (not settings.auto),
-        follows=follows,
-        bounded=np.full(follows.shape, not settings.auto) | ~follows,
+        sample=sample,
+        nodes=nodes,
         bending=rows,
-        stiffness=stiffness * follows.mean(),  # the loss is a mean over cells of both kinds
+        stiffness=stiffness * sample.follows.mean(),  # the loss is a mean over cells of both kinds
         unit=sky.unit / stretch.scale,
         midtones=stretch.midtones,
         positions=positions,
         values=values,
         condition=VALUE_RATE * condition,
         spacing=POSITION_RATE / math.sqrt(len(positions)))
-
-
-def _picked(pixels, pick):
-    """Return the pixels of (h, w, k) with these flat indices, (m, k)."""
-    return pixels.reshape(-1, pixels.shape[-1])[pick]
 
 
 def _condition(positions: np.ndarray, order: int, places: np.ndarray, nodes: np.ndarray,
@@ -5824,15 +5627,13 @@ def _condition(positions: np.ndarray, order: int, places: np.ndarray, nodes: np.
     would take thousands of epochs for the directions in which points move together.
 
     Args:
-        positions: (n, 2) control points.
-        order: of the spline.
         places: (m, 2) the sky in the sample.
         nodes, rows: (k, 2) and (r, k), for the bending of a stretched surface.
         energy: weight of the bending beside the mean squared residual.
     """
     unit = np.eye(len(positions))
-    on_places = _fit_spline(places, positions, unit, order)  # (m, n)
-    on_nodes = _fit_spline(nodes, positions, unit, order)  # (k, n)
+    on_places = spline_surface(places, positions, unit, order)  # (m, n)
+    on_nodes = spline_surface(nodes, positions, unit, order)  # (k, n)
     derivatives = rows @ on_nodes
     curvature = on_places.T @ on_places / len(places)
     curvature += energy * derivatives.T @ derivatives
@@ -5847,8 +5648,7 @@ def fit_surface(prepared: Prepared, settings: Settings, start: tuple[np.ndarray,
     """Fit the spline to the sky.
 
     Adam trains positions and values. The learning rate is halved on a plateau, and the fit stops
-    early. This is a loop of our own and not Keras' `fit`, which would add more to each epoch than
-    the 2 ms that an epoch takes.
+    early. Keras' own `fit` would add more to each epoch than the 2 ms that an epoch takes.
 
     Args:
         prepared, settings: what `examine` gave.
@@ -5858,103 +5658,93 @@ def fit_surface(prepared: Prepared, settings: Settings, start: tuple[np.ndarray,
     Raises:
         BgError: the spline cannot be computed at all from this start.
     """
-    import tensorflow as tf
     lesson = make_lesson(prepared, settings, start)
-    points, channels = start[1].shape
-    lesson = Lesson(*[tf.constant(part, tf.float32) for part in lesson])
-    training = _training(points, channels, settings.order, settings.alpha,
-                         tuple(lesson.bending.shape), lesson.image.device,
-                         import_interpolate_spline())
+    training = _begin(lesson, settings)
+    rate = settings.learning_rate
     history = []
     track = []
-    rate = settings.learning_rate
     least = math.inf
     improved = 0  # last epoch in which the loss fell
     changed = 0  # last epoch in which the loss or the learning rate fell
     stopped = f"all {settings.epochs} epochs done"
-    with training.lock:  # two threads may fit at the same time
-        training.begin(lesson, rate)
-        for epoch in range(1, settings.epochs + 1):
-            now = training.control_points()
-            if (epoch - 1) % TRACK_EVERY == 0:
-                track.append((epoch - 1, *now))
-            try:
-                losses = training.step()
-            except tf.errors.InvalidArgumentError:  # the matrix is not invertible: points have met
-                losses = np.array([np.nan])
-            if not np.isfinite(losses).all():
-                stopped = (f"stopped at epoch {epoch}: the spline's equations became singular; "
-                           "best surface so far taken (try a smaller -lr, or another --seed)")
-                break
-            history.append(losses)
-            if on_epoch is not None:
-                on_epoch(epoch, float(losses[0]))
-            if losses[0] < least:
-                best = now
-            if losses[0] < least - STOP_DELTA:
-                improved = changed = epoch
-            least = min(least, losses[0])
-            if epoch - improved >= STOP_PATIENCE:
-                stopped = f"stopped at epoch {epoch}: no improvement in {STOP_PATIENCE} epochs"
-                break
-            if epoch - changed >= RATE_PATIENCE and rate > RATE_FLOOR:
-                rate = max(rate / 2, RATE_FLOOR)
-                changed = epoch
-                training.adam.learning_rate = rate
-        if settings.epochs == len(history):
-            last = training.control_points()
-            if training.step()[0] < least:
-                best = last
+    for epoch in range(1, settings.epochs + 2):  # one more, to see what the last has reached
+        now = training.control_points()
+        losses = training.step()
+        if not np.isfinite(losses).all():
+            stopped = (f"stopped at epoch {epoch}: the spline's equations became singular; "
+                       "best surface so far taken (try a smaller -lr, or another --seed)")
+            break
+        loss = losses[0]
+        if loss < least:
+            best = now
+        if epoch > settings.epochs:
+            break
+        if loss < least - STOP_DELTA:
+            improved = changed = epoch
+        least = min(least, loss)
+        history.append(losses)
+        done = epoch - 1
+        if done % TRACK_EVERY == 0:
+            track.append((done, *now))
+        if on_epoch is not None:
+            on_epoch(epoch, float(loss))
+        if epoch - improved >= STOP_PATIENCE:
+            stopped = f"stopped at epoch {epoch}: no improvement in {STOP_PATIENCE} epochs"
+            break
+        if epoch - changed >= RATE_PATIENCE and rate > RATE_FLOOR:
+            rate = max(rate / 2, RATE_FLOOR)
+            changed = epoch
+            training.adam.learning_rate = rate
     if not history:
         raise BgError("the spline's equations cannot be solved from these control points; "
                       "lower -N, or choose another --seed")
-    return Fit(*best, settings.order, settings.smoothing, np.array(history), stopped, track)
+    return Fit(*best, settings.order, np.array(history), stopped, track)
+
+
+def _begin(lesson: Lesson, settings: Settings) -> _Training:
+    """Return a training that stands at the start of this lesson."""
+    import tensorflow as tf
+
+    def in_float32(part):
+        return tf.constant(part, tf.float32)
+
+    def of_any_number(part):
+        return tf.TensorSpec([None, *part.shape[1:]])
+
+    lesson = tf.nest.map_structure(in_float32, lesson)
+    # A step traced for the number of cells of its first picture would round differently, so that
+    # what comes first in a folder changed the results of all others.
+    kinds = tf.nest.map_structure(tf.TensorSpec.from_tensor, lesson)
+    cells = map(of_any_number, lesson.sample)
+    kinds = kinds._replace(sample=Sample(*cells))
+    training = _training(kinds, settings.order, settings.alpha, lesson.nodes.device)
+    training.begin(lesson, settings.learning_rate)
+    return training
 
 
 @functools.lru_cache(maxsize=8)  # a folder holds pictures of few kinds
-def _training(points, channels, order, alpha, bending_shape, device, interpolate) -> _Training:
+def _training(kinds, order, alpha, device) -> _Training:
     """Return the training of fits that have all of this in common.
 
     It is made once: TensorFlow takes longer to trace a step than to do a hundred.
     """
-    return _Training(points, channels, order, alpha, bending_shape)
+    return _Training(kinds, order, alpha)
 
 
 class _Training:
-    """A spline in training. It serves one picture after the other, each of which holds `lock`."""
+    """A spline in training. It serves one picture after the other."""
 
-    def __init__(self, points, channels, order, alpha, bending_shape):
+    def __init__(self, kinds: Lesson, order: int, alpha: float):
         import tensorflow as tf
-        self.lock = threading.Lock()
         self.alpha = alpha
-        self.layer = spline_layer(points, channels, order, SPLINE_REGULARIZATION)
+        points, channels = kinds.values.shape
+        self.layer = spline_layer(points, channels, order)
         start = np.zeros((points, 2 + channels), np.float32)
         self.coordinates = tf.Variable(start)  # of positions and values, see `_condition`
         self.adam = tf.keras.optimizers.Adam()
         self.adam.build([self.coordinates])
-
-        def numbers(*shape):
-            return tf.TensorSpec(shape, tf.float32)
-
-        # A step traced for the number of cells of its first picture would round differently, so
-        # that what comes first in a folder changed the results of all others.
-        signature = Lesson(
-            places=numbers(None, 2),
-            image=numbers(None, channels),
-            weight=numbers(None, channels),
-            clipped=numbers(None, channels),
-            follows=numbers(None, 1),
-            bounded=numbers(None, 1),
-            bending=numbers(*bending_shape),
-            stiffness=numbers(),
-            unit=numbers(channels),
-            midtones=numbers(channels),
-            positions=numbers(points, 2),
-            values=numbers(points, channels),
-            condition=numbers(points, points),
-            spacing=numbers())
         # Nothing in it needs rewriting, which costs time and would reach into the drop-in
-        self._step = tf.function(self._trace, input_signature=[signature], autograph=False)
+        self._step = tf.function(self._trace, input_signature=[kinds], autograph=False)
 
     def begin(self, lesson: Lesson, learning_rate: float) -> None:
         """Forget the picture before, and start from the control points of this lesson."""
@@ -5968,61 +5758,65 @@ class _Training:
 
     def control_points(self) -> tuple[np.ndarray, np.ndarray]:
         """Return the positions (n, 2) and the values (n, c)."""
-        return self.layer.positions.numpy(), self.layer.values.numpy()
+        layer = self.layer
+        return layer.positions.numpy(), layer.values.numpy()
 
     def step(self) -> np.ndarray:
-        """Do one step. Return the loss before it, and its terms as in Fit.history, (6,)."""
-        return self._step(self.lesson).numpy()
+        """Do one step. Return the loss before it, and its terms as in Fit.history, (6,).
+
+        They are NaN if the spline's equations are singular, because control points have met.
+        """
+        import tensorflow as tf
+        try:
+            return self._step(self.lesson).numpy()
+        except tf.errors.InvalidArgumentError:
+            return np.full(1 + len(LOSS_TERMS), np.nan)
 
     def _trace(self, lesson):
         """Do what `step` does, on tensors."""
         import tensorflow as tf
-        weights = [self.layer.positions, self.layer.values]
-        count = tf.shape(lesson.image)[0]
+        layer = self.layer
+        sample = lesson.sample
+        count = tf.shape(sample.image)[0]
+        query = tf.concat([sample.places, lesson.nodes], 0)
         with tf.GradientTape() as tape:
-            surface = self.layer(lesson.places)  # [m + k, c]
-            terms = self._cell_terms(lesson, surface[:count])
+            surface = layer(query)  # [m + k, c]
+            terms = _cell_terms(sample, surface[:count])
             linear = inverse_midtones(surface[count:], lesson.midtones, tf)
-            bending = lesson.stiffness * loss_bending(linear / lesson.unit, lesson.bending)
+            linear /= lesson.unit
+            bending = lesson.stiffness * loss_bending(linear, lesson.bending)
             loss = log_loss(terms, self.alpha) + bending
-        of_positions, of_values = tape.gradient(loss, weights)
+        of_positions, of_values = tape.gradient(loss, [layer.positions, layer.values])
         of_positions *= lesson.spacing
         of_values = tf.matmul(lesson.condition, of_values, transpose_a=True)
         gradient = tf.concat([of_positions, of_values], 1)
         self.adam.apply_gradients([(gradient, self.coordinates)])
         moved = lesson.spacing * self.coordinates[:, :2]
         risen = tf.matmul(lesson.condition, self.coordinates[:, 2:])
-        self.layer.positions.assign(lesson.positions + moved)
-        self.layer.values.assign(lesson.values + risen)
+        layer.positions.assign(lesson.positions + moved)
+        layer.values.assign(lesson.values + risen)
         means = [tf.reduce_mean(term) for term in terms]
         return tf.stack([loss, *means, bending])
 
-    def _cell_terms(self, lesson, surface):
-        """Return the four terms of the loss of the cells, [m] each."""
-        import tensorflow as tf
-        brighter = tf.maximum(lesson.image, surface)
-        picture = tf.where(lesson.clipped > 0, brighter, lesson.image)
-        residual = lesson.weight * (picture - surface)
-        followed = lesson.follows * residual
-        return [
-            loss_error(followed),
-            loss_color(followed),
-            loss_overshoot(lesson.bounded * residual),
-            loss_negative(surface),
-        ]
+
+def _cell_terms(sample, surface):
+    """Return the four terms of the loss of the cells, [m] each."""
+    import tensorflow as tf
+    counted = tf.minimum(surface, sample.brightest)
+    residual = sample.weight * (sample.image - counted)
+    followed = sample.follows * residual
+    return [
+        loss_error(followed),
+        loss_color(followed),
+        loss_overshoot(sample.bounded * residual),
+        loss_negative(surface),
+    ]
 
 
-class Device(NamedTuple):
-    """A device of TensorFlow's."""
-
-    place: str  # as in `tf.device`
-    name: str  # for people
-
-
-def compute_devices() -> list[Device]:
-    """Return what there is to compute on, the best first: a GPU if one works, then the CPU."""
+def compute_devices() -> list[tuple[str, str]]:
+    """Return what to compute on, a GPU if one works, then the CPU: place in `tf.device`, name."""
     tf = import_tensorflow()
-    cpu = Device("/CPU:0", "the CPU")
+    cpu = "/CPU:0", "the CPU"
     try:
         # This starts the GPU, and fails where another program holds it
         if not tf.config.list_logical_devices("GPU"):
@@ -6035,49 +5829,30 @@ def compute_devices() -> list[Device]:
         tf.config.set_visible_devices([], "GPU")
         return [cpu]
     name = details.get("device_name", "the GPU")
-    return [Device("/GPU:0", name), cpu]
+    return [("/GPU:0", name), cpu]
 
 
-def on_first_that_works(devices: list[Device], work: Callable):
-    """Return what work() gives on the first of one or two devices on which it does not fail.
-
-    Raises:
-        BgError: the last device has too little memory. Its other errors are raised as they are.
-    """
-    import tensorflow as tf
-    last = devices[-1]
-    for device in devices:
-        try:
-            with tf.device(device.place):
-                return work()
-        except tf.errors.ResourceExhaustedError:
-            if device is last:
-                raise BgError(f"{device.name} has too little memory; "
-                              "try a larger -dx, or a smaller -B") from None
-            logger.info(f"{device.name} has too little memory; going on with {last.name} "
-                        "(a larger -dx or a smaller -B may fit)")
-        except tf.errors.OpError as error:
-            if device is last:
-                raise
-            logger.info(f"{device.name} failed ({type(error).__name__}); going on with {last.name}")
+_fitting = threading.Lock()  # there is one training for all threads
 
 
 def fit_sky(prepared: Prepared, settings: Settings,
             on_epoch: Callable[[int, float], None] | None = None) -> Fit:
-    """Fit the surface to what `examine` gave, on the best device that works.
-
-    `on_epoch` is called with the number of each epoch, from 1, and its loss.
-    """
+    """Fit the surface to what `examine` gave, on the first device that works; see `fit_surface`."""
+    tf = import_tensorflow()
     positions = start_positions(settings, prepared.sky, prepared.full_shape)
     start = positions, start_values(prepared, positions)
     devices = compute_devices()
-    logger.info(f"fitting {len(positions)} control points, smoothing {settings.smoothing:.3g}, "
-                f"on {devices[0].name}")
-
-    def work():
-        return fit_surface(prepared, settings, start, on_epoch)
-
-    return on_first_that_works(devices, work)
+    for place, name in devices:
+        logger.info(f"fitting {len(positions)} control points, "
+                    f"smoothing {settings.smoothing:.3g}, on {name}")
+        try:
+            with _fitting, tf.device(place):
+                return fit_surface(prepared, settings, start, on_epoch)
+        except tf.errors.OpError as error:
+            if place == devices[-1][0]:
+                raise
+            logger.info(f"{name} failed ({type(error).__name__}); going on with the CPU "
+                        "(a smaller -B needs less memory)")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -6085,11 +5860,8 @@ def fit_sky(prepared: Prepared, settings: Settings,
 # --------------------------------------------------------------------------------------------------
 
 SURFACE_NODES = 300
-"""The model at full size is the spline itself on about this many nodes along the longer side, and
-interpolated between them. The surface bends over much longer distances; see `SkyModel`."""
-
 LEAST_NODES = 4
-"""Nodes along the shorter side; a cubic needs four."""
+"""Nodes of `SkyModel`: about so many along the longer side, at least so many along the shorter."""
 
 MAX_EXTRAPOLATION = 0.5
 """The model may exceed the range of values that it has over the sky by this fraction of that range.
@@ -6099,25 +5871,17 @@ So it cannot run away in a corner without sky, or behind hills."""
 class SkyModel:
     """The sky at full size, (c, h, w) in linear units, made in strips of rows.
 
-    It is never in memory as a whole, unless somebody asks for that. The sky is evaluated at nodes
-    some pixels apart, and a cubic spline along each axis goes through them. The sky bends over
-    hundreds of pixels, so nothing is lost between the nodes (tests hold it to 2e-5), and a pixel
-    costs only a few multiplications, however many control points there are.
+    The sky is evaluated at nodes some pixels apart, and a cubic spline along each axis goes through
+    them. It bends over much longer distances, so nothing is lost (tests hold it to 2e-5), and a
+    pixel costs only a few multiplications. SciPy's RectBivariateSpline takes three times as long.
     """
 
     def __init__(self, sky: Callable[[np.ndarray], np.ndarray], shape: tuple[int, int],
-                 dtype=np.float32, nodes: int = SURFACE_NODES):
-        """Evaluate the nodes.
-
-        Args:
-            sky: takes frame coordinates (..., 2) to the linear sky there, (..., c).
-            shape: (h, w) of the picture.
-            dtype: of the model.
-            nodes: about so many along the longer side, no more than pixels.
-        """
+                 dtype=np.float32):
+        """Evaluate the nodes of a sky, a function as of `linear_sky`, for a picture (h, w)."""
         height, width = shape
         longer = max(shape)
-        spacing = min(longer / nodes, min(shape) / LEAST_NODES)
+        spacing = min(longer / SURFACE_NODES, min(shape) / LEAST_NODES)
         spacing = max(spacing, 1)  # pixels
 
         def place_nodes(length):  # from the center of the first pixel to that of the last, or more
@@ -6155,20 +5919,14 @@ class SkyModel:
         return plane
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        """Yield the planes of the channels, as `write_xisf` takes them.
-
-        Each one is made when it is asked for.
-        """
+        """Yield the planes of the channels, each made when it is asked for."""
         return map(self.plane, range(len(self.nodes)))
 
 
 def linear_sky(prepared: Prepared, fit: Fit) -> Callable[[np.ndarray], np.ndarray]:
-    """Return the fitted sky in linear units, as a function.
+    """Return the fitted sky: takes frame coordinates (..., 2) to linear units (..., c) in [0, 1].
 
     Its range is limited, which matters where there was no sky to fit; see MAX_EXTRAPOLATION.
-
-    Returns:
-        A function that takes frame coordinates (..., 2) to the sky there, (..., c) in [0, 1].
     """
     found = prepared.sky
     limited = found.shows_sky | found.below  # objects that add light limit the sky from above
@@ -6190,19 +5948,13 @@ def linear_sky(prepared: Prepared, fit: Fit) -> Callable[[np.ndarray], np.ndarra
 
 def take_out(planes: np.ndarray, sky: SkyModel, prepared: Prepared,
              correction: str) -> tuple[np.ndarray, np.ndarray]:
-    """Take the sky out of a picture, in place, and clip what is left to [0, 1].
+    """Take the sky out of a picture (c, h, w), in place, and clip what is left to [0, 1].
 
     "subtract" makes it image - model + offset. The offset of a channel is what the median of its
     present samples would lose. So the background stays neutral, and a black border or one bad pixel
     cannot decide a color. "divide" makes it image / model * the model's median, all above black;
     that is right where something dims the light, such as vignetting. Missing samples stay as they
     are.
-
-    Args:
-        planes: (c, h, w) linear samples; changed.
-        sky: the model.
-        prepared: `median` and `black` count.
-        correction: "subtract" or "divide".
 
     Returns:
         The offsets, or the model's medians above black, (c,), and how many samples were clipped at
@@ -6214,11 +5966,9 @@ def take_out(planes: np.ndarray, sky: SkyModel, prepared: Prepared,
     divides = correction == "divide"
     black = prepared.black
     levels = np.median(sky.nodes, (1, 2)) - black
-    for channel, nodes in enumerate(sky.nodes):
-        if divides and nodes.min() <= black:
-            name = _channel_name(channel, len(planes))
-            raise BgError(f"the model of {name} is not above 0 everywhere, and nothing can be "
-                          "divided by it; use --correction subtract")
+    if divides and sky.nodes.min() <= black:
+        raise BgError("the model is not above 0 everywhere, and nothing can be divided by it; "
+                      "use --correction subtract")
 
     def work(channel):
         plane = planes[channel]
@@ -6228,14 +5978,13 @@ def take_out(planes: np.ndarray, sky: SkyModel, prepared: Prepared,
             samples = plane[rows]
             model = sky.strip(channel, rows)
             if divides:
-                gain = levels[channel] / (model - black)
-                left = (samples - black) * gain
+                left = _divided(samples, model, black, levels[channel])
                 np.copyto(samples, left, where=present[rows])
             else:
                 np.subtract(samples, model, out=samples, where=present[rows])
         offset = black
         if not divides:
-            median_left = _quantiles(plane, present, (0.5,))[0]
+            median_left, = _quantiles(plane, present, (0.5,))
             offset = prepared.median[channel] - median_left
         shift = plane.dtype.type(offset)
         clipped = np.zeros(2, int)
@@ -6251,26 +6000,26 @@ def take_out(planes: np.ndarray, sky: SkyModel, prepared: Prepared,
     return levels if divides else np.array(offsets), np.sum(clipped, 0)
 
 
+def _divided(samples, sky, black, level):
+    """Return samples above black, divided by their sky above black, times its level."""
+    gain = level / (sky - black)
+    return (samples - black) * gain
+
+
 def corrected(prepared: Prepared, linear: np.ndarray, sky: np.ndarray,
               correction: str) -> np.ndarray:
-    """Return some samples of a picture without their sky.
+    """Return some samples of a picture without their sky, (..., c), as `take_out`, but not clipped.
 
-    Args:
-        prepared: `black` and `median` count.
-        linear: (..., c) samples, NaN where missing.
-        sky: (..., c) the model there.
-        correction: "subtract", which keeps the medians of the picture, or "divide".
+    Missing samples are NaN.
     """
     pixels = tuple(range(sky.ndim - 1))  # the axes
-    if correction == "subtract":
-        left = linear - sky
-        shift = prepared.median - np.nanmedian(left, pixels)
-        return left + shift.astype(left.dtype)
     black = prepared.black
-    above_black = sky - black
-    level = np.median(above_black, pixels)
-    gain = level / above_black
-    return (linear - black) * gain + black
+    if correction == "divide":
+        level = np.median(sky - black, pixels)
+        return _divided(linear, sky, black, level) + black
+    left = linear - sky
+    shift = prepared.median - np.nanmedian(left, pixels)
+    return left + shift.astype(left.dtype)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -6281,7 +6030,7 @@ MOST_CLIPPED = 0.01
 """Part of the samples. If the correction clips more than that, something is wrong."""
 
 OBJECTS_SHARE = 0.2
-"""Part of the frame. Stars alone take up to this; if objects take more, a plain run is told of
+"""Part of the frame. If objects take more, which stars alone do not, a plain run is told of
 --auto."""
 
 
@@ -6290,18 +6039,11 @@ def examine(planes: np.ndarray, settings: Settings, mask: np.ndarray | None = No
             reference: Reference | None = None) -> tuple[Prepared, Settings]:
     """Do everything before the fit: stretch, reduce, mask, find the sky, and warn of what is odd.
 
-    It needs no TensorFlow.
-
-    Args:
-        planes, settings, mask: as for `prepare`.
-        black: the sample that no light at all would give; it counts where the sky is divided out.
-        reference: another picture of the region, as `read_reference` gives it.
+    It needs no TensorFlow. The arguments are those of `remove_sky`, but for `black`: the sample
+    that no light at all would give, which counts where the sky is divided out.
 
     Returns:
         What the fit sees, and the settings with the values that are used in place of every None.
-
-    Raises:
-        BgError: as `prepare`.
     """
     settings = settings.resolved()
     prepared = prepare(planes, settings, mask)
@@ -6315,7 +6057,6 @@ def judge(planes: np.ndarray, prepared: Prepared, settings: Settings,
     """Do what `examine` does once the sky is found: tell of it, and mask what is none with auto."""
     if sky.shared is not None:
         tell_of_reference(prepared.reference, sky.shared)
-    settings = replace(settings, smoothing=sky.smoothing)
     logger.info(f"sky: {100 * sky.share:.0f} % of the picture; "
                 f"smoothing {sky.smoothing:.3g} ({sky.why})")
     if sky.unsure:
@@ -6326,12 +6067,11 @@ def judge(planes: np.ndarray, prepared: Prepared, settings: Settings,
         pixels = settings.downscaling_factor * rim_depth(prepared)
         logger.info(f"left out: a rim of {pixels} pixels that is darker than the picture by a step "
                     f"({prepared.rim.mean():.1%} of the frame)")
-    for sentence in doubts(planes, prepared):
-        logger.warning(sentence)
-    _hint_at_inverted_mask(prepared, sky)
+    _warn_of_odd_data(planes, prepared)
+    _warn_of_inverted_mask(prepared, sky)
     prepared = with_sky(prepared, settings, sky)
     _log_numbers(prepared, settings)
-    return prepared, settings
+    return prepared, replace(settings, smoothing=sky.smoothing)
 
 
 def with_sky(prepared: Prepared, settings: Settings, sky: Sky) -> Prepared:
@@ -6349,6 +6089,7 @@ class Result:
 
     planes: np.ndarray  # (c, h, w) the picture without the sky, linear in [0, 1]
     sky: SkyModel  # the model, as the planes
+    linear_sky: Callable[[np.ndarray], np.ndarray]  # the model; see the function of this name
     unit: Unit  # the picture's own
     offsets: np.ndarray  # (c,) in the own unit: picture - model + offset is what is left, or
     # picture / model * offset if the sky was divided out
@@ -6358,11 +6099,6 @@ class Result:
     settings: Settings  # as used
     prepared: Prepared
     fit: Fit
-
-    @functools.cached_property
-    def linear_sky(self) -> Callable[[np.ndarray], np.ndarray]:
-        """The model as a function of frame coordinates; see the function of this name."""
-        return linear_sky(self.prepared, self.fit)
 
     @functools.cached_property
     def model(self) -> np.ndarray:
@@ -6392,12 +6128,10 @@ def remove_sky(planes: np.ndarray, settings: Settings, mask: np.ndarray | None =
 
     Args:
         planes: (c, h, w) linear samples in [0, 1], c 1 or 3; changed in place.
-        settings: see `Settings`.
         mask: (1 or c, h, w) weights, 1 = use, 0 = ignore, or None.
         unit: the picture's own unit, for the offsets.
-        watched: a context for the fit. It may give a function that is called after each epoch with
-            its number, from 1, and its loss.
-        reference: as for `examine`.
+        watched: a context for the fit. It may give what `fit_sky` calls after each epoch.
+        reference: another picture of the region.
 
     Raises:
         BgError: as `prepare`, `fit_surface`, and `take_out`.
@@ -6407,45 +6141,48 @@ def remove_sky(planes: np.ndarray, settings: Settings, mask: np.ndarray | None =
     with watched as on_epoch:
         fit = fit_sky(prepared, settings, on_epoch)
     logger.info(f"{fit.stopped}; lowest loss {fit.history[:, 0].min():.4f}")
-    sky = SkyModel(linear_sky(prepared, fit), prepared.full_shape, planes.dtype)
-    offsets, clipped = take_out(planes, sky, prepared, settings.correction)
+    correction = settings.correction
+    surface = linear_sky(prepared, fit)
+    sky = SkyModel(surface, prepared.full_shape, planes.dtype)
+    offsets, clipped = take_out(planes, sky, prepared, correction)
     offsets = offsets * unit.scale
     words = "divided by the sky, times its median"
-    if settings.correction == "subtract":
+    if correction == "subtract":
         offsets += unit.offset  # the model is in that unit too
         words = "offsets"
-    share = clipped.sum() / planes.size
-    before = gradient(prepared)
-    after = gradient(prepared, fit, settings.correction)
-    result = Result(
-        planes, sky, unit, offsets, share, before, after, settings, prepared, fit)
-
-    logger.info(gradients(result))
-    letters = _channel_letters(prepared)
-    each = map("{} {:.6f}".format, letters, offsets)
+    before, after = gradients(prepared, surface, correction)
+    told = "gradient unknown: too little of the picture is sure to be sky"
+    if not math.isnan(before):
+        told = f"gradient {before:.1%} of the sky's level before, {after:.1%} after"
+    logger.info(told)
+    each = map("{} {:.6f}".format, _channel_letters(prepared), offsets)
     logger.info(f"{words}: {', '.join(each)}")
     below, above = clipped
     logger.info(f"clipped: {below} samples at 0, {above} at 1, of {planes.size}")
+    share = clipped.sum() / planes.size
     if share > MOST_CLIPPED:
-        advice = ", but hardly any sky; crop dark borders, or leave them out with -m"
-        if _sky_is_clipped(planes, prepared, settings):
-            advice = (": the sky leaves no room below or above it; add a pedestal to the picture, "
-                      "or use a stiffer surface (--smoothing)")
-        logger.warning(f"{share:.1%} of the samples were clipped{advice}")
+        _warn_of_clipping(planes, prepared, settings, share)
     _hint_at_objects(prepared, settings)
-    return result
+    return Result(planes, sky, surface, unit, offsets, share, before, after, settings, prepared,
+                  fit)
 
 
-def _sky_is_clipped(planes: np.ndarray, prepared: Prepared, settings: Settings) -> bool:
-    """Tell whether the correction clipped more of the sky than MOST_CLIPPED."""
+def _warn_of_clipping(planes: np.ndarray, prepared: Prepared, settings: Settings,
+                      share: float) -> None:
+    """Warn that the correction clipped this share of the samples, and tell what helps."""
     factor = settings.downscaling_factor
     samples = planes[:, ::factor, ::factor]  # one of each block
     sky = prepared.sky.at(prepared.sky.shows_sky, prepared.centers)
     samples = samples[:, sky & prepared.present.all(-1)]
-    return bool(samples.size and ((samples <= 0) | (samples >= 1)).mean() > MOST_CLIPPED)
+    at_an_end = (samples <= 0) | (samples >= 1)
+    advice = ", but hardly any sky; crop dark borders, or leave them out with -m"
+    if at_an_end.sum() > MOST_CLIPPED * samples.size:
+        advice = (": the sky leaves no room below or above it; add a pedestal to the picture, "
+                  "or use a stiffer surface (--smoothing)")
+    logger.warning(f"{share:.1%} of the samples were clipped{advice}")
 
 
-def _hint_at_inverted_mask(prepared: Prepared, sky: Sky) -> None:
+def _warn_of_inverted_mask(prepared: Prepared, sky: Sky) -> None:
     """Ask whether a mask is inverted: it leaves the bright minority, most of it not sky."""
     present = prepared.present.all(-1)
     left = present & prepared.used
@@ -6462,10 +6199,9 @@ def _hint_at_inverted_mask(prepared: Prepared, sky: Sky) -> None:
 def _hint_at_objects(prepared: Prepared, settings: Settings) -> None:
     """Tell a plain run that it had much in its fit that is not sky."""
     sky = prepared.sky
-    if settings.auto or sky.unsure:
-        return
-    objects = prepared.used & ~sky.at(sky.shows_sky, prepared.centers)  # (h, w)
-    if objects.mean() > OBJECTS_SHARE:
+    shows_sky = sky.at(sky.shows_sky, prepared.centers)  # (h, w)
+    objects = prepared.used & ~shows_sky
+    if not settings.auto and not sky.unsure and objects.mean() > OBJECTS_SHARE:
         logger.info("hint: objects were found in this picture; --auto would leave them out, "
                     f"with a margin ({objects.mean():.0%} of the frame)")
 
@@ -6480,7 +6216,6 @@ def optimize(image: np.ndarray, settings: Settings = Settings(), mask: np.ndarra
         image: (h, w), (h, w, 1) or (h, w, 3), linear; 0, what is not finite, and what a masked
             array masks count as missing. Integers count over their full range, which becomes 0 to
             1. Floats may have any unit, and the results are in it. Not changed.
-        settings: see `Settings`.
         mask: (h, w), (h, w, 1) or (h, w, c) weights in [0, 1], 1 = use, 0 = ignore; or integers.
         on_epoch: called after each epoch with its number, from 1, and its loss.
 
@@ -6496,8 +6231,9 @@ def optimize(image: np.ndarray, settings: Settings = Settings(), mask: np.ndarra
                       "give (h, w), (h, w, 1) or (h, w, 3)")
     unit = array_unit(planes)
     keep_dark_samples(planes)
-    weights = None if mask is None else mask_weights(_to_planes(mask, "the mask"))
-    return remove_sky(planes, settings, weights, unit, nullcontext(on_epoch))
+    if mask is not None:
+        mask = mask_weights(_to_planes(mask, "the mask"))
+    return remove_sky(planes, settings, mask, unit, nullcontext(on_epoch))
 
 
 def _to_planes(image: np.ndarray, name: str) -> np.ndarray:
@@ -6505,18 +6241,17 @@ def _to_planes(image: np.ndarray, name: str) -> np.ndarray:
 
     What a masked array masks becomes NaN.
     """
-    masked = np.ma.getmask(image)
-    image = np.asarray(image)
+    image = np.asanyarray(image)
     kind = image.dtype.kind
     if image.ndim not in (2, 3) or not image.size or kind not in "fiub":
         raise BgError(f"{name} is {image.dtype} of shape {image.shape}; "
                       "give numbers of shape (h, w) or (h, w, c)")
     white = np.iinfo(image.dtype).max if kind in "iu" else 1
     dtype = np.float64 if image.dtype == np.float64 else np.float32
-    planes = np.moveaxis(np.atleast_3d(image), -1, 0)
-    planes = np.array(planes, dtype, order="C") / dtype(white)
-    if masked is not np.ma.nomask:
-        planes[np.moveaxis(np.atleast_3d(masked), -1, 0)] = np.nan
+    samples = np.ma.filled(image.astype(dtype), np.nan)
+    samples = np.atleast_3d(samples)  # (h, w, c)
+    planes = np.ascontiguousarray(np.moveaxis(samples, -1, 0))
+    planes /= dtype(white)
     return planes
 
 
@@ -6542,23 +6277,21 @@ them, and every gradient is wider."""
 GRADIENT_SHARE = 0.3
 """A gradient is told if at least this part of the picture shows sky."""
 
-STRETCHED_FALL = 0.015
 STRETCHED_SIGMA = 3.0
-"""A picture looks stretched if its noise falls by this part from the dim to the bright side of a
-tile, and by so many times the error of that. In 131 linear pictures, of `tests/scenes.py` and real
-ones, it fell by up to 0.011 and 2.4."""
+"""A picture looks stretched if its noise falls from the dim to the bright side of a tile by so many
+times the error of that. In 131 linear pictures, of `tests/scenes.py` and real ones, it fell by up
+to 2.4."""
 
 STRETCHED_TOP = 0.6
 STRETCHED_MEDIAN = 0.15
 """Any fall is enough if the brightest thousandth is above the first number, and the median above
 the second part of the way from black to there."""
 
-STRETCHED_LIGHT = 0.08
-"""A fall may be smaller if the median is above this part of the full range. Stretches take it to
-0.1 at least. In none of the linear pictures was any fall certain."""
-
-STRETCHED_TILE = 32
+TILE_SQUARES = 32
 """Squares of 2 x 2 pixels along a side of a tile. In so few nothing else changes the noise."""
+
+FEWEST_TILES = 10
+"""With fewer nobody knows the error of what they tell."""
 
 MOSAIC_DIFFERENCE = 0.03
 """The means of the four phases of a mosaic differ by at least this part of their height above
@@ -6591,7 +6324,8 @@ def close_up(planes: np.ndarray, settings: Settings) -> np.ndarray | None:
     factor = math.ceil(longer / VIEW_PIXELS)
     if longer > SMALL_PICTURE or factor >= settings.downscaling_factor:
         return None
-    return np.stack([reduce_plane(plane, factor, "mean") for plane in planes], -1)
+    reduced = [reduce_plane(plane, factor, "mean") for plane in planes]
+    return np.stack(reduced, -1)
 
 
 def blown_out(prepared: Prepared, settings: Settings) -> np.ndarray:
@@ -6603,70 +6337,66 @@ def blown_out(prepared: Prepared, settings: Settings) -> np.ndarray:
         return np.full(prepared.used.shape, False)
     sky = prepared.sky.surface(prepared.centers)  # (h, w, c)
     too_bright = sky > prepared.stretch.white
-    blown = (too_bright & clipped_by_stretch(prepared)).any(-1)
+    clipped = too_bright & clipped_by_stretch(prepared)
+    blown = clipped.any(-1)
     return blown & (blown.mean() > BLOWN_SHARE)
 
 
-def doubts(planes: np.ndarray, prepared: Prepared) -> list[str]:
-    """Return reasons to doubt that a picture is one to run the tool on, a sentence each.
-
-    Args:
-        planes: (c, h, w) linear samples.
-        prepared: the same picture.
-    """
-    sentences = []
-    linear = prepared.linear[prepared.present.all(-1)]  # (n, c)
-    bright = light = False
-    if linear.size:  # there are pixels of which no channel is missing
-        low, median, high = np.quantile(linear, (0, 0.5, 0.999), axis=0)
-        above = median - low
-        bright = (high > STRETCHED_TOP) & (above > STRETCHED_MEDIAN * (high - low))
-        light = median.mean() > STRETCHED_LIGHT
-    if _looks_stretched(planes, np.all(bright), light):
-        sentences.append("the picture looks stretched; "
-                         "light can be subtracted only while the data are linear")
+def _warn_of_odd_data(planes: np.ndarray, prepared: Prepared) -> None:
+    """Warn if a picture (c, h, w) looks as if the tool should not run on it."""
+    pixels = 0, 1  # the axes
+    low, median, high = np.nanquantile(prepared.linear, (0, 0.5, 0.999), pixels)  # (c,) each
+    above = median - low
+    bright = (high > STRETCHED_TOP) & (above > STRETCHED_MEDIAN * (high - low))
+    if _looks_stretched(planes, bright.all()):
+        logger.warning("the picture looks stretched; "
+                       "light can be subtracted only while the data are linear")
     if len(planes) == 1 and _looks_like_mosaic(planes[0]):
-        sentences.append("the picture looks like an undebayered color picture; debayer it first")
+        logger.warning("the picture looks like an undebayered color picture; debayer it first")
     missing = 1 - prepared.present.mean()
     if missing > 0.5:
-        sentences.append(f"{missing:.0%} of the picture is missing (0 or not finite); "
-                         "check that it is the right one")
-    return sentences
+        logger.warning(f"{missing:.0%} of the picture is missing (0 or not finite); "
+                       "check that it is the right one")
 
 
-def _looks_stretched(planes: np.ndarray, bright: bool = False, light: bool = False) -> bool:
+def _squares(plane: np.ndarray) -> Iterator[np.ndarray]:
+    """Yield the squares of 2 x 2 pixels in tiles of a plane, (n, 4) in each.
+
+    Squares in which pixels are missing or clipped are left out, and so are tiles full of these.
+    """
+    side = 2 * TILE_SQUARES  # pixels
+    height, width = plane.shape
+    apart = math.sqrt(plane.size / 1.6e6)  # some hundred tiles are enough
+    step = side * max(1, round(apart))
+    for y, x in np.ndindex(height // step, width // step):
+        top = y * step
+        left = x * step
+        tile = plane[top:top + side, left:left + side]
+        squares = tile.astype(float)
+        squares = squares.reshape(TILE_SQUARES, 2, TILE_SQUARES, 2)
+        squares = squares.swapaxes(1, 2)
+        squares = squares.reshape(-1, 4)
+        inside = (squares > 0) & (squares < 0.99)
+        squares = squares[inside.all(1)]
+        if len(squares) > TILE_SQUARES**2 / 2:
+            yield squares
+
+
+def _looks_stretched(planes: np.ndarray, bright: bool = False) -> bool:
     """Tell whether the noise falls as the light grows, which a stretch makes it do.
 
     In linear data it grows, or stays. It is compared within small tiles: vignetting, and borders
-    that fewer exposures reach, have another noise. If a picture is `bright`, any fall is
-    enough, and in a small one, that it is bright. If its sky is `light`, so is any fall that is
-    certain.
+    that fewer exposures reach, have another noise. If a picture is `bright`, any fall is enough.
     """
-    side = STRETCHED_TILE
     falls = []
     for plane in planes:
-        height, width = plane.shape
-        apart = math.sqrt(plane.size / 4e6)  # a few Mpix are enough
-        step = 2 * side * max(1, round(apart))
-        for y, x in np.ndindex(height // step, width // step):
-            top = y * step
-            left = x * step
-            tile = plane[top:top + 2 * side, left:left + 2 * side]
-            squares = tile.astype(float).reshape(side, 2, side, 2)
-            squares = squares.swapaxes(1, 2)
-            squares = squares.reshape(-1, 4)
-            inside = (squares > 0) & (squares < 0.99)  # neither missing nor clipped
-            squares = squares[inside.all(1)]
-            if len(squares) > side**2 / 2:
-                falls.append(_fall_of_noise(squares))
-    if len(falls) < 10:  # too few to know the error
-        return bright
+        falls += map(_fall_of_noise, _squares(plane))
+    if len(falls) < FEWEST_TILES:
+        return False
     typical = np.median(falls)
     error = MEDIAN_NOISE * _deviation(falls - typical) / math.sqrt(len(falls))
-    if bright:
-        return typical > 0
-    certain = typical > STRETCHED_SIGMA * error
-    return bool(certain and (light or typical > STRETCHED_FALL))
+    least = 0 if bright else STRETCHED_SIGMA * error
+    return bool(typical > least)
 
 
 def _fall_of_noise(squares: np.ndarray) -> float:
@@ -6682,85 +6412,60 @@ def _fall_of_noise(squares: np.ndarray) -> float:
 
 
 def _looks_like_mosaic(plane: np.ndarray) -> bool:
-    """Tell whether pixels of one phase of a 2 x 2 mosaic agree better than pixels of two."""
-    height, width = plane.shape
-    down = 4 * max(1, height // 2000)  # a few Mpix are enough
-    across = 4 * max(1, width // 2000)
-    means = []
-    errors = []
-    dark = math.inf
-    for y, x in np.ndindex(2, 2):
-        phase = plane[y::down, x::across]
-        phase = phase[_present(phase)]
-        if phase.size < 1000:
-            return False
-        dark = min(dark, np.quantile(phase, 0.01))
-        mean = scipy.stats.trim_mean(phase, 0.1, axis=None)  # a median would be an integer
-        noise = _deviation(phase - np.median(phase))
-        error = noise / math.sqrt(phase.size)
-        means.append(mean)
-        errors.append(error)
-    difference = np.ptp(means)
-    above_dark = np.median(means) - dark
-    one_diagonal = abs(means[0] - means[3])
-    other_diagonal = abs(means[1] - means[2])
+    """Tell whether the pixels of two phases of a 2 x 2 mosaic agree better than all four."""
+    tiles = list(_squares(plane))
+    if len(tiles) < FEWEST_TILES:
+        return False
+    means = np.array([squares.mean(0) for squares in tiles])  # (tiles, 4)
+    phases = means - means.mean(1, keepdims=True)
+    phases = np.median(phases, 0)  # stars are in few tiles
+    dark = min(np.quantile(squares, 0.01) for squares in tiles)
+    difference = np.ptp(phases)
+    one_diagonal = abs(phases[0] - phases[3])
+    other_diagonal = abs(phases[1] - phases[2])
     greens = min(one_diagonal, other_diagonal)
-    certain = difference > 10 * max(errors)
-    large = difference > MOSAIC_DIFFERENCE * above_dark
-    return certain and large and greens < MOSAIC_GREENS * difference
+    height = np.median(means) - dark
+    large = difference > MOSAIC_DIFFERENCE * height
+    return bool(large and greens < MOSAIC_GREENS * difference)
 
 
-def gradient(prepared: Prepared, fit: Fit | None = None, correction: str = "subtract") -> float:
-    """Tell how uneven the sky is: its range over its level, mean of the channels.
+def gradients(prepared: Prepared, model: Callable[[np.ndarray], np.ndarray],
+              correction: str) -> tuple[float, float]:
+    """Tell how uneven the sky is before and after the correction: its range over its level.
 
-    Before the correction it is the range of the sky that was found. After it, what the found sky
-    misses of the picture counts as well: the model is like the found sky by its making.
-
-    Args:
-        prepared: with its sky.
-        fit: None for the sky before, else for what the correction leaves of it.
-        correction: "subtract" or "divide".
-
-    Returns:
-        NaN if too little of the picture is sure to be sky.
+    That is the mean of the channels; NaN if too little of the picture is sure to be sky. After the
+    correction, what the found sky misses of the picture counts as well: the model, which is as
+    `linear_sky` gives it, is like the found sky by its making.
     """
     found = prepared.sky
     if found.unsure or found.share < GRADIENT_SHARE:
-        return math.nan
+        return math.nan, math.nan
     shows_sky = found.shows_sky  # (h, w)
     surface = found.surface(found.centers)  # (h, w, c)
+    missed = _smooth(found.image - surface, GRADIENT_SCALE, shows_sky)
     sky = surface[shows_sky]  # (n, c)
+    picture = sky + missed[shows_sky]
+    places = found.centers[shows_sky]  # (n, 2)
+    taken = model(places)
+    left = corrected(prepared, picture, taken, correction)
     level = np.maximum(np.median(sky, axis=0), 1e-12)
-    if fit is not None:
-        missed = found.image - surface
-        missed = _smooth(missed, GRADIENT_SCALE, shows_sky)[shows_sky]
-        model = linear_sky(prepared, fit)(found.centers[shows_sky])
-        sky = corrected(prepared, sky + missed, model, correction)
-    return float(np.mean(_span(sky, (99, 1)) / level))
-
-
-def gradients(result: Result) -> str:
-    """Put the gradient before and after into words."""
-    before = result.gradient_before
-    if math.isnan(before):
-        return "gradient unknown: too little of the picture is sure to be sky"
-    return f"gradient {before:.1%} of the sky's level before, {result.gradient_after:.1%} after"
+    before = _span(sky, (99, 1)) / level  # (c,)
+    after = _span(left, (99, 1)) / level
+    return float(before.mean()), float(after.mean())
 
 
 def _log_numbers(prepared: Prepared, settings: Settings) -> None:
     """Log numbers to act on before the fit."""
-    part = shares(prepared)
     height, width, _ = prepared.image.shape
     quantile = settings.delinearization_quantile
     logger.info(
         "reduced to {} x {}: {used:.1%} used, {masked:.1%} masked, {missing:.1%} missing; "
         "{clipped:.1%} clipped at 1 by the stretch (-dq {:g})".format(
-            width, height, quantile, **part))
-    for k, letter in enumerate(_channel_letters(prepared)):
-        low = prepared.stretch.pedestal[k]
-        high = prepared.stretch.white[k]
-        logger.info(f"  {letter}: minimum {low:.6f}, median {prepared.median[k]:.6f}, "
-                    f"clipped above {high:.6f}")
+            width, height, quantile, **shares(prepared)))
+    stretch = prepared.stretch
+    for channel in zip(_channel_letters(prepared), stretch.pedestal, prepared.median,
+                       stretch.white):
+        logger.info("  {}: minimum {:.6f}, median {:.6f}, clipped above {:.6f}".format(*channel))
     share = blown_out(thinned(prepared), settings).mean()
     if share > 0:
         logger.warning(f"the stretch clips a smooth part of the picture ({share:.1%} of the "
@@ -7067,20 +6772,6 @@ def put_picture(draw: Callable, where: str, path: str) -> None:
 # One picture, from file to files
 # --------------------------------------------------------------------------------------------------
 
-TENSORFLOW_BYTES = 0.6e9
-TENSORFLOW_MAPS = 1.2e9
-"""Memory that TensorFlow and the fit take, about, in bytes; and addresses that they take and never
-fill, which count where `ulimit -v` limits. Measured with TensorFlow 2.15."""
-
-PLANES_TO_WRITE = 6
-PLANES_TO_COMPRESS = 12
-"""Memory that writing takes at most, in planes of the picture. Measured were 5.3 (FITS and TIFF, if
-not in [0, 1]), and with --compress 9.5 (XISF) and 11.7 (FITS)."""
-
-MEMORY_LIMITS = "/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"
-"""Where Linux tells how much memory a container may fill: in version 2 and in version 1."""
-
-
 @dataclass(frozen=True)
 class Task:
     """One picture to do: what to read, what to write, and how."""
@@ -7098,9 +6789,8 @@ class Task:
     @property
     def title(self) -> str:
         """The name of the picture, as it can be drawn."""
-        name = os.path.basename(self.input_file)
-        name = name.encode("utf-8", "replace").decode()
-        return name.replace("$", r"\$")  # matplotlib would take it for a formula
+        name = os.path.basename(self.input_file).encode("utf-8", "replace")
+        return name.decode().replace("$", r"\$")  # matplotlib would take it for a formula
 
     @property
     def written(self) -> list[str]:
@@ -7143,7 +6833,7 @@ def output_format(path: str, options: argparse.Namespace) -> str:
     return options.format or picture_format(path) or "xisf"
 
 
-def _check_given(paths: list[str]) -> None:
+def _check_given(paths: Iterable[str]) -> None:
     """Refuse paths to read that are no files."""
     for path in paths:
         if not os.path.exists(path):
@@ -7152,50 +6842,21 @@ def _check_given(paths: list[str]) -> None:
             raise BgError(f"{path} is a folder; name an XISF, FITS or TIFF file in it")
 
 
-def _check_output(path: str, kept: list[str]) -> None:
-    """Refuse a path to write that is a folder, or one of the files to keep."""
+def _check_output(path: str, kept: Iterable[str]) -> None:
+    """Refuse a path to write that is a folder, or one of the files to keep, which are there."""
     if os.path.isdir(path):
         raise BgError(f"{path} is a folder, and a file of that name is to be written; "
                       "choose another output folder")
-    if any(_is_same(path, other) for other in kept):
+    if os.path.exists(path) and any(os.path.samefile(path, other) for other in kept):
         raise BgError(f"{path} would be overwritten, and you gave it to read; "
                       "choose another output folder")
 
 
-def _is_same(path: str, other: str | None) -> bool:
-    """Tell whether two paths, or none, lead to one file."""
-    there = other is not None and os.path.exists(path) and os.path.exists(other)
-    return there and os.path.samefile(path, other)
-
-
-def _check_folder(options: argparse.Namespace) -> None:
-    """Make the folder for the outputs, if anything may be written."""
-    folder = options.output_path
-    if options.preview and options.figures in ("show", "none"):
-        return
-    try:
-        os.makedirs(folder, exist_ok=True)
-    except FileExistsError:
-        raise BgError(f"{folder} is a file, not a folder; name a folder for the outputs") from None
-    except OSError as error:
-        raise BgError(f"cannot write to {folder}: {error.strerror}; "
-                      "choose another folder") from None
-    except ValueError:  # a NUL, or what this system's names cannot hold
-        raise BgError(f"{folder!r} holds a character that no name of a folder can have; "
-                      "choose another folder") from None
-
-
 def process_file(task: Task, watched: ContextManager = nullcontext(),
                  opened: Callable[[str], OpenedReference] = open_reference) -> Result:
-    """Take the sky out of one picture, from file to files.
+    """Take the sky out of one picture, from file to files; raises BgError if that cannot be done.
 
-    Args:
-        task: its paths have been checked.
-        watched: as for `remove_sky`.
-        opened: takes the path of a reference to what `open_reference` gives.
-
-    Raises:
-        BgError: the picture cannot be done.
+    `watched` is as for `remove_sky`. `opened` takes the path of a reference to what is in it.
     """
     with _heard() as said, atomic_outputs(*task.outputs.values()) as files:
         picture, mask, reference = read_inputs(task, opened)
@@ -7210,7 +6871,8 @@ def preview_file(task: Task) -> None:
     """Draw the preview of one picture."""
     with _heard() as said:
         picture, mask, reference = read_inputs(task)
-        prepared, settings = examine(picture.planes, task.settings, mask, reference=reference)
+        black = -picture.unit.offset / picture.unit.scale
+        prepared, settings = examine(picture.planes, task.settings, mask, black, reference)
     _put_figure(task, prepared=prepared, settings=settings, said=said)
 
 
@@ -7227,22 +6889,19 @@ def read_inputs(task: Task, opened: Callable[[str], OpenedReference] = open_refe
 
     What the picture is, and what its file has or loses, is logged.
     """
-    picture = read_picture(task.input_file)
-    for text in picture.warnings:
-        logger.warning(f"{task.input_file} {text}")
+    picture = _read_and_warn(read_picture, task.input_file)
     count, height, width = picture.planes.shape
     colors = "gray" if count == 1 else "RGB"
     line = f"{task.input_file}: {width} x {height}, {colors}, {picture.planes.dtype}"
-    if picture.note:
-        line += f"; {picture.note}"
-    logger.info(line)
+    logger.info(f"{line}; {picture.note}" if picture.note else line)
     lone = keep_dark_samples(picture.planes)
     if lone:
         logger.info(f"{lone} lone samples of 0 are taken for dark sky, not for missing data")
     if "model" in task.outputs:  # there will be a fit
-        _check_room(task, picture.planes)
         _start_importing()
-    mask = _read_mask(task.mask_file)
+    mask = None
+    if task.mask_file is not None:
+        mask = _read_and_warn(read_mask, task.mask_file).planes
     reference = None
     if task.reference_file is not None:
         factor = task.settings.downscaling_factor
@@ -7250,54 +6909,11 @@ def read_inputs(task: Task, opened: Callable[[str], OpenedReference] = open_refe
     return picture, mask, reference
 
 
-def _read_mask(path):
-    """Return the weights that a mask file gives, (c, h, w); None without a file."""
-    if path is None:
-        return None
-    picture = read_mask(path)
+def _read_and_warn(read: Callable[[str], Picture], path: str) -> Picture:
+    picture = read(path)
     for text in picture.warnings:
         logger.warning(f"{path} {text}")
-    return picture.planes
-
-
-def _check_room(task: Task, planes: np.ndarray) -> None:
-    """Refuse if the outputs do not fit on the disk, and warn if the work may not fit into memory.
-
-    A system that is short of memory ends the run without a word.
-    """
-    folder = os.path.dirname(task.outputs["model"]) or "."
-    needed = len(task.outputs) * planes.nbytes  # an animation is smaller than that
-    free = shutil.disk_usage(folder).free
-    if free < needed and not task.compress:  # nobody knows how large those will be
-        raise BgError(f"{folder} has {free / 1e6:.3g} MB free and the outputs need "
-                      f"{needed / 1e6:.3g} MB; free space, choose another folder, "
-                      "or try --compress")
-    count = PLANES_TO_COMPRESS if task.compress else PLANES_TO_WRITE
-    needed = TENSORFLOW_BYTES + count * planes[0].nbytes
-    free = _free_memory()
-    if free < needed:
-        logger.warning(f"about {needed / 1e9:.1f} GB more memory is needed and "
-                       f"{free / 1e9:.1f} GB are free; if the run dies, close other programs, "
-                       "or crop the picture or split its channels")
-
-
-def _free_memory() -> float:
-    """Return the bytes that this process may still fill, as Linux tells it; elsewhere infinity."""
-    free = [math.inf]
-    with suppress(ImportError, OSError):  # another system, or one that hides this
-        import resource
-        limit, _ = resource.getrlimit(resource.RLIMIT_AS)
-        pages = Path("/proc/self/statm").read_text().split()
-        mapped, filled = [int(number) * resource.getpagesize() for number in pages[:2]]
-        if limit != resource.RLIM_INFINITY:
-            free.append(limit - mapped - TENSORFLOW_MAPS)
-        for path in MEMORY_LIMITS:
-            with suppress(OSError, ValueError):  # no such container, or "max"
-                free.append(int(Path(path).read_text()) - filled)
-        available = re.search(r"MemAvailable: *(\d+) kB", Path("/proc/meminfo").read_text())
-        if available:
-            free.append(1024 * int(available[1]))
-    return max(0, min(free))
+    return picture
 
 
 @functools.lru_cache(maxsize=None)  # so that only the first call does anything
@@ -7306,8 +6922,7 @@ def _start_importing() -> None:
 
     Who needs it waits for this import, or sees it fail again.
     """
-    ours = sys.stderr is sys.__stderr__  # else somebody has replaced it
-    if ours and sys.stderr is not None:
+    if sys.stderr is not None and sys.stderr is sys.__stderr__:  # nobody has replaced it
         # Keep our stderr on a descriptor of its own: descriptor 2 is silenced below
         own = os.dup(2)
         sys.stderr = open(own, "w", buffering=1, encoding=sys.stderr.encoding,
@@ -7320,21 +6935,17 @@ def _import_silently() -> None:
 
     Both print a page of log lines from C++, and no setting silences all of them.
     """
-    with suppress(Exception):  # there is no stderr, no TensorFlow, or a GPU that does not start
+    with suppress(Exception), ExitStack() as stack:  # no stderr, no TensorFlow, or a broken GPU
         kept = os.dup(2)
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, 2)
-        collects = gc.isenabled()
-        gc.disable()  # else it looks through all that is imported, time and again: half a second
-        try:
-            import_tensorflow().zeros(1)
-            importlib.import_module("scipy.interpolate")  # for `SkyModel`, beside the fit
-        finally:
-            if collects:
-                gc.enable()
-            os.dup2(kept, 2)
-            os.close(kept)
-            os.close(nowhere)
+        stack.callback(os.close, kept)
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        stack.callback(os.dup2, kept, 2)
+        if gc.isenabled():  # it would look through all that is imported, for half a second
+            gc.disable()
+            stack.callback(gc.enable)
+        import_tensorflow().zeros(1)
+        importlib.import_module("scipy.interpolate")  # for `SkyModel`, beside the fit
 
 
 def _write_outputs(task: Task, picture: Picture, result: Result, opened: list) -> None:
@@ -7365,43 +6976,28 @@ def _history(task: Task, result: Result) -> list[str]:
     microseconds.
     """
     settings = result.settings
-    fit = result.fit
     now = datetime.now(timezone.utc)
     date = now.strftime("%Y-%m-%dT%H:%M:%S.%fZ")
     lines = [f"{name} = {value}" for name, value in vars(settings).items()]
-    mask = None if task.mask_file is None else os.path.basename(task.mask_file)
-    lines.append(f"mask = {mask}")
-    lines += _facts_of_reference(result.prepared)
-    lines.append(f"control points used = {len(fit.positions)}")
-    lines.append(fit.stopped)
-    what = "offset" if settings.correction == "subtract" else "model's median"
-    for channel, offset in enumerate(result.offsets):
-        lines.append(f"{what} of channel {channel} = {offset:.9g}")
-    lines += _versions()
-    lines = [f"bgoptimizer: {line}" for line in lines]
-    return [f"bgoptimizer {VERSION}, {date}"] + lines
-
-
-def _facts_of_reference(prepared: Prepared) -> list[str]:
-    """Return lines that tell what reference was given, and what became of it."""
-    reference = prepared.reference
-    if reference is None:
-        return []
-    lines = [f"reference = {reference.name}, SHA-256 {reference.checksum}"]
-    shared = prepared.sky.shared
+    lines.append(f"mask = {task.mask_file and os.path.basename(task.mask_file)}")
+    reference = result.prepared.reference
+    if reference is not None:
+        lines.append(f"reference = {reference.name}, SHA-256 {reference.checksum}")
+    shared = result.prepared.sky.shared
     if shared is not None:
         lines.append(f"the reference {shared.verdict}; {'used' if shared.used else 'not used'}")
         lines += gains_in_words(shared)
-    return lines
-
-
-def _versions() -> list[str]:
-    """Return lines that tell the versions of what a result depends on, as pip takes them."""
-    lines = [f"Python {platform.python_version()}"]
+    lines.append(f"control points used = {len(result.fit.positions)}")
+    lines.append(result.fit.stopped)
+    what = "offset" if settings.correction == "subtract" else "model's median"
+    for channel, offset in enumerate(result.offsets):
+        lines.append(f"{what} of channel {channel} = {offset:.9g}")
+    lines.append(f"Python {platform.python_version()}")
     for name in ("tensorflow", "tensorflow-addons", "keras", "numpy", "scipy", "scikit-image"):
-        with suppress(importlib.metadata.PackageNotFoundError):
+        with suppress(importlib.metadata.PackageNotFoundError):  # so that pip takes these lines
             lines.append(f"{name}=={importlib.metadata.version(name)}")
-    return lines
+    lines = [f"bgoptimizer: {line}" for line in lines]
+    return [f"bgoptimizer {VERSION}, {date}"] + lines
 
 
 class _Interrupts:
@@ -7411,12 +7007,11 @@ class _Interrupts:
     nothing is raised while `patient`: then `check` does it.
     """
 
-    def __init__(self):
-        self.asked = 0  # number of the signal
-        self.patient = False
-        self.before = {}
+    asked = 0  # number of the signal
+    patient = False
 
     def __enter__(self):
+        self.before = {}
         names = "SIGINT", "SIGTERM", "SIGHUP"
         for number in [getattr(signal, name) for name in names if hasattr(signal, name)]:
             before = signal.getsignal(number)
@@ -7506,20 +7101,19 @@ def _heard(mark: str = "warning: ") -> Iterator[list[str]]:
 
 def _told(error: Exception) -> str:
     """Return one sentence on what went wrong."""
+    words = " ".join(str(error).split())
     if isinstance(error, BgError):
-        return " ".join(str(error).split())
+        return words
     if isinstance(error, MemoryError):
         return ("there is not enough memory; "
                 "close other programs, crop the picture, or split its channels")
     if isinstance(error, OSError):
         name = error.filename or "a file"
-        reason = error.strerror or error
-        return f"{name}: {reason}; check the path, the disk, your rights"
+        return f"{name}: {error.strerror or words}; check the path, the disk, your rights"
     if isinstance(error, ImportError):
         return (f"{error.name} cannot be imported; "
                 "install it with: python -m pip install -r requirements.txt")
-    reason = " ".join(str(error).split())
-    return (f"unexpected {type(error).__name__}: {reason[:300]}; "
+    return (f"unexpected {type(error).__name__}: {words[:300]}; "
             "this is a bug, please report it with your command")
 
 
@@ -7889,7 +7483,6 @@ class PreviewWindow(Preview):
         def work():
             options = copy.copy(self.options)
             options.mask = self.write_mask(view)
-            _check_folder(options)
             task = _make_task(*options.input_file, options, view.asked, None)
             with atomic_outputs(*task.outputs.values()) as files:
                 _write_outputs(task, self.picture, view.result, files)
@@ -7908,7 +7501,6 @@ class PreviewWindow(Preview):
         """Write the mask of a view if it was drawn on; returns its path, or that of the given."""
         path = self.mask_path(view)
         if view.drawn is not None:
-            _check_folder(self.options)
             write = FORMATS[output_format(*self.options.input_file, self.options)].write
             lines = ["bgoptimizer: a mask drawn by hand, 1 = sky"]
             metadata = rows_of(self.picture.source)
@@ -8063,13 +7655,6 @@ DONE, WARNED, FAILED, SKIPPED = "done", "warned", "failed", "skipped"
 OWN_OUTPUTS = ("_bgModel", "_bgSubtracted", "_bgDivided", "_mask")
 """How names of pictures end that this tool has written. They are nothing to work on."""
 
-COPIES_IN_MEMORY = 4
-"""A process needs about so many times the size of a picture's file, if that is neither compressed
-nor of 8 bits: 16-bit samples become 32-bit, and some planes are there twice."""
-
-MOST_JOBS = 61
-"""Windows cannot wait for more processes."""
-
 PATIENCE_WITH_SCHEDULER = 15
 """Seconds until a scheduler that does not answer is taken for absent."""
 
@@ -8083,50 +7668,42 @@ class Outcome(NamedTuple):
     smoothing: str = ""
     gradient_before: str = ""
     gradient_after: str = ""
-    confidence: str = ""  # sure, or unsure and why
     clipped: str = ""  # share of the samples
+    confidence: str = ""  # sure, or unsure and why
     seconds: str = ""
     message: str = ""  # the warnings, or why it failed
 
 
 def find_pictures(where: str | Sequence[str], *used: str | None) -> list[str]:
-    """Return the paths of pictures, by name.
+    """Return the paths of pictures, by name; raises BgError if there are none.
 
     Args:
         where: a picture; or a folder, a pattern, or several of all these. Of them, hidden files,
             what this tool has written, what has another name than pictures have, and what is used
             are left out.
         used: paths of the mask and of the reference, or None.
-
-    Raises:
-        BgError: there are none.
     """
     named = [where] if isinstance(where, str) else list(where)
-    if not names_many(named):
+    files = sorted({path for name in named for path in _files_at(name)})
+    if files == named and len(named) == 1:
         return named
-    pictures, own, others = [], [], []
-    for path in sorted({path for name in named for path in _files_at(name)}):
-        if os.path.isdir(path) or any(_is_same(path, other) for other in used):
+    used = {os.path.realpath(path) for path in used if path is not None}
+    pictures, others = [], []
+    for path in files:
+        if os.path.isdir(path) or os.path.realpath(path) in used:
             continue
-        if not PICTURE_ENDINGS.search(os.path.basename(path)):
+        is_own = picture_stem(path).endswith(OWN_OUTPUTS)
+        if is_own or not PICTURE_ENDINGS.search(os.path.basename(path)):
             others.append(path)
-        elif picture_stem(path).endswith(OWN_OUTPUTS):
-            own.append(path)
         else:
             pictures.append(path)
-    for paths, why in ((own, "what this tool writes"), (others, "no picture")):
-        if paths:  # they may be somebody's pictures all the same
-            more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
-            logger.info(f"left out: {', '.join(paths[:3])}{more}; {why} is named so")
+    if others:  # they may be somebody's pictures all the same
+        some = textwrap.shorten(", ".join(others), 200, placeholder=" ...")
+        logger.info(f"left out by name (no pictures, or outputs of this tool): {some}")
     if not pictures:
         raise BgError(f"{', '.join(named[:3])} holds no XISF, FITS or TIFF pictures to work on; "
                       "check the name of the folder, or the pattern")
     return pictures
-
-
-def names_many(named: Sequence[str]) -> bool:
-    """Tell a folder, a pattern, or several names from the name of one picture."""
-    return len(named) > 1 or _files_at(named[0]) != named
 
 
 def _files_at(name: str) -> list[str]:
@@ -8142,77 +7719,60 @@ def _files_at(name: str) -> list[str]:
     return glob.glob(name, recursive=True)
 
 
-def run_many(options: argparse.Namespace, settings: Settings, interrupts: _Interrupts) -> None:
-    """Do all pictures that the command line names, and write the report.
+def run_many(pictures: list[str], options: argparse.Namespace, settings: Settings,
+             interrupts: _Interrupts) -> None:
+    """Do all these pictures as the command line says, and write the report.
 
-    Raises:
-        BgError: nothing can be done at all, or some of the pictures failed.
+    Until it is written no other run can write it, so no two runs work on one folder. A BgError is
+    raised if nothing can be done at all, and if some of the pictures failed.
     """
     started = time.perf_counter()
-    pictures = find_pictures(options.input_file, options.mask, options.reference)
-    if options.preview:
-        raise BgError(f"--preview shows one picture; name it, such as {pictures[0]}")
-    if options.figures == "show":
-        raise BgError("--figures show is for one picture; use --figures save")
-    for path, read in ((options.mask, _read_mask), (options.reference, _open_reference_once)):
+    if options.preview or options.figures == "show":
+        raise BgError("--preview and --figures show are for one picture; "
+                      f"name it, such as {pictures[0]}")
+    for path, read in ((options.mask, read_mask), (options.reference, _open_reference_once)):
         if path is not None:
-            _check_given([path])
             read(path)  # so that a bad one is told once
-    _check_folder(options)
-    path = os.path.join(options.output_path, REPORT_NAME)
-    _check_output(path, pictures)
-    with _report(path) as report:
-        to_do, settled = _plan(pictures, options, settings, path)
+    report = os.path.join(options.output_path, REPORT_NAME)
+    _check_output(report, pictures)
+    outcomes = []
+    stopped = None
+    with atomic_outputs(report) as (file,):
+        to_do, settled = _plan(pictures, options, settings, report)
         tried = len(to_do)
-        jobs = _jobs_that_fit(options.jobs or 1, [task.input_file for task in to_do])
+        jobs = min(options.jobs or 1, tried, 61)  # Windows cannot wait for more processes
         if options.dask is not None and to_do:
             results = _by_dask(to_do, options.dask)
         elif jobs > 1:
             results = _by_processes(to_do, jobs)
         else:
             results = (_try_picture(task, interrupts) for task in to_do)
-        with closing(results), _bar(len(pictures), "picture") as bar:
-            for outcome in itertools.chain(settled, results):
-                report[outcome.file] = outcome
-                _tell(outcome, bar)
-    _sum_up(report.values(), tried, time.perf_counter() - started, path)
-
-
-@contextmanager
-def _report(path: str) -> Iterator[dict[str, Outcome]]:
-    """Yield the outcomes by file, to be filled, and write them as a table in CSV.
-
-    They are also written if the run is interrupted, unless there are none. Until then no other run
-    can write this report, so no two runs work on one folder.
-    """
-    outcomes = {}
-    stopped = None
-    with atomic_outputs(path) as (file,):
         try:
-            yield outcomes
+            with closing(results), _bar(len(pictures), "picture") as bar:
+                for outcome in itertools.chain(settled, results):
+                    outcomes.append(outcome)
+                    _tell(outcome, bar)
         except BaseException as error:  # an interrupted night has a report, too
             stopped = error
             if not outcomes:
                 raise
         text = io.StringIO(newline="")
-        writer = csv.writer(text)
-        writer.writerow(Outcome._fields)
-        writer.writerows(outcomes[name] for name in sorted(outcomes))
+        csv.writer(text).writerows([Outcome._fields, *sorted(outcomes)])
         file.write(text.getvalue().encode("utf-8", "surrogateescape"))
     if stopped is not None:
         raise stopped
+    _sum_up(outcomes, tried, time.perf_counter() - started, report)
 
 
 def read_report(path: str) -> dict[str, Outcome]:
     """Return the outcomes of a report by file; none if there is no report, or not one of ours."""
-    if not os.path.isfile(path):
+    if not os.path.exists(path):
         return {}
     with open(path, encoding="utf-8", errors="surrogateescape", newline="") as file:
-        table = csv.DictReader(file)
-        if tuple(table.fieldnames or ()) != Outcome._fields:
-            return {}
-        rows = [Outcome(**row) for row in table if None not in row]
-    return {row.file: row for row in rows}
+        names, *rows = list(csv.reader(file)) or [()]
+    if tuple(names) != Outcome._fields:
+        return {}
+    return {row[0]: Outcome(*row) for row in rows}
 
 
 def _plan(pictures: list[str], options: argparse.Namespace, settings: Settings,
@@ -8231,7 +7791,7 @@ def _plan(pictures: list[str], options: argparse.Namespace, settings: Settings,
                 if other != path:
                     raise BgError(f"{path} and {other} would both write {output}; "
                                   "rename one of them, or do it alone into another folder")
-        except Exception as error:
+        except BgError as error:
             settled.append(Outcome(path, FAILED, message=_told(error)))
             continue
         if options.skip_done and _is_done(task):
@@ -8263,13 +7823,12 @@ def _tell(outcome: Outcome, bar) -> None:
             logger.info(f"{outcome.file}: done, {outcome.seconds} s")
 
 
-def _sum_up(rows: Iterable[Outcome], tried: int, seconds: float, report: str) -> None:
+def _sum_up(outcomes: list[Outcome], tried: int, seconds: float, report: str) -> None:
     """Log what came of all pictures; raises BgError if some failed."""
-    numbers = Counter(row.outcome for row in rows)
-    total = sum(numbers.values())
+    numbers = Counter(row.outcome for row in outcomes)
+    total = len(outcomes)
     noun = "picture" if total == 1 else "pictures"
-    kinds = [kind for kind in (DONE, WARNED, FAILED, SKIPPED) if numbers[kind]]
-    parts = [f"{numbers[kind]} {kind}" for kind in kinds]
+    parts = [f"{count} {outcome}" for outcome, count in sorted(numbers.items())]
     line = f"{total} {noun}: {', '.join(parts)}"
     if tried:
         line += f"; {seconds / tried:.1f} s a picture, {seconds:.1f} s in all"
@@ -8304,31 +7863,12 @@ def _try_picture(task: Task, interrupts: _Interrupts) -> Outcome:
 def _outcome(task: Task, result: Result, warned: list[str]) -> Outcome:
     """Put a result into the words and digits of a row."""
     sky = result.prepared.sky
-    numbers = {
-        "sky_share": sky.share,
-        "smoothing": result.settings.smoothing,
-        "gradient_before": result.gradient_before,
-        "gradient_after": result.gradient_after,
-        "clipped": result.clipped,
-    }
-    digits = {
-        name: "" if math.isnan(number) else f"{number:.5g}" for name, number in numbers.items()}
-    return Outcome(
-        task.input_file, WARNED if warned else DONE, message=" | ".join(warned),
-        confidence=f"unsure: {sky.unsure}" if sky.unsure else "sure", **digits)
-
-
-def _jobs_that_fit(jobs: int, pictures: list[str]) -> int:
-    """Return how many of the wanted processes there is work and memory for."""
-    jobs = min(jobs, len(pictures), MOST_JOBS)
-    largest = max(map(os.path.getsize, pictures), default=0)
-    needed = TENSORFLOW_BYTES + COPIES_IN_MEMORY * largest
-    free = _free_memory()
-    room = max(1, int(min(free / needed, jobs)))
-    if room < jobs:
-        logger.warning(f"there is memory for {room} of {jobs} jobs "
-                       f"({free / 1e9:.1f} GB are free, and each needs {needed / 1e9:.1f} GB)")
-    return min(jobs, room)
+    numbers = (sky.share, result.settings.smoothing, result.gradient_before,
+               result.gradient_after, result.clipped)
+    digits = ["" if math.isnan(number) else f"{number:.5g}" for number in numbers]
+    confidence = f"unsure: {sky.unsure}" if sky.unsure else "sure"
+    outcome = WARNED if warned else DONE
+    return Outcome(task.input_file, outcome, *digits, confidence, message=" | ".join(warned))
 
 
 # Many pictures: executors
@@ -8337,16 +7877,10 @@ _one_at_a_time = threading.Lock()
 
 
 def do_picture(given: dict, folder: str) -> tuple:
-    """Do one picture for an executor.
+    """Do one picture for an executor; takes and gives the fields of a `Task` and an `Outcome`.
 
-    A worker of Dask may have several threads. TensorFlow, the log, and memory are one for all.
-
-    Args:
-        given: the fields of a `Task`, and in it those of `Settings`.
-        folder: the one that its paths start from.
-
-    Returns:
-        The fields of an `Outcome`.
+    Paths start from `folder`. A worker of Dask may have several threads, but TensorFlow, the log,
+    and memory are one for all.
     """
     with _one_at_a_time, _Interrupts() as interrupts:
         os.chdir(folder)
@@ -8358,15 +7892,12 @@ def do_picture(given: dict, folder: str) -> tuple:
 
 
 def _by_executor(executor: Executor, work: Callable, to_do: list[Task]) -> Iterator[Outcome]:
-    """Have work done on all pictures, in the order in which they are ready.
+    """Have work done on all pictures, as they are ready; what is done is taken out of `to_do`.
 
-    What is done is taken out of `to_do`.
+    BrokenExecutor, CancelledError, and OSError are the end of the executor.
     """
     folder = os.getcwd()
-    try:
-        tasks = {executor.submit(work, asdict(task), folder): task for task in to_do}
-    except OSError as error:  # a process could not be started, or died at once
-        raise BrokenExecutor from error
+    tasks = {executor.submit(work, asdict(task), folder): task for task in to_do}
     for future in as_completed(tasks):
         task = tasks[future]
         try:
@@ -8392,7 +7923,7 @@ def _by_processes(to_do: list[Task], count: int) -> Iterator[Outcome]:
         executor = ProcessPoolExecutor(count, spawned, _start_process)
         try:
             yield from _by_executor(executor, do_picture, to_do)
-        except BrokenExecutor:
+        except (BrokenExecutor, OSError):  # such as one that could not be started
             if count == 1:
                 message = "the process that did it has died; is there enough memory?"
                 yield Outcome(to_do.pop(0).input_file, FAILED, message=message)
@@ -8418,19 +7949,15 @@ def _start_process() -> None:
 
 
 def _by_dask(to_do: list[Task], address: str) -> Iterator[Outcome]:
-    """Do pictures by the workers of a Dask scheduler, which get this script.
-
-    Raises:
-        BgError: Dask is not installed, or no scheduler answers, or it ends.
-    """
+    """Do pictures by the workers of a Dask scheduler, which get this script."""
     try:
         import distributed
     except ImportError:
         raise BgError("--dask needs Dask; install it with: "
                       'python -m pip install "dask[distributed]"') from None
     # Dask hands a function of a module over by its name, and one of a script with all it uses
-    name, _ = os.path.splitext(os.path.basename(__file__))
-    script = importlib.import_module(name if __name__ == "__main__" else __name__)
+    name = Path(__file__).stem if __name__ == "__main__" else __name__
+    script = importlib.import_module(name)
     for name in ("distributed", "distributed.client"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # we say what matters
     try:
@@ -8447,7 +7974,7 @@ def _by_dask(to_do: list[Task], address: str) -> Iterator[Outcome]:
                            f"(start one with: dask worker --nthreads 1 {address})")
         try:
             yield from _by_executor(client.get_executor(pure=False), script.do_picture, to_do)
-        except (CancelledError, distributed.comm.CommClosedError):
+        except (CancelledError, OSError):
             raise BgError(f"the Dask scheduler has ended, after {number - len(to_do)} of {number} "
                           "pictures; start it again, and go on with --skip-done") from None
 
@@ -8468,14 +7995,9 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"bgoptimizer: error: {message}; see --help\n")
 
 
-def _number_or_auto(text: str) -> float | None:
-    """Read what --smoothing takes; None stands for auto."""
-    if text == "auto":
-        return None
-    try:
-        return float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither auto nor a number") from None
+def auto_or_number(text: str) -> float | None:
+    """Read what --smoothing takes; None stands for auto. Argparse shows this function's name."""
+    return None if text == "auto" else float(text)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -8484,90 +8006,79 @@ def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="bgoptimizer.py", description=purpose, epilog=heading + examples, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("input_file", nargs="+",
+    parser.add_argument(
+        "input_file", nargs="+",
         help="linear XISF, FITS or TIFF picture, gray or RGB; or several, a folder of them, or a "
              'pattern such as "lights/*.fit"')
-    add("output_path", nargs="?", default=".",
+    parser.add_argument(
+        "output_path", nargs="?", default=".",
         help="folder for what is written; made if missing (default: .)")
-    add("-c", "--compress", action="store_true",
-        help="compress the outputs without loss: lz4hc with byte shuffling, in FITS GZIP_2, in "
-             "TIFF deflate (default: off)")
-    add("-dx", "--downscaling-factor", type=int,
-        help="side of the blocks of pixels that the fit sees as one pixel (default: %(default)s)")
-    add("-df", "--downscaling-func", choices=("median", "mean"), metavar="DOWNSCALING_FUNC",
-        help="what a block is reduced to, median or mean; the median drops small stars "
-             "(default: %(default)s)")
-    add("-dq", "--delinearization-quantile", type=float,
-        help="quantile of the picture that the stretch takes to 1; the fit does not see what is "
-             "brighter. A lower one stretches more; raise it if the preview shows blown out sky "
-             f"(default: {DEFAULT_QUANTILE}, with --auto {AUTO_QUANTILE})")
-    add("-p", "--preview", action="store_true",
-        help="show stretch and mask: in a window to try settings and draw a mask in, without a "
-             "display as a picture that is saved (default: off)")
-    add("-N", dest="points", metavar="N", type=int,
-        help="number of control points that the fit trains; --smoothing decides how stiff the "
-             f"surface is (default: {DEFAULT_POINTS}, with --auto {AUTO_POINTS})")
-    add("-O", dest="order", metavar="O", type=int, choices=(1, 2, 3, 4),
-        help="order of the spline, 1 to 4; 2 is a thin plate, 3 is cubic (default: %(default)s)")
-    add("-tm", "--threshold-min", type=float,
-        help="leave out what is darker than this in the stretched picture (default: %(default)s)")
-    add("-tM", "--threshold-max", type=float,
-        help="leave out what is brighter than this in the stretched picture; lower it to mask "
-             "objects (default: %(default)s)")
-    add("-m", "--mask",
-        help="mask in XISF, FITS or TIFF, as high and wide as the picture, with 1 channel or as "
-             "many: 1 = use, 0 = leave out, between = weight (default: none)")
-    add("-i", "--initializer", choices=("random", "grid"), metavar="INITIALIZER",
-        help="where the control points start, random or grid (default: %(default)s)")
-    add("-e", "--epochs", type=int,
-        help="most epochs; the fit stops earlier if nothing improves (default: %(default)s)")
-    add("-a", "--alpha", type=float,
-        help="weight of the penalties on a sky that is negative or brighter than the picture "
-             "(default: %(default)g)")
-    add("-B", dest="batch", metavar="B", type=int,
-        help=f"batch size: independent samples of {SAMPLE_CELLS} cells that the fit sees "
-             "(default: %(default)s)")
-    add("-lr", dest="learning_rate", metavar="LR", type=float,
-        help="learning rate at the start (default: %(default)s)")
 
-    add = parser.add_argument_group("more").add_argument
-    add("--auto", action="store_true",
-        help="find objects and leave them out; flags given by hand stay in force (default: off)")
-    add("--reference", metavar="FILE",
-        help="another picture of the region in XISF, FITS or TIFF, whose sky is flat or gentler; "
-             "it tells nebula from glow. It is laid on the picture by plate solutions, or stars, "
-             "and implies --auto (default: none)")
-    add("--smoothing", type=_number_or_auto, metavar="{auto,NUMBER}",
-        help="stiffness of the surface: 10000 is a plane, 1000 a plane with a bowl, 0.001 follows "
-             "all that is smooth (default: auto, found from the picture)")
+    def add(*flags, help, default="%(default)s", **kind):
+        parser.add_argument(*flags, help=f"{help} (default: {default})", **kind)
+
+    switch = {"action": "store_true", "default": "off"}
+    add("-c", "--compress", **switch,
+        help="compress without loss: XISF by LZ4-HC and byte shuffling, FITS by GZIP_2, TIFF by "
+             "deflate")
+    add("-dx", "--downscaling-factor", type=int,
+        help="side of the blocks of pixels that the fit sees as one pixel")
+    add("-df", "--downscaling-func", choices=("median", "mean"), metavar="DOWNSCALING_FUNC",
+        help="what a block is reduced to, median or mean; the median drops small stars")
+    add("-dq", "--delinearization-quantile", type=float,
+        default=f"{DEFAULT_QUANTILE}, with --auto {AUTO_QUANTILE}",
+        help="quantile taken to 1; what is above is clipped; raise it if the preview shows "
+             "clipped sky")
+    add("-p", "--preview", **switch,
+        help="try settings in a window, draw a mask; without a display, a picture of stretch and "
+             "mask is saved")
+    add("-N", dest="points", metavar="N", type=int,
+        default=f"{DEFAULT_POINTS}, with --auto {AUTO_POINTS}",
+        help="number of control points that the fit trains")
+    add("-O", dest="order", metavar="O", type=int,
+        help="order of the spline, 1 to 4; 2 is a thin plate, 3 is cubic")
+    add("-tm", "--threshold-min", type=float,
+        help="leave out what is darker than this in the stretched picture")
+    add("-tM", "--threshold-max", type=float,
+        help="leave out what is brighter than this in the stretched picture")
+    add("-m", "--mask", default="none",
+        help="a picture of the same size, 1 channel or as many: 1 = use, 0 = leave out, between = "
+             "weight")
+    add("-i", "--initializer", choices=("random", "grid"), metavar="INITIALIZER",
+        help="where the control points start, random or grid")
+    add("-e", "--epochs", type=int, help="most epochs; the fit ends before when nothing improves")
+    add("-a", "--alpha", type=float, default="%(default)g",
+        help="weight of the penalties on a sky that is negative or brighter than the picture")
+    add("-B", dest="batch", metavar="B", type=int,
+        help=f"batch size: independent samples of {SAMPLE_CELLS} cells that the fit sees")
+    add("-lr", dest="learning_rate", metavar="LR", type=float, help="learning rate at the start")
+    add("--auto", **switch,
+        help="find objects and leave them out; flags given by hand stay in force")
+    add("--reference", metavar="FILE", default="none",
+        help="another picture of the region with a gentler sky, which tells nebula from glow; it "
+             "implies --auto")
+    add("--smoothing", type=auto_or_number, metavar="{auto,NUMBER}",
+        default="auto, found from the picture",
+        help="stiffness: 10000 is a plane, 1000 adds a bowl, 0.001 follows all that is smooth")
     add("--correction", choices=("subtract", "divide"),
-        help="what is done with the sky: subtract it, or divide by it, against vignetting "
-             "(default: %(default)s)")
-    add("--format", choices=tuple(FORMATS),
-        help="format of the outputs (default: the one of the input)")
-    add("--seed", type=int,
-        help="seed of random numbers; one command gives one result (default: %(default)s)")
-    add("--save-mask", action="store_true",
-        help="also write <name>_mask.xisf, the mask in force, to edit and give back with -m "
-             "(default: off)")
-    add("--figures", choices=("auto", "show", "save", "none"), default="auto",
-        help="result figure or preview: show it in a window or notebook, save it as PNG, or "
-             "neither; auto shows it where it can, and saves the preview where it cannot "
-             "(default: %(default)s)")
-    add("--animate", action="store_true",
-        help="also write <name>_optimization.gif: how the surface settles (default: off)")
-    add("--skip-done", action="store_true",
-        help="leave out pictures whose outputs are there and newer than they are (default: off)")
-    add("--jobs", type=int, metavar="N",
-        help="do the pictures of a folder in N processes, as far as memory allows "
-             "(default: 1)")
-    add("--dask", metavar="ADDRESS",
-        help="do the pictures of a folder on the workers of the Dask scheduler at this address, "
-             "such as tcp://host:8786; they need to see the same files (default: none)")
-    add("--quiet", action="store_true", help="print warnings and errors only (default: off)")
-    add("--version", action="version", version=f"bgoptimizer {VERSION}")
-    parser.set_defaults(**vars(Settings()))
+        help="what is done with the sky: subtract it, or divide by it, against vignetting")
+    add("--format", choices=tuple(FORMATS), default="the one of the input",
+        help="format of the outputs")
+    add("--seed", type=int, help="seed of all random numbers")
+    add("--save-mask", **switch, help="also write the mask, to edit it and give it back with -m")
+    add("--figures", choices=("auto", "show", "save", "none"),
+        help="figure or preview: show it, save it as PNG, or none; auto shows it where that is "
+             "possible, and saves the preview where it is not")
+    add("--animate", **switch, help="also write an animation of how the surface settles")
+    add("--skip-done", **switch, help="leave out pictures whose outputs are newer than they are")
+    add("--jobs", type=int, metavar="N", default="1",
+        help="pictures of a folder that are done at the same time, each in a process")
+    add("--dask", metavar="ADDRESS", default="none",
+        help="the address of a Dask scheduler, such as tcp://host:8786, whose workers do the "
+             "pictures; they need to see the same files")
+    add("--quiet", **switch, help="print warnings and errors only")
+    parser.add_argument("--version", action="version", version=f"bgoptimizer {VERSION}")
+    parser.set_defaults(**vars(Settings()), figures="auto")
     return parser
 
 
@@ -8587,20 +8098,16 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Settings]:
     if others and not (PICTURE_ENDINGS.search(last) and os.path.isfile(last)):
         options.input_file = others
         options.output_path = last
-    for flag, given in (("--save-mask", options.save_mask), ("--animate", options.animate)):
-        if given and options.preview:
-            parser.error(f"--preview writes nothing but itself; leave it or {flag} out")
-    if options.jobs is not None and options.dask is not None:
-        parser.error("--jobs starts workers here and --dask uses those of a scheduler; "
-                     "leave one of them out")
-    if options.jobs is not None and options.jobs < 1:
-        parser.error("--jobs must be 1 or more")
+    if options.preview and (options.save_mask or options.animate):
+        parser.error("--preview writes nothing but itself, no --save-mask and no --animate")
+    if options.jobs is not None and (options.jobs < 1 or options.dask is not None):
+        parser.error("--jobs must be 1 or more, and does not go with --dask")
     options.auto = options.auto or options.reference is not None
+    chosen = {item.name: getattr(options, item.name) for item in fields(Settings)}
     try:
-        settings = Settings(**{item.name: getattr(options, item.name) for item in fields(Settings)})
+        return options, Settings(**chosen)
     except ValueError as error:
         parser.error(str(error))
-    return options, settings
 
 
 def flag_words(options: argparse.Namespace, settings: Settings, mask: str | None) -> list[str]:
@@ -8644,41 +8151,34 @@ def main(argv: Sequence[str] | None = None,
             options, settings = _parse(argv)
             console = _Console(logging.WARNING if options.quiet else logging.INFO)
             with _logging_to(console, *logger.handlers):
-                asked = (options.jobs, options.dask, options.skip_done) != (None, None, False)
-                if asked or names_many(options.input_file):
-                    run_many(options, settings, interrupts)
+                pictures = find_pictures(options.input_file, options.mask, options.reference)
+                reported = options.jobs or options.dask or options.skip_done
+                if reported or len(pictures) > 1 or pictures != options.input_file:
+                    run_many(pictures, options, settings, interrupts)
                 else:
                     _run_one(options, settings, interrupts, use)
         return 0
     except SystemExit as stop:  # argparse has said why
         return stop.code or 0
     except KeyboardInterrupt:
-        return _fail("interrupted; what was not finished was not written",
-                     128 + (interrupts.asked or signal.SIGINT))
+        code = 128 + (interrupts.asked or signal.SIGINT)
+        message = "interrupted; what was not finished was not written"
     except BrokenPipeError:  # whoever read our lines has left
-        # Python flushes stdout at its end, and would complain once more
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, sys.stdout.fileno())
         return 1
     except Exception as error:
-        return _fail(_told(error))
+        code = 1
+        message = _told(error)
+    print(f"bgoptimizer: error: {message}", file=sys.stderr)
+    return code
 
 
 def command() -> None:
-    """Run the command line and leave.
-
-    All is written by then. What Python and TensorFlow would still put away takes 0.6 s.
-    """
+    """Run the command line and leave. What Python and TensorFlow would put away takes 0.6 s."""
     code = main()
     for stream in (sys.stdout, sys.stderr):
         with suppress(AttributeError, OSError):  # there is no such stream, or nobody listens
             stream.flush()
     os._exit(code)
-
-
-def _fail(message: str, code: int = 1) -> int:
-    print(f"bgoptimizer: error: {message}", file=sys.stderr)
-    return code
 
 
 class _Console(logging.Handler):
@@ -8698,17 +8198,16 @@ def _run_one(options: argparse.Namespace, settings: Settings, interrupts: _Inter
     started = time.perf_counter()
     place = _place_for_figure(options)
     task = _make_task(*options.input_file, options, settings, place)
-    if options.preview and place == "window":
+    if not options.preview:
+        process_file(task, _watched_fit(settings.epochs, interrupts))
+    elif place == "window":
         work_in_window(task, options, settings, interrupts)
         return
-    if options.preview and place == "notebook" and importlib.util.find_spec("ipywidgets"):
+    elif place == "notebook" and importlib.util.find_spec("ipywidgets"):
         preview_in_panel(task, options, settings, use)
         return
-    _check_folder(options)
-    if options.preview:
-        preview_file(task)
     else:
-        process_file(task, _watched_fit(settings.epochs, interrupts))
+        preview_file(task)
     for path in task.written:
         logger.info(f"wrote {path}")
     logger.info(f"{time.perf_counter() - started:.1f} s")
@@ -8719,17 +8218,13 @@ def _run_one(options: argparse.Namespace, settings: Settings, interrupts: _Inter
 
 def _place_for_figure(options: argparse.Namespace) -> str | None:
     """Return where the preview or the figure goes: "notebook", "window", "file", or None."""
-    if options.figures == "none":
-        return None
-    if options.figures == "save":
-        return "file"
+    if options.figures in ("none", "save"):
+        return "file" if options.figures == "save" else None
     kind = display_kind()
-    if kind is not None:
-        return kind
-    if options.figures == "show":
+    if kind is None and options.figures == "show":
         raise BgError(
             "there is neither a notebook nor a window to show figures in; use --figures save")
-    return "file" if options.preview else None
+    return kind or ("file" if options.preview else None)
 
 
 if __name__ == "__main__":

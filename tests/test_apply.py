@@ -163,7 +163,15 @@ def test_lone_zeros_in_a_noisy_dark_sky_are_dark_samples_and_not_missing():
     assert 0.1 < lone[20:].mean() < 0.2
     assert count == pytest.approx(lone.sum(), rel=0.1)
     assert (kept[missing] == 0).all()
-    assert (kept[lone] > 0).mean() > 0.9  # but for those beside what is missing
+    assert (kept[lone] > 0).mean() > 0.95  # but for those beside what is missing
+
+
+def test_lone_zeros_in_a_bright_sky_are_dead_pixels_and_missing():
+    noise = np.random.default_rng(0).normal(0.5, 0.01, (1, 120, 160))
+    noise[0, ::17, ::13] = 0
+    before = noise.copy()
+    assert keep_dark_samples(noise) == 0
+    assert_array_equal(noise, before)
 
 
 # ------------------------------------------------------------------------------------ the whole job

@@ -377,7 +377,7 @@ def test_masks_of_any_unit_mean_the_same(small, folder):
     tifffile.imwrite("c.tif", mask.astype(np.uint16) * 65535)
     tifffile.imwrite("d.tif", mask.astype(np.uint16))
     for name in ("a.fits", "b.fits", "c.tif", "d.tif"):
-        assert np.array_equal(bg._read_mask(name)[0], mask), name
+        assert np.array_equal(bg.read_mask(name).planes[0], mask), name
 
 
 # ------------------------------------------------------------------------------------ writing

@@ -171,8 +171,8 @@ def test_what_a_folder_leaves_out_is_told(lights, capsys):
     assert len(found) == 8
     assert run("lights", "out", "--figures", "show") == 1
     said = capsys.readouterr().out
-    assert "left out: lights/a_bgModel.xisf, lights/galaxy_mask.xisf; what this tool" in said
-    assert "left out: lights/notes.txt; no picture" in said and "hidden" not in said
+    assert "left out by name" in said and "hidden" not in said
+    assert ": lights/a_bgModel.xisf, lights/galaxy_mask.xisf, lights/notes.txt\n" in said
 
 
 def test_a_report_that_cannot_be_written_is_told_before_the_first_picture(lights, capsys):
@@ -191,9 +191,10 @@ def test_the_second_run_on_a_folder_is_refused_and_disturbs_nothing(lights, caps
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["-p"], "--preview shows one picture; name it, such as lights/a.xisf"),
-    (["--figures", "show"], "use --figures save"),
-    (["-m", "absent.xisf"], "absent.xisf does not exist")])
+    (["-p"], "for one picture; name it, such as lights/a.xisf"),
+    (["--figures", "show"], "for one picture"),
+    (["-m", "absent.xisf"], "absent.xisf"),
+    (["--reference", "absent.xisf"], "absent.xisf")])
 def test_what_is_not_for_many_is_refused_in_a_line(flags, words, lights, capsys):
     assert run("lights", "out", *flags) == 1
     assert words in refused(capsys)
@@ -323,14 +324,6 @@ def test_one_job_starts_no_process(lights, monkeypatch):
 def test_wrong_jobs_are_wrong_usage(flags, lights, capsys):
     assert run("lights", "out", *flags) == 2
     assert "--jobs" in refused(capsys)
-
-
-def test_no_more_jobs_than_memory_allows(lights, monkeypatch, caplog):
-    pictures = [str(lights / name) for name in ("a.xisf", "d.xisf", "f.xisf")]
-    assert bgoptimizer._jobs_that_fit(8, pictures) == 3
-    monkeypatch.setattr(bgoptimizer, "_free_memory", lambda: 1.3e9)
-    assert bgoptimizer._jobs_that_fit(3, pictures) == 2
-    assert "there is memory for 2 of 3 jobs" in caplog.text
 
 
 @pytest.mark.slow

@@ -26,7 +26,7 @@ def opened(folder, monkeypatch):
         image, _ = sloping_sky(160, 240, channels)
         save(folder / name, image)
         options, settings = bgoptimizer._parse([name, "out", "-p", *flags])
-        mask = bgoptimizer._read_mask(options.mask)
+        mask = bgoptimizer.read_mask(options.mask).planes if options.mask else None
         picture = bgoptimizer.read_picture(name)
         with drawing_style():
             figure = FigureCanvasAgg(Figure(WINDOW_SIZE)).figure

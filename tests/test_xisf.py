@@ -875,7 +875,7 @@ def test_a_full_disk_is_said_in_one_line_and_leaves_nothing(limit, compress, fol
 def test_folders_that_cannot_be_written_are_said_in_one_line(folder, monkeypatch):
     (folder / "file").write_bytes(b"")
     (folder / "folder.xisf").mkdir()
-    for name in ("missing/a.xisf", "file/a.xisf", "folder.xisf"):
+    for name in ("file/a.xisf", "folder.xisf"):
         with pytest.raises(bg.BgError, match="cannot write to"):
             with bg.atomic_outputs(str(folder / name)) as (file,):
                 write(file)
