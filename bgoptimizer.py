@@ -387,85 +387,57 @@ def _unzipped(packed):
         yield file
 
 
-@contextmanager
-def _stream_of(kind, file, number, position, dtype, size):
-    """Yield a stream of a picture's samples: the file itself, or what another process decodes.
+def _samples(kind, file, number, position, dtype, shape):
+    """Return a picture's samples as they are stored.
 
     Args:
         kind: "fits" or "tiff".
-        file: opened; if the samples are decoded, nothing can be read from it afterwards.
+        file: opened.
         number: of the HDU or page.
         position: of the samples in the file; None if they are to be decoded, which may crash.
-        dtype, size: of the samples, in all in bytes.
+        dtype, shape: of the samples.
     """
-    if position is not None:
+    size = math.prod(shape) * dtype.itemsize
+    if position is None:
+        data = _decode(kind, file, number, dtype, size)
+        _require(len(data) == size, NOT_DECODED)
+    else:
         file.seek(position)
-        yield file
-        return
-    limits = os.getpid(), 3 * size + DECODER_SPARE
-    arguments = map(str, (kind, number, dtype.str, *limits))
-    os.lseek(file.fileno(), 0, os.SEEK_SET)
-    process = subprocess.Popen([sys.executable, "-c", DECODER, *arguments], stdin=file,
-                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-    clock = threading.Timer(DECODING_SECONDS + size / DECODING_SPEED, process.kill)
-    clock.daemon = True
-    clock.start()
-    try:
-        _require(process.stdout.peek(1), NOT_DECODED)
-        yield process.stdout
-    finally:
-        clock.cancel()
-        process.kill()
-        process.wait()
-        process.stdout.close()
-
-
-def _rows_of(stream, dtype, row_shape):
-    """Return a function for `_read_planes` that reads rows of this shape one after the other."""
-    row_size = math.prod(row_shape) * dtype.itemsize
-
-    def read_rows(start, stop):
-        size = (stop - start) * row_size
-        data = stream.read(size)
+        data = file.read(size)
         _require(len(data) == size, "is cut short: rows of it are missing")
-        return np.frombuffer(data, dtype).reshape(stop - start, *row_shape)
-
-    return read_rows
+    return np.frombuffer(data, dtype).reshape(shape)
 
 
-def _read_planes(read_rows, dtype, shape, together, white=None, step=1, zero=0, blank=None,
-                 flip=False):
-    """Read samples strip by strip, in the order of the file.
+def _decode(kind, file, number, dtype, size):
+    """Let another process decode a picture of so many bytes; return what it makes of it."""
+    arguments = kind, number, dtype.str, os.getpid(), 3 * size + DECODER_SPARE
+    os.lseek(file.fileno(), 0, os.SEEK_SET)
+    with tempfile.TemporaryFile() as decoded:
+        with suppress(subprocess.TimeoutExpired):
+            subprocess.run([sys.executable, "-c", DECODER, *map(str, arguments)], stdin=file,
+                           stdout=decoded, stderr=subprocess.DEVNULL,
+                           timeout=DECODING_SECONDS + size / DECODING_SPEED)
+        decoded.seek(0)
+        return decoded.read(size)
 
-    Args:
-        read_rows: (start, stop) -> so many rows as stored, (n, w, together).
-        dtype: of the samples.
-        shape: (c, h, w) of the planes, c = 1 or 3.
-        together: samples of a pixel that stand together. With 1, whole planes follow each other.
-        white, step, zero: samples become (stored * step + zero) / white.
-        blank: the integer that means "missing".
-        flip: True if the first row is the lowest.
 
-    Returns planes (float64 if the samples are, else float32).
+def _planes_of(samples, white=None, step=1, zero=0, blank=None):
+    """Return samples, (c, h, w), as planes of float64 if they are that, else of float32.
+
+    They become (stored * step + zero) / white; the integer `blank` means "missing".
     """
-    colors, height, width = shape
-    planes = np.empty(shape, "f8" if dtype.name == "float64" else "f4")
-    tables = planes[:, ::-1] if flip else planes
-    tables = tables[..., None]  # (c, h, w, 1)
-    if together > 1:
-        tables = np.moveaxis(tables[..., 0], 0, 2)[None]  # (1, h, w, c)
+    dtype = samples.dtype
+    planes = np.empty(samples.shape, "f8" if dtype.name == "float64" else "f4")
     scaled = white or (step, zero) != (1, 0)
     calculated = np.float64 if scaled or dtype.kind != "f" else planes.dtype
-    for number, table in enumerate(tables):
-        for rows in _strips(height, width * together):
-            first = number * height
-            samples = read_rows(first + rows.start, first + rows.stop)[..., :colors]
-            values = samples.astype(calculated)
+    for plane, stored in zip(planes, samples):
+        for rows in _strips(*plane.shape):
+            values = stored[rows].astype(calculated)
             if scaled:
                 values = (values * step + zero) / (white or 1)
             if blank is not None:
-                values[samples == blank] = np.nan
-            table[rows] = values
+                values[stored[rows] == blank] = np.nan
+            plane[rows] = values
     return planes
 
 
@@ -1116,13 +1088,15 @@ def _read_pixels(root, opened):
     bounds = _read_bounds(attributes, dtype)
     storage = _value(attributes, "pixelStorage", "Planar").lower()
     interleaved = _look_up(INTERLEAVED, storage, "its samples in the order")
-    together = channels if interleaved else 1
     data = _unpack(stored, packing, math.prod(geometry) * dtype.itemsize)
-    rows = data.view(dtype).reshape(-1, width, together)
+    samples = data.view(dtype)
+    if interleaved:
+        samples = np.moveaxis(samples.reshape(height, width, channels), 2, 0)
+    else:
+        samples = samples.reshape(channels, height, width)
     lower, upper = bounds
     white = None if bounds == (0, 1) else upper - lower
-    planes = _read_planes(lambda start, stop: rows[start:stop], dtype, (colors, height, width),
-                          together, white, zero=-lower)
+    planes = _planes_of(samples[:colors], white, zero=-lower)
     mark = _leave_out_marks(planes, opened.warnings)
     below, above = np.sum([_clip(plane) for plane in planes], 0)
     if below or above:
@@ -1467,24 +1441,23 @@ def read_fits(path):
         number = pictures[0]
         part = parts[number]
         header = part.header
-        shape, together = _fits_layout(part.shape)
         bits = header.get("ZBITPIX" if part.packed else "BITPIX")
         _require(bits in FITS_TYPES, f"has the impossible BITPIX {bits!r}")
         dtype = np.dtype(">" + FITS_TYPES[bits])
-        size = math.prod(shape) * dtype.itemsize
         if part.packed:
-            _check_fits_tiles(part, size)
+            _check_fits_tiles(part, math.prod(part.shape) * dtype.itemsize)
         step, zero = _fits_scale(header)
         blank = header.get("BLANK") if dtype.kind != "f" else None
         white = _white(dtype, step, zero)
         source = _read_fits_source(file, parts, number, white, notes)
-        if shape[0] == 1 and ("BAYERPAT" in header or "COLORTYP" in header):
-            notes.append("seems to be a color filter mosaic: if it is, debayer it first")
+        color_first = _color_axis_first(part.shape)
         position = None if part.packed else part.data
-        with _stream_of("fits", file, number, position, dtype, size) as stream:
-            rows = _rows_of(stream, dtype, (shape[2], together))
-            planes = _read_planes(rows, dtype, shape, together, white, step, zero, blank,
-                                  flip=not source.top_down)
+        samples = color_first(_samples("fits", file, number, position, dtype, part.shape))
+        if len(samples) == 1 and ("BAYERPAT" in header or "COLORTYP" in header):
+            notes.append("seems to be a color filter mosaic: if it is, debayer it first")
+        if not source.top_down:
+            samples = samples[:, ::-1]
+        planes = _planes_of(samples, white, step, zero, blank)
         return _picture(planes, white, source, notes, path)
 
 
@@ -1593,14 +1566,14 @@ def _fits_scale(header):
     return scale
 
 
-def _fits_layout(shape):
-    """Return the shape of the planes (c, h, w), and how many samples of a pixel stand together."""
+def _color_axis_first(shape):
+    """Return a function that makes planes, (c, h, w), of samples of this shape."""
     if len(shape) == 2:
-        return (1, *shape), 1
+        return lambda samples: samples[None]
     if len(shape) == 3 and shape[0] == 3:
-        return tuple(shape), 1
+        return lambda samples: samples
     if len(shape) == 3 and shape[2] == 3:
-        return (3, *shape[:2]), 3
+        return lambda samples: np.moveaxis(samples, 2, 0)
     lengths = " x ".join(map(str, shape[::-1][:8]))
     raise _Unreadable(f"is a picture of {lengths}, neither gray nor RGB",
                       "save its planes as pictures of their own")
@@ -1788,7 +1761,6 @@ def read_tiff(path):
             colors = _check_tiff_page(page, os.fstat(file.fileno()).st_size)
             if page.samplesperpixel > colors:
                 notes.append(f"has {page.samplesperpixel - colors} alpha channel(s): dropped")
-            _, _, height, width, together = page.shaped
             dtype = page.dtype.newbyteorder(tiff.byteorder)
             white = _white(dtype)
             source = _read_tiff_source(page, white, notes)
@@ -1798,10 +1770,10 @@ def read_tiff(path):
                          "save it with black as 0")
                 step, zero = -1, white
             position = page.dataoffsets[0] if page.is_final else None
-            with _stream_of("tiff", file, number, position, dtype, page.nbytes) as stream:
-                rows = _rows_of(stream, dtype, (width, together))
-                shape = colors, height, width
-                planes = _read_planes(rows, dtype, shape, together, white, step, zero)
+            samples = _samples("tiff", file, number, position, dtype, page.shaped)
+            samples = np.moveaxis(samples[:, 0], 3, 1)  # (planes, samples of a pixel, h, w)
+            samples = samples.reshape(-1, *samples.shape[2:])[:colors]
+            planes = _planes_of(samples, white, step, zero)
         return _picture(planes, white, source, notes, path)
 
 
