@@ -326,13 +326,19 @@ class _Unreadable(ValueError):
 
 
 @contextmanager
+def _silence():
+    """Leave out the libraries' own warnings, on headers not quite right."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@contextmanager
 def _refusals(path):
     """Turn what is wrong with a file that is read into a BgError."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the libraries' own, on headers not quite right
-            with memory_errors():
-                yield
+        with _silence(), memory_errors():
+            yield
     except (BgError, MemoryError, ImportError):
         raise
     except _Unreadable as error:
@@ -559,29 +565,22 @@ def _in_own_unit(plane, unit):
 # Pictures on disk: keywords
 #
 # The keywords of FITS stand in its header as cards of 80 characters, in XISF as elements, and in
-# the description of an Astro-TIFF, https://astro-tiff.sourceforge.io, as lines. All become a list
-# of Keyword. Outside of FITS they describe, as in PixInsight and Siril, the picture in the order of
-# rows that FITS has by convention: from the lowest up.
+# the description of an Astro-TIFF, https://astro-tiff.sourceforge.io, as lines. From one format to
+# another they go as astropy's fits.Header. Outside of FITS they describe, as in PixInsight and
+# Siril, the picture in the order of rows that FITS has by convention: from the lowest up.
 # --------------------------------------------------------------------------------------------------
 
 FITS_CARD = 80  # characters of a card
 HISTORY_COLUMNS = 72  # characters of text that a card of HISTORY has room for
-SHORTEST_ROOM = 20  # characters that a name must leave to a text that needs several cards
+MAX_FITS_CARDS = 20_000  # of a header; no real file has more
 
-NUMBER_PATTERN = r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)(?:[EDed][-+]?\d+)?"
-VALUE_PATTERN = rf"(?:'(?:[^']|'')*'|\([^()']*\)|{NUMBER_PATTERN}|[TF])?"
-FITS_NAME = re.compile("[A-Z0-9_-]{1,8}")
-FITS_VALUE = re.compile(VALUE_PATTERN)
-FITS_CARD_WITH_VALUE = re.compile(
-    r"(?:(?=.{8}=)([A-Z0-9_-]+) *=|HIERARCH +([^=]*[^= ]) *=|(CONTINUE)  )"
-    rf" *({VALUE_PATTERN}) *(?:/ ?(.*))?")
-TEXT_NAMES = ("COMMENT", "HISTORY", "")  # cards without a value: their text is the comment
+TEXT_NAMES = ("COMMENT", "HISTORY", "")  # keywords whose text is all they have
 # Keywords that every writer makes anew
 STRUCTURE_NAMES = re.compile(
     r"SIMPLE|XTENSION|EXTEND|BITPIX|NAXIS\d*|PCOUNT|GCOUNT|BSCALE|BZERO|BLANK|END|GROUPS"
     "|DATASUM|CHECKSUM")
 RANGE_NAMES = ("DATAMIN", "DATAMAX")
-LEVEL_NAMES = re.compile("CBLACK|CWHITE|SATURATE|SATLEVEL|DATAMIN|DATAMAX|BUNIT")
+LEVEL_NAMES = ("CBLACK", "CWHITE", "SATURATE", "SATLEVEL", *RANGE_NAMES)
 """Keywords in the unit of the samples. (PEDESTAL is in steps of 16 bits in all files.)"""
 
 # Keywords and XISF's properties, as "element name", that new pixels make untrue
@@ -589,110 +588,52 @@ STALE_PIXEL_METADATA = re.compile(
     r"FITSKeyword (BITPIX|NAXIS\d*|BSCALE|BZERO|CHECKSUM|DATASUM|NOISE[A-Z]?\d*)$"
     r"|Property (.*:)?(Statistics|Noise)(:|$)")
 
-MAX_KEPT_CARDS = 18_000  # of a header; with HISTORY, it must be readable, too
+BLANKS = " " * 50  # in a text over several cards; with more, astropy would need minutes to read it
+FITS_NUMBER = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)([ED][-+]?\d+)?", re.IGNORECASE)
 
 
-class Keyword(NamedTuple):
-    """A keyword of a picture."""
-    name: str
-    value: str  # as it stands in FITS: 'text', 1.50, T; empty for HISTORY and the like
-    comment: str = ""
+def _header_of(text):
+    """Return the fits.Header whose cards stand in a text without a mark between them."""
+    from astropy.io import fits
+    return fits.Header.fromstring(re.sub(f"CONTINUE(?= *'{BLANKS})", "COMMENT ", text))
 
 
-def _parse_card(card):
-    """Return the Keyword of a card; None if it is malformed."""
-    name = card[:8].rstrip()
-    if name in TEXT_NAMES:
-        return Keyword(name, "", card[8:].rstrip())
-    match = FITS_CARD_WITH_VALUE.fullmatch(card.rstrip())
-    if not match:
-        return None
-    name, long_name, continued, value, comment = match.groups("")
-    return Keyword(name or long_name or continued, value, comment)
+def _value_of_text(text):
+    """Return the value that the text of an XISF keyword stands for; None for an empty one."""
+    if text[:1] == text[-1:] == "'":
+        return text[1:-1].replace("''", "'").rstrip()
+    if text in ("T", "F"):
+        return text == "T"
+    if FITS_NUMBER.fullmatch(text):
+        with suppress(ValueError):
+            return int(text)
+        return float(text.upper().replace("D", "E"))
+    return text or None
 
 
-def _parse_cards(cards):
-    """Return the keywords of cards. Texts over several cards are joined; see `_cards`.
-
-    Malformed cards become COMMENT.
-    """
-    found = []  # of name, the parts of a text, comments
-    for card in cards:
-        keyword = _parse_card(card)
-        goes_on = found and found[-1][1][-1].endswith("&'")
-        if keyword and keyword.name == "CONTINUE" and keyword.value[:1] == "'" and goes_on:
-            _, parts, comments = found[-1]
-            parts[-1] = parts[-1][:-2]
-            parts.append(keyword.value[1:])
-            comments.append(keyword.comment)
-            continue
-        if not keyword or keyword.name == "CONTINUE":
-            keyword = Keyword("COMMENT", "", card.rstrip())
-        found.append((keyword.name, [keyword.value], [keyword.comment]))
-    keywords = []
-    for name, parts, comments in found:
-        value = "".join(parts)
-        if value[:1] == "'":
-            value = value[:-1].rstrip() + "'"
-        keywords.append(Keyword(name, value, " ".join(filter(None, comments))))
-    return keywords
+def _text_of_value(value):
+    """Return the text of an XISF keyword that stands for a value of a fits.Card."""
+    if isinstance(value, bool):
+        return "T" if value else "F"
+    if isinstance(value, str):
+        return "'" + value.replace("'", "''") + "'"
+    return str(value).upper() if isinstance(value, numbers.Number) else ""
 
 
-def _cards(keywords):
-    """Return the cards of keywords. What no card can hold becomes COMMENT."""
-    cards = []
-    for keyword in keywords:
-        if keyword.name in TEXT_NAMES:
-            cards += _cards_of_text(keyword.name, keyword.comment)
-        else:
-            cards += _cards_of_value(keyword)
-    return [_printable(card[:FITS_CARD]).ljust(FITS_CARD) for card in cards]
-
-
-def _cards_of_text(name, text):
-    """Return cards without a value, such as HISTORY, that hold a text."""
-    return [f"{name:8}{line}" for line in _wrapped(text)]
-
-
-def _cards_of_value(keyword):
-    """Return the card of a keyword with a value; a long text needs several."""
-    name, value, comment = keyword
-    start = f"{name:8}= " if FITS_NAME.fullmatch(name) else f"HIERARCH {name} = "
-    room = FITS_CARD - len(start)
-    if "=" not in name and len(value) <= room:
-        value = f"{value:20}" if value.startswith("'") else f"{value:>20}"
-        comment = comment and f" / {comment}"
-        return [start + value + comment]
-    if "=" not in name and value.startswith("'") and room >= SHORTEST_ROOM:
-        return _cards_of_long_text(start, value[1:-1].replace("''", "'"), comment)
-    return _cards_of_text("COMMENT", f"{name} = {value} / {comment}")
-
-
-def _cards_of_long_text(start, text, comment):
-    """Return the cards of a text, the first with this `start`; the comment stands after it.
-
-    fits.Card, which could do that, takes time with the square of the text's length.
-    """
-    width = FITS_CARD - len(start) - len("'&'")
-    if "'" in text:
-        width //= 2  # a quote is written as two, which may not part
-    parts = []
-    for place in range(0, len(text), width):
-        piece = text[place:place + width].replace("'", "''")
-        parts.append((piece, ""))
-    if comment:
-        for line in _wrapped(comment, FITS_CARD - len("CONTINUE  '&' / ")):
-            parts.append(("", f" / {line}"))
-    cards = [f"CONTINUE  '{piece}&'{remark}" for piece, remark in parts[:-1]]
-    piece, remark = parts[-1]
-    cards.append(f"CONTINUE  '{piece}'{remark}")
-    cards[0] = start + cards[0][len("CONTINUE  "):]
-    return cards
-
-
-def _split_cards(text):
-    """Return the cards of a header, which stand in it without a mark between them."""
-    return [text[start:start + FITS_CARD] for start in range(0, len(text), FITS_CARD)]
+def _cards_of(name, value, comment):
+    """Return fits.Cards of a keyword: COMMENT if it cannot be written so that it reads the same."""
+    from astropy.io import fits
+    if name not in TEXT_NAMES:
+        if isinstance(value, str):
+            value = _printable(value)
+        with suppress(ValueError, fits.VerifyError):
+            card = fits.Card(name, value, _printable(comment))
+            image = card.image
+            if BLANKS not in image.rstrip() and fits.Card.fromstring(image).value == card.value:
+                return [card]
+        comment = f"{name} = {_text_of_value(value)} / {comment}"
+        name = "COMMENT"
+    return [fits.Card(name, _printable(line)) for line in _wrapped(comment)]
 
 
 def _printable(text):
@@ -700,93 +641,103 @@ def _printable(text):
     return re.sub("[^ -~]", "?", text)
 
 
-def _wrapped(text, width=HISTORY_COLUMNS):
+def _wrapped(text):
     """Return the lines of a text, which are short enough for HISTORY."""
+    width = HISTORY_COLUMNS
     if len(text) <= width and "\n" not in text:
         return [text]
     return re.findall(rf"\S.{{0,{width - 1}}}(?!\S)|\S{{{width}}}", text)
 
 
-def _changed(keywords, change):
-    """Return keywords in which `change`, (name, value) -> value, has set values anew."""
-    return [keyword._replace(value=change(keyword.name, keyword.value)) for keyword in keywords]
+def _with_history(keywords, history, planes, unit):
+    """Return the header of an output: keywords that are true of these planes, and HISTORY."""
+    header = keywords.copy()
+    header.update(_range_in(header, planes, unit))
+    for line in history:
+        for card in _cards_of("HISTORY", None, line):
+            header.append(card, end=True)
+    return header
 
 
-def _in_unit(unit):
-    """Return a change for `_changed` that brings levels into samples from that Unit."""
-    def change(name, value):
-        if not LEVEL_NAMES.fullmatch(name):
-            return value
-        if name == "BUNIT" and len(value) > 2:
-            return f"'{unit.scale:.9g} {value[1:-1].strip()}'"
-        number = _number(value)
-        return value if number is None else f"{(number - unit.offset) / unit.scale:.9G}"
-    return change
+def _levels_in(values, unit):
+    """Return the keywords of `values`, by name, that tell of levels in a Unit, as [0, 1] has them.
+    """
+    levels = {}
+    for name in LEVEL_NAMES:
+        level = values.get(name)
+        if isinstance(level, numbers.Real):
+            levels[name] = float(f"{(level - unit.offset) / unit.scale:.9g}")
+    name_of_unit = values.get("BUNIT")
+    if isinstance(name_of_unit, str) and name_of_unit:
+        levels["BUNIT"] = f"{unit.scale:.9g} {name_of_unit.strip()}"
+    return levels
 
 
-def _with_range(planes, unit):
-    """Return a change for `_changed` that sets DATAMIN and DATAMAX to those of planes."""
-    def change(name, value):
-        if name not in RANGE_NAMES:
-            return value
-        number = ranges()[RANGE_NAMES.index(name)] * unit.scale + unit.offset
-        return f"{number:.9G}" if math.isfinite(number) else value
-
-    @functools.lru_cache(maxsize=None)  # most pictures do not have them
-    def ranges():
-        lows, highs = zip(*map(_finite_range, planes))
-        return min(lows), max(highs)
-
-    return change
+def _range_in(values, planes, unit):
+    """Return DATAMIN and DATAMAX of planes in a Unit, if `values` has them."""
+    names = [name for name in RANGE_NAMES if name in values]
+    if not names:
+        return {}
+    lows, highs = zip(*map(_finite_range, planes))
+    limits = dict(zip(RANGE_NAMES, (min(lows), max(highs))))
+    if not math.isfinite(limits["DATAMIN"]):
+        return {}
+    return {name: float(f"{limits[name] * unit.scale + unit.offset:.9g}") for name in names}
 
 
-def _upside_down(height, keywords):
-    """Return a change for `_changed` that turns celestial coordinates with the rows.
+def _upside_down(header, height):
+    """Return the keywords that tell of celestial coordinates as they are with the rows turned.
 
     With y' = height + 1 - y, the column of y in the matrix changes its sign, and so do odd powers
     of y in the SIP polynomials, and what they add to y.
     """
-    has_matrix = any(re.match("(CD|PC)2_2", name) for name, *_ in keywords)
-
-    def change(name, value):
-        number = _number(value)
+    turned = {}
+    has_matrix = any(re.match("(CD|PC)2_2", name) for name in header)
+    for name in header:
         match = re.fullmatch(r"(CRPIX2|(?:CD|PC)[12]_2|CDELT2|[AB]P?_\d_(\d))[A-Z]?", name)
-        if not match or number is None:
-            return value
+        if not match or not isinstance(header[name], numbers.Real):
+            continue
+        is_odd = match[2] is None or int(match[2]) % 2 == 1
         if name.startswith("CRPIX"):
-            return f"{height + 1 - number!r}"
-        odd = match[2] is None or int(match[2]) % 2
-        turned = bool(odd) != name.startswith("B")
-        if name.startswith("CDELT"):
-            turned = not has_matrix
-        return f"{-number!r}" if turned else value
-
-    return change
+            turned[name] = height + 1 - header[name]
+        elif name.startswith("CDELT"):
+            turned[name] = header[name] if has_matrix else -header[name]
+        elif is_odd != name.startswith("B"):
+            turned[name] = -header[name]
+    return turned
 
 
-def _number(value):
-    """Return the number that a value stands for, None if it is none."""
-    try:
-        number = float(value.replace("D", "E").replace("d", "e"))
-    except ValueError:
-        return None
-    return int(number) if number.is_integer() else number
-
-
-def _kept(keywords, white, notes):
-    """Return the keywords of FITS or an Astro-TIFF that outputs keep; the others are noted.
+def _kept(header, white, notes, structure=STRUCTURE_NAMES):
+    """Return the keywords of FITS or an Astro-TIFF that outputs keep; those untrue are noted.
 
     Levels of integers, whose largest is `white`, become those of samples in [0, 1].
     """
-    kept, untrue = [], []
-    for keyword in keywords:
-        if STRUCTURE_NAMES.fullmatch(keyword.name):
+    from astropy.io import fits
+    kept, untrue = fits.Header(), []
+    for card in header.cards:
+        if structure.fullmatch(card.keyword):
             continue
-        is_stale = STALE_PIXEL_METADATA.match(f"FITSKeyword {keyword.name}")
-        (untrue if is_stale else kept).append(keyword)
-    _note_untrue([keyword.name for keyword in untrue], notes)
-    _what_keywords_say({name: value for name, value, _ in kept}, notes)
-    return _changed(kept, _in_unit(Unit(white))) if white else kept
+        if STALE_PIXEL_METADATA.match(f"FITSKeyword {card.keyword}"):
+            untrue.append(card.keyword)
+            continue
+        for sound in _sound(card):
+            kept.append(sound, end=True)
+    _note_untrue(untrue, notes)
+    _what_keywords_say(kept, notes)
+    if white:
+        kept.update(_levels_in(kept, Unit(white)))
+    return kept
+
+
+def _sound(card):
+    """Return a fits.Card in a list, repaired if it is malformed; COMMENT if that is impossible."""
+    from astropy.io import fits
+    try:
+        card.verify("silentfix")
+        _ = card.value  # raises, too
+        return [card]
+    except fits.VerifyError:
+        return _cards_of("COMMENT", None, card.image)
 
 
 def _note_untrue(names, notes):
@@ -797,7 +748,7 @@ def _note_untrue(names, notes):
 
 
 def _what_keywords_say(values, notes):
-    """Add to `notes` what keywords (texts by name) tell against a picture as input."""
+    """Add to `notes` what keywords (values by name) tell against a picture as input."""
     for name in ("imageType", "IMAGETYP", "FRAME", "FRAMETYP"):
         kind = str(values.get(name, "")).strip("' ")
         if NO_LIGHT.search(kind) and "light" not in kind.lower():
@@ -807,20 +758,19 @@ def _what_keywords_say(values, notes):
 
 
 def _keywords_of_xisf(source):
-    """Return the keywords of an XISF file, such as FITS can have them."""
-    keywords = []
+    """Return the keywords of an XISF file as a fits.Header."""
+    from astropy.io import fits
+    header = fits.Header()
     for element in source.root.findall("Image/FITSKeyword"):
         name = element.get("name", "").strip().upper()
-        value = element.get("value", "").strip()
+        text = element.get("value", "").strip()
         comment = element.get("comment", "")
         if name in TEXT_NAMES:
-            value, comment = "", comment or value
-        elif not FITS_VALUE.fullmatch(value) or len(value) > HISTORY_COLUMNS:
-            text = value[1:-1].replace("''", "'") if value[:1] == value[-1:] == "'" else value
-            value = "'" + text.replace("'", "''") + "'"
+            comment = comment or text
         if not STRUCTURE_NAMES.fullmatch(name):
-            keywords.append(Keyword(name, value, comment))
-    return keywords
+            for card in _cards_of(name, _value_of_text(text), comment):
+                header.append(card, end=True)
+    return header
 
 
 def _shared_metadata(source, height):
@@ -828,17 +778,15 @@ def _shared_metadata(source, height):
 
     The keywords are those of a picture whose rows go from the lowest up; there are `height`.
     """
-    if source is None:
-        return [], b""
     if isinstance(source, Source):
         keywords, icc = _keywords_of_xisf(source), b""
         with suppress(_Unreadable, AttributeError):  # a damaged profile is lost, not the picture
             icc = _icc_of_xisf(source)
     else:
-        keywords, icc = source.keywords, source.icc
-    keywords = [keyword for keyword in keywords if keyword.name != ROW_ORDER]
+        keywords, icc = source.keywords.copy(), source.icc
+    keywords.remove(ROW_ORDER, ignore_missing=True, remove_all=True)
     if isinstance(source, FitsSource) and source.top_down:
-        keywords = _changed(keywords, _upside_down(height, keywords))
+        keywords.update(_upside_down(keywords, height))
     return keywords, icc
 
 
@@ -1103,10 +1051,18 @@ def _read_pixels(root, opened):
         opened.warnings.append(f"has {below} samples below and {above} above its bounds "
                                f"{lower:g}:{upper:g}: clipped")
     if bounds != (0, 1):
-        change = _in_unit(Unit(upper - lower, lower))
-        for keyword in images[0].findall("FITSKeyword"):
-            keyword.set("value", change(keyword.get("name", ""), keyword.get("value", "")))
+        unit = Unit(upper - lower, lower)
+        _change_keywords(images[0], lambda values: _levels_in(values, unit))
     return planes, mark
+
+
+def _change_keywords(image, change):
+    """Set keywords of an Image anew: those, value by name, that `change` makes of all."""
+    keywords = {keyword.get("name"): keyword for keyword in image.findall("FITSKeyword")}
+    values = {name: _value_of_text(keyword.get("value", ""))
+              for name, keyword in keywords.items()}
+    for name, value in change(values).items():
+        keywords[name].set("value", _text_of_value(value))
 
 
 def _read_bounds(attributes, dtype):
@@ -1328,9 +1284,9 @@ def _new_header(planes, source, history):
         lines += _wrapped(line)
     for line in lines:
         ElementTree.SubElement(image, "FITSKeyword", name="HISTORY", value="", comment=line)
-    change = _with_range(planes, Unit())
+    _change_keywords(image, lambda values: _range_in(values, planes, Unit()))
     for keyword in image.findall("FITSKeyword"):  # strict readers want all attributes
-        keyword.set("value", change(keyword.get("name"), keyword.get("value", "")))
+        keyword.attrib.setdefault("value", "")
         keyword.attrib.setdefault("comment", "")
     for element in image.findall("Property[@id='Processing:History']"):
         if "location" not in element.attrib:  # the specification wants it kept and appended to
@@ -1391,35 +1347,32 @@ def _markup(element):
 # --------------------------------------------------------------------------------------------------
 # Pictures on disk: FITS
 #
-# Headers are read and written card by card, so that what is malformed or strange costs neither
-# time nor the picture. astropy packs and unpacks compressed pictures.
+# astropy parses and makes headers, and packs and unpacks compressed pictures. Where the parts of a
+# file begin and end is found here, because it is slow with many of them, and trusts what they claim.
 # The FITS standard: https://fits.gsfc.nasa.gov/fits_standard.html.
 # --------------------------------------------------------------------------------------------------
 
 FITS_BLOCK = 2880  # bytes: headers and data fill whole blocks
-END_CARD = "END".ljust(FITS_CARD)
+WHOLE_HEADER = re.compile(rb"(?:(?!END {77}).{80})*END {77}", re.DOTALL)
 ROW_ORDER = "ROWORDER"  # says which row is the first: the lowest, unless it is 'TOP-DOWN'
 
 FITS_TYPES = {8: "u1", 16: "i2", 32: "i4", 64: "i8", -32: "f4", -64: "f8"}  # by BITPIX
 # PLIO_1 is for masks, and cfitsio's files with 16 bits of it come out wrong
 FITS_CODECS = ("RICE_1", "RICE_ONE", "GZIP_1", "GZIP_2", "HCOMPRESS_1", "NOCOMPRESS")
-# Settings of the decoders, and what they can be; with others they write where they must not
-FITS_CODEC_SETTINGS = {"BLOCKSIZE": (16, 32), "BYTEPIX": (1, 2, 4), "ZDITHER0": range(1, 10_001)}
 # Keywords of the table in which a compressed picture stands
 FITS_TABLE = re.compile(
-    r"TFIELDS|THEAP|T(TYPE|FORM|UNIT|NULL|SCAL|ZERO|DIM|DISP)\d+"
+    STRUCTURE_NAMES.pattern + r"|TFIELDS|THEAP|T(TYPE|FORM|UNIT|NULL|SCAL|ZERO|DIM|DISP)\d+"
     r"|Z(IMAGE|TENSION|BITPIX|NAXIS\d*|TILE\d+|CMPTYPE|NAME\d+|VAL\d+|SIMPLE|EXTEND|PCOUNT|GCOUNT"
     "|HECKSUM|DATASUM|MASKCMP|BLANK|QUANTIZ|DITHER0|SCALE|ZERO)")
-COMPRESSED_NAME = "'COMPRESSED_IMAGE'"  # EXTNAME of such a table, if the picture has none
+COMPRESSED_NAME = "COMPRESSED_IMAGE"  # EXTNAME of such a table, if the picture has none
 
-MAX_PARTS = 1000  # HDUs of a file, and
-MAX_FITS_CARDS = 20_000  # cards of a header; no real file has more
+MAX_PARTS = 1000  # HDUs of a file
 
 
 @dataclass
 class FitsSource:
     """What a FITS file has besides its pixels."""
-    keywords: list  # of Keyword, without those that the pixels decide
+    keywords: Any  # fits.Header, without what the pixels decide
     before: bytes = b""  # HDUs in front of the picture; empty if it is the first
     after: bytes = b""  # HDUs behind it
     icc: bytes = b""  # color profile; it also stands in one of the HDUs
@@ -1441,16 +1394,17 @@ def read_fits(path):
         number = pictures[0]
         part = parts[number]
         header = part.header
-        bits = header.get("ZBITPIX" if part.packed else "BITPIX")
+        bits = header["ZBITPIX" if part.packed else "BITPIX"]
         _require(bits in FITS_TYPES, f"has the impossible BITPIX {bits!r}")
         dtype = np.dtype(">" + FITS_TYPES[bits])
+        color_first = _color_axis_first(part.shape)
         if part.packed:
             _check_fits_tiles(part, math.prod(part.shape) * dtype.itemsize)
-        step, zero = _fits_scale(header)
+        step, zero = header.get("BSCALE", 1), header.get("BZERO", 0)
+        _require(step and np.isfinite([step, zero]).all(), "has an impossible BSCALE or BZERO")
         blank = header.get("BLANK") if dtype.kind != "f" else None
         white = _white(dtype, step, zero)
         source = _read_fits_source(file, parts, number, white, notes)
-        color_first = _color_axis_first(part.shape)
         position = None if part.packed else part.data
         samples = color_first(_samples("fits", file, number, position, dtype, part.shape))
         if len(samples) == 1 and ("BAYERPAT" in header or "COLORTYP" in header):
@@ -1463,9 +1417,7 @@ def read_fits(path):
 
 class _FitsPart(NamedTuple):
     """An HDU: a header and its data."""
-    cards: list  # of str
-    keywords: list  # of Keyword
-    header: dict  # numbers, and texts in capitals, by keyword; of repeated ones the first
+    header: Any  # fits.Header
     start: int  # byte at which the header starts
     data: int  # byte at which the data start
     length: int  # bytes of the data
@@ -1482,7 +1434,9 @@ def _read_fits_parts(file, notes):
     while position < size:
         try:
             _require(len(parts) < MAX_PARTS, "has too many parts to be true")
-            part = _read_fits_part(file, position, size)
+            part = _read_fits_part(file, position)
+            complete = 0 <= part.length and part.data + part.length <= size
+            _require(complete, "is cut short: the end of its data is missing")
         except Exception:
             if not any(part.shape for part in parts):
                 raise
@@ -1493,27 +1447,20 @@ def _read_fits_parts(file, notes):
     return parts
 
 
-def _read_fits_part(file, position, size):
-    """Return the HDU at a position in a file of so many bytes."""
-    cards = _read_fits_cards(file, position)
-    start_of_data = file.tell()
-    names = [card[:8].rstrip() for card in cards]
-    _require("XTENSION" not in names[1:] and names.count("BITPIX") <= 1,
-             "is damaged: a header without END runs into the next")
-    for name, card in zip(names, cards):
-        damaged = STRUCTURE_NAMES.fullmatch(name) and not _parse_card(card)
-        _require(not damaged, f"has the damaged card {_printable(card).rstrip()!r}")
-    keywords = _parse_cards(cards)
-    header = {}
-    for name, value, _ in keywords:
-        number = _number(value)
-        header.setdefault(name, value.strip("' ").upper() if number is None else number)
-    bits = header.get("BITPIX")
-    _require(bits in FITS_TYPES, f"has the impossible BITPIX {bits!r}")
+def _read_fits_part(file, position):
+    """Return the HDU at a position."""
+    file.seek(position)
+    whole = WHOLE_HEADER.match(file.read(MAX_FITS_CARDS * FITS_CARD))
+    _require(whole, "is cut short: a header has no end")
+    header = _header_of(whole[0].decode("latin-1"))
+    is_one = header.count("BITPIX") == 1 and "XTENSION" not in list(header)[1:]
+    _require(is_one, "is damaged: a header without END runs into the next")
+    data = _next_block(position + len(whole[0]))
     shape = _fits_axes(header)
     samples = math.prod(shape) if shape else 0
-    length = abs(bits) // 8 * (samples + header.get("PCOUNT", 0)) * header.get("GCOUNT", 1)
-    packed = header.get("ZIMAGE") == "T"
+    item = abs(header["BITPIX"]) // 8
+    length = item * (samples + header.get("PCOUNT", 0)) * header.get("GCOUNT", 1)
+    packed = header.get("ZIMAGE") is True
     if packed:
         shape = _fits_axes(header, "Z")
     elif header.get("XTENSION", "IMAGE") != "IMAGE":
@@ -1522,48 +1469,22 @@ def _read_fits_part(file, position, size):
         shape = shape[1:]
     if len(shape) < 2 or 0 in shape:
         shape = []
-    complete = length >= 0 and start_of_data + length <= size
-    _require(complete, "is cut short: the end of its data is missing")
-    padding = -length % FITS_BLOCK
-    end = start_of_data + length + padding
-    return _FitsPart(
-        cards, keywords, header, position, start_of_data, length, end, shape, packed)
+    return _FitsPart(header, position, data, length, _next_block(data + length), shape, packed)
 
 
-def _read_fits_cards(file, position):
-    """Return the cards of the header at a position, and leave the file behind its last block."""
-    file.seek(position)
-    cards = []
-    while END_CARD not in cards[-FITS_BLOCK // FITS_CARD:]:
-        block = file.read(FITS_BLOCK)
-        _require(len(block) == FITS_BLOCK, "is cut short: a header has no end")
-        cards += _split_cards(block.decode("latin-1"))
-        _require(len(cards) <= MAX_FITS_CARDS, "has a header too large to be true")
-    return cards[:cards.index(END_CARD)]
+def _next_block(position):
+    """Return where the first block begins that does not start before a position."""
+    return position + -position % FITS_BLOCK
 
 
 def _fits_axes(header, prefix=""):
     """Return the lengths of the axes, the last named first, as NumPy has them."""
-    count = header.get(prefix + "NAXIS")
+    count = header[prefix + "NAXIS"]
     _require(count in range(1000), f"has the impossible {prefix}NAXIS {count!r}")
-    axes = []
-    for number in range(count, 0, -1):
-        name = f"{prefix}NAXIS{number}"
-        length = header.get(name)
-        possible = isinstance(length, int) and length >= 0
-        _require(possible, f"has the impossible {name} {length!r}")
-        axes.append(length)
+    axes = [header[f"{prefix}NAXIS{number}"] for number in range(count, 0, -1)]
+    possible = all(isinstance(length, int) and length >= 0 for length in axes)
+    _require(possible, f"has the impossible axes {axes}")
     return axes
-
-
-def _fits_scale(header):
-    """Return what the stored samples are multiplied with, and what is added then."""
-    scale = header.get("BSCALE", 1), header.get("BZERO", 0)
-    for name, number in zip(("BSCALE", "BZERO"), scale):
-        possible = isinstance(number, (int, float)) and math.isfinite(number)
-        _require(possible, f"has the impossible {name} {number!r}")
-    _require(scale[0] != 0, "has the impossible BSCALE 0")
-    return scale
 
 
 def _color_axis_first(shape):
@@ -1580,25 +1501,19 @@ def _color_axis_first(shape):
 
 
 def _check_fits_tiles(part, size):
-    """Refuse a compressed picture of so many bytes that lies about its size or its settings."""
+    """Refuse a compressed picture of so many bytes that lies about its size.
+
+    astropy makes up what is missing, and takes any ZDITHER0 for a place in a table.
+    """
     header = part.header
     _check_expansion(header.get("ZCMPTYPE"), FITS_CODECS, size, part.length)
-    settings = {"ZDITHER0": header.get("ZDITHER0", 1)}
-    for name in header:
-        if name.startswith("ZNAME"):
-            setting = header[name]
-            settings[setting] = header.get(name.replace("NAME", "VAL"))
-    for name, possible in FITS_CODEC_SETTINGS.items():
-        value = settings.get(name, possible[0])
-        _require(value in possible, f"has the impossible {name} {value!r}")
-    _require(header.get("TFIELDS") in range(1000), "has too many columns to be true")
+    seed = header.get("ZDITHER0", 1)
+    _require(seed in range(1, 10_001), f"has the impossible ZDITHER0 {seed!r}")
+    _require(header["TFIELDS"] in range(1000), "has too many columns to be true")
     tiles = 1
-    axes = _fits_axes(header, "Z")
-    for number, length in enumerate(reversed(axes), 1):
-        name = f"ZTILE{number}"
-        usual = length if number == 1 else 1
-        side = header.get(name, usual)
-        _require(isinstance(side, int) and side > 0, f"has the impossible {name} {side!r}")
+    for number, length in enumerate(reversed(_fits_axes(header, "Z")), 1):
+        side = header.get(f"ZTILE{number}", length if number == 1 else 1)
+        _require(side > 0, "has tiles without pixels")
         tiles *= math.ceil(length / side)
     _require(tiles == header["NAXIS2"] <= MAX_TILES, "has another number of tiles than it claims")
 
@@ -1609,25 +1524,22 @@ def _read_fits_source(file, parts, number, white, notes):
     Levels of integers, whose largest is `white`, become those of samples in [0, 1].
     """
     part = parts[number]
-    keywords = part.keywords
-    if part.packed:
-        keywords = [keyword for keyword in keywords if not FITS_TABLE.fullmatch(keyword.name)
-                    and keyword[:2] != ("EXTNAME", COMPRESSED_NAME)]
-    keywords = _kept(keywords, white, notes)
+    keywords = _kept(part.header, white, notes, FITS_TABLE if part.packed else STRUCTURE_NAMES)
+    if part.packed and keywords.get("EXTNAME") == COMPRESSED_NAME:
+        keywords.remove("EXTNAME")
     file.seek(0)
     before = file.read(part.start)
-    first_names = {keyword.name for keyword in parts[0].keywords}.difference(TEXT_NAMES)
-    says_nothing = all(map(STRUCTURE_NAMES.fullmatch, first_names))
+    says_nothing = all(map(STRUCTURE_NAMES.fullmatch, set(parts[0].header).difference(TEXT_NAMES)))
     if part.packed and number == 1 and says_nothing:
         before = b""  # it is there because a compressed picture cannot be the first
     file.seek(part.end)
     after = file.read(parts[-1].end - part.end)
     icc = b""
     for other in parts:
-        if other.header.get("EXTNAME") == "ICCPROFILE":
+        if str(other.header.get("EXTNAME")).upper() == "ICCPROFILE":
             file.seek(other.data)
             icc = file.read(other.length)
-    top_down = part.header.get(ROW_ORDER) == "TOP-DOWN"
+    top_down = str(keywords.get(ROW_ORDER)).strip().upper() == "TOP-DOWN"
     return FitsSource(keywords, before, _padded(after), icc, top_down)
 
 
@@ -1636,33 +1548,30 @@ def _padded(data, filling=b"\0"):
     return data + filling * (-len(data) % FITS_BLOCK)
 
 
-def _fits_header(cards):
-    """Return the bytes of a header."""
-    text = "".join([*cards, END_CARD])
-    return _padded(text.encode("ascii"), b" ")
+def _structure(shape, dtype, is_first=True):
+    """Return the header that an image of this shape begins with, as the first HDU or another."""
+    from astropy.io import fits
+    kind = fits.PrimaryHDU if is_first else fits.ImageHDU
+    return kind(np.broadcast_to(np.zeros((), dtype), shape)).header
 
 
-def _structure_cards(is_first, bits, axes):
-    """Return the cards that a header begins with: of the first HDU, or of an image extension."""
-    values = {"BITPIX": bits, "NAXIS": len(axes)}
-    for number, length in enumerate(reversed(axes), 1):
-        values[f"NAXIS{number}"] = length
-    if is_first:
-        values = {"SIMPLE": "T", **values, "EXTEND": "T"}
-    else:
-        values = {"XTENSION": "'IMAGE   '", **values, "PCOUNT": 0, "GCOUNT": 1}
-    return _cards(Keyword(name, str(value)) for name, value in values.items())
+def _header_text(structure, keywords):
+    """Return the cards of a header, which stand in it without a mark between them."""
+    text = structure.tostring(endcard=False, padding=False) + keywords.tostring(padding=False)
+    return _printable(text)
 
 
 def _to_fits_source(source, height):
     """Return a FitsSource that holds what FITS can hold of another one."""
-    keywords, icc = _shared_metadata(source, height)
+    from astropy.io import fits
+    keywords, icc = fits.Header(), b""
+    if source:
+        keywords, icc = _shared_metadata(source, height)
     after = b""
     if icc:
-        cards = _structure_cards(False, 8, [len(icc)])
-        cards += _cards([Keyword("EXTNAME", "'ICCProfile'")])
-        after = _fits_header(cards) + _padded(icc)
-    keywords.append(Keyword(ROW_ORDER, "'BOTTOM-UP'"))
+        extension = fits.ImageHDU(np.frombuffer(icc, np.uint8), name="ICCProfile")
+        after = extension.header.tostring().encode() + _padded(icc)
+    keywords[ROW_ORDER] = "BOTTOM-UP"
     return FitsSource(keywords, after=after, icc=icc)
 
 
@@ -1672,50 +1581,45 @@ def write_fits(file, planes, source=None, history=(), compress=False, unit=Unit(
     All keywords of a FITS source are written, and its other HDUs too. `compress` makes a
     compressed image (GZIP_2, nothing is lost), with the ending .fits all the same.
     """
-    if not isinstance(source, FitsSource):
-        source = _to_fits_source(source, planes.shape[1])
-    cards = _cards(_changed(source.keywords, _with_range(planes, unit)))
-    if len(cards) > MAX_KEPT_CARDS:
-        lost = len(cards) - MAX_KEPT_CARDS
-        logger.warning(f"{lost} lines of FITS keywords are lost: a header has no room for them")
-    cards = cards[:MAX_KEPT_CARDS] + _cards(Keyword("HISTORY", "", line) for line in history)
-    file.write(source.before)
     data = np.empty(planes.shape, planes.dtype.newbyteorder(">"))
-    stored = data if source.top_down else data[:, ::-1]
-    one_by_one = iter(planes)
-    for target in stored:
-        target[...] = _in_own_unit(next(one_by_one), unit)
-    if len(data) == 1:
-        data = data[0]
-    if compress:
-        empty_hdu, structure, data = _compressed_fits(data)
-        if not source.before:
-            file.write(empty_hdu)
-    else:
-        is_first = not source.before
-        structure = _structure_cards(is_first, -8 * data.itemsize, data.shape)
-    file.write(_fits_header(structure + cards))
+    with _silence():
+        if not isinstance(source, FitsSource):
+            source = _to_fits_source(source, planes.shape[1])
+        keywords = _with_history(source.keywords, history, planes, unit)
+        stored = data if source.top_down else data[:, ::-1]
+        one_by_one = iter(planes)
+        for target in stored:
+            target[...] = _in_own_unit(next(one_by_one), unit)
+        if len(data) == 1:
+            data = data[0]
+        before = source.before
+        if compress:
+            empty_hdu, structure, data = _compressed_fits(data)
+            before = before or empty_hdu
+        else:
+            structure = _structure(data.shape, data.dtype, not before)
+        header = _header_text(structure, keywords).encode()
+    file.write(before)
+    file.write(_padded(header, b" "))
     file.write(data)
     file.write(bytes(-data.nbytes % FITS_BLOCK))
     file.write(source.after)
 
 
 def _compressed_fits(data):
-    """Let astropy pack samples, an array.
+    """Let astropy pack samples, an array. (With many keywords it would take minutes.)
 
-    Returns an HDU to stand in front, the cards of the one with the samples, and its data.
+    Returns an HDU to stand in front, the header of the one with the samples, and its data.
     """
     from astropy.io import fits
     made = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        hdu = fits.CompImageHDU(data, compression_type="GZIP_2", quantize_level=0)
-        fits.HDUList([fits.PrimaryHDU(), hdu]).writeto(made)
+    hdu = fits.CompImageHDU(data, compression_type="GZIP_2", quantize_level=0)
+    fits.HDUList([fits.PrimaryHDU(), hdu]).writeto(made)
+    first = _read_fits_part(made, 0)
+    packed = _read_fits_part(made, first.end)
+    packed.header.remove("EXTNAME", ignore_missing=True)
     content = made.getbuffer()
-    first = _read_fits_part(made, 0, len(content))
-    packed = _read_fits_part(made, first.end, len(content))
-    cards = [card for card in packed.cards if card.rstrip() and not card.startswith("EXTNAME")]
-    return content[:packed.start], cards, content[packed.data:packed.end]
+    return content[:packed.start], packed.header, content[packed.data:packed.end]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1730,6 +1634,7 @@ TIFF_SENSOR = (32803, 34892)  # photometric of a color filter mosaic, and of a c
 TIFF_CODECS = (
     1, "NONE", "LZW", "DEFLATE", "ADOBE_DEFLATE", "PACKBITS", "ZSTD")  # tifffile's names
 TIFF_ICC = 34675
+ASTRO_TIFF = re.compile("(?=.{8}=)[A-Z0-9_-]+ *=")  # how its description begins
 TIFF_CHUNKS = ("StripOffsets", "StripByteCounts", "TileOffsets", "TileByteCounts")
 TIFF_PLANAR = None, 1, 2  # not said, samples of a pixel together, or planes
 TIFF_THUMBNAIL = 2  # value of the old SubfileType
@@ -1745,7 +1650,7 @@ MAX_PAGES = 16  # among which the picture is looked for
 @dataclass
 class TiffSource:
     """What a TIFF file has besides its pixels."""
-    keywords: list  # of Keyword; a description in words is COMMENT
+    keywords: Any  # fits.Header; a description in words is COMMENT
     icc: bytes = b""  # color profile
     tags: list = field(default_factory=list)  # these and others, as tifffile's writer takes them
 
@@ -1884,17 +1789,15 @@ def _read_tiff_source(page, white, notes):
 
 
 def _keywords_of_tiff(description):
-    """Return the keywords of an Astro-TIFF's description; another one becomes COMMENT."""
-    if re.fullmatch(r'(\{"shape": \[[\d, ]+\]\})?', description):  # tifffile's: it tells nothing
-        return []
-    description = description[:MAX_KEPT_CARDS * HISTORY_COLUMNS]
-    lines = [line.rstrip() for line in description.split("\n")]
-    if max(map(len, lines)) <= FITS_CARD:
-        cards = [line.ljust(FITS_CARD) for line in lines if line != "END"]
-        first = _parse_card(cards[0]) if cards else None
-        if first and first.name:
-            return _parse_cards(cards[:MAX_KEPT_CARDS])
-    return [Keyword("COMMENT", "", line) for line in _wrapped(description)[:MAX_KEPT_CARDS]]
+    """Return the header in an Astro-TIFF's description; another one becomes COMMENT."""
+    from astropy.io import fits
+    if re.fullmatch(r'\{"shape": \[[\d, ]+\]\}', description):  # tifffile's: it tells nothing
+        return fits.Header()
+    if ASTRO_TIFF.match(description):
+        lines = description.split("\n")[:MAX_FITS_CARDS]
+        return _header_of("".join(line.rstrip()[:FITS_CARD].ljust(FITS_CARD) for line in lines))
+    description = description[:MAX_FITS_CARDS // 2 * HISTORY_COLUMNS]
+    return fits.Header(_cards_of("COMMENT", None, description) if description else ())
 
 
 def write_tiff(file, planes, source=None, history=(), compress=False, unit=Unit()):
@@ -1917,11 +1820,12 @@ def write_tiff(file, planes, source=None, history=(), compress=False, unit=Unit(
         data = data[..., 0]
         photometric = "minisblack"
     options = {"compression": "adobe_deflate", "predictor": 3} if compress else {}
-    cards = _cards(_changed(source.keywords, _with_range(planes, unit)))[:MAX_KEPT_CARDS]
-    cards += _cards(Keyword("HISTORY", "", line) for line in history)
-    shape = planes.shape if channels > 1 else planes.shape[1:]
-    cards = [*_structure_cards(True, -32, shape), *cards, END_CARD]
-    description = "\n".join(card.rstrip() for card in cards)
+    with _silence():
+        keywords = _with_history(source.keywords, history, planes, unit)
+        shape = planes.shape if channels > 1 else planes.shape[1:]
+        cards = _header_text(_structure(shape, data.dtype), keywords)
+    lines = [cards[start:start + FITS_CARD].rstrip() for start in range(0, len(cards), FITS_CARD)]
+    description = "\n".join(lines)
     big = data.nbytes + len(description) + len(source.icc) > LARGEST_TIFF
     with tifffile.TiffWriter(file, bigtiff=big) as writer:
         writer.write(data, photometric=photometric, description=description, metadata=None,
@@ -1930,7 +1834,8 @@ def write_tiff(file, planes, source=None, history=(), compress=False, unit=Unit(
 
 def _to_tiff_source(source, height):
     """Return a TiffSource that holds what TIFF can hold of another one."""
-    keywords, icc = _shared_metadata(source, height)
+    from astropy.io import fits
+    keywords, icc = _shared_metadata(source, height) if source else (fits.Header(), b"")
     return TiffSource(keywords, icc, _icc_tags(icc))
 
 
@@ -2089,11 +1994,15 @@ def _to_xisf_source(source, height, unit):
     """Return a Source that holds what XISF can hold of another one."""
     keywords, icc = _shared_metadata(source, height)
     if unit != Unit():
-        keywords = _changed(keywords, _in_unit(unit))
+        keywords.update(_levels_in(keywords, unit))
     root = ElementTree.XML(BARE_XISF)
     image = root.find("Image")
-    for keyword in keywords:
-        ElementTree.SubElement(image, "FITSKeyword", keyword._asdict())
+    for card in keywords.cards:
+        text, comment = _text_of_value(card.rawvalue), card.comment
+        if card.keyword in TEXT_NAMES:
+            text, comment = "", card.value
+        ElementTree.SubElement(
+            image, "FITSKeyword", name=card.rawkeyword, value=text, comment=comment)
     blocks = {}
     if icc:
         ElementTree.SubElement(image, "ICCProfile", location="icc")
@@ -2104,7 +2013,8 @@ def _to_xisf_source(source, height, unit):
 def rows_of(source):
     """Return a source that tells nothing but the order of another one's rows, for its mask."""
     if isinstance(source, FitsSource) and source.top_down:
-        return FitsSource([Keyword(ROW_ORDER, "'TOP-DOWN'")], top_down=True)
+        from astropy.io import fits
+        return FitsSource(fits.Header([(ROW_ORDER, "TOP-DOWN")]), top_down=True)
     return None
 
 
@@ -5016,12 +4926,11 @@ def plate_solution(source: Any, height: int):
         source: what `read_picture` gave.
         height: rows of the picture. In the solution, row 0 is the lowest.
     """
-    from astropy.io import fits
     from astropy.wcs import WCS
     with warnings.catch_warnings(), suppress(Exception):  # damaged ones are none
         warnings.simplefilter("ignore")
         keywords, _ = _shared_metadata(source, height)
-        solution = WCS(fits.Header.fromstring("".join(_cards(keywords))), naxis=2)
+        solution = WCS(keywords, naxis=2)
         if solution.has_celestial:
             return solution
         if isinstance(source, Source):

@@ -28,7 +28,7 @@ import bgoptimizer as bg
 from runner import LINEAR, growth
 from scenes import REAL
 from xisf_files import (
-    DATA, POSITION, RGB, SAMPLES, TRUTH, header_of, monolithic, one_image, picture, rows, shuffled,
+    DATA, POSITION, RGB, SAMPLES, TRUTH, header_of, keyword_element, monolithic, one_image, picture, rows, shuffled,
     tag)
 
 ROWS = {row.name: row for row in rows()}
@@ -525,11 +525,6 @@ def full_file():
         id="M31", imageType="Light", orientation="flip")
     blocks = [block + bytes(5) for block in BLOCKS]
     return picture_and_header + bytes(13) + b"".join(blocks)
-
-
-def keyword_element(name, value, comment):
-    element = ElementTree.Element("FITSKeyword", name=name, value=value, comment=comment)
-    return ElementTree.tostring(element, encoding="unicode")
 
 
 @pytest.fixture(params=[False, True], ids=["plain", "compressed"])

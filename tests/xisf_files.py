@@ -9,6 +9,7 @@ import itertools
 import struct
 import zlib
 from typing import NamedTuple, Optional
+from xml.etree import ElementTree
 
 import lz4.block
 import numpy as np
@@ -64,6 +65,11 @@ def tag(name, attributes, content=""):
         if value is not None:
             text += ' {}="{}"'.format(key, value)
     return "<{}{}>{}</{}>".format(name, text, content, name)
+
+
+def keyword_element(name, value, comment):
+    element = ElementTree.Element("FITSKeyword", name=name, value=value, comment=comment)
+    return ElementTree.tostring(element, encoding="unicode")
 
 
 def unit(samples, full):
