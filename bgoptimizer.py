@@ -7,8 +7,8 @@
 #   'tensorflow >= 2.16 ; python_version >= "3.12" and python_version < "3.15"',
 #   'tensorflow == 0+needs.Python.3.14.or.older ; python_version >= "3.15"',
 #   'tensorflow-addons >= 0.21 ; python_version < "3.12" and platform_machine != "aarch64"',
-#   'astropy', 'imagecodecs', 'lz4', 'matplotlib', 'numpy', 'pillow', 'scikit-image', 'scipy',
-#   'tifffile', 'tqdm', 'xisf >= 0.9.6', 'zstandard',
+#   'astropy', 'imagecodecs', 'matplotlib', 'numpy', 'pillow', 'scikit-image', 'scipy',
+#   'tifffile', 'tqdm', 'xisf >= 0.9.6',
 # ]
 # ///
 """Take the uneven sky out of a linear astrophoto.
@@ -115,10 +115,8 @@ os.environ.update(ONE_THREAD if __name__ == "__main__" else {**ONE_THREAD, **os.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")  # else it takes all memory of a GPU
 
-import lz4.block  # noqa: E402
 import numpy as np  # noqa: E402
 import scipy  # noqa: E402  (its parts are imported when first used)
-import zstandard  # noqa: E402
 from xisf import XISF  # noqa: E402
 
 VERSION = "2.0.0"
@@ -370,26 +368,19 @@ def _check_expansion(codec, known, size, stored):
 def _opened(path):
     """Open a file to read; what gzip has packed is unpacked into a nameless one."""
     _require(stat.S_ISREG(os.stat(path).st_mode), *NOT_A_FILE)  # opening a FIFO would wait forever
-    with ExitStack() as stack:
-        file = stack.enter_context(open(path, "rb"))
+    with open(path, "rb") as file, tempfile.TemporaryFile() as unpacked:
         if file.read(len(GZIP_START)) == GZIP_START:
-            file = stack.enter_context(_unzipped(file))
+            stored = os.fstat(file.fileno()).st_size
+            file.seek(0)
+            pieces = gzip.GzipFile(fileobj=file)
+            try:
+                for piece in iter(lambda: pieces.read(READ_AT_ONCE), b""):
+                    unpacked.write(piece)
+                    _check_expansion("gzip", ("gzip",), unpacked.tell(), stored)
+            except (EOFError, gzip.BadGzipFile, zlib.error):
+                raise _Unreadable("is cut short or damaged: gzip cannot unpack it") from None
+            file = unpacked
         file.seek(0)
-        yield file
-
-
-@contextmanager
-def _unzipped(packed):
-    """Unpack a gzip file."""
-    stored = os.fstat(packed.fileno()).st_size
-    packed.seek(0)
-    with tempfile.TemporaryFile() as file, gzip.GzipFile(fileobj=packed) as pieces:
-        try:
-            for piece in iter(lambda: pieces.read(READ_AT_ONCE), b""):
-                file.write(piece)
-                _check_expansion("gzip", ("gzip",), file.tell(), stored)
-        except (EOFError, gzip.BadGzipFile, zlib.error):
-            raise _Unreadable("is cut short or damaged: gzip cannot unpack it") from None
         yield file
 
 
@@ -813,7 +804,7 @@ BARE_XISF = "<xisf><Image/><Metadata/></xisf>"
 BLOCK_XISF = (
     '<xisf version="1.0" xmlns="http://www.pixinsight.com/xisf"><Image geometry="{size}:1:1" '
     'sampleFormat="UInt8" location="attachment:{position}:{size}"/><Metadata/></xisf>')
-XISF_CODECS = ("zlib", "lz4", "lz4hc", "zstd")
+XISF_CODECS = {"zlib": "zlib", "lz4": "lz4", "lz4hc": "lz4", "zstd": "zstd"}  # of imagecodecs
 SAMPLE_FORMATS = {  # XISF's names, in lower case, and those of NumPy
     "uint8": "u1", "uint16": "u2", "uint32": "u4", "uint64": "u8", "float32": "f4", "float64": "f8",
 }
@@ -1085,19 +1076,17 @@ def _unpack(stored, attributes, size=None):
 
     That is checked before memory is taken that the stored bytes do not vouch for.
     """
-    codec, unpacked_size, item = None, stored.size, 1
-    if "compression" in attributes:
-        text = _value(attributes, "compression").lower()
-        match = XISF_COMPRESSION.fullmatch(text)
-        complete = match and (match["item"] or not match["shuffled"])
-        _require(complete, f"is compressed in the unknown way {text!r}")
-        codec, unpacked_size = match["codec"], int(match["size"])
-        item = int(match["item"]) if match["shuffled"] else 1
+    text = _value(attributes, "compression").lower()
+    packing = XISF_COMPRESSION.fullmatch(text)
+    complete = packing and (packing["item"] or not packing["shuffled"])
+    _require(complete or "compression" not in attributes,
+             f"is compressed in the unknown way {text!r}")
+    unpacked_size = int(packing["size"]) if packing else stored.size
     _require(size in (None, unpacked_size),
              f"is damaged: its data hold {unpacked_size} bytes, its samples need {size}")
-    if codec is None:
+    if not packing:
         return stored
-    _check_expansion(codec, XISF_CODECS, unpacked_size, stored.size)
+    _check_expansion(packing["codec"], XISF_CODECS, unpacked_size, stored.size)
     sizes = [stored.size, unpacked_size]  # of each piece, as stored and unpacked
     if "subblocks" in attributes:
         text = _value(attributes, "subblocks").replace(",", ":")
@@ -1112,32 +1101,28 @@ def _unpack(stored, attributes, size=None):
     start = position = 0
     for piece_size, size in zip(stored_sizes, unpacked_sizes):
         piece = stored[start:start + piece_size]
-        unpacked[position:position + size] = _decompress(piece, codec, size)
+        _decompress(piece, packing["codec"], unpacked[position:position + size])
         start += piece_size
         position += size
     # Byte 0 of every item, then byte 1 of every item, and so on; behind them what is no item
+    item = int(packing["item"]) if packing["shuffled"] else 1
     end = unpacked_size // item * item
     unpacked[:end] = unpacked[:end].reshape(item, -1).T.ravel()
     return unpacked
 
 
-def _decompress(stored, codec, size):
-    """Return the `size` bytes in stored ones; never expand further."""
-    if stored.size == size:  # what does not shrink is stored as it was
-        return stored
-    with suppress(ValueError, zlib.error, zstandard.ZstdError, lz4.block.LZ4BlockError):
-        if codec == "zlib":
-            decoder = zlib.decompressobj()
-            data = decoder.decompress(stored, size + 1)
-            _require(decoder.eof, NOT_DECODED)  # the stream's own checksum stands at its end
-        elif codec == "zstd":  # would be expanded to what it claims
-            _require(zstandard.frame_content_size(stored) == size, NOT_DECODED)
-            data = zstandard.ZstdDecompressor().decompress(stored)
-        else:
-            data = lz4.block.decompress(stored, size)
-        _require(len(data) == size, NOT_DECODED)
-        return np.frombuffer(data, np.uint8)
-    raise _Unreadable(NOT_DECODED)
+def _decompress(stored, codec, unpacked):
+    """Decompress bytes into `unpacked`, (n,) uint8, which they must fill."""
+    import imagecodecs
+    if stored.size == unpacked.size:  # what does not shrink is stored as it was
+        unpacked[:] = stored
+        return
+    decode = getattr(imagecodecs, XISF_CODECS[codec] + "_decode")
+    try:
+        filled = decode(stored, out=unpacked)
+    except Exception as error:  # each codec has its own
+        raise _Unreadable(NOT_DECODED) from error
+    _require(len(filled) == unpacked.size, NOT_DECODED)
 
 
 def _clip(plane):
@@ -1221,20 +1206,25 @@ def _icc_of_xisf(source):
     return bytes(_unpack(np.frombuffer(block, np.uint8), element.attrib))
 
 
-def write_xisf(file, planes, source=None, history=(), compress=False):
+def write_xisf(file, planes, source=None, history=(), compress=False, unit=Unit()):
     """Write a picture as a monolithic XISF file.
 
     Args:
         file: binary, writable, seekable, empty.
         planes: (c, h, w), c = 1 or 3, float32 or float64 in [0, 1]; an array, or anything with
             `shape` and `dtype` that yields one (h, w) plane after the other.
-        source: a Source, whose metadata are kept. It is not changed.
+        source: of a picture, whose metadata are kept. It is not changed.
         history: lines, which become HISTORY keywords.
         compress: lz4hc with byte shuffling, or zstd where PixInsight would not read that.
+        unit: the picture's own, which HISTORY tells: the samples stay in [0, 1].
 
     Compressed pixels get a checksum.
     """
-    source = source or Source(ElementTree.XML(BARE_XISF), {})
+    if not isinstance(source, Source):
+        source = _to_xisf_source(source, planes.shape[1], unit)
+    if unit[:2] != Unit()[:2]:
+        line = f"bgoptimizer: the picture's own unit is sample * {unit.scale:.17g}"
+        history = [*history, f"{line} {unit.offset:+.17g}"]
     root = _new_header(planes, source, history)
     image = root.find("Image")
     item = planes.dtype.itemsize
@@ -1258,6 +1248,28 @@ def write_xisf(file, planes, source=None, history=(), compress=False):
         del piece  # before the next plane is made
     file.seek(0)
     _write_header(file, XML_DECLARATION + _markup(root))
+
+
+def _to_xisf_source(source, height, unit):
+    """Return a Source that holds what XISF can hold of another one, or nothing."""
+    root = ElementTree.XML(BARE_XISF)
+    if source is None:
+        return Source(root, {})
+    with _silence():
+        keywords, icc = _shared_metadata(source, height)
+        if unit != Unit():
+            keywords.update(_levels_in(keywords, unit))
+    image = root.find("Image")
+    for card in keywords.cards:
+        text, comment = _text_of_value(card.rawvalue), card.comment
+        if card.keyword in TEXT_NAMES:
+            text, comment = "", card.value
+        ElementTree.SubElement(
+            image, "FITSKeyword", name=card.rawkeyword, value=text, comment=comment)
+    if not icc:
+        return Source(root, {})
+    ElementTree.SubElement(image, "ICCProfile", location="icc")
+    return Source(root, {"icc": icc})
 
 
 def _write_header(file, header):
@@ -1303,6 +1315,7 @@ def _new_header(planes, source, history):
 
 def _compress(planes):
     """Return the codec, and the compressed planes: byte 0 of every sample, then byte 1, ..."""
+    import imagecodecs
     channels, height, width = planes.shape
     item = planes.dtype.itemsize
     shuffled = np.empty((item, channels, height * width), np.uint8)
@@ -1310,9 +1323,8 @@ def _compress(planes):
         samples = _in_file_order(plane).view(np.uint8)  # (h, w * item)
         shuffled[:, channel] = samples.reshape(-1, item).T
     if shuffled.size > LZ4_LIMIT:
-        return "zstd", zstandard.ZstdCompressor(threads=-1).compress(shuffled)
-    packed = lz4.block.compress(shuffled, mode="high_compression", store_size=False)
-    return "lz4hc", packed
+        return "zstd", imagecodecs.zstd_encode(shuffled)
+    return "lz4hc", imagecodecs.lz4_encode(shuffled, hc=True)
 
 
 def _place_blocks(root, sizes):
@@ -1980,36 +1992,6 @@ def mask_weights(planes):
     return planes
 
 
-def _write_xisf_of_any(file, planes, source=None, history=(), compress=False, unit=Unit()):
-    """Write a picture as XISF, whose samples stay in [0, 1]; HISTORY tells its own unit."""
-    if unit[:2] != Unit()[:2]:
-        line = f"bgoptimizer: the picture's own unit is sample * {unit.scale:.17g}"
-        history = [*history, f"{line} {unit.offset:+.17g}"]
-    if source and not isinstance(source, Source):
-        source = _to_xisf_source(source, planes.shape[1], unit)
-    write_xisf(file, planes, source, history, compress)
-
-
-def _to_xisf_source(source, height, unit):
-    """Return a Source that holds what XISF can hold of another one."""
-    keywords, icc = _shared_metadata(source, height)
-    if unit != Unit():
-        keywords.update(_levels_in(keywords, unit))
-    root = ElementTree.XML(BARE_XISF)
-    image = root.find("Image")
-    for card in keywords.cards:
-        text, comment = _text_of_value(card.rawvalue), card.comment
-        if card.keyword in TEXT_NAMES:
-            text, comment = "", card.value
-        ElementTree.SubElement(
-            image, "FITSKeyword", name=card.rawkeyword, value=text, comment=comment)
-    blocks = {}
-    if icc:
-        ElementTree.SubElement(image, "ICCProfile", location="icc")
-        blocks["icc"] = icc
-    return Source(root, blocks)
-
-
 def rows_of(source):
     """Return a source that tells nothing but the order of another one's rows, for its mask."""
     if isinstance(source, FitsSource) and source.top_down:
@@ -2019,7 +2001,7 @@ def rows_of(source):
 
 
 FORMATS = {
-    "xisf": Format(".xisf", read_xisf, _write_xisf_of_any),
+    "xisf": Format(".xisf", read_xisf, write_xisf),
     "fits": Format(".fits", read_fits, write_fits),
     "tiff": Format(".tif", read_tiff, write_tiff),
 }
