@@ -253,7 +253,7 @@ MOST_COMPRESSED = 250
 """Bytes that one stored byte may stand for beyond NO_QUESTIONS. Of pictures, with their noise,
 nothing makes more than some dozens."""
 
-MAX_TILES = 100_000  # or strips of a picture, each of which takes a call to decompress
+MAX_PIECES = 100_000  # strips, tiles, or blocks, each of which takes a call to decompress
 
 # What a decoder may take: seconds, one more for so many bytes (tenfold of what it needs), and bytes
 # beside thrice what it decodes
@@ -356,12 +356,13 @@ def _require(fact, problem, *advice):
         raise _Unreadable(problem, *advice)
 
 
-def _check_expansion(codec, known, size, stored):
-    """Refuse data of an unknown codec, or `stored` bytes that claim to hold far too many."""
+def _check_claims(codec, known, size, stored, pieces=1):
+    """Refuse data of an unknown codec, or `stored` bytes that claim to be far too much."""
     _require(codec in known, f"is compressed with {codec}, which is not read",
              "save it uncompressed")
     _require(size <= max(NO_QUESTIONS, MOST_COMPRESSED * stored),
              "claims more data than its compressed block can hold")
+    _require(pieces <= MAX_PIECES, "has too many strips or tiles to be true")
 
 
 @contextmanager
@@ -376,7 +377,7 @@ def _opened(path):
             try:
                 for piece in iter(lambda: pieces.read(READ_AT_ONCE), b""):
                     unpacked.write(piece)
-                    _check_expansion("gzip", ("gzip",), unpacked.tell(), stored)
+                    _check_claims("gzip", ("gzip",), unpacked.tell(), stored)
             except (EOFError, gzip.BadGzipFile, zlib.error):
                 raise _Unreadable("is cut short or damaged: gzip cannot unpack it") from None
             file = unpacked
@@ -586,7 +587,8 @@ FITS_NUMBER = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)([ED][-+]?\d+)?", re.IGNORECA
 def _header_of(text):
     """Return the fits.Header whose cards stand in a text without a mark between them."""
     from astropy.io import fits
-    return fits.Header.fromstring(re.sub(f"CONTINUE(?= *'{BLANKS})", "COMMENT ", text))
+    text = re.sub(f"CONTINUE(?= *'{BLANKS})", "COMMENT ", _printable(text))
+    return fits.Header.fromstring(text)
 
 
 def _value_of_text(text):
@@ -769,6 +771,9 @@ def _shared_metadata(source, height):
 
     The keywords are those of a picture whose rows go from the lowest up; there are `height`.
     """
+    from astropy.io import fits
+    if source is None:
+        return fits.Header(), b""
     if isinstance(source, Source):
         keywords, icc = _keywords_of_xisf(source), b""
         with suppress(_Unreadable, AttributeError):  # a damaged profile is lost, not the picture
@@ -805,25 +810,17 @@ BLOCK_XISF = (
     '<xisf version="1.0" xmlns="http://www.pixinsight.com/xisf"><Image geometry="{size}:1:1" '
     'sampleFormat="UInt8" location="attachment:{position}:{size}"/><Metadata/></xisf>')
 XISF_CODECS = {"zlib": "zlib", "lz4": "lz4", "lz4hc": "lz4", "zstd": "zstd"}  # of imagecodecs
-SAMPLE_FORMATS = {  # XISF's names, in lower case, and those of NumPy
-    "uint8": "u1", "uint16": "u2", "uint32": "u4", "uint64": "u8", "float32": "f4", "float64": "f8",
-}
+SAMPLE_FORMATS = ("uint8", "uint16", "uint32", "uint64", "float32", "float64")
 BYTE_ORDERS = {"little": "<", "big": ">"}
 COLOR_CHANNELS = {"gray": 1, "rgb": 3}
-INTERLEAVED = {"planar": False, "normal": True}
 TEXT_DECODERS = {
-    "base64": functools.partial(base64.b64decode, validate=True), "hex": bytes.fromhex,
-}
-CHECKSUMS = {  # XISF's names and those of hashlib
-    "sha-1": "sha1", "sha1": "sha1", "sha-256": "sha256", "sha256": "sha256",
-    "sha-512": "sha512", "sha512": "sha512", "sha3-256": "sha3_256", "sha3-512": "sha3_512",
-}
+    "base64": functools.partial(base64.b64decode, validate=True), "hex": bytes.fromhex}
+CHECKSUMS = ("sha1", "sha256", "sha512", "sha3_256", "sha3_512")  # of hashlib
 
 # Limits that no real file meets
-PART_WEIGHT = 64  # bytes of memory that a tag or an attribute of a header takes, roughly
-MAX_HEADER_WEIGHT = 1 << 24  # of a header: its bytes, and PART_WEIGHT for each of these
+MAX_HEADER = 1 << 24  # bytes
+MAX_HEADER_PARTS = 1 << 18  # tags and attributes
 MAX_HEADER_DEPTH = 64  # elements inside each other
-MAX_SUBBLOCKS = 10_000  # of one block; writers make a few for each thread
 
 LZ4_LIMIT = 0x7E000000
 """Bytes: the largest LZ4 block. More would need sub-blocks, and PixInsight fails on those of more
@@ -891,23 +888,20 @@ def _read_header(file):
     length = int.from_bytes(start[8:12], "little")
     end = 16 + length
     _require(end <= os.fstat(file.fileno()).st_size, "is cut short: it ends in its header")
-    header = file.read(min(length, MAX_HEADER_WEIGHT + 1))
+    header = file.read(min(length, MAX_HEADER + 1))
     header, _, _ = header.partition(b"\0")  # some writers count padding in
     parts = header.count(b"<") + header.count(b"=")
-    weight = len(header) + PART_WEIGHT * parts
-    _require(weight <= MAX_HEADER_WEIGHT, "has a header too large to be true")
+    _require(len(header) <= MAX_HEADER and parts <= MAX_HEADER_PARTS,
+             "has a header too large to be true")
     return _parse_header(header.decode("utf-8-sig", "replace")), end
 
 
 def _parse_header(text):
     """Return the root element of a header."""
-    text = NOT_XML.sub("", text)
-    text = NOT_XML_REFERENCE.sub("", text).lstrip()
+    text = NOT_XML_REFERENCE.sub("", NOT_XML.sub("", text)).lstrip()
     entities = re.search("<!(ENTITY|ATTLIST)", text)
     _require(not entities, "declares XML entities, which can hide a memory bomb")
-    content, end, _ = text.rpartition("</xisf>")
-    if end:  # what follows is a signature
-        text = content + end
+    text = re.sub("(?<=</xisf>).*", "", text, flags=re.DOTALL)  # a signature may follow
     builder = ElementTree.TreeBuilder()
     parser = expat.ParserCreate()  # without namespaces, as in PixInsight
     parser.buffer_text = True
@@ -919,8 +913,8 @@ def _parse_header(text):
     except expat.ExpatError as error:
         raise _Unreadable(f"has a header that is not well-formed XML ({error})") from None
     root = builder.close()
-    version = _value(root.attrib, "version")
-    _require(root.tag == "xisf" and version == "1.0", "is not XISF version 1.0")
+    _require((root.tag, _value(root.attrib, "version")) == ("xisf", "1.0"),
+             "is not XISF version 1.0")
     deepest = root.find("*/" * MAX_HEADER_DEPTH + "*")
     _require(deepest is None, "has a header nested too deeply to be true")
     return root
@@ -953,41 +947,36 @@ def _read_block(element, opened):
     """
     attributes = element.attrib
     method, _, place = _value(attributes, "location").partition(":")
-    if method == "attachment":
-        stored = _read_attached(place, opened)
-    elif method == "embedded":
+    if method == "embedded":
         element = element.find("Data")
         _require(element is not None, "has an embedded data block without data")
         attributes = {**attributes, **element.attrib}
-        stored = _decode_text(element, _value(element.attrib, "encoding", "base64"))
+        place = _value(element.attrib, "encoding", "base64")
+    if method == "attachment":
+        stored = _read_attached(place, opened)
     else:
-        _require(method == "inline", f"has its data elsewhere, at {method!r}",
+        _require(method in ("inline", "embedded"), f"has its data elsewhere, at {method!r}",
                  "save it as one monolithic .xisf file")
-        stored = _decode_text(element, place)
+        decode = _look_up(TEXT_DECODERS, place.lower(), "data in the encoding")
+        try:
+            stored = np.frombuffer(decode("".join((element.text or "").split())), np.uint8)
+        except ValueError:
+            raise _Unreadable(f"has damaged {place} data") from None
     if "checksum" in attributes:
         name, _, expected = _value(attributes, "checksum").lower().partition(":")
-        digest = hashlib.new(_look_up(CHECKSUMS, name, "a checksum of the kind"), stored)
-        matches = digest.hexdigest() == expected
+        name = name.replace("sha-", "sha").replace("-", "_")
+        _require(name in CHECKSUMS, f"has a checksum of the kind {name!r}, which is not read")
+        matches = hashlib.new(name, stored).hexdigest() == expected
         _require(matches, "is damaged: its data do not match their checksum")
     return stored, attributes
-
-
-def _decode_text(element, encoding):
-    """Return the bytes, (n,) uint8, that stand as text in an element."""
-    decode = _look_up(TEXT_DECODERS, encoding.lower(), "data in the encoding")
-    digits = "".join((element.text or "").split())
-    try:
-        return np.frombuffer(decode(digits), np.uint8)
-    except ValueError:
-        raise _Unreadable(f"has damaged {encoding} data") from None
 
 
 def _read_attached(place, opened):
     """Let the `xisf` package read a block, whose `place` is position and size."""
     position, size = _integers(place, 2, "location")
-    missing = position + size - os.fstat(opened.file.fileno()).st_size
+    file_size = os.fstat(opened.file.fileno()).st_size
     _require(position >= opened.header_end, f"has the impossible location {place!r}")
-    _require(missing <= 0, "is cut short: the end of its data is missing")
+    _require(position + size <= file_size, "is cut short: the end of its data is missing")
     opened.bytes_left -= size
     _require(opened.bytes_left >= 0, "has data that overlap with others")
     # The package would fail on many real headers, so a copy of the block gets one that is plain
@@ -996,8 +985,7 @@ def _read_attached(place, opened):
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "block.xisf")
         with open(path, "wb") as copied:
-            _write_header(copied, header)
-            copied.seek(ALIGNMENT)
+            copied.write(_with_signature(header).ljust(ALIGNMENT, b"\0"))
             copied.write(opened.file.read(size))
             _require(copied.tell() == ALIGNMENT + size, "is cut short: it ends in its data")
         return XISF(path).read_image(0, "channels_first").ravel()
@@ -1021,18 +1009,18 @@ def _read_pixels(root, opened):
     if channels > colors:
         opened.warnings.append(f"has {channels - colors} alpha channel(s): dropped")
     sample_format = _value(attributes, "sampleFormat").lower()
-    name = _look_up(SAMPLE_FORMATS, sample_format, "samples of the kind")
-    byte_order = _value(packing, "byteOrder", "little")
-    dtype = np.dtype(_look_up(BYTE_ORDERS, byte_order, "the byte order") + name)
+    _require(sample_format in SAMPLE_FORMATS, f"has samples of the kind {sample_format!r}, "
+             "which is not read", "save it as 32-bit float")
+    order = _look_up(BYTE_ORDERS, _value(packing, "byteOrder", "little"), "the byte order")
+    dtype = np.dtype(sample_format).newbyteorder(order)
     bounds = _read_bounds(attributes, dtype)
     storage = _value(attributes, "pixelStorage", "Planar").lower()
-    interleaved = _look_up(INTERLEAVED, storage, "its samples in the order")
+    _require(storage in ("planar", "normal"), f"has samples in the unknown order {storage!r}")
     data = _unpack(stored, packing, math.prod(geometry) * dtype.itemsize)
-    samples = data.view(dtype)
-    if interleaved:
-        samples = np.moveaxis(samples.reshape(height, width, channels), 2, 0)
+    if storage == "normal":
+        samples = np.moveaxis(data.view(dtype).reshape(height, width, channels), 2, 0)
     else:
-        samples = samples.reshape(channels, height, width)
+        samples = data.view(dtype).reshape(channels, height, width)
     lower, upper = bounds
     white = None if bounds == (0, 1) else upper - lower
     planes = _planes_of(samples[:colors], white, zero=-lower)
@@ -1062,13 +1050,11 @@ def _read_bounds(attributes, dtype):
     if dtype.kind == "u":
         lowest, highest = 0, 2.0 ** (8 * dtype.itemsize) - 1
     text = _value(attributes, "bounds", f"0:{highest}")
-    try:
+    with suppress(ValueError):
         lower, upper = sorted(map(float, text.split(":", 2)[:2]))
-    except ValueError:
-        lower = upper = math.nan
-    possible = lowest <= lower < upper <= highest and upper - lower < math.inf
-    _require(possible, f"has no or impossible bounds, its black and white: {text!r}")
-    return lower, upper
+        if lowest <= lower < upper <= highest and upper - lower < math.inf:
+            return lower, upper
+    raise _Unreadable(f"has no or impossible bounds, its black and white: {text!r}")
 
 
 def _unpack(stored, attributes, size=None):
@@ -1086,12 +1072,13 @@ def _unpack(stored, attributes, size=None):
              f"is damaged: its data hold {unpacked_size} bytes, its samples need {size}")
     if not packing:
         return stored
-    _check_expansion(packing["codec"], XISF_CODECS, unpacked_size, stored.size)
-    sizes = [stored.size, unpacked_size]  # of each piece, as stored and unpacked
+    # Of each piece, the size as stored and unpacked
+    text = f"{stored.size}:{unpacked_size}"
     if "subblocks" in attributes:
         text = _value(attributes, "subblocks").replace(",", ":")
-        count = min(1 + text.count(":"), 2 * MAX_SUBBLOCKS)
-        sizes = _integers(text, count, "list of sub-blocks")
+    count = 1 + text.count(":")
+    _check_claims(packing["codec"], XISF_CODECS, unpacked_size, stored.size, count)
+    sizes = _integers(text, count, "list of sub-blocks")
     stored_sizes, unpacked_sizes = sizes[::2], sizes[1::2]
     consistent = len(sizes) % 2 == 0 and 0 not in sizes
     totals = sum(stored_sizes), sum(unpacked_sizes)
@@ -1247,7 +1234,7 @@ def write_xisf(file, planes, source=None, history=(), compress=False, unit=Unit(
         file.write(piece)
         del piece  # before the next plane is made
     file.seek(0)
-    _write_header(file, XML_DECLARATION + _markup(root))
+    file.write(_with_signature(_markup(root)))
 
 
 def _to_xisf_source(source, height, unit):
@@ -1272,9 +1259,9 @@ def _to_xisf_source(source, height, unit):
     return Source(root, {"icc": icc})
 
 
-def _write_header(file, header):
-    """Write the start of a file, up to the end of its header."""
-    file.write(b"XISF0100" + len(header).to_bytes(4, "little") + bytes(4) + header)
+def _with_signature(header):
+    """Return the start of a file, up to the end of its header."""
+    return b"XISF0100" + len(header).to_bytes(4, "little") + bytes(4) + header
 
 
 def _in_file_order(plane):
@@ -1291,9 +1278,7 @@ def _new_header(planes, source, history):
     image.attrib.update(
         geometry=f"{width}:{height}:{channels}", sampleFormat=planes.dtype.name.capitalize(),
         bounds="0:1", location="pixels", colorSpace="RGB" if channels == 3 else "Gray")
-    lines = []
-    for line in history:
-        lines += _wrapped(line)
+    lines = [part for line in history for part in _wrapped(line)]
     for line in lines:
         ElementTree.SubElement(image, "FITSKeyword", name="HISTORY", value="", comment=line)
     _change_keywords(image, lambda values: _range_in(values, planes, Unit()))
@@ -1303,8 +1288,8 @@ def _new_header(planes, source, history):
     for element in image.findall("Property[@id='Processing:History']"):
         if "location" not in element.attrib:  # the specification wants it kept and appended to
             element.text = "\n".join([element.text or "", *lines])
-    metadata = root.find("Metadata")
     now = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+    metadata = root.find("Metadata")
     ElementTree.SubElement(
         metadata, "Property", id="XISF:CreationTime", type="TimePoint", value=now)
     creator = ElementTree.SubElement(
@@ -1334,7 +1319,7 @@ def _place_blocks(root, sizes):
     """
     places = [element for element in root.iter() if element.get("location") in sizes]
     # The header stands first, and what is filled in makes it longer: by less than 64 bytes each
-    end = 16 + len(XML_DECLARATION) + len(_markup(root)) + 64 * len(places)
+    end = len(_with_signature(_markup(root))) + 64 * len(places)
     positions = {}
     for element in places:
         location = element.get("location")
@@ -1349,11 +1334,10 @@ def _place_blocks(root, sizes):
 
 
 def _markup(element):
-    """Return an element as it is written."""
-    text = ElementTree.tostring(element, encoding="unicode")
-    text = NOT_XML.sub("", text)
+    """Return a header as it is written."""
+    text = NOT_XML.sub("", ElementTree.tostring(element, encoding="unicode"))
     # Parsers would turn a bare carriage return or tab into something else
-    return text.replace("\r", "&#13;").replace("\t", "&#9;").encode()
+    return XML_DECLARATION + text.replace("\r", "&#13;").replace("\t", "&#9;").encode()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1409,7 +1393,7 @@ def read_fits(path):
         bits = header["ZBITPIX" if part.packed else "BITPIX"]
         _require(bits in FITS_TYPES, f"has the impossible BITPIX {bits!r}")
         dtype = np.dtype(">" + FITS_TYPES[bits])
-        color_first = _color_axis_first(part.shape)
+        _check_fits_shape(part.shape)
         if part.packed:
             _check_fits_tiles(part, math.prod(part.shape) * dtype.itemsize)
         step, zero = header.get("BSCALE", 1), header.get("BZERO", 0)
@@ -1418,7 +1402,11 @@ def read_fits(path):
         white = _white(dtype, step, zero)
         source = _read_fits_source(file, parts, number, white, notes)
         position = None if part.packed else part.data
-        samples = color_first(_samples("fits", file, number, position, dtype, part.shape))
+        samples = _samples("fits", file, number, position, dtype, part.shape)
+        if samples.ndim == 2:
+            samples = samples[None]
+        elif len(samples) != 3:
+            samples = np.moveaxis(samples, 2, 0)
         if len(samples) == 1 and ("BAYERPAT" in header or "COLORTYP" in header):
             notes.append("seems to be a color filter mosaic: if it is, debayer it first")
         if not source.top_down:
@@ -1467,7 +1455,7 @@ def _read_fits_part(file, position):
     header = _header_of(whole[0].decode("latin-1"))
     is_one = header.count("BITPIX") == 1 and "XTENSION" not in list(header)[1:]
     _require(is_one, "is damaged: a header without END runs into the next")
-    data = _next_block(position + len(whole[0]))
+    data = position + _whole_blocks(len(whole[0]))
     shape = _fits_axes(header)
     samples = math.prod(shape) if shape else 0
     item = abs(header["BITPIX"]) // 8
@@ -1481,12 +1469,8 @@ def _read_fits_part(file, position):
         shape = shape[1:]
     if len(shape) < 2 or 0 in shape:
         shape = []
-    return _FitsPart(header, position, data, length, _next_block(data + length), shape, packed)
-
-
-def _next_block(position):
-    """Return where the first block begins that does not start before a position."""
-    return position + -position % FITS_BLOCK
+    end = data + _whole_blocks(length)
+    return _FitsPart(header, position, data, length, end, shape, packed)
 
 
 def _fits_axes(header, prefix=""):
@@ -1499,17 +1483,12 @@ def _fits_axes(header, prefix=""):
     return axes
 
 
-def _color_axis_first(shape):
-    """Return a function that makes planes, (c, h, w), of samples of this shape."""
-    if len(shape) == 2:
-        return lambda samples: samples[None]
-    if len(shape) == 3 and shape[0] == 3:
-        return lambda samples: samples
-    if len(shape) == 3 and shape[2] == 3:
-        return lambda samples: np.moveaxis(samples, 2, 0)
+def _check_fits_shape(shape):
+    """Refuse what is neither gray, (h, w), nor RGB, (3, h, w) or (h, w, 3)."""
     lengths = " x ".join(map(str, shape[::-1][:8]))
-    raise _Unreadable(f"is a picture of {lengths}, neither gray nor RGB",
-                      "save its planes as pictures of their own")
+    _require(len(shape) == 2 or len(shape) == 3 and 3 in (shape[0], shape[2]),
+             f"is a picture of {lengths}, neither gray nor RGB",
+             "save its planes as pictures of their own")
 
 
 def _check_fits_tiles(part, size):
@@ -1518,16 +1497,16 @@ def _check_fits_tiles(part, size):
     astropy makes up what is missing, and takes any ZDITHER0 for a place in a table.
     """
     header = part.header
-    _check_expansion(header.get("ZCMPTYPE"), FITS_CODECS, size, part.length)
+    tiles = header["NAXIS2"]
+    _check_claims(header.get("ZCMPTYPE"), FITS_CODECS, size, part.length, tiles)
     seed = header.get("ZDITHER0", 1)
     _require(seed in range(1, 10_001), f"has the impossible ZDITHER0 {seed!r}")
     _require(header["TFIELDS"] in range(1000), "has too many columns to be true")
-    tiles = 1
+    needed = 1
     for number, length in enumerate(reversed(_fits_axes(header, "Z")), 1):
         side = header.get(f"ZTILE{number}", length if number == 1 else 1)
-        _require(side > 0, "has tiles without pixels")
-        tiles *= math.ceil(length / side)
-    _require(tiles == header["NAXIS2"] <= MAX_TILES, "has another number of tiles than it claims")
+        needed *= math.ceil(length / side)
+    _require(tiles == needed, "has another number of tiles than it needs")
 
 
 def _read_fits_source(file, parts, number, white, notes):
@@ -1555,9 +1534,14 @@ def _read_fits_source(file, parts, number, white, notes):
     return FitsSource(keywords, before, _padded(after), icc, top_down)
 
 
+def _whole_blocks(length):
+    """Return how many bytes the blocks have that so many bytes fill."""
+    return FITS_BLOCK * math.ceil(length / FITS_BLOCK)
+
+
 def _padded(data, filling=b"\0"):
     """Return bytes that fill whole blocks."""
-    return data + filling * (-len(data) % FITS_BLOCK)
+    return data.ljust(_whole_blocks(len(data)), filling)
 
 
 def _structure(shape, dtype, is_first=True):
@@ -1569,16 +1553,13 @@ def _structure(shape, dtype, is_first=True):
 
 def _header_text(structure, keywords):
     """Return the cards of a header, which stand in it without a mark between them."""
-    text = structure.tostring(endcard=False, padding=False) + keywords.tostring(padding=False)
-    return _printable(text)
+    return structure.tostring(endcard=False, padding=False) + keywords.tostring(padding=False)
 
 
 def _to_fits_source(source, height):
     """Return a FitsSource that holds what FITS can hold of another one."""
     from astropy.io import fits
-    keywords, icc = fits.Header(), b""
-    if source:
-        keywords, icc = _shared_metadata(source, height)
+    keywords, icc = _shared_metadata(source, height)
     after = b""
     if icc:
         extension = fits.ImageHDU(np.frombuffer(icc, np.uint8), name="ICCProfile")
@@ -1614,7 +1595,7 @@ def write_fits(file, planes, source=None, history=(), compress=False, unit=Unit(
     file.write(before)
     file.write(_padded(header, b" "))
     file.write(data)
-    file.write(bytes(-data.nbytes % FITS_BLOCK))
+    file.write(bytes(_whole_blocks(data.nbytes) - data.nbytes))
     file.write(source.after)
 
 
@@ -1631,7 +1612,7 @@ def _compressed_fits(data):
     packed = _read_fits_part(made, first.end)
     packed.header.remove("EXTNAME", ignore_missing=True)
     content = made.getbuffer()
-    return content[:packed.start], packed.header, content[packed.data:packed.end]
+    return content[:packed.start], packed.header, content[packed.data:packed.data + packed.length]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1664,7 +1645,7 @@ class TiffSource:
     """What a TIFF file has besides its pixels."""
     keywords: Any  # fits.Header; a description in words is COMMENT
     icc: bytes = b""  # color profile
-    tags: list = field(default_factory=list)  # these and others, as tifffile's writer takes them
+    tags: list = field(default_factory=list)  # others, as tifffile's writer takes them
 
 
 def read_tiff(path):
@@ -1702,21 +1683,15 @@ def _find_page(tiff):
             pages.append(tiff.pages[number])
     _require(pages, "holds no picture")
     first = pages[0]
-    from_sensor = any(
-        page.photometric in TIFF_SENSOR for page in [*pages, *(first.pages or ())])
-    if from_sensor or "DNGVersion" in first.tags:
+    kinds = {page.photometric for page in [*pages, *(first.pages or ())]}
+    if kinds.intersection(TIFF_SENSOR) or "DNGVersion" in first.tags:
         maker = str(first.tags.valueof("Make") or "").strip()
         _refuse_raw(f"of {maker[:30]}" if maker else "such as DNG")
-    pictures = []
-    for number, page in enumerate(pages):
-        old_kind = page.tags.valueof("SubfileType")
-        if not page.is_reduced and old_kind != TIFF_THUMBNAIL:
-            pictures.append(number)
+    pictures = [number for number, page in enumerate(pages) if not page.is_reduced
+                and page.tags.valueof("SubfileType") != TIFF_THUMBNAIL]
     _require(pictures, "holds nothing but a thumbnail")
-    notes = []
-    if len(pictures) > 1:
-        notes.append("holds several images: only the first is used and kept")
-    return pictures[0], notes
+    several = ["holds several images: only the first is used and kept"]
+    return pictures[0], several if len(pictures) > 1 else []
 
 
 def _refuse_raw(kind):
@@ -1727,12 +1702,16 @@ def _refuse_raw(kind):
 
 
 def _check_tiff_page(page, size):
-    """Refuse a page that is not read, or that lies about its size; return its number of colors."""
+    """Refuse a page that is not read, or that lies about its size; return its number of colors.
+
+    tifffile makes up strips and tiles that are missing, and leaves out what is too much.
+    """
     advice = "save it as 32-bit float or 16-bit, grayscale or RGB"
     known = "PhotometricInterpretation" in page.tags
     _require(known, "does not say whether it is gray or RGB", advice)
+    kind = getattr(page.photometric, "name", page.photometric)  # unknown ones are bare numbers
     colors = TIFF_COLORS.get(page.photometric)
-    _require(colors, f"is neither gray nor RGB, but {_tiff_word(page.photometric)}", advice)
+    _require(colors, f"is neither gray nor RGB, but {kind}", advice)
     bits = page.bitspersample
     item = page.dtype.itemsize if page.dtype and page.dtype.kind in "iuf" else 0
     _require(item and bits == 8 * item, f"has samples of {bits} bits, which are not read", advice)
@@ -1744,35 +1723,18 @@ def _check_tiff_page(page, size):
     _require(depth == 1 and height and width, "is not a flat picture", advice)
     _require(channels >= colors and planes * together == channels,
              f"is called RGB but has {channels} channel(s)", advice)
-    _check_tiff_chunks(page, size)
-    needed = math.prod(page.shaped) * item
-    stored = min(sum(page.databytecounts), size)
-    _check_expansion(_tiff_word(page.compression), TIFF_CODECS, needed, stored)
-    tile = math.prod(page.chunks) * item
-    _require(tile <= 4 * needed + (1 << 20), "has tiles larger than the picture")
-    return colors
-
-
-def _check_tiff_chunks(page, size):
-    """Refuse a page that does not have all its strips or tiles in a file of so many bytes.
-
-    tifffile makes up what is missing, and leaves out what is too much.
-    """
     offsets, counts = page.dataoffsets, page.databytecounts
-    _require(len(offsets) <= MAX_TILES or page.is_final, "has too many strips to be true")
     chunks = math.prod(page.chunked)
+    codec = getattr(page.compression, "name", page.compression)
+    stored = min(sum(counts), size)
+    pieces = 1 if page.is_final else len(offsets)
+    _check_claims(codec, TIFF_CODECS, math.prod(page.shaped) * item, stored, pieces)
     listed = [page.tags[name].count for name in TIFF_CHUNKS if name in page.tags]
     complete = listed == [chunks, chunks] and all(offsets) and all(counts)
-    arranged = page.planarconfig in TIFF_PLANAR
-    _require(complete and arranged,
+    _require(complete and page.planarconfig in TIFF_PLANAR,
              f"is damaged: it has not the {chunks} strips or tiles that it needs")
-    ends = map(sum, zip(offsets, counts))
-    _require(max(ends) <= size, "is cut short: its last rows are missing")
-
-
-def _tiff_word(value):
-    """Return the name of a tag's value; unknown ones are bare numbers."""
-    return getattr(value, "name", value)
+    _require(max(map(sum, zip(offsets, counts))) <= size, "is cut short: its last rows are missing")
+    return colors
 
 
 def _read_tiff_source(page, white, notes):
@@ -1794,7 +1756,6 @@ def _read_tiff_source(page, white, notes):
         tags.append((TIFF_ORIENTATION, "H", 1, int(orientation), True))
     icc = value(TIFF_ICC)
     icc = icc if isinstance(icc, bytes) else b""
-    tags += _icc_tags(icc)
     description = as_bytes("ImageDescription").decode("utf-8", "replace")
     keywords = _keywords_of_tiff(description.strip("\0 \r\n"))
     return TiffSource(_kept(keywords, white, notes), icc, tags)
@@ -1822,7 +1783,10 @@ def write_tiff(file, planes, source=None, history=(), compress=False, unit=Unit(
     import tifffile
     channels, height, width = planes.shape
     if not isinstance(source, TiffSource):
-        source = _to_tiff_source(source, height)
+        source = TiffSource(*_shared_metadata(source, height))
+    tags = source.tags
+    if source.icc:
+        tags = [*tags, (TIFF_ICC, TIFF_BYTES, len(source.icc), source.icc, True)]
     data = np.empty((height, width, channels), np.float32)
     one_by_one = iter(planes)
     for channel in range(channels):
@@ -1841,19 +1805,7 @@ def write_tiff(file, planes, source=None, history=(), compress=False, unit=Unit(
     big = data.nbytes + len(description) + len(source.icc) > LARGEST_TIFF
     with tifffile.TiffWriter(file, bigtiff=big) as writer:
         writer.write(data, photometric=photometric, description=description, metadata=None,
-                     software=f"bgoptimizer {VERSION}", extratags=source.tags, **options)
-
-
-def _to_tiff_source(source, height):
-    """Return a TiffSource that holds what TIFF can hold of another one."""
-    from astropy.io import fits
-    keywords, icc = _shared_metadata(source, height) if source else (fits.Header(), b"")
-    return TiffSource(keywords, icc, _icc_tags(icc))
-
-
-def _icc_tags(icc):
-    """Return the tag of a color profile in a list, which is empty without one."""
-    return [(TIFF_ICC, TIFF_BYTES, len(icc), icc, True)] if icc else []
+                     software=f"bgoptimizer {VERSION}", extratags=tags, **options)
 
 
 # --------------------------------------------------------------------------------------------------
