@@ -246,18 +246,13 @@ GZIP_START = b"\x1f\x8b"
 LARGEST_VALUE = 1e30  # floating point beyond it is no light, but damage, or means something else
 SMALLEST_MARK = -99  # -99, -999, -9999, -32768, and the like stand for what is missing
 
-NO_QUESTIONS = 1 << 28
-"""Bytes that any compressed data may claim to hold: few enough for a small file that lies."""
-
-MOST_COMPRESSED = 250
-"""Bytes that one stored byte may stand for beyond NO_QUESTIONS. Of pictures, with their noise,
-nothing makes more than some dozens."""
-
+# What compressed data may claim, and what a process may take to decode them
+NO_QUESTIONS = 1 << 28  # bytes: few enough for a small file that lies
+MOST_COMPRESSED = 250  # bytes for one beyond these; pictures, with their noise, need some dozens
 MAX_PIECES = 100_000  # strips, tiles, or blocks, each of which takes a call to decompress
-
-# What a decoder may take: seconds, one more for so many bytes (tenfold of what it needs), and bytes
-# beside thrice what it decodes
-DECODING_SECONDS, DECODING_SPEED, DECODER_SPARE = 60, 500_000, 1 << 27
+DECODING_SECONDS = 60
+DECODING_SPEED = 500_000  # bytes for which there is one second more; it is ten times as fast
+DECODER_SPARE = 1 << 27  # bytes of memory beside thrice what it decodes
 
 DECODER = """
 import sys
@@ -293,9 +288,6 @@ sys.stdout.buffer.write(numpy.ascontiguousarray(samples, dtype))
 
 NOT_A_FILE = "is not a file", "name a picture, or save the data to one first"
 NOT_DECODED = "is damaged: its data cannot be read or decompressed"
-
-NO_LIGHT = re.compile("dark|bias|flat|offset|zero", re.IGNORECASE)
-"""What IMAGETYP and the like say of frames that show no sky."""
 
 
 class Unit(NamedTuple):
@@ -389,34 +381,28 @@ def _samples(kind, file, number, position, dtype, shape):
     """Return a picture's samples as they are stored.
 
     Args:
-        kind: "fits" or "tiff".
-        file: opened.
-        number: of the HDU or page.
-        position: of the samples in the file; None if they are to be decoded, which may crash.
+        kind, file, number: "fits" or "tiff", opened, and the HDU or page in it.
+        position: of the samples in the file; None if they are to be decoded. That may crash, so
+            another process does it.
         dtype, shape: of the samples.
     """
     size = math.prod(shape) * dtype.itemsize
-    if position is None:
-        data = _decode(kind, file, number, dtype, size)
-        _require(len(data) == size, NOT_DECODED)
-    else:
+    if position is not None:
         file.seek(position)
         data = file.read(size)
         _require(len(data) == size, "is cut short: rows of it are missing")
-    return np.frombuffer(data, dtype).reshape(shape)
-
-
-def _decode(kind, file, number, dtype, size):
-    """Let another process decode a picture of so many bytes; return what it makes of it."""
+        return np.frombuffer(data, dtype).reshape(shape)
     arguments = kind, number, dtype.str, os.getpid(), 3 * size + DECODER_SPARE
+    command = [sys.executable, "-c", DECODER, *map(str, arguments)]
     os.lseek(file.fileno(), 0, os.SEEK_SET)
     with tempfile.TemporaryFile() as decoded:
         with suppress(subprocess.TimeoutExpired):
-            subprocess.run([sys.executable, "-c", DECODER, *map(str, arguments)], stdin=file,
-                           stdout=decoded, stderr=subprocess.DEVNULL,
+            subprocess.run(command, stdin=file, stdout=decoded, stderr=subprocess.DEVNULL,
                            timeout=DECODING_SECONDS + size / DECODING_SPEED)
         decoded.seek(0)
-        return decoded.read(size)
+        data = decoded.read(size)
+    _require(len(data) == size, NOT_DECODED)
+    return np.frombuffer(data, dtype).reshape(shape)
 
 
 def _planes_of(samples, white=None, step=1, zero=0, blank=None):
@@ -448,10 +434,9 @@ def _picture(planes, white, source, notes, path):
 
 
 def _white(dtype, step=1, zero=0):
-    """Return the largest value of unsigned integers, and None for other numbers.
+    """Return the largest value of unsigned integers, None for other numbers.
 
-    FITS has no unsigned integers of more than 8 bits: it stores signed ones and adds half the
-    range.
+    FITS stores those of more than 8 bits as signed ones, and adds half the range.
     """
     if dtype.kind == "f" or step != 1:
         return None
@@ -581,6 +566,7 @@ STALE_PIXEL_METADATA = re.compile(
     r"|Property (.*:)?(Statistics|Noise)(:|$)")
 
 BLANKS = " " * 50  # in a text over several cards; with more, astropy would need minutes to read it
+NO_LIGHT = re.compile("dark|bias|flat|offset|zero", re.IGNORECASE)  # no IMAGETYP of the sky
 FITS_NUMBER = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)([ED][-+]?\d+)?", re.IGNORECASE)
 
 
@@ -713,24 +699,19 @@ def _kept(header, white, notes, structure=STRUCTURE_NAMES):
         if STALE_PIXEL_METADATA.match(f"FITSKeyword {card.keyword}"):
             untrue.append(card.keyword)
             continue
-        for sound in _sound(card):
+        try:
+            card.verify("silentfix")
+            card.value  # raises if it cannot be repaired
+            cards = [card]
+        except fits.VerifyError:
+            cards = _cards_of("COMMENT", None, card.image)
+        for sound in cards:
             kept.append(sound, end=True)
     _note_untrue(untrue, notes)
     _what_keywords_say(kept, notes)
     if white:
         kept.update(_levels_in(kept, Unit(white)))
     return kept
-
-
-def _sound(card):
-    """Return a fits.Card in a list, repaired if it is malformed; COMMENT if that is impossible."""
-    from astropy.io import fits
-    try:
-        card.verify("silentfix")
-        _ = card.value  # raises, too
-        return [card]
-    except fits.VerifyError:
-        return _cards_of("COMMENT", None, card.image)
 
 
 def _note_untrue(names, notes):
@@ -750,22 +731,6 @@ def _what_keywords_say(values, notes):
             break
 
 
-def _keywords_of_xisf(source):
-    """Return the keywords of an XISF file as a fits.Header."""
-    from astropy.io import fits
-    header = fits.Header()
-    for element in source.root.findall("Image/FITSKeyword"):
-        name = element.get("name", "").strip().upper()
-        text = element.get("value", "").strip()
-        comment = element.get("comment", "")
-        if name in TEXT_NAMES:
-            comment = comment or text
-        if not STRUCTURE_NAMES.fullmatch(name):
-            for card in _cards_of(name, _value_of_text(text), comment):
-                header.append(card, end=True)
-    return header
-
-
 def _shared_metadata(source, height):
     """Return what all formats can hold of a file's metadata: keywords, and the color profile.
 
@@ -775,9 +740,16 @@ def _shared_metadata(source, height):
     if source is None:
         return fits.Header(), b""
     if isinstance(source, Source):
-        keywords, icc = _keywords_of_xisf(source), b""
-        with suppress(_Unreadable, AttributeError):  # a damaged profile is lost, not the picture
-            icc = _icc_of_xisf(source)
+        keywords, icc = fits.Header(), _icc_of_xisf(source)
+        for element in source.root.findall("Image/FITSKeyword"):
+            name = element.get("name", "").strip().upper()
+            text = element.get("value", "").strip()
+            comment = element.get("comment", "")
+            if name in TEXT_NAMES:
+                comment = comment or text
+            if not STRUCTURE_NAMES.fullmatch(name):
+                for card in _cards_of(name, _value_of_text(text), comment):
+                    keywords.append(card, end=True)
     else:
         keywords, icc = source.keywords.copy(), source.icc
     keywords.remove(ROW_ORDER, ignore_missing=True, remove_all=True)
@@ -893,11 +865,7 @@ def _read_header(file):
     parts = header.count(b"<") + header.count(b"=")
     _require(len(header) <= MAX_HEADER and parts <= MAX_HEADER_PARTS,
              "has a header too large to be true")
-    return _parse_header(header.decode("utf-8-sig", "replace")), end
-
-
-def _parse_header(text):
-    """Return the root element of a header."""
+    text = header.decode("utf-8-sig", "replace")
     text = NOT_XML_REFERENCE.sub("", NOT_XML.sub("", text)).lstrip()
     entities = re.search("<!(ENTITY|ATTLIST)", text)
     _require(not entities, "declares XML entities, which can hide a memory bomb")
@@ -917,7 +885,7 @@ def _parse_header(text):
              "is not XISF version 1.0")
     deepest = root.find("*/" * MAX_HEADER_DEPTH + "*")
     _require(deepest is None, "has a header nested too deeply to be true")
-    return root
+    return root, end
 
 
 def _value(attributes, name, default=""):
@@ -1185,12 +1153,12 @@ def _is_kept(element, blocks, opened, untrue, lost):
 def _icc_of_xisf(source):
     """Return the color profile of an XISF file, b"" without one."""
     element = source.root.find("Image/ICCProfile")
-    if element is None:
-        return b""
-    block = source.blocks.get(element.get("location"))
-    if block is None:  # it stands in the header
-        return bytes(_unpack(*_read_block(element, opened=None)))
-    return bytes(_unpack(np.frombuffer(block, np.uint8), element.attrib))
+    with suppress(_Unreadable, AttributeError):  # a damaged profile is lost, not the picture
+        block = source.blocks.get(element.get("location"))
+        if block is None:  # it stands in the header
+            return bytes(_unpack(*_read_block(element, opened=None)))
+        return bytes(_unpack(np.frombuffer(block, np.uint8), element.attrib))
+    return b""
 
 
 def write_xisf(file, planes, source=None, history=(), compress=False, unit=Unit()):
@@ -1278,16 +1246,13 @@ def _new_header(planes, source, history):
     image.attrib.update(
         geometry=f"{width}:{height}:{channels}", sampleFormat=planes.dtype.name.capitalize(),
         bounds="0:1", location="pixels", colorSpace="RGB" if channels == 3 else "Gray")
-    lines = [part for line in history for part in _wrapped(line)]
-    for line in lines:
-        ElementTree.SubElement(image, "FITSKeyword", name="HISTORY", value="", comment=line)
+    for line in history:
+        for part in _wrapped(line):
+            ElementTree.SubElement(image, "FITSKeyword", name="HISTORY", value="", comment=part)
     _change_keywords(image, lambda values: _range_in(values, planes, Unit()))
     for keyword in image.findall("FITSKeyword"):  # strict readers want all attributes
         keyword.attrib.setdefault("value", "")
         keyword.attrib.setdefault("comment", "")
-    for element in image.findall("Property[@id='Processing:History']"):
-        if "location" not in element.attrib:  # the specification wants it kept and appended to
-            element.text = "\n".join([element.text or "", *lines])
     now = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
     metadata = root.find("Metadata")
     ElementTree.SubElement(
@@ -1393,7 +1358,10 @@ def read_fits(path):
         bits = header["ZBITPIX" if part.packed else "BITPIX"]
         _require(bits in FITS_TYPES, f"has the impossible BITPIX {bits!r}")
         dtype = np.dtype(">" + FITS_TYPES[bits])
-        _check_fits_shape(part.shape)
+        lengths = " x ".join(map(str, part.shape[::-1][:8]))
+        readable = len(part.shape) == 2 or len(part.shape) == 3 and 3 in part.shape[::2]
+        _require(readable, f"is a picture of {lengths}, neither gray nor RGB",
+                 "save its planes as pictures of their own")
         if part.packed:
             _check_fits_tiles(part, math.prod(part.shape) * dtype.itemsize)
         step, zero = header.get("BSCALE", 1), header.get("BZERO", 0)
@@ -1481,14 +1449,6 @@ def _fits_axes(header, prefix=""):
     possible = all(isinstance(length, int) and length >= 0 for length in axes)
     _require(possible, f"has the impossible axes {axes}")
     return axes
-
-
-def _check_fits_shape(shape):
-    """Refuse what is neither gray, (h, w), nor RGB, (3, h, w) or (h, w, 3)."""
-    lengths = " x ".join(map(str, shape[::-1][:8]))
-    _require(len(shape) == 2 or len(shape) == 3 and 3 in (shape[0], shape[2]),
-             f"is a picture of {lengths}, neither gray nor RGB",
-             "save its planes as pictures of their own")
 
 
 def _check_fits_tiles(part, size):
