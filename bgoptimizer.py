@@ -866,7 +866,8 @@ def _read_header(file):
     _require(len(header) <= MAX_HEADER and parts <= MAX_HEADER_PARTS,
              "has a header too large to be true")
     text = header.decode("utf-8-sig", "replace")
-    text = NOT_XML_REFERENCE.sub("", NOT_XML.sub("", text)).lstrip()
+    text = NOT_XML.sub("", text)
+    text = NOT_XML_REFERENCE.sub("", text).lstrip()
     entities = re.search("<!(ENTITY|ATTLIST)", text)
     _require(not entities, "declares XML entities, which can hide a memory bomb")
     text = re.sub("(?<=</xisf>).*", "", text, flags=re.DOTALL)  # a signature may follow
@@ -881,8 +882,8 @@ def _read_header(file):
     except expat.ExpatError as error:
         raise _Unreadable(f"has a header that is not well-formed XML ({error})") from None
     root = builder.close()
-    _require((root.tag, _value(root.attrib, "version")) == ("xisf", "1.0"),
-             "is not XISF version 1.0")
+    version = _value(root.attrib, "version")
+    _require(root.tag == "xisf" and version == "1.0", "is not XISF version 1.0")
     deepest = root.find("*/" * MAX_HEADER_DEPTH + "*")
     _require(deepest is None, "has a header nested too deeply to be true")
     return root, end
@@ -1097,7 +1098,7 @@ def _clip(plane):
 
 def _read_source(root, opened):
     """Return the Source; what cannot be carried over is left out and named in the warnings."""
-    image = root.find("Image")
+    image, *others = root.findall("Image")
     keywords = {element.get("name"): element.get("value")
                 for element in image.findall("FITSKeyword")}
     _what_keywords_say({**keywords, **image.attrib}, opened.warnings)
@@ -1107,21 +1108,20 @@ def _read_source(root, opened):
     for name in STALE_IMAGE_ATTRIBUTES:
         image.attrib.pop(name, None)
     image.text = image.tail = None  # pixels, if they stood there
-    others = [child for child in root if child.tag not in ("Image", "Metadata", "Signature")]
-    blocks = {}
-    kept, untrue, lost = [], [], []
-    for elements in (image, others, root.findall("Metadata/Property")):
-        kept.append([element for element in elements
-                     if _is_kept(element, blocks, opened, untrue, lost)])
+    metadata = ElementTree.Element("Metadata")
+    metadata.extend(root.findall("Metadata/Property"))
+    for element in [*others, *root.findall("Metadata"), *root.findall("Signature")]:
+        root.remove(element)
+    root.append(metadata)
+    blocks, untrue, lost = {}, [], []
+    for parent in (image, metadata, root):
+        parent[:] = [element for element in parent if element in (image, metadata)
+                     or _is_kept(element, blocks, opened, untrue, lost)]
     if lost:
         opened.warnings.append(f"loses {len(lost)} element(s): {', '.join(lost)[:300]}")
     _note_untrue(untrue, opened.warnings)
-    metadata = ElementTree.Element("Metadata")
-    image[:], others, metadata[:] = kept
-    namespaces = {name: root.get(name) for name in root.keys() if name.startswith("xmlns:")}
-    new_root = ElementTree.Element("xisf", namespaces)
-    new_root[:] = [image, *others, metadata]
-    return Source(new_root, blocks)
+    root.text = None
+    return Source(root, blocks)
 
 
 def _is_kept(element, blocks, opened, untrue, lost):
@@ -1647,11 +1647,16 @@ def _find_page(tiff):
     if kinds.intersection(TIFF_SENSOR) or "DNGVersion" in first.tags:
         maker = str(first.tags.valueof("Make") or "").strip()
         _refuse_raw(f"of {maker[:30]}" if maker else "such as DNG")
-    pictures = [number for number, page in enumerate(pages) if not page.is_reduced
-                and page.tags.valueof("SubfileType") != TIFF_THUMBNAIL]
+    pictures = []
+    for number, page in enumerate(pages):
+        old_kind = page.tags.valueof("SubfileType")
+        if not page.is_reduced and old_kind != TIFF_THUMBNAIL:
+            pictures.append(number)
     _require(pictures, "holds nothing but a thumbnail")
-    several = ["holds several images: only the first is used and kept"]
-    return pictures[0], several if len(pictures) > 1 else []
+    notes = []
+    if len(pictures) > 1:
+        notes.append("holds several images: only the first is used and kept")
+    return pictures[0], notes
 
 
 def _refuse_raw(kind):
@@ -1676,9 +1681,8 @@ def _check_tiff_page(page, size):
     item = page.dtype.itemsize if page.dtype and page.dtype.kind in "iuf" else 0
     _require(item and bits == 8 * item, f"has samples of {bits} bits, which are not read", advice)
     channels = page.samplesperpixel
-    lengths = *page.shaped, *page.chunks, channels
-    whole = all(isinstance(length, int) for length in lengths)
-    _require(whole, "is damaged: its size is not a number")
+    for length in (*page.shaped, *page.chunks, channels):
+        _require(isinstance(length, int), "is damaged: its size is not a number")
     planes, depth, height, width, together = page.shaped
     _require(depth == 1 and height and width, "is not a flat picture", advice)
     _require(channels >= colors and planes * together == channels,
@@ -1688,7 +1692,8 @@ def _check_tiff_page(page, size):
     codec = getattr(page.compression, "name", page.compression)
     stored = min(sum(counts), size)
     pieces = 1 if page.is_final else len(offsets)
-    _check_claims(codec, TIFF_CODECS, math.prod(page.shaped) * item, stored, pieces)
+    needed = math.prod(page.shaped) * item
+    _check_claims(codec, TIFF_CODECS, needed, stored, pieces)
     listed = [page.tags[name].count for name in TIFF_CHUNKS if name in page.tags]
     complete = listed == [chunks, chunks] and all(offsets) and all(counts)
     _require(complete and page.planarconfig in TIFF_PLANAR,
@@ -1728,7 +1733,8 @@ def _keywords_of_tiff(description):
         return fits.Header()
     if ASTRO_TIFF.match(description):
         lines = description.split("\n")[:MAX_FITS_CARDS]
-        return _header_of("".join(line.rstrip()[:FITS_CARD].ljust(FITS_CARD) for line in lines))
+        cards = [line.rstrip()[:FITS_CARD].ljust(FITS_CARD) for line in lines]
+        return _header_of("".join(cards))
     description = description[:MAX_FITS_CARDS // 2 * HISTORY_COLUMNS]
     return fits.Header(_cards_of("COMMENT", None, description) if description else ())
 
@@ -1760,8 +1766,8 @@ def write_tiff(file, planes, source=None, history=(), compress=False, unit=Unit(
         keywords = _with_history(source.keywords, history, planes, unit)
         shape = planes.shape if channels > 1 else planes.shape[1:]
         cards = _header_text(_structure(shape, data.dtype), keywords)
-    lines = [cards[start:start + FITS_CARD].rstrip() for start in range(0, len(cards), FITS_CARD)]
-    description = "\n".join(lines)
+    lines = re.findall(f".{{{FITS_CARD}}}", cards)
+    description = "\n".join(map(str.rstrip, lines))
     big = data.nbytes + len(description) + len(source.icc) > LARGEST_TIFF
     with tifffile.TiffWriter(file, bigtiff=big) as writer:
         writer.write(data, photometric=photometric, description=description, metadata=None,
