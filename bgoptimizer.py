@@ -469,10 +469,10 @@ def _leave_out_marks(planes, notes):
 
     Returns the value, None without one.
     """
-    lowest = min(_finite_range(plane)[0] for plane in planes)
+    lowest, _ = _finite_range(planes)
     if not (-LARGEST_VALUE < lowest <= SMALLEST_MARK and lowest == round(lowest)):
         return None
-    others = np.concatenate([plane[np.isfinite(plane) & (plane > lowest)] for plane in planes])
+    others = planes[np.isfinite(planes) & (planes > lowest)]
     if not others.size or others.min() - lowest <= np.median(others) - others.min():
         return None
     marked = planes == lowest
@@ -490,8 +490,7 @@ def _fit_into_unit_range(planes, name):
     """
     marked = []
     mark = _leave_out_marks(planes, marked)
-    lows, highs = zip(*map(_finite_range, planes))
-    lowest, highest = min(lows), max(highs)
+    lowest, highest = _finite_range(planes)
     if lowest >= 0 and highest <= 1 or lowest > highest:
         return Unit(mark=mark), "from 0 to 1", marked
     values_are = f"from {lowest:.6g} to {highest:.6g}"
@@ -1309,7 +1308,7 @@ def _markup(element):
 # Pictures on disk: FITS
 #
 # astropy parses and makes headers, and packs and unpacks compressed pictures. Where the parts of a
-# file begin and end is found here, because it is slow with many of them, and trusts what they claim.
+# file begin and end is found here: astropy is slow with many of them, and trusts what they claim.
 # The FITS standard: https://fits.gsfc.nasa.gov/fits_standard.html.
 # --------------------------------------------------------------------------------------------------
 
