@@ -790,7 +790,7 @@ CHECKSUMS = ("sha1", "sha256", "sha512", "sha3_256", "sha3_512")  # of hashlib
 
 # Limits that no real file meets
 MAX_HEADER = 1 << 24  # bytes
-MAX_HEADER_PARTS = 1 << 18  # tags and attributes
+MAX_HEADER_PARTS = 200_000  # tags and attributes
 MAX_HEADER_DEPTH = 64  # elements inside each other
 
 LZ4_LIMIT = 0x7E000000
