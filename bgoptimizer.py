@@ -926,8 +926,9 @@ def _read_block(element, opened):
         _require(method in ("inline", "embedded"), f"has its data elsewhere, at {method!r}",
                  "save it as one monolithic .xisf file")
         decode = _look_up(TEXT_DECODERS, place.lower(), "data in the encoding")
+        digits = "".join((element.text or "").split())
         try:
-            stored = np.frombuffer(decode("".join((element.text or "").split())), np.uint8)
+            stored = np.frombuffer(decode(digits), np.uint8)
         except ValueError:
             raise _Unreadable(f"has damaged {place} data") from None
     if "checksum" in attributes:
@@ -985,10 +986,12 @@ def _read_pixels(root, opened):
     storage = _value(attributes, "pixelStorage", "Planar").lower()
     _require(storage in ("planar", "normal"), f"has samples in the unknown order {storage!r}")
     data = _unpack(stored, packing, math.prod(geometry) * dtype.itemsize)
+    samples = data.view(dtype)
     if storage == "normal":
-        samples = np.moveaxis(data.view(dtype).reshape(height, width, channels), 2, 0)
+        samples = samples.reshape(height, width, channels)
+        samples = np.moveaxis(samples, 2, 0)
     else:
-        samples = data.view(dtype).reshape(channels, height, width)
+        samples = samples.reshape(channels, height, width)
     lower, upper = bounds
     white = None if bounds == (0, 1) else upper - lower
     planes = _planes_of(samples[:colors], white, zero=-lower)
@@ -1156,7 +1159,8 @@ def _icc_of_xisf(source):
         block = source.blocks.get(element.get("location"))
         if block is None:  # it stands in the header
             return bytes(_unpack(*_read_block(element, opened=None)))
-        return bytes(_unpack(np.frombuffer(block, np.uint8), element.attrib))
+        stored = np.frombuffer(block, np.uint8)
+        return bytes(_unpack(stored, element.attrib))
     return b""
 
 
@@ -1188,7 +1192,8 @@ def write_xisf(file, planes, source=None, history=(), compress=False, unit=Unit(
         codec, packed = _compress(planes)
         if len(packed) < size:
             image.set("compression", f"{codec}+sh:{size}:{item}")
-            image.set("checksum", f"sha1:{hashlib.sha1(packed).hexdigest()}")
+            digest = hashlib.sha1(packed).hexdigest()
+            image.set("checksum", f"sha1:{digest}")
             pieces = [packed]
             size = len(packed)
     sizes = {location: len(block) for location, block in source.blocks.items()}
@@ -1299,7 +1304,8 @@ def _place_blocks(root, sizes):
 
 def _markup(element):
     """Return a header as it is written."""
-    text = NOT_XML.sub("", ElementTree.tostring(element, encoding="unicode"))
+    text = ElementTree.tostring(element, encoding="unicode")
+    text = NOT_XML.sub("", text)
     # Parsers would turn a bare carriage return or tab into something else
     return XML_DECLARATION + text.replace("\r", "&#13;").replace("\t", "&#9;").encode()
 
@@ -1357,19 +1363,20 @@ def read_fits(path):
         bits = header["ZBITPIX" if part.packed else "BITPIX"]
         _require(bits in FITS_TYPES, f"has the impossible BITPIX {bits!r}")
         dtype = np.dtype(">" + FITS_TYPES[bits])
-        lengths = " x ".join(map(str, part.shape[::-1][:8]))
-        readable = len(part.shape) == 2 or len(part.shape) == 3 and 3 in part.shape[::2]
-        _require(readable, f"is a picture of {lengths}, neither gray nor RGB",
+        shape = part.shape
+        lengths = " x ".join(map(str, shape[::-1][:8]))
+        is_color = len(shape) == 3 and 3 in shape[::2]
+        _require(is_color or len(shape) == 2, f"is a picture of {lengths}, neither gray nor RGB",
                  "save its planes as pictures of their own")
         if part.packed:
-            _check_fits_tiles(part, math.prod(part.shape) * dtype.itemsize)
+            _check_fits_tiles(part, math.prod(shape) * dtype.itemsize)
         step, zero = header.get("BSCALE", 1), header.get("BZERO", 0)
         _require(step and np.isfinite([step, zero]).all(), "has an impossible BSCALE or BZERO")
         blank = header.get("BLANK") if dtype.kind != "f" else None
         white = _white(dtype, step, zero)
         source = _read_fits_source(file, parts, number, white, notes)
         position = None if part.packed else part.data
-        samples = _samples("fits", file, number, position, dtype, part.shape)
+        samples = _samples("fits", file, number, position, dtype, shape)
         if samples.ndim == 2:
             samples = samples[None]
         elif len(samples) != 3:
@@ -1479,7 +1486,8 @@ def _read_fits_source(file, parts, number, white, notes):
         keywords.remove("EXTNAME")
     file.seek(0)
     before = file.read(part.start)
-    says_nothing = all(map(STRUCTURE_NAMES.fullmatch, set(parts[0].header).difference(TEXT_NAMES)))
+    first_names = set(parts[0].header).difference(TEXT_NAMES)
+    says_nothing = all(map(STRUCTURE_NAMES.fullmatch, first_names))
     if part.packed and number == 1 and says_nothing:
         before = b""  # it is there because a compressed picture cannot be the first
     file.seek(part.end)
@@ -1616,8 +1624,9 @@ def read_tiff(path):
             number, notes = _find_page(tiff)
             page = tiff.pages[number]
             colors = _check_tiff_page(page, os.fstat(file.fileno()).st_size)
-            if page.samplesperpixel > colors:
-                notes.append(f"has {page.samplesperpixel - colors} alpha channel(s): dropped")
+            alpha = page.samplesperpixel - colors
+            if alpha:
+                notes.append(f"has {alpha} alpha channel(s): dropped")
             dtype = page.dtype.newbyteorder(tiff.byteorder)
             white = _white(dtype)
             source = _read_tiff_source(page, white, notes)
@@ -1697,7 +1706,8 @@ def _check_tiff_page(page, size):
     complete = listed == [chunks, chunks] and all(offsets) and all(counts)
     _require(complete and page.planarconfig in TIFF_PLANAR,
              f"is damaged: it has not the {chunks} strips or tiles that it needs")
-    _require(max(map(sum, zip(offsets, counts))) <= size, "is cut short: its last rows are missing")
+    ends = map(sum, zip(offsets, counts))
+    _require(max(ends) <= size, "is cut short: its last rows are missing")
     return colors
 
 
