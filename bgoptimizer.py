@@ -565,6 +565,7 @@ STALE_PIXEL_METADATA = re.compile(
     r"|Property (.*:)?(Statistics|Noise)(:|$)")
 
 BLANKS = " " * 50  # in a text over several cards; with more, astropy would need minutes to read it
+CONTINUED = re.compile(rf"CONTINUE +'(?!{BLANKS}).*' *(/.*)?")
 NO_LIGHT = re.compile("dark|bias|flat|offset|zero", re.IGNORECASE)  # no IMAGETYP of the sky
 FITS_NUMBER = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)([ED][-+]?\d+)?", re.IGNORECASE)
 
@@ -572,8 +573,11 @@ FITS_NUMBER = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)([ED][-+]?\d+)?", re.IGNORECA
 def _header_of(text):
     """Return the fits.Header whose cards stand in a text without a mark between them."""
     from astropy.io import fits
-    text = re.sub(f"CONTINUE(?= *'{BLANKS})", "COMMENT ", _printable(text))
-    return fits.Header.fromstring(text)
+    cards = re.findall(f".{{{FITS_CARD}}}", _printable(text))
+    for number, card in enumerate(cards):
+        if card.startswith("CONTINUE") and not CONTINUED.fullmatch(card):
+            cards[number] = "COMMENT " + card[8:]
+    return fits.Header.fromstring("".join(cards))
 
 
 def _value_of_text(text):
@@ -703,7 +707,11 @@ def _kept(header, white, notes, structure=STRUCTURE_NAMES):
             card.value  # raises if it cannot be repaired
             cards = [card]
         except fits.VerifyError:
-            cards = _cards_of("COMMENT", None, card.image)
+            cards = []
+            with suppress(fits.VerifyError):
+                cards = _cards_of("COMMENT", None, card.image)
+            if not cards:
+                notes.append(f"loses its malformed keyword {card.keyword}")
         for sound in cards:
             kept.append(sound, end=True)
     _note_untrue(untrue, notes)

@@ -425,7 +425,8 @@ def test_a_solved_picture_has_the_same_sky_positions(small, folder):
 
 def test_what_malformed_cards_say_is_kept(small, folder):
     path = save_fits("a.fits", small)
-    odd = [b"OBJECT  = 'no end", b"lower   = 3", b"BAD = = 3 /", b"\xb5\xe9 not ASCII"]
+    odd = [b"OBJECT  = 'no end", b"lower   = 3", b"BAD = = 3 /", b"\xb5\xe9 not ASCII",
+           b"LONG    = 'goes on&'", b"CONTINUE  'without an end"]
     data = open(path, "rb").read()
     end = data.index(b"END".ljust(80))
     cards = b"".join(card.ljust(80) for card in odd)
@@ -437,6 +438,7 @@ def test_what_malformed_cards_say_is_kept(small, folder):
         found = fits.getheader(written("fits", picture))
         assert "no end" in found["OBJECT"] and found["LOWER"] == 3
         assert "BAD" in str(found["COMMENT"]) and "?? not ASCII" in found.tostring()
+        assert found["LONG"] == "goes on&" and "without an end" in found.tostring()
     for name in bg.FORMATS:
         for compress in (False, True):
             again = bg.read_picture(written(name, picture, compress=compress))
