@@ -7,8 +7,8 @@
 #   'tensorflow >= 2.16 ; python_version >= "3.12" and python_version < "3.15"',
 #   'tensorflow == 0+needs.Python.3.14.or.older ; python_version >= "3.15"',
 #   'tensorflow-addons >= 0.21 ; python_version < "3.12" and platform_machine != "aarch64"',
-#   'astropy', 'imagecodecs', 'lz4', 'matplotlib', 'numpy', 'pillow', 'scikit-image', 'scipy',
-#   'tifffile', 'tqdm', 'xisf >= 0.9.6', 'zstandard',
+#   'astropy', 'imagecodecs', 'matplotlib', 'numpy', 'pillow', 'scikit-image', 'scipy',
+#   'tifffile', 'tqdm', 'xisf >= 0.9.6',
 # ]
 # ///
 """Take the uneven sky out of a linear astrophoto.
@@ -113,10 +113,8 @@ os.environ.update(ONE_THREAD if __name__ == "__main__" else {**ONE_THREAD, **os.
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")  # else it takes all memory of a GPU
 
-import lz4.block  # noqa: E402
 import numpy as np  # noqa: E402
 import scipy  # noqa: E402  (its parts are imported when first used)
-import zstandard  # noqa: E402
 from xisf import XISF  # noqa: E402
 
 VERSION = "2.0.0"
@@ -240,18 +238,13 @@ GZIP_START = b"\x1f\x8b"
 LARGEST_VALUE = 1e30  # floating point beyond it is no light, but damage, or means something else
 SMALLEST_MARK = -99  # -99, -999, -9999, -32768, and the like stand for what is missing
 
-NO_QUESTIONS = 1 << 28
-"""Bytes that any compressed data may claim to hold: few enough for a small file that lies."""
-
-MOST_COMPRESSED = 250
-"""Bytes that one stored byte may stand for beyond NO_QUESTIONS. Of pictures, with their noise,
-nothing makes more than some dozens."""
-
-MAX_TILES = 100_000  # or strips of a picture, each of which takes a call to decompress
-
-# What a decoder may take: seconds, one more for so many bytes (tenfold of what it needs), and bytes
-# beside thrice what it decodes
-DECODING_SECONDS, DECODING_SPEED, DECODER_SPARE = 60, 500_000, 1 << 27
+# What compressed data may claim, and what a process may take to decode them
+NO_QUESTIONS = 1 << 28  # bytes: few enough for a small file that lies
+MOST_COMPRESSED = 250  # bytes for one beyond these; pictures, with their noise, need some dozens
+MAX_PIECES = 100_000  # strips, tiles, or blocks, each of which takes a call to decompress
+DECODING_SECONDS = 60
+DECODING_SPEED = 500_000  # bytes for which there is one second more; it is ten times as fast
+DECODER_SPARE = 1 << 27  # bytes of memory beside thrice what it decodes
 
 DECODER = """
 import sys
@@ -288,9 +281,6 @@ sys.stdout.buffer.write(numpy.ascontiguousarray(samples, dtype))
 NOT_A_FILE = "is not a file", "name a picture, or save the data to one first"
 NOT_DECODED = "is damaged: its data cannot be read or decompressed"
 
-NO_LIGHT = re.compile("dark|bias|flat|offset|zero", re.IGNORECASE)
-"""What IMAGETYP and the like say of frames that show no sky."""
-
 
 class Unit(NamedTuple):
     """A picture's own unit: its values are samples * scale + offset."""
@@ -318,13 +308,19 @@ class _Unreadable(ValueError):
 
 
 @contextmanager
+def _silence():
+    """Leave out the libraries' own warnings, on headers not quite right."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@contextmanager
 def _refusals(path):
     """Turn what is wrong with a file that is read into a BgError."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the libraries' own, on headers not quite right
-            with memory_errors():
-                yield
+        with _silence(), memory_errors():
+            yield
     except (BgError, MemoryError, ImportError):
         raise
     except _Unreadable as error:
@@ -344,120 +340,80 @@ def _require(fact, problem, *advice):
         raise _Unreadable(problem, *advice)
 
 
-def _check_expansion(codec, known, size, stored):
-    """Refuse data of an unknown codec, or `stored` bytes that claim to hold far too many."""
+def _check_claims(codec, known, size, stored, pieces=1):
+    """Refuse data of an unknown codec, or `stored` bytes that claim to be far too much."""
     _require(codec in known, f"is compressed with {codec}, which is not read",
              "save it uncompressed")
     _require(size <= max(NO_QUESTIONS, MOST_COMPRESSED * stored),
              "claims more data than its compressed block can hold")
+    _require(pieces <= MAX_PIECES, "has too many strips or tiles to be true")
 
 
 @contextmanager
 def _opened(path):
     """Open a file to read; what gzip has packed is unpacked into a nameless one."""
     _require(stat.S_ISREG(os.stat(path).st_mode), *NOT_A_FILE)  # opening a FIFO would wait forever
-    with ExitStack() as stack:
-        file = stack.enter_context(open(path, "rb"))
+    with open(path, "rb") as file, tempfile.TemporaryFile() as unpacked:
         if file.read(len(GZIP_START)) == GZIP_START:
-            file = stack.enter_context(_unzipped(file))
+            stored = os.fstat(file.fileno()).st_size
+            file.seek(0)
+            pieces = gzip.GzipFile(fileobj=file)
+            try:
+                for piece in iter(lambda: pieces.read(READ_AT_ONCE), b""):
+                    unpacked.write(piece)
+                    _check_claims("gzip", ("gzip",), unpacked.tell(), stored)
+            except (EOFError, gzip.BadGzipFile, zlib.error):
+                raise _Unreadable("is cut short or damaged: gzip cannot unpack it") from None
+            file = unpacked
         file.seek(0)
         yield file
 
 
-@contextmanager
-def _unzipped(packed):
-    """Unpack a gzip file."""
-    stored = os.fstat(packed.fileno()).st_size
-    packed.seek(0)
-    with tempfile.TemporaryFile() as file, gzip.GzipFile(fileobj=packed) as pieces:
-        try:
-            for piece in iter(lambda: pieces.read(READ_AT_ONCE), b""):
-                file.write(piece)
-                _check_expansion("gzip", ("gzip",), file.tell(), stored)
-        except (EOFError, gzip.BadGzipFile, zlib.error):
-            raise _Unreadable("is cut short or damaged: gzip cannot unpack it") from None
-        yield file
-
-
-@contextmanager
-def _stream_of(kind, file, number, position, dtype, size):
-    """Yield a stream of a picture's samples: the file itself, or what another process decodes.
+def _samples(kind, file, number, position, dtype, shape):
+    """Return a picture's samples as they are stored.
 
     Args:
-        kind: "fits" or "tiff".
-        file: opened; if the samples are decoded, nothing can be read from it afterwards.
-        number: of the HDU or page.
-        position: of the samples in the file; None if they are to be decoded, which may crash.
-        dtype, size: of the samples, in all in bytes.
+        kind, file, number: "fits" or "tiff", opened, and the HDU or page in it.
+        position: of the samples in the file; None if they are to be decoded. That may crash, so
+            another process does it.
+        dtype, shape: of the samples.
     """
+    size = math.prod(shape) * dtype.itemsize
     if position is not None:
         file.seek(position)
-        yield file
-        return
-    limits = os.getpid(), 3 * size + DECODER_SPARE
-    arguments = map(str, (kind, number, dtype.str, *limits))
-    os.lseek(file.fileno(), 0, os.SEEK_SET)
-    process = subprocess.Popen([sys.executable, "-c", DECODER, *arguments], stdin=file,
-                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-    clock = threading.Timer(DECODING_SECONDS + size / DECODING_SPEED, process.kill)
-    clock.daemon = True
-    clock.start()
-    try:
-        _require(process.stdout.peek(1), NOT_DECODED)
-        yield process.stdout
-    finally:
-        clock.cancel()
-        process.kill()
-        process.wait()
-        process.stdout.close()
-
-
-def _rows_of(stream, dtype, row_shape):
-    """Return a function for `_read_planes` that reads rows of this shape one after the other."""
-    row_size = math.prod(row_shape) * dtype.itemsize
-
-    def read_rows(start, stop):
-        size = (stop - start) * row_size
-        data = stream.read(size)
+        data = file.read(size)
         _require(len(data) == size, "is cut short: rows of it are missing")
-        return np.frombuffer(data, dtype).reshape(stop - start, *row_shape)
+        return np.frombuffer(data, dtype).reshape(shape)
+    arguments = kind, number, dtype.str, os.getpid(), 3 * size + DECODER_SPARE
+    command = [sys.executable, "-c", DECODER, *map(str, arguments)]
+    os.lseek(file.fileno(), 0, os.SEEK_SET)
+    with tempfile.TemporaryFile() as decoded:
+        with suppress(subprocess.TimeoutExpired):
+            subprocess.run(command, stdin=file, stdout=decoded, stderr=subprocess.DEVNULL,
+                           timeout=DECODING_SECONDS + size / DECODING_SPEED)
+        decoded.seek(0)
+        data = decoded.read(size)
+    _require(len(data) == size, NOT_DECODED)
+    return np.frombuffer(data, dtype).reshape(shape)
 
-    return read_rows
 
+def _planes_of(samples, white=None, step=1, zero=0, blank=None):
+    """Return samples, (c, h, w), as planes of float64 if they are that, else of float32.
 
-def _read_planes(read_rows, dtype, shape, together, white=None, step=1, zero=0, blank=None,
-                 flip=False):
-    """Read samples strip by strip, in the order of the file.
-
-    Args:
-        read_rows: (start, stop) -> so many rows as stored, (n, w, together).
-        dtype: of the samples.
-        shape: (c, h, w) of the planes, c = 1 or 3.
-        together: samples of a pixel that stand together. With 1, whole planes follow each other.
-        white, step, zero: samples become (stored * step + zero) / white.
-        blank: the integer that means "missing".
-        flip: True if the first row is the lowest.
-
-    Returns planes (float64 if the samples are, else float32).
+    They become (stored * step + zero) / white; the integer `blank` means "missing".
     """
-    colors, height, width = shape
-    planes = np.empty(shape, "f8" if dtype.name == "float64" else "f4")
-    tables = planes[:, ::-1] if flip else planes
-    tables = tables[..., None]  # (c, h, w, 1)
-    if together > 1:
-        tables = np.moveaxis(tables[..., 0], 0, 2)[None]  # (1, h, w, c)
+    dtype = samples.dtype
+    planes = np.empty(samples.shape, "f8" if dtype.name == "float64" else "f4")
     scaled = white or (step, zero) != (1, 0)
     calculated = np.float64 if scaled or dtype.kind != "f" else planes.dtype
-    for number, table in enumerate(tables):
-        for rows in _strips(height, width * together):
-            first = number * height
-            samples = read_rows(first + rows.start, first + rows.stop)[..., :colors]
-            values = samples.astype(calculated)
+    for plane, stored in zip(planes, samples):
+        for rows in _strips(*plane.shape):
+            values = stored[rows].astype(calculated)
             if scaled:
                 values = (values * step + zero) / (white or 1)
             if blank is not None:
-                values[samples == blank] = np.nan
-            table[rows] = values
+                values[stored[rows] == blank] = np.nan
+            plane[rows] = values
     return planes
 
 
@@ -470,10 +426,9 @@ def _picture(planes, white, source, notes, path):
 
 
 def _white(dtype, step=1, zero=0):
-    """Return the largest value of unsigned integers, and None for other numbers.
+    """Return the largest value of unsigned integers, None for other numbers.
 
-    FITS has no unsigned integers of more than 8 bits: it stores signed ones and adds half the
-    range.
+    FITS stores those of more than 8 bits as signed ones, and adds half the range.
     """
     if dtype.kind == "f" or step != 1:
         return None
@@ -506,10 +461,10 @@ def _leave_out_marks(planes, notes):
 
     Returns the value, None without one.
     """
-    lowest = min(_finite_range(plane)[0] for plane in planes)
+    lowest, _ = _finite_range(planes)
     if not (-LARGEST_VALUE < lowest <= SMALLEST_MARK and lowest == round(lowest)):
         return None
-    others = np.concatenate([plane[np.isfinite(plane) & (plane > lowest)] for plane in planes])
+    others = planes[np.isfinite(planes) & (planes > lowest)]
     if not others.size or others.min() - lowest <= np.median(others) - others.min():
         return None
     marked = planes == lowest
@@ -527,8 +482,7 @@ def _fit_into_unit_range(planes, name):
     """
     marked = []
     mark = _leave_out_marks(planes, marked)
-    lows, highs = zip(*map(_finite_range, planes))
-    lowest, highest = min(lows), max(highs)
+    lowest, highest = _finite_range(planes)
     if lowest >= 0 and highest <= 1 or lowest > highest:
         return Unit(mark=mark), "from 0 to 1", marked
     values_are = f"from {lowest:.6g} to {highest:.6g}"
@@ -579,29 +533,22 @@ def _in_own_unit(plane, unit):
 # Pictures on disk: keywords
 #
 # The keywords of FITS stand in its header as cards of 80 characters, in XISF as elements, and in
-# the description of an Astro-TIFF, https://astro-tiff.sourceforge.io, as lines. All become a list
-# of Keyword. Outside of FITS they describe, as in PixInsight and Siril, the picture in the order of
-# rows that FITS has by convention: from the lowest up.
+# the description of an Astro-TIFF, https://astro-tiff.sourceforge.io, as lines. From one format to
+# another they go as astropy's fits.Header. Outside of FITS they describe, as in PixInsight and
+# Siril, the picture in the order of rows that FITS has by convention: from the lowest up.
 # --------------------------------------------------------------------------------------------------
 
 FITS_CARD = 80  # characters of a card
 HISTORY_COLUMNS = 72  # characters of text that a card of HISTORY has room for
-SHORTEST_ROOM = 20  # characters that a name must leave to a text that needs several cards
+MAX_FITS_CARDS = 20_000  # of a header; no real file has more
 
-NUMBER_PATTERN = r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)(?:[EDed][-+]?\d+)?"
-VALUE_PATTERN = rf"(?:'(?:[^']|'')*'|\([^()']*\)|{NUMBER_PATTERN}|[TF])?"
-FITS_NAME = re.compile("[A-Z0-9_-]{1,8}")
-FITS_VALUE = re.compile(VALUE_PATTERN)
-FITS_CARD_WITH_VALUE = re.compile(
-    r"(?:(?=.{8}=)([A-Z0-9_-]+) *=|HIERARCH +([^=]*[^= ]) *=|(CONTINUE)  )"
-    rf" *({VALUE_PATTERN}) *(?:/ ?(.*))?")
-TEXT_NAMES = ("COMMENT", "HISTORY", "")  # cards without a value: their text is the comment
+TEXT_NAMES = ("COMMENT", "HISTORY", "")  # keywords whose text is all they have
 # Keywords that every writer makes anew
 STRUCTURE_NAMES = re.compile(
     r"SIMPLE|XTENSION|EXTEND|BITPIX|NAXIS\d*|PCOUNT|GCOUNT|BSCALE|BZERO|BLANK|END|GROUPS"
     "|DATASUM|CHECKSUM")
 RANGE_NAMES = ("DATAMIN", "DATAMAX")
-LEVEL_NAMES = re.compile("CBLACK|CWHITE|SATURATE|SATLEVEL|DATAMIN|DATAMAX|BUNIT")
+LEVEL_NAMES = ("CBLACK", "CWHITE", "SATURATE", "SATLEVEL", *RANGE_NAMES)
 """Keywords in the unit of the samples. (PEDESTAL is in steps of 16 bits in all files.)"""
 
 # Keywords and XISF's properties, as "element name", that new pixels make untrue
@@ -609,110 +556,58 @@ STALE_PIXEL_METADATA = re.compile(
     r"FITSKeyword (BITPIX|NAXIS\d*|BSCALE|BZERO|CHECKSUM|DATASUM|NOISE[A-Z]?\d*)$"
     r"|Property (.*:)?(Statistics|Noise)(:|$)")
 
-MAX_KEPT_CARDS = 18_000  # of a header; with HISTORY, it must be readable, too
+BLANKS = " " * 50  # in a text over several cards; with more, astropy would need minutes to read it
+CONTINUED = re.compile(rf"CONTINUE +'(?!{BLANKS}).*' *(/.*)?")
+NO_LIGHT = re.compile("dark|bias|flat|offset|zero", re.IGNORECASE)  # no IMAGETYP of the sky
+FITS_NUMBER = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)([ED][-+]?\d+)?", re.IGNORECASE)
 
 
-class Keyword(NamedTuple):
-    """A keyword of a picture."""
-    name: str
-    value: str  # as it stands in FITS: 'text', 1.50, T; empty for HISTORY and the like
-    comment: str = ""
+def _header_of(text):
+    """Return the fits.Header whose cards stand in a text without a mark between them."""
+    from astropy.io import fits
+    cards = re.findall(f".{{{FITS_CARD}}}", _printable(text))
+    for number, card in enumerate(cards):
+        if card.startswith("CONTINUE") and not CONTINUED.fullmatch(card):
+            cards[number] = "COMMENT " + card[8:]
+    return fits.Header.fromstring("".join(cards))
 
 
-def _parse_card(card):
-    """Return the Keyword of a card; None if it is malformed."""
-    name = card[:8].rstrip()
-    if name in TEXT_NAMES:
-        return Keyword(name, "", card[8:].rstrip())
-    match = FITS_CARD_WITH_VALUE.fullmatch(card.rstrip())
-    if not match:
-        return None
-    name, long_name, continued, value, comment = match.groups("")
-    return Keyword(name or long_name or continued, value, comment)
+def _value_of_text(text):
+    """Return the value that the text of an XISF keyword stands for; None for an empty one."""
+    if text[:1] == text[-1:] == "'":
+        return text[1:-1].replace("''", "'").rstrip()
+    if text in ("T", "F"):
+        return text == "T"
+    if FITS_NUMBER.fullmatch(text):
+        with suppress(ValueError):
+            return int(text)
+        return float(text.upper().replace("D", "E"))
+    return text or None
 
 
-def _parse_cards(cards):
-    """Return the keywords of cards. Texts over several cards are joined; see `_cards`.
-
-    Malformed cards become COMMENT.
-    """
-    found = []  # of name, the parts of a text, comments
-    for card in cards:
-        keyword = _parse_card(card)
-        goes_on = found and found[-1][1][-1].endswith("&'")
-        if keyword and keyword.name == "CONTINUE" and keyword.value[:1] == "'" and goes_on:
-            _, parts, comments = found[-1]
-            parts[-1] = parts[-1][:-2]
-            parts.append(keyword.value[1:])
-            comments.append(keyword.comment)
-            continue
-        if not keyword or keyword.name == "CONTINUE":
-            keyword = Keyword("COMMENT", "", card.rstrip())
-        found.append((keyword.name, [keyword.value], [keyword.comment]))
-    keywords = []
-    for name, parts, comments in found:
-        value = "".join(parts)
-        if value[:1] == "'":
-            value = value[:-1].rstrip() + "'"
-        keywords.append(Keyword(name, value, " ".join(filter(None, comments))))
-    return keywords
+def _text_of_value(value):
+    """Return the text of an XISF keyword that stands for a value of a fits.Card."""
+    if isinstance(value, bool):
+        return "T" if value else "F"
+    if isinstance(value, str):
+        return "'" + value.replace("'", "''") + "'"
+    return str(value).upper() if isinstance(value, numbers.Number) else ""
 
 
-def _cards(keywords):
-    """Return the cards of keywords. What no card can hold becomes COMMENT."""
-    cards = []
-    for keyword in keywords:
-        if keyword.name in TEXT_NAMES:
-            cards += _cards_of_text(keyword.name, keyword.comment)
-        else:
-            cards += _cards_of_value(keyword)
-    return [_printable(card[:FITS_CARD]).ljust(FITS_CARD) for card in cards]
-
-
-def _cards_of_text(name, text):
-    """Return cards without a value, such as HISTORY, that hold a text."""
-    return [f"{name:8}{line}" for line in _wrapped(text)]
-
-
-def _cards_of_value(keyword):
-    """Return the card of a keyword with a value; a long text needs several."""
-    name, value, comment = keyword
-    start = f"{name:8}= " if FITS_NAME.fullmatch(name) else f"HIERARCH {name} = "
-    room = FITS_CARD - len(start)
-    if "=" not in name and len(value) <= room:
-        value = f"{value:20}" if value.startswith("'") else f"{value:>20}"
-        comment = comment and f" / {comment}"
-        return [start + value + comment]
-    if "=" not in name and value.startswith("'") and room >= SHORTEST_ROOM:
-        return _cards_of_long_text(start, value[1:-1].replace("''", "'"), comment)
-    return _cards_of_text("COMMENT", f"{name} = {value} / {comment}")
-
-
-def _cards_of_long_text(start, text, comment):
-    """Return the cards of a text, the first with this `start`; the comment stands after it.
-
-    fits.Card, which could do that, takes time with the square of the text's length.
-    """
-    width = FITS_CARD - len(start) - len("'&'")
-    if "'" in text:
-        width //= 2  # a quote is written as two, which may not part
-    parts = []
-    for place in range(0, len(text), width):
-        piece = text[place:place + width].replace("'", "''")
-        parts.append((piece, ""))
-    if comment:
-        for line in _wrapped(comment, FITS_CARD - len("CONTINUE  '&' / ")):
-            parts.append(("", f" / {line}"))
-    cards = [f"CONTINUE  '{piece}&'{remark}" for piece, remark in parts[:-1]]
-    piece, remark = parts[-1]
-    cards.append(f"CONTINUE  '{piece}'{remark}")
-    cards[0] = start + cards[0][len("CONTINUE  "):]
-    return cards
-
-
-def _split_cards(text):
-    """Return the cards of a header, which stand in it without a mark between them."""
-    return [text[start:start + FITS_CARD] for start in range(0, len(text), FITS_CARD)]
+def _cards_of(name, value, comment):
+    """Return fits.Cards of a keyword: COMMENT if it cannot be written so that it reads the same."""
+    from astropy.io import fits
+    if name not in TEXT_NAMES:
+        if isinstance(value, str):
+            value = _printable(value)
+        with suppress(ValueError, fits.VerifyError):
+            card = fits.Card(name, value, _printable(comment))
+            image = card.image
+            if BLANKS not in image.rstrip() and fits.Card.fromstring(image).value == card.value:
+                return [card]
+        comment = f"{name} = {_text_of_value(value)} / {comment}"
+        name = "COMMENT"
+    return [fits.Card(name, _printable(line)) for line in _wrapped(comment)]
 
 
 def _printable(text):
@@ -720,93 +615,102 @@ def _printable(text):
     return re.sub("[^ -~]", "?", text)
 
 
-def _wrapped(text, width=HISTORY_COLUMNS):
+def _wrapped(text):
     """Return the lines of a text, which are short enough for HISTORY."""
+    width = HISTORY_COLUMNS
     if len(text) <= width and "\n" not in text:
         return [text]
     return re.findall(rf"\S.{{0,{width - 1}}}(?!\S)|\S{{{width}}}", text)
 
 
-def _changed(keywords, change):
-    """Return keywords in which `change`, (name, value) -> value, has set values anew."""
-    return [keyword._replace(value=change(keyword.name, keyword.value)) for keyword in keywords]
+def _with_history(keywords, history, planes, unit):
+    """Return the header of an output: keywords that are true of these planes, and HISTORY."""
+    header = keywords.copy()
+    header.update(_range_in(header, planes, unit))
+    for line in history:
+        for card in _cards_of("HISTORY", None, line):
+            header.append(card, end=True)
+    return header
 
 
-def _in_unit(unit):
-    """Return a change for `_changed` that brings levels into samples from that Unit."""
-    def change(name, value):
-        if not LEVEL_NAMES.fullmatch(name):
-            return value
-        if name == "BUNIT" and len(value) > 2:
-            return f"'{unit.scale:.9g} {value[1:-1].strip()}'"
-        number = _number(value)
-        return value if number is None else f"{(number - unit.offset) / unit.scale:.9G}"
-    return change
+def _levels_in(values, unit):
+    """Return the keywords of `values`, by name, that tell of levels in a Unit, as [0, 1] has them.
+    """
+    levels = {}
+    for name in LEVEL_NAMES:
+        level = values.get(name)
+        if isinstance(level, numbers.Real):
+            levels[name] = float(f"{(level - unit.offset) / unit.scale:.9g}")
+    name_of_unit = values.get("BUNIT")
+    if isinstance(name_of_unit, str) and name_of_unit:
+        levels["BUNIT"] = f"{unit.scale:.9g} {name_of_unit.strip()}"
+    return levels
 
 
-def _with_range(planes, unit):
-    """Return a change for `_changed` that sets DATAMIN and DATAMAX to those of planes."""
-    def change(name, value):
-        if name not in RANGE_NAMES:
-            return value
-        number = ranges()[RANGE_NAMES.index(name)] * unit.scale + unit.offset
-        return f"{number:.9G}" if math.isfinite(number) else value
-
-    @functools.lru_cache(maxsize=None)  # most pictures do not have them
-    def ranges():
-        lows, highs = zip(*map(_finite_range, planes))
-        return min(lows), max(highs)
-
-    return change
+def _range_in(values, planes, unit):
+    """Return DATAMIN and DATAMAX of planes in a Unit, if `values` has them."""
+    names = [name for name in RANGE_NAMES if name in values]
+    if not names:
+        return {}
+    lows, highs = zip(*map(_finite_range, planes))
+    limits = dict(zip(RANGE_NAMES, (min(lows), max(highs))))
+    if not math.isfinite(limits["DATAMIN"]):
+        return {}
+    return {name: float(f"{limits[name] * unit.scale + unit.offset:.9g}") for name in names}
 
 
-def _upside_down(height, keywords):
-    """Return a change for `_changed` that turns celestial coordinates with the rows.
+def _upside_down(header, height):
+    """Return the keywords that tell of celestial coordinates as they are with the rows turned.
 
     With y' = height + 1 - y, the column of y in the matrix changes its sign, and so do odd powers
     of y in the SIP polynomials, and what they add to y.
     """
-    has_matrix = any(re.match("(CD|PC)2_2", name) for name, *_ in keywords)
-
-    def change(name, value):
-        number = _number(value)
+    turned = {}
+    has_matrix = any(re.match("(CD|PC)2_2", name) for name in header)
+    for name in header:
         match = re.fullmatch(r"(CRPIX2|(?:CD|PC)[12]_2|CDELT2|[AB]P?_\d_(\d))[A-Z]?", name)
-        if not match or number is None:
-            return value
+        if not match or not isinstance(header[name], numbers.Real):
+            continue
+        is_odd = match[2] is None or int(match[2]) % 2 == 1
         if name.startswith("CRPIX"):
-            return f"{height + 1 - number!r}"
-        odd = match[2] is None or int(match[2]) % 2
-        turned = bool(odd) != name.startswith("B")
-        if name.startswith("CDELT"):
-            turned = not has_matrix
-        return f"{-number!r}" if turned else value
-
-    return change
+            turned[name] = height + 1 - header[name]
+        elif name.startswith("CDELT"):
+            turned[name] = header[name] if has_matrix else -header[name]
+        elif is_odd != name.startswith("B"):
+            turned[name] = -header[name]
+    return turned
 
 
-def _number(value):
-    """Return the number that a value stands for, None if it is none."""
-    try:
-        number = float(value.replace("D", "E").replace("d", "e"))
-    except ValueError:
-        return None
-    return int(number) if number.is_integer() else number
-
-
-def _kept(keywords, white, notes):
-    """Return the keywords of FITS or an Astro-TIFF that outputs keep; the others are noted.
+def _kept(header, white, notes, structure=STRUCTURE_NAMES):
+    """Return the keywords of FITS or an Astro-TIFF that outputs keep; those untrue are noted.
 
     Levels of integers, whose largest is `white`, become those of samples in [0, 1].
     """
-    kept, untrue = [], []
-    for keyword in keywords:
-        if STRUCTURE_NAMES.fullmatch(keyword.name):
+    from astropy.io import fits
+    kept, untrue = fits.Header(), []
+    for card in header.cards:
+        if structure.fullmatch(card.keyword):
             continue
-        is_stale = STALE_PIXEL_METADATA.match(f"FITSKeyword {keyword.name}")
-        (untrue if is_stale else kept).append(keyword)
-    _note_untrue([keyword.name for keyword in untrue], notes)
-    _what_keywords_say({name: value for name, value, _ in kept}, notes)
-    return _changed(kept, _in_unit(Unit(white))) if white else kept
+        if STALE_PIXEL_METADATA.match(f"FITSKeyword {card.keyword}"):
+            untrue.append(card.keyword)
+            continue
+        try:
+            card.verify("silentfix")
+            card.value  # raises if it cannot be repaired
+            cards = [card]
+        except fits.VerifyError:
+            cards = []
+            with suppress(fits.VerifyError):
+                cards = _cards_of("COMMENT", None, card.image)
+            if not cards:
+                notes.append(f"loses its malformed keyword {card.keyword}")
+        for sound in cards:
+            kept.append(sound, end=True)
+    _note_untrue(untrue, notes)
+    _what_keywords_say(kept, notes)
+    if white:
+        kept.update(_levels_in(kept, Unit(white)))
+    return kept
 
 
 def _note_untrue(names, notes):
@@ -817,7 +721,7 @@ def _note_untrue(names, notes):
 
 
 def _what_keywords_say(values, notes):
-    """Add to `notes` what keywords (texts by name) tell against a picture as input."""
+    """Add to `notes` what keywords (values by name) tell against a picture as input."""
     for name in ("imageType", "IMAGETYP", "FRAME", "FRAMETYP"):
         kind = str(values.get(name, "")).strip("' ")
         if NO_LIGHT.search(kind) and "light" not in kind.lower():
@@ -826,39 +730,30 @@ def _what_keywords_say(values, notes):
             break
 
 
-def _keywords_of_xisf(source):
-    """Return the keywords of an XISF file, such as FITS can have them."""
-    keywords = []
-    for element in source.root.findall("Image/FITSKeyword"):
-        name = element.get("name", "").strip().upper()
-        value = element.get("value", "").strip()
-        comment = element.get("comment", "")
-        if name in TEXT_NAMES:
-            value, comment = "", comment or value
-        elif not FITS_VALUE.fullmatch(value) or len(value) > HISTORY_COLUMNS:
-            text = value[1:-1].replace("''", "'") if value[:1] == value[-1:] == "'" else value
-            value = "'" + text.replace("'", "''") + "'"
-        if not STRUCTURE_NAMES.fullmatch(name):
-            keywords.append(Keyword(name, value, comment))
-    return keywords
-
-
 def _shared_metadata(source, height):
     """Return what all formats can hold of a file's metadata: keywords, and the color profile.
 
     The keywords are those of a picture whose rows go from the lowest up; there are `height`.
     """
+    from astropy.io import fits
     if source is None:
-        return [], b""
+        return fits.Header(), b""
     if isinstance(source, Source):
-        keywords, icc = _keywords_of_xisf(source), b""
-        with suppress(_Unreadable, AttributeError):  # a damaged profile is lost, not the picture
-            icc = _icc_of_xisf(source)
+        keywords, icc = fits.Header(), _icc_of_xisf(source)
+        for element in source.root.findall("Image/FITSKeyword"):
+            name = element.get("name", "").strip().upper()
+            text = element.get("value", "").strip()
+            comment = element.get("comment", "")
+            if name in TEXT_NAMES:
+                comment = comment or text
+            if not STRUCTURE_NAMES.fullmatch(name):
+                for card in _cards_of(name, _value_of_text(text), comment):
+                    keywords.append(card, end=True)
     else:
-        keywords, icc = source.keywords, source.icc
-    keywords = [keyword for keyword in keywords if keyword.name != ROW_ORDER]
+        keywords, icc = source.keywords.copy(), source.icc
+    keywords.remove(ROW_ORDER, ignore_missing=True, remove_all=True)
     if isinstance(source, FitsSource) and source.top_down:
-        keywords = _changed(keywords, _upside_down(height, keywords))
+        keywords.update(_upside_down(keywords, height))
     return keywords, icc
 
 
@@ -885,26 +780,18 @@ BARE_XISF = "<xisf><Image/><Metadata/></xisf>"
 BLOCK_XISF = (
     '<xisf version="1.0" xmlns="http://www.pixinsight.com/xisf"><Image geometry="{size}:1:1" '
     'sampleFormat="UInt8" location="attachment:{position}:{size}"/><Metadata/></xisf>')
-XISF_CODECS = ("zlib", "lz4", "lz4hc", "zstd")
-SAMPLE_FORMATS = {  # XISF's names, in lower case, and those of NumPy
-    "uint8": "u1", "uint16": "u2", "uint32": "u4", "uint64": "u8", "float32": "f4", "float64": "f8",
-}
+XISF_CODECS = {"zlib": "zlib", "lz4": "lz4", "lz4hc": "lz4", "zstd": "zstd"}  # of imagecodecs
+SAMPLE_FORMATS = ("uint8", "uint16", "uint32", "uint64", "float32", "float64")
 BYTE_ORDERS = {"little": "<", "big": ">"}
 COLOR_CHANNELS = {"gray": 1, "rgb": 3}
-INTERLEAVED = {"planar": False, "normal": True}
 TEXT_DECODERS = {
-    "base64": functools.partial(base64.b64decode, validate=True), "hex": bytes.fromhex,
-}
-CHECKSUMS = {  # XISF's names and those of hashlib
-    "sha-1": "sha1", "sha1": "sha1", "sha-256": "sha256", "sha256": "sha256",
-    "sha-512": "sha512", "sha512": "sha512", "sha3-256": "sha3_256", "sha3-512": "sha3_512",
-}
+    "base64": functools.partial(base64.b64decode, validate=True), "hex": bytes.fromhex}
+CHECKSUMS = ("sha1", "sha256", "sha512", "sha3_256", "sha3_512")  # of hashlib
 
 # Limits that no real file meets
-PART_WEIGHT = 64  # bytes of memory that a tag or an attribute of a header takes, roughly
-MAX_HEADER_WEIGHT = 1 << 24  # of a header: its bytes, and PART_WEIGHT for each of these
+MAX_HEADER = 1 << 24  # bytes
+MAX_HEADER_PARTS = 200_000  # tags and attributes
 MAX_HEADER_DEPTH = 64  # elements inside each other
-MAX_SUBBLOCKS = 10_000  # of one block; writers make a few for each thread
 
 LZ4_LIMIT = 0x7E000000
 """Bytes: the largest LZ4 block. More would need sub-blocks, and PixInsight fails on those of more
@@ -972,23 +859,17 @@ def _read_header(file):
     length = int.from_bytes(start[8:12], "little")
     end = 16 + length
     _require(end <= os.fstat(file.fileno()).st_size, "is cut short: it ends in its header")
-    header = file.read(min(length, MAX_HEADER_WEIGHT + 1))
+    header = file.read(min(length, MAX_HEADER + 1))
     header, _, _ = header.partition(b"\0")  # some writers count padding in
     parts = header.count(b"<") + header.count(b"=")
-    weight = len(header) + PART_WEIGHT * parts
-    _require(weight <= MAX_HEADER_WEIGHT, "has a header too large to be true")
-    return _parse_header(header.decode("utf-8-sig", "replace")), end
-
-
-def _parse_header(text):
-    """Return the root element of a header."""
+    _require(len(header) <= MAX_HEADER and parts <= MAX_HEADER_PARTS,
+             "has a header too large to be true")
+    text = header.decode("utf-8-sig", "replace")
     text = NOT_XML.sub("", text)
     text = NOT_XML_REFERENCE.sub("", text).lstrip()
     entities = re.search("<!(ENTITY|ATTLIST)", text)
     _require(not entities, "declares XML entities, which can hide a memory bomb")
-    content, end, _ = text.rpartition("</xisf>")
-    if end:  # what follows is a signature
-        text = content + end
+    text = re.sub("(?<=</xisf>).*", "", text, flags=re.DOTALL)  # a signature may follow
     builder = ElementTree.TreeBuilder()
     parser = expat.ParserCreate()  # without namespaces, as in PixInsight
     parser.buffer_text = True
@@ -1004,7 +885,7 @@ def _parse_header(text):
     _require(root.tag == "xisf" and version == "1.0", "is not XISF version 1.0")
     deepest = root.find("*/" * MAX_HEADER_DEPTH + "*")
     _require(deepest is None, "has a header nested too deeply to be true")
-    return root
+    return root, end
 
 
 def _value(attributes, name, default=""):
@@ -1034,41 +915,37 @@ def _read_block(element, opened):
     """
     attributes = element.attrib
     method, _, place = _value(attributes, "location").partition(":")
-    if method == "attachment":
-        stored = _read_attached(place, opened)
-    elif method == "embedded":
+    if method == "embedded":
         element = element.find("Data")
         _require(element is not None, "has an embedded data block without data")
         attributes = {**attributes, **element.attrib}
-        stored = _decode_text(element, _value(element.attrib, "encoding", "base64"))
+        place = _value(element.attrib, "encoding", "base64")
+    if method == "attachment":
+        stored = _read_attached(place, opened)
     else:
-        _require(method == "inline", f"has its data elsewhere, at {method!r}",
+        _require(method in ("inline", "embedded"), f"has its data elsewhere, at {method!r}",
                  "save it as one monolithic .xisf file")
-        stored = _decode_text(element, place)
+        decode = _look_up(TEXT_DECODERS, place.lower(), "data in the encoding")
+        digits = "".join((element.text or "").split())
+        try:
+            stored = np.frombuffer(decode(digits), np.uint8)
+        except ValueError:
+            raise _Unreadable(f"has damaged {place} data") from None
     if "checksum" in attributes:
         name, _, expected = _value(attributes, "checksum").lower().partition(":")
-        digest = hashlib.new(_look_up(CHECKSUMS, name, "a checksum of the kind"), stored)
-        matches = digest.hexdigest() == expected
+        name = name.replace("sha-", "sha").replace("-", "_")
+        _require(name in CHECKSUMS, f"has a checksum of the kind {name!r}, which is not read")
+        matches = hashlib.new(name, stored).hexdigest() == expected
         _require(matches, "is damaged: its data do not match their checksum")
     return stored, attributes
-
-
-def _decode_text(element, encoding):
-    """Return the bytes, (n,) uint8, that stand as text in an element."""
-    decode = _look_up(TEXT_DECODERS, encoding.lower(), "data in the encoding")
-    digits = "".join((element.text or "").split())
-    try:
-        return np.frombuffer(decode(digits), np.uint8)
-    except ValueError:
-        raise _Unreadable(f"has damaged {encoding} data") from None
 
 
 def _read_attached(place, opened):
     """Let the `xisf` package read a block, whose `place` is position and size."""
     position, size = _integers(place, 2, "location")
-    missing = position + size - os.fstat(opened.file.fileno()).st_size
+    file_size = os.fstat(opened.file.fileno()).st_size
     _require(position >= opened.header_end, f"has the impossible location {place!r}")
-    _require(missing <= 0, "is cut short: the end of its data is missing")
+    _require(position + size <= file_size, "is cut short: the end of its data is missing")
     opened.bytes_left -= size
     _require(opened.bytes_left >= 0, "has data that overlap with others")
     # The package would fail on many real headers, so a copy of the block gets one that is plain
@@ -1077,8 +954,7 @@ def _read_attached(place, opened):
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "block.xisf")
         with open(path, "wb") as copied:
-            _write_header(copied, header)
-            copied.seek(ALIGNMENT)
+            copied.write(_with_signature(header).ljust(ALIGNMENT, b"\0"))
             copied.write(opened.file.read(size))
             _require(copied.tell() == ALIGNMENT + size, "is cut short: it ends in its data")
         return XISF(path).read_image(0, "channels_first").ravel()
@@ -1102,29 +978,41 @@ def _read_pixels(root, opened):
     if channels > colors:
         opened.warnings.append(f"has {channels - colors} alpha channel(s): dropped")
     sample_format = _value(attributes, "sampleFormat").lower()
-    name = _look_up(SAMPLE_FORMATS, sample_format, "samples of the kind")
-    byte_order = _value(packing, "byteOrder", "little")
-    dtype = np.dtype(_look_up(BYTE_ORDERS, byte_order, "the byte order") + name)
+    _require(sample_format in SAMPLE_FORMATS, f"has samples of the kind {sample_format!r}, "
+             "which is not read", "save it as 32-bit float")
+    order = _look_up(BYTE_ORDERS, _value(packing, "byteOrder", "little"), "the byte order")
+    dtype = np.dtype(sample_format).newbyteorder(order)
     bounds = _read_bounds(attributes, dtype)
     storage = _value(attributes, "pixelStorage", "Planar").lower()
-    interleaved = _look_up(INTERLEAVED, storage, "its samples in the order")
-    together = channels if interleaved else 1
+    _require(storage in ("planar", "normal"), f"has samples in the unknown order {storage!r}")
     data = _unpack(stored, packing, math.prod(geometry) * dtype.itemsize)
-    rows = data.view(dtype).reshape(-1, width, together)
+    samples = data.view(dtype)
+    if storage == "normal":
+        samples = samples.reshape(height, width, channels)
+        samples = np.moveaxis(samples, 2, 0)
+    else:
+        samples = samples.reshape(channels, height, width)
     lower, upper = bounds
     white = None if bounds == (0, 1) else upper - lower
-    planes = _read_planes(lambda start, stop: rows[start:stop], dtype, (colors, height, width),
-                          together, white, zero=-lower)
+    planes = _planes_of(samples[:colors], white, zero=-lower)
     mark = _leave_out_marks(planes, opened.warnings)
     below, above = np.sum([_clip(plane) for plane in planes], 0)
     if below or above:
         opened.warnings.append(f"has {below} samples below and {above} above its bounds "
                                f"{lower:g}:{upper:g}: clipped")
     if bounds != (0, 1):
-        change = _in_unit(Unit(upper - lower, lower))
-        for keyword in images[0].findall("FITSKeyword"):
-            keyword.set("value", change(keyword.get("name", ""), keyword.get("value", "")))
+        unit = Unit(upper - lower, lower)
+        _change_keywords(images[0], lambda values: _levels_in(values, unit))
     return planes, mark
+
+
+def _change_keywords(image, change):
+    """Set keywords of an Image anew: those, value by name, that `change` makes of all."""
+    keywords = {keyword.get("name"): keyword for keyword in image.findall("FITSKeyword")}
+    values = {name: _value_of_text(keyword.get("value", ""))
+              for name, keyword in keywords.items()}
+    for name, value in change(values).items():
+        keywords[name].set("value", _text_of_value(value))
 
 
 def _read_bounds(attributes, dtype):
@@ -1133,13 +1021,11 @@ def _read_bounds(attributes, dtype):
     if dtype.kind == "u":
         lowest, highest = 0, 2.0 ** (8 * dtype.itemsize) - 1
     text = _value(attributes, "bounds", f"0:{highest}")
-    try:
+    with suppress(ValueError):
         lower, upper = sorted(map(float, text.split(":", 2)[:2]))
-    except ValueError:
-        lower = upper = math.nan
-    possible = lowest <= lower < upper <= highest and upper - lower < math.inf
-    _require(possible, f"has no or impossible bounds, its black and white: {text!r}")
-    return lower, upper
+        if lowest <= lower < upper <= highest and upper - lower < math.inf:
+            return lower, upper
+    raise _Unreadable(f"has no or impossible bounds, its black and white: {text!r}")
 
 
 def _unpack(stored, attributes, size=None):
@@ -1147,24 +1033,23 @@ def _unpack(stored, attributes, size=None):
 
     That is checked before memory is taken that the stored bytes do not vouch for.
     """
-    codec, unpacked_size, item = None, stored.size, 1
-    if "compression" in attributes:
-        text = _value(attributes, "compression").lower()
-        match = XISF_COMPRESSION.fullmatch(text)
-        complete = match and (match["item"] or not match["shuffled"])
-        _require(complete, f"is compressed in the unknown way {text!r}")
-        codec, unpacked_size = match["codec"], int(match["size"])
-        item = int(match["item"]) if match["shuffled"] else 1
+    text = _value(attributes, "compression").lower()
+    packing = XISF_COMPRESSION.fullmatch(text)
+    complete = packing and (packing["item"] or not packing["shuffled"])
+    _require(complete or "compression" not in attributes,
+             f"is compressed in the unknown way {text!r}")
+    unpacked_size = int(packing["size"]) if packing else stored.size
     _require(size in (None, unpacked_size),
              f"is damaged: its data hold {unpacked_size} bytes, its samples need {size}")
-    if codec is None:
+    if not packing:
         return stored
-    _check_expansion(codec, XISF_CODECS, unpacked_size, stored.size)
-    sizes = [stored.size, unpacked_size]  # of each piece, as stored and unpacked
+    # Of each piece, the size as stored and unpacked
+    text = f"{stored.size}:{unpacked_size}"
     if "subblocks" in attributes:
         text = _value(attributes, "subblocks").replace(",", ":")
-        count = min(1 + text.count(":"), 2 * MAX_SUBBLOCKS)
-        sizes = _integers(text, count, "list of sub-blocks")
+    count = 1 + text.count(":")
+    _check_claims(packing["codec"], XISF_CODECS, unpacked_size, stored.size, count)
+    sizes = _integers(text, count, "list of sub-blocks")
     stored_sizes, unpacked_sizes = sizes[::2], sizes[1::2]
     consistent = len(sizes) % 2 == 0 and 0 not in sizes
     totals = sum(stored_sizes), sum(unpacked_sizes)
@@ -1174,32 +1059,28 @@ def _unpack(stored, attributes, size=None):
     start = position = 0
     for piece_size, size in zip(stored_sizes, unpacked_sizes):
         piece = stored[start:start + piece_size]
-        unpacked[position:position + size] = _decompress(piece, codec, size)
+        _decompress(piece, packing["codec"], unpacked[position:position + size])
         start += piece_size
         position += size
     # Byte 0 of every item, then byte 1 of every item, and so on; behind them what is no item
+    item = int(packing["item"]) if packing["shuffled"] else 1
     end = unpacked_size // item * item
     unpacked[:end] = unpacked[:end].reshape(item, -1).T.ravel()
     return unpacked
 
 
-def _decompress(stored, codec, size):
-    """Return the `size` bytes in stored ones; never expand further."""
-    if stored.size == size:  # what does not shrink is stored as it was
-        return stored
-    with suppress(ValueError, zlib.error, zstandard.ZstdError, lz4.block.LZ4BlockError):
-        if codec == "zlib":
-            decoder = zlib.decompressobj()
-            data = decoder.decompress(stored, size + 1)
-            _require(decoder.eof, NOT_DECODED)  # the stream's own checksum stands at its end
-        elif codec == "zstd":  # would be expanded to what it claims
-            _require(zstandard.frame_content_size(stored) == size, NOT_DECODED)
-            data = zstandard.ZstdDecompressor().decompress(stored)
-        else:
-            data = lz4.block.decompress(stored, size)
-        _require(len(data) == size, NOT_DECODED)
-        return np.frombuffer(data, np.uint8)
-    raise _Unreadable(NOT_DECODED)
+def _decompress(stored, codec, unpacked):
+    """Decompress bytes into `unpacked`, (n,) uint8, which they must fill."""
+    import imagecodecs
+    if stored.size == unpacked.size:  # what does not shrink is stored as it was
+        unpacked[:] = stored
+        return
+    decode = getattr(imagecodecs, XISF_CODECS[codec] + "_decode")
+    try:
+        filled = decode(stored, out=unpacked)
+    except Exception as error:  # each codec has its own
+        raise _Unreadable(NOT_DECODED) from error
+    _require(len(filled) == unpacked.size, NOT_DECODED)
 
 
 def _clip(plane):
@@ -1219,7 +1100,7 @@ def _clip(plane):
 
 def _read_source(root, opened):
     """Return the Source; what cannot be carried over is left out and named in the warnings."""
-    image = root.find("Image")
+    image, *others = root.findall("Image")
     keywords = {element.get("name"): element.get("value")
                 for element in image.findall("FITSKeyword")}
     _what_keywords_say({**keywords, **image.attrib}, opened.warnings)
@@ -1229,21 +1110,20 @@ def _read_source(root, opened):
     for name in STALE_IMAGE_ATTRIBUTES:
         image.attrib.pop(name, None)
     image.text = image.tail = None  # pixels, if they stood there
-    others = [child for child in root if child.tag not in ("Image", "Metadata", "Signature")]
-    blocks = {}
-    kept, untrue, lost = [], [], []
-    for elements in (image, others, root.findall("Metadata/Property")):
-        kept.append([element for element in elements
-                     if _is_kept(element, blocks, opened, untrue, lost)])
+    metadata = ElementTree.Element("Metadata")
+    metadata.extend(root.findall("Metadata/Property"))
+    for element in [*others, *root.findall("Metadata"), *root.findall("Signature")]:
+        root.remove(element)
+    root.append(metadata)
+    blocks, untrue, lost = {}, [], []
+    for parent in (image, metadata, root):
+        parent[:] = [element for element in parent if element in (image, metadata)
+                     or _is_kept(element, blocks, opened, untrue, lost)]
     if lost:
         opened.warnings.append(f"loses {len(lost)} element(s): {', '.join(lost)[:300]}")
     _note_untrue(untrue, opened.warnings)
-    metadata = ElementTree.Element("Metadata")
-    image[:], others, metadata[:] = kept
-    namespaces = {name: root.get(name) for name in root.keys() if name.startswith("xmlns:")}
-    new_root = ElementTree.Element("xisf", namespaces)
-    new_root[:] = [image, *others, metadata]
-    return Source(new_root, blocks)
+    root.text = None
+    return Source(root, blocks)
 
 
 def _is_kept(element, blocks, opened, untrue, lost):
@@ -1275,28 +1155,34 @@ def _is_kept(element, blocks, opened, untrue, lost):
 def _icc_of_xisf(source):
     """Return the color profile of an XISF file, b"" without one."""
     element = source.root.find("Image/ICCProfile")
-    if element is None:
-        return b""
-    block = source.blocks.get(element.get("location"))
-    if block is None:  # it stands in the header
-        return bytes(_unpack(*_read_block(element, opened=None)))
-    return bytes(_unpack(np.frombuffer(block, np.uint8), element.attrib))
+    with suppress(_Unreadable, AttributeError):  # a damaged profile is lost, not the picture
+        block = source.blocks.get(element.get("location"))
+        if block is None:  # it stands in the header
+            return bytes(_unpack(*_read_block(element, opened=None)))
+        stored = np.frombuffer(block, np.uint8)
+        return bytes(_unpack(stored, element.attrib))
+    return b""
 
 
-def write_xisf(file, planes, source=None, history=(), compress=False):
+def write_xisf(file, planes, source=None, history=(), compress=False, unit=Unit()):
     """Write a picture as a monolithic XISF file.
 
     Args:
         file: binary, writable, seekable, empty.
         planes: (c, h, w), c = 1 or 3, float32 or float64 in [0, 1]; an array, or anything with
             `shape` and `dtype` that yields one (h, w) plane after the other.
-        source: a Source, whose metadata are kept. It is not changed.
+        source: of a picture, whose metadata are kept. It is not changed.
         history: lines, which become HISTORY keywords.
         compress: lz4hc with byte shuffling, or zstd where PixInsight would not read that.
+        unit: the picture's own, which HISTORY tells: the samples stay in [0, 1].
 
     Compressed pixels get a checksum.
     """
-    source = source or Source(ElementTree.XML(BARE_XISF), {})
+    if not isinstance(source, Source):
+        source = _to_xisf_source(source, planes.shape[1], unit)
+    if unit[:2] != Unit()[:2]:
+        line = f"bgoptimizer: the picture's own unit is sample * {unit.scale:.17g}"
+        history = [*history, f"{line} {unit.offset:+.17g}"]
     root = _new_header(planes, source, history)
     image = root.find("Image")
     item = planes.dtype.itemsize
@@ -1306,7 +1192,8 @@ def write_xisf(file, planes, source=None, history=(), compress=False):
         codec, packed = _compress(planes)
         if len(packed) < size:
             image.set("compression", f"{codec}+sh:{size}:{item}")
-            image.set("checksum", f"sha1:{hashlib.sha1(packed).hexdigest()}")
+            digest = hashlib.sha1(packed).hexdigest()
+            image.set("checksum", f"sha1:{digest}")
             pieces = [packed]
             size = len(packed)
     sizes = {location: len(block) for location, block in source.blocks.items()}
@@ -1319,12 +1206,34 @@ def write_xisf(file, planes, source=None, history=(), compress=False):
         file.write(piece)
         del piece  # before the next plane is made
     file.seek(0)
-    _write_header(file, XML_DECLARATION + _markup(root))
+    file.write(_with_signature(_markup(root)))
 
 
-def _write_header(file, header):
-    """Write the start of a file, up to the end of its header."""
-    file.write(b"XISF0100" + len(header).to_bytes(4, "little") + bytes(4) + header)
+def _to_xisf_source(source, height, unit):
+    """Return a Source that holds what XISF can hold of another one, or nothing."""
+    root = ElementTree.XML(BARE_XISF)
+    if source is None:
+        return Source(root, {})
+    with _silence():
+        keywords, icc = _shared_metadata(source, height)
+        if unit != Unit():
+            keywords.update(_levels_in(keywords, unit))
+    image = root.find("Image")
+    for card in keywords.cards:
+        text, comment = _text_of_value(card.rawvalue), card.comment
+        if card.keyword in TEXT_NAMES:
+            text, comment = "", card.value
+        ElementTree.SubElement(
+            image, "FITSKeyword", name=card.rawkeyword, value=text, comment=comment)
+    if not icc:
+        return Source(root, {})
+    ElementTree.SubElement(image, "ICCProfile", location="icc")
+    return Source(root, {"icc": icc})
+
+
+def _with_signature(header):
+    """Return the start of a file, up to the end of its header."""
+    return b"XISF0100" + len(header).to_bytes(4, "little") + bytes(4) + header
 
 
 def _in_file_order(plane):
@@ -1341,20 +1250,15 @@ def _new_header(planes, source, history):
     image.attrib.update(
         geometry=f"{width}:{height}:{channels}", sampleFormat=planes.dtype.name.capitalize(),
         bounds="0:1", location="pixels", colorSpace="RGB" if channels == 3 else "Gray")
-    lines = []
     for line in history:
-        lines += _wrapped(line)
-    for line in lines:
-        ElementTree.SubElement(image, "FITSKeyword", name="HISTORY", value="", comment=line)
-    change = _with_range(planes, Unit())
+        for part in _wrapped(line):
+            ElementTree.SubElement(image, "FITSKeyword", name="HISTORY", value="", comment=part)
+    _change_keywords(image, lambda values: _range_in(values, planes, Unit()))
     for keyword in image.findall("FITSKeyword"):  # strict readers want all attributes
-        keyword.set("value", change(keyword.get("name"), keyword.get("value", "")))
+        keyword.attrib.setdefault("value", "")
         keyword.attrib.setdefault("comment", "")
-    for element in image.findall("Property[@id='Processing:History']"):
-        if "location" not in element.attrib:  # the specification wants it kept and appended to
-            element.text = "\n".join([element.text or "", *lines])
-    metadata = root.find("Metadata")
     now = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+    metadata = root.find("Metadata")
     ElementTree.SubElement(
         metadata, "Property", id="XISF:CreationTime", type="TimePoint", value=now)
     creator = ElementTree.SubElement(
@@ -1365,6 +1269,7 @@ def _new_header(planes, source, history):
 
 def _compress(planes):
     """Return the codec, and the compressed planes: byte 0 of every sample, then byte 1, ..."""
+    import imagecodecs
     channels, height, width = planes.shape
     item = planes.dtype.itemsize
     shuffled = np.empty((item, channels, height * width), np.uint8)
@@ -1372,9 +1277,8 @@ def _compress(planes):
         samples = _in_file_order(plane).view(np.uint8)  # (h, w * item)
         shuffled[:, channel] = samples.reshape(-1, item).T
     if shuffled.size > LZ4_LIMIT:
-        return "zstd", zstandard.ZstdCompressor(threads=-1).compress(shuffled)
-    packed = lz4.block.compress(shuffled, mode="high_compression", store_size=False)
-    return "lz4hc", packed
+        return "zstd", imagecodecs.zstd_encode(shuffled)
+    return "lz4hc", imagecodecs.lz4_encode(shuffled, hc=True)
 
 
 def _place_blocks(root, sizes):
@@ -1384,7 +1288,7 @@ def _place_blocks(root, sizes):
     """
     places = [element for element in root.iter() if element.get("location") in sizes]
     # The header stands first, and what is filled in makes it longer: by less than 64 bytes each
-    end = 16 + len(XML_DECLARATION) + len(_markup(root)) + 64 * len(places)
+    end = len(_with_signature(_markup(root))) + 64 * len(places)
     positions = {}
     for element in places:
         location = element.get("location")
@@ -1399,45 +1303,42 @@ def _place_blocks(root, sizes):
 
 
 def _markup(element):
-    """Return an element as it is written."""
+    """Return a header as it is written."""
     text = ElementTree.tostring(element, encoding="unicode")
     text = NOT_XML.sub("", text)
     # Parsers would turn a bare carriage return or tab into something else
-    return text.replace("\r", "&#13;").replace("\t", "&#9;").encode()
+    return XML_DECLARATION + text.replace("\r", "&#13;").replace("\t", "&#9;").encode()
 
 
 # --------------------------------------------------------------------------------------------------
 # Pictures on disk: FITS
 #
-# Headers are read and written card by card, so that what is malformed or strange costs neither
-# time nor the picture. astropy packs and unpacks compressed pictures.
+# astropy parses and makes headers, and packs and unpacks compressed pictures. Where the parts of a
+# file begin and end is found here: astropy is slow with many of them, and trusts what they claim.
 # The FITS standard: https://fits.gsfc.nasa.gov/fits_standard.html.
 # --------------------------------------------------------------------------------------------------
 
 FITS_BLOCK = 2880  # bytes: headers and data fill whole blocks
-END_CARD = "END".ljust(FITS_CARD)
+WHOLE_HEADER = re.compile(rb"(?:(?!END {77}).{80})*END {77}", re.DOTALL)
 ROW_ORDER = "ROWORDER"  # says which row is the first: the lowest, unless it is 'TOP-DOWN'
 
 FITS_TYPES = {8: "u1", 16: "i2", 32: "i4", 64: "i8", -32: "f4", -64: "f8"}  # by BITPIX
 # PLIO_1 is for masks, and cfitsio's files with 16 bits of it come out wrong
 FITS_CODECS = ("RICE_1", "RICE_ONE", "GZIP_1", "GZIP_2", "HCOMPRESS_1", "NOCOMPRESS")
-# Settings of the decoders, and what they can be; with others they write where they must not
-FITS_CODEC_SETTINGS = {"BLOCKSIZE": (16, 32), "BYTEPIX": (1, 2, 4), "ZDITHER0": range(1, 10_001)}
 # Keywords of the table in which a compressed picture stands
 FITS_TABLE = re.compile(
-    r"TFIELDS|THEAP|T(TYPE|FORM|UNIT|NULL|SCAL|ZERO|DIM|DISP)\d+"
+    STRUCTURE_NAMES.pattern + r"|TFIELDS|THEAP|T(TYPE|FORM|UNIT|NULL|SCAL|ZERO|DIM|DISP)\d+"
     r"|Z(IMAGE|TENSION|BITPIX|NAXIS\d*|TILE\d+|CMPTYPE|NAME\d+|VAL\d+|SIMPLE|EXTEND|PCOUNT|GCOUNT"
     "|HECKSUM|DATASUM|MASKCMP|BLANK|QUANTIZ|DITHER0|SCALE|ZERO)")
-COMPRESSED_NAME = "'COMPRESSED_IMAGE'"  # EXTNAME of such a table, if the picture has none
+COMPRESSED_NAME = "COMPRESSED_IMAGE"  # EXTNAME of such a table, if the picture has none
 
-MAX_PARTS = 1000  # HDUs of a file, and
-MAX_FITS_CARDS = 20_000  # cards of a header; no real file has more
+MAX_PARTS = 1000  # HDUs of a file
 
 
 @dataclass
 class FitsSource:
     """What a FITS file has besides its pixels."""
-    keywords: list  # of Keyword, without those that the pixels decide
+    keywords: Any  # fits.Header, without what the pixels decide
     before: bytes = b""  # HDUs in front of the picture; empty if it is the first
     after: bytes = b""  # HDUs behind it
     icc: bytes = b""  # color profile; it also stands in one of the HDUs
@@ -1459,32 +1360,38 @@ def read_fits(path):
         number = pictures[0]
         part = parts[number]
         header = part.header
-        shape, together = _fits_layout(part.shape)
-        bits = header.get("ZBITPIX" if part.packed else "BITPIX")
+        bits = header["ZBITPIX" if part.packed else "BITPIX"]
         _require(bits in FITS_TYPES, f"has the impossible BITPIX {bits!r}")
         dtype = np.dtype(">" + FITS_TYPES[bits])
-        size = math.prod(shape) * dtype.itemsize
+        shape = part.shape
+        lengths = " x ".join(map(str, shape[::-1][:8]))
+        is_color = len(shape) == 3 and 3 in shape[::2]
+        _require(is_color or len(shape) == 2, f"is a picture of {lengths}, neither gray nor RGB",
+                 "save its planes as pictures of their own")
         if part.packed:
-            _check_fits_tiles(part, size)
-        step, zero = _fits_scale(header)
+            _check_fits_tiles(part, math.prod(shape) * dtype.itemsize)
+        step, zero = header.get("BSCALE", 1), header.get("BZERO", 0)
+        _require(step and np.isfinite([step, zero]).all(), "has an impossible BSCALE or BZERO")
         blank = header.get("BLANK") if dtype.kind != "f" else None
         white = _white(dtype, step, zero)
         source = _read_fits_source(file, parts, number, white, notes)
-        if shape[0] == 1 and ("BAYERPAT" in header or "COLORTYP" in header):
-            notes.append("seems to be a color filter mosaic: if it is, debayer it first")
         position = None if part.packed else part.data
-        with _stream_of("fits", file, number, position, dtype, size) as stream:
-            rows = _rows_of(stream, dtype, (shape[2], together))
-            planes = _read_planes(rows, dtype, shape, together, white, step, zero, blank,
-                                  flip=not source.top_down)
+        samples = _samples("fits", file, number, position, dtype, shape)
+        if samples.ndim == 2:
+            samples = samples[None]
+        elif len(samples) != 3:
+            samples = np.moveaxis(samples, 2, 0)
+        if len(samples) == 1 and ("BAYERPAT" in header or "COLORTYP" in header):
+            notes.append("seems to be a color filter mosaic: if it is, debayer it first")
+        if not source.top_down:
+            samples = samples[:, ::-1]
+        planes = _planes_of(samples, white, step, zero, blank)
         return _picture(planes, white, source, notes, path)
 
 
 class _FitsPart(NamedTuple):
     """An HDU: a header and its data."""
-    cards: list  # of str
-    keywords: list  # of Keyword
-    header: dict  # numbers, and texts in capitals, by keyword; of repeated ones the first
+    header: Any  # fits.Header
     start: int  # byte at which the header starts
     data: int  # byte at which the data start
     length: int  # bytes of the data
@@ -1501,7 +1408,9 @@ def _read_fits_parts(file, notes):
     while position < size:
         try:
             _require(len(parts) < MAX_PARTS, "has too many parts to be true")
-            part = _read_fits_part(file, position, size)
+            part = _read_fits_part(file, position)
+            complete = 0 <= part.length and part.data + part.length <= size
+            _require(complete, "is cut short: the end of its data is missing")
         except Exception:
             if not any(part.shape for part in parts):
                 raise
@@ -1512,27 +1421,20 @@ def _read_fits_parts(file, notes):
     return parts
 
 
-def _read_fits_part(file, position, size):
-    """Return the HDU at a position in a file of so many bytes."""
-    cards = _read_fits_cards(file, position)
-    start_of_data = file.tell()
-    names = [card[:8].rstrip() for card in cards]
-    _require("XTENSION" not in names[1:] and names.count("BITPIX") <= 1,
-             "is damaged: a header without END runs into the next")
-    for name, card in zip(names, cards):
-        damaged = STRUCTURE_NAMES.fullmatch(name) and not _parse_card(card)
-        _require(not damaged, f"has the damaged card {_printable(card).rstrip()!r}")
-    keywords = _parse_cards(cards)
-    header = {}
-    for name, value, _ in keywords:
-        number = _number(value)
-        header.setdefault(name, value.strip("' ").upper() if number is None else number)
-    bits = header.get("BITPIX")
-    _require(bits in FITS_TYPES, f"has the impossible BITPIX {bits!r}")
+def _read_fits_part(file, position):
+    """Return the HDU at a position."""
+    file.seek(position)
+    whole = WHOLE_HEADER.match(file.read(MAX_FITS_CARDS * FITS_CARD))
+    _require(whole, "is cut short: a header has no end")
+    header = _header_of(whole[0].decode("latin-1"))
+    is_one = header.count("BITPIX") == 1 and "XTENSION" not in list(header)[1:]
+    _require(is_one, "is damaged: a header without END runs into the next")
+    data = position + _whole_blocks(len(whole[0]))
     shape = _fits_axes(header)
     samples = math.prod(shape) if shape else 0
-    length = abs(bits) // 8 * (samples + header.get("PCOUNT", 0)) * header.get("GCOUNT", 1)
-    packed = header.get("ZIMAGE") == "T"
+    item = abs(header["BITPIX"]) // 8
+    length = item * (samples + header.get("PCOUNT", 0)) * header.get("GCOUNT", 1)
+    packed = header.get("ZIMAGE") is True
     if packed:
         shape = _fits_axes(header, "Z")
     elif header.get("XTENSION", "IMAGE") != "IMAGE":
@@ -1541,85 +1443,36 @@ def _read_fits_part(file, position, size):
         shape = shape[1:]
     if len(shape) < 2 or 0 in shape:
         shape = []
-    complete = length >= 0 and start_of_data + length <= size
-    _require(complete, "is cut short: the end of its data is missing")
-    padding = -length % FITS_BLOCK
-    end = start_of_data + length + padding
-    return _FitsPart(
-        cards, keywords, header, position, start_of_data, length, end, shape, packed)
-
-
-def _read_fits_cards(file, position):
-    """Return the cards of the header at a position, and leave the file behind its last block."""
-    file.seek(position)
-    cards = []
-    while END_CARD not in cards[-FITS_BLOCK // FITS_CARD:]:
-        block = file.read(FITS_BLOCK)
-        _require(len(block) == FITS_BLOCK, "is cut short: a header has no end")
-        cards += _split_cards(block.decode("latin-1"))
-        _require(len(cards) <= MAX_FITS_CARDS, "has a header too large to be true")
-    return cards[:cards.index(END_CARD)]
+    end = data + _whole_blocks(length)
+    return _FitsPart(header, position, data, length, end, shape, packed)
 
 
 def _fits_axes(header, prefix=""):
     """Return the lengths of the axes, the last named first, as NumPy has them."""
-    count = header.get(prefix + "NAXIS")
+    count = header[prefix + "NAXIS"]
     _require(count in range(1000), f"has the impossible {prefix}NAXIS {count!r}")
-    axes = []
-    for number in range(count, 0, -1):
-        name = f"{prefix}NAXIS{number}"
-        length = header.get(name)
-        possible = isinstance(length, int) and length >= 0
-        _require(possible, f"has the impossible {name} {length!r}")
-        axes.append(length)
+    axes = [header[f"{prefix}NAXIS{number}"] for number in range(count, 0, -1)]
+    possible = all(isinstance(length, int) and length >= 0 for length in axes)
+    _require(possible, f"has the impossible axes {axes}")
     return axes
 
 
-def _fits_scale(header):
-    """Return what the stored samples are multiplied with, and what is added then."""
-    scale = header.get("BSCALE", 1), header.get("BZERO", 0)
-    for name, number in zip(("BSCALE", "BZERO"), scale):
-        possible = isinstance(number, (int, float)) and math.isfinite(number)
-        _require(possible, f"has the impossible {name} {number!r}")
-    _require(scale[0] != 0, "has the impossible BSCALE 0")
-    return scale
-
-
-def _fits_layout(shape):
-    """Return the shape of the planes (c, h, w), and how many samples of a pixel stand together."""
-    if len(shape) == 2:
-        return (1, *shape), 1
-    if len(shape) == 3 and shape[0] == 3:
-        return tuple(shape), 1
-    if len(shape) == 3 and shape[2] == 3:
-        return (3, *shape[:2]), 3
-    lengths = " x ".join(map(str, shape[::-1][:8]))
-    raise _Unreadable(f"is a picture of {lengths}, neither gray nor RGB",
-                      "save its planes as pictures of their own")
-
-
 def _check_fits_tiles(part, size):
-    """Refuse a compressed picture of so many bytes that lies about its size or its settings."""
+    """Refuse a compressed picture of so many bytes that lies about its size.
+
+    astropy makes up what is missing, and takes any ZDITHER0 for a place in a table.
+    """
     header = part.header
-    _check_expansion(header.get("ZCMPTYPE"), FITS_CODECS, size, part.length)
-    settings = {"ZDITHER0": header.get("ZDITHER0", 1)}
-    for name in header:
-        if name.startswith("ZNAME"):
-            setting = header[name]
-            settings[setting] = header.get(name.replace("NAME", "VAL"))
-    for name, possible in FITS_CODEC_SETTINGS.items():
-        value = settings.get(name, possible[0])
-        _require(value in possible, f"has the impossible {name} {value!r}")
-    _require(header.get("TFIELDS") in range(1000), "has too many columns to be true")
-    tiles = 1
-    axes = _fits_axes(header, "Z")
-    for number, length in enumerate(reversed(axes), 1):
-        name = f"ZTILE{number}"
-        usual = length if number == 1 else 1
-        side = header.get(name, usual)
-        _require(isinstance(side, int) and side > 0, f"has the impossible {name} {side!r}")
-        tiles *= math.ceil(length / side)
-    _require(tiles == header["NAXIS2"] <= MAX_TILES, "has another number of tiles than it claims")
+    tiles = header["NAXIS2"]
+    _check_claims(header.get("ZCMPTYPE"), FITS_CODECS, size, part.length, tiles)
+    seed = header.get("ZDITHER0", 1)
+    _require(seed in range(1, 10_001), f"has the impossible ZDITHER0 {seed!r}")
+    _require(header["TFIELDS"] in range(1000), "has too many columns to be true")
+    needed = 1
+    for number, length in enumerate(reversed(_fits_axes(header, "Z")), 1):
+        side = header.get(f"ZTILE{number}", length if number == 1 else 1)
+        needed *= math.ceil(length / side)
+    _require(tiles == needed, "has another number of tiles than it needs")
 
 
 def _read_fits_source(file, parts, number, white, notes):
@@ -1628,14 +1481,12 @@ def _read_fits_source(file, parts, number, white, notes):
     Levels of integers, whose largest is `white`, become those of samples in [0, 1].
     """
     part = parts[number]
-    keywords = part.keywords
-    if part.packed:
-        keywords = [keyword for keyword in keywords if not FITS_TABLE.fullmatch(keyword.name)
-                    and keyword[:2] != ("EXTNAME", COMPRESSED_NAME)]
-    keywords = _kept(keywords, white, notes)
+    keywords = _kept(part.header, white, notes, FITS_TABLE if part.packed else STRUCTURE_NAMES)
+    if part.packed and keywords.get("EXTNAME") == COMPRESSED_NAME:
+        keywords.remove("EXTNAME")
     file.seek(0)
     before = file.read(part.start)
-    first_names = {keyword.name for keyword in parts[0].keywords}.difference(TEXT_NAMES)
+    first_names = set(parts[0].header).difference(TEXT_NAMES)
     says_nothing = all(map(STRUCTURE_NAMES.fullmatch, first_names))
     if part.packed and number == 1 and says_nothing:
         before = b""  # it is there because a compressed picture cannot be the first
@@ -1643,45 +1494,44 @@ def _read_fits_source(file, parts, number, white, notes):
     after = file.read(parts[-1].end - part.end)
     icc = b""
     for other in parts:
-        if other.header.get("EXTNAME") == "ICCPROFILE":
+        if str(other.header.get("EXTNAME")).upper() == "ICCPROFILE":
             file.seek(other.data)
             icc = file.read(other.length)
-    top_down = part.header.get(ROW_ORDER) == "TOP-DOWN"
+    top_down = str(keywords.get(ROW_ORDER)).strip().upper() == "TOP-DOWN"
     return FitsSource(keywords, before, _padded(after), icc, top_down)
+
+
+def _whole_blocks(length):
+    """Return how many bytes the blocks have that so many bytes fill."""
+    return FITS_BLOCK * math.ceil(length / FITS_BLOCK)
 
 
 def _padded(data, filling=b"\0"):
     """Return bytes that fill whole blocks."""
-    return data + filling * (-len(data) % FITS_BLOCK)
+    return data.ljust(_whole_blocks(len(data)), filling)
 
 
-def _fits_header(cards):
-    """Return the bytes of a header."""
-    text = "".join([*cards, END_CARD])
-    return _padded(text.encode("ascii"), b" ")
+def _structure(shape, dtype, is_first=True):
+    """Return the header that an image of this shape begins with, as the first HDU or another."""
+    from astropy.io import fits
+    kind = fits.PrimaryHDU if is_first else fits.ImageHDU
+    return kind(np.broadcast_to(np.zeros((), dtype), shape)).header
 
 
-def _structure_cards(is_first, bits, axes):
-    """Return the cards that a header begins with: of the first HDU, or of an image extension."""
-    values = {"BITPIX": bits, "NAXIS": len(axes)}
-    for number, length in enumerate(reversed(axes), 1):
-        values[f"NAXIS{number}"] = length
-    if is_first:
-        values = {"SIMPLE": "T", **values, "EXTEND": "T"}
-    else:
-        values = {"XTENSION": "'IMAGE   '", **values, "PCOUNT": 0, "GCOUNT": 1}
-    return _cards(Keyword(name, str(value)) for name, value in values.items())
+def _header_text(structure, keywords):
+    """Return the cards of a header, which stand in it without a mark between them."""
+    return structure.tostring(endcard=False, padding=False) + keywords.tostring(padding=False)
 
 
 def _to_fits_source(source, height):
     """Return a FitsSource that holds what FITS can hold of another one."""
+    from astropy.io import fits
     keywords, icc = _shared_metadata(source, height)
     after = b""
     if icc:
-        cards = _structure_cards(False, 8, [len(icc)])
-        cards += _cards([Keyword("EXTNAME", "'ICCProfile'")])
-        after = _fits_header(cards) + _padded(icc)
-    keywords.append(Keyword(ROW_ORDER, "'BOTTOM-UP'"))
+        extension = fits.ImageHDU(np.frombuffer(icc, np.uint8), name="ICCProfile")
+        after = extension.header.tostring().encode() + _padded(icc)
+    keywords[ROW_ORDER] = "BOTTOM-UP"
     return FitsSource(keywords, after=after, icc=icc)
 
 
@@ -1691,50 +1541,45 @@ def write_fits(file, planes, source=None, history=(), compress=False, unit=Unit(
     All keywords of a FITS source are written, and its other HDUs too. `compress` makes a
     compressed image (GZIP_2, nothing is lost), with the ending .fits all the same.
     """
-    if not isinstance(source, FitsSource):
-        source = _to_fits_source(source, planes.shape[1])
-    cards = _cards(_changed(source.keywords, _with_range(planes, unit)))
-    if len(cards) > MAX_KEPT_CARDS:
-        lost = len(cards) - MAX_KEPT_CARDS
-        logger.warning(f"{lost} lines of FITS keywords are lost: a header has no room for them")
-    cards = cards[:MAX_KEPT_CARDS] + _cards(Keyword("HISTORY", "", line) for line in history)
-    file.write(source.before)
     data = np.empty(planes.shape, planes.dtype.newbyteorder(">"))
-    stored = data if source.top_down else data[:, ::-1]
-    one_by_one = iter(planes)
-    for target in stored:
-        target[...] = _in_own_unit(next(one_by_one), unit)
-    if len(data) == 1:
-        data = data[0]
-    if compress:
-        empty_hdu, structure, data = _compressed_fits(data)
-        if not source.before:
-            file.write(empty_hdu)
-    else:
-        is_first = not source.before
-        structure = _structure_cards(is_first, -8 * data.itemsize, data.shape)
-    file.write(_fits_header(structure + cards))
+    with _silence():
+        if not isinstance(source, FitsSource):
+            source = _to_fits_source(source, planes.shape[1])
+        keywords = _with_history(source.keywords, history, planes, unit)
+        stored = data if source.top_down else data[:, ::-1]
+        one_by_one = iter(planes)
+        for target in stored:
+            target[...] = _in_own_unit(next(one_by_one), unit)
+        if len(data) == 1:
+            data = data[0]
+        before = source.before
+        if compress:
+            empty_hdu, structure, data = _compressed_fits(data)
+            before = before or empty_hdu
+        else:
+            structure = _structure(data.shape, data.dtype, not before)
+        header = _header_text(structure, keywords).encode()
+    file.write(before)
+    file.write(_padded(header, b" "))
     file.write(data)
-    file.write(bytes(-data.nbytes % FITS_BLOCK))
+    file.write(bytes(_whole_blocks(data.nbytes) - data.nbytes))
     file.write(source.after)
 
 
 def _compressed_fits(data):
-    """Let astropy pack samples, an array.
+    """Let astropy pack samples, an array. (With many keywords it would take minutes.)
 
-    Returns an HDU to stand in front, the cards of the one with the samples, and its data.
+    Returns an HDU to stand in front, the header of the one with the samples, and its data.
     """
     from astropy.io import fits
     made = io.BytesIO()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        hdu = fits.CompImageHDU(data, compression_type="GZIP_2", quantize_level=0)
-        fits.HDUList([fits.PrimaryHDU(), hdu]).writeto(made)
+    hdu = fits.CompImageHDU(data, compression_type="GZIP_2", quantize_level=0)
+    fits.HDUList([fits.PrimaryHDU(), hdu]).writeto(made)
+    first = _read_fits_part(made, 0)
+    packed = _read_fits_part(made, first.end)
+    packed.header.remove("EXTNAME", ignore_missing=True)
     content = made.getbuffer()
-    first = _read_fits_part(made, 0, len(content))
-    packed = _read_fits_part(made, first.end, len(content))
-    cards = [card for card in packed.cards if card.rstrip() and not card.startswith("EXTNAME")]
-    return content[:packed.start], cards, content[packed.data:packed.end]
+    return content[:packed.start], packed.header, content[packed.data:packed.data + packed.length]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1749,6 +1594,7 @@ TIFF_SENSOR = (32803, 34892)  # photometric of a color filter mosaic, and of a c
 TIFF_CODECS = (
     1, "NONE", "LZW", "DEFLATE", "ADOBE_DEFLATE", "PACKBITS", "ZSTD")  # tifffile's names
 TIFF_ICC = 34675
+ASTRO_TIFF = re.compile("(?=.{8}=)[A-Z0-9_-]+ *=")  # how its description begins
 TIFF_CHUNKS = ("StripOffsets", "StripByteCounts", "TileOffsets", "TileByteCounts")
 TIFF_PLANAR = None, 1, 2  # not said, samples of a pixel together, or planes
 TIFF_THUMBNAIL = 2  # value of the old SubfileType
@@ -1764,9 +1610,9 @@ MAX_PAGES = 16  # among which the picture is looked for
 @dataclass
 class TiffSource:
     """What a TIFF file has besides its pixels."""
-    keywords: list  # of Keyword; a description in words is COMMENT
+    keywords: Any  # fits.Header; a description in words is COMMENT
     icc: bytes = b""  # color profile
-    tags: list = field(default_factory=list)  # these and others, as tifffile's writer takes them
+    tags: list = field(default_factory=list)  # others, as tifffile's writer takes them
 
 
 def read_tiff(path):
@@ -1778,9 +1624,9 @@ def read_tiff(path):
             number, notes = _find_page(tiff)
             page = tiff.pages[number]
             colors = _check_tiff_page(page, os.fstat(file.fileno()).st_size)
-            if page.samplesperpixel > colors:
-                notes.append(f"has {page.samplesperpixel - colors} alpha channel(s): dropped")
-            _, _, height, width, together = page.shaped
+            alpha = page.samplesperpixel - colors
+            if alpha:
+                notes.append(f"has {alpha} alpha channel(s): dropped")
             dtype = page.dtype.newbyteorder(tiff.byteorder)
             white = _white(dtype)
             source = _read_tiff_source(page, white, notes)
@@ -1790,10 +1636,10 @@ def read_tiff(path):
                          "save it with black as 0")
                 step, zero = -1, white
             position = page.dataoffsets[0] if page.is_final else None
-            with _stream_of("tiff", file, number, position, dtype, page.nbytes) as stream:
-                rows = _rows_of(stream, dtype, (width, together))
-                shape = colors, height, width
-                planes = _read_planes(rows, dtype, shape, together, white, step, zero)
+            samples = _samples("tiff", file, number, position, dtype, page.shaped)
+            samples = np.moveaxis(samples[:, 0], 3, 1)  # (planes, samples of a pixel, h, w)
+            samples = samples.reshape(-1, *samples.shape[2:])[:colors]
+            planes = _planes_of(samples, white, step, zero)
         return _picture(planes, white, source, notes, path)
 
 
@@ -1805,9 +1651,8 @@ def _find_page(tiff):
             pages.append(tiff.pages[number])
     _require(pages, "holds no picture")
     first = pages[0]
-    from_sensor = any(
-        page.photometric in TIFF_SENSOR for page in [*pages, *(first.pages or ())])
-    if from_sensor or "DNGVersion" in first.tags:
+    kinds = {page.photometric for page in [*pages, *(first.pages or ())]}
+    if kinds.intersection(TIFF_SENSOR) or "DNGVersion" in first.tags:
         maker = str(first.tags.valueof("Make") or "").strip()
         _refuse_raw(f"of {maker[:30]}" if maker else "such as DNG")
     pictures = []
@@ -1830,52 +1675,40 @@ def _refuse_raw(kind):
 
 
 def _check_tiff_page(page, size):
-    """Refuse a page that is not read, or that lies about its size; return its number of colors."""
+    """Refuse a page that is not read, or that lies about its size; return its number of colors.
+
+    tifffile makes up strips and tiles that are missing, and leaves out what is too much.
+    """
     advice = "save it as 32-bit float or 16-bit, grayscale or RGB"
     known = "PhotometricInterpretation" in page.tags
     _require(known, "does not say whether it is gray or RGB", advice)
+    kind = getattr(page.photometric, "name", page.photometric)  # unknown ones are bare numbers
     colors = TIFF_COLORS.get(page.photometric)
-    _require(colors, f"is neither gray nor RGB, but {_tiff_word(page.photometric)}", advice)
+    _require(colors, f"is neither gray nor RGB, but {kind}", advice)
     bits = page.bitspersample
     item = page.dtype.itemsize if page.dtype and page.dtype.kind in "iuf" else 0
     _require(item and bits == 8 * item, f"has samples of {bits} bits, which are not read", advice)
     channels = page.samplesperpixel
-    lengths = *page.shaped, *page.chunks, channels
-    whole = all(isinstance(length, int) for length in lengths)
-    _require(whole, "is damaged: its size is not a number")
+    for length in (*page.shaped, *page.chunks, channels):
+        _require(isinstance(length, int), "is damaged: its size is not a number")
     planes, depth, height, width, together = page.shaped
     _require(depth == 1 and height and width, "is not a flat picture", advice)
     _require(channels >= colors and planes * together == channels,
              f"is called RGB but has {channels} channel(s)", advice)
-    _check_tiff_chunks(page, size)
-    needed = math.prod(page.shaped) * item
-    stored = min(sum(page.databytecounts), size)
-    _check_expansion(_tiff_word(page.compression), TIFF_CODECS, needed, stored)
-    tile = math.prod(page.chunks) * item
-    _require(tile <= 4 * needed + (1 << 20), "has tiles larger than the picture")
-    return colors
-
-
-def _check_tiff_chunks(page, size):
-    """Refuse a page that does not have all its strips or tiles in a file of so many bytes.
-
-    tifffile makes up what is missing, and leaves out what is too much.
-    """
     offsets, counts = page.dataoffsets, page.databytecounts
-    _require(len(offsets) <= MAX_TILES or page.is_final, "has too many strips to be true")
     chunks = math.prod(page.chunked)
+    codec = getattr(page.compression, "name", page.compression)
+    stored = min(sum(counts), size)
+    pieces = 1 if page.is_final else len(offsets)
+    needed = math.prod(page.shaped) * item
+    _check_claims(codec, TIFF_CODECS, needed, stored, pieces)
     listed = [page.tags[name].count for name in TIFF_CHUNKS if name in page.tags]
     complete = listed == [chunks, chunks] and all(offsets) and all(counts)
-    arranged = page.planarconfig in TIFF_PLANAR
-    _require(complete and arranged,
+    _require(complete and page.planarconfig in TIFF_PLANAR,
              f"is damaged: it has not the {chunks} strips or tiles that it needs")
     ends = map(sum, zip(offsets, counts))
     _require(max(ends) <= size, "is cut short: its last rows are missing")
-
-
-def _tiff_word(value):
-    """Return the name of a tag's value; unknown ones are bare numbers."""
-    return getattr(value, "name", value)
+    return colors
 
 
 def _read_tiff_source(page, white, notes):
@@ -1897,24 +1730,22 @@ def _read_tiff_source(page, white, notes):
         tags.append((TIFF_ORIENTATION, "H", 1, int(orientation), True))
     icc = value(TIFF_ICC)
     icc = icc if isinstance(icc, bytes) else b""
-    tags += _icc_tags(icc)
     description = as_bytes("ImageDescription").decode("utf-8", "replace")
     keywords = _keywords_of_tiff(description.strip("\0 \r\n"))
     return TiffSource(_kept(keywords, white, notes), icc, tags)
 
 
 def _keywords_of_tiff(description):
-    """Return the keywords of an Astro-TIFF's description; another one becomes COMMENT."""
-    if re.fullmatch(r'(\{"shape": \[[\d, ]+\]\})?', description):  # tifffile's: it tells nothing
-        return []
-    description = description[:MAX_KEPT_CARDS * HISTORY_COLUMNS]
-    lines = [line.rstrip() for line in description.split("\n")]
-    if max(map(len, lines)) <= FITS_CARD:
-        cards = [line.ljust(FITS_CARD) for line in lines if line != "END"]
-        first = _parse_card(cards[0]) if cards else None
-        if first and first.name:
-            return _parse_cards(cards[:MAX_KEPT_CARDS])
-    return [Keyword("COMMENT", "", line) for line in _wrapped(description)[:MAX_KEPT_CARDS]]
+    """Return the header in an Astro-TIFF's description; another one becomes COMMENT."""
+    from astropy.io import fits
+    if re.fullmatch(r'\{"shape": \[[\d, ]+\]\}', description):  # tifffile's: it tells nothing
+        return fits.Header()
+    if ASTRO_TIFF.match(description):
+        lines = description.split("\n")[:MAX_FITS_CARDS]
+        cards = [line.rstrip()[:FITS_CARD].ljust(FITS_CARD) for line in lines]
+        return _header_of("".join(cards))
+    description = description[:MAX_FITS_CARDS // 2 * HISTORY_COLUMNS]
+    return fits.Header(_cards_of("COMMENT", None, description) if description else ())
 
 
 def write_tiff(file, planes, source=None, history=(), compress=False, unit=Unit()):
@@ -1927,7 +1758,10 @@ def write_tiff(file, planes, source=None, history=(), compress=False, unit=Unit(
     import tifffile
     channels, height, width = planes.shape
     if not isinstance(source, TiffSource):
-        source = _to_tiff_source(source, height)
+        source = TiffSource(*_shared_metadata(source, height))
+    tags = source.tags
+    if source.icc:
+        tags = [*tags, (TIFF_ICC, TIFF_BYTES, len(source.icc), source.icc, True)]
     data = np.empty((height, width, channels), np.float32)
     one_by_one = iter(planes)
     for channel in range(channels):
@@ -1937,26 +1771,16 @@ def write_tiff(file, planes, source=None, history=(), compress=False, unit=Unit(
         data = data[..., 0]
         photometric = "minisblack"
     options = {"compression": "adobe_deflate", "predictor": 3} if compress else {}
-    cards = _cards(_changed(source.keywords, _with_range(planes, unit)))[:MAX_KEPT_CARDS]
-    cards += _cards(Keyword("HISTORY", "", line) for line in history)
-    shape = planes.shape if channels > 1 else planes.shape[1:]
-    cards = [*_structure_cards(True, -32, shape), *cards, END_CARD]
-    description = "\n".join(card.rstrip() for card in cards)
+    with _silence():
+        keywords = _with_history(source.keywords, history, planes, unit)
+        shape = planes.shape if channels > 1 else planes.shape[1:]
+        cards = _header_text(_structure(shape, data.dtype), keywords)
+    lines = re.findall(f".{{{FITS_CARD}}}", cards)
+    description = "\n".join(map(str.rstrip, lines))
     big = data.nbytes + len(description) + len(source.icc) > LARGEST_TIFF
     with tifffile.TiffWriter(file, bigtiff=big) as writer:
         writer.write(data, photometric=photometric, description=description, metadata=None,
-                     software=f"bgoptimizer {VERSION}", extratags=source.tags, **options)
-
-
-def _to_tiff_source(source, height):
-    """Return a TiffSource that holds what TIFF can hold of another one."""
-    keywords, icc = _shared_metadata(source, height)
-    return TiffSource(keywords, icc, _icc_tags(icc))
-
-
-def _icc_tags(icc):
-    """Return the tag of a color profile in a list, which is empty without one."""
-    return [(TIFF_ICC, TIFF_BYTES, len(icc), icc, True)] if icc else []
+                     software=f"bgoptimizer {VERSION}", extratags=tags, **options)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2095,41 +1919,16 @@ def mask_weights(planes):
     return planes
 
 
-def _write_xisf_of_any(file, planes, source=None, history=(), compress=False, unit=Unit()):
-    """Write a picture as XISF, whose samples stay in [0, 1]; HISTORY tells its own unit."""
-    if unit[:2] != Unit()[:2]:
-        line = f"bgoptimizer: the picture's own unit is sample * {unit.scale:.17g}"
-        history = [*history, f"{line} {unit.offset:+.17g}"]
-    if source and not isinstance(source, Source):
-        source = _to_xisf_source(source, planes.shape[1], unit)
-    write_xisf(file, planes, source, history, compress)
-
-
-def _to_xisf_source(source, height, unit):
-    """Return a Source that holds what XISF can hold of another one."""
-    keywords, icc = _shared_metadata(source, height)
-    if unit != Unit():
-        keywords = _changed(keywords, _in_unit(unit))
-    root = ElementTree.XML(BARE_XISF)
-    image = root.find("Image")
-    for keyword in keywords:
-        ElementTree.SubElement(image, "FITSKeyword", keyword._asdict())
-    blocks = {}
-    if icc:
-        ElementTree.SubElement(image, "ICCProfile", location="icc")
-        blocks["icc"] = icc
-    return Source(root, blocks)
-
-
 def rows_of(source):
     """Return a source that tells nothing but the order of another one's rows, for its mask."""
     if isinstance(source, FitsSource) and source.top_down:
-        return FitsSource([Keyword(ROW_ORDER, "'TOP-DOWN'")], top_down=True)
+        from astropy.io import fits
+        return FitsSource(fits.Header([(ROW_ORDER, "TOP-DOWN")]), top_down=True)
     return None
 
 
 FORMATS = {
-    "xisf": Format(".xisf", read_xisf, _write_xisf_of_any),
+    "xisf": Format(".xisf", read_xisf, write_xisf),
     "fits": Format(".fits", read_fits, write_fits),
     "tiff": Format(".tif", read_tiff, write_tiff),
 }
@@ -4894,12 +4693,11 @@ def plate_solution(source: Any, height: int):
         source: what `read_picture` gave.
         height: rows of the picture. In the solution, row 0 is the lowest.
     """
-    from astropy.io import fits
     from astropy.wcs import WCS
     with warnings.catch_warnings(), suppress(Exception):  # damaged ones are none
         warnings.simplefilter("ignore")
         keywords, _ = _shared_metadata(source, height)
-        solution = WCS(fits.Header.fromstring("".join(_cards(keywords))), naxis=2)
+        solution = WCS(keywords, naxis=2)
         if solution.has_celestial:
             return solution
         if isinstance(source, Source):

@@ -42,12 +42,12 @@ SIZES = {1: (800, 1200), 6: (2000, 3000), 24: (4000, 6000), 61: (6376, 9568)}  #
 STAGES = ("import", "read", "stretch", "reduce", "fit", "surface", "write")
 FUNCTIONS = {  # what bgoptimizer calls, and the stage that it belongs to
     "_import_silently": "import",
-    "read_xisf": "read",
+    "read_picture": "read",
     "measure_stretch": "stretch",
     "reduce_plane": "reduce",
     "fit_surface": "fit",
     "take_out": "surface",
-    "write_xisf": "write",
+    "_write_outputs": "write",
 }
 CHUNK = 500_000  # full-size pixels whose surface the plain version computes at once
 

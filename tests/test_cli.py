@@ -387,7 +387,7 @@ def test_a_failure_while_writing_leaves_nothing_behind(sky, folder, capsys, monk
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(bgoptimizer, "write_xisf", full)
+    monkeypatch.setattr(bgoptimizer, "_new_header", full)
     assert run("sky.xisf", "out", *FAST) == 1
     assert "No space left" in refused(capsys)
     assert os.listdir(folder / "out") == []

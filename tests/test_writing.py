@@ -361,7 +361,7 @@ def test_nothing_says_that_the_package_index_has_this_tool():
 def test_every_failure_for_want_of_memory_says_memory(error, sky, folder, capsys, monkeypatch):
     def fails(*_):
         raise error
-    for stage in ("read_picture", "examine", "write_xisf"):
+    for stage in ("read_picture", "examine", "_new_header"):
         with monkeypatch.context() as patch:
             patch.setattr(bgoptimizer, stage, fails)
             assert run("sky.xisf", "out", *FAST) == 1

@@ -9,6 +9,7 @@ import itertools
 import struct
 import zlib
 from typing import NamedTuple, Optional
+from xml.etree import ElementTree
 
 import lz4.block
 import numpy as np
@@ -64,6 +65,11 @@ def tag(name, attributes, content=""):
         if value is not None:
             text += ' {}="{}"'.format(key, value)
     return "<{}{}>{}</{}>".format(name, text, content, name)
+
+
+def keyword_element(name, value, comment):
+    element = ElementTree.Element("FITSKeyword", name=name, value=value, comment=comment)
+    return ElementTree.tostring(element, encoding="unicode")
 
 
 def unit(samples, full):
@@ -514,8 +520,8 @@ def bomb_rows():
         yield bad(codec + "-absurd", "claims", flat, block=stream,
                   compression=codec + ":8000000000000", geometry="2000000:2000000:1")
     compressor = zstandard.ZstdCompressor(write_content_size=False)
-    yield bad("zstd-without-size", "decompressed", flat,
-              block=compressor.compress(flat.tobytes()), compression="zstd:8192")
+    yield good("zstd-without-size", flat, unit(flat, 65535),
+               block=compressor.compress(flat.tobytes()), compression="zstd:8192")
     yield bad("zstd-lying-size", "decompressed", flat,
               block=packed("zstd", bytes(9_000_000)), compression="zstd:8192")
 
