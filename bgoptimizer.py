@@ -4327,21 +4327,8 @@ GOOD_ENOUGH = 0.016
 """The stiffest surface whose loss is this close to the best one wins. The number is about the
 scatter of the loss."""
 
-GOOD_ENOUGH_CLOSED = 0.03
-"""The same, where closed patches of light are taken for objects. It is larger, because a simple sky
-is part of that explanation."""
-
 PLANE_MARGIN = 0.006
 """A plane wins only if its loss is this close to that of a plane with a bowl."""
-
-SIMPLE_SKY = 10.0
-"""Patches are objects if the smoothing of the sky beside them is at least this."""
-
-CLOSED_FLEXIBLE = 1.0
-"""Patches may leave a sky that only has this smoothing..."""
-
-CLOSED_GAIN = 0.004
-"""... if its loss is smaller by this than that of the sky that includes the patches."""
 
 FEWEST_SKY = 30
 """If fewer cells than this are sky, all cells that are used are taken for sky."""
@@ -4386,31 +4373,28 @@ class _Explanation(NamedTuple):
 
 
 def _look_for_sky(scene: _Scene, used: np.ndarray, smoothings: Sequence[float]) -> _Explanation:
-    """Explain the picture, with closed patches of light as objects if they earn it, else without.
+    """Explain the picture, with closed patches of light as objects, or as sky.
 
-    Patches are objects if the rest is then a simple sky. They may leave a more flexible sky, but it
-    must explain the rest better than the sky that includes them does.
+    They are objects if the sky beside them is at least as stiff as the sky with them would be, or
+    is explained better by more than GOOD_ENOUGH.
 
     Args:
         scene: the picture.
         used: (h, w) bool, the cells that take part.
         smoothings: to choose from, the stiffest first.
     """
+    whole_sky = _explain(scene, np.zeros_like(used), used, smoothings)
     patches = _closed_patches(scene)
-    without = functools.partial(_explain, scene, np.zeros_like(used), used, smoothings, GOOD_ENOUGH)
     if not patches.any():
-        return without()
-    with_patches = _explain(scene, patches, used, smoothings, GOOD_ENOUGH_CLOSED)
-    smoothing, loss = with_patches.best.smoothing, with_patches.best.loss
-    if smoothing >= SIMPLE_SKY:
-        return with_patches
-    whole_sky = without()
-    better = smoothing >= CLOSED_FLEXIBLE and loss < whole_sky.best.loss - CLOSED_GAIN
-    return with_patches if better else whole_sky
+        return whole_sky
+    beside = _explain(scene, patches, used, smoothings)
+    is_stiff = beside.best.smoothing >= whole_sky.best.smoothing
+    is_better = beside.best.loss < whole_sky.best.loss - GOOD_ENOUGH
+    return beside if is_stiff or is_better else whole_sky
 
 
-def _explain(scene: _Scene, patches: np.ndarray, used: np.ndarray, smoothings: Sequence[float],
-             margin: float) -> _Explanation:
+def _explain(scene: _Scene, patches: np.ndarray, used: np.ndarray,
+             smoothings: Sequence[float]) -> _Explanation:
     """Explain the picture with these patches, (h, w) bool, as objects; see `_look_for_sky`."""
     cells = scene.cells
     no_hills = ~scene.near_hills
@@ -4425,7 +4409,7 @@ def _explain(scene: _Scene, patches: np.ndarray, used: np.ndarray, smoothings: S
     reach = _reach(cells, scene.texture, bodies)
     found = _Objects(objects & ~dark, dark, reach, sky)
     candidates = [_try_smoothing(surfaces, found, smoothing) for smoothing in smoothings]
-    best = _choose(candidates, margin)
+    best = _choose(candidates, GOOD_ENOUGH)
     if _closed_top(surfaces, best) <= BULGE:
         return _Explanation(surfaces, found, candidates, best)
     stiffer = [other for other in candidates if other.smoothing > best.smoothing
@@ -5192,21 +5176,11 @@ def look_with_reference(scene: _Scene, before: _Explanation, reference: Referenc
     objects[~covered] = 0
     noise = np.sqrt(cells.noise**2 + grain**2 @ match.gains**2)
     surfaces = _of_values(scene.surfaces, cells.values - objects, noise, seen | outside)
-    explanation = _explain_all(surfaces, match.smoothing, smoothings)
+    nowhere = np.zeros_like(seen)
+    alone = _Scene(surfaces.cells, surfaces, _Texture(objects[..., 0], nowhere, nowhere), nowhere)
+    explanation = _explain(alone, nowhere, surfaces.cells.usable, smoothings)
     doubt = REFERENCE_DOUBT * math.sqrt(1 - belief)
     return explanation, replace(shared, used=True, doubt=doubt)
-
-
-def _explain_all(surfaces: _Surfaces, smoothing: float,
-                 smoothings: Sequence[float]) -> _Explanation:
-    """Explain all usable cells as sky, by the surface of one of the smoothings."""
-    sky = surfaces.cells.usable
-    surfaces = surfaces.dearer(~sky)
-    nowhere = np.zeros_like(sky)
-    no_objects = _Objects(nowhere, nowhere, np.zeros(sky.shape), sky)
-    candidates = [_try_smoothing(surfaces, no_objects, each) for each in smoothings]
-    chosen = candidates[smoothings.index(smoothing)]
-    return _Explanation(surfaces, no_objects, candidates, chosen)
 
 
 def tell_of_reference(reference: Reference, shared: Shared) -> None:
