@@ -3396,6 +3396,11 @@ class _Surfaces:
         """Return picture less surface, (h, w, c), in units of what both may be wrong by."""
         return self.rest(found) / self.uncertain(found)
 
+    def height_in_scatter(self, found: np.ndarray, sky: np.ndarray) -> np.ndarray:
+        """Return picture less surface in units of its scatter in the cells of sky, (h, w)."""
+        height = _channels_together(self.excess(found))
+        return height / max(1.0, _deviation(height[sky]))
+
     def uncertain(self, found: np.ndarray) -> np.ndarray:
         """Return the noise of the picture, and with it that of the form of a glow, (h, w, c)."""
         if not self.glows:
@@ -3796,139 +3801,87 @@ def _look(cells: _Cells, shape: tuple[int, int]) -> _Scene:
 CLOSED_SCALES = (2.5, 5.0, 10.0, 16.0)
 """Cells: scales at which patches of light are looked for. Structure is found at finer ones."""
 
-CLOSED_SIGMA = 5.0
-"""A patch curves down by so many sigma in all directions, and is as many sigma high."""
+CLOSED_SIGMA = 10.0
+"""A patch stands so many sigma of a mean of that scale above each way out of it."""
 
-CLOSED_ROUNDNESS = 0.25
-"""Along the direction in which a patch curves least, it curves by this part of what it does across.
-A band of airglow curves along one direction only."""
-
-CURVATURE_NOISE = 0.32
-"""Noise of a second derivative of a Gaussian mean, times its scale cubed; that of a cell is 1.
-White noise has 0.244; stars and gaps add a third."""
-
-CLOSED_VIEW = 2.5
-"""Cells: the height of a patch is measured on a Gaussian mean of this width."""
+CLOSED_LEAST = 0.6
+"""How closed a patch must be: 1 - level of its lowest way out / its height."""
 
 CLOSED_FOOT = 0.15
 """A patch reaches down to this part of its height."""
 
-CLOSED_LEAST = 0.6
-"""How closed a patch must be: 1 - level of its highest way out / its height."""
-
 CLOSED_ROUNDS = 5
 """So many times patches are looked for, each time above a surface through the sky beside them."""
-
-DETAIL_NOISE = 1.07
-"""The noise of a cell over that of its detail: the mean takes 7 % of it away."""
 
 
 def _closed_patches(scene: _Scene) -> np.ndarray:
     """Return smooth patches of light that are surrounded by darker picture, (h, w) bool.
 
-    Their height is measured above a stiff surface through the rest of the sky. It is fitted again
-    without the patches: the top of a glow then sinks.
+    They are closed above a plane, as glow that fades from an edge is not, and above a plane with a
+    bowl, as vignetting is not. Both are fitted again without the patches: the top of a glow then
+    sinks.
     """
     surfaces = scene.surfaces
     usable = scene.cells.usable & ~scene.near_hills
     objects = scene.texture.dense & usable
-    plain = scene.plain
     found = np.zeros_like(usable)
     for _ in range(CLOSED_ROUNDS):
         before = found
-        if not (plain & ~found).any():
+        sky = scene.plain & ~found
+        if not sky.any():
             break
-        stiff = surfaces.fit(plain & ~found, found | objects, WITH_BOWL)
-        found = _patches_above(surfaces, stiff, usable, plain)
+        heights = []  # above the plane, and above the bowl
+        for smoothing in (PLANE, WITH_BOWL):
+            surface = surfaces.fit(sky, found | objects, smoothing)
+            heights.append(surfaces.height_in_scatter(surface, sky))
+        found = np.zeros_like(usable)
+        for scale in CLOSED_SCALES:
+            if 4 * scale <= min(usable.shape):  # else there are too few independent means
+                views = [_smooth(height, scale, scene.plain) for height in heights]
+                views = [np.where(usable, np.maximum(view, 0), 0) for view in views]
+                found |= _patches(*views, scale, scene.cells.rim)
     lasting = before & found
     return scipy.ndimage.binary_propagation(lasting, mask=found)  # the whole of their patches
 
 
-def _patches_above(surfaces: _Surfaces, stiff: np.ndarray, usable: np.ndarray,
-                   plain: np.ndarray) -> np.ndarray:
-    """Return closed patches of light above a surface, (h, w) bool.
-
-    A patch curves down in all directions, both in the picture (glow that fades from an edge does
-    not) and above the surface (vignetting does not).
+def _patches(above_plane: np.ndarray, above_bowl: np.ndarray, scale: float,
+             rim: np.ndarray) -> np.ndarray:
+    """Return patches of light that are closed, (h, w) bool.
 
     Args:
-        stiff: (m, c) coefficients of the surface.
-        usable: (h, w) bool, without hills.
-        plain: (h, w) bool, those of them without structure.
+        above_plane, above_bowl: (h, w) means of picture less surface, in units of its scatter, not
+            below 0.
+        scale: of the means, in cells.
+        rim: (h, w) bool, see `_above_way_out`.
     """
-    from skimage.morphology import flood
-    cells = surfaces.cells
-    noise = np.sqrt((cells.noise**2).mean((0, 1)))  # (c,) of the whole frame
-    surface = _channels_together(surfaces.surface(stiff) / noise)  # (h, w)
-    above = _channels_together(cells.values / noise) - surface
-    detail = above - _smooth(above, ROUGH_SCALE, plain)
-    noise = DETAIL_NOISE * _deviation(detail[plain])
-    view = _smooth(above, CLOSED_VIEW, plain)
-    view = np.where(usable, view, view[usable].min())
-    way_out = np.maximum(_way_out(view, cells.rim), 0)
-    least = CLOSED_SIGMA * noise * _noise_of_mean(CLOSED_VIEW)
-    found = np.zeros_like(usable)
-    for scale in CLOSED_SCALES:
-        if 4 * scale > min(usable.shape):  # too few independent means
-            continue
-        steep = CLOSED_SIGMA * CURVATURE_NOISE * noise / scale**3
-        second = _curvatures(_smooth(above, scale, plain))
-        tops = usable & _curves_down(second, steep)
-        tops &= _curves_down(second + _curvatures(surface), steep)
-        regions, count = scipy.ndimage.label(tops)
-        for region in range(1, count + 1):
-            top = regions == region
-            if top.sum() < max(4, scale**2):  # smaller than what was averaged over
-                continue
-            peak = scipy.ndimage.maximum_position(view, top)
-            height = view[peak]
-            level = way_out[peak]
-            if height > least and 1 - level / height >= CLOSED_LEAST:
-                foot = max(level, CLOSED_FOOT * height)
-                above_foot = usable & (view > foot)
-                found |= top | flood(above_foot, peak, connectivity=1)
+    clear = CLOSED_SIGMA * _noise_of_mean(scale)
+    closed = _above_way_out(above_bowl, rim)
+    tops = (closed > clear) & (_above_way_out(above_plane, rim) > clear)
+    found = np.zeros_like(tops)
+    regions, count = scipy.ndimage.label(tops)
+    for region in range(1, count + 1):
+        top = regions == region
+        peak = scipy.ndimage.maximum_position(above_bowl, top)
+        height = above_bowl[peak]
+        is_large = top.sum() >= scale**2  # else it is smaller than what was averaged over
+        if is_large and closed[peak] >= CLOSED_LEAST * height:
+            foot = max(height - closed[peak], CLOSED_FOOT * height)
+            found |= scipy.ndimage.binary_propagation(top, mask=top | (above_bowl > foot))
     return found
 
 
-def _way_out(view: np.ndarray, rim: np.ndarray) -> np.ndarray:
-    """Return the lowest height on the highest way from each cell to the rim, (h, w).
+def _above_way_out(view: np.ndarray, rim: np.ndarray) -> np.ndarray:
+    """Return how far each cell is above the lowest place of the best way from it to the rim, (h, w).
 
-    It is the height of the cell itself if the way only climbs.
+    It is 0 if the way only climbs.
 
     Args:
         view: (h, w) heights.
         rim: (h, w) bool.
     """
     from skimage.morphology import reconstruction
-    return reconstruction(np.where(rim, view, view.min()), view)
-
-
-def _curvatures(view: np.ndarray) -> np.ndarray:
-    """Return second derivatives of a smooth (h, w), per cell squared.
-
-    Returns:
-        (3, h, w): along y, along both, along x.
-    """
-    along_y, along_x = np.gradient(view)
-    twice_y, along_both = np.gradient(along_y)
-    twice_x = np.gradient(along_x, axis=1)
-    return np.stack([twice_y, along_both, twice_x])
-
-
-def _curves_down(second: np.ndarray, least: float) -> np.ndarray:
-    """Return where a surface is a round top in all directions, (h, w) bool.
-
-    Args:
-        second: (3, h, w), see `_curvatures`.
-        least: by how much it must curve down.
-    """
-    along_y, along_both, along_x = second
-    mean = (along_y + along_x) / 2
-    difference = (along_y - along_x) / 2
-    spread = np.hypot(difference, along_both)
-    flattest = mean + spread
-    steepest = mean - spread
-    return (flattest < -least) & (flattest < CLOSED_ROUNDNESS * steepest)
+    way_out = reconstruction(np.where(rim, view, view.min()), view)
+    return view - way_out
 
 
 # --- Growth ---
@@ -3953,8 +3906,8 @@ wider."""
 OUTSKIRTS_PARTS = (0.1, 0.35)
 """Outskirts may reach as far as the first part of the longer side, and never beyond the second."""
 
-OUTSKIRTS_SCALES = (1.5, 4.0)
-"""Cells: outskirts are looked for in Gaussian means of these widths."""
+OUTSKIRTS_SCALE = 3.0
+"""Cells: outskirts are looked for in a Gaussian mean of this width."""
 
 OUTSKIRTS_SIGMA = 3.0
 """Outskirts stand so many sigma of such a mean above the surface."""
@@ -4008,16 +3961,13 @@ def _outskirts(excess: np.ndarray, seeds: np.ndarray, near: np.ndarray,
         near: (h, w) bool, within their reach.
         usable: (h, w) bool.
     """
-    outskirts = np.zeros_like(seeds)
     if not seeds.any():
-        return outskirts
-    for scale in OUTSKIRTS_SCALES:
-        view = _smooth(excess, scale, usable & ~seeds)
-        sigma = _noise_of_mean(scale)
-        above = near & ~seeds & (view > OUTSKIRTS_SIGMA * sigma)
-        beside = above & scipy.ndimage.binary_dilation(seeds)
-        outskirts |= scipy.ndimage.binary_propagation(beside, mask=above)
-    return outskirts
+        return np.zeros_like(seeds)
+    view = _smooth(excess, OUTSKIRTS_SCALE, usable & ~seeds)
+    clear = OUTSKIRTS_SIGMA * _noise_of_mean(OUTSKIRTS_SCALE)
+    above = near & ~seeds & (view > clear)
+    beside = above & scipy.ndimage.binary_dilation(seeds)
+    return scipy.ndimage.binary_propagation(beside, mask=above)
 
 
 # --- Choice ---
@@ -4026,21 +3976,8 @@ GOOD_ENOUGH = 0.016
 """The stiffest surface whose loss is this close to the best one wins. The number is about the
 scatter of the loss."""
 
-GOOD_ENOUGH_CLOSED = 0.03
-"""The same, where closed patches of light are taken for objects. It is larger, because a simple sky
-is part of that explanation."""
-
 PLANE_MARGIN = 0.006
 """A plane wins only if its loss is this close to that of a plane with a bowl."""
-
-SIMPLE_SKY = 10.0
-"""Patches are objects if the smoothing of the sky beside them is at least this."""
-
-CLOSED_FLEXIBLE = 1.0
-"""Patches may leave a sky that only has this smoothing..."""
-
-CLOSED_GAIN = 0.004
-"""... if its loss is smaller by this than that of the sky that includes the patches."""
 
 FEWEST_SKY = 30
 """If fewer cells than this are sky, all cells that are used are taken for sky."""
@@ -4085,31 +4022,28 @@ class _Explanation(NamedTuple):
 
 
 def _look_for_sky(scene: _Scene, used: np.ndarray, smoothings: Sequence[float]) -> _Explanation:
-    """Explain the picture, with closed patches of light as objects if they earn it, else without.
+    """Explain the picture, with closed patches of light as objects, or as sky.
 
-    Patches are objects if the rest is then a simple sky. They may leave a more flexible sky, but it
-    must explain the rest better than the sky that includes them does.
+    They are objects if the sky beside them is at least as stiff as the sky with them would be, or
+    is explained better by more than GOOD_ENOUGH.
 
     Args:
         scene: the picture.
         used: (h, w) bool, the cells that take part.
         smoothings: to choose from, the stiffest first.
     """
+    whole_sky = _explain(scene, np.zeros_like(used), used, smoothings)
     patches = _closed_patches(scene)
-    without = functools.partial(_explain, scene, np.zeros_like(used), used, smoothings, GOOD_ENOUGH)
     if not patches.any():
-        return without()
-    with_patches = _explain(scene, patches, used, smoothings, GOOD_ENOUGH_CLOSED)
-    smoothing, loss = with_patches.best.smoothing, with_patches.best.loss
-    if smoothing >= SIMPLE_SKY:
-        return with_patches
-    whole_sky = without()
-    better = smoothing >= CLOSED_FLEXIBLE and loss < whole_sky.best.loss - CLOSED_GAIN
-    return with_patches if better else whole_sky
+        return whole_sky
+    beside = _explain(scene, patches, used, smoothings)
+    is_stiff = beside.best.smoothing >= whole_sky.best.smoothing
+    is_better = beside.best.loss < whole_sky.best.loss - GOOD_ENOUGH
+    return beside if is_stiff or is_better else whole_sky
 
 
-def _explain(scene: _Scene, patches: np.ndarray, used: np.ndarray, smoothings: Sequence[float],
-             margin: float) -> _Explanation:
+def _explain(scene: _Scene, patches: np.ndarray, used: np.ndarray,
+             smoothings: Sequence[float]) -> _Explanation:
     """Explain the picture with these patches, (h, w) bool, as objects; see `_look_for_sky`."""
     cells = scene.cells
     no_hills = ~scene.near_hills
@@ -4124,7 +4058,7 @@ def _explain(scene: _Scene, patches: np.ndarray, used: np.ndarray, smoothings: S
     reach = _reach(cells, scene.texture, bodies)
     found = _Objects(objects & ~dark, dark, reach, sky)
     candidates = [_try_smoothing(surfaces, found, smoothing) for smoothing in smoothings]
-    best = _choose(candidates, margin)
+    best = _choose(candidates, GOOD_ENOUGH)
     if _closed_top(surfaces, best) <= BULGE:
         return _Explanation(surfaces, found, candidates, best)
     stiffer = [other for other in candidates if other.smoothing > best.smoothing
@@ -4147,11 +4081,10 @@ def _dark_bodies(surfaces: _Surfaces, bodies: np.ndarray, sky: np.ndarray) -> np
     if sky.sum() < FEWEST_SKY:
         return np.zeros_like(bodies)
     found = surfaces.fit(sky, np.zeros_like(sky), WITH_BOWL)
-    excess = _channels_together(surfaces.excess(found))
-    spread = max(1.0, _deviation(excess[sky]))
+    height = surfaces.height_in_scatter(found, sky)
     regions, count = scipy.ndimage.label(bodies)
-    level = scipy.ndimage.median(excess, regions, range(count + 1))
-    dark = level < -DARK_SIGMA * spread
+    level = scipy.ndimage.median(height, regions, range(count + 1))
+    dark = level < -DARK_SIGMA
     dark[0] = False  # the sky
     return scipy.ndimage.binary_dilation(dark[regions])
 
@@ -4170,8 +4103,7 @@ def _try_smoothing(surfaces: _Surfaces, objects: _Objects, smoothing: float) -> 
     bounds = light
     found = surfaces.fit(sky, bounds, smoothing)
     for _ in range(GROWTH_ROUNDS):
-        excess = _channels_together(surfaces.excess(found))  # (h, w)
-        excess /= max(1.0, _deviation(excess[sky]))
+        excess = surfaces.height_in_scatter(found, sky)
         outskirts = _outskirts(excess, light, near & ~dark, usable)
         shadows = _outskirts(-excess, dark, near & ~light, usable)
         now = open_sky & ~outskirts & ~shadows
@@ -4345,7 +4277,7 @@ def _closed_top(surfaces: _Surfaces, candidate: _Candidate) -> float:
     highest = 0.0
     views = np.moveaxis(surfaces.surface(candidate.found), -1, 0)  # (c, h, w)
     for view in (*views, *-views):
-        above = view - _way_out(view, border)  # (h, w)
+        above = _above_way_out(view, border)
         core = above > 0.5 * above.max()
         if core.mean() < SMALL_TOP:
             span = max(_span(view[cells.usable], (99, 1)), 1e-12)
@@ -4510,6 +4442,18 @@ def _certainty(explanation: _Explanation, shared: Shared | None) -> tuple[float,
     if shared is not None:
         doubt = max(doubt, shared.doubt)
     return doubt, _judge(explanation, doubt)
+
+
+def _curvatures(view: np.ndarray) -> np.ndarray:
+    """Return second derivatives of a smooth (h, w), per cell squared.
+
+    Returns:
+        (3, h, w): along y, along both, along x.
+    """
+    along_y, along_x = np.gradient(view)
+    twice_y, along_both = np.gradient(along_y)
+    twice_x = np.gradient(along_x, axis=1)
+    return np.stack([twice_y, along_both, twice_x])
 
 
 def _bending(surface: np.ndarray, longer: int) -> np.ndarray:
@@ -4880,21 +4824,11 @@ def look_with_reference(scene: _Scene, before: _Explanation, reference: Referenc
     objects[~covered] = 0
     noise = np.sqrt(cells.noise**2 + grain**2 @ match.gains**2)
     surfaces = _of_values(scene.surfaces, cells.values - objects, noise, seen | outside)
-    explanation = _explain_all(surfaces, match.smoothing, smoothings)
+    nowhere = np.zeros_like(seen)
+    alone = _Scene(surfaces.cells, surfaces, _Texture(objects[..., 0], nowhere, nowhere), nowhere)
+    explanation = _explain(alone, nowhere, surfaces.cells.usable, smoothings)
     doubt = REFERENCE_DOUBT * math.sqrt(1 - belief)
     return explanation, replace(shared, used=True, doubt=doubt)
-
-
-def _explain_all(surfaces: _Surfaces, smoothing: float,
-                 smoothings: Sequence[float]) -> _Explanation:
-    """Explain all usable cells as sky, by the surface of one of the smoothings."""
-    sky = surfaces.cells.usable
-    surfaces = surfaces.dearer(~sky)
-    nowhere = np.zeros_like(sky)
-    no_objects = _Objects(nowhere, nowhere, np.zeros(sky.shape), sky)
-    candidates = [_try_smoothing(surfaces, no_objects, each) for each in smoothings]
-    chosen = candidates[smoothings.index(smoothing)]
-    return _Explanation(surfaces, no_objects, candidates, chosen)
 
 
 def tell_of_reference(reference: Reference, shared: Shared) -> None:
