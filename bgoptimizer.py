@@ -2744,7 +2744,7 @@ def prepare(planes: np.ndarray, settings: Settings, mask: np.ndarray | None = No
     stretch, median = measure_stretch(planes, quantile)
     linear = np.stack([reduce_plane(plane, factor) for plane in planes], -1)  # (h, w, c)
     present = np.isfinite(linear)
-    rim = find_rim(linear, present.all(-1))
+    rim = find_rim(linear)
     user_mask = None
     if mask is not None:
         user_mask = np.stack([_block_means(plane, factor) for plane in mask], -1)
@@ -2787,167 +2787,135 @@ def prepare_again(prepared: Prepared, planes: np.ndarray, stretch: Stretch,
     return replace(prepared, image=image, weight=weight, stretch=stretch)
 
 
-RIM_STEP = 12.0
-"""At a rim the picture steps by so many times its typical difference between neighbors, beyond that
-of a slope."""
+RIM_VIEW = 300
+"""Rims are looked for on a copy whose longer side has at most so many pixels."""
 
-RIM_FOOT = 0.25
-"""All of a rim is darker than the picture by this part of what the rim near it is..."""
+RIM_LEFT = 0.88
+"""A rim's edge leaves less than this part of the light. Where fewer exposures reach, more is left."""
 
-RIM_NEAR = 7
-"""... within a window of so many pixels."""
+RIM_WHOLE = 0.8
+"""A rim's edge goes straight across the frame, and the light falls at this part of it. Stars and
+hills hide the rest. At lines along hills it falls at 0.76 at most, at edges of rims at 0.85."""
+
+RIM_LENGTH = 0.15
+"""A rim's edge is at least this part of the longer side long."""
+
+RIM_FACING = 0.8
+"""Cosine: where light falls in another direction, no edge is looked for."""
 
 RIM_TURN = 0.5
-"""Degrees between the directions in which straight edges of the picture are looked for."""
-
-RIM_OUTSIDE = 0.1
-"""So many ends of the picture lie outside of such an edge, in parts of those on it: a bright object
-in the rim is no edge, the next hill is."""
-
-RIM_STRAIGHT = 1.5
-"""Pixels: an edge that is nowhere farther from a line is straight."""
-
-RIM_LENGTH = 0.2
-"""A straight edge is at least this part of the longer side long. Hills have shorter ones."""
-
-RIM_WHOLE = 0.7
-"""A straight edge has gaps, where hills or stars are, on less than the rest of its length."""
-
-RIM_DARK = 0.25
-"""The picture is brighter than what is beyond at least this part of a straight edge. The rest may
-be the edge of the frame itself, but not all: beside hills that edge is straight as well."""
-
-RIM_FEWEST = 8
-"""Pixels. What is smaller is no rim."""
-
-RIM_SKY = 0.88
-"""Beyond a step that leaves more than this part of the light there is sky, which fewer exposures
-reached, if it is noisier than the picture."""
+RIM_APART = 10
+"""Degrees between the directions of edges that are tried, and of those that are found."""
 
 RIM_SOFT = 2
 """Pixels by which a rim is widened, because its edge may be soft."""
 
 
-def find_rim(linear: np.ndarray, present: np.ndarray) -> np.ndarray:
+def find_rim(linear: np.ndarray) -> np.ndarray:
     """Find a rim at the edge of the frame that is darker than the picture by a step, but not 0.
 
     Overscan, the edges that registration leaves, and the corners of a turned frame are such rims:
-    they lie beyond straight edges of the picture. Hills do not.
+    each lies beyond a straight line across the frame. Hills do not.
 
     Args:
-        linear: (h, w, c) the reduced picture.
-        present: (h, w) bool.
+        linear: (h, w, c) the reduced picture; NaN where missing.
 
     Returns:
         (h, w) bool.
     """
-    rim = np.zeros_like(present)
-    if not present.any():
-        return rim
-    light = linear / np.median(linear[present], axis=0)
-    light = light.mean(-1)
-    light = light[_nearest(present)]
-    level, least = _level_beside(light, present)
-    drop = level - light
-    deepest = scipy.ndimage.maximum_filter(drop, RIM_NEAR)
-    dark = present & (drop > np.maximum(least / 2, RIM_FOOT * deepest))
-    frame = np.full(present.shape, True)
-    frame[1:-1, 1:-1] = False
-    frame |= scipy.ndimage.binary_dilation(~present)
-    dark = scipy.ndimage.binary_propagation(dark & frame, mask=dark)
-    picture = present & ~dark
-    mean = scipy.ndimage.uniform_filter(light, 3)
-    detail = np.abs(light - mean)
-    noise = np.median(detail[picture])
-    beyond = _beyond_straight_edges(picture, dark)
-    regions, count = scipy.ndimage.label(dark & beyond)
-    for region in range(1, count + 1):
-        part = regions == region
-        size = part.sum()
-        height = np.percentile(drop[part], 75)
-        if size < RIM_FEWEST or height < least:
-            continue
-        left = light[part] / level[part]
-        is_dark = np.median(left) < RIM_SKY
-        is_noisier = np.median(detail[part]) > noise
-        if is_dark or not is_noisier:
-            rim |= part
-    return present & scipy.ndimage.binary_dilation(rim, iterations=RIM_SOFT)
+    height, width = linear.shape[:2]
+    light = linear / np.nanmedian(linear, axis=(0, 1))
+    factor = math.ceil(max(height, width) / RIM_VIEW)
+    light = reduce_plane(light.mean(-1), factor, "mean")
+    beyond = _beyond_steps(light)
+    soft = scipy.ndimage.binary_dilation(beyond, iterations=RIM_SOFT)
+    inside = np.isfinite(light) & ~soft
+    if not inside.any():
+        return np.full((height, width), False)
+    level = light[_nearest(inside)]
+    halfway = (1 + RIM_LEFT) / 2
+    rim = beyond & (light < halfway * level)
+    rim = scipy.ndimage.binary_dilation(rim, iterations=RIM_SOFT)
+    rim = rim.repeat(factor, axis=0)
+    rim = rim.repeat(factor, axis=1)
+    return rim[:height, :width] & np.isfinite(linear).all(-1)
 
 
-def _level_beside(light: np.ndarray, present: np.ndarray) -> tuple[np.ndarray, float]:
-    """Return the light of the largest part without steps, and beyond it what is nearest of it.
+def _beyond_steps(light: np.ndarray) -> np.ndarray:
+    """Return True beyond straight lines across the frame at which the light falls by a step.
 
     Args:
-        light: (h, w).
-        present: (h, w) bool, True somewhere.
+        light: (h, w); NaN where missing.
 
     Returns:
-        (h, w), and how much light a step is.
+        (h, w) bool.
     """
-    calm = scipy.ndimage.median_filter(light, 3)
-    highest = scipy.ndimage.maximum_filter(calm, 3)
-    lowest = scipy.ndimage.minimum_filter(calm, 3)
-    step = highest - lowest
-    slope = scipy.ndimage.percentile_filter(step[::3, ::3], 25, 3)
-    slope = slope.repeat(3, axis=0)
-    slope = slope.repeat(3, axis=1)
-    height, width = light.shape
-    step -= slope[:height, :width]
-    least = RIM_STEP * np.median(np.abs(step[present]))
-    regions, _ = scipy.ndimage.label(present & (step < least))
-    sizes = np.bincount(regions.ravel())
-    sizes[0] = 0
-    if not sizes.any():
-        return light, least
-    inside = regions == sizes.argmax()
-    nearest = _nearest(inside)
-    counted = np.where(inside, light, 0)
-    total = scipy.ndimage.uniform_filter(counted, 7)
-    weight = scipy.ndimage.uniform_filter(inside.astype(float), 7)
-    level = total / np.maximum(weight, 1e-6)
-    return np.where(inside, light, level[nearest]), least
-
-
-def _beyond_straight_edges(picture: np.ndarray, dark: np.ndarray) -> np.ndarray:
-    """Return True, (h, w), beyond straight lines along which a picture ends and the dark begins.
-
-    Args:
-        picture, dark: (h, w) bool.
-    """
-    beyond = np.zeros_like(picture)
-    if not dark.any() or not picture.any():
-        return beyond
-    y, x = np.indices(picture.shape)
-    ends = picture & ~scipy.ndimage.binary_erosion(picture)
-    end_y, end_x = np.nonzero(ends)
-    beside_dark = scipy.ndimage.binary_dilation(dark)[ends]  # (n,)
-    shortest = RIM_LENGTH * max(picture.shape)
-    degrees = np.arange(0, 360, RIM_TURN)
-    for angle in np.deg2rad(degrees):
-        down = math.sin(angle)
-        right = math.cos(angle)
-        outward = down * end_y + right * end_x  # (n,)
-        # The outermost line with so many ends
-        first = math.floor(outward.min())
-        ends_on = np.bincount(np.rint(outward - first).astype(int))
-        lines = np.flatnonzero(ends_on + np.append(ends_on[1:], 0) > shortest)
-        if not lines.size:
+    beyond = np.zeros(light.shape, bool)
+    steps, falls = _steps(light)  # (n, 2) each
+    places = np.moveaxis(np.indices(light.shape), 0, -1)  # (h, w, 2)
+    middle = (np.array(light.shape) - 1) / 2
+    shortest = RIM_LENGTH * max(light.shape)
+    lines = []
+    for degrees in np.arange(0, 360, RIM_TURN):
+        outward = _direction(degrees)
+        distance = (steps - middle) @ outward
+        facing = falls @ outward > RIM_FACING
+        distance = distance[facing & (distance > 0)]
+        count = np.bincount(np.rint(distance).astype(int))
+        count = count + np.append(count[1:], 0)  # an edge is two pixels wide
+        for start in np.flatnonzero(count > shortest):
+            lines.append((count[start], degrees, start + 0.5))
+    lines.sort(reverse=True)
+    found = []
+    for _, degrees, distance in lines:
+        outward = _direction(degrees)
+        apart = math.cos(math.radians(RIM_APART))
+        if any(outward @ other > apart for other in found):
             continue
-        last = first + lines[-1] + 1
-        touching = np.abs(outward - last) <= RIM_STRAIGHT
-        outside = outward > last + RIM_STRAIGHT
-        if outside.sum() > RIM_OUTSIDE * touching.sum():
-            continue
-        along = right * end_y - down * end_x
-        along = np.rint(along[touching])
-        length = np.unique(along).size
-        whole = length > RIM_WHOLE * np.ptp(along)
-        darker = beside_dark[touching].mean() > RIM_DARK
-        if length > shortest and whole and darker:
-            farther = down * y + right * x
-            beyond |= farther > last
+        if _falls_across(light, outward, middle + distance * outward, shortest):
+            found.append(outward)
+            beyond |= (places - middle) @ outward > distance - 0.5
     return beyond
+
+
+def _direction(degrees: float) -> np.ndarray:
+    """Return the step (2,) down and right that is 1 long."""
+    angle = math.radians(degrees)
+    return np.array((math.sin(angle), math.cos(angle)))
+
+
+def _steps(light: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return where light (h, w) falls by a step: places (n, 2), and directions (n, 2) of length 1.
+
+    """
+    there = np.isfinite(light)
+    if not there.any():
+        return np.empty((0, 2)), np.empty((0, 2))
+    light = light[_nearest(there)]
+    fall = [-scipy.ndimage.sobel(light, axis, mode="nearest") / 4 for axis in (0, 1)]
+    amount = np.hypot(*fall)  # over two pixels
+    brightest = scipy.ndimage.maximum_filter(light, 3)
+    steps = there & (amount > (1 - RIM_LEFT) * brightest)
+    falls = np.stack(fall, -1)[steps]
+    return np.argwhere(steps), falls / amount[steps][:, None]
+
+
+def _falls_across(light: np.ndarray, outward: np.ndarray, place: np.ndarray,
+                  shortest: float) -> bool:
+    """Tell whether light (h, w) falls by a step all along the line across `outward` at `place`."""
+    along = outward[::-1] * (1, -1)
+    reach = np.arange(-sum(light.shape), sum(light.shape))
+    line = place + reach[:, None] * along  # (n, 2)
+
+    def sample(places):
+        nearest = np.rint(places).T
+        return scipy.ndimage.map_coordinates(light, nearest, order=0, cval=np.nan)
+
+    before = sample(line - outward)
+    after = sample(line + outward)
+    both = np.isfinite(before) & np.isfinite(after)
+    steps = after[both] < RIM_LEFT * before[both]
+    return steps.sum() >= shortest and steps.mean() >= RIM_WHOLE
 
 
 def rim_depth(prepared: Prepared) -> int:
