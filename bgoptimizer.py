@@ -2623,29 +2623,33 @@ def reduce_plane(plane: np.ndarray, factor: int, func: str = "median",
         (ceil(h / factor), ceil(w / factor)) float32; NaN where a block has nothing present.
     """
     def medians(blocks, axis):  # (rows, columns, height, width) -> (rows, columns)
-        rows, columns = blocks.shape[:2]
-        samples = blocks.reshape(rows, columns, -1)
+        samples = blocks.reshape(*blocks.shape[:2], -1)
         present = _present(samples)
-        count = present.sum(-1)  # (rows, columns)
-        samples = np.where(present, samples, np.nan)
-        samples.sort(-1)  # NaN goes last; for so few samples it is faster than a partition
-        lower = np.maximum(count - 1, 0) // 2
-        upper = count // 2
-        middle = np.stack((lower, upper), -1)  # (rows, columns, 2): the same sample if odd
-        return np.take_along_axis(samples, middle, -1).mean(-1)
+        whole = present.all(-1)  # (rows, columns)
+        reduced = np.empty(whole.shape, np.float32)
+        reduced[whole] = np.median(samples[whole], -1)
+        reduced[~whole] = _median_of_present(samples[~whole], present[~whole])
+        return reduced
 
     def means(blocks, axis):
+        present = _present(blocks)
         samples = blocks if transform is None else transform(blocks)
-        return _mean(samples, axis, _present(blocks))
+        total = np.where(present, samples, 0).sum(axis, dtype=np.float64)
+        count = present.sum(axis)
+        return total / np.where(count > 0, count, np.nan)
 
     return _reduce_blocks(plane, factor, medians if func == "median" else means)
 
 
-def _mean(samples, axis, counted):
-    """Return the mean of the samples that are counted; NaN where none is."""
-    total = np.where(counted, samples, 0).sum(axis, dtype=np.float64)
-    count = counted.sum(axis)
-    return total / np.where(count > 0, count, np.nan)
+def _median_of_present(samples: np.ndarray, present: np.ndarray) -> np.ndarray:
+    """Return the medians (blocks,) of samples (blocks, n) that are present; NaN where none is."""
+    samples = np.where(present, samples, np.nan)
+    samples.sort(-1)  # NaN goes last
+    count = present.sum(-1)
+    lower = np.maximum(count - 1, 0) // 2
+    upper = count // 2
+    middle = np.stack((lower, upper), -1)  # (blocks, 2): the same sample if the count is odd
+    return np.take_along_axis(samples, middle, -1).mean(-1)
 
 
 def _reduce_blocks(image, factor, func):
@@ -2791,21 +2795,21 @@ RIM_VIEW = 300
 """Rims are looked for on a copy whose longer side has at most so many pixels."""
 
 RIM_LEFT = 0.88
-"""A rim's edge leaves less than this part of the light. Where fewer exposures reach, more is left."""
+"""Less than this part of the light is left beyond a step. Where fewer exposures reach, more is."""
 
 RIM_WHOLE = 0.8
-"""A rim's edge goes straight across the frame, and the light falls at this part of it. Stars and
-hills hide the rest. At lines along hills it falls at 0.76 at most, at edges of rims at 0.85."""
+"""The light falls by a step at this part of a straight line across the frame. Stars and hills hide
+the rest. Along hills it does at 0.76 of a line at most, along rims at 0.85 at least."""
 
 RIM_LENGTH = 0.15
-"""A rim's edge is at least this part of the longer side long."""
+"""It does so over this part of the longer side."""
 
 RIM_FACING = 0.8
-"""Cosine: where light falls in another direction, no edge is looked for."""
+"""A step is on a line only if the cosine between its direction and the line's is above this."""
 
 RIM_TURN = 0.5
-RIM_APART = 10
-"""Degrees between the directions of edges that are tried, and of those that are found."""
+RIM_APART = 10.0
+"""Degrees between the directions that are tried, and between those of two rims."""
 
 RIM_SOFT = 2
 """Pixels by which a rim is widened, because its edge may be soft."""
@@ -2828,8 +2832,8 @@ def find_rim(linear: np.ndarray) -> np.ndarray:
     factor = math.ceil(max(height, width) / RIM_VIEW)
     light = reduce_plane(light.mean(-1), factor, "mean")
     beyond = _beyond_steps(light)
-    soft = scipy.ndimage.binary_dilation(beyond, iterations=RIM_SOFT)
-    inside = np.isfinite(light) & ~soft
+    near = scipy.ndimage.binary_dilation(beyond, iterations=RIM_SOFT)
+    inside = np.isfinite(light) & ~near
     if not inside.any():
         return np.full((height, width), False)
     level = light[_nearest(inside)]
@@ -2842,80 +2846,89 @@ def find_rim(linear: np.ndarray) -> np.ndarray:
 
 
 def _beyond_steps(light: np.ndarray) -> np.ndarray:
-    """Return True beyond straight lines across the frame at which the light falls by a step.
+    """Return True, (h, w), beyond straight lines at which light (h, w) falls by a step."""
+    y, x = np.indices(light.shape)
+    y = y - y.mean()  # from the middle of the frame, beyond which no rim reaches
+    x = x - x.mean()
+    is_step, down, right = _steps(light)
+    step_y = y[is_step]  # (n,)
+    step_x = x[is_step]
+    shortest = RIM_LENGTH * max(light.shape)
+    lines = []
+    for degrees in np.arange(0, 360, RIM_TURN):
+        angle = math.radians(degrees)
+        outward = _outward(angle, step_y, step_x)
+        facing = _outward(angle, down, right) > RIM_FACING
+        outward = outward[facing & (outward > 0)]
+        nearest = np.rint(outward)
+        count = np.bincount(nearest.astype(int))
+        count = count + np.append(count[1:], 0)  # a step is two pixels wide
+        for start in np.flatnonzero(count > shortest):
+            lines.append((count[start], angle, start + 0.5))
+    lines.sort(reverse=True)
+    alike = math.cos(math.radians(RIM_APART))
+    beyond = np.full(light.shape, False)
+    found = []  # angles
+    for _, angle, distance in lines:
+        turned = angle - np.array(found)
+        known = np.cos(turned) > alike
+        if known.any() or not _falls_across(light, angle, distance, shortest):
+            continue
+        found.append(angle)
+        beyond |= _outward(angle, y, x) > distance - 0.5
+    return beyond
+
+
+def _outward(angle: float, down: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """Return how far ways go in the direction of an angle: 0 is right, a quarter turn is down."""
+    return math.sin(angle) * down + math.cos(angle) * right
+
+
+def _steps(light: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return where light falls by a step over two pixels, and in which direction.
 
     Args:
         light: (h, w); NaN where missing.
 
     Returns:
-        (h, w) bool.
-    """
-    beyond = np.zeros(light.shape, bool)
-    steps, falls = _steps(light)  # (n, 2) each
-    places = np.moveaxis(np.indices(light.shape), 0, -1)  # (h, w, 2)
-    middle = (np.array(light.shape) - 1) / 2
-    shortest = RIM_LENGTH * max(light.shape)
-    lines = []
-    for degrees in np.arange(0, 360, RIM_TURN):
-        outward = _direction(degrees)
-        distance = (steps - middle) @ outward
-        facing = falls @ outward > RIM_FACING
-        distance = distance[facing & (distance > 0)]
-        count = np.bincount(np.rint(distance).astype(int))
-        count = count + np.append(count[1:], 0)  # an edge is two pixels wide
-        for start in np.flatnonzero(count > shortest):
-            lines.append((count[start], degrees, start + 0.5))
-    lines.sort(reverse=True)
-    found = []
-    for _, degrees, distance in lines:
-        outward = _direction(degrees)
-        apart = math.cos(math.radians(RIM_APART))
-        if any(outward @ other > apart for other in found):
-            continue
-        if _falls_across(light, outward, middle + distance * outward, shortest):
-            found.append(outward)
-            beyond |= (places - middle) @ outward > distance - 0.5
-    return beyond
-
-
-def _direction(degrees: float) -> np.ndarray:
-    """Return the step (2,) down and right that is 1 long."""
-    angle = math.radians(degrees)
-    return np.array((math.sin(angle), math.cos(angle)))
-
-
-def _steps(light: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return where light (h, w) falls by a step: places (n, 2), and directions (n, 2) of length 1.
-
+        (h, w) bool, and for the n places where it is True, how far down (n,) and right (n,) a
+        way of length 1 in that direction goes.
     """
     there = np.isfinite(light)
-    if not there.any():
-        return np.empty((0, 2)), np.empty((0, 2))
     light = light[_nearest(there)]
-    fall = [-scipy.ndimage.sobel(light, axis, mode="nearest") / 4 for axis in (0, 1)]
-    amount = np.hypot(*fall)  # over two pixels
+    down = scipy.ndimage.sobel(light, 0, mode="nearest") / -4
+    right = scipy.ndimage.sobel(light, 1, mode="nearest") / -4
+    fall = np.hypot(down, right)
     brightest = scipy.ndimage.maximum_filter(light, 3)
-    steps = there & (amount > (1 - RIM_LEFT) * brightest)
-    falls = np.stack(fall, -1)[steps]
-    return np.argwhere(steps), falls / amount[steps][:, None]
+    is_step = there & (fall > (1 - RIM_LEFT) * brightest)
+    fall = fall[is_step]
+    return is_step, down[is_step] / fall, right[is_step] / fall
 
 
-def _falls_across(light: np.ndarray, outward: np.ndarray, place: np.ndarray,
-                  shortest: float) -> bool:
-    """Tell whether light (h, w) falls by a step all along the line across `outward` at `place`."""
-    along = outward[::-1] * (1, -1)
-    reach = np.arange(-sum(light.shape), sum(light.shape))
-    line = place + reach[:, None] * along  # (n, 2)
+def _falls_across(light: np.ndarray, angle: float, distance: float, shortest: float) -> bool:
+    """Tell whether light falls by a step all along a line.
 
-    def sample(places):
-        nearest = np.rint(places).T
-        return scipy.ndimage.map_coordinates(light, nearest, order=0, cval=np.nan)
+    Args:
+        light: (h, w); NaN where missing.
+        angle: of the direction in which it should fall, which is across the line.
+        distance: pixels from the middle of the frame to the line.
+        shortest: the light falls over so many pixels at least.
+    """
+    middle = (np.array(light.shape) - 1) / 2
+    reach = sum(light.shape)
+    along = np.arange(-reach, reach)
 
-    before = sample(line - outward)
-    after = sample(line + outward)
-    both = np.isfinite(before) & np.isfinite(after)
-    steps = after[both] < RIM_LEFT * before[both]
-    return steps.sum() >= shortest and steps.mean() >= RIM_WHOLE
+    def sample(outward):
+        y = _outward(angle, outward, along)
+        x = _outward(angle, -along, outward)
+        places = np.rint(middle + np.stack((y, x), -1))  # (n, 2)
+        return scipy.ndimage.map_coordinates(light, places.T, order=0, cval=np.nan)
+
+    before = sample(distance - 1)
+    after = sample(distance + 1)
+    both = np.isfinite(before + after)
+    falls = after[both] < RIM_LEFT * before[both]
+    return falls.sum() >= shortest and falls.mean() >= RIM_WHOLE
 
 
 def rim_depth(prepared: Prepared) -> int:
@@ -2949,7 +2962,7 @@ def _block_means(weights: np.ndarray, factor: int) -> np.ndarray:
         (ceil(h / factor), ceil(w / factor)), and k if there is one; float32.
     """
     def means(blocks, axis):
-        return _mean(blocks, axis, np.isfinite(blocks))  # what lies beyond an edge is NaN
+        return np.nanmean(blocks, axis, dtype=np.float64)  # what lies beyond an edge is NaN
 
     weights = np.clip(np.nan_to_num(weights), 0.0, 1.0)  # booleans become floats
     return _reduce_blocks(weights, factor, means)
@@ -2973,10 +2986,8 @@ def full_mask(prepared: Prepared, settings: Settings) -> np.ndarray:
         weight = first
     height, width = prepared.full_shape
     factor = settings.downscaling_factor
-    row = np.arange(height)[:, None] // factor  # (h, 1)
-    column = np.arange(width) // factor
-    mask = weight[:, row, column]  # (1 or c, h, w)
-    return np.ascontiguousarray(mask, np.float32)
+    mask = weight.repeat(factor, axis=1)[:, :height]
+    return mask.repeat(factor, axis=2)[:, :, :width].astype(np.float32)
 
 
 def mask_reasons(prepared: Prepared, settings: Settings) -> dict[str, np.ndarray]:
@@ -2985,24 +2996,23 @@ def mask_reasons(prepared: Prepared, settings: Settings) -> dict[str, np.ndarray
     Returns:
         Reason -> (h, w) bool. A pixel that is left out has exactly one reason.
     """
-    missing = ~prepared.present.any(-1)
-    left_out = ~prepared.used & ~missing
     inside = prepared.present & _inside_thresholds(prepared.image, settings)
-    by_threshold = left_out & ~inside.any(-1)
-    left_out &= ~by_threshold
-    by_rim = left_out & prepared.rim
-    left_out &= ~by_rim
-    by_file = np.zeros_like(left_out)
+    everywhere = np.full(prepared.used.shape, True)
+    by_file = ~everywhere
     if prepared.user_mask is not None:
-        by_file = left_out & (prepared.user_mask == 0).any(-1)
-    by_auto = left_out & ~by_file
-    return {
-        "missing": missing,
-        "threshold": by_threshold,
-        "rim": by_rim,
+        by_file = (prepared.user_mask == 0).any(-1)
+    reasons = {  # the first one that holds counts
+        "missing": ~prepared.present.any(-1),
+        "threshold": ~inside.any(-1),
+        "rim": prepared.rim,
         "mask file": by_file,
-        "auto": by_auto,
+        "auto": everywhere,
     }
+    left_out = ~prepared.used
+    for reason, where in reasons.items():
+        reasons[reason] = left_out & where
+        left_out = left_out & ~where
+    return reasons
 
 
 def clipped_by_stretch(prepared: Prepared) -> np.ndarray:
