@@ -2802,7 +2802,8 @@ RIM_WHOLE = 0.8
 the rest. Along hills it does at 0.76 of a line at most, along rims at 0.85 at least."""
 
 RIM_LENGTH = 0.15
-"""It does so over this part of the longer side."""
+RIM_FEWEST = 20
+"""It does so over this part of the longer side, and over so many pixels."""
 
 RIM_FACING = 0.8
 """A step is on a line only if the cosine between its direction and the line's is above this."""
@@ -2853,7 +2854,7 @@ def _beyond_steps(light: np.ndarray) -> np.ndarray:
     is_step, down, right = _steps(light)
     step_y = y[is_step]  # (n,)
     step_x = x[is_step]
-    shortest = RIM_LENGTH * max(light.shape)
+    shortest = max(RIM_FEWEST, RIM_LENGTH * max(light.shape))
     lines = []
     for degrees in np.arange(0, 360, RIM_TURN):
         angle = math.radians(degrees)
@@ -2926,8 +2927,10 @@ def _falls_across(light: np.ndarray, angle: float, distance: float, shortest: fl
 
     before = sample(distance - 1)
     after = sample(distance + 1)
-    both = np.isfinite(before + after)
-    falls = after[both] < RIM_LEFT * before[both]
+    slope = before / sample(distance - 3)
+    expected = before * np.minimum(slope, 1)  # a slope goes on
+    both = np.isfinite(expected + after)
+    falls = after[both] < RIM_LEFT * expected[both]
     return falls.sum() >= shortest and falls.mean() >= RIM_WHOLE
 
 
