@@ -2841,9 +2841,9 @@ def find_rim(linear: np.ndarray) -> np.ndarray:
     halfway = (1 + RIM_LEFT) / 2
     rim = beyond & (light < halfway * level)
     rim = scipy.ndimage.binary_dilation(rim, iterations=RIM_SOFT)
-    rim = rim.repeat(factor, axis=0)
-    rim = rim.repeat(factor, axis=1)
-    return rim[:height, :width] & np.isfinite(linear).all(-1)
+    rim = _enlarge(rim, factor, (height, width))
+    present = np.isfinite(linear)
+    return rim & present.all(-1)
 
 
 def _beyond_steps(light: np.ndarray) -> np.ndarray:
@@ -2922,7 +2922,8 @@ def _falls_across(light: np.ndarray, angle: float, distance: float, shortest: fl
     def sample(outward):
         y = _outward(angle, outward, along)
         x = _outward(angle, -along, outward)
-        places = np.rint(middle + np.stack((y, x), -1))  # (n, 2)
+        places = middle + np.stack((y, x), -1)  # (n, 2)
+        places = np.rint(places)
         return scipy.ndimage.map_coordinates(light, places.T, order=0, cval=np.nan)
 
     before = sample(distance - 1)
@@ -2983,14 +2984,21 @@ def full_mask(prepared: Prepared, settings: Settings) -> np.ndarray:
 
     It has one channel if all channels have the same mask.
     """
-    weight = np.moveaxis(prepared.weight, -1, 0)  # (c, rows, columns)
-    first = weight[:1]
+    weight = prepared.weight
+    first = weight[..., :1]
     if (weight == first).all():
         weight = first
-    height, width = prepared.full_shape
-    factor = settings.downscaling_factor
-    mask = weight.repeat(factor, axis=1)[:, :height]
-    return mask.repeat(factor, axis=2)[:, :, :width].astype(np.float32)
+    mask = _enlarge(weight, settings.downscaling_factor, prepared.full_shape)
+    mask = np.moveaxis(mask, -1, 0)
+    return np.ascontiguousarray(mask, np.float32)
+
+
+def _enlarge(reduced: np.ndarray, factor: int, shape: tuple[int, int]) -> np.ndarray:
+    """Repeat what was reduced, (rows, columns, ...), so that it fills a frame of `shape` (h, w)."""
+    height, width = shape
+    tall = reduced.repeat(factor, axis=0)
+    large = tall[:height].repeat(factor, axis=1)
+    return large[:, :width]
 
 
 def mask_reasons(prepared: Prepared, settings: Settings) -> dict[str, np.ndarray]:
