@@ -2312,29 +2312,33 @@ def reduce_plane(plane: np.ndarray, factor: int, func: str = "median",
         (ceil(h / factor), ceil(w / factor)) float32; NaN where a block has nothing present.
     """
     def medians(blocks, axis):  # (rows, columns, height, width) -> (rows, columns)
-        rows, columns = blocks.shape[:2]
-        samples = blocks.reshape(rows, columns, -1)
+        samples = blocks.reshape(*blocks.shape[:2], -1)
         present = _present(samples)
-        count = present.sum(-1)  # (rows, columns)
-        samples = np.where(present, samples, np.nan)
-        samples.sort(-1)  # NaN goes last; for so few samples it is faster than a partition
-        lower = np.maximum(count - 1, 0) // 2
-        upper = count // 2
-        middle = np.stack((lower, upper), -1)  # (rows, columns, 2): the same sample if odd
-        return np.take_along_axis(samples, middle, -1).mean(-1)
+        whole = present.all(-1)  # (rows, columns)
+        reduced = np.empty(whole.shape, np.float32)
+        reduced[whole] = np.median(samples[whole], -1)
+        reduced[~whole] = _median_of_present(samples[~whole], present[~whole])
+        return reduced
 
     def means(blocks, axis):
+        present = _present(blocks)
         samples = blocks if transform is None else transform(blocks)
-        return _mean(samples, axis, _present(blocks))
+        total = np.where(present, samples, 0).sum(axis, dtype=np.float64)
+        count = present.sum(axis)
+        return total / np.where(count > 0, count, np.nan)
 
     return _reduce_blocks(plane, factor, medians if func == "median" else means)
 
 
-def _mean(samples, axis, counted):
-    """Return the mean of the samples that are counted; NaN where none is."""
-    total = np.where(counted, samples, 0).sum(axis, dtype=np.float64)
-    count = counted.sum(axis)
-    return total / np.where(count > 0, count, np.nan)
+def _median_of_present(samples: np.ndarray, present: np.ndarray) -> np.ndarray:
+    """Return the medians (blocks,) of samples (blocks, n) that are present; NaN where none is."""
+    samples = np.where(present, samples, np.nan)
+    samples.sort(-1)  # NaN goes last
+    count = present.sum(-1)
+    lower = np.maximum(count - 1, 0) // 2
+    upper = count // 2
+    middle = np.stack((lower, upper), -1)  # (blocks, 2): the same sample if the count is odd
+    return np.take_along_axis(samples, middle, -1).mean(-1)
 
 
 def _reduce_blocks(image, factor, func):
@@ -2433,7 +2437,7 @@ def prepare(planes: np.ndarray, settings: Settings, mask: np.ndarray | None = No
     stretch, median = measure_stretch(planes, quantile)
     linear = np.stack([reduce_plane(plane, factor) for plane in planes], -1)  # (h, w, c)
     present = np.isfinite(linear)
-    rim = find_rim(linear, present.all(-1))
+    rim = find_rim(linear)
     user_mask = None
     if mask is not None:
         user_mask = np.stack([_block_means(plane, factor) for plane in mask], -1)
@@ -2476,167 +2480,148 @@ def prepare_again(prepared: Prepared, planes: np.ndarray, stretch: Stretch,
     return replace(prepared, image=image, weight=weight, stretch=stretch)
 
 
-RIM_STEP = 12.0
-"""At a rim the picture steps by so many times its typical difference between neighbors, beyond that
-of a slope."""
+RIM_VIEW = 300
+"""Rims are looked for on a copy whose longer side has at most so many pixels."""
 
-RIM_FOOT = 0.25
-"""All of a rim is darker than the picture by this part of what the rim near it is..."""
+RIM_LEFT = 0.88
+"""Less than this part of the light is left beyond a step. Where fewer exposures reach, more is."""
 
-RIM_NEAR = 7
-"""... within a window of so many pixels."""
+RIM_WHOLE = 0.8
+"""The light falls by a step at this part of a straight line across the frame. Stars and hills hide
+the rest. Along hills it does at 0.76 of a line at most, along rims at 0.85 at least."""
+
+RIM_LENGTH = 0.15
+RIM_FEWEST = 20
+"""It does so over this part of the longer side, and over so many pixels."""
+
+RIM_FACING = 0.8
+"""A step is on a line only if the cosine between its direction and the line's is above this."""
 
 RIM_TURN = 0.5
-"""Degrees between the directions in which straight edges of the picture are looked for."""
-
-RIM_OUTSIDE = 0.1
-"""So many ends of the picture lie outside of such an edge, in parts of those on it: a bright object
-in the rim is no edge, the next hill is."""
-
-RIM_STRAIGHT = 1.5
-"""Pixels: an edge that is nowhere farther from a line is straight."""
-
-RIM_LENGTH = 0.2
-"""A straight edge is at least this part of the longer side long. Hills have shorter ones."""
-
-RIM_WHOLE = 0.7
-"""A straight edge has gaps, where hills or stars are, on less than the rest of its length."""
-
-RIM_DARK = 0.25
-"""The picture is brighter than what is beyond at least this part of a straight edge. The rest may
-be the edge of the frame itself, but not all: beside hills that edge is straight as well."""
-
-RIM_FEWEST = 8
-"""Pixels. What is smaller is no rim."""
-
-RIM_SKY = 0.88
-"""Beyond a step that leaves more than this part of the light there is sky, which fewer exposures
-reached, if it is noisier than the picture."""
+RIM_APART = 10.0
+"""Degrees between the directions that are tried, and between those of two rims."""
 
 RIM_SOFT = 2
 """Pixels by which a rim is widened, because its edge may be soft."""
 
 
-def find_rim(linear: np.ndarray, present: np.ndarray) -> np.ndarray:
+def find_rim(linear: np.ndarray) -> np.ndarray:
     """Find a rim at the edge of the frame that is darker than the picture by a step, but not 0.
 
     Overscan, the edges that registration leaves, and the corners of a turned frame are such rims:
-    they lie beyond straight edges of the picture. Hills do not.
+    each lies beyond a straight line across the frame. Hills do not.
 
     Args:
-        linear: (h, w, c) the reduced picture.
-        present: (h, w) bool.
+        linear: (h, w, c) the reduced picture; NaN where missing.
 
     Returns:
         (h, w) bool.
     """
-    rim = np.zeros_like(present)
-    if not present.any():
-        return rim
-    light = linear / np.median(linear[present], axis=0)
-    light = light.mean(-1)
-    light = light[_nearest(present)]
-    level, least = _level_beside(light, present)
-    drop = level - light
-    deepest = scipy.ndimage.maximum_filter(drop, RIM_NEAR)
-    dark = present & (drop > np.maximum(least / 2, RIM_FOOT * deepest))
-    frame = np.full(present.shape, True)
-    frame[1:-1, 1:-1] = False
-    frame |= scipy.ndimage.binary_dilation(~present)
-    dark = scipy.ndimage.binary_propagation(dark & frame, mask=dark)
-    picture = present & ~dark
-    mean = scipy.ndimage.uniform_filter(light, 3)
-    detail = np.abs(light - mean)
-    noise = np.median(detail[picture])
-    beyond = _beyond_straight_edges(picture, dark)
-    regions, count = scipy.ndimage.label(dark & beyond)
-    for region in range(1, count + 1):
-        part = regions == region
-        size = part.sum()
-        height = np.percentile(drop[part], 75)
-        if size < RIM_FEWEST or height < least:
+    height, width = linear.shape[:2]
+    light = linear / np.nanmedian(linear, axis=(0, 1))
+    factor = math.ceil(max(height, width) / RIM_VIEW)
+    light = reduce_plane(light.mean(-1), factor, "mean")
+    beyond = _beyond_steps(light)
+    near = scipy.ndimage.binary_dilation(beyond, iterations=RIM_SOFT)
+    inside = np.isfinite(light) & ~near
+    if not inside.any():
+        return np.full((height, width), False)
+    level = light[_nearest(inside)]
+    halfway = (1 + RIM_LEFT) / 2
+    rim = beyond & (light < halfway * level)
+    rim = scipy.ndimage.binary_dilation(rim, iterations=RIM_SOFT)
+    rim = _enlarge(rim, factor, (height, width))
+    present = np.isfinite(linear)
+    return rim & present.all(-1)
+
+
+def _beyond_steps(light: np.ndarray) -> np.ndarray:
+    """Return True, (h, w), beyond straight lines at which light (h, w) falls by a step."""
+    y, x = np.indices(light.shape)
+    y = y - y.mean()  # from the middle of the frame, beyond which no rim reaches
+    x = x - x.mean()
+    is_step, down, right = _steps(light)
+    step_y = y[is_step]  # (n,)
+    step_x = x[is_step]
+    shortest = max(RIM_FEWEST, RIM_LENGTH * max(light.shape))
+    lines = []
+    for degrees in np.arange(0, 360, RIM_TURN):
+        angle = math.radians(degrees)
+        outward = _outward(angle, step_y, step_x)
+        facing = _outward(angle, down, right) > RIM_FACING
+        outward = outward[facing & (outward > 0)]
+        nearest = np.rint(outward)
+        count = np.bincount(nearest.astype(int))
+        count = count + np.append(count[1:], 0)  # a step is two pixels wide
+        for start in np.flatnonzero(count > shortest):
+            lines.append((count[start], angle, start + 0.5))
+    lines.sort(reverse=True)
+    alike = math.cos(math.radians(RIM_APART))
+    beyond = np.full(light.shape, False)
+    found = []  # angles
+    for _, angle, distance in lines:
+        turned = angle - np.array(found)
+        known = np.cos(turned) > alike
+        if known.any() or not _falls_across(light, angle, distance, shortest):
             continue
-        left = light[part] / level[part]
-        is_dark = np.median(left) < RIM_SKY
-        is_noisier = np.median(detail[part]) > noise
-        if is_dark or not is_noisier:
-            rim |= part
-    return present & scipy.ndimage.binary_dilation(rim, iterations=RIM_SOFT)
+        found.append(angle)
+        beyond |= _outward(angle, y, x) > distance - 0.5
+    return beyond
 
 
-def _level_beside(light: np.ndarray, present: np.ndarray) -> tuple[np.ndarray, float]:
-    """Return the light of the largest part without steps, and beyond it what is nearest of it.
+def _outward(angle: float, down: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """Return how far ways go in the direction of an angle: 0 is right, a quarter turn is down."""
+    return math.sin(angle) * down + math.cos(angle) * right
+
+
+def _steps(light: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return where light falls by a step over two pixels, and in which direction.
 
     Args:
-        light: (h, w).
-        present: (h, w) bool, True somewhere.
+        light: (h, w); NaN where missing.
 
     Returns:
-        (h, w), and how much light a step is.
+        (h, w) bool, and for the n places where it is True, how far down (n,) and right (n,) a
+        way of length 1 in that direction goes.
     """
-    calm = scipy.ndimage.median_filter(light, 3)
-    highest = scipy.ndimage.maximum_filter(calm, 3)
-    lowest = scipy.ndimage.minimum_filter(calm, 3)
-    step = highest - lowest
-    slope = scipy.ndimage.percentile_filter(step[::3, ::3], 25, 3)
-    slope = slope.repeat(3, axis=0)
-    slope = slope.repeat(3, axis=1)
-    height, width = light.shape
-    step -= slope[:height, :width]
-    least = RIM_STEP * np.median(np.abs(step[present]))
-    regions, _ = scipy.ndimage.label(present & (step < least))
-    sizes = np.bincount(regions.ravel())
-    sizes[0] = 0
-    if not sizes.any():
-        return light, least
-    inside = regions == sizes.argmax()
-    nearest = _nearest(inside)
-    counted = np.where(inside, light, 0)
-    total = scipy.ndimage.uniform_filter(counted, 7)
-    weight = scipy.ndimage.uniform_filter(inside.astype(float), 7)
-    level = total / np.maximum(weight, 1e-6)
-    return np.where(inside, light, level[nearest]), least
+    there = np.isfinite(light)
+    light = light[_nearest(there)]
+    down = scipy.ndimage.sobel(light, 0, mode="nearest") / -4
+    right = scipy.ndimage.sobel(light, 1, mode="nearest") / -4
+    fall = np.hypot(down, right)
+    brightest = scipy.ndimage.maximum_filter(light, 3)
+    is_step = there & (fall > (1 - RIM_LEFT) * brightest)
+    fall = fall[is_step]
+    return is_step, down[is_step] / fall, right[is_step] / fall
 
 
-def _beyond_straight_edges(picture: np.ndarray, dark: np.ndarray) -> np.ndarray:
-    """Return True, (h, w), beyond straight lines along which a picture ends and the dark begins.
+def _falls_across(light: np.ndarray, angle: float, distance: float, shortest: float) -> bool:
+    """Tell whether light falls by a step all along a line.
 
     Args:
-        picture, dark: (h, w) bool.
+        light: (h, w); NaN where missing.
+        angle: of the direction in which it should fall, which is across the line.
+        distance: pixels from the middle of the frame to the line.
+        shortest: the light falls over so many pixels at least.
     """
-    beyond = np.zeros_like(picture)
-    if not dark.any() or not picture.any():
-        return beyond
-    y, x = np.indices(picture.shape)
-    ends = picture & ~scipy.ndimage.binary_erosion(picture)
-    end_y, end_x = np.nonzero(ends)
-    beside_dark = scipy.ndimage.binary_dilation(dark)[ends]  # (n,)
-    shortest = RIM_LENGTH * max(picture.shape)
-    degrees = np.arange(0, 360, RIM_TURN)
-    for angle in np.deg2rad(degrees):
-        down = math.sin(angle)
-        right = math.cos(angle)
-        outward = down * end_y + right * end_x  # (n,)
-        # The outermost line with so many ends
-        first = math.floor(outward.min())
-        ends_on = np.bincount(np.rint(outward - first).astype(int))
-        lines = np.flatnonzero(ends_on + np.append(ends_on[1:], 0) > shortest)
-        if not lines.size:
-            continue
-        last = first + lines[-1] + 1
-        touching = np.abs(outward - last) <= RIM_STRAIGHT
-        outside = outward > last + RIM_STRAIGHT
-        if outside.sum() > RIM_OUTSIDE * touching.sum():
-            continue
-        along = right * end_y - down * end_x
-        along = np.rint(along[touching])
-        length = np.unique(along).size
-        whole = length > RIM_WHOLE * np.ptp(along)
-        darker = beside_dark[touching].mean() > RIM_DARK
-        if length > shortest and whole and darker:
-            farther = down * y + right * x
-            beyond |= farther > last
-    return beyond
+    middle = (np.array(light.shape) - 1) / 2
+    reach = sum(light.shape)
+    along = np.arange(-reach, reach)
+
+    def sample(outward):
+        y = _outward(angle, outward, along)
+        x = _outward(angle, -along, outward)
+        places = middle + np.stack((y, x), -1)  # (n, 2)
+        places = np.rint(places)
+        return scipy.ndimage.map_coordinates(light, places.T, order=0, cval=np.nan)
+
+    before = sample(distance - 1)
+    after = sample(distance + 1)
+    slope = before / sample(distance - 3)
+    expected = before * np.minimum(slope, 1)  # a slope goes on
+    both = np.isfinite(expected + after)
+    falls = after[both] < RIM_LEFT * expected[both]
+    return falls.sum() >= shortest and falls.mean() >= RIM_WHOLE
 
 
 def rim_depth(prepared: Prepared) -> int:
@@ -2670,7 +2655,7 @@ def _block_means(weights: np.ndarray, factor: int) -> np.ndarray:
         (ceil(h / factor), ceil(w / factor)), and k if there is one; float32.
     """
     def means(blocks, axis):
-        return _mean(blocks, axis, np.isfinite(blocks))  # what lies beyond an edge is NaN
+        return np.nanmean(blocks, axis, dtype=np.float64)  # what lies beyond an edge is NaN
 
     weights = np.clip(np.nan_to_num(weights), 0.0, 1.0)  # booleans become floats
     return _reduce_blocks(weights, factor, means)
@@ -2688,16 +2673,21 @@ def full_mask(prepared: Prepared, settings: Settings) -> np.ndarray:
 
     It has one channel if all channels have the same mask.
     """
-    weight = np.moveaxis(prepared.weight, -1, 0)  # (c, rows, columns)
-    first = weight[:1]
+    weight = prepared.weight
+    first = weight[..., :1]
     if (weight == first).all():
         weight = first
-    height, width = prepared.full_shape
-    factor = settings.downscaling_factor
-    row = np.arange(height)[:, None] // factor  # (h, 1)
-    column = np.arange(width) // factor
-    mask = weight[:, row, column]  # (1 or c, h, w)
+    mask = _enlarge(weight, settings.downscaling_factor, prepared.full_shape)
+    mask = np.moveaxis(mask, -1, 0)
     return np.ascontiguousarray(mask, np.float32)
+
+
+def _enlarge(reduced: np.ndarray, factor: int, shape: tuple[int, int]) -> np.ndarray:
+    """Repeat what was reduced, (rows, columns, ...), so that it fills a frame of `shape` (h, w)."""
+    height, width = shape
+    tall = reduced.repeat(factor, axis=0)
+    large = tall[:height].repeat(factor, axis=1)
+    return large[:, :width]
 
 
 def mask_reasons(prepared: Prepared, settings: Settings) -> dict[str, np.ndarray]:
@@ -2706,24 +2696,23 @@ def mask_reasons(prepared: Prepared, settings: Settings) -> dict[str, np.ndarray
     Returns:
         Reason -> (h, w) bool. A pixel that is left out has exactly one reason.
     """
-    missing = ~prepared.present.any(-1)
-    left_out = ~prepared.used & ~missing
     inside = prepared.present & _inside_thresholds(prepared.image, settings)
-    by_threshold = left_out & ~inside.any(-1)
-    left_out &= ~by_threshold
-    by_rim = left_out & prepared.rim
-    left_out &= ~by_rim
-    by_file = np.zeros_like(left_out)
+    everywhere = np.full(prepared.used.shape, True)
+    by_file = ~everywhere
     if prepared.user_mask is not None:
-        by_file = left_out & (prepared.user_mask == 0).any(-1)
-    by_auto = left_out & ~by_file
-    return {
-        "missing": missing,
-        "threshold": by_threshold,
-        "rim": by_rim,
+        by_file = (prepared.user_mask == 0).any(-1)
+    reasons = {  # the first one that holds counts
+        "missing": ~prepared.present.any(-1),
+        "threshold": ~inside.any(-1),
+        "rim": prepared.rim,
         "mask file": by_file,
-        "auto": by_auto,
+        "auto": everywhere,
     }
+    left_out = ~prepared.used
+    for reason, where in reasons.items():
+        reasons[reason] = left_out & where
+        left_out = left_out & ~where
+    return reasons
 
 
 def clipped_by_stretch(prepared: Prepared) -> np.ndarray:

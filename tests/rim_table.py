@@ -68,7 +68,7 @@ def is_found(scene, depth, level, soft):
     spoiled = reduce_plane(image, FACTOR) - reduced > SPOILED * np.median(image)
     if scene.family == "hills":
         spoiled &= ~hidden(scene)
-    found = find_rim(reduced[..., None], np.isfinite(reduced))
+    found = find_rim(reduced[..., None])
     beside = reduce_plane(inside + 1, FACTOR) < 2
     elsewhere = found & ~ndimage.binary_dilation(beside, iterations=4)
     all_of_it = found[spoiled].mean() > 0.75 if spoiled.any() else True

@@ -17,10 +17,11 @@ from bgoptimizer import (
     mask_reasons,
     measure_stretch,
     prepare,
+    read_picture,
     reduce_plane,
 )
 from rim_table import SHAPE, SIDES, is_found, straight_sides, turned_frame
-from scenes import make_scene, sloping_sky, to_planes
+from scenes import REAL, make_scene, sloping_sky, to_planes
 
 
 PLAIN = Settings().resolved()
@@ -190,13 +191,18 @@ def test_a_dark_rim_is_left_out_and_the_picture_beside_it_is_not(side):
 
 
 OPEN_RIMS = {
-    (8, False, "moon", 0.8),
-    (8, True, "galaxy", 0.8),
-    (20, True, "city_glows", 0.8),
+    (8, False, "city_glows", 0.8),
+    ("1 degree", False, "galaxy", 0.8),
     ("1 degree", True, "galaxy", 0.8),
+    ("1 degree", False, "moon", 0.8),
+    ("1 degree", True, "moon", 0.8),
+    ("1 degree", False, "city_glows", 0.8),
     ("1 degree", True, "city_glows", 0.8),
+    ("1 degree", True, "hills", 0.05),
+    ("1 degree", True, "hills", 0.4),
+    ("1 degree", True, "hills", 0.8),
 }
-"""Weak ones that are not found, or not whole."""
+"""A third to three quarters of them is found: the rest leaves 88 % of the light, or is hidden."""
 
 
 @pytest.mark.slow
@@ -206,7 +212,7 @@ OPEN_RIMS = {
 @pytest.mark.parametrize("kind", [8, 20, 80, "1 degree", "10 degrees", "45 degrees"])
 def test_rims_of_all_kinds_are_found(kind, soft, family, level, request):
     """On all sides so many pixels of 1000 x 1500 wide, or outside of a turned frame."""
-    if (kind, family) == ("1 degree", "hills") or (kind, soft, family, level) in OPEN_RIMS:
+    if (kind, soft, family, level) in OPEN_RIMS:
         request.applymarker(pytest.mark.xfail(strict=False, reason="not reached yet"))
     if isinstance(kind, int):
         depth = straight_sides(kind, SIDES[-1])
@@ -251,6 +257,15 @@ def test_what_is_dark_but_no_rim_stays(family, seed):
     settings = plain(downscaling_factor=4)
     prepared = prepare(to_planes(scene.image), settings)
     assert mask_reasons(prepared, settings)["rim"].mean() < 0.01
+
+
+@pytest.mark.parametrize("name", ["m51", "allsky", "m27"])
+def test_a_real_picture_without_a_rim_has_none(name):
+    path = REAL / f"{name}.xisf"
+    if not path.exists():
+        pytest.skip("shared/real is not there")
+    prepared = prepare(read_picture(path).planes, plain(downscaling_factor=8))
+    assert not prepared.rim.any()
 
 
 def test_how_deep_a_rim_is_stands_in_the_log(caplog):
