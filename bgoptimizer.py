@@ -3860,7 +3860,7 @@ def _patches(above_plane: np.ndarray, above_bowl: np.ndarray, scale: float,
 
 
 def _above_way_out(view: np.ndarray, rim: np.ndarray) -> np.ndarray:
-    """Return how far each cell is above the lowest place of the best way from it to the rim, (h, w).
+    """Return how far each cell is above the lowest place of the best way to the rim, (h, w).
 
     It is 0 if the way only climbs.
 
@@ -3964,9 +3964,6 @@ def _outskirts(excess: np.ndarray, seeds: np.ndarray, near: np.ndarray,
 GOOD_ENOUGH = 0.016
 """The stiffest surface whose loss is this close to the best one wins. The number is about the
 scatter of the loss."""
-
-PLANE_MARGIN = 0.006
-"""A plane wins only if its loss is this close to that of a plane with a bowl."""
 
 FEWEST_SKY = 30
 """If fewer cells than this are sky, all cells that are used are taken for sky."""
@@ -4125,11 +4122,8 @@ def _averaging_length(smoothing: float) -> float:
 
 def _choose(candidates: list[_Candidate], margin: float) -> _Candidate:
     """Return the stiffest candidate whose loss is within `margin` of the best."""
-    losses = np.array([candidate.loss for candidate in candidates])
-    good = np.flatnonzero(losses <= losses.min() + margin)  # (at least 1,)
-    if len(good) > 1 and good[0] == 0 and losses[0] > losses[1] + PLANE_MARGIN:
-        good = good[1:]
-    return candidates[good[0]]
+    best = min(candidate.loss for candidate in candidates)
+    return next(candidate for candidate in candidates if candidate.loss <= best + margin)
 
 
 # --- Doubt ---
