@@ -3799,7 +3799,7 @@ CLOSED_LEAST = 0.6
 CLOSED_FOOT = 0.15
 """A patch reaches down to this part of its height."""
 
-CLOSED_ROUNDS = 5
+CLOSED_ROUNDS = 2
 """So many times patches are looked for, each time above a surface through the sky beside them."""
 
 
