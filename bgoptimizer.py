@@ -3965,6 +3965,10 @@ GOOD_ENOUGH = 0.016
 """The stiffest surface whose loss is this close to the best one wins. The number is about the
 scatter of the loss."""
 
+SIMPLE_SKY = 10.0
+"""The sky beside closed patches of light is simple if its smoothing is at least this. The dome of a
+night sky is no object: what is left beside it has to bend as well."""
+
 FEWEST_SKY = 30
 """If fewer cells than this are sky, all cells that are used are taken for sky."""
 
@@ -4010,8 +4014,8 @@ class _Explanation(NamedTuple):
 def _look_for_sky(scene: _Scene, used: np.ndarray, smoothings: Sequence[float]) -> _Explanation:
     """Explain the picture, with closed patches of light as objects, or as sky.
 
-    They are objects if the sky beside them is at least as stiff as the sky with them would be, or
-    is explained better by more than GOOD_ENOUGH.
+    They are objects if the sky beside them is a simple one, or is explained better by more than
+    GOOD_ENOUGH.
 
     Args:
         scene: the picture.
@@ -4023,9 +4027,9 @@ def _look_for_sky(scene: _Scene, used: np.ndarray, smoothings: Sequence[float]) 
     if not patches.any():
         return whole_sky
     beside = _explain(scene, patches, used, smoothings)
-    is_stiff = beside.best.smoothing >= whole_sky.best.smoothing
+    is_simple = beside.best.smoothing >= SIMPLE_SKY
     is_better = beside.best.loss < whole_sky.best.loss - GOOD_ENOUGH
-    return beside if is_stiff or is_better else whole_sky
+    return beside if is_simple or is_better else whole_sky
 
 
 def _explain(scene: _Scene, patches: np.ndarray, used: np.ndarray,
