@@ -533,7 +533,6 @@ def test_an_error_above_5_percent_is_never_without_a_warning(family, seed):
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=False, reason="not reached yet on 75 cells: 1.2 % at 2000 x 3000")
 def test_an_amplifier_glow_is_sky_and_the_fit_keeps_it():
     scene = make_scene("amp_glow", 0, 400, 600, 1)
     prepared = find(scene.image)
