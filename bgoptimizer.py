@@ -2161,10 +2161,6 @@ def _channel_name(k: int, count: int) -> str:
 # Stretch: linear to 'stretched' (delinearized) and exactly back
 # --------------------------------------------------------------------------------------------------
 
-MIDTONES_TARGET = 0.25
-"""Stretched value that the median of a channel is taken to. It is PixInsight's own choice for a sky
-that can be seen well."""
-
 MIDTONES_MARGIN = 1e-4
 """The midtones stay this far from 0 and 1, where the midtones function degenerates. The median of a
 coarsely quantized picture can lie there."""
@@ -2178,7 +2174,8 @@ class Stretch:
 
         f(x) = (1 - m) x / ((1 - 4 m) x + 3 m)
 
-    with the midtones m. This is the midtones transfer function that takes m to MIDTONES_TARGET.
+    with the midtones m. This is the midtones transfer function that takes m to 0.25, as PixInsight
+    does for a sky that can be seen well.
     """
 
     pedestal: np.ndarray
