@@ -5148,11 +5148,17 @@ def start_positions(settings: Settings, sky: Sky, shape: tuple[int, int]) -> np.
     """Return where the control points start, (n, 2) float32, in a frame of this shape (h, w).
 
     Random points are uniform. With auto each one is that of ten which is farthest from those
-    before, so that every small glow has points. A distance counts more where the sky needs more.
+    before, so that every small glow has points. A distance counts more where the sky needs more;
+    there the lines of a grid are closer as well.
     """
     sides = np.array(shape) / max(shape)
     if settings.initializer == "grid":
-        return _grid_positions(settings.points, sides)
+        rows, columns = _grid_lines(settings.points, sides)
+        if settings.auto:
+            rows = _denser(rows, sky.density.max(1))
+            columns = _denser(columns, sky.density.max(0))
+        positions = sides * _grid(rows, columns).reshape(-1, 2)
+        return positions.astype(np.float32)
     rng = np.random.default_rng(settings.seed)
     draws = 10 if settings.auto else 1
     points = np.full((1, 2), np.inf)  # one that is far from all, to begin with
@@ -5167,11 +5173,11 @@ def start_positions(settings: Settings, sky: Sky, shape: tuple[int, int]) -> np.
     return points[1:].astype(np.float32)
 
 
-def _grid_positions(wanted, sides):
-    """Return the centers of the cells of a grid.
+def _grid_lines(wanted, sides):
+    """Return where the rows and the columns of a grid are, in [0, 1]: centers of its cells.
 
-    Its rows and columns come nearest to the wanted number and to the frame's aspect ratio, so it
-    may have a few points more or fewer.
+    They come nearest to the wanted number and to the frame's aspect ratio, so there may be a few
+    points more or fewer.
     """
     height, width = sides
     # At least two rows and columns: with one the slope along the other axis would be open
@@ -5181,11 +5187,13 @@ def _grid_positions(wanted, sides):
     aspect = columns / rows * height / width
     misfit = number + np.abs(np.log(aspect))
     best = misfit.argmin()
-    row = np.arange(0.5, rows[best]) / rows[best]
-    column = np.arange(0.5, columns[best]) / columns[best]
-    centers = _grid(row, column)  # (rows, columns, 2) in [0, 1]
-    positions = sides * centers.reshape(-1, 2)
-    return positions.astype(np.float32)
+    return [np.arange(0.5, count) / count for count in (rows[best], columns[best])]
+
+
+def _denser(lines, density):
+    """Move lines in [0, 1] so that between each two there is as much of a density (n,) along it."""
+    share = np.append(0, np.cumsum(density)) / density.sum()
+    return np.interp(lines, share, np.linspace(0, 1, len(share)))
 
 
 def start_values(prepared: Prepared, positions: np.ndarray) -> np.ndarray:
