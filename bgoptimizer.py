@@ -353,11 +353,13 @@ def _check_claims(codec, known, size, stored, pieces=1):
 def _opened(path):
     """Open a file to read; what gzip has packed is unpacked into a nameless one."""
     _require(stat.S_ISREG(os.stat(path).st_mode), *NOT_A_FILE)  # opening a FIFO would wait forever
-    with open(path, "rb") as file, tempfile.TemporaryFile() as unpacked:
+    with ExitStack() as stack:
+        file = stack.enter_context(open(path, "rb"))
         if file.read(len(GZIP_START)) == GZIP_START:
             stored = os.fstat(file.fileno()).st_size
             file.seek(0)
             pieces = gzip.GzipFile(fileobj=file)
+            unpacked = stack.enter_context(tempfile.TemporaryFile())
             try:
                 for piece in iter(lambda: pieces.read(READ_AT_ONCE), b""):
                     unpacked.write(piece)
@@ -3746,6 +3748,13 @@ class _Scene:
         return self.cells.usable & ~structure
 
 
+def _nothing_but_sky(surfaces: _Surfaces) -> _Scene:
+    """Return a scene without structure and hills, on the cells of these surfaces."""
+    nowhere = np.zeros_like(surfaces.cells.usable)
+    texture = _Texture(np.zeros(nowhere.shape), nowhere, nowhere)
+    return _Scene(surfaces.cells, surfaces, texture, nowhere)
+
+
 def _look(cells: _Cells, shape: tuple[int, int]) -> _Scene:
     """Tell what has structure, what are hills, and where the sky has steep glows.
 
@@ -3756,8 +3765,7 @@ def _look(cells: _Cells, shape: tuple[int, int]) -> _Scene:
     usable = cells.usable
     plates = _Surfaces(cells, shape)
     if cells.too_small:
-        nothing = np.zeros_like(usable)
-        return _Scene(cells, plates, _Texture(np.zeros(usable.shape), nothing, nothing), nothing)
+        return _nothing_but_sky(plates)
     texture = _texture(plates, usable)
     hills = _dark_foreground(cells, texture.dense)
     if hills.any():
@@ -4019,14 +4027,13 @@ def _look_for_sky(scene: _Scene, used: np.ndarray, smoothings: Sequence[float]) 
         used: (h, w) bool, the cells that take part.
         smoothings: to choose from, the stiffest first.
     """
-    whole_sky = _explain(scene, np.zeros_like(used), used, smoothings)
     patches = _closed_patches(scene)
-    if not patches.any():
-        return whole_sky
     beside = _explain(scene, patches, used, smoothings)
-    is_simple = beside.best.smoothing >= SIMPLE_SKY
+    if not patches.any() or beside.best.smoothing >= SIMPLE_SKY:
+        return beside
+    whole_sky = _explain(scene, np.zeros_like(used), used, smoothings)
     is_better = beside.best.loss < whole_sky.best.loss - GOOD_ENOUGH
-    return beside if is_simple or is_better else whole_sky
+    return beside if is_better else whole_sky
 
 
 def _explain(scene: _Scene, patches: np.ndarray, used: np.ndarray,
@@ -4808,9 +4815,8 @@ def look_with_reference(scene: _Scene, before: _Explanation, reference: Referenc
     objects[~covered] = 0
     noise = np.sqrt(cells.noise**2 + grain**2 @ match.gains**2)
     surfaces = _of_values(scene.surfaces, cells.values - objects, noise, seen | outside)
-    nowhere = np.zeros_like(seen)
-    alone = _Scene(surfaces.cells, surfaces, _Texture(objects[..., 0], nowhere, nowhere), nowhere)
-    explanation = _explain(alone, nowhere, surfaces.cells.usable, smoothings)
+    alone = _nothing_but_sky(surfaces)
+    explanation = _explain(alone, alone.near_hills, surfaces.cells.usable, smoothings)
     doubt = REFERENCE_DOUBT * math.sqrt(1 - belief)
     return explanation, replace(shared, used=True, doubt=doubt)
 
