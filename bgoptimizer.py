@@ -4240,21 +4240,54 @@ def _doubt(explanation: _Explanation) -> float:
     That is the deviation of the fit itself, and how far surfaces that explain the sky about as well
     lie from it, which have nothing to do with each other.
     """
-    surfaces = explanation.surfaces
-    best = explanation.best
-    cells = surfaces.cells
-    chosen = surfaces.surface(best.found)[cells.usable]  # (cells, c)
+    usable = explanation.surfaces.cells.usable
+    span = _range_of_sky(explanation)
+    of_fit, differences = _errors(explanation)
+    differences = differences[:, usable]  # (n, cells, c)
+    differences -= np.median(differences, axis=1, keepdims=True)
+    doubt_of_fit = np.sqrt(np.mean((of_fit[usable] / span)**2))
+    of_choice = np.sqrt(np.mean((differences / span)**2, axis=(1, 2)))  # (n,)
+    return float(np.hypot(doubt_of_fit, ALIKE_DOUBT * of_choice.max()))
+
+
+def _uncertainty(explanation: _Explanation, doubt: float) -> np.ndarray:
+    """Return the standard deviation of the sky in each cell, (h, w, c).
+
+    Here, other than in its doubt, the whole difference between surfaces that explain the sky alike
+    counts, and the level of the sky as well.
+
+    Args:
+        explanation: what was found.
+        doubt: by which part of its range the sky is uncertain for another reason.
+    """
+    of_fit, differences = _errors(explanation)
+    of_choice = np.abs(differences).max(0)
+    uncertain = np.hypot(of_fit, of_choice)
+    return np.hypot(uncertain, doubt * _range_of_sky(explanation))
+
+
+def _errors(explanation: _Explanation) -> tuple[np.ndarray, np.ndarray]:
+    """Return by what the sky may be wrong in the cells.
+
+    Returns:
+        (h, w, c) standard deviation of the fit, and (n, h, w, c) how far n surfaces that explain
+        the sky about as well lie from it; it is one of them.
+    """
+    surfaces, best = explanation.surfaces, explanation.best
+    deviation = surfaces.deviation(best.found, best.sky, best.smoothing)
+    alike = [candidate.found for candidate in explanation.candidates
+             if candidate.loss <= best.loss + ALIKE]
+    others = np.array(list(map(surfaces.surface, alike)), float)
+    return POSTERIOR_DOUBT * deviation, others - surfaces.surface(best.found)
+
+
+def _range_of_sky(explanation: _Explanation) -> np.ndarray:
+    """Return the range of the sky over the usable cells, (c,), or what can be seen, if that is more.
+    """
+    cells = explanation.surfaces.cells
+    surface = explanation.surfaces.surface(explanation.best.found)[cells.usable]  # (cells, c)
     invisible = PIXEL_NOISE * np.median(cells.noise, axis=(0, 1))
-    span = np.maximum(_span(chosen, (99, 1)), invisible)  # (c,)
-    deviation = surfaces.deviation(best.found, best.sky, best.smoothing)[cells.usable]
-    of_fit = POSTERIOR_DOUBT * np.sqrt(np.mean((deviation / span)**2))
-    differences = [0.0]
-    for candidate in explanation.candidates:
-        if candidate.loss <= best.loss + ALIKE:
-            error = surfaces.surface(candidate.found)[cells.usable] - chosen
-            error -= np.median(error, axis=0)
-            differences.append(ALIKE_DOUBT * np.sqrt(np.mean((error / span)**2)))
-    return float(np.hypot(of_fit, max(differences)))
+    return np.maximum(_span(surface, (99, 1)), invisible)
 
 
 def _closed_top(surfaces: _Surfaces, candidate: _Candidate) -> float:
@@ -4342,6 +4375,7 @@ class Sky:
     found_smoothing: float  # of `surface`
     smoothing: float  # of the surface that the fit shall find
     doubt: float  # by which part of its range the sky is uncertain, rms; NaN if it is too small
+    uncertainty: np.ndarray  # (h, w, c) linear, standard deviation of `surface`
     unsure: str  # why the sky cannot be known, in words; empty if it can
     by_hand: bool  # the smoothing was given
     why: str  # this smoothing, in words
@@ -4350,6 +4384,14 @@ class Sky:
     def at(self, cells: np.ndarray, places: np.ndarray) -> np.ndarray:
         """Return what cells (h, w) hold at places in the frame, (..., 2): (...)."""
         return _cells_at(places, cells, self.centers)
+
+    def uncertain(self, places: np.ndarray) -> np.ndarray:
+        """Return the standard deviation of the linear sky at places in the frame: (..., c)."""
+        side = 2 * self.centers[0, 0]  # (2,) of a cell
+        cells = np.moveaxis(places / side - 0.5, -1, 0)  # (2, ...)
+        sample = functools.partial(
+            scipy.ndimage.map_coordinates, coordinates=cells, order=1, mode="nearest")
+        return np.stack([sample(plane) for plane in np.moveaxis(self.uncertainty, -1, 0)], -1)
 
 
 def find_sky(prepared: Prepared, settings: Settings) -> Sky:
@@ -4408,6 +4450,7 @@ def find_sky(prepared: Prepared, settings: Settings) -> Sky:
         found_smoothing=best.smoothing,
         smoothing=smoothing,
         doubt=doubt,
+        uncertainty=_uncertainty(explanation, shared.doubt if shared else 0.0) * cells.scale,
         unsure=unsure,
         by_hand=settings.smoothing is not None,
         why=why,
@@ -5841,6 +5884,18 @@ class Result:
         return self._to_image(self.planes)
 
     @property
+    def deviations(self) -> SkyModel:
+        """The standard deviation of the model, as the planes."""
+        uncertain = self.prepared.sky.uncertain
+        return SkyModel(uncertain, self.prepared.full_shape, self.sky.dtype)
+
+    @functools.cached_property
+    def uncertainty(self) -> np.ndarray:
+        """The standard deviation of the model, (h, w, c) in the picture's own unit."""
+        deviations = np.stack(list(self.deviations), -1)
+        return deviations * self.sky.dtype.type(self.unit.scale)
+
+    @property
     def history(self) -> dict[str, np.ndarray]:
         """The loss and its terms, (epochs,) each."""
         names = ("loss", *LOSS_TERMS)
@@ -6510,7 +6565,7 @@ class Task:
     mask_file: str | None
     reference_file: str | None
     settings: Settings
-    outputs: dict[str, str]  # "model", "subtracted", "mask" or "animation" -> its path
+    outputs: dict[str, str]  # "model", "subtracted", "uncertainty", ... -> its path
     figure: str  # path of the figure or the preview, if it is saved
     place_for_figure: str | None  # "notebook", "window", "file", or None
     format: str  # of the outputs, a key of FORMATS
@@ -6546,6 +6601,8 @@ def _make_task(path: str, options: argparse.Namespace, settings: Settings,
     if not options.preview:
         outputs["model"] = f"{start}_bgModel{ending}"
         outputs["subtracted"] = f"{start}_{what}{ending}"
+    if options.save_uncertainty:
+        outputs["uncertainty"] = f"{start}_uncertainty{ending}"
     if options.save_mask:
         outputs["mask"] = f"{start}_mask{ending}"
     if options.animate:
@@ -6687,6 +6744,10 @@ def _write_outputs(task: Task, picture: Picture, result: Result, opened: list) -
         "model": (result.sky, *own, "the sky"),
         "subtracted": (result.planes, *own, "the picture without the sky"),
     }
+    if "uncertainty" in task.outputs:
+        unit = picture.unit._replace(offset=0.0)  # a deviation is the same at any level
+        pictures["uncertainty"] = (
+            result.deviations, picture.source, unit, "the standard deviation of the model")
     if "mask" in task.outputs:
         mask = full_mask(result.prepared, result.settings)
         pictures["mask"] = mask, rows_of(picture.source), Unit(), "the mask, 1 = sky"
@@ -7382,7 +7443,7 @@ def preview_in_panel(task: Task, options: argparse.Namespace, settings: Settings
 REPORT_NAME = "bgoptimizer_report.csv"
 DONE, WARNED, FAILED, SKIPPED = "done", "warned", "failed", "skipped"
 
-OWN_OUTPUTS = ("_bgModel", "_bgSubtracted", "_bgDivided", "_mask")
+OWN_OUTPUTS = ("_bgModel", "_bgSubtracted", "_bgDivided", "_uncertainty", "_mask")
 """How names of pictures end that this tool has written. They are nothing to work on."""
 
 PATIENCE_WITH_SCHEDULER = 15
@@ -7796,6 +7857,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="format of the outputs")
     add("--seed", type=int, help="seed of all random numbers")
     add("--save-mask", **switch, help="also write the mask, to edit it and give it back with -m")
+    add("--save-uncertainty", **switch, help="also write the standard deviation of the model")
     add("--figures", choices=("auto", "show", "save", "none"),
         help="figure or preview: show it, save it as PNG, or none; auto shows it where that is "
              "possible, and saves the preview where it is not")
@@ -7828,8 +7890,9 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Settings]:
     if others and not (PICTURE_ENDINGS.search(last) and os.path.isfile(last)):
         options.input_file = others
         options.output_path = last
-    if options.preview and (options.save_mask or options.animate):
-        parser.error("--preview writes nothing but itself, no --save-mask and no --animate")
+    if options.preview and (options.save_mask or options.save_uncertainty or options.animate):
+        parser.error("--preview writes nothing but itself, no --save-mask, no --save-uncertainty, "
+                     "and no --animate")
     if options.jobs is not None and (options.jobs < 1 or options.dask is not None):
         parser.error("--jobs must be 1 or more, and does not go with --dask")
     options.auto = options.auto or options.reference is not None

@@ -30,6 +30,12 @@ def small(folder):
     return save(folder / "sky.xisf", image)
 
 
+def in_own_unit(path):
+    """Return the planes of a picture (c, h, w) in its own unit."""
+    picture = bgoptimizer.read_picture(path)
+    return picture.planes * picture.unit.scale + picture.unit.offset
+
+
 # ------------------------------------------------------------------------------------ as a process
 
 @pytest.mark.slow
@@ -449,6 +455,19 @@ def test_compressed_outputs_hold_the_same_pixels(sky, folder):
         packed = folder / "packed" / name
         assert "lz4hc+sh:" in header(packed)
         assert_array_equal(load(packed), load(folder / "plain" / name))
+
+
+def test_the_uncertainty_is_written_in_the_unit_of_the_picture(sky, folder):
+    picture = bgoptimizer.read_picture(sky)
+    for name, scale in (("one", 1.0), ("adu", 1000.0)):
+        planes = (picture.planes * scale - scale / 100).astype(np.float32)
+        with open(f"{name}.fits", "wb") as file:
+            bgoptimizer.write_fits(file, planes)
+        assert run(f"{name}.fits", *FAST, "--save-uncertainty") == 0
+    ones, adu = [in_own_unit(f"{name}_uncertainty.fits") for name in ("one", "adu")]
+    model = in_own_unit("one_bgModel.fits")
+    assert 0 < ones.min() and ones.max() < 0.2 * np.ptp(model)
+    np.testing.assert_allclose(adu, 1000 * ones, rtol=1e-3)
 
 
 def test_quiet_says_nothing(sky, folder, capfd):

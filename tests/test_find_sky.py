@@ -542,6 +542,21 @@ def test_an_amplifier_glow_is_sky_and_the_fit_keeps_it():
     assert score(model, scene)[0] < 2
 
 
+@pytest.mark.parametrize("family, seed", [
+    ("galaxy", 0), ("nebula", 1), ("city_glows", 0), ("dust", 0), ("hills", 1), ("comet", 1),
+    pytest.param("milky_way", 1, marks=pytest.mark.slow),
+    pytest.param("tilted_steps", 0, marks=pytest.mark.slow),
+])
+def test_the_sky_is_as_uncertain_as_it_says(family, seed):
+    scene = make_scene(family, seed, 400, 600)
+    sky = find(scene.image).sky
+    places = frame_coordinates(400, 600)
+    error = np.abs(sky.surface(places) - scene.sky)[scene.valid]
+    deviation = sky.uncertain(places)[scene.valid]
+    assert (error < 2 * deviation).mean() > 0.85
+    assert deviation.mean() < 0.1 * np.ptp(scene.sky)
+
+
 def test_what_is_known_of_cells_is_told_at_any_place():
     image, _ = sloping_sky(200, 300, 1)
     sky = find(image).sky

@@ -56,7 +56,7 @@ GROUPS = {
 # Columns of the table: a name and the flags behind it. Flags after -- are laid over them.
 COLUMNS = {
     "plain": ["-i", "grid"],
-    "--auto": ["-i", "grid", "--auto"],
+    "--auto": ["--auto"],
 }
 
 # Promised mean rms (percent) at 2000 x 3000; no single picture above twice that.
@@ -102,6 +102,9 @@ BAD = 5
 TRUE_SKY = 2
 """rms in percent; with less an object's light must be kept."""
 
+HONEST = 0.85
+"""Share of a picture's pixels whose error must be within twice the uncertainty that was told."""
+
 LIGHT_KEPT = 90
 """Percent of an object's light that must be left in the picture."""
 
@@ -115,6 +118,7 @@ class Row(NamedTuple):
     seconds: float
     warnings: List[str]
     nothing: float  # rms of a model that is a constant: of doing nothing
+    within: float  # share of the pixels whose error is within twice the tool's own uncertainty
 
 
 # ------------------------------------------------------------------------------------------------
@@ -154,14 +158,17 @@ class Warnings(logging.Handler):
 
 
 def model_sky(image, flags, tool):
-    """Run the tool on a picture (h, w, c) -> (model (h, w, c), seconds, texts of warnings)."""
+    """Run the tool on a picture (h, w, c).
+
+    Returns its model and the uncertainty of that, (h, w, c), seconds, and texts of warnings.
+    """
     optimizer = importlib.import_module(tool)
     settings = settings_from(optimizer, flags)
     with Warnings() as warnings:
         start = time.perf_counter()
         result = optimizer.optimize(image.copy(), settings)
         seconds = time.perf_counter() - start
-    return np.asarray(result.model), seconds, warnings.texts
+    return result.model, result.uncertainty, seconds, warnings.texts
 
 
 def limit_threads(count):
@@ -261,7 +268,8 @@ def rival_sky(scene, column):
         sky = np.zeros_like(planes)
         gave_up.append(str(error))
     seconds = time.perf_counter() - start
-    return np.moveaxis(sky, 0, -1), seconds, gave_up
+    unknown = np.full(scene.sky.shape, np.nan)
+    return np.moveaxis(sky, 0, -1), unknown, seconds, gave_up
 
 
 def rival_columns():
@@ -312,11 +320,14 @@ def measure(picture, arguments):
     rows, models = {}, {}
     for column, flags in arguments.flags.items():
         if column in RIVALS:
-            model, seconds, warnings = rival_sky(scene, column)
+            model, uncertainty, seconds, warnings = rival_sky(scene, column)
         else:
-            model, seconds, warnings = model_sky(scene.image, flags, arguments.tool)
+            model, uncertainty, seconds, warnings = model_sky(
+                scene.image, flags, arguments.tool)
         rms, p999 = scenes.score(model, scene)
         kept, ring = scenes.object_score(model, scene)
+        error = np.abs(model - scene.sky)[scene.valid]
+        within = (error < 2 * uncertainty[scene.valid]).mean()
         rows[column] = Row(
             rms=rms,
             p999=p999,
@@ -325,6 +336,7 @@ def measure(picture, arguments):
             seconds=seconds,
             warnings=warnings,
             nothing=nothing,
+            within=within,
         )
         models[column] = model
     if arguments.pictures:
@@ -508,6 +520,9 @@ def summary(column, rows):
         both = which & warned
         counts = which.sum(), both.sum()
         lines.append("  " + title + ": %d, of which warned %d" % counts)
+    honest = numbers_of(rows, "within") >= HONEST
+    lines.append("  error within 2 sigma in %.0f %% of the pixels: %d of %d"
+                 % (100 * HONEST, honest.sum(), len(rows)))
     true_sky = rms < TRUE_SKY
     eaten = true_sky & (kept < LIGHT_KEPT)  # NaN is not below anything
     limits = TRUE_SKY, LIGHT_KEPT
@@ -718,13 +733,13 @@ def inject(path, arguments):
     heights = gradient_heights(image, present)  # (c,)
     results = {}
     for column, flags in arguments.flags.items():
-        before, seconds, warnings = model_sky(image, flags, arguments.tool)
+        before, _, seconds, warnings = model_sky(image, flags, arguments.tool)
         errors = {}
         for name, shape in gradient_shapes(height, width).items():
             gradient = shape[..., None] * heights  # (h, w, c)
             brighter = np.where(present, image + gradient, image)
             brighter = brighter.astype(np.float32)
-            after, _, _ = model_sky(brighter, flags, arguments.tool)
+            after, *_ = model_sky(brighter, flags, arguments.tool)
             errors[name] = injection_error(after - before, gradient, present)
         kept, depth = structure_kept(image, before, present)
         results[column] = Injection(
