@@ -3031,6 +3031,13 @@ QUIET_EXCESS = 2.0
 """A level is dropped if its variance is more than this many times that on the line."""
 
 
+EDGE_SIGMA = 7.0
+"""An outermost cell is left out if it is so many sigma darker than those inside it let expect."""
+
+EDGE_ROUNDS = 2
+"""So many cells deep, at most. A rim that is wider is seen by itself; see `find_rim`."""
+
+
 @dataclass(frozen=True)
 class _Cells:
     """The picture, reduced once more: a cell is size x size reduced pixels."""
@@ -3079,6 +3086,8 @@ def _make_cells(prepared: Prepared) -> _Cells:
     inner = scipy.ndimage.minimum_filter(whole, 3)  # (h, w)
     usable = next((cells for cells in (inner, whole, some) if cells.sum() >= FEWEST_USABLE), some)
     light[~usable] = 0
+    for _ in range(EDGE_ROUNDS):
+        usable = usable & ~_darker_edge(light, usable)
     dark, median = np.percentile(light[usable], (0.5, 50), axis=0)  # (c,) each
     scale = np.maximum(3 * (median - dark), 1e-9)
     values = (light - dark) / scale
@@ -3086,6 +3095,32 @@ def _make_cells(prepared: Prepared) -> _Cells:
     noise = _cell_noise(light, usable) / scale
     centers = _block_means(prepared.centers, size).astype(float)
     return _Cells(values, usable, noise, centers, size, dark, scale)
+
+
+def _darker_edge(light: np.ndarray, usable: np.ndarray) -> np.ndarray:
+    """Return the outermost usable cells that are darker than those inside them let expect, (h, w).
+
+    They mix with what is beyond, such as a rim too thin to be found, or its soft edge.
+
+    Args:
+        light: (h, w, c).
+        usable: (h, w) bool.
+    """
+    noise = _cell_noise(light, usable)
+    light = np.where(usable[..., None], light, np.nan)
+    darker = np.zeros_like(usable)
+    for inward in ((1, 0), (-1, 0), (0, 1), (0, -1)):
+
+        def inside(cells):
+            outward = -np.array([*inward, 0])
+            return scipy.ndimage.shift(light, cells * outward, order=0, cval=np.nan)
+
+        outermost = usable & ~np.isfinite(inside(-1)).all(-1)
+        near = inside(1)
+        expected = near * np.minimum(near / inside(2), 1)  # a slope goes on
+        fall = _channels_together((expected - light) / noise)
+        darker |= outermost & (fall > EDGE_SIGMA)
+    return darker
 
 
 def _mostly(mask: np.ndarray, size: int) -> np.ndarray:

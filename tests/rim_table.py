@@ -1,15 +1,19 @@
-"""The table of rims: which ones are found, by their size, sides, angle, and level.
+"""The table of rims: which ones do no harm, by their size, sides, angle, and level.
 
-    python tests/rim_table.py                    # five families, minutes
+    python tests/rim_table.py                    # four families, half an hour
     python tests/rim_table.py --families galaxy  # of `scenes.FAMILIES`
 
 A rim is laid around a picture of 1000 x 1500 pixels: so many pixels on one to four sides, or what
 is outside of a frame that is turned by so many degrees. It has a level (percent of the darkest
-twentieth of the picture), its own noise, and a hard or soft edge. It is found if three quarters of
-what it spoils are left out, and less than 1 % of the rest of the frame is.
+twentieth of the picture), its own noise, and a hard or soft edge. It does no harm if the sky inside
+of it is found as well as without the rim: to HARMLESS, and with no other warning.
+
+For the tests, a rim is found if three quarters of what it spoils are left out, and less than 1 % of
+the rest of the frame is.
 """
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Dict, List
 
@@ -19,14 +23,18 @@ from scipy import ndimage
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 import scenes  # noqa: E402  (found through the line above, from any folder)
-from bgoptimizer import find_rim, reduce_plane  # noqa: E402
+from bgoptimizer import (  # noqa: E402
+    Settings, find_rim, find_sky, frame_coordinates, prepare, reduce_plane)
 
 SHAPE = 1000, 1500
 WIDTHS = 1, 3, 6, 12, 24, 48, 80  # pixels
 SIDES = ("top",), ("top", "right"), ("left", "right"), ("top", "left", "bottom", "right")
 DEGREES = 0.5, 1, 3, 10, 20, 45
-LEVELS = 0.02, 0.2, 0.4, 0.6, 0.8
+LEVELS = 0.02, 0.4, 0.8
 FACTOR = 8
+HARMLESS = 0.5
+"""Percent of the sky's range, rms."""
+
 SPOILED = 0.03
 """Part of the median: a block that a rim changes by more is spoiled."""
 
@@ -75,6 +83,21 @@ def is_found(scene, depth, level, soft):
     return bool(all_of_it and elsewhere.mean() < 0.01)
 
 
+def error_and_warning(scene, image, inside):
+    """The error of the sky (rms in percent) where `inside` (h, w) is 1, and whether it is unsure.
+
+    Args:
+        image: (h, w) the scene's, in its rim.
+    """
+    settings = Settings(auto=True).resolved()
+    prepared = prepare(image[None], settings)
+    sky = find_sky(prepared, settings)
+    found = sky.surface(frame_coordinates(*SHAPE))
+    valid = scene.valid & (inside == 1)
+    rms, _ = scenes.score(found, replace(scene, valid=valid))
+    return rms, bool(sky.unsure)
+
+
 def hidden(scene):
     """The blocks where hills stand, (h, w) bool: a rim there cannot be told from them."""
     dark = ndimage.binary_opening(scene.object_mask, iterations=FACTOR)[::FACTOR, ::FACTOR]
@@ -89,7 +112,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--families", nargs="+", choices=scenes.FAMILIES, metavar="FAMILY",
-                        default=["galaxy", "moon", "city_glows", "hills", "nebula"])
+                        default=["galaxy", "moon", "city_glows", "hills"])
     arguments = parser.parse_args(argv)
     kinds = {}
     for width in WIDTHS:
@@ -100,13 +123,19 @@ def main(argv=None):
     right: Dict[str, List[bool]] = {}
     for family in arguments.families:
         scene = scenes.make_scene(family, 0, *SHAPE, channels=1)
+        least, usual = error_and_warning(scene, scene.image[..., 0], np.ones(SHAPE))
         for (size, sides), depth in kinds.items():
             for level in LEVELS:
                 for soft in (False, True):
-                    found = is_found(scene, depth, level, soft)
+                    rimmed, inside = with_rim(scene.image[..., 0], depth, level, soft)
+                    error, unsure = error_and_warning(scene, rimmed, inside)
+                    harmless = error < least + HARMLESS and unsure == usual
+                    if not harmless:
+                        print(f"{family}, {size}, {sides}, {level:.0%}, soft: {soft}: "
+                              f"{least:.2f} -> {error:.2f}, unsure: {unsure}", flush=True)
                     edge = "soft" if soft else "hard"
                     for key in (family, size, sides, f"level {level:.0%}", edge, "all"):
-                        right.setdefault(key, []).append(found)
+                        right.setdefault(key, []).append(harmless)
     for key, trials in right.items():
         print(f"{key:12} {np.mean(trials):6.1%} of {len(trials)}")
 

@@ -12,6 +12,7 @@ from scipy.ndimage import gaussian_filter
 
 import bgoptimizer
 from bgoptimizer import Settings, examine, frame_coordinates, optimize
+from rim_table import SHAPE, SIDES, straight_sides, turned_frame, with_rim
 from scenes import REAL, make_scene, score, sloping_sky, to_planes
 
 NIGHT_SKY = REAL / "nightsky.xisf"
@@ -190,6 +191,20 @@ def test_the_halo_of_a_bright_star_is_left_out_and_the_sky_around_it_is_not():
 def test_a_flat_sky_is_left_alone():
     scene = make_scene("flat", 1, 400, 600, 1)
     assert error_of_sky(find(scene.image), scene) < 33  # percent of the pixel noise
+
+
+@pytest.mark.parametrize("depth, level", [
+    (straight_sides(5, SIDES[3]), 0.4),
+    pytest.param(straight_sides(4, SIDES[1]), 0.02, marks=pytest.mark.slow),
+    pytest.param(turned_frame(0.5), 0.02, marks=pytest.mark.slow),
+    pytest.param(turned_frame(1), 0.8, marks=pytest.mark.slow),
+])
+def test_a_rim_that_is_too_thin_to_be_seen_does_not_bend_the_sky(depth, level):
+    scene = make_scene("galaxy", 0, *SHAPE, channels=1)
+    rimmed, inside = with_rim(scene.image[..., 0], depth, level, soft=True)
+    prepared = find(rimmed[..., None], Settings(auto=True))
+    assert not prepared.sky.unsure
+    assert error_of_sky(prepared, replace(scene, valid=inside == 1)) < 0.5
 
 
 def test_hills_are_masked_and_the_sky_above_them_is_not():
