@@ -3675,7 +3675,8 @@ def _dark_foreground(cells: _Cells, objects: np.ndarray) -> np.ndarray:
         objects: (h, w) bool, regions with structure.
     """
     foreground = np.zeros_like(objects)
-    near_objects = scipy.ndimage.binary_dilation(objects, iterations=2)
+    margin = 2  # cells
+    near_objects = scipy.ndimage.binary_dilation(objects, iterations=margin)
     plain = cells.usable & ~near_objects
     if not plain.any():
         return foreground
@@ -3688,7 +3689,7 @@ def _dark_foreground(cells: _Cells, objects: np.ndarray) -> np.ndarray:
     dark = cells.usable & (drop > FOREGROUND_SIGMA * cells.noise).all(-1)
     regions, count = scipy.ndimage.label(scipy.ndimage.binary_opening(dark))
     smallest = FOREGROUND_SIZE * cells.usable.sum()
-    farthest = FOREGROUND_GAP * cells.longer
+    farthest = FOREGROUND_GAP * cells.longer + margin
     for region in range(1, count + 1):
         inside = regions == region
         gap = from_sky[inside].min()
