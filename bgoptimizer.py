@@ -2979,20 +2979,6 @@ def bending_rows(spacing: np.ndarray, cost: np.ndarray, free_bowl: bool) -> np.n
 # no sky is seen. The answer is the stiffest surface that explains the sky nearly as well as the
 # best one does.
 #
-# The parts of this section, in the order in which the picture passes through them:
-#
-#   Cells                  the picture, reduced once more, and its noise
-#   Surfaces               all surfaces that the sky may have, and how they are fitted
-#   Texture                what has fine structure
-#   Hills                  what stands in front of the sky and is dark
-#   Steep glows            light of the sky that is too steep for a plate
-#   Scene                  all of these
-#   Closed patches         smooth objects
-#   Growth                 the outskirts of objects
-#   Choice                 the stiffest surface that explains the sky
-#   Doubt                  when the sky cannot be known
-#   Result                 find_sky, which does all of it
-#
 # In the shapes below, (h, w) are cells, and c is the number of channels. "Sigma" is the standard
 # deviation of the noise of what it is said of.
 # --------------------------------------------------------------------------------------------------
@@ -3282,9 +3268,6 @@ out. They would keep 3 % of their height at most."""
 GLOW_LENGTHS = (0.02, 0.04, 0.08, 0.16)
 """Lengths over which a glow falls off, in units of the longer side."""
 
-GLOW_RATIOS = (0.6, 1.0, 1.6)
-"""How much faster the glow in a corner falls off along a row than along a column."""
-
 GLOW_KNOWN = 0.03
 """The form of a glow is known to this part of its light."""
 
@@ -3518,20 +3501,18 @@ def _glow_terms(glow: tuple, places: np.ndarray, sides: np.ndarray) -> list:
     Returns:
         A list of (...).
     """
-    distances = np.abs(places - np.array(glow))  # (..., 2)
-    terms = []
-    if np.isnan(glow).any():
-        axis = int(np.isnan(glow[0]))  # across the edge
-        distance = distances[..., axis]
-        along = places[..., 1 - axis] / sides[1 - axis] - 0.5
-        for length in GLOW_LENGTHS:
-            fall = np.exp(-distance / length)
-            terms.extend([fall, along * fall, along**2 * fall])
-        return terms
-    for ratio in GLOW_RATIOS:
-        distance = np.hypot(distances[..., 0], ratio * distances[..., 1])
-        terms.extend(np.exp(-distance / length) for length in GLOW_LENGTHS)
-    return terms
+    distance = _distance_from(glow, places)
+    falls = [np.exp(-distance / length) for length in GLOW_LENGTHS]
+    open_side = np.isnan(glow)
+    if not open_side.any():
+        return falls
+    along = (places / sides)[..., open_side.argmax()] - 0.5
+    return [fall * along**power for fall in falls for power in range(3)]
+
+
+def _distance_from(place: tuple, centers: np.ndarray) -> np.ndarray:
+    """Return the distance of (..., 2) from a corner, or an edge, one of whose coordinates is NaN."""
+    return np.sqrt(np.nansum((centers - np.array(place))**2, -1))
 
 
 def bending_cost(unseen: np.ndarray, places: np.ndarray, centers: np.ndarray) -> np.ndarray:
@@ -3759,11 +3740,6 @@ def _falls_off(cells: _Cells, light: np.ndarray, usable: np.ndarray, place: tupl
     falls = (np.diff(profile[:half + 1]) < 0.1 * height).all()
     return bool(falls and half < GLOW_HALF * cells.longer
                 and height > max(GLOW_HEIGHT * span, PIXEL_NOISE))
-
-
-def _distance_from(place: tuple, centers: np.ndarray) -> np.ndarray:
-    """Return the distance of (..., 2) from a corner or an edge; see `_Surfaces`."""
-    return np.sqrt(np.nansum((centers - np.array(place))**2, -1))
 
 
 # --- Scene ---
@@ -4514,18 +4490,6 @@ def _certainty(explanation: _Explanation, shared: Shared | None) -> tuple[float,
     return doubt, _judge(explanation, doubt)
 
 
-def _curvatures(view: np.ndarray) -> np.ndarray:
-    """Return second derivatives of a smooth (h, w), per cell squared.
-
-    Returns:
-        (3, h, w): along y, along both, along x.
-    """
-    along_y, along_x = np.gradient(view)
-    twice_y, along_both = np.gradient(along_y)
-    twice_x = np.gradient(along_x, axis=1)
-    return np.stack([twice_y, along_both, twice_x])
-
-
 def _bending(surface: np.ndarray, longer: int) -> np.ndarray:
     """Return how much a surface (h, w, c) bends, (h, w): its second derivatives, rms of channels.
 
@@ -4533,8 +4497,11 @@ def _bending(surface: np.ndarray, longer: int) -> np.ndarray:
     """
     if min(surface.shape[:2]) < 2:
         return np.zeros(surface.shape[:2])
-    squares = [(_curvatures(channel)**2).sum(0) for channel in np.moveaxis(surface, -1, 0)]
-    return np.sqrt(np.mean(squares, 0)) * longer**2
+    squares = 0
+    for slope in np.gradient(surface, axis=(0, 1)):
+        for curvature in np.gradient(slope, axis=(0, 1)):
+            squares = squares + curvature**2  # (h, w, c)
+    return np.sqrt(squares.mean(-1)) * longer**2
 
 
 # --------------------------------------------------------------------------------------------------
