@@ -657,7 +657,7 @@ def cut_rows():
     end = 16 + len(header_of(file))
     fits = b"SIMPLE  =                    T"
     yield Row("signature-wrong", b"XISF0200" + file[8:], None, "XISF")
-    yield Row("fits-file", fits.ljust(2880), None, "XISF")
+    yield Row("fits-file", fits.ljust(2880), None, "no end")
     yield Row("png-file", b"\x89PNG\r\n\x1a\n" + bytes(100), None, "XISF")
     yield Row("empty-file", b"", None, "XISF")
     for length in (0, 1, 64, end - 17, end - 24):
