@@ -386,13 +386,10 @@ def _opened(path):
 
 
 def _samples(kind, file, number, position, dtype, shape):
-    """Return a picture's samples as they are stored.
+    """Return the samples of HDU or page `number` of an opened file as they are stored.
 
-    Args:
-        kind, file, number: "fits" or "tiff", opened, and the HDU or page in it.
-        position: of the samples in the file; None if they are to be decoded. That may crash, so
-            another process does it.
-        dtype, shape: of the samples.
+    Without a position in the file they are to be decoded. That may crash, so another process does
+    it; `kind`, "fits" or "tiff", tells how.
     """
     size = math.prod(shape) * dtype.itemsize
     if position is not None:
@@ -476,8 +473,7 @@ def _leave_out_marks(planes, notes):
     """Set samples to NaN, in place, that a value such as -9999 marks as missing, and note that.
 
     It is a whole number up to SMALLEST_MARK, and all others are nearer to their median than to it.
-
-    Returns the value, None without one.
+    It is returned, or None.
     """
     lowest, _ = _finite_range(planes)
     if not (-LARGEST_VALUE < lowest <= SMALLEST_MARK and lowest == round(lowest)):
@@ -495,7 +491,7 @@ def _leave_out_marks(planes, notes):
 def _finite_range(values):
     """Return the smallest and the largest of the finite values; inf and -inf without any."""
     low, high = values.min(), values.max()
-    if not np.isfinite([low, high]).all():
+    if not math.isfinite(high - low):
         finite = np.isfinite(values)
         low = values.min(where=finite, initial=math.inf)
         high = values.max(where=finite, initial=-math.inf)
@@ -656,8 +652,7 @@ def _note_keywords(values, untrue, notes):
 
 
 def _levels_in(values, unit):
-    """Return the keywords of `values`, by name, that tell of levels in a Unit, as [0, 1] has them.
-    """
+    """Return those of `values`, by keyword, that tell of levels in a Unit, as [0, 1] has them."""
     levels = {}
     for name in LEVEL_NAMES:
         level = values.get(name)
@@ -671,12 +666,13 @@ def _levels_in(values, unit):
 
 def _range_in(values, planes, unit):
     """Return DATAMIN and DATAMAX of planes in a Unit, if `values` has them."""
-    limits = {}
+    found = {}
     if "DATAMIN" in values or "DATAMAX" in values:
         lows, highs = zip(*map(_finite_range, planes))
-        limits = {"DATAMIN": min(lows), "DATAMAX": max(highs)}
-    return {name: float(f"{limit * unit.scale + unit.offset:.9g}")
-            for name, limit in limits.items() if name in values and math.isfinite(limit)}
+        for name, limit in (("DATAMIN", min(lows)), ("DATAMAX", max(highs))):
+            if name in values and math.isfinite(limit):
+                found[name] = float(f"{limit * unit.scale + unit.offset:.9g}")
+    return found
 
 
 def _with_history(keywords, history, planes, unit):
@@ -719,7 +715,9 @@ def _shared_metadata(source, height):
     from astropy.io import fits
     keywords, icc = fits.Header(), b""
     if isinstance(source, Source):
-        icc = _icc_of_xisf(source)
+        profile = source.root.find("Image/ICCProfile")
+        with suppress(_Unreadable, AttributeError):  # a damaged profile is lost, not the picture
+            icc = bytes(_unpack(*_stored(profile, source.blocks)))
         for element in source.root.findall("Image/FITSKeyword"):
             name = element.get("name", "").strip().upper()
             text = element.get("value", "").strip()
@@ -784,7 +782,7 @@ NOT_XML = re.compile(
     "|&#(0*([0-8]|1[124-9]|2[0-9]|3[01])|x0*([0-8bcef]|1[0-9a-f]));", re.IGNORECASE)
 # Metadata, as "element name", that describe the old file
 STALE_FILE_METADATA = re.compile(
-    "(Data|Thumbnail) |Property XISF:"
+    "(Data|Thumbnail|Signature) |Property XISF:"
     "(Creat|Compress|BlockAlign|MaxInline|Checksum|OutputHint|InputHint|ResourceURL|Load)")
 STALE_IMAGE_ATTRIBUTES = (
     "location", "compression", "subblocks", "checksum", "byteOrder", "pixelStorage", "offset")
@@ -897,8 +895,7 @@ def _read_header(file):
 
 
 def _squeezed(element):
-    """Return an element's attributes without white space, which none of those read here may have.
-    """
+    """Return an element's attributes without white space, which none that is read may have."""
     return {name: "".join(text.split()) for name, text in element.attrib.items()}
 
 
@@ -1066,7 +1063,7 @@ def _read_source(root, blocks, notes):
     root.text = image.text = image.tail = None  # pixels, if they stood there
     metadata = ElementTree.Element("Metadata")
     metadata.extend(root.findall("Metadata/Property"))
-    for element in [*root.findall("Metadata"), *root.findall("Signature")]:
+    for element in root.findall("Metadata"):
         root.remove(element)
     root.append(metadata)
     untrue, lost = [], []
@@ -1098,14 +1095,6 @@ def _is_kept(element, blocks, untrue, lost):
         lost.append(f"{element.tag} {name[:80]!r}, which {error}")
         return False
     return True
-
-
-def _icc_of_xisf(source):
-    """Return the color profile of an XISF file, b"" without one."""
-    element = source.root.find("Image/ICCProfile")
-    with suppress(_Unreadable, AttributeError):  # a damaged profile is lost, not the picture
-        return bytes(_unpack(*_stored(element, source.blocks)))
-    return b""
 
 
 def write_xisf(file, planes, source=None, history=(), compress=False, unit=Unit()):
