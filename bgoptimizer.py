@@ -812,19 +812,13 @@ class _Blocks(dict):
                  "is cut short: the end of its data is missing")
         self.bytes_left -= size
         _require(self.bytes_left >= 0, "has data that overlap with others")
-        # The package reads a copy of the block with a plain header
-        root = ElementTree.XML(BARE_XISF)
-        root.attrib.update(XISF_ROOT)
-        location_of_copy = f"attachment:{ALIGNMENT}:{size}"
-        root[0].attrib.update(
-            geometry=f"{size}:1:1", sampleFormat="UInt8", location=location_of_copy)
         self.file.seek(position)
+        data = np.frombuffer(self.file.read(size), np.uint8)
+        _require(data.size == size, "is cut short: it ends in its data")
         with tempfile.TemporaryDirectory() as folder:
             path = os.path.join(folder, "block.xisf")
             with open(path, "wb") as copied:
-                copied.write(_file_start(root).ljust(ALIGNMENT, b"\0"))
-                copied.write(self.file.read(size))
-                _require(copied.tell() == ALIGNMENT + size, "is cut short: it ends in its data")
+                write_xisf(copied, data[None, None])  # its header is plain
             self[location] = XISF(path).read_image(0, "channels_first").ravel()
         return self[location]
 
@@ -1030,9 +1024,6 @@ def _clip(plane):
 
     Returns how many samples were below and above.
     """
-    low, high = _finite_range(plane)
-    if low >= 0 and high <= 1:
-        return 0, 0
     finite = np.isfinite(plane)
     dark, bright = finite & (plane < 0), finite & (plane > 1)
     plane[dark] = np.finfo(plane.dtype).tiny  # 0 means missing
@@ -1174,8 +1165,9 @@ def _new_header(planes, source, history):
     image = root.find("Image")
     channels, height, width = planes.shape
     image.attrib.update(
-        geometry=f"{width}:{height}:{channels}", sampleFormat=planes.dtype.name.capitalize(),
-        bounds="0:1", location="pixels", colorSpace="RGB" if channels == 3 else "Gray")
+        geometry=f"{width}:{height}:{channels}", bounds="0:1", location="pixels",
+        sampleFormat=planes.dtype.name.title().replace("Uint", "UInt"),
+        colorSpace="RGB" if channels == 3 else "Gray")
     _set_keywords(image, _range_in(_keyword_values(image), planes, Unit()))
     for line in history:
         for part in _wrapped(line):
@@ -1275,24 +1267,22 @@ def read_fits(file):
     number = pictures[0]
     hdu = hdus[number]
     header, shape = hdu.header, hdu.shape
-    bits = header["ZBITPIX" if hdu.packed else "BITPIX"]
-    _require(bits in FITS_TYPES, f"has the impossible BITPIX {bits!r}")
-    dtype = np.dtype(">" + FITS_TYPES[bits])
-    lengths = " x ".join(map(str, shape[::-1][:8]))
     is_color = len(shape) == 3 and 3 in shape[::2]
-    _require(is_color or len(shape) == 2, f"is a picture of {lengths}, neither gray nor RGB",
+    _require(is_color or len(shape) == 2, f"is neither gray nor RGB: its axes are {shape[:8]}",
              "save its planes as pictures of their own")
+    bits, position = header["BITPIX"], hdu.data
+    if hdu.packed:
+        bits, position = header["ZBITPIX"], None
+        _check_fits_tiles(hdu)
+    dtype = np.dtype(">" + FITS_TYPES[bits])
     step, zero = header.get("BSCALE", 1), header.get("BZERO", 0)
-    _require(step and np.isfinite([step, zero]).all(), "has an impossible BSCALE or BZERO")
+    _require(step and math.isfinite(step + zero), "has an impossible BSCALE or BZERO")
     blank = white = None
     if dtype.kind != "f":
         blank = header.get("BLANK")
         limits = np.iinfo(dtype)
-        if step == 1 and limits.min + zero == 0:  # unsigned integers, stored as signed ones
+        if step == 1 and zero == -limits.min:  # unsigned integers, stored as signed ones
             white = int(limits.max + zero)
-    if hdu.packed:
-        _check_fits_tiles(hdu, math.prod(shape) * dtype.itemsize)
-    position = None if hdu.packed else hdu.data
     samples = _samples("fits", file, number, position, dtype, shape)
     if samples.ndim == 2:
         samples = samples[None]
@@ -1360,13 +1350,14 @@ def _fits_axes(header, prefix=""):
     return [int(header[f"{prefix}NAXIS{number}"]) for number in range(count, 0, -1)]
 
 
-def _check_fits_tiles(hdu, size):
-    """Refuse a compressed picture of so many bytes that lies about its size.
+def _check_fits_tiles(hdu):
+    """Refuse a compressed picture that lies about its size.
 
     astropy makes up what is missing, and takes any ZDITHER0 for a place in a table.
     """
     header = hdu.header
     tiles = header["NAXIS2"]
+    size = math.prod(hdu.shape) * abs(header["ZBITPIX"]) // 8
     _check_claims(header.get("ZCMPTYPE"), FITS_CODECS, size, hdu.length, tiles)
     seed = header.get("ZDITHER0", 1)
     _require(seed in range(1, 10_001), f"has the impossible ZDITHER0 {seed!r}")
@@ -1566,8 +1557,8 @@ def _check_tiff_page(page, size):
     kind = getattr(photometric, "name", photometric)  # unknown ones are bare numbers
     _require(colors, f"is neither gray nor RGB, but {kind}", advice)
     bits = page.bitspersample
-    item = page.dtype.itemsize if page.dtype and page.dtype.kind in "iuf" else 0
-    _require(item and bits == 8 * item, f"has samples of {bits} bits, which are not read", advice)
+    known = page.dtype and page.dtype.kind in "iuf" and bits == 8 * page.dtype.itemsize
+    _require(known, f"has samples of {bits} bits, which are not read", advice)
     channels = page.samplesperpixel
     for length in (*page.shaped, *page.chunks, channels):
         _require(isinstance(length, int), "is damaged: its size is not a number")
@@ -1578,14 +1569,15 @@ def _check_tiff_page(page, size):
     offsets, counts = page.dataoffsets, page.databytecounts
     codec = getattr(page.compression, "name", page.compression)
     pieces = 1 if page.is_final else len(offsets)
-    _check_claims(codec, TIFF_CODECS, math.prod(page.shaped) * item, min(sum(counts), size), pieces)
+    needed = math.prod(page.shaped) * page.dtype.itemsize
+    _check_claims(codec, TIFF_CODECS, needed, min(sum(counts), size), pieces)
     chunks = math.prod(page.chunked)
     listed = [page.tags[name].count for name in TIFF_CHUNKS if name in page.tags]
     complete = listed == [chunks, chunks] and all(offsets) and all(counts)
     _require(complete and page.planarconfig in (None, 1, 2),
              f"is damaged: it has not the {chunks} strips or tiles that it needs")
-    ends = map(sum, zip(offsets, counts))
-    _require(max(ends) <= size, "is cut short: its last rows are missing")
+    last = max(map(sum, zip(offsets, counts)))
+    _require(last <= size, "is cut short: its last rows are missing")
     return colors
 
 

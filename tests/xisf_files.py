@@ -554,15 +554,7 @@ def checksum_rows():
             checksum=name + ":" + digest,
         )
     md5 = hashlib.md5(DATA).hexdigest()
-    for text in (
-            "md5:" + md5,
-            "sha-1",
-            "sha-1:",
-            "",
-            "sha-1:00",
-            "sha-384:00",
-            "blake2b:00",
-    ):
+    for text in ("md5:" + md5, "sha-1", "sha-1:", "", "sha-1:00", "sha-384:00", "blake2b:00"):
         yield bad("checksum-bad-" + text[:7], "checksum", checksum=text)
 
 
