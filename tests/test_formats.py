@@ -155,11 +155,9 @@ def as_bytes(planes):
 
 
 FITS_KINDS = {
-    "u8": (as_bytes, 0.5 / 255),
-    "u16": (lambda u: u, 1e-6),
+    "u8": (as_bytes, 0.5 / 255), "u16": (lambda u: u, 1e-6),
     "u32": (lambda u: u.astype(np.uint32) * 65537, 1e-6),
-    "f32": (lambda u: (u / 65535).astype(np.float32), 1e-6),
-    "f64": (lambda u: u / 65535, 1e-6),
+    "f32": (lambda u: (u / 65535).astype(np.float32), 1e-6), "f64": (lambda u: u / 65535, 1e-6),
 }
 
 
@@ -192,8 +190,7 @@ def test_a_compressed_fits_reads_to_the_same_planes(kind, demo, folder):
         (lambda u: u, 1e-6, {"compression": "lzw", "predictor": True}),
         (lambda u: u, 1e-6, {"compression": "zstd"}),
         (
-            lambda u: (u / 65535).astype(np.float32),
-            1e-6,
+            lambda u: (u / 65535).astype(np.float32), 1e-6,
             {"compression": "zlib", "predictor": True},
         ),
         (lambda u: u, 1e-6, {"tile": (64, 64), "compression": "deflate"}),
@@ -222,11 +219,7 @@ def test_a_planar_tiff_and_alpha(small, folder):
 @pytest.mark.parametrize(
     "arrange",
     [
-        lambda u: u[0],
-        lambda u: u[:1],
-        lambda u: u[None, :1],
-        lambda u: u,
-        lambda u: u[None],
+        lambda u: u[0], lambda u: u[:1], lambda u: u[None, :1], lambda u: u, lambda u: u[None],
         lambda u: np.moveaxis(u, 0, -1),
     ],
 )
@@ -490,15 +483,8 @@ def tiff_file(entries, tail=b"", next_ifd=0, count=None):
 
 def tiff_tags(width=8, height=8, offset=200, size=64, **changes):
     tags = {
-        256: (4, 1, width),
-        257: (4, 1, height),
-        258: (3, 1, 8),
-        259: (3, 1, 1),
-        262: (3, 1, 1),
-        273: (4, 1, offset),
-        277: (3, 1, 1),
-        278: (4, 1, height),
-        279: (4, 1, size),
+        256: (4, 1, width), 257: (4, 1, height), 258: (3, 1, 8), 259: (3, 1, 1), 262: (3, 1, 1),
+        273: (4, 1, offset), 277: (3, 1, 1), 278: (4, 1, height), 279: (4, 1, size),
     }
     tags.update({int(name[1:]): value for name, value in changes.items()})
     return [(tag, *values) for tag, values in sorted(tags.items())]
@@ -511,20 +497,9 @@ def fz_file(*changes, data=2880, start=b""):
 
 
 COMPRESSED = [
-    "XTENSION= 'BINTABLE'",
-    "BITPIX  = 8",
-    "NAXIS   = 2",
-    "NAXIS1  = 8",
-    "NAXIS2  = 4",
-    "PCOUNT  = 0",
-    "GCOUNT  = 1",
-    "TFIELDS = 1",
-    "TTYPE1  = 'COMPRESSED_DATA'",
-    "TFORM1  = '1PB(9)'",
-    "ZIMAGE  = T",
-    "ZBITPIX = 16",
-    "ZNAXIS  = 2",
-    "ZCMPTYPE= 'GZIP_1'",
+    "XTENSION= 'BINTABLE'", "BITPIX  = 8", "NAXIS   = 2", "NAXIS1  = 8", "NAXIS2  = 4",
+    "PCOUNT  = 0", "GCOUNT  = 1", "TFIELDS = 1", "TTYPE1  = 'COMPRESSED_DATA'",
+    "TFORM1  = '1PB(9)'", "ZIMAGE  = T", "ZBITPIX = 16", "ZNAXIS  = 2", "ZCMPTYPE= 'GZIP_1'",
 ]
 HOSTILE = {
     "an empty file": b"",
@@ -647,11 +622,9 @@ def test_a_tiff_tag_larger_than_the_file_costs_no_picture(folder):
 
 
 LONG_VALUES = {
-    "blanks": lambda length: " " * length,
-    "digits": lambda length: "1" * length + "x",
+    "blanks": lambda length: " " * length, "digits": lambda length: "1" * length + "x",
     "blanks in quotes": lambda length: "'" + " " * length + "x'",
-    "quotes": lambda length: "'" * (length + 1),
-    "words": lambda length: "- " * (length // 2),
+    "quotes": lambda length: "'" * (length + 1), "words": lambda length: "- " * (length // 2),
 }
 
 
@@ -1309,14 +1282,8 @@ def test_what_no_mask_can_be_is_refused(folder):
 @pytest.mark.parametrize(
     "name, stem",
     [
-        ("m31.fits.fz", "m31"),
-        ("m31.fit.fits", "m31"),
-        ("m31.FIT", "m31"),
-        ("m31.tiff", "m31"),
-        ("a/b.c.xisf", "b.c"),
-        ("m31.dat", "m31"),
-        (".fits", ".fits"),
-        ("fits", "fits"),
+        ("m31.fits.fz", "m31"), ("m31.fit.fits", "m31"), ("m31.FIT", "m31"), ("m31.tiff", "m31"),
+        ("a/b.c.xisf", "b.c"), ("m31.dat", "m31"), (".fits", ".fits"), ("fits", "fits"),
     ],
 )
 def test_names_of_outputs(name, stem):
@@ -1327,11 +1294,8 @@ def test_names_of_outputs(name, stem):
 @pytest.mark.parametrize(
     "source, wanted, ending",
     [
-        ("fits", None, ".fits"),
-        ("tiff", None, ".tif"),
-        ("xisf", "fits", ".fits"),
-        ("fits", "tiff", ".tif"),
-        ("tiff", "xisf", ".xisf"),
+        ("fits", None, ".fits"), ("tiff", None, ".tif"), ("xisf", "fits", ".fits"),
+        ("fits", "tiff", ".tif"), ("tiff", "xisf", ".xisf"),
     ],
 )
 def test_the_command_writes_the_format_of_the_input_or_another(
@@ -1381,10 +1345,8 @@ def test_damaged_pictures_in_a_folder_cost_no_good_ones(small, folder, capsys):
 FAULTS = REAL.parent / "faults"
 SAMPLES = {  # of FAULTS, and why they are refused; None: they are good
     "lzw_damaged.tif": "cannot be read or decompressed",
-    "planar_2_of_contiguous.tif": "strips or tiles",
-    "zdither0_negative.fits.fz": "ZDITHER0",
-    "t_f4_3_con_lzw_3_strip_le.tif": None,
-    "t_u2_3_con_lzw_2_tile_le.tif": None,
+    "planar_2_of_contiguous.tif": "strips or tiles", "zdither0_negative.fits.fz": "ZDITHER0",
+    "t_f4_3_con_lzw_3_strip_le.tif": None, "t_u2_3_con_lzw_2_tile_le.tif": None,
 }
 
 

@@ -337,10 +337,7 @@ def test_no_requirement_forbids_what_nobody_has_seen_fail():
 
 def test_nothing_says_that_the_package_index_has_this_tool():
     for name in (
-            "README.md",
-            "bgoptimizer_colab.ipynb",
-            "pyproject.toml",
-            "requirements.txt",
+            "README.md", "bgoptimizer_colab.ipynb", "pyproject.toml", "requirements.txt",
             "bgoptimizer.py",
     ):
         text = (SCRIPT.parent / name).read_text(encoding="utf-8")
@@ -350,9 +347,7 @@ def test_nothing_says_that_the_package_index_has_this_tool():
 # ---------------------------------------------------------------------------------- short of memory
 
 @pytest.mark.parametrize("error", [
-    MemoryError(),
-    OSError(12, "Cannot allocate memory"),
-    RuntimeError("std::bad_alloc"),
+    MemoryError(), OSError(12, "Cannot allocate memory"), RuntimeError("std::bad_alloc"),
     ImportError("libx.so.2: failed to map segment from shared object"),
     RuntimeError("can't start new thread"),
 ])

@@ -451,17 +451,10 @@ MATRIX = zlib.compress(shuffled(struct.pack(">600f", *range(600)), 4))
 BLOCKS = (ICC, VECTOR, MATRIX)
 SPLINE = "PCL:AstrometricSolution:SplineWorldTransformation:PointGridInterpolation"
 KEYWORDS = [  # name, value, comment
-    ("OBJECT", "'O''Neil  '", "target \u00e4\u00b0\u00b5"),
-    ("DIGITS", "'0042'", ""),
-    ("HISTORY", "", "one"),
-    ("EXPTIME", "36.", "[s] <unit>"),
-    ("COMMENT", "", "two & three"),
-    ("HISTORY", "", "three"),
-    ("FLAG", "T", ""),
-    ("EMPTY", "", ""),
-    ("ODD", "1.0D5", '"quoted"'),
-    ("OBJECT", "'again'", ""),
-    ("LEAD", "'   lead'", ""),
+    ("OBJECT", "'O''Neil  '", "target \u00e4\u00b0\u00b5"), ("DIGITS", "'0042'", ""),
+    ("HISTORY", "", "one"), ("EXPTIME", "36.", "[s] <unit>"), ("COMMENT", "", "two & three"),
+    ("HISTORY", "", "three"), ("FLAG", "T", ""), ("EMPTY", "", ""), ("ODD", "1.0D5", '"quoted"'),
+    ("OBJECT", "'again'", ""), ("LEAD", "'   lead'", ""),
 ]
 CHILDREN = """
   <ICCProfile location="{icc}"/>
@@ -580,8 +573,7 @@ def test_metadata_describe_the_new_file_and_keep_the_authors(after):
     properties = {child.get("id"): child.get("value") or child.text for child in after.metadata}
     assert properties.pop("XISF:CreationTime") > "2020"
     assert properties == {
-        "XISF:CreatorApplication": "bgoptimizer " + bg.VERSION,
-        "XISF:Authors": "J\u00f6rg",
+        "XISF:CreatorApplication": "bgoptimizer " + bg.VERSION, "XISF:Authors": "J\u00f6rg",
         "XISF:OriginalCreationTime": "2015-01-01T00:00:00Z",
     }
     assert after.find("Thumbnail") is None
