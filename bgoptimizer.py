@@ -1528,14 +1528,13 @@ def _find_page(tiff):
     """Return the number of the page with the picture, and what is to be told about the others."""
     pages = []
     with suppress(IndexError, ValueError):  # tifffile's errors are such
-        for number in range(MAX_PAGES):
-            pages.append(tiff.pages[number])
+        pages.extend(itertools.islice(tiff.pages, MAX_PAGES))
     _require(pages, "holds no picture")
     first = pages[0]
     kinds = {page.photometric for page in [*pages, *(first.pages or ())]}
     if kinds.intersection(TIFF_SENSOR) or "DNGVersion" in first.tags:
         maker = str(first.tags.valueof("Make") or "").strip()
-        _require(False, *_raw(f"of {maker[:30]}" if maker else "such as DNG"))
+        raise _raw(f"of {maker[:30]}" if maker else "such as DNG")
     pictures = [
         number for number, page in enumerate(pages)
         if not page.is_reduced and page.tags.valueof("SubfileType") != TIFF_THUMBNAIL]
@@ -1678,9 +1677,10 @@ def _kind_of(file, kinds):
 
 
 def _raw(kind):
-    """Return why a camera's raw file is refused, and what to do."""
-    return (f"is a camera's raw file ({kind}), a single undeveloped frame",
-            "calibrate, debayer, and stack it first, and save the stack as XISF, FITS, or TIFF")
+    """Return why a camera's raw file is refused."""
+    return _Unreadable(
+        f"is a camera's raw file ({kind}), a single undeveloped frame",
+        "calibrate, debayer, and stack it first, and save the stack as XISF, FITS, or TIFF")
 
 
 def picture_format(path):
@@ -1703,7 +1703,8 @@ def read_picture(path):
     """
     with _refusals(path), _opened(path) as file:
         raw = _kind_of(file, RAW)
-        _require(raw is None, *_raw(raw))
+        if raw:
+            raise _raw(raw)
         stretched = _kind_of(file, STRETCHED)
         _require(stretched is None, f"is a {stretched} picture, stretched and no longer linear",
                  "give the linear stack as XISF, FITS, or TIFF")
