@@ -675,14 +675,17 @@ def _range_in(values, planes, unit):
     return found
 
 
-def _with_history(keywords, history, planes, unit):
-    """Return the header of an output: keywords that are true of these planes, and HISTORY."""
+def _header_text(structure, keywords, history, planes, unit):
+    """Return the cards of an output's header, which stand in it without a mark between them.
+
+    They are its structure, the keywords, made true of these planes in a Unit, and HISTORY.
+    """
     header = keywords.copy()
     header.update(_range_in(header, planes, unit))
     for line in history:
         for card in _cards_of("HISTORY", None, line):
             header.append(card, end=True)
-    return header
+    return structure.tostring(endcard=False, padding=False) + header.tostring(padding=False)
 
 
 def _upside_down(header, height):
@@ -746,8 +749,7 @@ def _shared_metadata(source, height):
 # --------------------------------------------------------------------------------------------------
 
 XISF_ROOT = {
-    "version": "1.0",
-    "xmlns": "http://www.pixinsight.com/xisf",
+    "version": "1.0", "xmlns": "http://www.pixinsight.com/xisf",
     "xmlns:xsi": "http://www.w3.org/2001/XMLSchema-instance",
     "xsi:schemaLocation":
         "http://www.pixinsight.com/xisf http://pixinsight.com/xisf/xisf-1.0.xsd",
@@ -1224,7 +1226,6 @@ FITS_TABLE = re.compile(
     STRUCTURE_NAMES.pattern + r"|TFIELDS|THEAP|T(TYPE|FORM|UNIT|NULL|SCAL|ZERO|DIM|DISP)\d+"
     r"|Z(IMAGE|TENSION|BITPIX|NAXIS\d*|TILE\d+|CMPTYPE|NAME\d+|VAL\d+|SIMPLE|EXTEND|PCOUNT|GCOUNT"
     "|HECKSUM|DATASUM|MASKCMP|BLANK|QUANTIZ|DITHER0|SCALE|ZERO)")
-COMPRESSED_NAME = "COMPRESSED_IMAGE"  # EXTNAME of such a table, if the picture has none
 MAX_PARTS = 1000  # HDUs of a file
 
 
@@ -1268,7 +1269,7 @@ def read_fits(file):
     hdu = hdus[number]
     header, shape = hdu.header, hdu.shape
     is_color = len(shape) == 3 and 3 in shape[::2]
-    _require(is_color or len(shape) == 2, f"is neither gray nor RGB: its axes are {shape[:8]}",
+    _require(is_color or len(shape) == 2, f"is neither gray nor RGB, with axes {shape[::-1][:8]}",
              "save its planes as pictures of their own")
     bits, position = header["BITPIX"], hdu.data
     if hdu.packed:
@@ -1378,12 +1379,9 @@ def _read_fits_source(file, hdus, number, white, notes):
     keywords = _kept(hdu.header, white, notes, FITS_TABLE if hdu.packed else STRUCTURE_NAMES)
     file.seek(0)
     before = file.read(hdu.start)
-    if hdu.packed:
-        if keywords.get("EXTNAME") == COMPRESSED_NAME:
-            keywords.remove("EXTNAME")
-        first_names = set(hdus[0].header).difference(TEXT_NAMES)
-        if number == 1 and all(map(STRUCTURE_NAMES.fullmatch, first_names)):
-            before = b""  # it is there because a compressed picture cannot be the first
+    first_names = set(hdus[0].header).difference(TEXT_NAMES)
+    if hdu.packed and number == 1 and all(map(STRUCTURE_NAMES.fullmatch, first_names)):
+        before = b""  # it is there because a compressed picture cannot be the first
     file.seek(hdu.end)
     after = file.read(hdus[-1].end - hdu.end)
     icc = b""
@@ -1402,11 +1400,6 @@ def _whole_blocks(length):
 def _padded(data, filling=b"\0"):
     """Return bytes that fill whole blocks."""
     return data.ljust(_whole_blocks(len(data)), filling)
-
-
-def _header_text(structure, keywords):
-    """Return the cards of a header, which stand in it without a mark between them."""
-    return structure.tostring(endcard=False, padding=False) + keywords.tostring(padding=False)
 
 
 def _structure(shape, dtype, is_first=True):
@@ -1432,7 +1425,6 @@ def write_fits(file, planes, source=None, history=(), compress=False, unit=Unit(
             if icc:
                 extension = fits.ImageHDU(np.frombuffer(icc, np.uint8), name="ICCProfile")
                 source.after = extension.header.tostring().encode() + _padded(icc)
-        keywords = _with_history(source.keywords, history, planes, unit)
         stored = data if source.top_down else data[:, ::-1]
         one_by_one = iter(planes)
         for target in stored:
@@ -1445,7 +1437,7 @@ def write_fits(file, planes, source=None, history=(), compress=False, unit=Unit(
             before = before or empty_hdu
         else:
             structure = _structure(data.shape, data.dtype, not before)
-        header = _header_text(structure, keywords)
+        header = _header_text(structure, source.keywords, history, planes, unit)
     file.write(before)
     file.write(_padded(header.encode(), b" "))
     file.write(data)
@@ -1630,8 +1622,8 @@ def write_tiff(file, planes, source=None, history=(), compress=False, unit=Unit(
         data = data[..., 0]
         shape, photometric = data.shape, "minisblack"
     with _silence():
-        keywords = _with_history(source.keywords, history, planes, unit)
-        cards = _header_text(_structure(shape, data.dtype), keywords)
+        structure = _structure(shape, data.dtype)
+        cards = _header_text(structure, source.keywords, history, planes, unit)
     lines = re.findall(f".{{{FITS_CARD}}}", cards)
     description = "\n".join(map(str.rstrip, lines))
     big = data.nbytes + len(description) + len(source.icc) > LARGEST_TIFF
