@@ -782,9 +782,9 @@ XISF_COMPRESSION = re.compile(
 NOT_XML = re.compile(
     "[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]"
     "|&#(0*([0-8]|1[124-9]|2[0-9]|3[01])|x0*([0-8bcef]|1[0-9a-f]));", re.IGNORECASE)
-# Metadata, as "element name", that describe the old file
+# Elements, as "element name", that describe the old file, or are not carried over
 STALE_FILE_METADATA = re.compile(
-    "(Data|Thumbnail|Signature) |Property XISF:"
+    "(Data|Image|Signature|Thumbnail) |Property XISF:"
     "(Creat|Compress|BlockAlign|MaxInline|Checksum|OutputHint|InputHint|ResourceURL|Load)")
 STALE_IMAGE_ATTRIBUTES = (
     "location", "compression", "subblocks", "checksum", "byteOrder", "pixelStorage", "offset")
@@ -839,8 +839,6 @@ def read_xisf(file):
     notes = []
     if len(images) > 1:
         notes.append(f"holds {len(images)} images: only the first is used and kept")
-        for other in images[1:]:
-            root.remove(other)
     image = images[0]
     blocks = _Blocks(file, header_end)
     samples, lower, upper = _read_samples(image, blocks, notes)
