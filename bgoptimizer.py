@@ -233,8 +233,6 @@ class Settings:
 # is done in a process of its own.
 # --------------------------------------------------------------------------------------------------
 
-READ_AT_ONCE = 1 << 20  # bytes that are read together where no picture gives the measure
-GZIP_START = b"\x1f\x8b"
 LARGEST_VALUE = 1e30  # floating point beyond it is no light, but damage, or means something else
 SMALLEST_MARK = -99  # -99, -999, -9999, -32768, and the like stand for what is missing
 
@@ -249,24 +247,22 @@ DECODER_SPARE = 1 << 27  # bytes of memory beside thrice what it decodes
 DECODER = """
 import sys
 sys.path[:] = filter(None, sys.path)  # nothing is imported from where pictures are
-import os, warnings
+import warnings
 import numpy
-kind, number, dtype = sys.argv[1], int(sys.argv[2]), sys.argv[3]
-parent, memory = map(int, sys.argv[4:])
+kind, dtype = sys.argv[1:3]
+number, memory, seconds = map(int, sys.argv[3:])
 warnings.simplefilter("ignore")
 if kind == "fits":
     from astropy.io import fits
 else:
     import imagecodecs, tifffile
 try:
-    import ctypes, resource
+    import resource
     with open("/proc/self/statm") as file:
         memory += int(file.read().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
-    ctypes.CDLL(None).prctl(1, 9)  # Linux ends this process with its parent
-    if os.getppid() != parent:
-        sys.exit(1)
-except (ImportError, AttributeError, OSError, ValueError, TypeError):
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))  # also if nobody waits any more
+except (ImportError, OSError, ValueError):
     pass  # another system
 if kind == "fits":
     with fits.open(sys.stdin.buffer, do_not_scale_image_data=True, memmap=False) as hdus:
@@ -278,7 +274,6 @@ sys.stdout.buffer.write(numpy.ascontiguousarray(samples, dtype))
 """
 """A program that decodes the picture `number` of the file that is its standard input."""
 
-NOT_A_FILE = "is not a file", "name a picture, or save the data to one first"
 NOT_DECODED = "is damaged: its data cannot be read or decompressed"
 
 
@@ -296,7 +291,15 @@ class Picture:
     source: Source  # or a FitsSource, or a TiffSource
     warnings: list  # of str, one line each
     unit: Unit = Unit()
-    note: str = ""  # what the samples were, in words
+
+    @property
+    def note(self):
+        """What the unit means for the levels that are told, in words."""
+        scale, offset, _ = self.unit
+        if (scale, offset) == Unit()[:2]:
+            return ""
+        value = f"(value + {-offset:.6g})" if offset else "value"
+        return f"written back in its own unit; the levels below are {value} / {scale:g}"
 
 
 class _Unreadable(ValueError):
@@ -305,6 +308,12 @@ class _Unreadable(ValueError):
     def __init__(self, problem, advice="copy or save it again"):
         super().__init__(problem[:150])
         self.advice = advice
+
+
+def _require(fact, problem, *advice):
+    """Refuse what is being read unless `fact` holds."""
+    if not fact:
+        raise _Unreadable(problem, *advice)
 
 
 @contextmanager
@@ -316,28 +325,22 @@ def _silence():
 
 
 @contextmanager
-def _refusals(path):
-    """Turn what is wrong with a file that is read into a BgError."""
+def _refusals(name):
+    """Turn what is wrong with what is read into a BgError about `name`."""
     try:
         with _silence(), memory_errors():
             yield
     except (BgError, MemoryError, ImportError):
         raise
     except _Unreadable as error:
-        raise BgError(f"{path} {error}; {error.advice}") from None
+        raise BgError(f"{name} {error}; {error.advice}") from None
     except OSError as error:
         reason = error.strerror or error
-        raise BgError(f"{path} cannot be read: {reason}; check the path and the disk") from None
+        raise BgError(f"{name} cannot be read: {reason}; check the path and the disk") from None
     except Exception as error:  # the libraries raise anything on damaged files
         reason = " ".join(str(error).split())[:100]
-        raise BgError(f"{path} is damaged, or of a kind that is not read ({reason}); "
+        raise BgError(f"{name} is damaged, or of a kind that is not read ({reason}); "
                       "copy or save it again") from None
-
-
-def _require(fact, problem, *advice):
-    """Refuse what is being read unless `fact` holds."""
-    if not fact:
-        raise _Unreadable(problem, *advice)
 
 
 def _check_claims(codec, known, size, stored, pieces=1):
@@ -349,36 +352,44 @@ def _check_claims(codec, known, size, stored, pieces=1):
     _require(pieces <= MAX_PIECES, "has too many strips or tiles to be true")
 
 
+def _file_size(file):
+    """Return how many bytes an open file has."""
+    return os.fstat(file.fileno()).st_size
+
+
+def _unzipping(file):
+    """Return a file, or one that unpacks it if gzip has packed it."""
+    is_packed = file.read(2) == b"\x1f\x8b"
+    file.seek(0)
+    return gzip.GzipFile(fileobj=file) if is_packed else file
+
+
 @contextmanager
 def _opened(path):
     """Open a file to read; what gzip has packed is unpacked into a nameless one."""
-    _require(stat.S_ISREG(os.stat(path).st_mode), *NOT_A_FILE)  # opening a FIFO would wait forever
+    _require(stat.S_ISREG(os.stat(path).st_mode),  # opening a FIFO would wait forever
+             "is not a file", "name a picture, or save the data to one first")
     with ExitStack() as stack:
         file = stack.enter_context(open(path, "rb"))
-        if file.read(len(GZIP_START)) == GZIP_START:
-            stored = os.fstat(file.fileno()).st_size
-            file.seek(0)
-            pieces = gzip.GzipFile(fileobj=file)
+        stream = _unzipping(file)
+        if stream is not file:
             unpacked = stack.enter_context(tempfile.TemporaryFile())
             try:
-                for piece in iter(lambda: pieces.read(READ_AT_ONCE), b""):
+                for piece in iter(lambda: stream.read(1 << 20), b""):
                     unpacked.write(piece)
-                    _check_claims("gzip", ("gzip",), unpacked.tell(), stored)
+                    _check_claims("gzip", ("gzip",), unpacked.tell(), _file_size(file))
             except (EOFError, gzip.BadGzipFile, zlib.error):
                 raise _Unreadable("is cut short or damaged: gzip cannot unpack it") from None
+            unpacked.seek(0)
             file = unpacked
-        file.seek(0)
         yield file
 
 
 def _samples(kind, file, number, position, dtype, shape):
-    """Return a picture's samples as they are stored.
+    """Return the samples of HDU or page `number` of an opened file as they are stored.
 
-    Args:
-        kind, file, number: "fits" or "tiff", opened, and the HDU or page in it.
-        position: of the samples in the file; None if they are to be decoded. That may crash, so
-            another process does it.
-        dtype, shape: of the samples.
+    Without a position in the file they are to be decoded. That may crash, so another process does
+    it; `kind`, "fits" or "tiff", tells how.
     """
     size = math.prod(shape) * dtype.itemsize
     if position is not None:
@@ -386,82 +397,83 @@ def _samples(kind, file, number, position, dtype, shape):
         data = file.read(size)
         _require(len(data) == size, "is cut short: rows of it are missing")
         return np.frombuffer(data, dtype).reshape(shape)
-    arguments = kind, number, dtype.str, os.getpid(), 3 * size + DECODER_SPARE
+    seconds = DECODING_SECONDS + size // DECODING_SPEED
+    arguments = kind, dtype.str, number, 3 * size + DECODER_SPARE, seconds
     command = [sys.executable, "-c", DECODER, *map(str, arguments)]
     os.lseek(file.fileno(), 0, os.SEEK_SET)
     with tempfile.TemporaryFile() as decoded:
         with suppress(subprocess.TimeoutExpired):
-            subprocess.run(command, stdin=file, stdout=decoded, stderr=subprocess.DEVNULL,
-                           timeout=DECODING_SECONDS + size / DECODING_SPEED)
+            subprocess.run(
+                command, stdin=file, stdout=decoded, stderr=subprocess.DEVNULL, timeout=seconds)
         decoded.seek(0)
         data = decoded.read(size)
     _require(len(data) == size, NOT_DECODED)
     return np.frombuffer(data, dtype).reshape(shape)
 
 
-def _planes_of(samples, white=None, step=1, zero=0, blank=None):
+def _planes_of(samples, step=1, zero=0, white=1, blank=None):
     """Return samples, (c, h, w), as planes of float64 if they are that, else of float32.
 
     They become (stored * step + zero) / white; the integer `blank` means "missing".
     """
     dtype = samples.dtype
     planes = np.empty(samples.shape, "f8" if dtype.name == "float64" else "f4")
-    scaled = white or (step, zero) != (1, 0)
-    calculated = np.float64 if scaled or dtype.kind != "f" else planes.dtype
+    stays = dtype.kind == "f" and (step, zero, white) == (1, 0, 1)
     for plane, stored in zip(planes, samples):
         for rows in _strips(*plane.shape):
-            values = stored[rows].astype(calculated)
-            if scaled:
-                values = (values * step + zero) / (white or 1)
-            if blank is not None:
-                values[stored[rows] == blank] = np.nan
+            values = stored[rows]
+            if not stays:
+                values = (values.astype(np.float64) * step + zero) / white
             plane[rows] = values
+            if blank is not None:
+                plane[rows][stored[rows] == blank] = np.nan
     return planes
-
-
-def _picture(planes, white, source, notes, path):
-    """Return a Picture; planes of integers, whose largest is `white`, lie in [0, 1] already."""
-    unit, note, marked = Unit(), f"integers, {white} = white", []
-    if not white:
-        unit, note, marked = _fit_into_unit_range(planes, path)
-    return Picture(planes, source, notes + marked, unit, note)
-
-
-def _white(dtype, step=1, zero=0):
-    """Return the largest value of unsigned integers, None for other numbers.
-
-    FITS stores those of more than 8 bits as signed ones, and adds half the range.
-    """
-    if dtype.kind == "f" or step != 1:
-        return None
-    limits = np.iinfo(dtype)
-    return int(limits.max + zero) if limits.min + zero == 0 else None
-
-
-def _finite_range(values):
-    """Return the smallest and the largest of the finite values; inf and -inf without any."""
-    low, high = values.min(), values.max()
-    if not np.isfinite([low, high]).all():
-        finite = np.isfinite(values)
-        low = values.min(where=finite, initial=math.inf)
-        high = values.max(where=finite, initial=-math.inf)
-    return float(low), float(high)
 
 
 def array_unit(planes):
     """Bring planes outside [0, 1] into it, in place, and return their Unit. Raises BgError."""
-    unit, _, marked = _fit_into_unit_range(planes, "the image")
-    for text in marked:
+    notes = []
+    with _refusals("the image"):
+        unit = _fit_into_unit_range(planes, notes)
+    for text in notes:
         logger.warning(f"the image {text}")
     return unit
+
+
+def _fit_into_unit_range(planes, notes):
+    """Bring planes outside [0, 1] into it, in place; return their Unit.
+
+    Room is left where the corrected picture may need it: above the brightest star, and below the
+    noise of the darkest sky, so that negative values stay what they are.
+    """
+    mark = _leave_out_marks(planes, notes)
+    lowest, highest = _finite_range(planes)
+    if lowest >= 0 and highest <= 1 or lowest > highest:
+        return Unit(mark=mark)
+    _require(max(-lowest, highest) < LARGEST_VALUE,
+             f"has values from {lowest:.6g} to {highest:.6g}, which cannot be light",
+             "look at it, and at what was done to it")
+    offset = 0.0
+    if lowest < 0:
+        some = planes[:, ::7, ::7]
+        some = some[np.isfinite(some)]
+        middle, bright = np.quantile(some, (0.5, 0.999)) if some.size else (lowest, highest)
+        offset = lowest - float(max(2 * (middle - lowest), bright - middle, -lowest / 1000))
+    # A power of two: without an offset, all digits stay
+    scale = 2.0 ** (math.ceil(math.log2(highest - offset)) + 1)
+    for plane in planes:
+        missing = plane == 0
+        plane -= offset
+        plane /= scale
+        plane[missing] = 0
+    return Unit(scale, offset, mark)
 
 
 def _leave_out_marks(planes, notes):
     """Set samples to NaN, in place, that a value such as -9999 marks as missing, and note that.
 
     It is a whole number up to SMALLEST_MARK, and all others are nearer to their median than to it.
-
-    Returns the value, None without one.
+    It is returned, or None.
     """
     lowest, _ = _finite_range(planes)
     if not (-LARGEST_VALUE < lowest <= SMALLEST_MARK and lowest == round(lowest)):
@@ -476,47 +488,14 @@ def _leave_out_marks(planes, notes):
     return lowest
 
 
-def _fit_into_unit_range(planes, name):
-    """Bring planes outside [0, 1] into it, in place; return their Unit, a sentence, and warnings.
-
-    Room is left where the corrected picture may need it: above the brightest star, and below the
-    noise of the darkest sky, so that negative values stay what they are.
-    """
-    marked = []
-    mark = _leave_out_marks(planes, marked)
-    lowest, highest = _finite_range(planes)
-    if lowest >= 0 and highest <= 1 or lowest > highest:
-        return Unit(mark=mark), "from 0 to 1", marked
-    values_are = f"from {lowest:.6g} to {highest:.6g}"
-    if max(-lowest, highest) >= LARGEST_VALUE:
-        raise BgError(f"{name} has values {values_are}, which cannot be light; "
-                      "look at it, and at what was done to it")
-    offset = 0.0
-    value = "value"
-    if lowest < 0:
-        offset = lowest - _room_below(planes, lowest, highest)
-        value = f"(value + {-offset:.6g})"
-    # A power of two: without an offset, all digits stay
-    scale = 2.0 ** (math.ceil(math.log2(highest - offset)) + 1)
-    for plane in planes:
-        missing = plane == 0
-        plane -= offset
-        plane /= scale
-        plane[missing] = 0
-    note = f"{values_are}, written back in this unit; the levels below are {value} / {scale:g}"
-    return Unit(scale, offset, mark), note, marked
-
-
-def _room_below(planes, lowest, highest):
-    """Return how much darker than its darkest sample a picture may become."""
-    height, width = planes[0].shape
-    every = (height * width >> 20) | 1  # odd, so that it meets odd and even columns
-    sample = planes.reshape(len(planes), -1)[:, ::every]
-    sample = sample[np.isfinite(sample) & (sample != 0)]
-    middle, bright = lowest, highest
-    if sample.size:
-        middle, bright = map(float, np.quantile(sample, (0.5, 0.999)))
-    return max(2 * (middle - lowest), bright - middle, -lowest / 1000)
+def _finite_range(values):
+    """Return the smallest and the largest of the finite values; inf and -inf without any."""
+    low, high = values.min(), values.max()
+    if not math.isfinite(high - low):
+        finite = np.isfinite(values)
+        low = values.min(where=finite, initial=math.inf)
+        high = values.max(where=finite, initial=-math.inf)
+    return float(low), float(high)
 
 
 def _in_own_unit(plane, unit):
@@ -549,10 +528,9 @@ TEXT_NAMES = ("COMMENT", "HISTORY", "")  # keywords whose text is all they have
 STRUCTURE_NAMES = re.compile(
     r"SIMPLE|XTENSION|EXTEND|BITPIX|NAXIS\d*|PCOUNT|GCOUNT|BSCALE|BZERO|BLANK|END|GROUPS"
     "|DATASUM|CHECKSUM")
-RANGE_NAMES = ("DATAMIN", "DATAMAX")
-LEVEL_NAMES = ("CBLACK", "CWHITE", "SATURATE", "SATLEVEL", *RANGE_NAMES)
-"""Keywords in the unit of the samples. (PEDESTAL is in steps of 16 bits in all files.)"""
-
+ROW_ORDER = "ROWORDER"  # says which row is the first: the lowest, unless it is 'TOP-DOWN'
+# Keywords in the unit of the samples. (PEDESTAL is in steps of 16 bits in all files.)
+LEVEL_NAMES = ("CBLACK", "CWHITE", "SATURATE", "SATLEVEL", "DATAMIN", "DATAMAX")
 # Keywords and XISF's properties, as "element name", that new pixels make untrue
 STALE_PIXEL_METADATA = re.compile(
     r"FITSKeyword (BITPIX|NAXIS\d*|BSCALE|BZERO|CHECKSUM|DATASUM|NOISE[A-Z]?\d*)$"
@@ -564,14 +542,57 @@ NO_LIGHT = re.compile("dark|bias|flat|offset|zero", re.IGNORECASE)  # no IMAGETY
 FITS_NUMBER = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)([ED][-+]?\d+)?", re.IGNORECASE)
 
 
+def _printable(text):
+    """Return what a FITS header can hold of a text."""
+    return re.sub("[^ -~]", "?", text)
+
+
+def _wrapped(text):
+    """Return the lines of a text, which are short enough for HISTORY."""
+    width = HISTORY_COLUMNS
+    if len(text) <= width and "\n" not in text:
+        return [text]
+    return re.findall(rf"\S.{{0,{width - 1}}}(?!\S)|\S{{{width}}}", text)
+
+
 def _header_of(text):
-    """Return the fits.Header whose cards stand in a text without a mark between them."""
+    """Return the fits.Header whose cards stand in a text without a mark between them.
+
+    What is malformed becomes COMMENT.
+    """
     from astropy.io import fits
-    cards = re.findall(f".{{{FITS_CARD}}}", _printable(text))
-    for number, card in enumerate(cards):
-        if card.startswith("CONTINUE") and not CONTINUED.fullmatch(card):
-            cards[number] = "COMMENT " + card[8:]
-    return fits.Header.fromstring("".join(cards))
+    images = []  # of cards, each with those that continue it
+    for image in re.findall(f".{{{FITS_CARD}}}", _printable(text)):
+        if images and CONTINUED.fullmatch(image):
+            images[-1] += image
+        else:
+            images.append(re.sub("^CONTINUE", "COMMENT ", image))
+    cards = []
+    for image in images:
+        card = fits.Card.fromstring(image)
+        try:
+            card.verify("silentfix")
+            card.value  # raises if it cannot be repaired
+            cards.append(card)
+        except fits.VerifyError:
+            cards += _cards_of("COMMENT", None, image)
+    return fits.Header(cards)
+
+
+def _cards_of(name, value, comment):
+    """Return fits.Cards of a keyword: COMMENT if it cannot be written so that it reads the same."""
+    from astropy.io import fits
+    if name not in TEXT_NAMES:
+        if isinstance(value, str):
+            value = _printable(value)
+        with suppress(ValueError, fits.VerifyError):
+            card = fits.Card(name, value, _printable(comment))
+            image = card.image
+            if BLANKS not in image.rstrip() and fits.Card.fromstring(image).value == card.value:
+                return [card]
+        comment = f"{name} = {_text_of_value(value)} / {comment}"
+        name = "COMMENT"
+    return [fits.Card(name, _printable(line)) for line in _wrapped(comment)]
 
 
 def _value_of_text(text):
@@ -596,48 +617,42 @@ def _text_of_value(value):
     return str(value).upper() if isinstance(value, numbers.Number) else ""
 
 
-def _cards_of(name, value, comment):
-    """Return fits.Cards of a keyword: COMMENT if it cannot be written so that it reads the same."""
+def _kept(header, white, notes, structure=STRUCTURE_NAMES):
+    """Return the keywords of FITS or an Astro-TIFF that outputs keep; those untrue are noted.
+
+    Levels of integers, whose largest is `white`, become those of samples in [0, 1].
+    """
     from astropy.io import fits
-    if name not in TEXT_NAMES:
-        if isinstance(value, str):
-            value = _printable(value)
-        with suppress(ValueError, fits.VerifyError):
-            card = fits.Card(name, value, _printable(comment))
-            image = card.image
-            if BLANKS not in image.rstrip() and fits.Card.fromstring(image).value == card.value:
-                return [card]
-        comment = f"{name} = {_text_of_value(value)} / {comment}"
-        name = "COMMENT"
-    return [fits.Card(name, _printable(line)) for line in _wrapped(comment)]
+    kept = fits.Header()
+    untrue = []
+    for card in header.cards:
+        if structure.fullmatch(card.keyword):
+            continue
+        if STALE_PIXEL_METADATA.match(f"FITSKeyword {card.keyword}"):
+            untrue.append(card.keyword)
+        else:
+            kept.append(card, end=True)
+    _note_keywords(kept, untrue, notes)
+    if white:
+        kept.update(_levels_in(kept, Unit(white)))
+    return kept
 
 
-def _printable(text):
-    """Return what a FITS header can hold of a text."""
-    return re.sub("[^ -~]", "?", text)
-
-
-def _wrapped(text):
-    """Return the lines of a text, which are short enough for HISTORY."""
-    width = HISTORY_COLUMNS
-    if len(text) <= width and "\n" not in text:
-        return [text]
-    return re.findall(rf"\S.{{0,{width - 1}}}(?!\S)|\S{{{width}}}", text)
-
-
-def _with_history(keywords, history, planes, unit):
-    """Return the header of an output: keywords that are true of these planes, and HISTORY."""
-    header = keywords.copy()
-    header.update(_range_in(header, planes, unit))
-    for line in history:
-        for card in _cards_of("HISTORY", None, line):
-            header.append(card, end=True)
-    return header
+def _note_keywords(values, untrue, notes):
+    """Note names that are not kept, and what keywords (values by name) tell against the picture."""
+    if untrue:
+        notes.append(f"had {', '.join(untrue)[:200]}: "
+                     "not kept, because the new pixels make them untrue")
+    for name in ("imageType", "IMAGETYP", "FRAME", "FRAMETYP"):
+        kind = str(values.get(name, "")).strip("' ")
+        if NO_LIGHT.search(kind) and "light" not in kind.lower():
+            notes.append(f"is no light frame, says its {name} {kind[:40]!r}: "
+                         "there is no sky in it to take out")
+            break
 
 
 def _levels_in(values, unit):
-    """Return the keywords of `values`, by name, that tell of levels in a Unit, as [0, 1] has them.
-    """
+    """Return those of `values`, by keyword, that tell of levels in a Unit, as [0, 1] has them."""
     levels = {}
     for name in LEVEL_NAMES:
         level = values.get(name)
@@ -651,14 +666,26 @@ def _levels_in(values, unit):
 
 def _range_in(values, planes, unit):
     """Return DATAMIN and DATAMAX of planes in a Unit, if `values` has them."""
-    names = [name for name in RANGE_NAMES if name in values]
-    if not names:
-        return {}
-    lows, highs = zip(*map(_finite_range, planes))
-    limits = dict(zip(RANGE_NAMES, (min(lows), max(highs))))
-    if not math.isfinite(limits["DATAMIN"]):
-        return {}
-    return {name: float(f"{limits[name] * unit.scale + unit.offset:.9g}") for name in names}
+    found = {}
+    if "DATAMIN" in values or "DATAMAX" in values:
+        lows, highs = zip(*map(_finite_range, planes))
+        for name, limit in (("DATAMIN", min(lows)), ("DATAMAX", max(highs))):
+            if name in values and math.isfinite(limit):
+                found[name] = float(f"{limit * unit.scale + unit.offset:.9g}")
+    return found
+
+
+def _header_text(structure, keywords, history, planes, unit):
+    """Return the cards of an output's header, which stand in it without a mark between them.
+
+    They are its structure, the keywords, made true of these planes in a Unit, and HISTORY.
+    """
+    header = keywords.copy()
+    header.update(_range_in(header, planes, unit))
+    for line in history:
+        for card in _cards_of("HISTORY", None, line):
+            header.append(card, end=True)
+    return structure.tostring(endcard=False, padding=False) + header.tostring(padding=False)
 
 
 def _upside_down(header, height):
@@ -683,65 +710,17 @@ def _upside_down(header, height):
     return turned
 
 
-def _kept(header, white, notes, structure=STRUCTURE_NAMES):
-    """Return the keywords of FITS or an Astro-TIFF that outputs keep; those untrue are noted.
-
-    Levels of integers, whose largest is `white`, become those of samples in [0, 1].
-    """
-    from astropy.io import fits
-    kept, untrue = fits.Header(), []
-    for card in header.cards:
-        if structure.fullmatch(card.keyword):
-            continue
-        if STALE_PIXEL_METADATA.match(f"FITSKeyword {card.keyword}"):
-            untrue.append(card.keyword)
-            continue
-        try:
-            card.verify("silentfix")
-            card.value  # raises if it cannot be repaired
-            cards = [card]
-        except fits.VerifyError:
-            cards = []
-            with suppress(fits.VerifyError):
-                cards = _cards_of("COMMENT", None, card.image)
-            if not cards:
-                notes.append(f"loses its malformed keyword {card.keyword}")
-        for sound in cards:
-            kept.append(sound, end=True)
-    _note_untrue(untrue, notes)
-    _what_keywords_say(kept, notes)
-    if white:
-        kept.update(_levels_in(kept, Unit(white)))
-    return kept
-
-
-def _note_untrue(names, notes):
-    """Note what is not kept."""
-    if names:
-        notes.append(f"had {', '.join(names)[:200]}: "
-                     "not kept, because the new pixels make them untrue")
-
-
-def _what_keywords_say(values, notes):
-    """Add to `notes` what keywords (values by name) tell against a picture as input."""
-    for name in ("imageType", "IMAGETYP", "FRAME", "FRAMETYP"):
-        kind = str(values.get(name, "")).strip("' ")
-        if NO_LIGHT.search(kind) and "light" not in kind.lower():
-            notes.append(f"is no light frame, says its {name} {kind[:40]!r}: "
-                         "there is no sky in it to take out")
-            break
-
-
 def _shared_metadata(source, height):
     """Return what all formats can hold of a file's metadata: keywords, and the color profile.
 
     The keywords are those of a picture whose rows go from the lowest up; there are `height`.
     """
     from astropy.io import fits
-    if source is None:
-        return fits.Header(), b""
+    keywords, icc = fits.Header(), b""
     if isinstance(source, Source):
-        keywords, icc = fits.Header(), _icc_of_xisf(source)
+        profile = source.root.find("Image/ICCProfile")
+        with suppress(_Unreadable, AttributeError):  # a damaged profile is lost, not the picture
+            icc = bytes(_unpack(*_stored(profile, source.blocks)))
         for element in source.root.findall("Image/FITSKeyword"):
             name = element.get("name", "").strip().upper()
             text = element.get("value", "").strip()
@@ -751,7 +730,7 @@ def _shared_metadata(source, height):
             if not STRUCTURE_NAMES.fullmatch(name):
                 for card in _cards_of(name, _value_of_text(text), comment):
                     keywords.append(card, end=True)
-    else:
+    elif source is not None:
         keywords, icc = source.keywords.copy(), source.icc
     keywords.remove(ROW_ORDER, ignore_missing=True, remove_all=True)
     if isinstance(source, FitsSource) and source.top_down:
@@ -765,54 +744,47 @@ def _shared_metadata(source, height):
 # The specification: https://pixinsight.com/doc/docs/XISF-1.0-spec/XISF-1.0-spec.html. Where it is
 # silent, or where PixInsight reads more than it allows, PixInsight's reader decides.
 #
-# The header is parsed and checked here, because the `xisf` package fails on many real headers. The
-# package then reads the attached blocks. Files are written here, because the package's writer loses
+# The `xisf` package reads attached blocks, but fails on many real headers, and its writer loses
 # metadata.
 # --------------------------------------------------------------------------------------------------
 
-XML_DECLARATION = b'<?xml version="1.0" encoding="UTF-8"?>'
 XISF_ROOT = {
-    "version": "1.0",
-    "xmlns": "http://www.pixinsight.com/xisf",
+    "version": "1.0", "xmlns": "http://www.pixinsight.com/xisf",
     "xmlns:xsi": "http://www.w3.org/2001/XMLSchema-instance",
     "xsi:schemaLocation":
         "http://www.pixinsight.com/xisf http://pixinsight.com/xisf/xisf-1.0.xsd",
 }
 BARE_XISF = "<xisf><Image/><Metadata/></xisf>"
-BLOCK_XISF = (
-    '<xisf version="1.0" xmlns="http://www.pixinsight.com/xisf"><Image geometry="{size}:1:1" '
-    'sampleFormat="UInt8" location="attachment:{position}:{size}"/><Metadata/></xisf>')
+# What may stand in a header, in lower case but for byteOrder, and what it stands for
 XISF_CODECS = {"zlib": "zlib", "lz4": "lz4", "lz4hc": "lz4", "zstd": "zstd"}  # of imagecodecs
-SAMPLE_FORMATS = ("uint8", "uint16", "uint32", "uint64", "float32", "float64")
+XISF_DTYPES = {"uint8": "u1", "uint16": "u2", "uint32": "u4", "uint64": "u8", "float32": "f4",
+               "float64": "f8"}
 BYTE_ORDERS = {"little": "<", "big": ">"}
-COLOR_CHANNELS = {"gray": 1, "rgb": 3}
+XISF_COLORS = {"gray": 1, "rgb": 3}
 TEXT_DECODERS = {
     "base64": functools.partial(base64.b64decode, validate=True), "hex": bytes.fromhex}
 CHECKSUMS = ("sha1", "sha256", "sha512", "sha3_256", "sha3_512")  # of hashlib
-
 # Limits that no real file meets
 MAX_HEADER = 1 << 24  # bytes
 MAX_HEADER_PARTS = 200_000  # tags and attributes
 MAX_HEADER_DEPTH = 64  # elements inside each other
 
+# Bytes: the largest LZ4 block. PixInsight fails on sub-blocks of more than 2 GiB together
 LZ4_LIMIT = 0x7E000000
-"""Bytes: the largest LZ4 block. More would need sub-blocks, and PixInsight fails on those of more
-than 2 GiB together."""
-
 ALIGNMENT = 4096  # bytes: attached blocks start at multiples of it, as in PixInsight's own files
 
 # Without leading zeros: PixInsight takes 010 for 8
 XISF_INTEGER = re.compile(r"\+?(0|[1-9][0-9]{0,17}|0x[0-9a-fA-F]{1,15})")
 XISF_COMPRESSION = re.compile(
-    r"(?P<codec>zlib|lz4|lz4hc|zstd)(?P<shuffled>\+sh)?"
+    r"none|(?P<codec>zlib|lz4|lz4hc|zstd)(\+sh(?=:\d+:))?"
     r":(?P<size>[1-9][0-9]{0,17})(:(?P<item>[1-9]|1[0-6]))?")
-# Characters that XML 1.0 forbids, bare and as references. PixInsight lets them pass.
-NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
-NOT_XML_REFERENCE = re.compile(
-    "&#(0*([0-8]|1[124-9]|2[0-9]|3[01])|x0*([0-8bcef]|1[0-9a-f]));", re.IGNORECASE)
-# Metadata, as "element name", that describe the old file
+# What XML 1.0 forbids, bare and as references. PixInsight lets it pass.
+NOT_XML = re.compile(
+    "[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]"
+    "|&#(0*([0-8]|1[124-9]|2[0-9]|3[01])|x0*([0-8bcef]|1[0-9a-f]));", re.IGNORECASE)
+# Elements, as "element name", that describe the old file, or are not carried over
 STALE_FILE_METADATA = re.compile(
-    "(Data|Thumbnail) |Property XISF:"
+    "(Data|Image|Signature|Thumbnail) |Property XISF:"
     "(Creat|Compress|BlockAlign|MaxInline|Checksum|OutputHint|InputHint|ResourceURL|Load)")
 STALE_IMAGE_ATTRIBUTES = (
     "location", "compression", "subblocks", "checksum", "byteOrder", "pixelStorage", "offset")
@@ -820,38 +792,66 @@ STALE_IMAGE_ATTRIBUTES = (
 
 @dataclass
 class Source:
-    """What the outputs carry over from a file besides its pixels."""
+    """What the outputs carry over from an XISF file besides its pixels."""
     root: ElementTree.Element  # the header, without what describes the old pixels and the old file
     blocks: dict  # attached bytes, by the `location` that stands in their elements
 
 
-@dataclass
-class _OpenFile:
-    """A file whose header has been read."""
-    file: object
-    header_end: int  # byte at which the first block may start
-    bytes_left: int  # of blocks, that may still be read: overlapping ones could fill any memory
-    warnings: list  # of str, for the user
+class _Blocks(dict):
+    """Attached bytes of an open file, (n,) uint8, by `location`; read when first asked for."""
+
+    def __init__(self, file, header_end):
+        super().__init__()
+        self.file = file
+        self.header_end = header_end
+        self.bytes_left = 2 * _file_size(file)  # else overlapping blocks could fill the memory
+
+    def __missing__(self, location):
+        place = "".join(location.split()).partition(":")[2]
+        position, size = _integers(place, 2, "location")
+        _require(position >= self.header_end, f"has the impossible location {place!r}")
+        _require(position + size <= _file_size(self.file),
+                 "is cut short: the end of its data is missing")
+        self.bytes_left -= size
+        _require(self.bytes_left >= 0, "has data that overlap with others")
+        self.file.seek(position)
+        data = np.frombuffer(self.file.read(size), np.uint8)
+        _require(data.size == size, "is cut short: it ends in its data")
+        with tempfile.TemporaryDirectory() as folder:
+            path = os.path.join(folder, "block.xisf")
+            with open(path, "wb") as copied:
+                write_xisf(copied, data[None, None])  # its header is plain
+            self[location] = XISF(path).read_image(0, "channels_first").ravel()
+        return self[location]
 
 
-def read_xisf(path):
-    """Read the first image of a monolithic XISF file.
+def read_xisf(file):
+    """Read the first image of a monolithic XISF file; see `read_picture`.
 
     Integers are scaled from their full range, or from `bounds` if given, floats from `bounds`.
     Samples below the lower bound become the smallest normal number, not 0, which would mean
     "missing". Samples above the upper bound become 1. Memory never grows past what an honest file
     of the same geometry and size needs.
-
-    Returns a Picture.
-    Raises BgError if the file is damaged, hostile, or of a kind that is not read.
     """
-    with _refusals(path), _opened(path) as file:
-        root, end = _read_header(file)
-        size = os.fstat(file.fileno()).st_size
-        opened = _OpenFile(file, end, bytes_left=2 * size, warnings=[])
-        planes, mark = _read_pixels(root, opened)
-        source = _read_source(root, opened)
-    return Picture(planes, source, opened.warnings, Unit(mark=mark))
+    root, header_end = _read_header(file)
+    images = root.findall("Image")
+    _require(images, "holds no image", "open it in the program that wrote it and save it again")
+    notes = []
+    if len(images) > 1:
+        notes.append(f"holds {len(images)} images: only the first is used and kept")
+    image = images[0]
+    blocks = _Blocks(file, header_end)
+    samples, lower, upper = _read_samples(image, blocks, notes)
+    planes = _planes_of(samples, zero=-lower, white=upper - lower)
+    mark = _leave_out_marks(planes, notes)
+    below, above = np.sum([_clip(plane) for plane in planes], 0)
+    if below or above:
+        notes.append(f"has {below} samples below and {above} above its bounds "
+                     f"{lower:g}:{upper:g}: clipped")
+    if (lower, upper) != (0, 1):
+        levels = _levels_in(_keyword_values(image), Unit(upper - lower, lower))
+        _set_keywords(image, levels)
+    return Picture(planes, _read_source(root, blocks, notes), notes, Unit(mark=mark))
 
 
 def _read_header(file):
@@ -860,18 +860,16 @@ def _read_header(file):
     _require(start[:8] == b"XISF0100", "is not a monolithic XISF file", "save the picture as .xisf")
     length = int.from_bytes(start[8:12], "little")
     end = 16 + length
-    _require(end <= os.fstat(file.fileno()).st_size, "is cut short: it ends in its header")
+    _require(end <= _file_size(file), "is cut short: it ends in its header")
     header = file.read(min(length, MAX_HEADER + 1))
     header, _, _ = header.partition(b"\0")  # some writers count padding in
     parts = header.count(b"<") + header.count(b"=")
     _require(len(header) <= MAX_HEADER and parts <= MAX_HEADER_PARTS,
              "has a header too large to be true")
-    text = header.decode("utf-8-sig", "replace")
-    text = NOT_XML.sub("", text)
-    text = NOT_XML_REFERENCE.sub("", text).lstrip()
+    text = NOT_XML.sub("", header.decode("utf-8-sig", "replace")).lstrip()
     entities = re.search("<!(ENTITY|ATTLIST)", text)
     _require(not entities, "declares XML entities, which can hide a memory bomb")
-    text = re.sub("(?<=</xisf>).*", "", text, flags=re.DOTALL)  # a signature may follow
+    text, ending, _ = text.partition("</xisf>")  # a signature may follow
     builder = ElementTree.TreeBuilder()
     parser = expat.ParserCreate()  # without namespaces, as in PixInsight
     parser.buffer_text = True
@@ -879,20 +877,20 @@ def _read_header(file):
     parser.EndElementHandler = builder.end
     parser.CharacterDataHandler = builder.data
     try:
-        parser.Parse(text, True)
+        parser.Parse(text + ending, True)
     except expat.ExpatError as error:
         raise _Unreadable(f"has a header that is not well-formed XML ({error})") from None
     root = builder.close()
-    version = _value(root.attrib, "version")
+    version = _squeezed(root).get("version")
     _require(root.tag == "xisf" and version == "1.0", "is not XISF version 1.0")
     deepest = root.find("*/" * MAX_HEADER_DEPTH + "*")
     _require(deepest is None, "has a header nested too deeply to be true")
     return root, end
 
 
-def _value(attributes, name, default=""):
-    """Return an attribute without white space, which none of those that are read may have."""
-    return "".join(attributes.get(name, default).split())
+def _squeezed(element):
+    """Return an element's attributes without white space, which none that is read may have."""
+    return {name: "".join(text.split()) for name, text in element.attrib.items()}
 
 
 def _integers(text, count, what):
@@ -910,31 +908,28 @@ def _look_up(choices, text, what):
     return choices[text]
 
 
-def _read_block(element, opened):
-    """Return the bytes of an element, (n,) uint8 as they are stored, and what tells how.
-
-    No other file is ever opened for it.
-    """
-    attributes = element.attrib
-    method, _, place = _value(attributes, "location").partition(":")
+def _stored(element, blocks):
+    """Return the bytes of an element, (n,) uint8 as they are stored, and what tells how."""
+    attributes = _squeezed(element)
+    method, _, encoding = attributes.get("location", "").partition(":")
     if method == "embedded":
         element = element.find("Data")
         _require(element is not None, "has an embedded data block without data")
-        attributes = {**attributes, **element.attrib}
-        place = _value(element.attrib, "encoding", "base64")
+        attributes.update(_squeezed(element))
+        encoding = attributes.get("encoding", "base64")
     if method == "attachment":
-        stored = _read_attached(place, opened)
+        stored = blocks[element.get("location")]
     else:
         _require(method in ("inline", "embedded"), f"has its data elsewhere, at {method!r}",
                  "save it as one monolithic .xisf file")
-        decode = _look_up(TEXT_DECODERS, place.lower(), "data in the encoding")
+        decode = _look_up(TEXT_DECODERS, encoding.lower(), "data in the encoding")
         digits = "".join((element.text or "").split())
         try:
             stored = np.frombuffer(decode(digits), np.uint8)
         except ValueError:
-            raise _Unreadable(f"has damaged {place} data") from None
+            raise _Unreadable(f"has damaged {encoding} data") from None
     if "checksum" in attributes:
-        name, _, expected = _value(attributes, "checksum").lower().partition(":")
+        name, _, expected = attributes["checksum"].lower().partition(":")
         name = name.replace("sha-", "sha").replace("-", "_")
         _require(name in CHECKSUMS, f"has a checksum of the kind {name!r}, which is not read")
         matches = hashlib.new(name, stored).hexdigest() == expected
@@ -942,147 +937,86 @@ def _read_block(element, opened):
     return stored, attributes
 
 
-def _read_attached(place, opened):
-    """Let the `xisf` package read a block, whose `place` is position and size."""
-    position, size = _integers(place, 2, "location")
-    file_size = os.fstat(opened.file.fileno()).st_size
-    _require(position >= opened.header_end, f"has the impossible location {place!r}")
-    _require(position + size <= file_size, "is cut short: the end of its data is missing")
-    opened.bytes_left -= size
-    _require(opened.bytes_left >= 0, "has data that overlap with others")
-    # The package would fail on many real headers, so a copy of the block gets one that is plain
-    header = BLOCK_XISF.format(position=ALIGNMENT, size=size).encode()
-    opened.file.seek(position)
-    with tempfile.TemporaryDirectory() as folder:
-        path = os.path.join(folder, "block.xisf")
-        with open(path, "wb") as copied:
-            copied.write(_with_signature(header).ljust(ALIGNMENT, b"\0"))
-            copied.write(opened.file.read(size))
-            _require(copied.tell() == ALIGNMENT + size, "is cut short: it ends in its data")
-        return XISF(path).read_image(0, "channels_first").ravel()
-
-
-def _read_pixels(root, opened):
-    """Return the first image's samples, (c, h, w) in [0, 1], and the value that marks missing ones.
-    """
-    images = root.findall("Image")
-    _require(images, "holds no image", "open it in the program that wrote it and save it again")
-    if len(images) > 1:
-        opened.warnings.append(f"holds {len(images)} images: only the first is used and kept")
-    attributes = images[0].attrib
-    stored, packing = _read_block(images[0], opened)
-    geometry = _integers(_value(attributes, "geometry"), 3, "geometry")
-    _require(0 not in geometry, "is a picture without samples")
-    width, height, channels = geometry
-    color_space = _value(attributes, "colorSpace", "Gray").lower()
-    colors = _look_up(COLOR_CHANNELS, color_space, "the color space")
-    _require(channels >= colors, f"is called RGB but has {channels} channel(s)")
-    if channels > colors:
-        opened.warnings.append(f"has {channels - colors} alpha channel(s): dropped")
-    sample_format = _value(attributes, "sampleFormat").lower()
-    _require(sample_format in SAMPLE_FORMATS, f"has samples of the kind {sample_format!r}, "
-             "which is not read", "save it as 32-bit float")
-    order = _look_up(BYTE_ORDERS, _value(packing, "byteOrder", "little"), "the byte order")
-    dtype = np.dtype(sample_format).newbyteorder(order)
-    bounds = _read_bounds(attributes, dtype)
-    storage = _value(attributes, "pixelStorage", "Planar").lower()
-    _require(storage in ("planar", "normal"), f"has samples in the unknown order {storage!r}")
-    data = _unpack(stored, packing, math.prod(geometry) * dtype.itemsize)
-    samples = data.view(dtype)
-    if storage == "normal":
-        samples = samples.reshape(height, width, channels)
-        samples = np.moveaxis(samples, 2, 0)
-    else:
-        samples = samples.reshape(channels, height, width)
-    lower, upper = bounds
-    white = None if bounds == (0, 1) else upper - lower
-    planes = _planes_of(samples[:colors], white, zero=-lower)
-    mark = _leave_out_marks(planes, opened.warnings)
-    below, above = np.sum([_clip(plane) for plane in planes], 0)
-    if below or above:
-        opened.warnings.append(f"has {below} samples below and {above} above its bounds "
-                               f"{lower:g}:{upper:g}: clipped")
-    if bounds != (0, 1):
-        unit = Unit(upper - lower, lower)
-        _change_keywords(images[0], lambda values: _levels_in(values, unit))
-    return planes, mark
-
-
-def _change_keywords(image, change):
-    """Set keywords of an Image anew: those, value by name, that `change` makes of all."""
-    keywords = {keyword.get("name"): keyword for keyword in image.findall("FITSKeyword")}
-    values = {name: _value_of_text(keyword.get("value", ""))
-              for name, keyword in keywords.items()}
-    for name, value in change(values).items():
-        keywords[name].set("value", _text_of_value(value))
-
-
-def _read_bounds(attributes, dtype):
-    """Return the values that mean black and white. Integers may leave them out, floats may not."""
-    lowest, highest = -math.inf, math.inf
-    if dtype.kind == "u":
-        lowest, highest = 0, 2.0 ** (8 * dtype.itemsize) - 1
-    text = _value(attributes, "bounds", f"0:{highest}")
-    with suppress(ValueError):
-        lower, upper = sorted(map(float, text.split(":", 2)[:2]))
-        if lowest <= lower < upper <= highest and upper - lower < math.inf:
-            return lower, upper
-    raise _Unreadable(f"has no or impossible bounds, its black and white: {text!r}")
-
-
 def _unpack(stored, attributes, size=None):
     """Return the bytes, (n,) uint8, that stored ones hold; there must be `size`, if it is given.
 
     That is checked before memory is taken that the stored bytes do not vouch for.
     """
-    text = _value(attributes, "compression").lower()
+    import imagecodecs
+    text = attributes.get("compression", "none").lower()
     packing = XISF_COMPRESSION.fullmatch(text)
-    complete = packing and (packing["item"] or not packing["shuffled"])
-    _require(complete or "compression" not in attributes,
-             f"is compressed in the unknown way {text!r}")
-    unpacked_size = int(packing["size"]) if packing else stored.size
+    _require(packing, f"is compressed in the unknown way {text!r}")
+    unpacked_size = int(packing["size"] or stored.size)
     _require(size in (None, unpacked_size),
              f"is damaged: its data hold {unpacked_size} bytes, its samples need {size}")
-    if not packing:
+    codec = packing["codec"]
+    if not codec:
         return stored
     # Of each piece, the size as stored and unpacked
-    text = f"{stored.size}:{unpacked_size}"
-    if "subblocks" in attributes:
-        text = _value(attributes, "subblocks").replace(",", ":")
-    count = 1 + text.count(":")
-    _check_claims(packing["codec"], XISF_CODECS, unpacked_size, stored.size, count)
-    sizes = _integers(text, count, "list of sub-blocks")
-    stored_sizes, unpacked_sizes = sizes[::2], sizes[1::2]
-    consistent = len(sizes) % 2 == 0 and 0 not in sizes
-    totals = sum(stored_sizes), sum(unpacked_sizes)
+    listed = attributes.get("subblocks", f"{stored.size}:{unpacked_size}").replace(",", ":")
+    count = 1 + listed.count(":")
+    _check_claims(codec, XISF_CODECS, unpacked_size, stored.size, count)
+    sizes = _integers(listed, count, "list of sub-blocks")
+    totals = sum(sizes[::2]), sum(sizes[1::2])
+    consistent = count % 2 == 0 and 0 not in sizes
     _require(consistent and totals == (stored.size, unpacked_size),
              "has a compressed block that contradicts itself")
+    decode = getattr(imagecodecs, XISF_CODECS[codec] + "_decode")
     unpacked = np.empty(unpacked_size, np.uint8)
-    start = position = 0
-    for piece_size, size in zip(stored_sizes, unpacked_sizes):
-        piece = stored[start:start + piece_size]
-        _decompress(piece, packing["codec"], unpacked[position:position + size])
-        start += piece_size
-        position += size
+    pieces = np.split(stored, np.cumsum(sizes[::2])[:-1])
+    targets = np.split(unpacked, np.cumsum(sizes[1::2])[:-1])
+    for piece, target in zip(pieces, targets):
+        if piece.size == target.size:  # what does not shrink is stored as it was
+            target[:] = piece
+            continue
+        try:
+            filled = decode(piece, out=target)
+        except Exception as error:  # each codec has its own
+            raise _Unreadable(NOT_DECODED) from error
+        _require(len(filled) == target.size, NOT_DECODED)
     # Byte 0 of every item, then byte 1 of every item, and so on; behind them what is no item
-    item = int(packing["item"]) if packing["shuffled"] else 1
+    item = int(packing["item"]) if "+sh" in text else 1
     end = unpacked_size // item * item
     unpacked[:end] = unpacked[:end].reshape(item, -1).T.ravel()
     return unpacked
 
 
-def _decompress(stored, codec, unpacked):
-    """Decompress bytes into `unpacked`, (n,) uint8, which they must fill."""
-    import imagecodecs
-    if stored.size == unpacked.size:  # what does not shrink is stored as it was
-        unpacked[:] = stored
-        return
-    decode = getattr(imagecodecs, XISF_CODECS[codec] + "_decode")
-    try:
-        filled = decode(stored, out=unpacked)
-    except Exception as error:  # each codec has its own
-        raise _Unreadable(NOT_DECODED) from error
-    _require(len(filled) == unpacked.size, NOT_DECODED)
+def _read_samples(image, blocks, notes):
+    """Return an Image's samples, (c, h, w), and their values of black and white."""
+    stored, packing = _stored(image, blocks)
+    attributes = _squeezed(image)
+    geometry = _integers(attributes.get("geometry", ""), 3, "geometry")
+    _require(0 not in geometry, "is a picture without samples")
+    width, height, channels = geometry
+    color_space = attributes.get("colorSpace", "Gray").lower()
+    colors = _look_up(XISF_COLORS, color_space, "the color space")
+    _require(channels >= colors, f"is called RGB but has {channels} channel(s)")
+    if channels > colors:
+        notes.append(f"has {channels - colors} alpha channel(s): dropped")
+    kind = attributes.get("sampleFormat", "").lower()
+    order = _look_up(BYTE_ORDERS, packing.get("byteOrder", "little"), "the byte order")
+    dtype = np.dtype(order + _look_up(XISF_DTYPES, kind, "samples of the kind"))
+    storage = attributes.get("pixelStorage", "planar").lower()
+    shape, planes_first = _look_up(
+        {"planar": ((channels, height, width), (0, 1, 2)),
+         "normal": ((height, width, channels), (2, 0, 1))}, storage, "samples in the order")
+    lower, upper = _read_bounds(attributes, dtype)
+    data = _unpack(stored, packing, math.prod(geometry) * dtype.itemsize)
+    samples = data.view(dtype).reshape(shape)
+    return samples.transpose(planes_first)[:colors], lower, upper
+
+
+def _read_bounds(attributes, dtype):
+    """Return the values that mean black and white. Integers may leave them out, floats may not."""
+    limits = np.iinfo(dtype) if dtype.kind == "u" else np.finfo(dtype)
+    text = attributes.get("bounds")
+    if text is None and dtype.kind == "u":
+        return 0, float(limits.max)
+    with suppress(ValueError, AttributeError):
+        lower, upper = sorted(map(float, text.split(":")[:2]))
+        if limits.min <= lower < upper <= limits.max and upper - lower < math.inf:
+            return lower, upper
+    raise _Unreadable(f"has no or impossible bounds, its black and white: {text!r}")
 
 
 def _clip(plane):
@@ -1090,46 +1024,52 @@ def _clip(plane):
 
     Returns how many samples were below and above.
     """
-    low, high = _finite_range(plane)
-    if low >= 0 and high <= 1:
-        return 0, 0
-    dark = (plane < 0) & (plane > -np.inf)
-    bright = (plane > 1) & (plane < np.inf)
+    finite = np.isfinite(plane)
+    dark, bright = finite & (plane < 0), finite & (plane > 1)
     plane[dark] = np.finfo(plane.dtype).tiny  # 0 means missing
     plane[bright] = 1
     return dark.sum(), bright.sum()
 
 
-def _read_source(root, opened):
-    """Return the Source; what cannot be carried over is left out and named in the warnings."""
-    image, *others = root.findall("Image")
-    keywords = {element.get("name"): element.get("value")
-                for element in image.findall("FITSKeyword")}
-    _what_keywords_say({**keywords, **image.attrib}, opened.warnings)
+def _keyword_values(image):
+    """Return the values of an Image's keywords, by name."""
+    return {keyword.get("name"): _value_of_text(keyword.get("value", ""))
+            for keyword in image.findall("FITSKeyword")}
+
+
+def _set_keywords(image, values):
+    """Set those keywords of an Image anew that stand in `values`, by name."""
+    for keyword in image.findall("FITSKeyword"):
+        if keyword.get("name") in values:
+            keyword.set("value", _text_of_value(values[keyword.get("name")]))
+
+
+def _read_source(root, blocks, notes):
+    """Return the Source; what cannot be carried over is left out and named in the notes."""
+    image = root.find("Image")
     if image.find("ColorFilterArray") is not None:
-        opened.warnings.append("is a color filter mosaic: debayer it first, "
-                               "or its colors are fitted as one")
+        notes.append("is a color filter mosaic: debayer it first, or its colors are fitted as one")
     for name in STALE_IMAGE_ATTRIBUTES:
         image.attrib.pop(name, None)
-    image.text = image.tail = None  # pixels, if they stood there
+    root.text = image.text = image.tail = None  # pixels, if they stood there
     metadata = ElementTree.Element("Metadata")
     metadata.extend(root.findall("Metadata/Property"))
-    for element in [*others, *root.findall("Metadata"), *root.findall("Signature")]:
+    for element in root.findall("Metadata"):
         root.remove(element)
     root.append(metadata)
-    blocks, untrue, lost = {}, [], []
+    untrue, lost = [], []
     for parent in (image, metadata, root):
         parent[:] = [element for element in parent if element in (image, metadata)
-                     or _is_kept(element, blocks, opened, untrue, lost)]
+                     or _is_kept(element, blocks, untrue, lost)]
     if lost:
-        opened.warnings.append(f"loses {len(lost)} element(s): {', '.join(lost)[:300]}")
-    _note_untrue(untrue, opened.warnings)
-    root.text = None
-    return Source(root, blocks)
+        notes.append(f"loses {len(lost)} element(s): {', '.join(lost)[:300]}")
+    _note_keywords({**_keyword_values(image), **image.attrib}, untrue, notes)
+    used = {element.get("location") for element in root.iter()}
+    return Source(root, {place: block for place, block in blocks.items() if place in used})
 
 
-def _is_kept(element, blocks, opened, untrue, lost):
-    """Tell whether outputs keep an element; if so, add its attached bytes to `blocks`."""
+def _is_kept(element, blocks, untrue, lost):
+    """Tell whether outputs keep an element; if so, its attached bytes are among the `blocks`."""
     name = element.get("id") or element.get("name") or ""
     title = f"{element.tag} {name}"
     if STALE_FILE_METADATA.match(title):
@@ -1138,32 +1078,14 @@ def _is_kept(element, blocks, opened, untrue, lost):
         untrue.append(f"{name[:80]!r}")
         return False
     element.tail = None
-    attached = {}
     try:
         for part in element.iter():
-            location = part.get("location")
-            if location is None or location in blocks:  # several elements may share one block
-                continue
-            stored, _ = _read_block(part, opened)
-            if location.strip().startswith("attachment"):  # others stand in the element itself
-                attached[location] = stored
+            if "location" in part.attrib and part.get("location") not in blocks:
+                _stored(part, blocks)
     except _Unreadable as error:
         lost.append(f"{element.tag} {name[:80]!r}, which {error}")
         return False
-    blocks.update(attached)
     return True
-
-
-def _icc_of_xisf(source):
-    """Return the color profile of an XISF file, b"" without one."""
-    element = source.root.find("Image/ICCProfile")
-    with suppress(_Unreadable, AttributeError):  # a damaged profile is lost, not the picture
-        block = source.blocks.get(element.get("location"))
-        if block is None:  # it stands in the header
-            return bytes(_unpack(*_read_block(element, opened=None)))
-        stored = np.frombuffer(block, np.uint8)
-        return bytes(_unpack(stored, element.attrib))
-    return b""
 
 
 def write_xisf(file, planes, source=None, history=(), compress=False, unit=Unit()):
@@ -1175,10 +1097,8 @@ def write_xisf(file, planes, source=None, history=(), compress=False, unit=Unit(
             `shape` and `dtype` that yields one (h, w) plane after the other.
         source: of a picture, whose metadata are kept. It is not changed.
         history: lines, which become HISTORY keywords.
-        compress: lz4hc with byte shuffling, or zstd where PixInsight would not read that.
+        compress: lz4hc with byte shuffling, if that is shorter and no longer than LZ4_LIMIT.
         unit: the picture's own, which HISTORY tells: the samples stay in [0, 1].
-
-    Compressed pixels get a checksum.
     """
     if not isinstance(source, Source):
         source = _to_xisf_source(source, planes.shape[1], unit)
@@ -1186,56 +1106,51 @@ def write_xisf(file, planes, source=None, history=(), compress=False, unit=Unit(
         line = f"bgoptimizer: the picture's own unit is sample * {unit.scale:.17g}"
         history = [*history, f"{line} {unit.offset:+.17g}"]
     root = _new_header(planes, source, history)
-    image = root.find("Image")
+    blocks = {location: [block] for location, block in source.blocks.items()}
+    blocks["pixels"] = map(_in_file_order, planes)
     item = planes.dtype.itemsize
     size = math.prod(planes.shape) * item
-    pieces = map(_in_file_order, planes)
-    if compress:
-        codec, packed = _compress(planes)
+    if compress and size <= LZ4_LIMIT:
+        packed = _compressed(planes)
         if len(packed) < size:
-            image.set("compression", f"{codec}+sh:{size}:{item}")
-            digest = hashlib.sha1(packed).hexdigest()
-            image.set("checksum", f"sha1:{digest}")
-            pieces = [packed]
-            size = len(packed)
-    sizes = {location: len(block) for location, block in source.blocks.items()}
-    positions = _place_blocks(root, {**sizes, "pixels": size})
-    for location, block in source.blocks.items():
-        file.seek(positions[location])
-        file.write(block)
-    file.seek(positions["pixels"])
-    for piece in pieces:
-        file.write(piece)
-        del piece  # before the next plane is made
+            root.find("Image").set("compression", f"lz4hc+sh:{size}:{item}")
+            blocks["pixels"] = [packed]
+    elements = [element for element in root.iter() if element.get("location") in blocks]
+    # The header stands first, and what is filled in makes it longer: by less than 64 bytes each
+    end = len(_file_start(root)) + 64 * len(elements)
+    places = {}
+    for location, pieces in blocks.items():
+        start = ALIGNMENT * math.ceil(end / ALIGNMENT)
+        file.seek(start)
+        for piece in pieces:
+            file.write(piece)
+            del piece  # before the next plane is made
+        end = file.tell()
+        places[location] = f"attachment:{start}:{end - start}"
+    for element in elements:
+        element.set("location", places[element.get("location")])
     file.seek(0)
-    file.write(_with_signature(_markup(root)))
+    file.write(_file_start(root))
 
 
 def _to_xisf_source(source, height, unit):
     """Return a Source that holds what XISF can hold of another one, or nothing."""
     root = ElementTree.XML(BARE_XISF)
-    if source is None:
-        return Source(root, {})
+    image = root.find("Image")
     with _silence():
         keywords, icc = _shared_metadata(source, height)
         if unit != Unit():
             keywords.update(_levels_in(keywords, unit))
-    image = root.find("Image")
-    for card in keywords.cards:
-        text, comment = _text_of_value(card.rawvalue), card.comment
-        if card.keyword in TEXT_NAMES:
-            text, comment = "", card.value
-        ElementTree.SubElement(
-            image, "FITSKeyword", name=card.rawkeyword, value=text, comment=comment)
+        for card in keywords.cards:
+            text, comment = _text_of_value(card.rawvalue), card.comment
+            if card.keyword in TEXT_NAMES:
+                text, comment = "", card.value
+            ElementTree.SubElement(
+                image, "FITSKeyword", name=card.rawkeyword, value=text, comment=comment)
     if not icc:
         return Source(root, {})
     ElementTree.SubElement(image, "ICCProfile", location="icc")
     return Source(root, {"icc": icc})
-
-
-def _with_signature(header):
-    """Return the start of a file, up to the end of its header."""
-    return b"XISF0100" + len(header).to_bytes(4, "little") + bytes(4) + header
 
 
 def _in_file_order(plane):
@@ -1250,27 +1165,28 @@ def _new_header(planes, source, history):
     image = root.find("Image")
     channels, height, width = planes.shape
     image.attrib.update(
-        geometry=f"{width}:{height}:{channels}", sampleFormat=planes.dtype.name.capitalize(),
-        bounds="0:1", location="pixels", colorSpace="RGB" if channels == 3 else "Gray")
+        geometry=f"{width}:{height}:{channels}", bounds="0:1", location="pixels",
+        sampleFormat=planes.dtype.name.title().replace("Uint", "UInt"),
+        colorSpace="RGB" if channels == 3 else "Gray")
+    _set_keywords(image, _range_in(_keyword_values(image), planes, Unit()))
     for line in history:
         for part in _wrapped(line):
-            ElementTree.SubElement(image, "FITSKeyword", name="HISTORY", value="", comment=part)
-    _change_keywords(image, lambda values: _range_in(values, planes, Unit()))
+            ElementTree.SubElement(image, "FITSKeyword", name="HISTORY", comment=part)
     for keyword in image.findall("FITSKeyword"):  # strict readers want all attributes
         keyword.attrib.setdefault("value", "")
         keyword.attrib.setdefault("comment", "")
-    now = datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ")
+    now = datetime.now(timezone.utc)
     metadata = root.find("Metadata")
-    ElementTree.SubElement(
-        metadata, "Property", id="XISF:CreationTime", type="TimePoint", value=now)
+    created = ElementTree.SubElement(metadata, "Property", id="XISF:CreationTime", type="TimePoint")
+    created.set("value", now.strftime("%Y-%m-%dT%H:%M:%SZ"))
     creator = ElementTree.SubElement(
         metadata, "Property", id="XISF:CreatorApplication", type="String")
     creator.text = f"bgoptimizer {VERSION}"
     return root
 
 
-def _compress(planes):
-    """Return the codec, and the compressed planes: byte 0 of every sample, then byte 1, ..."""
+def _compressed(planes):
+    """Return the compressed planes: byte 0 of every sample, then byte 1, and so on."""
     import imagecodecs
     channels, height, width = planes.shape
     item = planes.dtype.itemsize
@@ -1278,38 +1194,16 @@ def _compress(planes):
     for channel, plane in enumerate(planes):
         samples = _in_file_order(plane).view(np.uint8)  # (h, w * item)
         shuffled[:, channel] = samples.reshape(-1, item).T
-    if shuffled.size > LZ4_LIMIT:
-        return "zstd", imagecodecs.zstd_encode(shuffled)
-    return "lz4hc", imagecodecs.lz4_encode(shuffled, hc=True)
+    return imagecodecs.lz4_encode(shuffled, hc=True)
 
 
-def _place_blocks(root, sizes):
-    """Write into the header where the blocks are, whose `sizes` are given by location.
-
-    Returns their positions, by location too.
-    """
-    places = [element for element in root.iter() if element.get("location") in sizes]
-    # The header stands first, and what is filled in makes it longer: by less than 64 bytes each
-    end = len(_with_signature(_markup(root))) + 64 * len(places)
-    positions = {}
-    for element in places:
-        location = element.get("location")
-        size = sizes[location]
-        if location not in positions:
-            if size:  # else the file may end here
-                end = ALIGNMENT * math.ceil(end / ALIGNMENT)
-            positions[location] = end
-            end += size
-        element.set("location", f"attachment:{positions[location]}:{size}")
-    return positions
-
-
-def _markup(element):
-    """Return a header as it is written."""
-    text = ElementTree.tostring(element, encoding="unicode")
-    text = NOT_XML.sub("", text)
+def _file_start(root):
+    """Return the bytes of a file up to the end of its header."""
+    text = NOT_XML.sub("", ElementTree.tostring(root, encoding="unicode"))
     # Parsers would turn a bare carriage return or tab into something else
-    return XML_DECLARATION + text.replace("\r", "&#13;").replace("\t", "&#9;").encode()
+    text = text.replace("\r", "&#13;").replace("\t", "&#9;")
+    header = b'<?xml version="1.0" encoding="UTF-8"?>' + text.encode()
+    return b"XISF0100" + len(header).to_bytes(4, "little") + bytes(4) + header
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1321,9 +1215,7 @@ def _markup(element):
 # --------------------------------------------------------------------------------------------------
 
 FITS_BLOCK = 2880  # bytes: headers and data fill whole blocks
-WHOLE_HEADER = re.compile(rb"(?:(?!END {77}).{80})*END {77}", re.DOTALL)
-ROW_ORDER = "ROWORDER"  # says which row is the first: the lowest, unless it is 'TOP-DOWN'
-
+WHOLE_HEADER = re.compile(rb"((?:(?!END {77}).{80})*)END {77}", re.DOTALL)
 FITS_TYPES = {8: "u1", 16: "i2", 32: "i4", 64: "i8", -32: "f4", -64: "f8"}  # by BITPIX
 # PLIO_1 is for masks, and cfitsio's files with 16 bits of it come out wrong
 FITS_CODECS = ("RICE_1", "RICE_ONE", "GZIP_1", "GZIP_2", "HCOMPRESS_1", "NOCOMPRESS")
@@ -1332,8 +1224,6 @@ FITS_TABLE = re.compile(
     STRUCTURE_NAMES.pattern + r"|TFIELDS|THEAP|T(TYPE|FORM|UNIT|NULL|SCAL|ZERO|DIM|DISP)\d+"
     r"|Z(IMAGE|TENSION|BITPIX|NAXIS\d*|TILE\d+|CMPTYPE|NAME\d+|VAL\d+|SIMPLE|EXTEND|PCOUNT|GCOUNT"
     "|HECKSUM|DATASUM|MASKCMP|BLANK|QUANTIZ|DITHER0|SCALE|ZERO)")
-COMPRESSED_NAME = "COMPRESSED_IMAGE"  # EXTNAME of such a table, if the picture has none
-
 MAX_PARTS = 1000  # HDUs of a file
 
 
@@ -1344,55 +1234,15 @@ class FitsSource:
     before: bytes = b""  # HDUs in front of the picture; empty if it is the first
     after: bytes = b""  # HDUs behind it
     icc: bytes = b""  # color profile; it also stands in one of the HDUs
-    top_down: bool = False  # True if the first row is the top
+
+    @property
+    def top_down(self):
+        """Whether the first row is the top."""
+        return str(self.keywords.get(ROW_ORDER)).strip().upper() == "TOP-DOWN"
 
 
-def read_fits(path):
-    """Read the first picture of a FITS file, which may be packed (.fz, .gz); see `read_picture`.
-
-    Planes (3, h, w) and (h, w, 3) are color, and lone axes count for nothing.
-    """
-    notes = []
-    with _refusals(path), _opened(path) as file:
-        parts = _read_fits_parts(file, notes)
-        pictures = [number for number, part in enumerate(parts) if part.shape]
-        _require(pictures, "holds no picture of two or three axes", "name another file")
-        if len(pictures) > 1:
-            notes.append(f"holds {len(pictures)} images: only the first is used")
-        number = pictures[0]
-        part = parts[number]
-        header = part.header
-        bits = header["ZBITPIX" if part.packed else "BITPIX"]
-        _require(bits in FITS_TYPES, f"has the impossible BITPIX {bits!r}")
-        dtype = np.dtype(">" + FITS_TYPES[bits])
-        shape = part.shape
-        lengths = " x ".join(map(str, shape[::-1][:8]))
-        is_color = len(shape) == 3 and 3 in shape[::2]
-        _require(is_color or len(shape) == 2, f"is a picture of {lengths}, neither gray nor RGB",
-                 "save its planes as pictures of their own")
-        if part.packed:
-            _check_fits_tiles(part, math.prod(shape) * dtype.itemsize)
-        step, zero = header.get("BSCALE", 1), header.get("BZERO", 0)
-        _require(step and np.isfinite([step, zero]).all(), "has an impossible BSCALE or BZERO")
-        blank = header.get("BLANK") if dtype.kind != "f" else None
-        white = _white(dtype, step, zero)
-        source = _read_fits_source(file, parts, number, white, notes)
-        position = None if part.packed else part.data
-        samples = _samples("fits", file, number, position, dtype, shape)
-        if samples.ndim == 2:
-            samples = samples[None]
-        elif len(samples) != 3:
-            samples = np.moveaxis(samples, 2, 0)
-        if len(samples) == 1 and ("BAYERPAT" in header or "COLORTYP" in header):
-            notes.append("seems to be a color filter mosaic: if it is, debayer it first")
-        if not source.top_down:
-            samples = samples[:, ::-1]
-        planes = _planes_of(samples, white, step, zero, blank)
-        return _picture(planes, white, source, notes, path)
-
-
-class _FitsPart(NamedTuple):
-    """An HDU: a header and its data."""
+class _Hdu(NamedTuple):
+    """A part of a FITS file."""
     header: Any  # fits.Header
     start: int  # byte at which the header starts
     data: int  # byte at which the data start
@@ -1402,71 +1252,112 @@ class _FitsPart(NamedTuple):
     packed: bool  # True if it is a table in which a compressed picture stands
 
 
-def _read_fits_parts(file, notes):
+def read_fits(file):
+    """Read the first picture of a FITS file, which may be packed (.fz, .gz); see `read_picture`.
+
+    Planes (3, h, w) and (h, w, 3) are color, and lone axes count for nothing.
+    """
+    notes = []
+    hdus = _read_hdus(file, notes)
+    pictures = [number for number, hdu in enumerate(hdus) if hdu.shape]
+    _require(pictures, "holds no picture of two or three axes", "name another file")
+    if len(pictures) > 1:
+        notes.append(f"holds {len(pictures)} images: only the first is used")
+    number = pictures[0]
+    hdu = hdus[number]
+    header, shape = hdu.header, hdu.shape
+    is_color = len(shape) == 3 and 3 in shape[::2]
+    _require(is_color or len(shape) == 2, f"is neither gray nor RGB, with axes {shape[::-1][:8]}",
+             "save its planes as pictures of their own")
+    bits, position = header["BITPIX"], hdu.data
+    if hdu.packed:
+        bits, position = header["ZBITPIX"], None
+        _check_fits_tiles(hdu)
+    dtype = np.dtype(">" + FITS_TYPES[bits])
+    step, zero = header.get("BSCALE", 1), header.get("BZERO", 0)
+    _require(step and math.isfinite(step + zero), "has an impossible BSCALE or BZERO")
+    blank = white = None
+    if dtype.kind != "f":
+        blank = header.get("BLANK")
+        limits = np.iinfo(dtype)
+        if step == 1 and zero == -limits.min:  # unsigned integers, stored as signed ones
+            white = int(limits.max + zero)
+    samples = _samples("fits", file, number, position, dtype, shape)
+    if samples.ndim == 2:
+        samples = samples[None]
+    elif len(samples) != 3:
+        samples = np.moveaxis(samples, 2, 0)
+    if len(samples) == 1 and ("BAYERPAT" in header or "COLORTYP" in header):
+        notes.append("seems to be a color filter mosaic: if it is, debayer it first")
+    source = _read_fits_source(file, hdus, number, white, notes)
+    if not source.top_down:
+        samples = samples[:, ::-1]
+    planes = _planes_of(samples, step, zero, white or 1, blank)
+    unit = Unit() if white else _fit_into_unit_range(planes, notes)
+    return Picture(planes, source, notes, unit)
+
+
+def _read_hdus(file, notes):
     """Return a file's HDUs. Behind the first picture, what cannot be understood is left out."""
-    size = os.fstat(file.fileno()).st_size
-    parts = []
+    size = _file_size(file)
+    hdus = []
     position = 0
     while position < size:
         try:
-            _require(len(parts) < MAX_PARTS, "has too many parts to be true")
-            part = _read_fits_part(file, position)
-            complete = 0 <= part.length and part.data + part.length <= size
-            _require(complete, "is cut short: the end of its data is missing")
+            _require(len(hdus) < MAX_PARTS, "has too many parts to be true")
+            hdu = _read_hdu(file, position)
+            _require(hdu.data + hdu.length <= size, "is cut short: the end of its data is missing")
         except Exception:
-            if not any(part.shape for part in parts):
+            if not any(hdu.shape for hdu in hdus):
                 raise
             notes.append(f"has {size - position} bytes at its end that are not FITS: not kept")
             break
-        parts.append(part)
-        position = part.end
-    return parts
+        hdus.append(hdu)
+        position = hdu.end
+    return hdus
 
 
-def _read_fits_part(file, position):
+def _read_hdu(file, position):
     """Return the HDU at a position."""
     file.seek(position)
     whole = WHOLE_HEADER.match(file.read(MAX_FITS_CARDS * FITS_CARD))
     _require(whole, "is cut short: a header has no end")
-    header = _header_of(whole[0].decode("latin-1"))
+    header = _header_of(whole[1].decode("latin-1"))
     is_one = header.count("BITPIX") == 1 and "XTENSION" not in list(header)[1:]
     _require(is_one, "is damaged: a header without END runs into the next")
-    data = position + _whole_blocks(len(whole[0]))
     shape = _fits_axes(header)
     samples = math.prod(shape) if shape else 0
     item = abs(header["BITPIX"]) // 8
     length = item * (samples + header.get("PCOUNT", 0)) * header.get("GCOUNT", 1)
+    data = position + len(_padded(whole[0]))
+    end = data + _whole_blocks(length)
+    _require(length >= 0, "has data of an impossible length")
     packed = header.get("ZIMAGE") is True
     if packed:
         shape = _fits_axes(header, "Z")
-    elif header.get("XTENSION", "IMAGE") != "IMAGE":
-        shape = []
     while len(shape) > 2 and shape[0] == 1:
         shape = shape[1:]
-    if len(shape) < 2 or 0 in shape:
+    is_image = packed or header.get("XTENSION", "IMAGE") == "IMAGE"
+    if not is_image or len(shape) < 2 or 0 in shape:
         shape = []
-    end = data + _whole_blocks(length)
-    return _FitsPart(header, position, data, length, end, shape, packed)
+    return _Hdu(header, position, data, length, end, shape, packed)
 
 
 def _fits_axes(header, prefix=""):
     """Return the lengths of the axes, the last named first, as NumPy has them."""
     count = header[prefix + "NAXIS"]
-    _require(count in range(1000), f"has the impossible {prefix}NAXIS {count!r}")
-    axes = [header[f"{prefix}NAXIS{number}"] for number in range(count, 0, -1)]
-    possible = all(isinstance(length, int) and length >= 0 for length in axes)
-    _require(possible, f"has the impossible axes {axes}")
-    return axes
+    return [int(header[f"{prefix}NAXIS{number}"]) for number in range(count, 0, -1)]
 
 
-def _check_fits_tiles(part, size):
-    """Refuse a compressed picture of so many bytes that lies about its size.
+def _check_fits_tiles(hdu):
+    """Refuse a compressed picture that lies about its size.
 
     astropy makes up what is missing, and takes any ZDITHER0 for a place in a table.
     """
-    header = part.header
+    header = hdu.header
     tiles = header["NAXIS2"]
-    _check_claims(header.get("ZCMPTYPE"), FITS_CODECS, size, part.length, tiles)
+    size = math.prod(hdu.shape) * abs(header["ZBITPIX"]) // 8
+    _check_claims(header.get("ZCMPTYPE"), FITS_CODECS, size, hdu.length, tiles)
     seed = header.get("ZDITHER0", 1)
     _require(seed in range(1, 10_001), f"has the impossible ZDITHER0 {seed!r}")
     _require(header["TFIELDS"] in range(1000), "has too many columns to be true")
@@ -1477,30 +1368,26 @@ def _check_fits_tiles(part, size):
     _require(tiles == needed, "has another number of tiles than it needs")
 
 
-def _read_fits_source(file, parts, number, white, notes):
+def _read_fits_source(file, hdus, number, white, notes):
     """Return what the outputs keep of a file besides the samples of HDU `number`.
 
     Levels of integers, whose largest is `white`, become those of samples in [0, 1].
     """
-    part = parts[number]
-    keywords = _kept(part.header, white, notes, FITS_TABLE if part.packed else STRUCTURE_NAMES)
-    if part.packed and keywords.get("EXTNAME") == COMPRESSED_NAME:
-        keywords.remove("EXTNAME")
+    hdu = hdus[number]
+    keywords = _kept(hdu.header, white, notes, FITS_TABLE if hdu.packed else STRUCTURE_NAMES)
     file.seek(0)
-    before = file.read(part.start)
-    first_names = set(parts[0].header).difference(TEXT_NAMES)
-    says_nothing = all(map(STRUCTURE_NAMES.fullmatch, first_names))
-    if part.packed and number == 1 and says_nothing:
+    before = file.read(hdu.start)
+    first_names = set(hdus[0].header).difference(TEXT_NAMES)
+    if hdu.packed and number == 1 and all(map(STRUCTURE_NAMES.fullmatch, first_names)):
         before = b""  # it is there because a compressed picture cannot be the first
-    file.seek(part.end)
-    after = file.read(parts[-1].end - part.end)
+    file.seek(hdu.end)
+    after = file.read(hdus[-1].end - hdu.end)
     icc = b""
-    for other in parts:
+    for other in hdus:
         if str(other.header.get("EXTNAME")).upper() == "ICCPROFILE":
             file.seek(other.data)
             icc = file.read(other.length)
-    top_down = str(keywords.get(ROW_ORDER)).strip().upper() == "TOP-DOWN"
-    return FitsSource(keywords, before, _padded(after), icc, top_down)
+    return FitsSource(keywords, before, _padded(after), icc)
 
 
 def _whole_blocks(length):
@@ -1520,34 +1407,22 @@ def _structure(shape, dtype, is_first=True):
     return kind(np.broadcast_to(np.zeros((), dtype), shape)).header
 
 
-def _header_text(structure, keywords):
-    """Return the cards of a header, which stand in it without a mark between them."""
-    return structure.tostring(endcard=False, padding=False) + keywords.tostring(padding=False)
-
-
-def _to_fits_source(source, height):
-    """Return a FitsSource that holds what FITS can hold of another one."""
-    from astropy.io import fits
-    keywords, icc = _shared_metadata(source, height)
-    after = b""
-    if icc:
-        extension = fits.ImageHDU(np.frombuffer(icc, np.uint8), name="ICCProfile")
-        after = extension.header.tostring().encode() + _padded(icc)
-    keywords[ROW_ORDER] = "BOTTOM-UP"
-    return FitsSource(keywords, after=after, icc=icc)
-
-
 def write_fits(file, planes, source=None, history=(), compress=False, unit=Unit()):
     """Write a picture as FITS; the arguments are those of `write_xisf`, and its Unit.
 
     All keywords of a FITS source are written, and its other HDUs too. `compress` makes a
     compressed image (GZIP_2, nothing is lost), with the ending .fits all the same.
     """
+    from astropy.io import fits
     data = np.empty(planes.shape, planes.dtype.newbyteorder(">"))
     with _silence():
         if not isinstance(source, FitsSource):
-            source = _to_fits_source(source, planes.shape[1])
-        keywords = _with_history(source.keywords, history, planes, unit)
+            keywords, icc = _shared_metadata(source, planes.shape[1])
+            keywords[ROW_ORDER] = "BOTTOM-UP"
+            source = FitsSource(keywords, icc=icc)
+            if icc:
+                extension = fits.ImageHDU(np.frombuffer(icc, np.uint8), name="ICCProfile")
+                source.after = extension.header.tostring().encode() + _padded(icc)
         stored = data if source.top_down else data[:, ::-1]
         one_by_one = iter(planes)
         for target in stored:
@@ -1560,9 +1435,9 @@ def write_fits(file, planes, source=None, history=(), compress=False, unit=Unit(
             before = before or empty_hdu
         else:
             structure = _structure(data.shape, data.dtype, not before)
-        header = _header_text(structure, keywords).encode()
+        header = _header_text(structure, source.keywords, history, planes, unit)
     file.write(before)
-    file.write(_padded(header, b" "))
+    file.write(_padded(header.encode(), b" "))
     file.write(data)
     file.write(bytes(_whole_blocks(data.nbytes) - data.nbytes))
     file.write(source.after)
@@ -1577,11 +1452,10 @@ def _compressed_fits(data):
     made = io.BytesIO()
     hdu = fits.CompImageHDU(data, compression_type="GZIP_2", quantize_level=0)
     fits.HDUList([fits.PrimaryHDU(), hdu]).writeto(made)
-    first = _read_fits_part(made, 0)
-    packed = _read_fits_part(made, first.end)
+    packed = _read_hdu(made, FITS_BLOCK)
     packed.header.remove("EXTNAME", ignore_missing=True)
     content = made.getbuffer()
-    return content[:packed.start], packed.header, content[packed.data:packed.data + packed.length]
+    return content[:FITS_BLOCK], packed.header, content[packed.data:packed.data + packed.length]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1595,18 +1469,14 @@ TIFF_MINISWHITE = 0
 TIFF_SENSOR = (32803, 34892)  # photometric of a color filter mosaic, and of a camera's linear data
 TIFF_CODECS = (
     1, "NONE", "LZW", "DEFLATE", "ADOBE_DEFLATE", "PACKBITS", "ZSTD")  # tifffile's names
-TIFF_ICC = 34675
-ASTRO_TIFF = re.compile("(?=.{8}=)[A-Z0-9_-]+ *=")  # how its description begins
 TIFF_CHUNKS = ("StripOffsets", "StripByteCounts", "TileOffsets", "TileByteCounts")
-TIFF_PLANAR = None, 1, 2  # not said, samples of a pixel together, or planes
 TIFF_THUMBNAIL = 2  # value of the old SubfileType
-LARGEST_TIFF = 0xF0000000  # bytes; larger ones are BigTIFF
-TIFF_BYTES = 7  # a type
+TIFF_ICC = 34675
+TIFF_KEPT = (271, 272, 306, 315, 33432, 700)  # tags: camera, date, author, rights, XMP
 TIFF_ORIENTATION = 274
-TIFF_KEPT = {271: "s", 272: "s", 306: "s", 315: "s", 33432: "s", 700: "B"}
-"""Tags that are carried over, and their types: camera, date, author, rights, XMP."""
-
+LARGEST_TIFF = 0xF0000000  # bytes; larger ones are BigTIFF
 MAX_PAGES = 16  # among which the picture is looked for
+ASTRO_TIFF = re.compile("(?=.{8}=)[A-Z0-9_-]+ *=")  # how its description begins
 
 
 @dataclass
@@ -1617,63 +1487,52 @@ class TiffSource:
     tags: list = field(default_factory=list)  # others, as tifffile's writer takes them
 
 
-def read_tiff(path):
+def read_tiff(file):
     """Read the first picture of a TIFF file that is not a thumbnail; see `read_picture`."""
-    with _refusals(path), _opened(path) as file:
-        import tifffile
-        logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # it would print what it repairs
-        with tifffile.TiffFile(file, _multifile=False) as tiff:
-            number, notes = _find_page(tiff)
-            page = tiff.pages[number]
-            colors = _check_tiff_page(page, os.fstat(file.fileno()).st_size)
-            alpha = page.samplesperpixel - colors
-            if alpha:
-                notes.append(f"has {alpha} alpha channel(s): dropped")
-            dtype = page.dtype.newbyteorder(tiff.byteorder)
-            white = _white(dtype)
-            source = _read_tiff_source(page, white, notes)
-            step, zero = 1, 0
-            if page.photometric == TIFF_MINISWHITE:
-                _require(white, "is gray, with white as 0, and not unsigned",
-                         "save it with black as 0")
-                step, zero = -1, white
-            position = page.dataoffsets[0] if page.is_final else None
-            samples = _samples("tiff", file, number, position, dtype, page.shaped)
-            samples = np.moveaxis(samples[:, 0], 3, 1)  # (planes, samples of a pixel, h, w)
-            samples = samples.reshape(-1, *samples.shape[2:])[:colors]
-            planes = _planes_of(samples, white, step, zero)
-        return _picture(planes, white, source, notes, path)
+    import tifffile
+    logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # it would print what it repairs
+    with tifffile.TiffFile(file, _multifile=False) as tiff:
+        number, notes = _find_page(tiff)
+        page = tiff.pages[number]
+        colors = _check_tiff_page(page, _file_size(file))
+        alpha = page.samplesperpixel - colors
+        if alpha:
+            notes.append(f"has {alpha} alpha channel(s): dropped")
+        dtype = page.dtype.newbyteorder(tiff.byteorder)
+        white = int(np.iinfo(dtype).max) if dtype.kind == "u" else None
+        step, zero = 1, 0
+        if page.photometric == TIFF_MINISWHITE:
+            _require(white, "is gray, with white as 0, and not unsigned", "save it with black as 0")
+            step, zero = -1, white
+        position = page.dataoffsets[0] if page.is_final else None
+        samples = _samples("tiff", file, number, position, dtype, page.shaped)
+        samples = np.moveaxis(samples[:, 0], 3, 1)  # (planes, samples of a pixel, h, w)
+        samples = samples.reshape(-1, *samples.shape[2:])[:colors]
+        source = _read_tiff_source(page, white, notes)
+    planes = _planes_of(samples, step, zero, white or 1)
+    unit = Unit() if white else _fit_into_unit_range(planes, notes)
+    return Picture(planes, source, notes, unit)
 
 
 def _find_page(tiff):
     """Return the number of the page with the picture, and what is to be told about the others."""
     pages = []
     with suppress(IndexError, ValueError):  # tifffile's errors are such
-        for number in range(MAX_PAGES):
-            pages.append(tiff.pages[number])
+        pages.extend(itertools.islice(tiff.pages, MAX_PAGES))
     _require(pages, "holds no picture")
     first = pages[0]
     kinds = {page.photometric for page in [*pages, *(first.pages or ())]}
     if kinds.intersection(TIFF_SENSOR) or "DNGVersion" in first.tags:
         maker = str(first.tags.valueof("Make") or "").strip()
-        _refuse_raw(f"of {maker[:30]}" if maker else "such as DNG")
-    pictures = []
-    for number, page in enumerate(pages):
-        old_kind = page.tags.valueof("SubfileType")
-        if not page.is_reduced and old_kind != TIFF_THUMBNAIL:
-            pictures.append(number)
+        raise _raw(f"of {maker[:30]}" if maker else "such as DNG")
+    pictures = [
+        number for number, page in enumerate(pages)
+        if not page.is_reduced and page.tags.valueof("SubfileType") != TIFF_THUMBNAIL]
     _require(pictures, "holds nothing but a thumbnail")
     notes = []
     if len(pictures) > 1:
         notes.append("holds several images: only the first is used and kept")
     return pictures[0], notes
-
-
-def _refuse_raw(kind):
-    """Refuse a camera's raw file."""
-    raise _Unreadable(f"is a camera's raw file ({kind}), a single undeveloped frame",
-                      "calibrate, debayer, and stack it first, and save the stack as XISF, FITS, "
-                      "or TIFF")
 
 
 def _check_tiff_page(page, size):
@@ -1682,14 +1541,13 @@ def _check_tiff_page(page, size):
     tifffile makes up strips and tiles that are missing, and leaves out what is too much.
     """
     advice = "save it as 32-bit float or 16-bit, grayscale or RGB"
-    known = "PhotometricInterpretation" in page.tags
-    _require(known, "does not say whether it is gray or RGB", advice)
-    kind = getattr(page.photometric, "name", page.photometric)  # unknown ones are bare numbers
-    colors = TIFF_COLORS.get(page.photometric)
+    photometric = page.tags.valueof("PhotometricInterpretation")
+    colors = TIFF_COLORS.get(photometric)
+    kind = getattr(photometric, "name", photometric)  # unknown ones are bare numbers
     _require(colors, f"is neither gray nor RGB, but {kind}", advice)
     bits = page.bitspersample
-    item = page.dtype.itemsize if page.dtype and page.dtype.kind in "iuf" else 0
-    _require(item and bits == 8 * item, f"has samples of {bits} bits, which are not read", advice)
+    known = page.dtype and page.dtype.kind in "iuf" and bits == 8 * page.dtype.itemsize
+    _require(known, f"has samples of {bits} bits, which are not read", advice)
     channels = page.samplesperpixel
     for length in (*page.shaped, *page.chunks, channels):
         _require(isinstance(length, int), "is damaged: its size is not a number")
@@ -1698,56 +1556,45 @@ def _check_tiff_page(page, size):
     _require(channels >= colors and planes * together == channels,
              f"is called RGB but has {channels} channel(s)", advice)
     offsets, counts = page.dataoffsets, page.databytecounts
-    chunks = math.prod(page.chunked)
     codec = getattr(page.compression, "name", page.compression)
-    stored = min(sum(counts), size)
     pieces = 1 if page.is_final else len(offsets)
-    needed = math.prod(page.shaped) * item
-    _check_claims(codec, TIFF_CODECS, needed, stored, pieces)
+    needed = math.prod(page.shaped) * page.dtype.itemsize
+    _check_claims(codec, TIFF_CODECS, needed, min(sum(counts), size), pieces)
+    chunks = math.prod(page.chunked)
     listed = [page.tags[name].count for name in TIFF_CHUNKS if name in page.tags]
     complete = listed == [chunks, chunks] and all(offsets) and all(counts)
-    _require(complete and page.planarconfig in TIFF_PLANAR,
+    _require(complete and page.planarconfig in (None, 1, 2),
              f"is damaged: it has not the {chunks} strips or tiles that it needs")
-    ends = map(sum, zip(offsets, counts))
-    _require(max(ends) <= size, "is cut short: its last rows are missing")
+    last = max(map(sum, zip(offsets, counts)))
+    _require(last <= size, "is cut short: its last rows are missing")
     return colors
 
 
 def _read_tiff_source(page, white, notes):
     """Return what the outputs keep of a page; integers have `white` for their largest."""
-    value = page.tags.valueof
-
-    def as_bytes(code):
-        found = value(code) or b""
-        return found if isinstance(found, bytes) else str(found).encode("utf-8", "replace")
-
     tags = []
-    for code, kind in TIFF_KEPT.items():
-        text = as_bytes(code)
-        if text:
-            count = len(text) if kind == "B" else 0
-            tags.append((code, kind, count, text, True))
-    orientation = value(TIFF_ORIENTATION)
+    for code in TIFF_KEPT:
+        with suppress(Exception):  # it is missing or damaged
+            tags.append(page.tags[code].astuple())
+    orientation = page.tags.valueof(TIFF_ORIENTATION)
     if isinstance(orientation, int):
         tags.append((TIFF_ORIENTATION, "H", 1, int(orientation), True))
-    icc = value(TIFF_ICC)
+    icc = page.tags.valueof(TIFF_ICC)
     icc = icc if isinstance(icc, bytes) else b""
-    description = as_bytes("ImageDescription").decode("utf-8", "replace")
-    keywords = _keywords_of_tiff(description.strip("\0 \r\n"))
-    return TiffSource(_kept(keywords, white, notes), icc, tags)
+    description = str(page.tags.valueof("ImageDescription") or "").strip("\0 \r\n")
+    return TiffSource(_kept(_keywords_of_tiff(description), white, notes), icc, tags)
 
 
 def _keywords_of_tiff(description):
     """Return the header in an Astro-TIFF's description; another one becomes COMMENT."""
     from astropy.io import fits
-    if re.fullmatch(r'\{"shape": \[[\d, ]+\]\}', description):  # tifffile's: it tells nothing
-        return fits.Header()
     if ASTRO_TIFF.match(description):
         lines = description.split("\n")[:MAX_FITS_CARDS]
-        cards = [line.rstrip()[:FITS_CARD].ljust(FITS_CARD) for line in lines]
-        return _header_of("".join(cards))
+        return _header_of("".join(line.rstrip()[:FITS_CARD].ljust(FITS_CARD) for line in lines))
+    if not description or re.fullmatch(r'\{"shape": \[[\d, ]+\]\}', description):  # tifffile's own
+        return fits.Header()
     description = description[:MAX_FITS_CARDS // 2 * HISTORY_COLUMNS]
-    return fits.Header(_cards_of("COMMENT", None, description) if description else ())
+    return fits.Header(_cards_of("COMMENT", None, description))
 
 
 def write_tiff(file, planes, source=None, history=(), compress=False, unit=Unit()):
@@ -1763,45 +1610,42 @@ def write_tiff(file, planes, source=None, history=(), compress=False, unit=Unit(
         source = TiffSource(*_shared_metadata(source, height))
     tags = source.tags
     if source.icc:
-        tags = [*tags, (TIFF_ICC, TIFF_BYTES, len(source.icc), source.icc, True)]
+        tags = [*tags, (TIFF_ICC, "B", len(source.icc), source.icc, True)]
     data = np.empty((height, width, channels), np.float32)
     one_by_one = iter(planes)
     for channel in range(channels):
         data[..., channel] = _in_own_unit(next(one_by_one), unit)
-    photometric = "rgb"
+    shape, photometric = planes.shape, "rgb"
     if channels == 1:
         data = data[..., 0]
-        photometric = "minisblack"
-    options = {"compression": "adobe_deflate", "predictor": 3} if compress else {}
+        shape, photometric = data.shape, "minisblack"
     with _silence():
-        keywords = _with_history(source.keywords, history, planes, unit)
-        shape = planes.shape if channels > 1 else planes.shape[1:]
-        cards = _header_text(_structure(shape, data.dtype), keywords)
+        structure = _structure(shape, data.dtype)
+        cards = _header_text(structure, source.keywords, history, planes, unit)
     lines = re.findall(f".{{{FITS_CARD}}}", cards)
     description = "\n".join(map(str.rstrip, lines))
     big = data.nbytes + len(description) + len(source.icc) > LARGEST_TIFF
-    with tifffile.TiffWriter(file, bigtiff=big) as writer:
-        writer.write(data, photometric=photometric, description=description, metadata=None,
-                     software=f"bgoptimizer {VERSION}", extratags=tags, **options)
+    options = {"compression": "adobe_deflate", "predictor": 3} if compress else {}
+    tifffile.imwrite(
+        file, data, bigtiff=big, photometric=photometric, description=description, metadata=None,
+        software=f"bgoptimizer {VERSION}", extratags=tags, **options)
 
 
 # --------------------------------------------------------------------------------------------------
 # Pictures on disk: the table of formats, and masks
 # --------------------------------------------------------------------------------------------------
 
-GZIP_WINDOW = 31  # what zlib calls gzip
 PICTURE_ENDINGS = re.compile(r"(?i)(?<=.)(\.(xisf|fits?|fts|fz|tiff?)(\.gz)?)+$")
-
-STARTS = {  # how files begin, by format
-    "xisf": b"XISF", "fits": b"SIMPLE  =", "tiff": (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")}
-RAW = {  # and those of others that people try
-    rb"(II\*\0|MM\0\*)....CR": "Canon CR2", rb"....ftypcrx ": "Canon CR3",
-    rb"II\x1a\0\0\0HEAPCCDR": "Canon CRW", rb"FUJIFILMCCD-RAW": "Fujifilm RAF",
-    rb"IIU\0": "Panasonic RW2", rb"IIRO|IIRS|MMOR": "Olympus ORF", rb"FOVb": "Sigma X3F",
-    rb"\0MRM": "Minolta MRW"}
+# How files begin: ours, cameras' raw files, and what is made for screens
+STARTS = {"xisf": rb"XISF", "fits": rb"SIMPLE  =", "tiff": rb"II[*+]\0|MM\0[*+]"}
+RAW = {
+    "Canon CR2": rb"(II\*\0|MM\0\*)....CR", "Canon CR3": rb"....ftypcrx ",
+    "Canon CRW": rb"II\x1a\0\0\0HEAPCCDR", "Fujifilm RAF": rb"FUJIFILMCCD-RAW",
+    "Panasonic RW2": rb"IIU\0", "Olympus ORF": rb"IIRO|IIRS|MMOR", "Sigma X3F": rb"FOVb",
+    "Minolta MRW": rb"\0MRM"}
 STRETCHED = {
-    rb"\xff\xd8\xff": "JPEG", rb"\x89PNG": "PNG", rb"BM": "BMP", rb"GIF8": "GIF",
-    rb"RIFF....WEBP": "WebP", rb"....ftyp(heic|heix|mif1|avif)": "HEIF"}
+    "JPEG": rb"\xff\xd8\xff", "PNG": rb"\x89PNG", "BMP": rb"BM", "GIF": rb"GIF8",
+    "WebP": rb"RIFF....WEBP", "HEIF": rb"....ftyp(heic|heix|mif1|avif)"}
 
 MASK_FORMATS = ("PNG", "TIFF", "JPEG", "BMP", "GIF", "PPM", "WEBP")  # what Pillow may open
 MASK_MODES = ("1", "P", "PA", "CMYK", "YCbCr")  # what it makes RGB of
@@ -1810,27 +1654,31 @@ MASK_MODES = ("1", "P", "PA", "CMYK", "YCbCr")  # what it makes RGB of
 class Format(NamedTuple):
     """A kind of file."""
     ending: str
-    read: Callable  # path -> Picture
+    read: Callable  # opened file -> Picture
     write: Callable  # file, planes, source, history, compress, unit
+
+
+def _kind_of(file, kinds):
+    """Return the kind whose start an opened file has, None without one."""
+    file.seek(0)
+    start = file.read(16)
+    file.seek(0)
+    return next((k for k, begins in kinds.items() if re.match(begins, start, re.DOTALL)), None)
+
+
+def _raw(kind):
+    """Return why a camera's raw file is refused."""
+    return _Unreadable(
+        f"is a camera's raw file ({kind}), a single undeveloped frame",
+        "calibrate, debayer, and stack it first, and save the stack as XISF, FITS, or TIFF")
 
 
 def picture_format(path):
     """Return the name in FORMATS of a file's format, by its content; None for another one."""
-    start = _first_bytes(path)
-    names = [name for name, starts in STARTS.items() if start.startswith(starts)]
-    return names[0] if names else None
-
-
-def _first_bytes(path):
-    """Return the first bytes of a file, unpacked; none of what is no file."""
-    if not stat.S_ISREG(os.stat(path).st_mode):  # opening a FIFO would wait forever
-        return b""
-    with open(path, "rb") as file:
-        start = file.read(FITS_BLOCK)
-    if start.startswith(GZIP_START):
-        with suppress(zlib.error):
-            return zlib.decompressobj(GZIP_WINDOW).decompress(start, 16)
-    return start
+    if os.path.isfile(path):  # opening a FIFO would wait forever
+        with open(path, "rb") as file, suppress(EOFError, zlib.error, gzip.BadGzipFile):
+            return _kind_of(_unzipping(file), STARTS)
+    return None
 
 
 def read_picture(path):
@@ -1843,19 +1691,16 @@ def read_picture(path):
     Returns a Picture.
     Raises BgError if the file is damaged, hostile, or of a kind that is not read.
     """
-    with _refusals(path):
-        start = _first_bytes(path)
-        _require(start or os.path.isfile(path), *NOT_A_FILE)
-        for pattern, kind in RAW.items():
-            if re.match(pattern, start, re.DOTALL):
-                _refuse_raw(kind)
-        for pattern, kind in STRETCHED.items():
-            _require(not re.match(pattern, start, re.DOTALL),
-                     f"is a {kind} picture, stretched and no longer linear",
-                     "give the linear stack as XISF, FITS, or TIFF")
-        name = picture_format(path)
+    with _refusals(path), _opened(path) as file:
+        raw = _kind_of(file, RAW)
+        if raw:
+            raise _raw(raw)
+        stretched = _kind_of(file, STRETCHED)
+        _require(stretched is None, f"is a {stretched} picture, stretched and no longer linear",
+                 "give the linear stack as XISF, FITS, or TIFF")
+        name = _kind_of(file, STARTS)
         _require(name, "is not an XISF, FITS, or TIFF file", "save the picture as one of them")
-    return FORMATS[name].read(path)
+        return FORMATS[name].read(file)
 
 
 def picture_stem(path):
@@ -1873,10 +1718,11 @@ def read_mask(path):
     """
     try:
         picture = read_picture(path)
-    except BgError:
-        picture = _read_with_pillow(path)
-        if picture is None:
-            raise
+    except BgError as refusal:
+        try:
+            picture = _read_with_pillow(path)
+        except Exception:  # it raises anything
+            raise refusal from None
     if picture.unit.offset:
         raise BgError(f"{path} has negative values; a mask has 0 = leave out to 1 = use")
     planes = picture.planes
@@ -1887,27 +1733,19 @@ def read_mask(path):
 
 
 def _read_with_pillow(path):
-    """Return a mask as a Picture; None if Pillow does not read it."""
+    """Return a mask as a Picture."""
     from PIL import Image
-    is_tiff = picture_format(path) == "tiff"
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")  # of sizes beyond all masks
-            with Image.open(path, formats=MASK_FORMATS) as image:
-                if image.mode in MASK_MODES:
-                    image = image.convert("RGB")
-                elif is_tiff:  # why it was refused is known
-                    return None
-                samples = np.atleast_3d(np.asarray(image))  # (h, w, channels)
-    except Exception:  # it raises anything
-        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # of sizes beyond all masks
+        with Image.open(path, formats=MASK_FORMATS) as image:
+            if image.mode in MASK_MODES:
+                image = image.convert("RGB")
+            samples = np.atleast_3d(np.asarray(image))  # (h, w, channels)
     colors = 3 if samples.shape[2] >= 3 else 1
-    notes = []
-    if samples.shape[2] > colors:
-        notes.append("has an alpha channel: dropped")
+    alpha = samples.shape[2] > colors
     white = np.iinfo(samples.dtype).max if samples.dtype.kind == "u" else 1
     planes = np.moveaxis(samples[..., :colors], 2, 0).astype(np.float32) / np.float32(white)
-    return Picture(planes, None, notes)
+    return Picture(planes, None, ["has an alpha channel: dropped"] if alpha else [])
 
 
 def mask_weights(planes):
@@ -1925,7 +1763,7 @@ def rows_of(source):
     """Return a source that tells nothing but the order of another one's rows, for its mask."""
     if isinstance(source, FitsSource) and source.top_down:
         from astropy.io import fits
-        return FitsSource(fits.Header([(ROW_ORDER, "TOP-DOWN")]), top_down=True)
+        return FitsSource(fits.Header([(ROW_ORDER, "TOP-DOWN")]))
     return None
 
 

@@ -420,7 +420,7 @@ def save(path, image):
 
 def load(path):
     """Read an XISF file -> (h, w, c)."""
-    picture = bgoptimizer.read_xisf(str(path))
+    picture = bgoptimizer.read_picture(str(path))
     return np.moveaxis(picture.planes, 0, -1)
 
 

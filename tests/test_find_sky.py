@@ -344,7 +344,7 @@ def test_autostretched_pictures_look_stretched(family, target):
 
 @pytest.mark.skipif(not REAL.exists(), reason="no real pictures here")
 def test_a_real_picture_that_is_stretched_a_little_is_told(caplog):
-    planes = bgoptimizer.read_xisf(str(REAL / "seestar_ngc7023.xisf")).planes
+    planes = bgoptimizer.read_picture(str(REAL / "seestar_ngc7023.xisf")).planes
     image = autostretched(np.moveaxis(planes, 0, -1), 0.11)
     with caplog.at_level(logging.WARNING, "bgoptimizer"):
         find(image)
@@ -357,7 +357,7 @@ def test_real_linear_pictures_do_not_look_stretched_and_asinh_of_them_do(name):
     path = REAL / f"{name}.xisf"
     if not path.exists():
         pytest.skip("no real pictures here")
-    planes = bgoptimizer.read_xisf(str(path)).planes
+    planes = bgoptimizer.read_picture(str(path)).planes
     assert not bgoptimizer._looks_stretched(planes)
     if name == "allsky":
         return  # half of it is black

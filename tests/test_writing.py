@@ -70,16 +70,15 @@ def run_of(path):
 
 @SIGNALS
 @pytest.mark.slow
-@pytest.mark.parametrize("name, code", [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
-def test_a_signal_ends_a_fit_with_its_code_one_line_and_no_leftovers(name, code, folder):
+def test_a_signal_ends_a_fit_with_its_code_one_line_and_no_leftovers(folder):
     save(folder / "sky.xisf", sloping_sky(400, 600)[0])
     endless = [sys.executable, "-u", str(SCRIPT), "sky.xisf", "out", "-e", "100000", "-dq", "0.999"]
     process = subprocess.Popen(endless, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     while b"fitting" not in process.stdout.readline():
         assert process.poll() is None
-    process.send_signal(getattr(signal, name))
+    process.send_signal(signal.SIGTERM)
     error = process.communicate()[1].decode()
-    assert process.returncode == code
+    assert process.returncode == 143
     assert error == "bgoptimizer: error: interrupted; what was not finished was not written\n"
     assert os.listdir(folder / "out") == []
 
@@ -199,18 +198,17 @@ def test_files_are_on_the_disk_before_they_get_their_names(folder, monkeypatch):
 
 @SIGNALS
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["SIGKILL", "SIGTERM"])
-def test_runs_killed_at_any_moment_leave_whole_pairs(name, folder):
+def test_runs_killed_at_any_moment_leave_whole_pairs(folder):
     save(folder / "sky.xisf", sloping_sky(40, 60)[0])
     kept = (folder / "sky.xisf").read_bytes()
     arguments = [sys.executable, str(SCRIPT), "sky.xisf", "out", *FAST]
     started = time.perf_counter()
     assert subprocess.run(arguments, stdout=subprocess.DEVNULL).returncode == 0
     whole = time.perf_counter() - started
-    for part in (0.3, 0.6, 0.9):
+    for part, number in ((0.6, signal.SIGKILL), (0.8, signal.SIGTERM), (0.9, signal.SIGKILL)):
         process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         time.sleep(part * whole)
-        process.send_signal(getattr(signal, name))
+        process.send_signal(number)
         process.wait()
         assert len({run_of(f"out/{name}") for name in PAIR}) == 1
     assert subprocess.run(arguments, stdout=subprocess.DEVNULL).returncode == 0
@@ -339,10 +337,7 @@ def test_no_requirement_forbids_what_nobody_has_seen_fail():
 
 def test_nothing_says_that_the_package_index_has_this_tool():
     for name in (
-            "README.md",
-            "bgoptimizer_colab.ipynb",
-            "pyproject.toml",
-            "requirements.txt",
+            "README.md", "bgoptimizer_colab.ipynb", "pyproject.toml", "requirements.txt",
             "bgoptimizer.py",
     ):
         text = (SCRIPT.parent / name).read_text(encoding="utf-8")
@@ -352,9 +347,7 @@ def test_nothing_says_that_the_package_index_has_this_tool():
 # ---------------------------------------------------------------------------------- short of memory
 
 @pytest.mark.parametrize("error", [
-    MemoryError(),
-    OSError(12, "Cannot allocate memory"),
-    RuntimeError("std::bad_alloc"),
+    MemoryError(), OSError(12, "Cannot allocate memory"), RuntimeError("std::bad_alloc"),
     ImportError("libx.so.2: failed to map segment from shared object"),
     RuntimeError("can't start new thread"),
 ])

@@ -10,7 +10,6 @@ import re
 import struct
 import subprocess
 import sys
-import tempfile
 import tracemalloc
 import zlib
 from contextlib import contextmanager
@@ -47,7 +46,7 @@ FUZZ = settings(
 def read(data, folder):
     path = folder / "in.xisf"
     path.write_bytes(data)
-    return bg.read_xisf(str(path))
+    return bg.read_picture(str(path))
 
 
 def written(planes, source=None, history=(), compress=False):
@@ -172,8 +171,6 @@ class Walked:
         assert image.get("bounds") == "0:1"
         dtype = np.dtype({"Float32": "<f4", "Float64": "<f8"}[image.get("sampleFormat")])
         block = self.block(image)
-        if image.get("checksum"):
-            assert image.get("checksum") == "sha1:" + sha1(block)
         if image.get("compression"):
             codec, size, item = image.get("compression").split(":")
             assert codec == "lz4hc+sh" and int(item) == dtype.itemsize
@@ -242,7 +239,7 @@ import pathlib, re, resource
 resource.setrlimit(resource.RLIMIT_AS, (3 << 30, 3 << 30))
 for path in pathlib.Path(sys.argv[1]).iterdir():
     try:
-        bg.read_xisf(str(path))
+        bg.read_picture(str(path))
         print("taken", path)
     except bg.BgError:
         pass
@@ -284,9 +281,9 @@ def test_what_is_no_file_is_refused(tmp_path):
                 "gone": "No such file", "fifo/x": "Not a directory"}
     for name, says in refusals.items():
         with pytest.raises(bg.BgError, match=says):
-            bg.read_xisf(str(tmp_path / name))
+            bg.read_picture(str(tmp_path / name))
     with pytest.raises(bg.BgError, match="not a file"):
-        bg.read_xisf("/dev/zero")
+        bg.read_picture("/dev/zero")
 
 
 def test_a_file_that_may_not_be_read_or_fails_is_refused(tmp_path, monkeypatch):
@@ -295,11 +292,11 @@ def test_a_file_that_may_not_be_read_or_fails_is_refused(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("builtins.open", raising(PermissionError(13, "Permission denied")))
         with pytest.raises(bg.BgError, match="Permission denied"):
-            bg.read_xisf(str(path))
+            bg.read_picture(str(path))
     with monkeypatch.context() as patch:
         patch.setattr("numpy.empty", raising(MemoryError()))
         with pytest.raises(MemoryError):
-            bg.read_xisf(str(path))
+            bg.read_picture(str(path))
 
 
 def raising(error):
@@ -335,7 +332,7 @@ def test_every_row_survives_being_rewritten(tmp_path):
 @needs_real_files
 def test_pixinsights_nine_files_hold_one_picture_per_kind():
     paths = sorted((REAL / "pixinsight").glob("xisf-image-*.xisf"))
-    shots = {path.stem[len("xisf-image-"):]: bg.read_xisf(str(path)) for path in paths}
+    shots = {path.stem[len("xisf-image-"):]: bg.read_picture(str(path)) for path in paths}
     assert len(shots) == 9 and not any(shot.warnings for shot in shots.values())
     planes = {name: shot.planes for name, shot in shots.items()}
 
@@ -362,7 +359,7 @@ def test_pixinsights_nine_files_hold_one_picture_per_kind():
 @needs_real_files
 def test_m27_is_read_verified_and_keeps_keywords_properties_and_plate_solution(tmp_path):
     data = (REAL / "m27.xisf").read_bytes()
-    shot = bg.read_xisf(str(REAL / "m27.xisf"))
+    shot = bg.read_picture(str(REAL / "m27.xisf"))
     packed = data[3272:3272 + 4209751]
     assert sha1(packed) == "7256df59b3d35c51805dad2b6dc0e145eacbd034"
     unpacked = lz4.block.decompress(packed, uncompressed_size=7636224)
@@ -382,7 +379,6 @@ def test_m27_is_read_verified_and_keeps_keywords_properties_and_plate_solution(t
     for compress in (False, True):
         after = Walked(written(shot.planes, shot.source, ["HISTORY line"], compress))
         assert same(after.planes(), shot.planes)
-        assert ("checksum" in after.image.attrib) == compress
         assert after.keywords() == old_keywords + [("HISTORY", "", "HISTORY line")]
         properties = after.image.findall(XISF + "Property")
         assert [(p.attrib, p.text) for p in properties] == old_properties
@@ -396,7 +392,7 @@ def test_m27_is_read_verified_and_keeps_keywords_properties_and_plate_solution(t
 @needs_real_files
 def test_the_xisf_package_reads_what_we_write(tmp_path):
     """Other programs build on it: our files must not need a better reader than theirs."""
-    shot = bg.read_xisf(str(REAL / "m27.xisf"))
+    shot = bg.read_picture(str(REAL / "m27.xisf"))
     for compress in (False, True):
         data = written(shot.planes, shot.source, ["a line"], compress)
         (tmp_path / "out.xisf").write_bytes(data)
@@ -407,8 +403,7 @@ def test_the_xisf_package_reads_what_we_write(tmp_path):
         assert np.array_equal(solution["value"], [652, 488])
 
 
-@pytest.mark.parametrize(
-    "name", ["Float32-3-little", "UInt16-1-big-normal", "lz4-float32-3-4"])
+@pytest.mark.parametrize("name", ["Float32-3-little", "UInt16-1-big-normal", "lz4-float32-3-4"])
 def test_the_package_reads_the_attached_pixels(name, tmp_path, monkeypatch):
     sizes = sizes_read(monkeypatch)
     read(GOOD[name].data, tmp_path)
@@ -417,13 +412,13 @@ def test_the_package_reads_the_attached_pixels(name, tmp_path, monkeypatch):
 
 def before_a_block_is_read(monkeypatch, action):
     """Let something happen after the header has been read."""
-    make_folder = tempfile.TemporaryDirectory
+    stored = bg._stored
 
-    def act_and_make(*arguments):
+    def act_and_read(*arguments):
         action()
-        return make_folder(*arguments)
+        return stored(*arguments)
 
-    monkeypatch.setattr(bg.tempfile, "TemporaryDirectory", act_and_make)
+    monkeypatch.setattr(bg, "_stored", act_and_read)
 
 
 def test_a_file_that_takes_over_the_name_is_not_mixed_in(tmp_path, monkeypatch):
@@ -432,7 +427,7 @@ def test_a_file_that_takes_over_the_name_is_not_mixed_in(tmp_path, monkeypatch):
     path.write_bytes(one_image(np.full((1, 1000, 1000), 0.25, "f4")))
     other.write_bytes(one_image(np.full((1, 1000, 1000), 0.75, "f4")))
     before_a_block_is_read(monkeypatch, lambda: os.replace(str(other), str(path)))
-    assert (bg.read_xisf(str(path)).planes == 0.25).all()
+    assert (bg.read_picture(str(path)).planes == 0.25).all()
 
 
 def test_a_file_that_is_cut_while_it_is_read_is_refused_and_closed(tmp_path, monkeypatch):
@@ -442,7 +437,7 @@ def test_a_file_that_is_cut_while_it_is_read_is_refused_and_closed(tmp_path, mon
     next_descriptor = os.dup(0)
     os.close(next_descriptor)
     with pytest.raises(bg.BgError, match="cut short"):
-        bg.read_xisf(str(path))
+        bg.read_picture(str(path))
     descriptor = os.dup(0)
     os.close(descriptor)
     assert descriptor == next_descriptor, "one stayed open"
@@ -456,17 +451,10 @@ MATRIX = zlib.compress(shuffled(struct.pack(">600f", *range(600)), 4))
 BLOCKS = (ICC, VECTOR, MATRIX)
 SPLINE = "PCL:AstrometricSolution:SplineWorldTransformation:PointGridInterpolation"
 KEYWORDS = [  # name, value, comment
-    ("OBJECT", "'O''Neil  '", "target \u00e4\u00b0\u00b5"),
-    ("DIGITS", "'0042'", ""),
-    ("HISTORY", "", "one"),
-    ("EXPTIME", "36.", "[s] <unit>"),
-    ("COMMENT", "", "two & three"),
-    ("HISTORY", "", "three"),
-    ("FLAG", "T", ""),
-    ("EMPTY", "", ""),
-    ("ODD", "1.0D5", '"quoted"'),
-    ("OBJECT", "'again'", ""),
-    ("LEAD", "'   lead'", ""),
+    ("OBJECT", "'O''Neil  '", "target \u00e4\u00b0\u00b5"), ("DIGITS", "'0042'", ""),
+    ("HISTORY", "", "one"), ("EXPTIME", "36.", "[s] <unit>"), ("COMMENT", "", "two & three"),
+    ("HISTORY", "", "three"), ("FLAG", "T", ""), ("EMPTY", "", ""), ("ODD", "1.0D5", '"quoted"'),
+    ("OBJECT", "'again'", ""), ("LEAD", "'   lead'", ""),
 ]
 CHILDREN = """
   <ICCProfile location="{icc}"/>
@@ -585,8 +573,7 @@ def test_metadata_describe_the_new_file_and_keep_the_authors(after):
     properties = {child.get("id"): child.get("value") or child.text for child in after.metadata}
     assert properties.pop("XISF:CreationTime") > "2020"
     assert properties == {
-        "XISF:CreatorApplication": "bgoptimizer " + bg.VERSION,
-        "XISF:Authors": "J\u00f6rg",
+        "XISF:CreatorApplication": "bgoptimizer " + bg.VERSION, "XISF:Authors": "J\u00f6rg",
         "XISF:OriginalCreationTime": "2015-01-01T00:00:00Z",
     }
     assert after.find("Thumbnail") is None
@@ -616,15 +603,6 @@ def test_history_lines_are_split_and_control_characters_dropped(tmp_path):
     assert all(len(comment) <= 72 for comment in comments)
     expected = "".join(lines[:3]) + "abcd" + "<&\">'"
     assert "".join(comments).replace(" ", "") == expected.replace(" ", "")
-
-
-def test_writing_changes_neither_source_nor_pixels(tmp_path):
-    shot = read(full_file(), tmp_path)
-    planes = shot.planes.copy()
-    first = Walked(written(shot.planes, shot.source, ["one"], True))
-    second = Walked(written(shot.planes, shot.source, ["one"], True))
-    assert first.keywords() == second.keywords()
-    assert same(planes, shot.planes)
 
 
 def test_a_picture_without_a_source_has_no_metadata():
@@ -660,17 +638,12 @@ def test_what_does_not_shrink_is_not_called_compressed(tmp_path):
     assert "compression" not in after.image.attrib and same(after.planes(), planes)
 
 
-def test_pictures_beyond_the_lz4_limit_are_compressed_with_zstd(tmp_path, monkeypatch):
-    """PixInsight reads no LZ4 sub-blocks above 2 GiB, but one zstd frame that states its size."""
+def test_pictures_beyond_the_lz4_limit_are_not_compressed(monkeypatch):
+    """PixInsight reads no LZ4 sub-blocks above 2 GiB."""
     monkeypatch.setattr(bg, "LZ4_LIMIT", 1000)
-    planes, _ = picture("Float32", 3, 400, 300)
-    data = written(planes, compress=True)
-    image = Walked(data).image
-    assert image.get("compression") == "zstd+sh:{}:4".format(planes.nbytes)
-    assert "subblocks" not in image.attrib
-    assert same(read(data, tmp_path).planes, planes)
-    planes = noise(9, 100)
-    assert same(Walked(written(planes, compress=True)).planes(), planes)
+    planes, _ = picture("Float32", 3, 40, 30)
+    after = Walked(written(planes, compress=True))
+    assert "compression" not in after.image.attrib and same(after.planes(), planes)
 
 
 @pytest.mark.parametrize("compress", [False, True])
@@ -702,18 +675,6 @@ def test_headers_of_any_length_leave_their_blocks_alone(tmp_path):
     for length in range(0, 4096, 16):
         text.text = "x" * length
         Walked(written(TRUTH, shot.source))
-
-
-@pytest.mark.parametrize("planes", [TRUTH, np.zeros((3, 500, 500), np.float32)])
-def test_compressed_pixels_get_a_checksum(planes, tmp_path):
-    for view in (planes, np.asfortranarray(planes)):
-        output = written(view, compress=True)
-        after = Walked(output)
-        assert same(after.planes(), view), "compares the checksum too"
-        assert "checksum" in after.image.attrib
-        damaged = output[:-1] + bytes([output[-1] ^ 1])
-        with pytest.raises(bg.BgError, match="checksum"):
-            read(damaged, tmp_path)
 
 
 # ------------------------------------------------------------------------------------ limits
@@ -751,7 +712,7 @@ def test_no_text_in_a_header_takes_long_or_much_memory(name, tmp_path):
 
     def read_it(size):
         try:
-            bg.read_xisf(str(paths[size]))
+            bg.read_picture(str(paths[size]))
         except bg.BgError as refusal:
             assert len(str(refusal)) - len(str(tmp_path)) < 250
 
@@ -789,7 +750,7 @@ def test_an_expanding_zlib_stream_is_stopped_where_the_picture_ends(tmp_path):
     path.write_bytes(one_image(samples, block=stream, compression="zlib:2000000"))
     with measured() as cost:
         with pytest.raises(bg.BgError, match="decompressed"):
-            bg.read_xisf(str(path))
+            bg.read_picture(str(path))
         memory = cost()
     assert memory < 20e6
 
@@ -834,18 +795,6 @@ def test_an_interrupted_run_leaves_nothing(interruption, folder):
             raise interruption
     assert os.listdir(".") == ["a.xisf"]
     assert (folder / "a.xisf").read_bytes() == b"old"
-
-
-@pytest.mark.slow
-def test_a_killed_run_leaves_no_half_output(folder):
-    done = run("""
-import os, signal, numpy
-with bg.atomic_outputs(sys.argv[1]) as (file,):
-    bg.write_xisf(file, numpy.ones((3, 500, 500), numpy.float32))
-    os.kill(os.getpid(), signal.SIGKILL)
-""", folder / "a.xisf")
-    assert done.returncode == -9
-    assert not (folder / "a.xisf").exists()
 
 
 @pytest.mark.parametrize("compress", [False, True])
