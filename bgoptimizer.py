@@ -4072,8 +4072,11 @@ def _is_explained(explanation: _Explanation) -> bool:
 
 
 def _in_doubt(explanation: _Explanation) -> _Explanation:
-    """Return the same explanation with a stiffer surface, which does less harm if it is wrong."""
-    most = explanation.best.loss + DOUBT_MARGIN
+    """Return the same explanation with a stiffer surface, which does less harm if it is wrong.
+
+    Where no surface explains the picture, a flexible one only follows objects.
+    """
+    most = explanation.best.loss + DOUBT_MARGIN if _is_explained(explanation) else math.inf
     stiffest = next(candidate for candidate in explanation.candidates
                     if candidate is explanation.best
                     or (candidate.smoothing <= WITH_BOWL and candidate.loss <= most))
