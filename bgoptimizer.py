@@ -6371,27 +6371,24 @@ def display_kind() -> str | None:
     return "window" if kind else None
 
 
-def put_picture(draw: Callable, where: str, path: str) -> None:
-    """Have draw(figure) fill an empty figure, and show it in a "notebook" or "window", or save it.
-
-    Args:
-        where: "file" to save it at this path.
-    """
+def drawn_by(draw: Callable) -> bytes:
+    """Return the PNG of an empty figure that draw(figure) fills."""
     from matplotlib.figure import Figure
     with drawing_style():
-        if where == "window":
-            from matplotlib import pyplot
-            draw(pyplot.figure(figsize=FIGURE_SIZE))
-            return
         figure = Figure(FIGURE_SIZE)
         draw(figure)
-        picture = to_png(figure)
-    if where == "file":
-        with atomic_outputs(path) as (file,):
-            file.write(picture)
+        return to_png(figure)
+
+
+def show_figure(draw: Callable, where: str) -> None:
+    """Have draw(figure) fill an empty figure, and show it in a "notebook" or "window"."""
+    if where == "window":
+        from matplotlib import pyplot
+        with drawing_style():
+            draw(pyplot.figure(figsize=FIGURE_SIZE))
     else:
         from IPython.display import Image, display
-        display(Image(picture))
+        display(Image(drawn_by(draw)))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -6406,9 +6403,8 @@ class Task:
     mask_file: str | None
     reference_file: str | None
     settings: Settings
+    preview: bool  # nothing is fitted
     outputs: dict[str, str]  # "model", "subtracted", "uncertainty", ... -> its path
-    figure: str  # path of the figure or the preview, if it is saved
-    place_for_figure: str | None  # "notebook", "window", "file", or None
     format: str  # of the outputs, a key of FORMATS
     compress: bool
 
@@ -6418,15 +6414,9 @@ class Task:
         name = os.path.basename(self.input_file).encode("utf-8", "replace")
         return name.decode().replace("$", r"\$")  # matplotlib would take it for a formula
 
-    @property
-    def written(self) -> list[str]:
-        """The paths of all that is written."""
-        figure = [self.figure] if self.place_for_figure == "file" else []
-        return [*self.outputs.values(), *figure]
-
 
 def _make_task(path: str, options: argparse.Namespace, settings: Settings,
-               place: str | None) -> Task:
+               saves_figure: bool = False) -> Task:
     """Return the task that does the picture at this path.
 
     Nobody shall wait for what cannot be saved: a BgError is raised if a file is not there, or would
@@ -6436,24 +6426,21 @@ def _make_task(path: str, options: argparse.Namespace, settings: Settings,
     _check_given(given)
     name = output_format(path, options)
     ending = FORMATS[name].ending
-    start = os.path.join(options.output_path, picture_stem(path))
     what = "bgSubtracted" if settings.correction == "subtract" else "bgDivided"
-    outputs = {}
-    if not options.preview:
-        outputs["model"] = f"{start}_bgModel{ending}"
-        outputs["subtracted"] = f"{start}_{what}{ending}"
-    if options.save_uncertainty:
-        outputs["uncertainty"] = f"{start}_uncertainty{ending}"
-    if options.save_mask:
-        outputs["mask"] = f"{start}_mask{ending}"
-    if options.animate:
-        outputs["animation"] = f"{start}_optimization.gif"
-    figure = f"{start}_preview.png" if options.preview else f"{start}_figures.png"
-    for output in [*outputs.values(), figure]:
+    wanted = {
+        "model": (not options.preview, f"bgModel{ending}"),
+        "subtracted": (not options.preview, f"{what}{ending}"),
+        "uncertainty": (options.save_uncertainty, f"uncertainty{ending}"),
+        "mask": (options.save_mask, f"mask{ending}"),
+        "animation": (options.animate, "optimization.gif"),
+        "figure": (saves_figure, "preview.png" if options.preview else "figures.png"),
+    }
+    start = os.path.join(options.output_path, picture_stem(path))
+    outputs = {kind: f"{start}_{end}" for kind, (is_wanted, end) in wanted.items() if is_wanted}
+    for output in outputs.values():
         _check_output(output, given)
-    return Task(
-        path, options.mask, options.reference, settings, outputs, figure, place, name,
-        options.compress)
+    return Task(path, options.mask, options.reference, settings, options.preview, outputs, name,
+                options.compress)
 
 
 def output_format(path: str, options: argparse.Namespace) -> str:
@@ -6481,38 +6468,45 @@ def _check_output(path: str, kept: Iterable[str]) -> None:
 
 
 def process_file(task: Task, watched: ContextManager = nullcontext(),
-                 opened: Callable[[str], OpenedReference] = open_reference) -> Result:
-    """Take the sky out of one picture, from file to files; raises BgError if that cannot be done.
+                 place: str | None = None) -> tuple[Result | None, list[str]]:
+    """Take the sky out of one picture, or draw its preview, from file to files.
 
-    `watched` is as for `remove_sky`. `opened` takes the path of a reference to what is in it.
+    Args:
+        watched: as for `remove_sky`.
+        place: where the figure is shown, too: "notebook", "window", or None.
+
+    Returns:
+        What came of it, None of a preview; and the warnings.
+
+    Raises:
+        BgError: it cannot be done.
     """
-    with _heard() as said, atomic_outputs(*task.outputs.values()) as files:
-        picture, mask, reference = read_inputs(task, opened)
-        result = remove_sky(
-            picture.planes, task.settings, mask, picture.unit, watched, reference)
-        _write_outputs(task, picture, result, files)
-    _put_figure(task, prepared=result.prepared, settings=result.settings, said=said, fit=result.fit)
-    return result
-
-
-def preview_file(task: Task) -> None:
-    """Draw the preview of one picture."""
-    with _heard() as said:
+    notes = _Notes()
+    paths = task.outputs.values()
+    with _heard_by(notes, *logger.handlers), ExitStack() as stack:
+        opened = stack.enter_context(atomic_outputs(*paths)) if paths else []
+        files = dict(zip(task.outputs, opened))
         picture, mask, reference = read_inputs(task)
-        black = -picture.unit.offset / picture.unit.scale
-        prepared, settings = examine(picture.planes, task.settings, mask, black, reference)
-    _put_figure(task, prepared=prepared, settings=settings, said=said)
+        result = fit = None
+        if task.preview:
+            black = -picture.unit.offset / picture.unit.scale
+            prepared, settings = examine(picture.planes, task.settings, mask, black, reference)
+        else:
+            result = remove_sky(
+                picture.planes, task.settings, mask, picture.unit, watched, reference)
+            prepared, settings, fit = result.prepared, result.settings, result.fit
+            write_outputs(task, picture, result, files)
+        draw = functools.partial(
+            draw_figures, prepared=prepared, settings=settings, title=task.title, said=notes.said,
+            fit=fit)
+        if "figure" in files:
+            files["figure"].write(drawn_by(draw))
+        elif place is not None:
+            show_figure(draw, place)
+    return result, notes.warned
 
 
-def _put_figure(task: Task, **what) -> None:
-    """Draw the figure of a picture where the task wants it; `what` is as for `draw_figures`."""
-    if task.place_for_figure is not None:
-        draw = functools.partial(draw_figures, title=task.title, **what)
-        put_picture(draw, task.place_for_figure, task.figure)
-
-
-def read_inputs(task: Task, opened: Callable[[str], OpenedReference] = open_reference) -> tuple[
-        Picture, np.ndarray | None, Reference | None]:
+def read_inputs(task: Task) -> tuple[Picture, np.ndarray | None, Reference | None]:
     """Read what a task names: the picture, its mask (1 or c, h, w), and its reference.
 
     What the picture is, and what its file has or loses, is logged.
@@ -6525,15 +6519,14 @@ def read_inputs(task: Task, opened: Callable[[str], OpenedReference] = open_refe
     lone = keep_dark_samples(picture.planes)
     if lone:
         logger.info(f"{lone} lone samples of 0 are taken for dark sky, not for missing data")
-    if "model" in task.outputs:  # there will be a fit
+    if not task.preview:
         _start_importing()
-    mask = None
+    mask = reference = None
     if task.mask_file is not None:
         mask = _read_and_warn(read_mask, task.mask_file).planes
-    reference = None
     if task.reference_file is not None:
         factor = task.settings.downscaling_factor
-        reference = read_reference(task.reference_file, picture, factor, opened)
+        reference = read_reference(task.reference_file, picture, factor, reference_once)
     return picture, mask, reference
 
 
@@ -6542,6 +6535,16 @@ def _read_and_warn(read: Callable[[str], Picture], path: str) -> Picture:
     for text in picture.warnings:
         logger.warning(f"{path} {text}")
     return picture
+
+
+def reference_once(path: str) -> OpenedReference:
+    """Read a reference; one that all pictures of a folder have is read once."""
+    return _kept_reference(path, os.stat(path).st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=1)
+def _kept_reference(path, changed):
+    return open_reference(path)
 
 
 @functools.lru_cache(maxsize=None)  # so that only the first call does anything
@@ -6576,8 +6579,8 @@ def _import_silently() -> None:
         importlib.import_module("scipy.interpolate")  # for `SkyModel`, beside the fit
 
 
-def _write_outputs(task: Task, picture: Picture, result: Result, opened: list) -> None:
-    """Write what a task asks for into its opened files."""
+def write_outputs(task: Task, picture: Picture, result: Result, files: dict) -> None:
+    """Write what a task asks for, but for its figure, into its opened files."""
     history = _history(task, result)
     write = FORMATS[task.format].write
     own = picture.source, picture.unit
@@ -6585,14 +6588,13 @@ def _write_outputs(task: Task, picture: Picture, result: Result, opened: list) -
         "model": (result.sky, *own, "the sky"),
         "subtracted": (result.planes, *own, "the picture without the sky"),
     }
-    if "uncertainty" in task.outputs:
+    if "uncertainty" in files:
         unit = picture.unit._replace(offset=0.0)  # a deviation is the same at any level
         pictures["uncertainty"] = (
             result.deviations, picture.source, unit, "the standard deviation of the model")
-    if "mask" in task.outputs:
+    if "mask" in files:
         mask = full_mask(result.prepared, result.settings)
         pictures["mask"] = mask, rows_of(picture.source), Unit(), "the mask, 1 = sky"
-    files = dict(zip(task.outputs, opened))
     for kind, (planes, metadata, unit, what) in pictures.items():
         lines = history + [f"bgoptimizer: this is {what}"]
         write(files[kind], planes, metadata, lines, task.compress, unit)
@@ -6644,13 +6646,12 @@ class _Interrupts:
 
     def __enter__(self):
         self.before = {}
-        names = "SIGINT", "SIGTERM", "SIGHUP"
-        for number in [getattr(signal, name) for name in names if hasattr(signal, name)]:
-            before = signal.getsignal(number)
-            if before not in (None, signal.SIG_IGN):  # `nohup` has a command ignore HUP
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, signal.SIGINT)  # Windows has no HUP
+            if signal.getsignal(number) not in (None, signal.SIG_IGN):  # `nohup` ignores HUP
                 with suppress(ValueError):  # signals reach the main thread only
-                    signal.signal(number, self._listen)
-                    self.before[number] = before
+                    before = signal.signal(number, self._listen)
+                    self.before.setdefault(number, before)
         return self
 
     def _listen(self, number, _):
@@ -6669,12 +6670,13 @@ class _Interrupts:
 
 
 @contextmanager
-def _watched_fit(epochs: int, interrupts: _Interrupts) -> Iterator[Callable[[int, float], None]]:
+def watched_fit(epochs: int, interrupts: _Interrupts,
+                shown: bool) -> Iterator[Callable[[int, float], None]]:
     """Show how a fit goes on, and end it cleanly after Ctrl-C; yields what `on_epoch` is.
 
-    On a terminal a bar moves. Elsewhere every 100th epoch is told.
+    If it is `shown`, a bar moves on a terminal, and elsewhere every 100th epoch is told.
     """
-    with _bar(epochs, "epoch") as bar:
+    with _bar(epochs, "epoch", shown) as bar:
         def on_epoch(epoch, loss):
             interrupts.check()
             bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
@@ -6691,44 +6693,41 @@ def _watched_fit(epochs: int, interrupts: _Interrupts) -> Iterator[Callable[[int
         interrupts.check()
 
 
-def _bar(total: int, unit: str):
-    """Return a bar of tqdm, which shows nothing but on a terminal, and only if we may talk."""
+def _bar(total: int, unit: str, shown: bool):
+    """Return a bar of tqdm, which shows nothing but on a terminal."""
     from tqdm import tqdm
     terminal = sys.stderr is not None and sys.stderr.isatty()  # None if the caller has closed it
-    shown = terminal and logger.isEnabledFor(logging.INFO)
-    return tqdm(total=total, unit=unit, leave=False, disable=not shown)
+    return tqdm(total=total, unit=unit, leave=False, disable=not (shown and terminal))
+
+
+class _Notes(logging.Handler):
+    """Keeps what is logged, a sentence each."""
+
+    def __init__(self):
+        super().__init__()
+        self.said = []  # warnings are marked
+        self.warned = []
+
+    def emit(self, record):
+        text = record.getMessage()
+        if record.levelno >= logging.WARNING:
+            self.warned.append(text)
+            text = f"warning: {text}"
+        self.said.append(text)
 
 
 @contextmanager
-def _logging_to(*handlers: logging.Handler) -> Iterator[None]:
-    """Let only these handlers hear what is logged, from the level of the first."""
+def _heard_by(*handlers: logging.Handler) -> Iterator[None]:
+    """Let these handlers, and no others, hear all that is logged."""
     before = logger.handlers[:], logger.propagate, logger.level
     logger.handlers[:] = handlers
     logger.propagate = False
-    logger.setLevel(handlers[0].level)
+    logger.setLevel(logging.INFO)
     try:
         yield
     finally:
         logger.handlers[:], logger.propagate, level = before
         logger.setLevel(level)
-
-
-@contextmanager
-def _heard(mark: str = "warning: ") -> Iterator[list[str]]:
-    """Collect what is logged meanwhile, a sentence each, with this mark before warnings."""
-    said = []
-
-    def write(record):
-        doubt = mark if record.levelno >= logging.WARNING else ""
-        said.append(doubt + record.getMessage())
-
-    handler = logging.Handler()
-    handler.emit = write
-    logger.addHandler(handler)
-    try:
-        yield said
-    finally:
-        logger.removeHandler(handler)
 
 
 def _told(error: Exception) -> str:
@@ -6752,7 +6751,7 @@ def _told(error: Exception) -> str:
 # --------------------------------------------------------------------------------------------------
 # Preview to work in: a window, and a panel in notebooks
 #
-# A `View` is all that can be chosen. The handlers of a `Preview` replace it, and `refresh` shows
+# A `View` is what is chosen of a picture. The handlers of a `Preview` replace it, and `refresh` shows
 # it; a window and a panel differ in their widgets only. All is computed by the functions of the
 # command line, so the command that is told does the same.
 # --------------------------------------------------------------------------------------------------
@@ -6773,7 +6772,7 @@ LADDERS = {
     "correction": ("subtract", "divide"),
     "shown": VIEWS,
 }
-"""What can be chosen, a field of `Settings` or of `View` -> its values."""
+"""What can be chosen, a field of `Settings` or what is shown -> its values."""
 
 SLIDERS = {
     "-dq": ("delinearization_quantile",),
@@ -6805,15 +6804,18 @@ HELP = ("Keys: left, right -dq;  down, up -tM;  [ ] -tm;  - + smoothing.\n"
 
 @dataclass(frozen=True)
 class View:
-    """What is chosen of a picture, what follows from it, and what is shown."""
+    """What is chosen of a picture, and what follows from it."""
 
     asked: Settings  # None where nothing was asked for, as on the command line
-    settings: Settings  # as used
     prepared: Prepared  # what the fit would see, but for what --auto leaves out
     drawn: np.ndarray | None = None  # (h, w, 1) of the reduced frame: 0 left out, 1 given back,
     # NaN not drawn on
     result: Result | None = None  # of a training with just this
-    shown: str = "picture"  # one of VIEWS
+
+    @property
+    def settings(self) -> Settings:
+        """The settings as used."""
+        return self.asked.resolved()
 
 
 class Preview:
@@ -6826,17 +6828,16 @@ class Preview:
         The figure is empty, options and settings are of the command line, and the rest is as
         `read_inputs` gives it.
         """
-        self.options = copy.copy(options)
-        self.options.preview = False
+        self.options = argparse.Namespace(**{**vars(options), "preview": False})
         self.picture = picture
         self.mask = mask
         planes = picture.planes
-        black = -picture.unit.offset / picture.unit.scale
         used = settings.resolved()
-        prepared = prepare(planes, used, mask)
         self.undrawn = replace(
-            prepared, black=black, close_up=close_up(planes, used), reference=reference)
-        self.view = View(settings, used, self.undrawn)
+            prepare(planes, used, mask), black=-picture.unit.offset / picture.unit.scale,
+            close_up=close_up(planes, used), reference=reference)
+        self.view = View(settings, self.undrawn)
+        self.shown = "picture"  # one of VIEWS
         self.ladders = {name: list(values) for name, values in LADDERS.items()}
         for name, values in self.ladders.items():
             if self.value(name) not in values:
@@ -6846,7 +6847,6 @@ class Preview:
             measure_stretches, planes, self.ladders["delinearization_quantile"])
         self.written = None  # path of the mask that was drawn here
         self.sky = None  # as it was found last
-        self.looked = None  # what it depends on
         self.due = 0.0  # when to look for it, by the monotonic clock
         self.said = []
         self.status = ""  # what was refused, or is being done
@@ -6858,7 +6858,7 @@ class Preview:
 
     def value(self, name: str):
         """Return what is chosen, by its name in LADDERS."""
-        return getattr(self.view if name == "shown" else self.view.settings, name)
+        return getattr(self if name == "shown" else self.view.settings, name)
 
     def place(self, name: str) -> int:
         """Return where on its ladder that stands."""
@@ -6868,10 +6868,14 @@ class Preview:
 
     def take(self, names: Sequence[str], places: Sequence[int]) -> None:
         """Choose what is at these places of the ladders of these names."""
-        changes = {}
-        for name, place in zip(names, places):
-            changes[name] = self.ladders[name][int(place)]
-        self.change(**changes)
+        if self.showing:
+            return
+        chosen = {name: self.ladders[name][int(place)] for name, place in zip(names, places)}
+        if "shown" in chosen:
+            self.shown = chosen["shown"]
+            self.refresh()
+        else:
+            self.change(**chosen)
 
     def step(self, name: str, by: int) -> None:
         """Go along a ladder, and around where it is short."""
@@ -6883,12 +6887,7 @@ class Preview:
 
     def change(self, drawn: np.ndarray | None = None, **changes) -> None:
         """Change what is chosen, or the drawing, if a fit could do with it."""
-        if self.showing:
-            return
-        if "shown" in changes:
-            self.view = replace(self.view, **changes)
-            self.refresh()
-            return
+        drawn = self.view.drawn if drawn is None else drawn
         try:
             asked = replace(self.view.asked, **changes)
             settings = asked.resolved()
@@ -6896,36 +6895,30 @@ class Preview:
             stretches, _ = self.stretches.result()
             if quantile not in stretches:
                 raise BgError(f"-dq {quantile:g} takes all of a channel to 1; raise it")
-            drawn = self.view.drawn if drawn is None else drawn
-            mask = self.undrawn.user_mask
-            if drawn is not None:
-                mask = np.where(np.isnan(drawn), 1 if mask is None else mask, drawn)
-            bare = replace(self.undrawn, user_mask=mask)
+            bare = replace(self.undrawn, user_mask=drawn_on(self.undrawn.user_mask, drawn))
             prepared = prepare_again(bare, self.picture.planes, stretches[quantile], settings)
         except (ValueError, BgError) as error:
             self.status = str(error)
             self.refresh()
         else:
-            self.go_to(View(asked, settings, prepared, drawn))
+            self.go_to(View(asked, prepared, drawn))
 
     def go_to(self, view: View) -> None:
         """Take a view for which the sky may be another one."""
-        self.view = replace(view, shown=self.view.shown)
+        self.view = view
         self.said = []  # it was said of something else
         self.status = ""
         self.due = time.monotonic() + LOOK_AFTER
         self.refresh()
 
-    def look(self, view: View) -> tuple:
-        """Find the sky of a view, if it can be another one, and tell of it."""
-        prepared, settings = view.prepared, view.settings
-        needs = settings.smoothing, settings.auto, prepared.used.tobytes()
-        sky = self.sky if needs == self.looked else find_sky(prepared, settings)
-        judge(self.picture.planes, prepared, settings, sky)
-        return needs, sky
+    def look(self, view: View) -> Sky:
+        """Find the sky of a view, and tell of it."""
+        sky = find_sky(view.prepared, view.settings)
+        judge(self.picture.planes, view.prepared, view.settings, sky)
+        return sky
 
-    def found(self, given: tuple) -> None:
-        self.looked, self.sky = given
+    def found(self, sky: Sky) -> None:
+        self.sky = sky
 
     # --- From the view to what is shown ---
 
@@ -6936,12 +6929,12 @@ class Preview:
             if old is not None:
                 old.remove()
         prepared = thinned(self.seen())
-        if view.shown == "picture" or self.sky is None:
+        if self.shown == "picture" or self.sky is None:
             draw_seen(axes, prepared, view.settings, 5)
         else:
             words = "" if view.result else NOT_TRAINED
             pictures = views_of(prepared, self.model(), view.settings.correction)
-            draw_view(axes, view.shown, pictures, prepared.stretch, prepared.full_shape, words)
+            draw_view(axes, self.shown, pictures, prepared.stretch, prepared.full_shape, words)
         axes.images[0].set_interpolation("nearest")  # it is the quickest
         words = shlex.join(self.words()), in_lines(self.said, 62), self.status
         for text, line in zip(self.texts, words):
@@ -6983,7 +6976,7 @@ class Preview:
         path, = self.options.input_file
         ending = FORMATS[output_format(path, self.options)].ending
         start = os.path.join(self.options.output_path, picture_stem(path) + "_mask")
-        paths = (f"{start}{count}{ending}" for count in ["", *range(2, 1000)])
+        paths = (f"{start}{count}{ending}" for count in ("", *range(2, 1000)))
         return self.written or next(path for path in paths if not os.path.exists(path))
 
     def words(self) -> list[str]:
@@ -6991,11 +6984,18 @@ class Preview:
         return flag_words(self.options, self.view.asked, self.mask_path(self.view))
 
 
+def drawn_on(mask: np.ndarray | None, drawn: np.ndarray | None) -> np.ndarray | None:
+    """Return a mask, or None for 1 all over, with what is drawn put over it; NaN is not drawn on."""
+    if drawn is None:
+        return mask
+    return np.where(np.isnan(drawn), 1 if mask is None else mask, drawn)
+
+
 def _quietly(work: Callable) -> tuple[Any, list[str]]:
     """Return what work() gives, and what it says, which nobody else hears."""
-    unheard = logging.NullHandler(logging.INFO)
-    with memory_errors(), _logging_to(unheard), _heard() as said:
-        return work(), said
+    notes = _Notes()
+    with memory_errors(), _heard_by(notes):
+        return work(), notes.said
 
 
 class PreviewWindow(Preview):
@@ -7099,8 +7099,9 @@ class PreviewWindow(Preview):
                 nullcontext(on_epoch), self.undrawn.reference)
 
         def keep(result):
-            self.found((None, result.prepared.sky))
-            self.view = replace(view, result=result, shown="result")
+            self.sky = result.prepared.sky
+            self.view = replace(view, result=result)
+            self.shown = "result"
             then()
 
         self._start(work, keep, "preparing the fit")
@@ -7113,11 +7114,11 @@ class PreviewWindow(Preview):
             return
 
         def work():
-            options = copy.copy(self.options)
-            options.mask = self.write_mask(view)
-            task = _make_task(*options.input_file, options, view.asked, None)
+            mask = self.write_mask(view)
+            options = argparse.Namespace(**{**vars(self.options), "mask": mask})
+            task = _make_task(*options.input_file, options, view.asked)
             with atomic_outputs(*task.outputs.values()) as files:
-                _write_outputs(task, self.picture, view.result, files)
+                write_outputs(task, self.picture, view.result, dict(zip(task.outputs, files)))
             logger.info("wrote " + ", ".join(task.outputs.values()))
 
         self._start(work, lambda _: None, "writing")
@@ -7127,7 +7128,7 @@ class PreviewWindow(Preview):
         if view.drawn is None:
             return self.mask
         drawn = full_mask(replace(self.undrawn, weight=view.drawn), view.settings)
-        return np.where(np.isnan(drawn), 1 if self.mask is None else self.mask, drawn)
+        return drawn_on(self.mask, drawn)
 
     def write_mask(self, view: View) -> str | None:
         """Write the mask of a view if it was drawn on; returns its path, or that of the given."""
@@ -7180,8 +7181,7 @@ class PreviewWindow(Preview):
             self.figure.canvas.draw_idle()
 
 
-def work_in_window(task: Task, options: argparse.Namespace, settings: Settings,
-                   interrupts: _Interrupts) -> None:
+def work_in_window(task: Task, options: argparse.Namespace, interrupts: _Interrupts) -> None:
     """Open the preview window on one picture, until it is closed; then write the drawn mask."""
     inputs = read_inputs(task)
     with drawing_style():
@@ -7189,7 +7189,7 @@ def work_in_window(task: Task, options: argparse.Namespace, settings: Settings,
         figure = pyplot.figure(task.title, WINDOW_SIZE)
         # pyplot's own keys do other things
         figure.canvas.mpl_disconnect(figure.canvas.manager.key_press_handler_id)
-        window = PreviewWindow(figure, options, settings, *inputs)
+        window = PreviewWindow(figure, options, task.settings, *inputs)
         window.keys["q"] = functools.partial(pyplot.close, figure)
 
         def tick():
@@ -7232,27 +7232,20 @@ class PreviewPanel(Preview):
             widget.observe(lambda change, name=name: self.take([name], [change.new]), "index")
             self.widgets[name] = widget
         self.button = ipywidgets.Button(description="Use these settings")
-        self.button.on_click(lambda _: use(self.all_flags()))
+        self.button.on_click(lambda _: use(self.all_words()))
         self.image = ipywidgets.Image(format="png")
         PreviewPanel.widgets_in_use = [*self.widgets.values(), self.button]
         self.box = ipywidgets.VBox([*PreviewPanel.widgets_in_use, self.image])
         self.go_to(self.view)
 
-    def all_flags(self) -> list[str]:
+    def all_words(self) -> list[str]:
         """Return flags for all settings; they are to stand after others."""
-        words = []
-        for flag, value in zip(FLAGS, vars(self.view.asked).values()):
-            if flag == "--auto":
-                words += [flag] if value else []
-            elif value is not None or flag == "--smoothing":
-                words += [flag, in_words(value)]
-        return words
+        return flag_words(self.options, self.view.asked, self.options.mask, usual=None)
 
     def go_to(self, view):
         """Also look for the sky, for there is no thread that does."""
         super().go_to(view)
-        given, self.said = _quietly(functools.partial(self.look, view))
-        self.found(given)
+        self.sky, self.said = _quietly(functools.partial(self.look, view))
         self.refresh()
 
     def set_widgets(self):
@@ -7267,11 +7260,11 @@ def in_words(value) -> str:
     return "auto" if value is None else str(value)
 
 
-def preview_in_panel(task: Task, options: argparse.Namespace, settings: Settings,
+def preview_in_panel(task: Task, options: argparse.Namespace,
                      use: Callable[[list[str]], None]) -> None:
     """Show the panel of one picture in a notebook; one that was shown before is closed."""
     from IPython.display import display
-    display(PreviewPanel(use, options, settings, *read_inputs(task)).box)
+    display(PreviewPanel(use, options, task.settings, *read_inputs(task)).box)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -7325,10 +7318,8 @@ def find_pictures(where: str | Sequence[str], *used: str | None) -> list[str]:
         if os.path.isdir(path) or os.path.realpath(path) in used:
             continue
         is_own = picture_stem(path).endswith(OWN_OUTPUTS)
-        if is_own or not PICTURE_ENDINGS.search(os.path.basename(path)):
-            others.append(path)
-        else:
-            pictures.append(path)
+        is_other = is_own or not PICTURE_ENDINGS.search(os.path.basename(path))
+        (others if is_other else pictures).append(path)
     if others:  # they may be somebody's pictures all the same
         some = textwrap.shorten(", ".join(others), 200, placeholder=" ...")
         logger.info(f"left out by name (no pictures, or outputs of this tool): {some}")
@@ -7340,15 +7331,14 @@ def find_pictures(where: str | Sequence[str], *used: str | None) -> list[str]:
 
 def _files_at(name: str) -> list[str]:
     """Return what is in a folder or fits a pattern, but for hidden files; or a path that exists."""
-    folder, pattern = os.path.split(name)
     if os.path.isdir(name):
-        return glob.glob(os.path.join(glob.escape(name), "*"))
-    if os.path.exists(name) or not glob.has_magic(name):
+        name = os.path.join(name, "*")
+    elif os.path.exists(name) or not glob.has_magic(name):
         _check_given([name])
         return [name]
-    if os.path.isdir(folder):  # its name may hold brackets
-        name = os.path.join(glob.escape(folder), pattern)
-    return glob.glob(name, recursive=True)
+    folder, pattern = os.path.split(name)
+    as_it_is = glob.glob(os.path.join(glob.escape(folder), pattern))  # [Ha] may be in its name
+    return as_it_is or glob.glob(name, recursive=True)
 
 
 def run_many(pictures: list[str], options: argparse.Namespace, settings: Settings,
@@ -7362,7 +7352,7 @@ def run_many(pictures: list[str], options: argparse.Namespace, settings: Setting
     if options.preview or options.figures == "show":
         raise BgError("--preview and --figures show are for one picture; "
                       f"name it, such as {pictures[0]}")
-    for path, read in ((options.mask, read_mask), (options.reference, _open_reference_once)):
+    for path, read in ((options.mask, read_mask), (options.reference, reference_once)):
         if path is not None:
             read(path)  # so that a bad one is told once
     report = os.path.join(options.output_path, REPORT_NAME)
@@ -7372,18 +7362,12 @@ def run_many(pictures: list[str], options: argparse.Namespace, settings: Setting
     with atomic_outputs(report) as (file,):
         to_do, settled = _plan(pictures, options, settings, report)
         tried = len(to_do)
-        jobs = min(options.jobs or 1, tried, 61)  # Windows cannot wait for more processes
-        if options.dask is not None and to_do:
-            results = _by_dask(to_do, options.dask)
-        elif jobs > 1:
-            results = _by_processes(to_do, jobs)
-        else:
-            results = (_try_picture(task, interrupts) for task in to_do)
+        results = _outcomes(to_do, options, interrupts)
         try:
-            with closing(results), _bar(len(pictures), "picture") as bar:
+            with closing(results):
                 for outcome in itertools.chain(settled, results):
                     outcomes.append(outcome)
-                    _tell(outcome, bar)
+                    _tell(outcome, f"{len(outcomes)} of {len(pictures)}")
         except BaseException as error:  # an interrupted night has a report, too
             stopped = error
             if not outcomes:
@@ -7396,29 +7380,38 @@ def run_many(pictures: list[str], options: argparse.Namespace, settings: Setting
     _sum_up(outcomes, tried, time.perf_counter() - started, report)
 
 
+def _outcomes(to_do: list[Task], options: argparse.Namespace,
+              interrupts: _Interrupts) -> Iterator[Outcome]:
+    """Do pictures here, or by an executor, as the options say; yields what came of each."""
+    jobs = min(options.jobs or 1, len(to_do), 61)  # Windows cannot wait for more processes
+    if options.dask is not None and to_do:
+        yield from _by_dask(to_do, options.dask)
+    elif jobs > 1:
+        yield from _by_processes(to_do, jobs)
+    else:
+        yield from (_try_picture(task, interrupts) for task in to_do)
+
+
 def read_report(path: str) -> dict[str, Outcome]:
     """Return the outcomes of a report by file; none if there is no report, or not one of ours."""
-    if not os.path.exists(path):
-        return {}
-    with open(path, encoding="utf-8", errors="surrogateescape", newline="") as file:
-        names, *rows = list(csv.reader(file)) or [()]
-    if tuple(names) != Outcome._fields:
-        return {}
-    return {row[0]: Outcome(*row) for row in rows}
+    with suppress(FileNotFoundError):
+        with open(path, encoding="utf-8", errors="surrogateescape", newline="") as file:
+            rows = [row for row in csv.reader(file) if len(row) == len(Outcome._fields)]
+        return {row[0]: Outcome(*row) for row in rows}
+    return {}
 
 
 def _plan(pictures: list[str], options: argparse.Namespace, settings: Settings,
           report: str) -> tuple[list[Task], list[Outcome]]:
     """Return what there is to do, and the outcomes of what is done already or cannot start."""
     known = read_report(report) if options.skip_done else {}
-    place = "file" if options.figures == "save" else None
     to_do = []
     settled = []
     writers = {}  # path of an output -> its picture
     for path in pictures:
         try:
-            task = _make_task(path, options, settings, place)
-            for output in task.written:
+            task = _make_task(path, options, settings, options.figures == "save")
+            for output in task.outputs.values():
                 other = writers.setdefault(os.path.normcase(output), path)
                 if other != path:
                     raise BgError(f"{path} and {other} would both write {output}; "
@@ -7436,57 +7429,43 @@ def _plan(pictures: list[str], options: argparse.Namespace, settings: Settings,
 def _is_done(task: Task) -> bool:
     """Tell whether all outputs are there and newer than the picture."""
     made = os.stat(task.input_file).st_mtime_ns
-    return all(os.path.exists(path) and os.stat(path).st_mtime_ns > made for path in task.written)
+    return all(os.path.exists(path) and os.stat(path).st_mtime_ns > made
+               for path in task.outputs.values())
 
 
-def _tell(outcome: Outcome, bar) -> None:
-    """Move the bar; what failed or was warned of is told in a line, and without a bar all is."""
-    bar.set_postfix_str(os.path.basename(outcome.file), refresh=False)
-    bar.update()
+def _tell(outcome: Outcome, number: str) -> None:
+    """Log what came of a picture, the `number` of which says how far the run is."""
     message = outcome.message
     if not message.startswith(outcome.file):
         message = f"{outcome.file}: {message}"
-    with bar.external_write_mode():
-        if outcome.outcome == FAILED:
-            logger.warning(f"failed: {message}")
-        elif outcome.outcome == WARNED:
-            logger.warning(message)
-        elif outcome.outcome == DONE and bar.disable:
-            logger.info(f"{outcome.file}: done, {outcome.seconds} s")
+    if outcome.outcome == FAILED:
+        logger.warning(f"failed: {message}")
+    elif outcome.outcome == WARNED:
+        logger.warning(message)
+    elif outcome.outcome == DONE:
+        logger.info(f"{outcome.file}: done, {outcome.seconds} s ({number})")
 
 
 def _sum_up(outcomes: list[Outcome], tried: int, seconds: float, report: str) -> None:
     """Log what came of all pictures; raises BgError if some failed."""
     numbers = Counter(row.outcome for row in outcomes)
-    total = len(outcomes)
-    noun = "picture" if total == 1 else "pictures"
+    total = "1 picture" if len(outcomes) == 1 else f"{len(outcomes)} pictures"
     parts = [f"{count} {outcome}" for outcome, count in sorted(numbers.items())]
-    line = f"{total} {noun}: {', '.join(parts)}"
+    line = f"{total}: {', '.join(parts)}"
     if tried:
         line += f"; {seconds / tried:.1f} s a picture, {seconds:.1f} s in all"
     logger.info(f"{line}; wrote {report}")
     if numbers[FAILED]:
-        raise BgError(f"{numbers[FAILED]} of {total} {noun} failed; {report} says why")
-
-
-@functools.lru_cache(maxsize=1)
-def _kept_reference(path: str, changed: int) -> OpenedReference:
-    """Read a reference that changed then; all pictures of a folder have the same."""
-    return open_reference(path)
-
-
-def _open_reference_once(path: str) -> OpenedReference:
-    return _kept_reference(path, os.stat(path).st_mtime_ns)
+        raise BgError(f"{numbers[FAILED]} of {total} failed; {report} says why")
 
 
 def _try_picture(task: Task, interrupts: _Interrupts) -> Outcome:
     """Do one picture, whatever may happen; nothing is printed."""
     started = time.perf_counter()
-    watched = _watched_fit(task.settings.epochs, interrupts)
+    watched = watched_fit(task.settings.epochs, interrupts, shown=False)
     try:
-        with _logging_to(logging.NullHandler(logging.WARNING)), _heard(mark="") as warned:
-            result = process_file(task, watched, _open_reference_once)
-        outcome = _outcome(task, result, warned)
+        with _heard_by():
+            outcome = _outcome(task, *process_file(task, watched))
     except Exception as error:
         outcome = Outcome(task.input_file, FAILED, message=_told(error))
     return outcome._replace(seconds=f"{time.perf_counter() - started:.2f}")
@@ -7718,10 +7697,6 @@ def build_parser() -> argparse.ArgumentParser:
 def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Settings]:
     """Return options and settings, or exit with code 2 and a sentence."""
     parser = build_parser()
-    argv = sys.argv[1:] if argv is None else argv
-    for word in argv:
-        if word.startswith("-") and PICTURE_ENDINGS.search(word) and os.path.isfile(word):
-            parser.error(f"{word} is taken for a flag; write ./{word} for the file of that name")
     options = parser.parse_intermixed_args(argv)
     # A shell puts the names of all files in the place of lights/*.fit
     *others, last = options.input_file
@@ -7744,13 +7719,20 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Settings]:
         parser.error(str(error))
 
 
-def flag_words(options: argparse.Namespace, settings: Settings, mask: str | None) -> list[str]:
-    """Return the flags that ask for these settings, this mask file, and what else was given."""
+def flag_words(options: argparse.Namespace, settings: Settings, mask: str | None,
+               usual: type | None = Settings) -> list[str]:
+    """Return the flags that ask for these settings, this mask file, and what else was given.
+
+    Settings that are as `usual` are left out; without any, what follows may change no setting.
+    """
     words = []
-    usual = vars(Settings())
     for flag, (name, value) in zip(FLAGS, vars(settings).items()):
-        if value != usual[name]:
-            words += [flag] if value is True else [flag, str(value)]
+        if usual is not None and value == getattr(usual, name):
+            continue
+        if value is True:
+            words.append(flag)
+        elif value is not False and (value is not None or flag == "--smoothing"):
+            words += [flag, in_words(value)]
     for flag, value in (("-m", mask), ("--reference", options.reference),
                         ("--format", options.format)):
         words += [] if value is None else [flag, value]
@@ -7784,7 +7766,7 @@ def main(argv: Sequence[str] | None = None,
         with interrupts, memory_errors():
             options, settings = _parse(argv)
             console = _Console(logging.WARNING if options.quiet else logging.INFO)
-            with _logging_to(console, *logger.handlers):
+            with _heard_by(console, *logger.handlers):
                 pictures = find_pictures(options.input_file, options.mask, options.reference)
                 reported = options.jobs or options.dask or options.skip_done
                 if reported or len(pictures) > 1 or pictures != options.input_file:
@@ -7831,23 +7813,19 @@ def _run_one(options: argparse.Namespace, settings: Settings, interrupts: _Inter
     """Do one picture, and tell how it goes on."""
     started = time.perf_counter()
     place = _place_for_figure(options)
-    task = _make_task(*options.input_file, options, settings, place)
-    if not options.preview:
-        process_file(task, _watched_fit(settings.epochs, interrupts))
-    elif place == "window":
-        work_in_window(task, options, settings, interrupts)
-        return
-    elif place == "notebook" and importlib.util.find_spec("ipywidgets"):
-        preview_in_panel(task, options, settings, use)
-        return
+    task = _make_task(*options.input_file, options, settings, place == "file")
+    if task.preview and place == "window":
+        work_in_window(task, options, interrupts)
+    elif task.preview and place == "notebook" and importlib.util.find_spec("ipywidgets"):
+        preview_in_panel(task, options, use)
     else:
-        preview_file(task)
-    for path in task.written:
-        logger.info(f"wrote {path}")
-    logger.info(f"{time.perf_counter() - started:.1f} s")
-    if place == "window":
-        from matplotlib import pyplot
-        pyplot.show()  # waits until the window is closed
+        process_file(task, watched_fit(settings.epochs, interrupts, not options.quiet), place)
+        for path in task.outputs.values():
+            logger.info(f"wrote {path}")
+        logger.info(f"{time.perf_counter() - started:.1f} s")
+        if place == "window":
+            from matplotlib import pyplot
+            pyplot.show()  # waits until the window is closed
 
 
 def _place_for_figure(options: argparse.Namespace) -> str | None:

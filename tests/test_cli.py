@@ -244,13 +244,6 @@ def test_wrong_usage_is_one_sentence_and_exit_2(arguments, word, sky, folder, ca
     assert os.listdir(folder) == ["sky.xisf"]
 
 
-def test_a_name_that_begins_like_a_flag_is_told_how_to_write(folder, capsys):
-    for name in ("-M31.xisf", "-m31.xisf"):
-        save(folder / name, sloping_sky()[0])
-        assert run(name) == 2
-        assert f"write ./{name}" in refused(capsys)
-
-
 def test_an_output_that_is_named_like_a_picture_is_wrong_usage(sky, folder, capsys):
     assert run("sky.xisf", "corrected.xisf") == 2
     assert "name a folder" in refused(capsys)
@@ -483,12 +476,10 @@ def gradients_told(capsys):
 
 
 def test_what_is_reported_of_a_picture_is_what_was_printed(sky, folder, capsys):
-    options, settings = bgoptimizer._parse(["sky.xisf", "out", *FAST])
-    task = bgoptimizer._make_task("sky.xisf", options, settings, place=None)
-    result = bgoptimizer.process_file(task)
     assert run("sky.xisf", "out", *FAST) == 0
     before, after = gradients_told(capsys)
-    row = bgoptimizer._outcome(task, result, [])
+    assert run("sky.xisf", "out", *FAST, "--jobs", "1") == 0
+    row = bgoptimizer.read_report("out/bgoptimizer_report.csv")["sky.xisf"]
     assert float(row.gradient_before) * 100 == pytest.approx(before, abs=0.06)
     assert float(row.gradient_after) * 100 == pytest.approx(after, abs=0.06)
     assert float(row.smoothing) == 1

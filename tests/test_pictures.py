@@ -255,13 +255,14 @@ def test_names_that_are_formulas_or_cannot_be_printed_do_no_harm(folder):
 def test_the_figure_repeats_the_warnings_and_shows_what_was_called_sky(folder, monkeypatch):
     texts = []
 
-    def keep(draw, where, path):
+    def keep(draw):
         figure = Figure((13.6, 7.6))
         draw(figure)
         words = figure.findobj(Text)
         texts.extend(text.get_text() for text in words)
+        return b""
 
-    monkeypatch.setattr("bgoptimizer.put_picture", keep)
+    monkeypatch.setattr("bgoptimizer.drawn_by", keep)
     image, _ = sloping_sky(channels=1)
     image[:60] = 0
     save(folder / "sky.xisf", image)

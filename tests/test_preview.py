@@ -173,7 +173,7 @@ def test_training_shows_the_result_and_writing_writes_what_the_command_writes(op
     press(window, "w")
     wait(window)  # for the fit, then for the files
     wait(window)
-    assert window.view.shown == "result"
+    assert window.shown == "result"
     names = ["sky_bgModel.xisf", "sky_bgSubtracted.xisf", "sky_mask.xisf"]
     assert sorted(path.name for path in (folder / "out").iterdir()) == names
     written = [load(folder / "out" / name) for name in names]
