@@ -6107,7 +6107,7 @@ def _log_numbers(prepared: Prepared, settings: Settings) -> None:
 # --------------------------------------------------------------------------------------------------
 
 VIEWS = ("picture", "model", "result")
-"""What is shown of a picture, in figures with one stretch; see `views_of`."""
+"""What is shown of a picture, in figures with one stretch; see `Views`."""
 
 NOT_TRAINED = " (of the sky that was found, not trained yet)"
 FIGURE_SIZE = 13.6, 7.6  # inches of 100 pixels: fits a laptop's screen
@@ -6128,6 +6128,7 @@ OVERLAYS = {
 """Reason -> its color (after Okabe and Ito), its stripes (none: solid), its name. Stripes tell the
 reasons apart where colors do not."""
 
+ANIMATION_SIZE = 7.4, 2.8  # inches of 100 pixels; larger is more than 3 MB
 FRAMES = 20  # of an animation, at most
 FRAME_PAUSE = 130  # milliseconds that a frame is shown
 LAST_PAUSE = 1500  # milliseconds: some 4 seconds in all
@@ -6156,22 +6157,38 @@ def to_bytes(stretched: np.ndarray) -> np.ndarray:
     return np.broadcast_to(image, (height, width, 3))
 
 
-def views_of(prepared: Prepared, sky: Callable, correction: str) -> dict[str, np.ndarray]:
-    """Return the picture, a model of its sky, and what is left without it, as they are drawn.
+def drawn_from(prepared: Prepared) -> np.ndarray:
+    """Return what a thinned picture is drawn from, (h, w, c) linear."""
+    return prepared.linear if prepared.close_up is None else prepared.close_up
 
-    Args:
-        prepared: thinned.
-        sky: takes frame coordinates (..., 2) to the linear sky there, (..., c).
-        correction: "subtract" or "divide".
 
-    Returns:
-        One of VIEWS -> (h, w, c) linear.
-    """
-    picture = prepared.linear if prepared.close_up is None else prepared.close_up
-    planes = SkyModel(sky, picture.shape[:2])
-    model = np.stack(list(planes), -1)
-    result = corrected(prepared, picture, model, correction)
-    return dict(zip(VIEWS, (picture, model, result)))
+class Views:
+    """A picture, a model of its sky, and what is left without it, as they are drawn."""
+
+    def __init__(self, prepared: Prepared, sky: Callable, correction: str):
+        """Make them of what was thinned.
+
+        The sky takes frame coordinates (..., 2) to the linear sky there, (..., c); the correction
+        is "subtract" or "divide".
+        """
+        self.shape = prepared.full_shape
+        self.picture = drawn_from(prepared)  # (h, w, c) linear, as the others
+        planes = SkyModel(sky, self.picture.shape[:2])
+        self.model = np.stack(list(planes), -1)
+        with np.errstate(divide="ignore", invalid="ignore"):  # a sky of no light at all
+            self.result = corrected(prepared, self.picture, self.model, correction)
+
+    def draw(self, axes, view: str, stretch: Stretch, words: str = "") -> None:
+        """Draw one of VIEWS; on the model lines of equal brightness. Words go on after its name."""
+        picture = getattr(self, view)
+        colors = to_bytes(stretch.apply(picture))
+        show(axes, colors, self.shape, f"the {view}{words}")
+        brightness = picture.mean(-1)
+        span = np.ptp(brightness)
+        if view == "model" and span > 1e-9 and min(brightness.shape) > 1:
+            darkest = brightness.min() - span  # without the dark colors of the map
+            frame = axes.images[0].get_extent()
+            axes.contour(brightness, 8, cmap="plasma", vmin=darkest, origin="upper", extent=frame)
 
 
 def show(axes, colors: np.ndarray, shape: tuple[int, int], title: str) -> None:
@@ -6182,25 +6199,6 @@ def show(axes, colors: np.ndarray, shape: tuple[int, int], title: str) -> None:
     axes.set_title(title, loc="left")  # the style does not reach what a window draws later
     axes.set(xticks=[], yticks=[])
     axes.imshow(colors, extent=(-0.5, right, bottom, -0.5), mouseover=False)
-
-
-def draw_view(axes, view: str, pictures: dict[str, np.ndarray], stretch: Stretch,
-              shape: tuple[int, int], words: str = "") -> None:
-    """Draw one of the `views_of` a picture; on the model lines of equal brightness.
-
-    Args:
-        shape: (h, w) of the full-size frame.
-        words: go on after the name of the view.
-    """
-    picture = pictures[view]
-    stretched = stretch.apply(picture)
-    show(axes, to_bytes(stretched), shape, f"the {view}{words}")
-    brightness = picture.mean(-1)
-    span = np.ptp(brightness)
-    if view == "model" and span > 1e-9 and min(brightness.shape) > 1:
-        darkest = brightness.min() - span  # without the dark colors of the map
-        axes.contour(brightness, 8, cmap="plasma", vmin=darkest, origin="upper",
-                     extent=axes.images[0].get_extent())
 
 
 def draw_seen(axes, prepared: Prepared, settings: Settings, columns: int = 2) -> None:
@@ -6232,11 +6230,9 @@ def striped(prepared: Prepared, areas: dict[str, np.ndarray]) -> np.ndarray:
         areas: reason, as in OVERLAYS -> (rows, columns) of `prepared`, bool.
     """
     from matplotlib.colors import to_rgb
-    linear = prepared.linear if prepared.close_up is None else prepared.close_up
-    stretched = prepared.stretch.apply(linear)
-    colors = to_bytes(stretched)
-    times = math.ceil(VIEW_PIXELS / max(linear.shape))  # a small one is enlarged
-    colors = colors.repeat(times, 0)
+    stretched = prepared.stretch.apply(drawn_from(prepared))
+    times = math.ceil(VIEW_PIXELS / max(stretched.shape))  # a small one is enlarged
+    colors = to_bytes(stretched).repeat(times, 0)
     colors = colors.repeat(times, 1)
     height, width, _ = colors.shape
     row, column = np.ogrid[:height, :width]
@@ -6248,12 +6244,12 @@ def striped(prepared: Prepared, areas: dict[str, np.ndarray]) -> np.ndarray:
             continue  # it would take time
         area = areas[reason][cells]
         inside = scipy.ndimage.binary_erosion(area, iterations=2)
-        marked = area & ~inside  # its edge
         period = 36 // max(len(hatch), 1)
-        stripes = lines[hatch[:1]] % period < max(period // 3, not hatch)
-        marked |= area & stripes
-        colors[area] //= 2  # darker between stripes, so that these are seen on any color
+        wide = max(period // 3, not hatch)
+        stripes = lines[hatch[:1]] % period < wide
+        marked = area & (stripes | ~inside)  # stripes, and its edge
         ink = 255 * np.array(to_rgb(color))
+        colors[area] //= 2  # darker between stripes, so that these are seen on any color
         colors[marked] = ink.astype(np.uint8)
     return colors
 
@@ -6274,12 +6270,12 @@ def draw_figures(figure, prepared: Prepared, settings: Settings, title: str, sai
     third = "words" if fit is None else "loss"
     axes = figure.subplot_mosaic([VIEWS, ("seen", third, "words")])
     sky = prepared.sky.surface if fit is None else linear_sky(prepared, fit)
-    pictures = views_of(prepared, sky, settings.correction)
-    stretch = display_stretch(pictures["picture"])
+    views = Views(prepared, sky, settings.correction)
+    stretch = display_stretch(views.picture)
     words = NOT_TRAINED if fit is None else ", same stretch"
     for view in VIEWS:
-        draw_view(axes[view], view, pictures, stretch, prepared.full_shape, words)
-    axes["picture"].set_title(title, loc="left")
+        views.draw(axes[view], view, stretch, words)
+    axes["picture"].set_title(in_lines([title], 60), loc="left", parse_math=False)
     draw_seen(axes["seen"], prepared, settings)
     if fit is not None:
         axes["loss"].plot(fit.history[:, 0])
@@ -6307,31 +6303,27 @@ def write_animation(file, prepared: Prepared, fit: Fit, correction: str = "subtr
     from matplotlib.figure import Figure
     from PIL import Image
     prepared = thinned(prepared)
-    height, width = shape = prepared.full_shape
-    tall = 3.6 * min(height / width, 0.7)  # inches; larger is more than 3 MB
-    places = dict(left=0.01, right=0.99, bottom=0.01, top=tall / (tall + 0.3), wspace=0.02)
+    longer = max(prepared.full_shape)
     # Most happens early, so the steps are at equal distances of the square root of the epoch
-    last = len(fit.track) - 1
-    chosen = np.round(last * np.linspace(0, 1, FRAMES - 1)**2)
-    steps = [fit.track[k] for k in np.unique(chosen.astype(int))]
+    chosen = (len(fit.track) - 1) * np.linspace(0, 1, FRAMES - 1)**2
+    steps = [fit.track[k] for k in np.unique(chosen.round().astype(int))]
     steps.append((f"the best of {len(fit.history)}", fit.positions, fit.values))
     frames = []
     for epoch, positions, values in steps:
-        then = replace(fit, positions=positions, values=values)
-        sky = linear_sky(prepared, then)
-        pictures = views_of(prepared, sky, correction)
-        stretch = display_stretch(pictures["picture"])
-        row, column = positions.T * max(shape) - 0.5  # (n,) pixels
+        sky = linear_sky(prepared, replace(fit, positions=positions, values=values))
+        views = Views(prepared, sky, correction)
+        stretch = display_stretch(views.picture)
         with drawing_style():
-            figure = Figure((7.4, tall + 0.3))  # the rest is for the words
-            model, result = figure.subplots(1, 2, gridspec_kw=places)
-            draw_view(model, "model", pictures, stretch, shape, f", epoch: {epoch}")
+            figure = Figure(ANIMATION_SIZE)
+            figure.subplots_adjust(0.01, 0.01, 0.99, 0.89, 0.02)
+            model, result = figure.subplots(1, 2)
+            for axes, view in ((model, "model"), (result, "result")):
+                views.draw(axes, view, stretch, f", epoch: {epoch}")
             model.autoscale(False)  # points may be outside
+            row, column = positions.T * longer - 0.5  # (n,) pixels
             model.plot(column, row, "o", color=INK, markeredgecolor="black", markersize=5)
-            draw_view(result, "result", pictures, stretch, shape, f", epoch: {epoch}")
             png = to_png(figure)
-        frame = Image.open(io.BytesIO(png))
-        frames.append(frame.convert("RGB"))
+        frames.append(Image.open(io.BytesIO(png)).convert("RGB"))
     pauses = [FRAME_PAUSE] * (len(frames) - 1) + [LAST_PAUSE]
     frames[0].save(file, "GIF", save_all=True, append_images=frames[1:], duration=pauses, loop=0)
 
@@ -6397,55 +6389,51 @@ def show_figure(draw: Callable, where: str) -> None:
 
 @dataclass(frozen=True)
 class Task:
-    """One picture to do: what to read, what to write, and how."""
+    """One picture to do."""
 
-    input_file: str
-    mask_file: str | None
-    reference_file: str | None
+    path: str
+    options: argparse.Namespace  # of the command line
     settings: Settings
-    preview: bool  # nothing is fitted
-    outputs: dict[str, str]  # "model", "subtracted", "uncertainty", ... -> its path
-    format: str  # of the outputs, a key of FORMATS
-    compress: bool
 
-    @property
-    def title(self) -> str:
-        """The name of the picture, as it can be drawn."""
-        name = os.path.basename(self.input_file).encode("utf-8", "replace")
-        return name.decode().replace("$", r"\$")  # matplotlib would take it for a formula
+    @functools.cached_property
+    def format(self) -> Format:
+        """The format of the outputs."""
+        return FORMATS[self.options.format or picture_format(self.path) or "xisf"]
 
+    @functools.cached_property
+    def outputs(self) -> dict[str, str]:
+        """What is written -> its path."""
+        options = self.options
+        ending = self.format.ending
+        ends = {}
+        if not options.preview:
+            what = "bgDivided" if self.settings.correction == "divide" else "bgSubtracted"
+            ends["model"] = f"bgModel{ending}"
+            ends["subtracted"] = f"{what}{ending}"
+        if options.save_uncertainty:
+            ends["uncertainty"] = f"uncertainty{ending}"
+        if options.save_mask:
+            ends["mask"] = f"mask{ending}"
+        if options.animate:
+            ends["animation"] = "optimization.gif"
+        if options.figures == "save":
+            ends["figure"] = "preview.png" if options.preview else "figures.png"
+        return {kind: self.output(end) for kind, end in ends.items()}
 
-def _make_task(path: str, options: argparse.Namespace, settings: Settings,
-               saves_figure: bool = False) -> Task:
-    """Return the task that does the picture at this path.
+    def output(self, end: str) -> str:
+        """Return the path of an output whose name ends so."""
+        return os.path.join(self.options.output_path, f"{picture_stem(self.path)}_{end}")
 
-    Nobody shall wait for what cannot be saved: a BgError is raised if a file is not there, or would
-    be overwritten.
-    """
-    given = [name for name in (path, options.mask, options.reference) if name is not None]
-    _check_given(given)
-    name = output_format(path, options)
-    ending = FORMATS[name].ending
-    what = "bgSubtracted" if settings.correction == "subtract" else "bgDivided"
-    wanted = {
-        "model": (not options.preview, f"bgModel{ending}"),
-        "subtracted": (not options.preview, f"{what}{ending}"),
-        "uncertainty": (options.save_uncertainty, f"uncertainty{ending}"),
-        "mask": (options.save_mask, f"mask{ending}"),
-        "animation": (options.animate, "optimization.gif"),
-        "figure": (saves_figure, "preview.png" if options.preview else "figures.png"),
-    }
-    start = os.path.join(options.output_path, picture_stem(path))
-    outputs = {kind: f"{start}_{end}" for kind, (is_wanted, end) in wanted.items() if is_wanted}
-    for output in outputs.values():
-        _check_output(output, given)
-    return Task(path, options.mask, options.reference, settings, options.preview, outputs, name,
-                options.compress)
+    def check(self) -> None:
+        """Raise a BgError if a file is not there, or would be overwritten.
 
-
-def output_format(path: str, options: argparse.Namespace) -> str:
-    """Return the format of what is written for the picture at this path, a key of FORMATS."""
-    return options.format or picture_format(path) or "xisf"
+        Nobody shall wait for what cannot be saved.
+        """
+        named = self.path, self.options.mask, self.options.reference
+        given = [name for name in named if name is not None]
+        _check_given(given)
+        for output in self.outputs.values():
+            _check_output(output, given)
 
 
 def _check_given(paths: Iterable[str]) -> None:
@@ -6488,7 +6476,7 @@ def process_file(task: Task, watched: ContextManager = nullcontext(),
         files = dict(zip(task.outputs, opened))
         picture, mask, reference = read_inputs(task)
         result = fit = None
-        if task.preview:
+        if task.options.preview:
             black = -picture.unit.offset / picture.unit.scale
             prepared, settings = examine(picture.planes, task.settings, mask, black, reference)
         else:
@@ -6497,8 +6485,8 @@ def process_file(task: Task, watched: ContextManager = nullcontext(),
             prepared, settings, fit = result.prepared, result.settings, result.fit
             write_outputs(task, picture, result, files)
         draw = functools.partial(
-            draw_figures, prepared=prepared, settings=settings, title=task.title, said=notes.said,
-            fit=fit)
+            draw_figures, prepared=prepared, settings=settings, said=notes.said, fit=fit,
+            title=os.path.basename(task.path))
         if "figure" in files:
             files["figure"].write(drawn_by(draw))
         elif place is not None:
@@ -6511,22 +6499,23 @@ def read_inputs(task: Task) -> tuple[Picture, np.ndarray | None, Reference | Non
 
     What the picture is, and what its file has or loses, is logged.
     """
-    picture = _read_and_warn(read_picture, task.input_file)
+    picture = _read_and_warn(read_picture, task.path)
     count, height, width = picture.planes.shape
     colors = "gray" if count == 1 else "RGB"
-    line = f"{task.input_file}: {width} x {height}, {colors}, {picture.planes.dtype}"
+    line = f"{task.path}: {width} x {height}, {colors}, {picture.planes.dtype}"
     logger.info(f"{line}; {picture.note}" if picture.note else line)
     lone = keep_dark_samples(picture.planes)
     if lone:
         logger.info(f"{lone} lone samples of 0 are taken for dark sky, not for missing data")
-    if not task.preview:
+    options = task.options
+    if not options.preview:
         _start_importing()
     mask = reference = None
-    if task.mask_file is not None:
-        mask = _read_and_warn(read_mask, task.mask_file).planes
-    if task.reference_file is not None:
+    if options.mask is not None:
+        mask = _read_and_warn(read_mask, options.mask).planes
+    if options.reference is not None:
         factor = task.settings.downscaling_factor
-        reference = read_reference(task.reference_file, picture, factor, reference_once)
+        reference = read_reference(options.reference, picture, factor, reference_once)
     return picture, mask, reference
 
 
@@ -6582,7 +6571,6 @@ def _import_silently() -> None:
 def write_outputs(task: Task, picture: Picture, result: Result, files: dict) -> None:
     """Write what a task asks for, but for its figure, into its opened files."""
     history = _history(task, result)
-    write = FORMATS[task.format].write
     own = picture.source, picture.unit
     pictures = {
         "model": (result.sky, *own, "the sky"),
@@ -6597,7 +6585,7 @@ def write_outputs(task: Task, picture: Picture, result: Result, files: dict) -> 
         pictures["mask"] = mask, rows_of(picture.source), Unit(), "the mask, 1 = sky"
     for kind, (planes, metadata, unit, what) in pictures.items():
         lines = history + [f"bgoptimizer: this is {what}"]
-        write(files[kind], planes, metadata, lines, task.compress, unit)
+        task.format.write(files[kind], planes, metadata, lines, task.options.compress, unit)
     if "animation" in files:
         correction = result.settings.correction
         write_animation(files["animation"], result.prepared, result.fit, correction)
@@ -6613,7 +6601,8 @@ def _history(task: Task, result: Result) -> list[str]:
     now = datetime.now(timezone.utc)
     date = now.strftime("%Y-%m-%dT%H:%M:%S.%fZ")
     lines = [f"{name} = {value}" for name, value in vars(settings).items()]
-    lines.append(f"mask = {task.mask_file and os.path.basename(task.mask_file)}")
+    mask = task.options.mask
+    lines.append(f"mask = {mask and os.path.basename(mask)}")
     reference = result.prepared.reference
     if reference is not None:
         lines.append(f"reference = {reference.name}, SHA-256 {reference.checksum}")
@@ -6751,9 +6740,9 @@ def _told(error: Exception) -> str:
 # --------------------------------------------------------------------------------------------------
 # Preview to work in: a window, and a panel in notebooks
 #
-# A `View` is what is chosen of a picture. The handlers of a `Preview` replace it, and `refresh` shows
-# it; a window and a panel differ in their widgets only. All is computed by the functions of the
-# command line, so the command that is told does the same.
+# A `View` is what is chosen of a picture. The handlers of a `Preview` replace it, and `refresh`
+# shows it; a window and a panel differ in their widgets only. All is computed by the functions of
+# the command line, so the command that is told does the same.
 # --------------------------------------------------------------------------------------------------
 
 WINDOW_SIZE = 13.0, 6.2  # inches of 100 pixels: fits a screen of 1366 x 768, with its frame
@@ -6821,22 +6810,22 @@ class View:
 class Preview:
     """A picture, the view that is chosen of it, and the handlers that change the view."""
 
-    def __init__(self, figure, options: argparse.Namespace, settings: Settings, picture: Picture,
-                 mask: np.ndarray | None, reference: Reference | None = None):
+    def __init__(self, figure, task: Task, picture: Picture, mask: np.ndarray | None,
+                 reference: Reference | None = None):
         """Prepare the picture; what is not seen at once is computed later, or beside it.
 
-        The figure is empty, options and settings are of the command line, and the rest is as
-        `read_inputs` gives it.
+        The figure is empty, and the picture, its mask, and its reference are as `read_inputs` gives
+        them.
         """
-        self.options = argparse.Namespace(**{**vars(options), "preview": False})
+        self.task = task
         self.picture = picture
         self.mask = mask
         planes = picture.planes
-        used = settings.resolved()
+        used = task.settings.resolved()
         self.undrawn = replace(
             prepare(planes, used, mask), black=-picture.unit.offset / picture.unit.scale,
             close_up=close_up(planes, used), reference=reference)
-        self.view = View(settings, self.undrawn)
+        self.view = View(task.settings, self.undrawn)
         self.shown = "picture"  # one of VIEWS
         self.ladders = {name: list(values) for name, values in LADDERS.items()}
         for name, values in self.ladders.items():
@@ -6866,11 +6855,11 @@ class Preview:
 
     # --- Handlers: they change the view ---
 
-    def take(self, names: Sequence[str], places: Sequence[int]) -> None:
+    def take(self, places: dict[str, int]) -> None:
         """Choose what is at these places of the ladders of these names."""
         if self.showing:
             return
-        chosen = {name: self.ladders[name][int(place)] for name, place in zip(names, places)}
+        chosen = {name: self.ladders[name][int(place)] for name, place in places.items()}
         if "shown" in chosen:
             self.shown = chosen["shown"]
             self.refresh()
@@ -6883,7 +6872,7 @@ class Preview:
         place = self.place(name) + by
         if count > 3:
             place = min(max(place, 0), count - 1)
-        self.take([name], [place % count])
+        self.take({name: place % count})
 
     def change(self, drawn: np.ndarray | None = None, **changes) -> None:
         """Change what is chosen, or the drawing, if a fit could do with it."""
@@ -6933,8 +6922,8 @@ class Preview:
             draw_seen(axes, prepared, view.settings, 5)
         else:
             words = "" if view.result else NOT_TRAINED
-            pictures = views_of(prepared, self.model(), view.settings.correction)
-            draw_view(axes, self.shown, pictures, prepared.stretch, prepared.full_shape, words)
+            views = Views(prepared, self.model(), view.settings.correction)
+            views.draw(axes, self.shown, prepared.stretch, words)
         axes.images[0].set_interpolation("nearest")  # it is the quickest
         words = shlex.join(self.words()), in_lines(self.said, 62), self.status
         for text, line in zip(self.texts, words):
@@ -6972,20 +6961,18 @@ class Preview:
     def mask_path(self, view: View) -> str | None:
         """Return the path of a view's mask: of the given one, or if it is drawn, of a new file."""
         if view.drawn is None:
-            return self.options.mask
-        path, = self.options.input_file
-        ending = FORMATS[output_format(path, self.options)].ending
-        start = os.path.join(self.options.output_path, picture_stem(path) + "_mask")
-        paths = (f"{start}{count}{ending}" for count in ("", *range(2, 1000)))
+            return self.task.options.mask
+        ending = self.task.format.ending
+        paths = (self.task.output(f"mask{count}{ending}") for count in ("", *range(2, 1000)))
         return self.written or next(path for path in paths if not os.path.exists(path))
 
-    def words(self) -> list[str]:
-        """Return the flags of the command that does what is shown."""
-        return flag_words(self.options, self.view.asked, self.mask_path(self.view))
+    def words(self, usual=Settings) -> list[str]:
+        """Return the flags of the command that does what is shown; `usual` as for `flag_words`."""
+        return flag_words(self.task.options, self.view.asked, self.mask_path(self.view), usual)
 
 
 def drawn_on(mask: np.ndarray | None, drawn: np.ndarray | None) -> np.ndarray | None:
-    """Return a mask, or None for 1 all over, with what is drawn put over it; NaN is not drawn on."""
+    """Return a mask, None for 1 all over, with what is drawn, but for NaN, put over it."""
     if drawn is None:
         return mask
     return np.where(np.isnan(drawn), 1 if mask is None else mask, drawn)
@@ -7025,7 +7012,8 @@ class PreviewWindow(Preview):
             place = add([0.755, 0.92 - 0.05 * k, 0.15, 0.03])
             slider = kind(place, label, 0, last, valstep=1, color=INK)
             slider.drawon = False  # `refresh` draws all at once
-            slider.on_changed(lambda at, names=names: self.take(names, np.atleast_1d(at)))
+            slider.on_changed(
+                lambda at, names=names: self.take(dict(zip(names, np.atleast_1d(at)))))
             slider.label.set_x(-0.06)  # beside the handle, not below it
             slider.valtext.set_x(1.06)
             self.widgets[label] = slider
@@ -7114,9 +7102,10 @@ class PreviewWindow(Preview):
             return
 
         def work():
-            mask = self.write_mask(view)
-            options = argparse.Namespace(**{**vars(self.options), "mask": mask})
-            task = _make_task(*options.input_file, options, view.asked)
+            changes = dict(mask=self.write_mask(view), preview=False, figures="none")
+            options = argparse.Namespace(**{**vars(self.task.options), **changes})
+            task = Task(self.task.path, options, view.asked)
+            task.check()
             with atomic_outputs(*task.outputs.values()) as files:
                 write_outputs(task, self.picture, view.result, dict(zip(task.outputs, files)))
             logger.info("wrote " + ", ".join(task.outputs.values()))
@@ -7134,11 +7123,12 @@ class PreviewWindow(Preview):
         """Write the mask of a view if it was drawn on; returns its path, or that of the given."""
         path = self.mask_path(view)
         if view.drawn is not None:
-            write = FORMATS[output_format(*self.options.input_file, self.options)].write
             lines = ["bgoptimizer: a mask drawn by hand, 1 = sky"]
             metadata = rows_of(self.picture.source)
+            mask = self.full_mask(view)
+            task = self.task
             with atomic_outputs(path) as (file,):
-                write(file, self.full_mask(view), metadata, lines, self.options.compress, Unit())
+                task.format.write(file, mask, metadata, lines, task.options.compress, Unit())
             self.written = path
         return path
 
@@ -7181,15 +7171,15 @@ class PreviewWindow(Preview):
             self.figure.canvas.draw_idle()
 
 
-def work_in_window(task: Task, options: argparse.Namespace, interrupts: _Interrupts) -> None:
+def work_in_window(task: Task, interrupts: _Interrupts) -> None:
     """Open the preview window on one picture, until it is closed; then write the drawn mask."""
     inputs = read_inputs(task)
     with drawing_style():
         from matplotlib import pyplot
-        figure = pyplot.figure(task.title, WINDOW_SIZE)
+        figure = pyplot.figure(in_lines([os.path.basename(task.path)], 80), WINDOW_SIZE)
         # pyplot's own keys do other things
         figure.canvas.mpl_disconnect(figure.canvas.manager.key_press_handler_id)
-        window = PreviewWindow(figure, options, task.settings, *inputs)
+        window = PreviewWindow(figure, task, *inputs)
         window.keys["q"] = functools.partial(pyplot.close, figure)
 
         def tick():
@@ -7203,9 +7193,11 @@ def work_in_window(task: Task, options: argparse.Namespace, interrupts: _Interru
         interrupts.patient = True  # a toolkit would print a traceback, and go on
         pyplot.show()
         interrupts.patient = False
+    command = command_line(task.options, window.words())
+    if not task.options.quiet:  # the thread may still import TensorFlow, and has the log for itself
+        print(f"this command does it:\n{command}", flush=True)
     window.pool.shutdown()
     window.write_mask(window.view)
-    logger.info(f"this command does it:\n{command_line(window.options, window.words())}")
     del figure, window, timer, tick
     gc.collect()  # as in `display_kind`
     interrupts.check()
@@ -7229,18 +7221,14 @@ class PreviewPanel(Preview):
             kind = ipywidgets.SelectionSlider if len(values) > 3 else ipywidgets.ToggleButtons
             words = list(map(in_words, values))
             widget = kind(options=words, index=0, description=name, continuous_update=False)
-            widget.observe(lambda change, name=name: self.take([name], [change.new]), "index")
+            widget.observe(lambda change, name=name: self.take({name: change.new}), "index")
             self.widgets[name] = widget
         self.button = ipywidgets.Button(description="Use these settings")
-        self.button.on_click(lambda _: use(self.all_words()))
+        self.button.on_click(lambda _: use(self.words(usual=None)))
         self.image = ipywidgets.Image(format="png")
         PreviewPanel.widgets_in_use = [*self.widgets.values(), self.button]
         self.box = ipywidgets.VBox([*PreviewPanel.widgets_in_use, self.image])
         self.go_to(self.view)
-
-    def all_words(self) -> list[str]:
-        """Return flags for all settings; they are to stand after others."""
-        return flag_words(self.options, self.view.asked, self.options.mask, usual=None)
 
     def go_to(self, view):
         """Also look for the sky, for there is no thread that does."""
@@ -7258,13 +7246,6 @@ class PreviewPanel(Preview):
 def in_words(value) -> str:
     """Return what can be chosen in words, as the command line takes it."""
     return "auto" if value is None else str(value)
-
-
-def preview_in_panel(task: Task, options: argparse.Namespace,
-                     use: Callable[[list[str]], None]) -> None:
-    """Show the panel of one picture in a notebook; one that was shown before is closed."""
-    from IPython.display import display
-    display(PreviewPanel(use, options, task.settings, *read_inputs(task)).box)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -7410,7 +7391,8 @@ def _plan(pictures: list[str], options: argparse.Namespace, settings: Settings,
     writers = {}  # path of an output -> its picture
     for path in pictures:
         try:
-            task = _make_task(path, options, settings, options.figures == "save")
+            task = Task(path, options, settings)
+            task.check()
             for output in task.outputs.values():
                 other = writers.setdefault(os.path.normcase(output), path)
                 if other != path:
@@ -7428,7 +7410,7 @@ def _plan(pictures: list[str], options: argparse.Namespace, settings: Settings,
 
 def _is_done(task: Task) -> bool:
     """Tell whether all outputs are there and newer than the picture."""
-    made = os.stat(task.input_file).st_mtime_ns
+    made = os.stat(task.path).st_mtime_ns
     return all(os.path.exists(path) and os.stat(path).st_mtime_ns > made
                for path in task.outputs.values())
 
@@ -7467,7 +7449,7 @@ def _try_picture(task: Task, interrupts: _Interrupts) -> Outcome:
         with _heard_by():
             outcome = _outcome(task, *process_file(task, watched))
     except Exception as error:
-        outcome = Outcome(task.input_file, FAILED, message=_told(error))
+        outcome = Outcome(task.path, FAILED, message=_told(error))
     return outcome._replace(seconds=f"{time.perf_counter() - started:.2f}")
 
 
@@ -7479,7 +7461,7 @@ def _outcome(task: Task, result: Result, warned: list[str]) -> Outcome:
     digits = ["" if math.isnan(number) else f"{number:.5g}" for number in numbers]
     confidence = f"unsure: {sky.unsure}" if sky.unsure else "sure"
     outcome = WARNED if warned else DONE
-    return Outcome(task.input_file, outcome, *digits, confidence, message=" | ".join(warned))
+    return Outcome(task.path, outcome, *digits, confidence, message=" | ".join(warned))
 
 
 # Many pictures: executors
@@ -7517,7 +7499,7 @@ def _by_executor(executor: Executor, work: Callable, to_do: list[Task]) -> Itera
             raise
         except Exception as error:  # a picture that has killed one worker of Dask after the other
             message = f"it could not be done by any worker ({type(error).__name__}); try it alone"
-            outcome = Outcome(task.input_file, FAILED, message=message)
+            outcome = Outcome(task.path, FAILED, message=message)
         to_do.remove(task)
         yield outcome
 
@@ -7537,7 +7519,7 @@ def _by_processes(to_do: list[Task], count: int) -> Iterator[Outcome]:
         except (BrokenExecutor, OSError):  # such as one that could not be started
             if count == 1:
                 message = "the process that did it has died; is there enough memory?"
-                yield Outcome(to_do.pop(0).input_file, FAILED, message=message)
+                yield Outcome(to_do.pop(0).path, FAILED, message=message)
             count = 1
         except BaseException:  # Ctrl-C, or nobody wants more
             for process in set(multiprocessing.active_children()) - others:
@@ -7630,19 +7612,16 @@ def build_parser() -> argparse.ArgumentParser:
 
     switch = {"action": "store_true", "default": "off"}
     add("-c", "--compress", **switch,
-        help="compress without loss: XISF by LZ4-HC and byte shuffling, FITS by GZIP_2, TIFF by "
-             "deflate")
+        help="compress without loss: XISF by LZ4-HC, FITS by GZIP_2, TIFF by deflate")
     add("-dx", "--downscaling-factor", type=int,
         help="side of the blocks of pixels that the fit sees as one pixel")
     add("-df", "--downscaling-func", choices=("median", "mean"), metavar="DOWNSCALING_FUNC",
         help="what a block is reduced to, median or mean; the median drops small stars")
     add("-dq", "--delinearization-quantile", type=float,
         default=f"{DEFAULT_QUANTILE}, with --auto {AUTO_QUANTILE}",
-        help="quantile taken to 1; what is above is clipped; raise it if the preview shows "
-             "clipped sky")
+        help="quantile taken to 1; what is above is clipped")
     add("-p", "--preview", **switch,
-        help="try settings in a window, draw a mask; without a display, a picture of stretch and "
-             "mask is saved")
+        help="try settings in a window, draw a mask; without a display, a picture is saved")
     add("-N", dest="points", metavar="N", type=int,
         default=f"{DEFAULT_POINTS}, with --auto {AUTO_POINTS}",
         help="number of control points that the fit trains")
@@ -7653,8 +7632,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("-tM", "--threshold-max", type=float,
         help="leave out what is brighter than this in the stretched picture")
     add("-m", "--mask", default="none",
-        help="a picture of the same size, 1 channel or as many: 1 = use, 0 = leave out, between = "
-             "weight")
+        help="a picture of the same size: 1 = use, 0 = leave out, between = weight")
     add("-i", "--initializer", choices=("random", "grid"), metavar="INITIALIZER",
         help="where the control points start, random or grid")
     add("-e", "--epochs", type=int, help="most epochs; the fit ends before when nothing improves")
@@ -7663,11 +7641,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("-B", dest="batch", metavar="B", type=int,
         help=f"batch size: independent samples of {SAMPLE_CELLS} cells that the fit sees")
     add("-lr", dest="learning_rate", metavar="LR", type=float, help="learning rate at the start")
-    add("--auto", **switch,
-        help="find objects and leave them out; flags given by hand stay in force")
+    add("--auto", **switch, help="find objects and leave them out")
     add("--reference", metavar="FILE", default="none",
-        help="another picture of the region with a gentler sky, which tells nebula from glow; it "
-             "implies --auto")
+        help="another picture of the region with a gentler sky, tells nebula from glow")
     add("--smoothing", type=auto_or_number, metavar="{auto,NUMBER}",
         default="auto, found from the picture",
         help="stiffness: 10000 is a plane, 1000 adds a bowl, 0.001 follows all that is smooth")
@@ -7679,15 +7655,13 @@ def build_parser() -> argparse.ArgumentParser:
     add("--save-mask", **switch, help="also write the mask, to edit it and give it back with -m")
     add("--save-uncertainty", **switch, help="also write the standard deviation of the model")
     add("--figures", choices=("auto", "show", "save", "none"),
-        help="figure or preview: show it, save it as PNG, or none; auto shows it where that is "
-             "possible, and saves the preview where it is not")
+        help="figure or preview: show it, save it as PNG, or none; auto shows it where it can")
     add("--animate", **switch, help="also write an animation of how the surface settles")
     add("--skip-done", **switch, help="leave out pictures whose outputs are newer than they are")
     add("--jobs", type=int, metavar="N", default="1",
-        help="pictures of a folder that are done at the same time, each in a process")
+        help="pictures of a folder that are done at the same time")
     add("--dask", metavar="ADDRESS", default="none",
-        help="the address of a Dask scheduler, such as tcp://host:8786, whose workers do the "
-             "pictures; they need to see the same files")
+        help="Dask scheduler, such as tcp://host:8786, whose workers do the pictures")
     add("--quiet", **switch, help="print warnings and errors only")
     parser.add_argument("--version", action="version", version=f"bgoptimizer {VERSION}")
     parser.set_defaults(**vars(Settings()), figures="auto")
@@ -7813,11 +7787,15 @@ def _run_one(options: argparse.Namespace, settings: Settings, interrupts: _Inter
     """Do one picture, and tell how it goes on."""
     started = time.perf_counter()
     place = _place_for_figure(options)
-    task = _make_task(*options.input_file, options, settings, place == "file")
-    if task.preview and place == "window":
-        work_in_window(task, options, interrupts)
-    elif task.preview and place == "notebook" and importlib.util.find_spec("ipywidgets"):
-        preview_in_panel(task, options, use)
+    if place == "file":
+        options.figures = "save"
+    task = Task(*options.input_file, options, settings)
+    task.check()
+    if options.preview and place == "window":
+        work_in_window(task, interrupts)
+    elif options.preview and place == "notebook" and importlib.util.find_spec("ipywidgets"):
+        from IPython.display import display
+        display(PreviewPanel(use, task, *read_inputs(task)).box)
     else:
         process_file(task, watched_fit(settings.epochs, interrupts, not options.quiet), place)
         for path in task.outputs.values():

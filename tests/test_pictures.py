@@ -26,7 +26,7 @@ from bgoptimizer import (
     striped,
     write_animation,
 )
-from runner import FAST, command, python, quick, refused, run
+from runner import FAST, command, quick, refused, run
 from scenes import make_scene, save, sloping_sky, to_planes
 
 
@@ -314,16 +314,3 @@ def test_figures_cannot_be_shown_without_a_display(sky, capsys, monkeypatch):
     monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
     assert run("sky.xisf", "--figures", "show") == 1
     assert "--figures save" in refused(capsys)
-
-
-DRAWS_NOTHING = """
-import sys, bgoptimizer
-bgoptimizer.main(sys.argv[1:])
-sys.exit("matplotlib" in sys.modules)
-"""
-
-
-def test_matplotlib_is_not_imported_where_nothing_is_drawn(sky, folder):
-    for arguments in (["--help"], ["absent.xisf"], ["sky.xisf", "-p", "--figures", "none"]):
-        done = python(DRAWS_NOTHING, *arguments, cwd=folder)
-        assert done.returncode == 0, arguments
