@@ -6665,7 +6665,9 @@ def watched_fit(epochs: int, interrupts: _Interrupts,
 
     If it is `shown`, a bar moves on a terminal, and elsewhere every 100th epoch is told.
     """
-    with _bar(epochs, "epoch", shown) as bar:
+    from tqdm import tqdm
+    terminal = sys.stderr is not None and sys.stderr.isatty()  # None if the caller has closed it
+    with tqdm(total=epochs, unit="epoch", leave=False, disable=not (shown and terminal)) as bar:
         def on_epoch(epoch, loss):
             interrupts.check()
             bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
@@ -6680,13 +6682,6 @@ def watched_fit(epochs: int, interrupts: _Interrupts,
         finally:
             interrupts.patient = False
         interrupts.check()
-
-
-def _bar(total: int, unit: str, shown: bool):
-    """Return a bar of tqdm, which shows nothing but on a terminal."""
-    from tqdm import tqdm
-    terminal = sys.stderr is not None and sys.stderr.isatty()  # None if the caller has closed it
-    return tqdm(total=total, unit=unit, leave=False, disable=not (shown and terminal))
 
 
 class _Notes(logging.Handler):
@@ -7299,8 +7294,10 @@ def find_pictures(where: str | Sequence[str], *used: str | None) -> list[str]:
         if os.path.isdir(path) or os.path.realpath(path) in used:
             continue
         is_own = picture_stem(path).endswith(OWN_OUTPUTS)
-        is_other = is_own or not PICTURE_ENDINGS.search(os.path.basename(path))
-        (others if is_other else pictures).append(path)
+        if is_own or not PICTURE_ENDINGS.search(os.path.basename(path)):
+            others.append(path)
+        else:
+            pictures.append(path)
     if others:  # they may be somebody's pictures all the same
         some = textwrap.shorten(", ".join(others), 200, placeholder=" ...")
         logger.info(f"left out by name (no pictures, or outputs of this tool): {some}")
@@ -7366,11 +7363,10 @@ def _outcomes(to_do: list[Task], options: argparse.Namespace,
     """Do pictures here, or by an executor, as the options say; yields what came of each."""
     jobs = min(options.jobs or 1, len(to_do), 61)  # Windows cannot wait for more processes
     if options.dask is not None and to_do:
-        yield from _by_dask(to_do, options.dask)
-    elif jobs > 1:
-        yield from _by_processes(to_do, jobs)
-    else:
-        yield from (_try_picture(task, interrupts) for task in to_do)
+        return _by_dask(to_do, options.dask)
+    if jobs > 1:
+        return _by_processes(to_do, jobs)
+    return (_try_picture(task, interrupts) for task in to_do)
 
 
 def read_report(path: str) -> dict[str, Outcome]:
@@ -7410,9 +7406,9 @@ def _plan(pictures: list[str], options: argparse.Namespace, settings: Settings,
 
 def _is_done(task: Task) -> bool:
     """Tell whether all outputs are there and newer than the picture."""
-    made = os.stat(task.path).st_mtime_ns
-    return all(os.path.exists(path) and os.stat(path).st_mtime_ns > made
-               for path in task.outputs.values())
+    outputs = task.outputs.values()
+    made = os.path.getmtime(task.path)
+    return all(os.path.exists(path) and os.path.getmtime(path) > made for path in outputs)
 
 
 def _tell(outcome: Outcome, number: str) -> None:
