@@ -7071,15 +7071,23 @@ class PreviewWindow(Preview):
         view = self.view
         _start_importing()
 
-        def on_epoch(epoch, loss):
+        def check():
             if self.stopping.is_set():
                 raise BgError("stopped")
+
+        def on_epoch(epoch, loss):
+            check()
             self.status = f"epoch {epoch}, loss {loss:.4f}"
+
+        @contextmanager
+        def watched():
+            check()  # before TensorFlow is waited for
+            yield on_epoch
 
         def work():
             return remove_sky(
                 self.picture.planes.copy(), view.asked, self.full_mask(view), self.picture.unit,
-                nullcontext(on_epoch), self.undrawn.reference)
+                watched(), self.undrawn.reference)
 
         def keep(result):
             self.sky = result.prepared.sky

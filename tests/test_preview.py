@@ -207,6 +207,9 @@ def test_training_shows_the_result_and_writing_writes_what_the_command_writes(op
 
 def test_the_fit_stops_when_asked_to(opened):
     window = opened("-dx", "4", "-e", "100000")
+    press(window, "t", "escape")
+    wait(window)  # before the first epoch
+    assert window.view.result is None
     press(window, "t")
     while "epoch" not in window.status:
         time.sleep(0.01)
