@@ -6508,14 +6508,17 @@ def read_inputs(task: Task) -> tuple[Picture, np.ndarray | None, Reference | Non
     if lone:
         logger.info(f"{lone} lone samples of 0 are taken for dark sky, not for missing data")
     options = task.options
-    if not options.preview:
-        _start_importing()
     mask = reference = None
     if options.mask is not None:
         mask = _read_and_warn(read_mask, options.mask).planes
     if options.reference is not None:
         factor = task.settings.downscaling_factor
         reference = read_reference(options.reference, picture, factor, reference_once)
+    for name in USED_BESIDE_IMPORTS:
+        module, _, part = name.rpartition(".")
+        getattr(importlib.import_module(module), part)
+    if not options.preview:
+        _start_importing()
     return picture, mask, reference
 
 
@@ -6534,6 +6537,15 @@ def reference_once(path: str) -> OpenedReference:
 @functools.lru_cache(maxsize=1)
 def _kept_reference(path, changed):
     return open_reference(path)
+
+
+USED_BESIDE_IMPORTS = (
+    "scipy.interpolate", "scipy.linalg", "scipy.ndimage", "scipy.optimize",
+    "scipy.spatial.distance", "skimage.draw.polygon2mask", "skimage.measure.block_reduce",
+    "skimage.morphology.reconstruction", "skimage.registration.phase_cross_correlation",
+    "tqdm.tqdm")
+"""What is used while another thread imports TensorFlow. It has to be there before: where two
+threads import, Python 3.11 may have each wait for the other forever."""
 
 
 @functools.lru_cache(maxsize=None)  # so that only the first call does anything
@@ -6565,7 +6577,6 @@ def _import_silently() -> None:
             gc.disable()
             stack.callback(gc.enable)
         import_tensorflow().zeros(1)
-        importlib.import_module("scipy.interpolate")  # for `SkyModel`, beside the fit
 
 
 def write_outputs(task: Task, picture: Picture, result: Result, files: dict) -> None:

@@ -142,6 +142,23 @@ def test_matplotlib_is_not_loaded_where_nothing_is_drawn(sky, folder):
     assert "matplotlib" not in loaded
 
 
+IMPORTS_BEFORE_TENSORFLOW = """
+import sys, bgoptimizer
+task = bgoptimizer.Task(sys.argv[1], *bgoptimizer._parse([*sys.argv[1:], "-p"]))
+picture, mask, reference = bgoptimizer.read_inputs(task)
+before = set(sys.modules)
+bgoptimizer.examine(picture.planes, task.settings, mask, 0, reference)
+print(sorted(set(sys.modules) - before))
+"""
+
+
+def test_nothing_is_imported_while_tensorflow_is(sky, folder):
+    """Two threads that import may wait for each other forever."""
+    save(folder / "survey.xisf", sloping_sky(seed=1)[0])
+    done = python(IMPORTS_BEFORE_TENSORFLOW, "sky.xisf", "--reference", "survey.xisf")
+    assert done.stdout == "[]\n", done.stderr
+
+
 @pytest.mark.parametrize("given, kept", [(None, "1"), ("7", "7")])
 def test_a_program_that_imports_the_script_keeps_its_own_number_of_threads(given, kept):
     surroundings = imports_script()
