@@ -6113,10 +6113,6 @@ NOT_TRAINED = " (of the sky that was found, not trained yet)"
 FIGURE_SIZE = 13.6, 7.6  # inches of 100 pixels: fits a laptop's screen
 INK = "#f0e442"  # of control points, and of what can be moved
 
-FIGURE_STYLE = {"figure.dpi": 100, "font.size": 8, "legend.frameon": False}
-"""What differs from matplotlib's dark style. So pictures look the same in light and in dark windows
-and notebooks."""
-
 OVERLAYS = {
     "missing": ("#6b7077", "", "missing"),
     "threshold": ("#e69f00", "/////", "left out by -tm, -tM"),
@@ -6334,9 +6330,10 @@ def _channel_letters(prepared):
 
 
 def drawing_style() -> ContextManager:
-    """Return a context in which matplotlib draws in our colors."""
+    """Return a context in which matplotlib draws in our colors, on light and on dark screens."""
     from matplotlib import style
-    return style.context(["dark_background", FIGURE_STYLE])
+    ours = {"figure.dpi": 100, "font.size": 8, "legend.frameon": False}
+    return style.context(["dark_background", ours])
 
 
 def to_png(figure) -> bytes:
@@ -7566,7 +7563,7 @@ def _by_dask(to_do: list[Task], address: str) -> Iterator[Outcome]:
     # Dask hands a function of a module over by its name, and one of a script with all it uses
     name = Path(__file__).stem if __name__ == "__main__" else __name__
     script = importlib.import_module(name)
-    for name in ("distributed", "distributed.client"):
+    for name in ("distributed", "distributed.client", "tornado.application"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # we say what matters
     try:
         client = distributed.Client(address, timeout=PATIENCE_WITH_SCHEDULER)
