@@ -6110,15 +6110,11 @@ def _log_numbers(prepared: Prepared, settings: Settings) -> None:
 # --------------------------------------------------------------------------------------------------
 
 VIEWS = ("picture", "model", "result")
-"""What is shown of a picture, in figures with one stretch; see `views_of`."""
+"""What is shown of a picture, in figures with one stretch; see `Views`."""
 
 NOT_TRAINED = " (of the sky that was found, not trained yet)"
 FIGURE_SIZE = 13.6, 7.6  # inches of 100 pixels: fits a laptop's screen
 INK = "#f0e442"  # of control points, and of what can be moved
-
-FIGURE_STYLE = {"figure.dpi": 100, "font.size": 8, "legend.frameon": False}
-"""What differs from matplotlib's dark style. So pictures look the same in light and in dark windows
-and notebooks."""
 
 OVERLAYS = {
     "missing": ("#6b7077", "", "missing"),
@@ -6131,6 +6127,7 @@ OVERLAYS = {
 """Reason -> its color (after Okabe and Ito), its stripes (none: solid), its name. Stripes tell the
 reasons apart where colors do not."""
 
+ANIMATION_SIZE = 7.4, 2.8  # inches of 100 pixels; larger is more than 3 MB
 FRAMES = 20  # of an animation, at most
 FRAME_PAUSE = 130  # milliseconds that a frame is shown
 LAST_PAUSE = 1500  # milliseconds: some 4 seconds in all
@@ -6159,22 +6156,38 @@ def to_bytes(stretched: np.ndarray) -> np.ndarray:
     return np.broadcast_to(image, (height, width, 3))
 
 
-def views_of(prepared: Prepared, sky: Callable, correction: str) -> dict[str, np.ndarray]:
-    """Return the picture, a model of its sky, and what is left without it, as they are drawn.
+def drawn_from(prepared: Prepared) -> np.ndarray:
+    """Return what a thinned picture is drawn from, (h, w, c) linear."""
+    return prepared.linear if prepared.close_up is None else prepared.close_up
 
-    Args:
-        prepared: thinned.
-        sky: takes frame coordinates (..., 2) to the linear sky there, (..., c).
-        correction: "subtract" or "divide".
 
-    Returns:
-        One of VIEWS -> (h, w, c) linear.
-    """
-    picture = prepared.linear if prepared.close_up is None else prepared.close_up
-    planes = SkyModel(sky, picture.shape[:2])
-    model = np.stack(list(planes), -1)
-    result = corrected(prepared, picture, model, correction)
-    return dict(zip(VIEWS, (picture, model, result)))
+class Views:
+    """A picture, a model of its sky, and what is left without it, as they are drawn."""
+
+    def __init__(self, prepared: Prepared, sky: Callable, correction: str):
+        """Make them of what was thinned.
+
+        The sky takes frame coordinates (..., 2) to the linear sky there, (..., c); the correction
+        is "subtract" or "divide".
+        """
+        self.shape = prepared.full_shape
+        self.picture = drawn_from(prepared)  # (h, w, c) linear, as the others
+        planes = SkyModel(sky, self.picture.shape[:2])
+        self.model = np.stack(list(planes), -1)
+        with np.errstate(divide="ignore", invalid="ignore"):  # a sky of no light at all
+            self.result = corrected(prepared, self.picture, self.model, correction)
+
+    def draw(self, axes, view: str, stretch: Stretch, words: str = "") -> None:
+        """Draw one of VIEWS; on the model lines of equal brightness. Words go on after its name."""
+        picture = getattr(self, view)
+        colors = to_bytes(stretch.apply(picture))
+        show(axes, colors, self.shape, f"the {view}{words}")
+        brightness = picture.mean(-1)
+        span = np.ptp(brightness)
+        if view == "model" and span > 1e-9 and min(brightness.shape) > 1:
+            darkest = brightness.min() - span  # without the dark colors of the map
+            frame = axes.images[0].get_extent()
+            axes.contour(brightness, 8, cmap="plasma", vmin=darkest, origin="upper", extent=frame)
 
 
 def show(axes, colors: np.ndarray, shape: tuple[int, int], title: str) -> None:
@@ -6185,25 +6198,6 @@ def show(axes, colors: np.ndarray, shape: tuple[int, int], title: str) -> None:
     axes.set_title(title, loc="left")  # the style does not reach what a window draws later
     axes.set(xticks=[], yticks=[])
     axes.imshow(colors, extent=(-0.5, right, bottom, -0.5), mouseover=False)
-
-
-def draw_view(axes, view: str, pictures: dict[str, np.ndarray], stretch: Stretch,
-              shape: tuple[int, int], words: str = "") -> None:
-    """Draw one of the `views_of` a picture; on the model lines of equal brightness.
-
-    Args:
-        shape: (h, w) of the full-size frame.
-        words: go on after the name of the view.
-    """
-    picture = pictures[view]
-    stretched = stretch.apply(picture)
-    show(axes, to_bytes(stretched), shape, f"the {view}{words}")
-    brightness = picture.mean(-1)
-    span = np.ptp(brightness)
-    if view == "model" and span > 1e-9 and min(brightness.shape) > 1:
-        darkest = brightness.min() - span  # without the dark colors of the map
-        axes.contour(brightness, 8, cmap="plasma", vmin=darkest, origin="upper",
-                     extent=axes.images[0].get_extent())
 
 
 def draw_seen(axes, prepared: Prepared, settings: Settings, columns: int = 2) -> None:
@@ -6235,11 +6229,9 @@ def striped(prepared: Prepared, areas: dict[str, np.ndarray]) -> np.ndarray:
         areas: reason, as in OVERLAYS -> (rows, columns) of `prepared`, bool.
     """
     from matplotlib.colors import to_rgb
-    linear = prepared.linear if prepared.close_up is None else prepared.close_up
-    stretched = prepared.stretch.apply(linear)
-    colors = to_bytes(stretched)
-    times = math.ceil(VIEW_PIXELS / max(linear.shape))  # a small one is enlarged
-    colors = colors.repeat(times, 0)
+    stretched = prepared.stretch.apply(drawn_from(prepared))
+    times = math.ceil(VIEW_PIXELS / max(stretched.shape))  # a small one is enlarged
+    colors = to_bytes(stretched).repeat(times, 0)
     colors = colors.repeat(times, 1)
     height, width, _ = colors.shape
     row, column = np.ogrid[:height, :width]
@@ -6251,12 +6243,12 @@ def striped(prepared: Prepared, areas: dict[str, np.ndarray]) -> np.ndarray:
             continue  # it would take time
         area = areas[reason][cells]
         inside = scipy.ndimage.binary_erosion(area, iterations=2)
-        marked = area & ~inside  # its edge
         period = 36 // max(len(hatch), 1)
-        stripes = lines[hatch[:1]] % period < max(period // 3, not hatch)
-        marked |= area & stripes
-        colors[area] //= 2  # darker between stripes, so that these are seen on any color
+        wide = max(period // 3, not hatch)
+        stripes = lines[hatch[:1]] % period < wide
+        marked = area & (stripes | ~inside)  # stripes, and its edge
         ink = 255 * np.array(to_rgb(color))
+        colors[area] //= 2  # darker between stripes, so that these are seen on any color
         colors[marked] = ink.astype(np.uint8)
     return colors
 
@@ -6277,12 +6269,12 @@ def draw_figures(figure, prepared: Prepared, settings: Settings, title: str, sai
     third = "words" if fit is None else "loss"
     axes = figure.subplot_mosaic([VIEWS, ("seen", third, "words")])
     sky = prepared.sky.surface if fit is None else linear_sky(prepared, fit)
-    pictures = views_of(prepared, sky, settings.correction)
-    stretch = display_stretch(pictures["picture"])
+    views = Views(prepared, sky, settings.correction)
+    stretch = display_stretch(views.picture)
     words = NOT_TRAINED if fit is None else ", same stretch"
     for view in VIEWS:
-        draw_view(axes[view], view, pictures, stretch, prepared.full_shape, words)
-    axes["picture"].set_title(title, loc="left")
+        views.draw(axes[view], view, stretch, words)
+    axes["picture"].set_title(in_lines([title], 60), loc="left", parse_math=False)
     draw_seen(axes["seen"], prepared, settings)
     if fit is not None:
         axes["loss"].plot(fit.history[:, 0])
@@ -6310,31 +6302,27 @@ def write_animation(file, prepared: Prepared, fit: Fit, correction: str = "subtr
     from matplotlib.figure import Figure
     from PIL import Image
     prepared = thinned(prepared)
-    height, width = shape = prepared.full_shape
-    tall = 3.6 * min(height / width, 0.7)  # inches; larger is more than 3 MB
-    places = dict(left=0.01, right=0.99, bottom=0.01, top=tall / (tall + 0.3), wspace=0.02)
+    longer = max(prepared.full_shape)
     # Most happens early, so the steps are at equal distances of the square root of the epoch
-    last = len(fit.track) - 1
-    chosen = np.round(last * np.linspace(0, 1, FRAMES - 1)**2)
-    steps = [fit.track[k] for k in np.unique(chosen.astype(int))]
+    chosen = (len(fit.track) - 1) * np.linspace(0, 1, FRAMES - 1)**2
+    steps = [fit.track[k] for k in np.unique(chosen.round().astype(int))]
     steps.append((f"the best of {len(fit.history)}", fit.positions, fit.values))
     frames = []
     for epoch, positions, values in steps:
-        then = replace(fit, positions=positions, values=values)
-        sky = linear_sky(prepared, then)
-        pictures = views_of(prepared, sky, correction)
-        stretch = display_stretch(pictures["picture"])
-        row, column = positions.T * max(shape) - 0.5  # (n,) pixels
+        sky = linear_sky(prepared, replace(fit, positions=positions, values=values))
+        views = Views(prepared, sky, correction)
+        stretch = display_stretch(views.picture)
         with drawing_style():
-            figure = Figure((7.4, tall + 0.3))  # the rest is for the words
-            model, result = figure.subplots(1, 2, gridspec_kw=places)
-            draw_view(model, "model", pictures, stretch, shape, f", epoch: {epoch}")
+            figure = Figure(ANIMATION_SIZE)
+            figure.subplots_adjust(0.01, 0.01, 0.99, 0.89, 0.02)
+            model, result = figure.subplots(1, 2)
+            for axes, view in ((model, "model"), (result, "result")):
+                views.draw(axes, view, stretch, f", epoch: {epoch}")
             model.autoscale(False)  # points may be outside
+            row, column = positions.T * longer - 0.5  # (n,) pixels
             model.plot(column, row, "o", color=INK, markeredgecolor="black", markersize=5)
-            draw_view(result, "result", pictures, stretch, shape, f", epoch: {epoch}")
             png = to_png(figure)
-        frame = Image.open(io.BytesIO(png))
-        frames.append(frame.convert("RGB"))
+        frames.append(Image.open(io.BytesIO(png)).convert("RGB"))
     pauses = [FRAME_PAUSE] * (len(frames) - 1) + [LAST_PAUSE]
     frames[0].save(file, "GIF", save_all=True, append_images=frames[1:], duration=pauses, loop=0)
 
@@ -6345,9 +6333,10 @@ def _channel_letters(prepared):
 
 
 def drawing_style() -> ContextManager:
-    """Return a context in which matplotlib draws in our colors."""
+    """Return a context in which matplotlib draws in our colors, on light and on dark screens."""
     from matplotlib import style
-    return style.context(["dark_background", FIGURE_STYLE])
+    ours = {"figure.dpi": 100, "font.size": 8, "legend.frameon": False}
+    return style.context(["dark_background", ours])
 
 
 def to_png(figure) -> bytes:
@@ -6374,27 +6363,24 @@ def display_kind() -> str | None:
     return "window" if kind else None
 
 
-def put_picture(draw: Callable, where: str, path: str) -> None:
-    """Have draw(figure) fill an empty figure, and show it in a "notebook" or "window", or save it.
-
-    Args:
-        where: "file" to save it at this path.
-    """
+def drawn_by(draw: Callable) -> bytes:
+    """Return the PNG of an empty figure that draw(figure) fills."""
     from matplotlib.figure import Figure
     with drawing_style():
-        if where == "window":
-            from matplotlib import pyplot
-            draw(pyplot.figure(figsize=FIGURE_SIZE))
-            return
         figure = Figure(FIGURE_SIZE)
         draw(figure)
-        picture = to_png(figure)
-    if where == "file":
-        with atomic_outputs(path) as (file,):
-            file.write(picture)
+        return to_png(figure)
+
+
+def show_figure(draw: Callable, where: str) -> None:
+    """Have draw(figure) fill an empty figure, and show it in a "notebook" or "window"."""
+    if where == "window":
+        from matplotlib import pyplot
+        with drawing_style():
+            draw(pyplot.figure(figsize=FIGURE_SIZE))
     else:
         from IPython.display import Image, display
-        display(Image(picture))
+        display(Image(drawn_by(draw)))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -6403,65 +6389,51 @@ def put_picture(draw: Callable, where: str, path: str) -> None:
 
 @dataclass(frozen=True)
 class Task:
-    """One picture to do: what to read, what to write, and how."""
+    """One picture to do."""
 
-    input_file: str
-    mask_file: str | None
-    reference_file: str | None
+    path: str
+    options: argparse.Namespace  # of the command line
     settings: Settings
-    outputs: dict[str, str]  # "model", "subtracted", "uncertainty", ... -> its path
-    figure: str  # path of the figure or the preview, if it is saved
-    place_for_figure: str | None  # "notebook", "window", "file", or None
-    format: str  # of the outputs, a key of FORMATS
-    compress: bool
 
-    @property
-    def title(self) -> str:
-        """The name of the picture, as it can be drawn."""
-        name = os.path.basename(self.input_file).encode("utf-8", "replace")
-        return name.decode().replace("$", r"\$")  # matplotlib would take it for a formula
+    @functools.cached_property
+    def format(self) -> Format:
+        """The format of the outputs."""
+        return FORMATS[self.options.format or picture_format(self.path) or "xisf"]
 
-    @property
-    def written(self) -> list[str]:
-        """The paths of all that is written."""
-        figure = [self.figure] if self.place_for_figure == "file" else []
-        return [*self.outputs.values(), *figure]
+    @functools.cached_property
+    def outputs(self) -> dict[str, str]:
+        """What is written -> its path."""
+        options = self.options
+        ending = self.format.ending
+        ends = {}
+        if not options.preview:
+            what = "bgDivided" if self.settings.correction == "divide" else "bgSubtracted"
+            ends["model"] = f"bgModel{ending}"
+            ends["subtracted"] = f"{what}{ending}"
+        if options.save_uncertainty:
+            ends["uncertainty"] = f"uncertainty{ending}"
+        if options.save_mask:
+            ends["mask"] = f"mask{ending}"
+        if options.animate:
+            ends["animation"] = "optimization.gif"
+        if options.figures == "save":
+            ends["figure"] = "preview.png" if options.preview else "figures.png"
+        return {kind: self.output(end) for kind, end in ends.items()}
 
+    def output(self, end: str) -> str:
+        """Return the path of an output whose name ends so."""
+        return os.path.join(self.options.output_path, f"{picture_stem(self.path)}_{end}")
 
-def _make_task(path: str, options: argparse.Namespace, settings: Settings,
-               place: str | None) -> Task:
-    """Return the task that does the picture at this path.
+    def check(self) -> None:
+        """Raise a BgError if a file is not there, or would be overwritten.
 
-    Nobody shall wait for what cannot be saved: a BgError is raised if a file is not there, or would
-    be overwritten.
-    """
-    given = [name for name in (path, options.mask, options.reference) if name is not None]
-    _check_given(given)
-    name = output_format(path, options)
-    ending = FORMATS[name].ending
-    start = os.path.join(options.output_path, picture_stem(path))
-    what = "bgSubtracted" if settings.correction == "subtract" else "bgDivided"
-    outputs = {}
-    if not options.preview:
-        outputs["model"] = f"{start}_bgModel{ending}"
-        outputs["subtracted"] = f"{start}_{what}{ending}"
-    if options.save_uncertainty:
-        outputs["uncertainty"] = f"{start}_uncertainty{ending}"
-    if options.save_mask:
-        outputs["mask"] = f"{start}_mask{ending}"
-    if options.animate:
-        outputs["animation"] = f"{start}_optimization.gif"
-    figure = f"{start}_preview.png" if options.preview else f"{start}_figures.png"
-    for output in [*outputs.values(), figure]:
-        _check_output(output, given)
-    return Task(
-        path, options.mask, options.reference, settings, outputs, figure, place, name,
-        options.compress)
-
-
-def output_format(path: str, options: argparse.Namespace) -> str:
-    """Return the format of what is written for the picture at this path, a key of FORMATS."""
-    return options.format or picture_format(path) or "xisf"
+        Nobody shall wait for what cannot be saved.
+        """
+        named = self.path, self.options.mask, self.options.reference
+        given = [name for name in named if name is not None]
+        _check_given(given)
+        for output in self.outputs.values():
+            _check_output(output, given)
 
 
 def _check_given(paths: Iterable[str]) -> None:
@@ -6484,59 +6456,69 @@ def _check_output(path: str, kept: Iterable[str]) -> None:
 
 
 def process_file(task: Task, watched: ContextManager = nullcontext(),
-                 opened: Callable[[str], OpenedReference] = open_reference) -> Result:
-    """Take the sky out of one picture, from file to files; raises BgError if that cannot be done.
+                 place: str | None = None) -> tuple[Result | None, list[str]]:
+    """Take the sky out of one picture, or draw its preview, from file to files.
 
-    `watched` is as for `remove_sky`. `opened` takes the path of a reference to what is in it.
+    Args:
+        watched: as for `remove_sky`.
+        place: where the figure is shown, too: "notebook", "window", or None.
+
+    Returns:
+        What came of it, None of a preview; and the warnings.
+
+    Raises:
+        BgError: it cannot be done.
     """
-    with _heard() as said, atomic_outputs(*task.outputs.values()) as files:
-        picture, mask, reference = read_inputs(task, opened)
-        result = remove_sky(
-            picture.planes, task.settings, mask, picture.unit, watched, reference)
-        _write_outputs(task, picture, result, files)
-    _put_figure(task, prepared=result.prepared, settings=result.settings, said=said, fit=result.fit)
-    return result
-
-
-def preview_file(task: Task) -> None:
-    """Draw the preview of one picture."""
-    with _heard() as said:
+    notes = _Notes()
+    paths = task.outputs.values()
+    with _heard_by(notes, *logger.handlers), ExitStack() as stack:
+        opened = stack.enter_context(atomic_outputs(*paths)) if paths else []
+        files = dict(zip(task.outputs, opened))
         picture, mask, reference = read_inputs(task)
-        black = -picture.unit.offset / picture.unit.scale
-        prepared, settings = examine(picture.planes, task.settings, mask, black, reference)
-    _put_figure(task, prepared=prepared, settings=settings, said=said)
+        result = fit = None
+        if task.options.preview:
+            black = -picture.unit.offset / picture.unit.scale
+            prepared, settings = examine(picture.planes, task.settings, mask, black, reference)
+        else:
+            result = remove_sky(
+                picture.planes, task.settings, mask, picture.unit, watched, reference)
+            prepared, settings, fit = result.prepared, result.settings, result.fit
+            write_outputs(task, picture, result, files)
+        draw = functools.partial(
+            draw_figures, prepared=prepared, settings=settings, said=notes.said, fit=fit,
+            title=os.path.basename(task.path))
+        if "figure" in files:
+            files["figure"].write(drawn_by(draw))
+        elif place is not None:
+            show_figure(draw, place)
+    return result, notes.warned
 
 
-def _put_figure(task: Task, **what) -> None:
-    """Draw the figure of a picture where the task wants it; `what` is as for `draw_figures`."""
-    if task.place_for_figure is not None:
-        draw = functools.partial(draw_figures, title=task.title, **what)
-        put_picture(draw, task.place_for_figure, task.figure)
-
-
-def read_inputs(task: Task, opened: Callable[[str], OpenedReference] = open_reference) -> tuple[
-        Picture, np.ndarray | None, Reference | None]:
+def read_inputs(task: Task) -> tuple[Picture, np.ndarray | None, Reference | None]:
     """Read what a task names: the picture, its mask (1 or c, h, w), and its reference.
 
     What the picture is, and what its file has or loses, is logged.
     """
-    picture = _read_and_warn(read_picture, task.input_file)
+    picture = _read_and_warn(read_picture, task.path)
     count, height, width = picture.planes.shape
     colors = "gray" if count == 1 else "RGB"
-    line = f"{task.input_file}: {width} x {height}, {colors}, {picture.planes.dtype}"
+    line = f"{task.path}: {width} x {height}, {colors}, {picture.planes.dtype}"
     logger.info(f"{line}; {picture.note}" if picture.note else line)
     lone = keep_dark_samples(picture.planes)
     if lone:
         logger.info(f"{lone} lone samples of 0 are taken for dark sky, not for missing data")
-    if "model" in task.outputs:  # there will be a fit
-        _start_importing()
-    mask = None
-    if task.mask_file is not None:
-        mask = _read_and_warn(read_mask, task.mask_file).planes
-    reference = None
-    if task.reference_file is not None:
+    options = task.options
+    mask = reference = None
+    if options.mask is not None:
+        mask = _read_and_warn(read_mask, options.mask).planes
+    if options.reference is not None:
         factor = task.settings.downscaling_factor
-        reference = read_reference(task.reference_file, picture, factor, opened)
+        reference = read_reference(options.reference, picture, factor, reference_once)
+    for name in USED_BESIDE_IMPORTS:
+        module, _, part = name.rpartition(".")
+        getattr(importlib.import_module(module), part)
+    if not options.preview:
+        _start_importing()
     return picture, mask, reference
 
 
@@ -6545,6 +6527,25 @@ def _read_and_warn(read: Callable[[str], Picture], path: str) -> Picture:
     for text in picture.warnings:
         logger.warning(f"{path} {text}")
     return picture
+
+
+def reference_once(path: str) -> OpenedReference:
+    """Read a reference; one that all pictures of a folder have is read once."""
+    return _kept_reference(path, os.stat(path).st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=1)
+def _kept_reference(path, changed):
+    return open_reference(path)
+
+
+USED_BESIDE_IMPORTS = (
+    "scipy.interpolate", "scipy.linalg", "scipy.ndimage", "scipy.optimize",
+    "scipy.spatial.distance", "skimage.draw.polygon2mask", "skimage.measure.block_reduce",
+    "skimage.morphology.reconstruction", "skimage.registration.phase_cross_correlation",
+    "tqdm.tqdm")
+"""What is used while another thread imports TensorFlow. It has to be there before: where two
+threads import, Python 3.11 may have each wait for the other forever."""
 
 
 @functools.lru_cache(maxsize=None)  # so that only the first call does anything
@@ -6576,29 +6577,26 @@ def _import_silently() -> None:
             gc.disable()
             stack.callback(gc.enable)
         import_tensorflow().zeros(1)
-        importlib.import_module("scipy.interpolate")  # for `SkyModel`, beside the fit
 
 
-def _write_outputs(task: Task, picture: Picture, result: Result, opened: list) -> None:
-    """Write what a task asks for into its opened files."""
+def write_outputs(task: Task, picture: Picture, result: Result, files: dict) -> None:
+    """Write what a task asks for, but for its figure, into its opened files."""
     history = _history(task, result)
-    write = FORMATS[task.format].write
     own = picture.source, picture.unit
     pictures = {
         "model": (result.sky, *own, "the sky"),
         "subtracted": (result.planes, *own, "the picture without the sky"),
     }
-    if "uncertainty" in task.outputs:
+    if "uncertainty" in files:
         unit = picture.unit._replace(offset=0.0)  # a deviation is the same at any level
         pictures["uncertainty"] = (
             result.deviations, picture.source, unit, "the standard deviation of the model")
-    if "mask" in task.outputs:
+    if "mask" in files:
         mask = full_mask(result.prepared, result.settings)
         pictures["mask"] = mask, rows_of(picture.source), Unit(), "the mask, 1 = sky"
-    files = dict(zip(task.outputs, opened))
     for kind, (planes, metadata, unit, what) in pictures.items():
         lines = history + [f"bgoptimizer: this is {what}"]
-        write(files[kind], planes, metadata, lines, task.compress, unit)
+        task.format.write(files[kind], planes, metadata, lines, task.options.compress, unit)
     if "animation" in files:
         correction = result.settings.correction
         write_animation(files["animation"], result.prepared, result.fit, correction)
@@ -6614,7 +6612,8 @@ def _history(task: Task, result: Result) -> list[str]:
     now = datetime.now(timezone.utc)
     date = now.strftime("%Y-%m-%dT%H:%M:%S.%fZ")
     lines = [f"{name} = {value}" for name, value in vars(settings).items()]
-    lines.append(f"mask = {task.mask_file and os.path.basename(task.mask_file)}")
+    mask = task.options.mask
+    lines.append(f"mask = {mask and os.path.basename(mask)}")
     reference = result.prepared.reference
     if reference is not None:
         lines.append(f"reference = {reference.name}, SHA-256 {reference.checksum}")
@@ -6647,13 +6646,12 @@ class _Interrupts:
 
     def __enter__(self):
         self.before = {}
-        names = "SIGINT", "SIGTERM", "SIGHUP"
-        for number in [getattr(signal, name) for name in names if hasattr(signal, name)]:
-            before = signal.getsignal(number)
-            if before not in (None, signal.SIG_IGN):  # `nohup` has a command ignore HUP
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, signal.SIGINT)  # Windows has no HUP
+            if signal.getsignal(number) not in (None, signal.SIG_IGN):  # `nohup` ignores HUP
                 with suppress(ValueError):  # signals reach the main thread only
-                    signal.signal(number, self._listen)
-                    self.before[number] = before
+                    before = signal.signal(number, self._listen)
+                    self.before.setdefault(number, before)
         return self
 
     def _listen(self, number, _):
@@ -6672,12 +6670,15 @@ class _Interrupts:
 
 
 @contextmanager
-def _watched_fit(epochs: int, interrupts: _Interrupts) -> Iterator[Callable[[int, float], None]]:
+def watched_fit(epochs: int, interrupts: _Interrupts,
+                shown: bool) -> Iterator[Callable[[int, float], None]]:
     """Show how a fit goes on, and end it cleanly after Ctrl-C; yields what `on_epoch` is.
 
-    On a terminal a bar moves. Elsewhere every 100th epoch is told.
+    If it is `shown`, a bar moves on a terminal, and elsewhere every 100th epoch is told.
     """
-    with _bar(epochs, "epoch") as bar:
+    from tqdm import tqdm
+    terminal = sys.stderr is not None and sys.stderr.isatty()  # None if the caller has closed it
+    with tqdm(total=epochs, unit="epoch", leave=False, disable=not (shown and terminal)) as bar:
         def on_epoch(epoch, loss):
             interrupts.check()
             bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
@@ -6694,44 +6695,34 @@ def _watched_fit(epochs: int, interrupts: _Interrupts) -> Iterator[Callable[[int
         interrupts.check()
 
 
-def _bar(total: int, unit: str):
-    """Return a bar of tqdm, which shows nothing but on a terminal, and only if we may talk."""
-    from tqdm import tqdm
-    terminal = sys.stderr is not None and sys.stderr.isatty()  # None if the caller has closed it
-    shown = terminal and logger.isEnabledFor(logging.INFO)
-    return tqdm(total=total, unit=unit, leave=False, disable=not shown)
+class _Notes(logging.Handler):
+    """Keeps what is logged, a sentence each."""
+
+    def __init__(self):
+        super().__init__()
+        self.said = []  # warnings are marked
+        self.warned = []
+
+    def emit(self, record):
+        text = record.getMessage()
+        if record.levelno >= logging.WARNING:
+            self.warned.append(text)
+            text = f"warning: {text}"
+        self.said.append(text)
 
 
 @contextmanager
-def _logging_to(*handlers: logging.Handler) -> Iterator[None]:
-    """Let only these handlers hear what is logged, from the level of the first."""
+def _heard_by(*handlers: logging.Handler) -> Iterator[None]:
+    """Let these handlers, and no others, hear all that is logged."""
     before = logger.handlers[:], logger.propagate, logger.level
     logger.handlers[:] = handlers
     logger.propagate = False
-    logger.setLevel(handlers[0].level)
+    logger.setLevel(logging.INFO)
     try:
         yield
     finally:
         logger.handlers[:], logger.propagate, level = before
         logger.setLevel(level)
-
-
-@contextmanager
-def _heard(mark: str = "warning: ") -> Iterator[list[str]]:
-    """Collect what is logged meanwhile, a sentence each, with this mark before warnings."""
-    said = []
-
-    def write(record):
-        doubt = mark if record.levelno >= logging.WARNING else ""
-        said.append(doubt + record.getMessage())
-
-    handler = logging.Handler()
-    handler.emit = write
-    logger.addHandler(handler)
-    try:
-        yield said
-    finally:
-        logger.removeHandler(handler)
 
 
 def _told(error: Exception) -> str:
@@ -6755,9 +6746,9 @@ def _told(error: Exception) -> str:
 # --------------------------------------------------------------------------------------------------
 # Preview to work in: a window, and a panel in notebooks
 #
-# A `View` is all that can be chosen. The handlers of a `Preview` replace it, and `refresh` shows
-# it; a window and a panel differ in their widgets only. All is computed by the functions of the
-# command line, so the command that is told does the same.
+# A `View` is what is chosen of a picture. The handlers of a `Preview` replace it, and `refresh`
+# shows it; a window and a panel differ in their widgets only. All is computed by the functions of
+# the command line, so the command that is told does the same.
 # --------------------------------------------------------------------------------------------------
 
 WINDOW_SIZE = 13.0, 6.2  # inches of 100 pixels: fits a screen of 1366 x 768, with its frame
@@ -6776,7 +6767,7 @@ LADDERS = {
     "correction": ("subtract", "divide"),
     "shown": VIEWS,
 }
-"""What can be chosen, a field of `Settings` or of `View` -> its values."""
+"""What can be chosen, a field of `Settings` or what is shown -> its values."""
 
 SLIDERS = {
     "-dq": ("delinearization_quantile",),
@@ -6808,38 +6799,40 @@ HELP = ("Keys: left, right -dq;  down, up -tM;  [ ] -tm;  - + smoothing.\n"
 
 @dataclass(frozen=True)
 class View:
-    """What is chosen of a picture, what follows from it, and what is shown."""
+    """What is chosen of a picture, and what follows from it."""
 
     asked: Settings  # None where nothing was asked for, as on the command line
-    settings: Settings  # as used
     prepared: Prepared  # what the fit would see, but for what --auto leaves out
     drawn: np.ndarray | None = None  # (h, w, 1) of the reduced frame: 0 left out, 1 given back,
     # NaN not drawn on
     result: Result | None = None  # of a training with just this
-    shown: str = "picture"  # one of VIEWS
+
+    @property
+    def settings(self) -> Settings:
+        """The settings as used."""
+        return self.asked.resolved()
 
 
 class Preview:
     """A picture, the view that is chosen of it, and the handlers that change the view."""
 
-    def __init__(self, figure, options: argparse.Namespace, settings: Settings, picture: Picture,
-                 mask: np.ndarray | None, reference: Reference | None = None):
+    def __init__(self, figure, task: Task, picture: Picture, mask: np.ndarray | None,
+                 reference: Reference | None = None):
         """Prepare the picture; what is not seen at once is computed later, or beside it.
 
-        The figure is empty, options and settings are of the command line, and the rest is as
-        `read_inputs` gives it.
+        The figure is empty, and the picture, its mask, and its reference are as `read_inputs` gives
+        them.
         """
-        self.options = copy.copy(options)
-        self.options.preview = False
+        self.task = task
         self.picture = picture
         self.mask = mask
         planes = picture.planes
-        black = -picture.unit.offset / picture.unit.scale
-        used = settings.resolved()
-        prepared = prepare(planes, used, mask)
+        used = task.settings.resolved()
         self.undrawn = replace(
-            prepared, black=black, close_up=close_up(planes, used), reference=reference)
-        self.view = View(settings, used, self.undrawn)
+            prepare(planes, used, mask), black=-picture.unit.offset / picture.unit.scale,
+            close_up=close_up(planes, used), reference=reference)
+        self.view = View(task.settings, self.undrawn)
+        self.shown = "picture"  # one of VIEWS
         self.ladders = {name: list(values) for name, values in LADDERS.items()}
         for name, values in self.ladders.items():
             if self.value(name) not in values:
@@ -6849,7 +6842,6 @@ class Preview:
             measure_stretches, planes, self.ladders["delinearization_quantile"])
         self.written = None  # path of the mask that was drawn here
         self.sky = None  # as it was found last
-        self.looked = None  # what it depends on
         self.due = 0.0  # when to look for it, by the monotonic clock
         self.said = []
         self.status = ""  # what was refused, or is being done
@@ -6861,7 +6853,7 @@ class Preview:
 
     def value(self, name: str):
         """Return what is chosen, by its name in LADDERS."""
-        return getattr(self.view if name == "shown" else self.view.settings, name)
+        return getattr(self if name == "shown" else self.view.settings, name)
 
     def place(self, name: str) -> int:
         """Return where on its ladder that stands."""
@@ -6869,12 +6861,16 @@ class Preview:
 
     # --- Handlers: they change the view ---
 
-    def take(self, names: Sequence[str], places: Sequence[int]) -> None:
+    def take(self, places: dict[str, int]) -> None:
         """Choose what is at these places of the ladders of these names."""
-        changes = {}
-        for name, place in zip(names, places):
-            changes[name] = self.ladders[name][int(place)]
-        self.change(**changes)
+        if self.showing:
+            return
+        chosen = {name: self.ladders[name][int(place)] for name, place in places.items()}
+        if "shown" in chosen:
+            self.shown = chosen["shown"]
+            self.refresh()
+        else:
+            self.change(**chosen)
 
     def step(self, name: str, by: int) -> None:
         """Go along a ladder, and around where it is short."""
@@ -6882,16 +6878,11 @@ class Preview:
         place = self.place(name) + by
         if count > 3:
             place = min(max(place, 0), count - 1)
-        self.take([name], [place % count])
+        self.take({name: place % count})
 
     def change(self, drawn: np.ndarray | None = None, **changes) -> None:
         """Change what is chosen, or the drawing, if a fit could do with it."""
-        if self.showing:
-            return
-        if "shown" in changes:
-            self.view = replace(self.view, **changes)
-            self.refresh()
-            return
+        drawn = self.view.drawn if drawn is None else drawn
         try:
             asked = replace(self.view.asked, **changes)
             settings = asked.resolved()
@@ -6899,36 +6890,30 @@ class Preview:
             stretches, _ = self.stretches.result()
             if quantile not in stretches:
                 raise BgError(f"-dq {quantile:g} takes all of a channel to 1; raise it")
-            drawn = self.view.drawn if drawn is None else drawn
-            mask = self.undrawn.user_mask
-            if drawn is not None:
-                mask = np.where(np.isnan(drawn), 1 if mask is None else mask, drawn)
-            bare = replace(self.undrawn, user_mask=mask)
+            bare = replace(self.undrawn, user_mask=drawn_on(self.undrawn.user_mask, drawn))
             prepared = prepare_again(bare, self.picture.planes, stretches[quantile], settings)
         except (ValueError, BgError) as error:
             self.status = str(error)
             self.refresh()
         else:
-            self.go_to(View(asked, settings, prepared, drawn))
+            self.go_to(View(asked, prepared, drawn))
 
     def go_to(self, view: View) -> None:
         """Take a view for which the sky may be another one."""
-        self.view = replace(view, shown=self.view.shown)
+        self.view = view
         self.said = []  # it was said of something else
         self.status = ""
         self.due = time.monotonic() + LOOK_AFTER
         self.refresh()
 
-    def look(self, view: View) -> tuple:
-        """Find the sky of a view, if it can be another one, and tell of it."""
-        prepared, settings = view.prepared, view.settings
-        needs = settings.smoothing, settings.auto, prepared.used.tobytes()
-        sky = self.sky if needs == self.looked else find_sky(prepared, settings)
-        judge(self.picture.planes, prepared, settings, sky)
-        return needs, sky
+    def look(self, view: View) -> Sky:
+        """Find the sky of a view, and tell of it."""
+        sky = find_sky(view.prepared, view.settings)
+        judge(self.picture.planes, view.prepared, view.settings, sky)
+        return sky
 
-    def found(self, given: tuple) -> None:
-        self.looked, self.sky = given
+    def found(self, sky: Sky) -> None:
+        self.sky = sky
 
     # --- From the view to what is shown ---
 
@@ -6939,12 +6924,12 @@ class Preview:
             if old is not None:
                 old.remove()
         prepared = thinned(self.seen())
-        if view.shown == "picture" or self.sky is None:
+        if self.shown == "picture" or self.sky is None:
             draw_seen(axes, prepared, view.settings, 5)
         else:
             words = "" if view.result else NOT_TRAINED
-            pictures = views_of(prepared, self.model(), view.settings.correction)
-            draw_view(axes, view.shown, pictures, prepared.stretch, prepared.full_shape, words)
+            views = Views(prepared, self.model(), view.settings.correction)
+            views.draw(axes, self.shown, prepared.stretch, words)
         axes.images[0].set_interpolation("nearest")  # it is the quickest
         words = shlex.join(self.words()), in_lines(self.said, 62), self.status
         for text, line in zip(self.texts, words):
@@ -6982,23 +6967,28 @@ class Preview:
     def mask_path(self, view: View) -> str | None:
         """Return the path of a view's mask: of the given one, or if it is drawn, of a new file."""
         if view.drawn is None:
-            return self.options.mask
-        path, = self.options.input_file
-        ending = FORMATS[output_format(path, self.options)].ending
-        start = os.path.join(self.options.output_path, picture_stem(path) + "_mask")
-        paths = (f"{start}{count}{ending}" for count in ["", *range(2, 1000)])
+            return self.task.options.mask
+        ending = self.task.format.ending
+        paths = (self.task.output(f"mask{count}{ending}") for count in ("", *range(2, 1000)))
         return self.written or next(path for path in paths if not os.path.exists(path))
 
-    def words(self) -> list[str]:
-        """Return the flags of the command that does what is shown."""
-        return flag_words(self.options, self.view.asked, self.mask_path(self.view))
+    def words(self, usual=Settings) -> list[str]:
+        """Return the flags of the command that does what is shown; `usual` as for `flag_words`."""
+        return flag_words(self.task.options, self.view.asked, self.mask_path(self.view), usual)
+
+
+def drawn_on(mask: np.ndarray | None, drawn: np.ndarray | None) -> np.ndarray | None:
+    """Return a mask, None for 1 all over, with what is drawn, but for NaN, put over it."""
+    if drawn is None:
+        return mask
+    return np.where(np.isnan(drawn), 1 if mask is None else mask, drawn)
 
 
 def _quietly(work: Callable) -> tuple[Any, list[str]]:
     """Return what work() gives, and what it says, which nobody else hears."""
-    unheard = logging.NullHandler(logging.INFO)
-    with memory_errors(), _logging_to(unheard), _heard() as said:
-        return work(), said
+    notes = _Notes()
+    with memory_errors(), _heard_by(notes):
+        return work(), notes.said
 
 
 class PreviewWindow(Preview):
@@ -7028,7 +7018,8 @@ class PreviewWindow(Preview):
             place = add([0.755, 0.92 - 0.05 * k, 0.15, 0.03])
             slider = kind(place, label, 0, last, valstep=1, color=INK)
             slider.drawon = False  # `refresh` draws all at once
-            slider.on_changed(lambda at, names=names: self.take(names, np.atleast_1d(at)))
+            slider.on_changed(
+                lambda at, names=names: self.take(dict(zip(names, np.atleast_1d(at)))))
             slider.label.set_x(-0.06)  # beside the handle, not below it
             slider.valtext.set_x(1.06)
             self.widgets[label] = slider
@@ -7091,19 +7082,28 @@ class PreviewWindow(Preview):
         view = self.view
         _start_importing()
 
-        def on_epoch(epoch, loss):
+        def check():
             if self.stopping.is_set():
                 raise BgError("stopped")
+
+        def on_epoch(epoch, loss):
+            check()
             self.status = f"epoch {epoch}, loss {loss:.4f}"
+
+        @contextmanager
+        def watched():
+            check()  # before TensorFlow is waited for
+            yield on_epoch
 
         def work():
             return remove_sky(
                 self.picture.planes.copy(), view.asked, self.full_mask(view), self.picture.unit,
-                nullcontext(on_epoch), self.undrawn.reference)
+                watched(), self.undrawn.reference)
 
         def keep(result):
-            self.found((None, result.prepared.sky))
-            self.view = replace(view, result=result, shown="result")
+            self.sky = result.prepared.sky
+            self.view = replace(view, result=result)
+            self.shown = "result"
             then()
 
         self._start(work, keep, "preparing the fit")
@@ -7116,11 +7116,12 @@ class PreviewWindow(Preview):
             return
 
         def work():
-            options = copy.copy(self.options)
-            options.mask = self.write_mask(view)
-            task = _make_task(*options.input_file, options, view.asked, None)
+            changes = dict(mask=self.write_mask(view), preview=False, figures="none")
+            options = argparse.Namespace(**{**vars(self.task.options), **changes})
+            task = Task(self.task.path, options, view.asked)
+            task.check()
             with atomic_outputs(*task.outputs.values()) as files:
-                _write_outputs(task, self.picture, view.result, files)
+                write_outputs(task, self.picture, view.result, dict(zip(task.outputs, files)))
             logger.info("wrote " + ", ".join(task.outputs.values()))
 
         self._start(work, lambda _: None, "writing")
@@ -7130,17 +7131,18 @@ class PreviewWindow(Preview):
         if view.drawn is None:
             return self.mask
         drawn = full_mask(replace(self.undrawn, weight=view.drawn), view.settings)
-        return np.where(np.isnan(drawn), 1 if self.mask is None else self.mask, drawn)
+        return drawn_on(self.mask, drawn)
 
     def write_mask(self, view: View) -> str | None:
         """Write the mask of a view if it was drawn on; returns its path, or that of the given."""
         path = self.mask_path(view)
         if view.drawn is not None:
-            write = FORMATS[output_format(*self.options.input_file, self.options)].write
             lines = ["bgoptimizer: a mask drawn by hand, 1 = sky"]
             metadata = rows_of(self.picture.source)
+            mask = self.full_mask(view)
+            task = self.task
             with atomic_outputs(path) as (file,):
-                write(file, self.full_mask(view), metadata, lines, self.options.compress, Unit())
+                task.format.write(file, mask, metadata, lines, task.options.compress, Unit())
             self.written = path
         return path
 
@@ -7183,16 +7185,15 @@ class PreviewWindow(Preview):
             self.figure.canvas.draw_idle()
 
 
-def work_in_window(task: Task, options: argparse.Namespace, settings: Settings,
-                   interrupts: _Interrupts) -> None:
+def work_in_window(task: Task, interrupts: _Interrupts) -> None:
     """Open the preview window on one picture, until it is closed; then write the drawn mask."""
     inputs = read_inputs(task)
     with drawing_style():
         from matplotlib import pyplot
-        figure = pyplot.figure(task.title, WINDOW_SIZE)
+        figure = pyplot.figure(in_lines([os.path.basename(task.path)], 80), WINDOW_SIZE)
         # pyplot's own keys do other things
         figure.canvas.mpl_disconnect(figure.canvas.manager.key_press_handler_id)
-        window = PreviewWindow(figure, options, settings, *inputs)
+        window = PreviewWindow(figure, task, *inputs)
         window.keys["q"] = functools.partial(pyplot.close, figure)
 
         def tick():
@@ -7206,9 +7207,11 @@ def work_in_window(task: Task, options: argparse.Namespace, settings: Settings,
         interrupts.patient = True  # a toolkit would print a traceback, and go on
         pyplot.show()
         interrupts.patient = False
+    command = command_line(task.options, window.words())
+    if not task.options.quiet:  # the thread may still import TensorFlow, and has the log for itself
+        print(f"this command does it:\n{command}", flush=True)
     window.pool.shutdown()
     window.write_mask(window.view)
-    logger.info(f"this command does it:\n{command_line(window.options, window.words())}")
     del figure, window, timer, tick
     gc.collect()  # as in `display_kind`
     interrupts.check()
@@ -7232,30 +7235,19 @@ class PreviewPanel(Preview):
             kind = ipywidgets.SelectionSlider if len(values) > 3 else ipywidgets.ToggleButtons
             words = list(map(in_words, values))
             widget = kind(options=words, index=0, description=name, continuous_update=False)
-            widget.observe(lambda change, name=name: self.take([name], [change.new]), "index")
+            widget.observe(lambda change, name=name: self.take({name: change.new}), "index")
             self.widgets[name] = widget
         self.button = ipywidgets.Button(description="Use these settings")
-        self.button.on_click(lambda _: use(self.all_flags()))
+        self.button.on_click(lambda _: use(self.words(usual=None)))
         self.image = ipywidgets.Image(format="png")
         PreviewPanel.widgets_in_use = [*self.widgets.values(), self.button]
         self.box = ipywidgets.VBox([*PreviewPanel.widgets_in_use, self.image])
         self.go_to(self.view)
 
-    def all_flags(self) -> list[str]:
-        """Return flags for all settings; they are to stand after others."""
-        words = []
-        for flag, value in zip(FLAGS, vars(self.view.asked).values()):
-            if flag == "--auto":
-                words += [flag] if value else []
-            elif value is not None or flag == "--smoothing":
-                words += [flag, in_words(value)]
-        return words
-
     def go_to(self, view):
         """Also look for the sky, for there is no thread that does."""
         super().go_to(view)
-        given, self.said = _quietly(functools.partial(self.look, view))
-        self.found(given)
+        self.sky, self.said = _quietly(functools.partial(self.look, view))
         self.refresh()
 
     def set_widgets(self):
@@ -7268,13 +7260,6 @@ class PreviewPanel(Preview):
 def in_words(value) -> str:
     """Return what can be chosen in words, as the command line takes it."""
     return "auto" if value is None else str(value)
-
-
-def preview_in_panel(task: Task, options: argparse.Namespace, settings: Settings,
-                     use: Callable[[list[str]], None]) -> None:
-    """Show the panel of one picture in a notebook; one that was shown before is closed."""
-    from IPython.display import display
-    display(PreviewPanel(use, options, settings, *read_inputs(task)).box)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -7343,15 +7328,14 @@ def find_pictures(where: str | Sequence[str], *used: str | None) -> list[str]:
 
 def _files_at(name: str) -> list[str]:
     """Return what is in a folder or fits a pattern, but for hidden files; or a path that exists."""
-    folder, pattern = os.path.split(name)
     if os.path.isdir(name):
-        return glob.glob(os.path.join(glob.escape(name), "*"))
-    if os.path.exists(name) or not glob.has_magic(name):
+        name = os.path.join(name, "*")
+    elif os.path.exists(name) or not glob.has_magic(name):
         _check_given([name])
         return [name]
-    if os.path.isdir(folder):  # its name may hold brackets
-        name = os.path.join(glob.escape(folder), pattern)
-    return glob.glob(name, recursive=True)
+    folder, pattern = os.path.split(name)
+    as_it_is = glob.glob(os.path.join(glob.escape(folder), pattern))  # [Ha] may be in its name
+    return as_it_is or glob.glob(name, recursive=True)
 
 
 def run_many(pictures: list[str], options: argparse.Namespace, settings: Settings,
@@ -7365,7 +7349,7 @@ def run_many(pictures: list[str], options: argparse.Namespace, settings: Setting
     if options.preview or options.figures == "show":
         raise BgError("--preview and --figures show are for one picture; "
                       f"name it, such as {pictures[0]}")
-    for path, read in ((options.mask, read_mask), (options.reference, _open_reference_once)):
+    for path, read in ((options.mask, read_mask), (options.reference, reference_once)):
         if path is not None:
             read(path)  # so that a bad one is told once
     report = os.path.join(options.output_path, REPORT_NAME)
@@ -7375,18 +7359,12 @@ def run_many(pictures: list[str], options: argparse.Namespace, settings: Setting
     with atomic_outputs(report) as (file,):
         to_do, settled = _plan(pictures, options, settings, report)
         tried = len(to_do)
-        jobs = min(options.jobs or 1, tried, 61)  # Windows cannot wait for more processes
-        if options.dask is not None and to_do:
-            results = _by_dask(to_do, options.dask)
-        elif jobs > 1:
-            results = _by_processes(to_do, jobs)
-        else:
-            results = (_try_picture(task, interrupts) for task in to_do)
+        results = _outcomes(to_do, options, interrupts)
         try:
-            with closing(results), _bar(len(pictures), "picture") as bar:
+            with closing(results):
                 for outcome in itertools.chain(settled, results):
                     outcomes.append(outcome)
-                    _tell(outcome, bar)
+                    _tell(outcome, f"{len(outcomes)} of {len(pictures)}")
         except BaseException as error:  # an interrupted night has a report, too
             stopped = error
             if not outcomes:
@@ -7399,29 +7377,38 @@ def run_many(pictures: list[str], options: argparse.Namespace, settings: Setting
     _sum_up(outcomes, tried, time.perf_counter() - started, report)
 
 
+def _outcomes(to_do: list[Task], options: argparse.Namespace,
+              interrupts: _Interrupts) -> Iterator[Outcome]:
+    """Do pictures here, or by an executor, as the options say; yields what came of each."""
+    jobs = min(options.jobs or 1, len(to_do), 61)  # Windows cannot wait for more processes
+    if options.dask is not None and to_do:
+        return _by_dask(to_do, options.dask)
+    if jobs > 1:
+        return _by_processes(to_do, jobs)
+    return (_try_picture(task, interrupts) for task in to_do)
+
+
 def read_report(path: str) -> dict[str, Outcome]:
     """Return the outcomes of a report by file; none if there is no report, or not one of ours."""
-    if not os.path.exists(path):
-        return {}
-    with open(path, encoding="utf-8", errors="surrogateescape", newline="") as file:
-        names, *rows = list(csv.reader(file)) or [()]
-    if tuple(names) != Outcome._fields:
-        return {}
-    return {row[0]: Outcome(*row) for row in rows}
+    with suppress(FileNotFoundError):
+        with open(path, encoding="utf-8", errors="surrogateescape", newline="") as file:
+            rows = [row for row in csv.reader(file) if len(row) == len(Outcome._fields)]
+        return {row[0]: Outcome(*row) for row in rows}
+    return {}
 
 
 def _plan(pictures: list[str], options: argparse.Namespace, settings: Settings,
           report: str) -> tuple[list[Task], list[Outcome]]:
     """Return what there is to do, and the outcomes of what is done already or cannot start."""
     known = read_report(report) if options.skip_done else {}
-    place = "file" if options.figures == "save" else None
     to_do = []
     settled = []
     writers = {}  # path of an output -> its picture
     for path in pictures:
         try:
-            task = _make_task(path, options, settings, place)
-            for output in task.written:
+            task = Task(path, options, settings)
+            task.check()
+            for output in task.outputs.values():
                 other = writers.setdefault(os.path.normcase(output), path)
                 if other != path:
                     raise BgError(f"{path} and {other} would both write {output}; "
@@ -7438,60 +7425,46 @@ def _plan(pictures: list[str], options: argparse.Namespace, settings: Settings,
 
 def _is_done(task: Task) -> bool:
     """Tell whether all outputs are there and newer than the picture."""
-    made = os.stat(task.input_file).st_mtime_ns
-    return all(os.path.exists(path) and os.stat(path).st_mtime_ns > made for path in task.written)
+    outputs = task.outputs.values()
+    made = os.path.getmtime(task.path)
+    return all(os.path.exists(path) and os.path.getmtime(path) > made for path in outputs)
 
 
-def _tell(outcome: Outcome, bar) -> None:
-    """Move the bar; what failed or was warned of is told in a line, and without a bar all is."""
-    bar.set_postfix_str(os.path.basename(outcome.file), refresh=False)
-    bar.update()
+def _tell(outcome: Outcome, number: str) -> None:
+    """Log what came of a picture, the `number` of which says how far the run is."""
     message = outcome.message
     if not message.startswith(outcome.file):
         message = f"{outcome.file}: {message}"
-    with bar.external_write_mode():
-        if outcome.outcome == FAILED:
-            logger.warning(f"failed: {message}")
-        elif outcome.outcome == WARNED:
-            logger.warning(message)
-        elif outcome.outcome == DONE and bar.disable:
-            logger.info(f"{outcome.file}: done, {outcome.seconds} s")
+    if outcome.outcome == FAILED:
+        logger.warning(f"failed: {message}")
+    elif outcome.outcome == WARNED:
+        logger.warning(message)
+    elif outcome.outcome == DONE:
+        logger.info(f"{outcome.file}: done, {outcome.seconds} s ({number})")
 
 
 def _sum_up(outcomes: list[Outcome], tried: int, seconds: float, report: str) -> None:
     """Log what came of all pictures; raises BgError if some failed."""
     numbers = Counter(row.outcome for row in outcomes)
-    total = len(outcomes)
-    noun = "picture" if total == 1 else "pictures"
+    total = "1 picture" if len(outcomes) == 1 else f"{len(outcomes)} pictures"
     parts = [f"{count} {outcome}" for outcome, count in sorted(numbers.items())]
-    line = f"{total} {noun}: {', '.join(parts)}"
+    line = f"{total}: {', '.join(parts)}"
     if tried:
         line += f"; {seconds / tried:.1f} s a picture, {seconds:.1f} s in all"
     logger.info(f"{line}; wrote {report}")
     if numbers[FAILED]:
-        raise BgError(f"{numbers[FAILED]} of {total} {noun} failed; {report} says why")
-
-
-@functools.lru_cache(maxsize=1)
-def _kept_reference(path: str, changed: int) -> OpenedReference:
-    """Read a reference that changed then; all pictures of a folder have the same."""
-    return open_reference(path)
-
-
-def _open_reference_once(path: str) -> OpenedReference:
-    return _kept_reference(path, os.stat(path).st_mtime_ns)
+        raise BgError(f"{numbers[FAILED]} of {total} failed; {report} says why")
 
 
 def _try_picture(task: Task, interrupts: _Interrupts) -> Outcome:
     """Do one picture, whatever may happen; nothing is printed."""
     started = time.perf_counter()
-    watched = _watched_fit(task.settings.epochs, interrupts)
+    watched = watched_fit(task.settings.epochs, interrupts, shown=False)
     try:
-        with _logging_to(logging.NullHandler(logging.WARNING)), _heard(mark="") as warned:
-            result = process_file(task, watched, _open_reference_once)
-        outcome = _outcome(task, result, warned)
+        with _heard_by():
+            outcome = _outcome(task, *process_file(task, watched))
     except Exception as error:
-        outcome = Outcome(task.input_file, FAILED, message=_told(error))
+        outcome = Outcome(task.path, FAILED, message=_told(error))
     return outcome._replace(seconds=f"{time.perf_counter() - started:.2f}")
 
 
@@ -7503,7 +7476,7 @@ def _outcome(task: Task, result: Result, warned: list[str]) -> Outcome:
     digits = ["" if math.isnan(number) else f"{number:.5g}" for number in numbers]
     confidence = f"unsure: {sky.unsure}" if sky.unsure else "sure"
     outcome = WARNED if warned else DONE
-    return Outcome(task.input_file, outcome, *digits, confidence, message=" | ".join(warned))
+    return Outcome(task.path, outcome, *digits, confidence, message=" | ".join(warned))
 
 
 # Many pictures: executors
@@ -7541,7 +7514,7 @@ def _by_executor(executor: Executor, work: Callable, to_do: list[Task]) -> Itera
             raise
         except Exception as error:  # a picture that has killed one worker of Dask after the other
             message = f"it could not be done by any worker ({type(error).__name__}); try it alone"
-            outcome = Outcome(task.input_file, FAILED, message=message)
+            outcome = Outcome(task.path, FAILED, message=message)
         to_do.remove(task)
         yield outcome
 
@@ -7561,7 +7534,7 @@ def _by_processes(to_do: list[Task], count: int) -> Iterator[Outcome]:
         except (BrokenExecutor, OSError):  # such as one that could not be started
             if count == 1:
                 message = "the process that did it has died; is there enough memory?"
-                yield Outcome(to_do.pop(0).input_file, FAILED, message=message)
+                yield Outcome(to_do.pop(0).path, FAILED, message=message)
             count = 1
         except BaseException:  # Ctrl-C, or nobody wants more
             for process in set(multiprocessing.active_children()) - others:
@@ -7593,7 +7566,7 @@ def _by_dask(to_do: list[Task], address: str) -> Iterator[Outcome]:
     # Dask hands a function of a module over by its name, and one of a script with all it uses
     name = Path(__file__).stem if __name__ == "__main__" else __name__
     script = importlib.import_module(name)
-    for name in ("distributed", "distributed.client"):
+    for name in ("distributed", "distributed.client", "tornado.application"):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # we say what matters
     try:
         client = distributed.Client(address, timeout=PATIENCE_WITH_SCHEDULER)
@@ -7654,19 +7627,16 @@ def build_parser() -> argparse.ArgumentParser:
 
     switch = {"action": "store_true", "default": "off"}
     add("-c", "--compress", **switch,
-        help="compress without loss: XISF by LZ4-HC and byte shuffling, FITS by GZIP_2, TIFF by "
-             "deflate")
+        help="compress without loss: XISF by LZ4-HC, FITS by GZIP_2, TIFF by deflate")
     add("-dx", "--downscaling-factor", type=int,
         help="side of the blocks of pixels that the fit sees as one pixel")
     add("-df", "--downscaling-func", choices=("median", "mean"), metavar="DOWNSCALING_FUNC",
         help="what a block is reduced to, median or mean; the median drops small stars")
     add("-dq", "--delinearization-quantile", type=float,
         default=f"{DEFAULT_QUANTILE}, with --auto {AUTO_QUANTILE}",
-        help="quantile taken to 1; what is above is clipped; raise it if the preview shows "
-             "clipped sky")
+        help="quantile taken to 1; what is above is clipped")
     add("-p", "--preview", **switch,
-        help="try settings in a window, draw a mask; without a display, a picture of stretch and "
-             "mask is saved")
+        help="try settings in a window, draw a mask; without a display, a picture is saved")
     add("-N", dest="points", metavar="N", type=int,
         default=f"{DEFAULT_POINTS}, with --auto {AUTO_POINTS}",
         help="number of control points that the fit trains")
@@ -7677,8 +7647,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("-tM", "--threshold-max", type=float,
         help="leave out what is brighter than this in the stretched picture")
     add("-m", "--mask", default="none",
-        help="a picture of the same size, 1 channel or as many: 1 = use, 0 = leave out, between = "
-             "weight")
+        help="a picture of the same size: 1 = use, 0 = leave out, between = weight")
     add("-i", "--initializer", choices=("random", "grid"), metavar="INITIALIZER",
         help="where the control points start, random or grid")
     add("-e", "--epochs", type=int, help="most epochs; the fit ends before when nothing improves")
@@ -7687,11 +7656,9 @@ def build_parser() -> argparse.ArgumentParser:
     add("-B", dest="batch", metavar="B", type=int,
         help=f"batch size: independent samples of {SAMPLE_CELLS} cells that the fit sees")
     add("-lr", dest="learning_rate", metavar="LR", type=float, help="learning rate at the start")
-    add("--auto", **switch,
-        help="find objects and leave them out; flags given by hand stay in force")
+    add("--auto", **switch, help="find objects and leave them out")
     add("--reference", metavar="FILE", default="none",
-        help="another picture of the region with a gentler sky, which tells nebula from glow; it "
-             "implies --auto")
+        help="another picture of the region with a gentler sky, tells nebula from glow")
     add("--smoothing", type=auto_or_number, metavar="{auto,NUMBER}",
         default="auto, found from the picture",
         help="stiffness: 10000 is a plane, 1000 adds a bowl, 0.001 follows all that is smooth")
@@ -7703,15 +7670,13 @@ def build_parser() -> argparse.ArgumentParser:
     add("--save-mask", **switch, help="also write the mask, to edit it and give it back with -m")
     add("--save-uncertainty", **switch, help="also write the standard deviation of the model")
     add("--figures", choices=("auto", "show", "save", "none"),
-        help="figure or preview: show it, save it as PNG, or none; auto shows it where that is "
-             "possible, and saves the preview where it is not")
+        help="figure or preview: show it, save it as PNG, or none; auto shows it where it can")
     add("--animate", **switch, help="also write an animation of how the surface settles")
     add("--skip-done", **switch, help="leave out pictures whose outputs are newer than they are")
     add("--jobs", type=int, metavar="N", default="1",
-        help="pictures of a folder that are done at the same time, each in a process")
+        help="pictures of a folder that are done at the same time")
     add("--dask", metavar="ADDRESS", default="none",
-        help="the address of a Dask scheduler, such as tcp://host:8786, whose workers do the "
-             "pictures; they need to see the same files")
+        help="Dask scheduler, such as tcp://host:8786, whose workers do the pictures")
     add("--quiet", **switch, help="print warnings and errors only")
     parser.add_argument("--version", action="version", version=f"bgoptimizer {VERSION}")
     parser.set_defaults(**vars(Settings()), figures="auto")
@@ -7721,10 +7686,6 @@ def build_parser() -> argparse.ArgumentParser:
 def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Settings]:
     """Return options and settings, or exit with code 2 and a sentence."""
     parser = build_parser()
-    argv = sys.argv[1:] if argv is None else argv
-    for word in argv:
-        if word.startswith("-") and PICTURE_ENDINGS.search(word) and os.path.isfile(word):
-            parser.error(f"{word} is taken for a flag; write ./{word} for the file of that name")
     options = parser.parse_intermixed_args(argv)
     # A shell puts the names of all files in the place of lights/*.fit
     *others, last = options.input_file
@@ -7747,13 +7708,20 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Settings]:
         parser.error(str(error))
 
 
-def flag_words(options: argparse.Namespace, settings: Settings, mask: str | None) -> list[str]:
-    """Return the flags that ask for these settings, this mask file, and what else was given."""
+def flag_words(options: argparse.Namespace, settings: Settings, mask: str | None,
+               usual: type | None = Settings) -> list[str]:
+    """Return the flags that ask for these settings, this mask file, and what else was given.
+
+    Settings that are as `usual` are left out; without any, what follows may change no setting.
+    """
     words = []
-    usual = vars(Settings())
     for flag, (name, value) in zip(FLAGS, vars(settings).items()):
-        if value != usual[name]:
-            words += [flag] if value is True else [flag, str(value)]
+        if usual is not None and value == getattr(usual, name):
+            continue
+        if value is True:
+            words.append(flag)
+        elif value is not False and (value is not None or flag == "--smoothing"):
+            words += [flag, in_words(value)]
     for flag, value in (("-m", mask), ("--reference", options.reference),
                         ("--format", options.format)):
         words += [] if value is None else [flag, value]
@@ -7787,7 +7755,7 @@ def main(argv: Sequence[str] | None = None,
         with interrupts, memory_errors():
             options, settings = _parse(argv)
             console = _Console(logging.WARNING if options.quiet else logging.INFO)
-            with _logging_to(console, *logger.handlers):
+            with _heard_by(console, *logger.handlers):
                 pictures = find_pictures(options.input_file, options.mask, options.reference)
                 reported = options.jobs or options.dask or options.skip_done
                 if reported or len(pictures) > 1 or pictures != options.input_file:
@@ -7834,23 +7802,23 @@ def _run_one(options: argparse.Namespace, settings: Settings, interrupts: _Inter
     """Do one picture, and tell how it goes on."""
     started = time.perf_counter()
     place = _place_for_figure(options)
-    task = _make_task(*options.input_file, options, settings, place)
-    if not options.preview:
-        process_file(task, _watched_fit(settings.epochs, interrupts))
-    elif place == "window":
-        work_in_window(task, options, settings, interrupts)
-        return
-    elif place == "notebook" and importlib.util.find_spec("ipywidgets"):
-        preview_in_panel(task, options, settings, use)
-        return
+    if place == "file":
+        options.figures = "save"
+    task = Task(*options.input_file, options, settings)
+    task.check()
+    if options.preview and place == "window":
+        work_in_window(task, interrupts)
+    elif options.preview and place == "notebook" and importlib.util.find_spec("ipywidgets"):
+        from IPython.display import display
+        display(PreviewPanel(use, task, *read_inputs(task)).box)
     else:
-        preview_file(task)
-    for path in task.written:
-        logger.info(f"wrote {path}")
-    logger.info(f"{time.perf_counter() - started:.1f} s")
-    if place == "window":
-        from matplotlib import pyplot
-        pyplot.show()  # waits until the window is closed
+        process_file(task, watched_fit(settings.epochs, interrupts, not options.quiet), place)
+        for path in task.outputs.values():
+            logger.info(f"wrote {path}")
+        logger.info(f"{time.perf_counter() - started:.1f} s")
+        if place == "window":
+            from matplotlib import pyplot
+            pyplot.show()  # waits until the window is closed
 
 
 def _place_for_figure(options: argparse.Namespace) -> str | None:

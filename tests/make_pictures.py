@@ -67,14 +67,12 @@ def run(*words):
 
 def window(source, target):
     """Draw the preview window as soon as the sky is found, without a display."""
-    options, settings = bgoptimizer._parse([str(source), "--preview"])
-    bgoptimizer.logger.setLevel("INFO")  # all that is said stands in the window
+    task = bgoptimizer.Task(str(source), *bgoptimizer._parse([str(source), "--preview"]))
     with bgoptimizer.drawing_style():
         figure = FigureCanvasAgg(Figure(bgoptimizer.WINDOW_SIZE)).figure
         picture = bgoptimizer.read_picture(source)
-        opened = bgoptimizer.PreviewWindow(figure, options, settings, picture, None)
-        given, opened.said = bgoptimizer._quietly(lambda: opened.look(opened.view))
-        opened.found(given)
+        opened = bgoptimizer.PreviewWindow(figure, task, picture, None)
+        opened.sky, opened.said = bgoptimizer._quietly(lambda: opened.look(opened.view))
         opened.refresh()
         figure.savefig(target)
     opened.pool.shutdown()

@@ -26,7 +26,7 @@ from bgoptimizer import (
     striped,
     write_animation,
 )
-from runner import FAST, command, python, quick, refused, run
+from runner import FAST, command, quick, refused, run
 from scenes import make_scene, save, sloping_sky, to_planes
 
 
@@ -255,13 +255,14 @@ def test_names_that_are_formulas_or_cannot_be_printed_do_no_harm(folder):
 def test_the_figure_repeats_the_warnings_and_shows_what_was_called_sky(folder, monkeypatch):
     texts = []
 
-    def keep(draw, where, path):
+    def keep(draw):
         figure = Figure((13.6, 7.6))
         draw(figure)
         words = figure.findobj(Text)
         texts.extend(text.get_text() for text in words)
+        return b""
 
-    monkeypatch.setattr("bgoptimizer.put_picture", keep)
+    monkeypatch.setattr("bgoptimizer.drawn_by", keep)
     image, _ = sloping_sky(channels=1)
     image[:60] = 0
     save(folder / "sky.xisf", image)
@@ -313,16 +314,3 @@ def test_figures_cannot_be_shown_without_a_display(sky, capsys, monkeypatch):
     monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
     assert run("sky.xisf", "--figures", "show") == 1
     assert "--figures save" in refused(capsys)
-
-
-DRAWS_NOTHING = """
-import sys, bgoptimizer
-bgoptimizer.main(sys.argv[1:])
-sys.exit("matplotlib" in sys.modules)
-"""
-
-
-def test_matplotlib_is_not_imported_where_nothing_is_drawn(sky, folder):
-    for arguments in (["--help"], ["absent.xisf"], ["sky.xisf", "-p", "--figures", "none"]):
-        done = python(DRAWS_NOTHING, *arguments, cwd=folder)
-        assert done.returncode == 0, arguments

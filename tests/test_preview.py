@@ -10,10 +10,20 @@ from matplotlib.figure import Figure
 from numpy.testing import assert_array_equal
 
 import bgoptimizer
-from bgoptimizer import FLAGS, WINDOW_SIZE, PreviewWindow, build_parser, drawing_style, fields
+from bgoptimizer import (
+    FLAGS,
+    WINDOW_SIZE,
+    PreviewWindow,
+    Task,
+    build_parser,
+    drawing_style,
+    fields,
+)
 from runner import FAST, run
 from scenes import load, save, sloping_sky
 
+find_sky = bgoptimizer.find_sky
+SKIES = {}  # what was looked for -> the sky: most tests look at the same picture
 SQUARE = [(40, 40), (120, 40), (120, 100), (40, 100)]  # x and y, full size
 
 
@@ -30,16 +40,26 @@ def opened(folder, monkeypatch):
         picture = bgoptimizer.read_picture(name)
         with drawing_style():
             figure = FigureCanvasAgg(Figure(WINDOW_SIZE)).figure
-            window = PreviewWindow(figure, options, settings, picture, mask)
+            window = PreviewWindow(figure, Task(name, options, settings), picture, mask)
         windows.append(window)
         wait(window)  # until the sky is found
         return window
 
     monkeypatch.setattr(bgoptimizer, "LOOK_AFTER", 0)
+    monkeypatch.setattr(bgoptimizer, "find_sky", find_once)
+    monkeypatch.setattr(FigureCanvasAgg, "draw_idle", lambda canvas: None)  # nobody looks
     yield open_window
     for window in windows:
         window.stopping.set()
         window.pool.shutdown()
+
+
+def find_once(prepared, settings):
+    """Find a sky that was not found before."""
+    key = prepared.linear.tobytes(), prepared.weight.tobytes(), settings
+    if key not in SKIES:
+        SKIES[key] = find_sky(prepared, settings)
+    return SKIES[key]
 
 
 def press(window, *keys):
@@ -173,7 +193,7 @@ def test_training_shows_the_result_and_writing_writes_what_the_command_writes(op
     press(window, "w")
     wait(window)  # for the fit, then for the files
     wait(window)
-    assert window.view.shown == "result"
+    assert window.shown == "result"
     names = ["sky_bgModel.xisf", "sky_bgSubtracted.xisf", "sky_mask.xisf"]
     assert sorted(path.name for path in (folder / "out").iterdir()) == names
     written = [load(folder / "out" / name) for name in names]
@@ -187,6 +207,9 @@ def test_training_shows_the_result_and_writing_writes_what_the_command_writes(op
 
 def test_the_fit_stops_when_asked_to(opened):
     window = opened("-dx", "4", "-e", "100000")
+    press(window, "t", "escape")
+    wait(window)  # before the first epoch
+    assert window.view.result is None
     press(window, "t")
     while "epoch" not in window.status:
         time.sleep(0.01)
@@ -262,15 +285,16 @@ def test_closing_the_window_tells_the_command_and_writes_only_what_was_drawn(
 # The panel of a notebook
 
 @pytest.fixture
-def panel(folder):
+def panel(folder, monkeypatch):
     """A panel of a picture, and the list of what its button has handed over."""
     pytest.importorskip("ipywidgets")
+    monkeypatch.setattr(bgoptimizer, "find_sky", find_once)
     image, _ = sloping_sky(160, 240)
     save(folder / "sky.xisf", image)
     options, settings = bgoptimizer._parse(["sky.xisf", "-p", "-dx", "4", "--smoothing", "3"])
     used = []
     picture = bgoptimizer.read_picture("sky.xisf")
-    made = bgoptimizer.PreviewPanel(used.append, options, settings, picture, None)
+    made = bgoptimizer.PreviewPanel(used.append, Task("sky.xisf", options, settings), picture, None)
     return made, used
 
 
