@@ -2041,12 +2041,12 @@ def _remove(name):
 # --------------------------------------------------------------------------------------------------
 
 WORKERS = min(4, os.cpu_count() or 1)
-"""Threads for full-size work. NumPy releases the interpreter lock in it. More than 4 threads gain
-nothing, because the memory is not fast enough for them."""
+"""Threads for full-size work, in which NumPy releases the interpreter lock. The memory is not fast
+enough for more."""
 
 QUANTILE_SAMPLES = 1 << 23
 """Quantiles of a channel are taken of at least this many samples, if it has them. From twice as
-many on, a part of the samples is enough."""
+many on, a part of the samples is enough: so many give the median to a thousandth of the noise."""
 
 STRIP_PIXELS = 1 << 18
 """Pixels of one channel that are handled at a time in full-size work. As Float32 they are 1 MB,
@@ -2065,25 +2065,20 @@ below this part of its mean."""
 
 
 def keep_dark_samples(planes: np.ndarray) -> int:
-    """Raise lone zeros to the smallest number above 0, in place.
+    """Raise lone zeros to the smallest number above 0, in place; return how many there were.
 
     In a noisy sky near black such zeros are dark samples. Missing data stay 0: they come in
     regions, rows, columns and borders.
 
     Args:
         planes: (c, h, w).
-
-    Returns:
-        How many samples were lone zeros.
     """
     return sum(_each(_keep_dark_samples, planes))
 
 
-def _keep_dark_samples(plane: np.ndarray) -> int:
+def _keep_dark_samples(plane):
     dark = plane == 0  # (h, w)
-    if not dark.any():
-        return 0
-    others = plane[_present(plane)]
+    others = plane[_present(plane)] if dark.any() else dark[:0]
     if not others.size or others.min() > NEAR_BLACK * others.mean():
         return 0
     down = _long_runs(dark.copy())
@@ -2093,7 +2088,7 @@ def _keep_dark_samples(plane: np.ndarray) -> int:
     return np.count_nonzero(dark)
 
 
-def _long_runs(true: np.ndarray) -> np.ndarray:
+def _long_runs(true):
     """Keep True, in place, only where it stands many times in a row down a column."""
     for step in DOUBLINGS_OF_ZERO:  # True where a run begins
         true[:-step] &= true[step:]
@@ -2104,10 +2099,7 @@ def _long_runs(true: np.ndarray) -> np.ndarray:
 
 
 def _present(samples: np.ndarray) -> np.ndarray:
-    """Return True where a sample is data: finite, and not 0.
-
-    Black data are above 0, because the reader sets them to the smallest number that is.
-    """
+    """Return True where a sample is data: finite, and above 0, as `keep_dark_samples` makes it."""
     return (samples > 0) & (samples < np.inf)
 
 
@@ -2134,21 +2126,15 @@ def _grid(rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
 
 
 def _quantiles(plane: np.ndarray, present: np.ndarray, quantiles: Sequence[float]) -> np.ndarray:
-    """Return quantiles of the present samples: each is a sample, the lower one of two.
+    """Return quantiles, in [0, 1], of a plane (h, w) where it is present, (h, w) bool.
 
-    They are exact up to 16 Mpix. Of larger planes only every k-th sample is taken: 8 million
-    samples give the median to a thousandth of the noise.
-
-    Args:
-        plane: (h, w).
-        present: (h, w) bool, True somewhere.
-        quantiles: in [0, 1].
+    Each is a sample, the lower one of two. They are exact up to twice QUANTILE_SAMPLES.
     """
     step = plane.size // QUANTILE_SAMPLES
     step |= 1  # odd, so that it meets all the colors of a sensor's mosaic
-    some_present = present.ravel()[::step]
-    values = plane.ravel()[::step][some_present]
-    if values.size == 0:
+    values = plane.ravel()[::step]
+    values = values[present.ravel()[::step]]
+    if not values.size:
         values = plane[present]
     found = np.quantile(values, quantiles, overwrite_input=True, method="lower")
     return found.astype(float)
@@ -2186,66 +2172,42 @@ class Stretch:
 
     def apply(self, linear: np.ndarray) -> np.ndarray:
         """Stretch linear samples (..., c) of any range to (..., c) in [0, 1]; NaN stays NaN."""
-        m = self.midtones
-        x = (linear - self.pedestal) / self.scale
-        x = np.clip(x, 0, 1)
-        above = (1 - m) * x
-        below = (1 - 4 * m) * x + 3 * m
-        return above / below
+        return np.clip(self.extend(linear), 0, 1)
 
     def extend(self, linear: np.ndarray) -> np.ndarray:
         """Do what `apply` does, but outside [0, 1] go on with the slopes at the ends."""
-        x = (linear - self.pedestal) / self.scale
-        slope_at_0, slope_at_1 = _end_slopes(self.midtones)
-        below_0 = np.minimum(x, 0)
-        above_1 = np.maximum(x - 1, 0)
-        y = self.apply(linear)
-        return y + slope_at_0 * below_0 + slope_at_1 * above_1
+        return curve((linear - self.pedestal) / self.scale, self.slope)
 
     def invert(self, stretched: np.ndarray) -> np.ndarray:
         """Undo `extend`: take stretched samples (..., c) back to linear ones, (..., c)."""
-        x = inverse_midtones(stretched, self.midtones)
-        return x * self.scale + self.pedestal
+        return curve(stretched, 1 / self.slope) * self.scale + self.pedestal
+
+    @property
+    def slope(self) -> np.ndarray:
+        """The slope of f at 0, (c,)."""
+        return (1 - self.midtones) / (3 * self.midtones)
 
     @property
     def white(self) -> np.ndarray:
         """The linear values that are taken to 1, (c,)."""
         return self.pedestal + self.scale
 
-    def channel(self, k: int) -> Stretch:
-        """Return the same stretch for channel `k` alone."""
-        only = [k]
-        return Stretch(self.pedestal[only], self.scale[only], self.midtones[only])
 
+def curve(x, slope, library=np):
+    """Return slope x / (1 + (slope - 1) x), the midtones transfer function with a slope at 0, (c,).
 
-def inverse_midtones(stretched, m, library=np):
-    """Undo the midtones transfer function with midtones m, (c,), for samples (..., c).
+    Its inverse has the reciprocal slope. Outside [0, 1] both go on straight: there is a pole, and a
+    spline may well get there.
 
-    Outside [0, 1] it goes on with the slopes at its ends: it has a pole above 1, and a spline may
-    well get there. The library is numpy, or tensorflow for tensors.
+    Args:
+        x: (..., c).
+        library: numpy, or tensorflow for tensors.
     """
-    y = library.maximum(stretched, 0.0)
-    y = library.minimum(y, 1.0)
-    above = 3 * m * y
-    below = (1 - m) - (1 - 4 * m) * y
-    # The slopes of the inverse are the reciprocals, and so are these two of each other
-    slope_at_1, slope_at_0 = _end_slopes(m)
-    below_0 = library.minimum(stretched, 0.0)
-    above_1 = library.maximum(stretched - 1, 0.0)
-    return above / below + slope_at_0 * below_0 + slope_at_1 * above_1
-
-
-def _end_slopes(m):
-    """Return the slopes of the stretch with midtones m at 0 and at 1."""
-    slope_at_0 = (1 - m) / (3 * m)
-    slope_at_1 = 3 * m / (1 - m)
-    return slope_at_0, slope_at_1
-
-
-def measure_stretch(planes: np.ndarray, quantile: float) -> tuple[Stretch, np.ndarray]:
-    """Measure the stretch of a picture from its present samples; see `measure_stretches`."""
-    stretches, median = measure_stretches(planes, [quantile])
-    return stretches[quantile], median
+    below_0 = library.minimum(x, 0.0)
+    above_1 = library.maximum(x - 1, 0.0)
+    inside = library.minimum(library.maximum(x, 0.0), 1.0)
+    y = slope * inside / (1 + (slope - 1) * inside)
+    return y + slope * below_0 + above_1 / slope
 
 
 def measure_stretches(planes: np.ndarray,
@@ -2263,12 +2225,11 @@ def measure_stretches(planes: np.ndarray,
     Raises:
         BgError: a channel has no present sample, or only one value below all quantiles.
     """
-    count = len(planes)
     smallest = np.finfo(np.float32).tiny  # less is 0 to the fit, which computes in Float32
 
     def measure(k):
         plane = planes[k]
-        name = _channel_name(k, count)
+        name = _channel_name(k, len(planes))
         present = _present(plane)
         if not present.any():
             raise BgError(f"{name} holds no data (every sample is 0 or not finite); "
@@ -2281,7 +2242,7 @@ def measure_stretches(planes: np.ndarray,
                           "content")
         return low, median, *high
 
-    measured = _each(measure, range(count))
+    measured = _each(measure, range(len(planes)))
     pedestal, median, *high = np.array(list(measured)).T  # (c,) each
     stretches = {}
     for quantile, white in zip(quantiles, high):
@@ -2297,102 +2258,106 @@ def measure_stretches(planes: np.ndarray,
 # Reduce and mask
 # --------------------------------------------------------------------------------------------------
 
-def reduce_plane(plane: np.ndarray, factor: int, func: str = "median",
-                 transform: Callable | None = None) -> np.ndarray:
+def reduce_plane(plane: np.ndarray, factor: int, func: str = "median") -> np.ndarray:
     """Reduce blocks of factor x factor samples to the median or mean of their present samples.
 
     Args:
         plane: (h, w); missing samples are 0 or not finite.
         factor: side of a block. Blocks at the right and the lower edge use the samples they have.
         func: "median" or "mean".
-        transform: applied to the samples before the mean; a median can wait until after.
 
     Returns:
         (ceil(h / factor), ceil(w / factor)) float32; NaN where a block has nothing present.
     """
-    def medians(blocks, axis):  # (rows, columns, height, width) -> (rows, columns)
-        samples = blocks.reshape(*blocks.shape[:2], -1)
-        present = _present(samples)
-        whole = present.all(-1)  # (rows, columns)
-        reduced = np.empty(whole.shape, np.float32)
-        reduced[whole] = np.median(samples[whole], -1)
-        reduced[~whole] = _median_of_present(samples[~whole], present[~whole])
-        return reduced
-
-    def means(blocks, axis):
-        present = _present(blocks)
-        samples = blocks if transform is None else transform(blocks)
-        total = np.where(present, samples, 0).sum(axis, dtype=np.float64)
-        count = present.sum(axis)
-        return total / np.where(count > 0, count, np.nan)
-
-    return _reduce_blocks(plane, factor, medians if func == "median" else means)
+    if func == "median":
+        return _block_medians(plane, factor)
+    present = _present(plane)
+    count = _block_sums(present, factor)
+    total = _block_sums(np.where(present, plane, 0), factor)
+    means = total / np.where(count > 0, count, np.nan)
+    return means.astype(np.float32)
 
 
-def _median_of_present(samples: np.ndarray, present: np.ndarray) -> np.ndarray:
-    """Return the medians (blocks,) of samples (blocks, n) that are present; NaN where none is."""
-    samples = np.where(present, samples, np.nan)
-    samples.sort(-1)  # NaN goes last
-    count = present.sum(-1)
-    lower = np.maximum(count - 1, 0) // 2
-    upper = count // 2
-    middle = np.stack((lower, upper), -1)  # (blocks, 2): the same sample if the count is odd
-    return np.take_along_axis(samples, middle, -1).mean(-1)
-
-
-def _reduce_blocks(image, factor, func):
-    """Reduce blocks of factor x factor floats by a function, as scikit-image does, but in strips.
-
-    Blocks at the right and the lower edge are filled up with NaN.
-
-    Args:
-        image: (h, w) or (h, w, k).
-        factor: side of a block.
-        func: takes blocks, and the axes of the samples in them, which are the last ones.
-
-    Returns:
-        (ceil(h / factor), ceil(w / factor)), and k if there is one; float32.
-    """
+def _block_medians(plane, factor):
     from skimage.measure import block_reduce
-    height, width = image.shape[:2]
-    down = min(factor, height)  # a block that is larger than the picture would take memory
-    across = min(factor, width)
-    block = (down, across, 1)[:image.ndim]
+    height, width = plane.shape
+    block = min(factor, height), min(factor, width)  # a larger one would only take memory
+
+    def medians(blocks, axis):  # (rows, columns, height, width) -> (rows, columns)
+        present = _present(blocks)
+        samples = np.where(present, blocks, np.nan)
+        samples = samples.reshape(*blocks.shape[:2], -1)
+        samples.sort(-1)  # NaN goes last
+        count = present.sum(axis)
+        lower = np.maximum(count - 1, 0) // 2
+        upper = count // 2
+        middle = np.stack((lower, upper), -1)  # the same sample if the count is odd
+        return np.take_along_axis(samples, middle, -1).mean(-1)
 
     def reduce_strip(rows):
-        return block_reduce(image[rows], block, func, cval=np.nan)
+        return block_reduce(plane[rows], block, medians, cval=np.nan)
 
-    strips = _strips(height, width, down)
+    strips = _strips(height, width, block[0])
     reduced = np.concatenate(list(_each(reduce_strip, strips)))
     return reduced.astype(np.float32)
 
 
+def _block_sums(image, factor):
+    """Return the sums of blocks of an image (h, w, ...), as many as `reduce_plane` makes."""
+    for axis in (0, 1):
+        starts = range(0, image.shape[axis], factor)
+        image = np.add.reduceat(image, starts, axis, dtype=np.float64)
+    return image
+
+
+def _block_means(weights: np.ndarray, factor: int) -> np.ndarray:
+    """Reduce weights (h, w, ...) in [0, 1] to their means over blocks; NaN counts as 0."""
+    weights = np.clip(np.nan_to_num(weights), 0, 1)
+    ones = np.ones(weights.shape[:2])
+    count = _block_sums(ones, factor)  # less at the right and the lower edge
+    count = count.reshape(*count.shape, *[1] * (weights.ndim - 2))
+    return (_block_sums(weights, factor) / count).astype(np.float32)
+
+
 @dataclass(frozen=True)
-class Prepared:
-    """What the fit sees of a picture: it is reduced, stretched, and masked.
+class Reduced:
+    """What a picture is, on its reduced frame: (h, w) pixels with c channels."""
 
-    In the shapes, (h, w) is the reduced frame, and c is the number of channels.
-    """
+    linear: np.ndarray  # (h, w, c) in the picture's own units; NaN where missing
+    median: np.ndarray  # (c,) medians of the linear picture over present samples
+    centers: np.ndarray  # (h, w, 2) of the blocks: frame coordinates
+    full_shape: tuple[int, int]  # (h, w) of the full-size picture
+    user_mask: np.ndarray  # (h, w, 1 or c) the mask file, reduced; 1 if there is none
+    rim: np.ndarray  # (h, w) bool: darker than the picture by a step; see `find_rim`
+    close_up: np.ndarray | None  # as `linear`, but reduced less: what is drawn if small
+    black: float  # the linear value that no light at all would give
+    reference: Reference | None  # another picture of the region
 
+    @property
+    def present(self) -> np.ndarray:
+        """Where there are data, (h, w, c) bool."""
+        return np.isfinite(self.linear)
+
+
+@dataclass(frozen=True)
+class Prepared(Reduced):
+    """A reduced picture that is stretched and masked as settings ask."""
+
+    stretch: Stretch
     image: np.ndarray  # (h, w, c) stretched, in [0, 1]; 0 where missing
     weight: np.ndarray  # (h, w, c) in [0, 1]; 0 where masked or missing
-    present: np.ndarray  # (h, w, c) bool
-    centers: np.ndarray  # (h, w, 2) of the blocks: frame coordinates
-    stretch: Stretch
-    median: np.ndarray  # (c,) medians of the linear picture over present samples
-    linear: np.ndarray  # (h, w, c) block medians in the picture's own units; NaN where missing
-    full_shape: tuple[int, int]  # (h, w) of the full-size picture
-    user_mask: np.ndarray | None = None  # (h, w, 1 or c) the mask file, reduced
-    rim: np.ndarray | None = None  # (h, w) bool: darker than the picture by a step; see `find_rim`
-    close_up: np.ndarray | None = None  # as `linear`, but reduced less: what is drawn if small
-    black: float = 0.0  # the linear value that no light at all would give
-    reference: Reference | None = None  # another picture of the region
-    sky: Sky | None = None  # as it was found; None if it could not be looked for
 
     @property
     def used(self) -> np.ndarray:
-        """The pixels that take part in the fit, (h, w) bool."""
+        """The pixels that take part, (h, w) bool."""
         return (self.weight > 0).any(-1)
+
+
+@dataclass(frozen=True)
+class Examined(Prepared):
+    """A prepared picture, and the sky in it; with auto, what shows no sky has no weight."""
+
+    sky: Sky
 
 
 def frame_coordinates(height: int, width: int, factor: int = 1) -> np.ndarray:
@@ -2414,14 +2379,16 @@ def frame_coordinates(height: int, width: int, factor: int = 1) -> np.ndarray:
     return _grid(centers(height), centers(width))
 
 
-def prepare(planes: np.ndarray, settings: Settings, mask: np.ndarray | None = None) -> Prepared:
-    """Stretch, reduce and mask a picture.
+def prepare(planes: np.ndarray, settings: Settings, mask: np.ndarray | None = None,
+            black: float = 0.0, reference: Reference | None = None) -> Prepared:
+    """Reduce, stretch, and mask a picture.
 
     Args:
         planes: (c, h, w) linear samples in [0, 1], c 1 or 3; missing samples are 0 or not finite.
             Not changed.
-        settings: see `Settings`.
+        settings: without None, but for `smoothing`.
         mask: (1 or c, h, w) weights, 1 = use, 0 = ignore, or None.
+        black, reference: see `Reduced`.
 
     Raises:
         BgError: nothing is left to fit, a channel is constant or empty, or the mask has another
@@ -2429,54 +2396,45 @@ def prepare(planes: np.ndarray, settings: Settings, mask: np.ndarray | None = No
     """
     count, height, width = planes.shape
     if mask is not None and mask.shape not in ((1, height, width), (count, height, width)):
-        raise BgError(f"the mask is {_size(mask)}, the picture {_size(planes)}; "
-                      f"give a mask of {width} x {height} pixels with 1 or {count} channels")
+        size = "{2} x {1} (channels: {0})"
+        raise BgError(f"the mask is {size.format(*mask.shape)}, the picture "
+                      f"{size.format(*planes.shape)}; give a mask of the picture's size, gray "
+                      "or with its channels")
     factor = settings.downscaling_factor
     quantile = settings.delinearization_quantile
-    stretch, median = measure_stretch(planes, quantile)
-    linear = np.stack([reduce_plane(plane, factor) for plane in planes], -1)  # (h, w, c)
-    present = np.isfinite(linear)
-    rim = find_rim(linear)
-    user_mask = None
+    stretches, median = measure_stretches(planes, [quantile])
+    linear = [reduce_plane(plane, factor, settings.downscaling_func) for plane in planes]
+    linear = np.stack(linear, -1)  # (h, w, c)
+    user_mask = np.ones((*linear.shape[:2], 1), np.float32)
     if mask is not None:
         user_mask = np.stack([_block_means(plane, factor) for plane in mask], -1)
-    centers = frame_coordinates(height, width, factor)
-    bare = Prepared(linear, present, present, centers, stretch, median, linear,
-                    (height, width), user_mask, rim)
-    return prepare_again(bare, planes, stretch, settings)
+    reduced = Reduced(
+        linear=linear,
+        median=median,
+        centers=frame_coordinates(height, width, factor),
+        full_shape=(height, width),
+        user_mask=user_mask,
+        rim=find_rim(linear),
+        close_up=close_up(planes, settings),
+        black=black,
+        reference=reference)
+    return stretch_and_mask(reduced, stretches[quantile], settings)
 
 
-def prepare_again(prepared: Prepared, planes: np.ndarray, stretch: Stretch,
-                  settings: Settings) -> Prepared:
-    """Stretch and mask a reduced picture as these settings ask.
+def stretch_and_mask(reduced: Reduced, stretch: Stretch, settings: Settings) -> Prepared:
+    """Stretch and mask a reduced picture as these settings ask; raise BgError if nothing is left.
 
-    Args:
-        prepared: its `image` and `weight` do not count.
-        planes, settings: as for `prepare`.
-        stretch: the picture's own for the quantile of the settings.
-
-    Raises:
-        BgError: nothing is left to fit.
+    The stretch is monotone, so after the median it gives what it would before, in less time.
     """
-    if settings.downscaling_func == "median":
-        # The stretch is monotone: after the median it has fewer samples to do
-        image = stretch.apply(prepared.linear)
-    else:
-        reduced = []
-        for k, plane in enumerate(planes):
-            transform = stretch.channel(k).apply
-            reduced.append(reduce_plane(plane, settings.downscaling_factor, "mean", transform))
-        image = np.stack(reduced, -1)
-    present = prepared.present
-    image = np.where(present, image, 0).astype(np.float32)
-    usable = present & _inside_thresholds(image, settings) & ~prepared.rim[..., None]
-    weight = usable.astype(np.float32)
-    if prepared.user_mask is not None:
-        weight *= prepared.user_mask
+    image = stretch.apply(reduced.linear)
+    image = np.where(reduced.present, image, 0).astype(np.float32)
+    usable = reduced.present & _inside_thresholds(image, settings) & ~reduced.rim[..., None]
+    weight = usable * reduced.user_mask
     if not weight.any():
         raise BgError("every pixel is masked, so there is no sky to fit; "
                       "lower -tm, raise -tM, or check the mask (1 = use)")
-    return replace(prepared, image=image, weight=weight, stretch=stretch)
+    parts = dict(vars(reduced), stretch=stretch, image=image, weight=weight)
+    return Prepared(**parts)
 
 
 RIM_VIEW = 300
@@ -2643,30 +2601,6 @@ def _inside_thresholds(image: np.ndarray, settings: Settings) -> np.ndarray:
     return (settings.threshold_min <= image) & (image <= settings.threshold_max)
 
 
-def _block_means(weights: np.ndarray, factor: int) -> np.ndarray:
-    """Reduce blocks of factor x factor values in [0, 1] to their means; NaN counts as 0.
-
-    Args:
-        weights: (h, w) or (h, w, k), floats or booleans.
-        factor: side of a block. Blocks at the right and the lower edge use the values they have.
-
-    Returns:
-        (ceil(h / factor), ceil(w / factor)), and k if there is one; float32.
-    """
-    def means(blocks, axis):
-        return np.nanmean(blocks, axis, dtype=np.float64)  # what lies beyond an edge is NaN
-
-    weights = np.clip(np.nan_to_num(weights), 0.0, 1.0)  # booleans become floats
-    return _reduce_blocks(weights, factor, means)
-
-
-def _size(planes: np.ndarray) -> str:
-    """Return the size of planes (c, h, w) in words."""
-    count, height, width = planes.shape
-    channels = "1 channel" if count == 1 else f"{count} channels"
-    return f"{width} x {height} with {channels}"
-
-
 def full_mask(prepared: Prepared, settings: Settings) -> np.ndarray:
     """Return the mask of the fit at full size, (1 or c, h, w) float32, 1 = sky.
 
@@ -2696,40 +2630,23 @@ def mask_reasons(prepared: Prepared, settings: Settings) -> dict[str, np.ndarray
         Reason -> (h, w) bool. A pixel that is left out has exactly one reason.
     """
     inside = prepared.present & _inside_thresholds(prepared.image, settings)
-    everywhere = np.full(prepared.used.shape, True)
-    by_file = ~everywhere
-    if prepared.user_mask is not None:
-        by_file = (prepared.user_mask == 0).any(-1)
     reasons = {  # the first one that holds counts
         "missing": ~prepared.present.any(-1),
         "threshold": ~inside.any(-1),
         "rim": prepared.rim,
-        "mask file": by_file,
-        "auto": everywhere,
+        "mask file": (prepared.user_mask == 0).any(-1),
+        "auto": True,
     }
     left_out = ~prepared.used
     for reason, where in reasons.items():
         reasons[reason] = left_out & where
-        left_out = left_out & ~where
+        left_out = left_out & ~reasons[reason]
     return reasons
 
 
 def clipped_by_stretch(prepared: Prepared) -> np.ndarray:
     """Return True, (h, w, c), where the stretch ends at 1, so that the fit sees no brightness."""
-    with np.errstate(invalid="ignore"):  # NaN where missing
-        return prepared.linear >= prepared.stretch.white
-
-
-def shares(prepared: Prepared) -> dict[str, float]:
-    """Return the shares of the reduced samples, of all channels together.
-
-    "missing", "masked", and "used" add up to 1. "clipped" is the share that the stretch clips at 1.
-    """
-    missing = 1 - np.mean(prepared.present)
-    used = np.mean(prepared.weight > 0)
-    masked = max(0.0, 1 - missing - used)  # not below 0 by rounding
-    clipped = np.mean(clipped_by_stretch(prepared))
-    return {"missing": missing, "masked": masked, "used": used, "clipped": clipped}
+    return prepared.present & (prepared.image == 1)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -5250,7 +5167,7 @@ class Lesson(NamedTuple):
     bending: Any  # (r, k) see `bending_rows`
     stiffness: Any  # () weight of the bending
     unit: Any  # (c,) linear, that of the bending, in units of the stretch's scale
-    midtones: Any  # (c,) of the stretch
+    slope: Any  # (c,) of the inverse of the stretch at 0
     positions: Any  # (n, 2) at the start
     values: Any  # (n, c) at the start
     condition: Any  # (n, n) takes trained coordinates to values
@@ -5342,7 +5259,7 @@ def make_lesson(prepared: Prepared, settings: Settings,
         bending=rows,
         stiffness=stiffness * sample.follows.mean(),  # the loss is a mean over cells of both kinds
         unit=sky.unit / stretch.scale,
-        midtones=stretch.midtones,
+        slope=1 / stretch.slope,
         positions=positions,
         values=values,
         condition=VALUE_RATE * condition,
@@ -5512,7 +5429,7 @@ class _Training:
         with tf.GradientTape() as tape:
             surface = layer(query)  # [m + k, c]
             terms = _cell_terms(sample, surface[:count])
-            linear = inverse_midtones(surface[count:], lesson.midtones, tf)
+            linear = curve(surface[count:], lesson.slope, tf)
             linear /= lesson.unit
             bending = lesson.stiffness * loss_bending(linear, lesson.bending)
             loss = log_loss(terms, self.alpha) + bending
@@ -5624,10 +5541,8 @@ class SkyModel:
         nodes = sky(places)  # (rows, columns, c)
         make_spline = scipy.interpolate.make_interp_spline  # cubic
         across = make_spline(along, nodes, axis=1)
-        x = np.arange(width)
-        spline = make_spline(down, across(x))
-        y = np.arange(height)
-        weights = scipy.interpolate.BSpline.design_matrix(y, spline.t, 3)
+        spline = make_spline(down, across(np.arange(width)))
+        weights = scipy.interpolate.BSpline.design_matrix(np.arange(height), spline.t, 3)
         self.nodes = np.moveaxis(nodes, -1, 0)  # (c, rows, columns)
         self.terms = np.moveaxis(spline.c, -1, 0).astype(dtype)  # (c, rows, w)
         self.weights = weights.astype(dtype)  # (h, rows), sparse: what each term adds to a row
@@ -5653,30 +5568,27 @@ class SkyModel:
         return map(self.plane, range(len(self.nodes)))
 
 
-def linear_sky(prepared: Prepared, fit: Fit) -> Callable[[np.ndarray], np.ndarray]:
+def linear_sky(examined: Examined, fit: Fit) -> Callable[[np.ndarray], np.ndarray]:
     """Return the fitted sky: takes frame coordinates (..., 2) to linear units (..., c) in [0, 1].
 
     Its range is limited, which matters where there was no sky to fit; see MAX_EXTRAPOLATION.
     """
-    found = prepared.sky
+    found = examined.sky
     limited = found.shows_sky | found.below  # objects that add light limit the sky from above
-    stretched = fit.surface(found.centers[limited])  # (cells, c)
-    seen = prepared.stretch.invert(stretched)
+
+    def unlimited(places):
+        return examined.stretch.invert(fit.surface(places))
+
+    seen = unlimited(found.centers[limited])  # (cells, c)
     low = seen.min(0)
     high = seen.max(0)
     beyond = MAX_EXTRAPOLATION * (high - low)
     lowest = np.maximum(low - beyond, 0)
     highest = np.minimum(high + beyond, 1)
-
-    def sky(places):
-        stretched = fit.surface(places)
-        linear = prepared.stretch.invert(stretched)
-        return np.clip(linear, lowest, highest)
-
-    return sky
+    return lambda places: np.clip(unlimited(places), lowest, highest)
 
 
-def take_out(planes: np.ndarray, sky: SkyModel, prepared: Prepared,
+def take_out(planes: np.ndarray, sky: SkyModel, reduced: Reduced,
              correction: str) -> tuple[np.ndarray, np.ndarray]:
     """Take the sky out of a picture (c, h, w), in place, and clip what is left to [0, 1].
 
@@ -5694,7 +5606,7 @@ def take_out(planes: np.ndarray, sky: SkyModel, prepared: Prepared,
         BgError: the model is to be divided by, and not above black everywhere.
     """
     divides = correction == "divide"
-    black = prepared.black
+    black = reduced.black
     levels = np.median(sky.nodes, (1, 2)) - black
     if divides and sky.nodes.min() <= black:
         raise BgError("the model is not above 0 everywhere, and nothing can be divided by it; "
@@ -5705,21 +5617,16 @@ def take_out(planes: np.ndarray, sky: SkyModel, prepared: Prepared,
         present = _present(plane)
         strips = _strips(*plane.shape)
         for rows in strips:
-            samples = plane[rows]
             model = sky.strip(channel, rows)
-            if divides:
-                left = _divided(samples, model, black, levels[channel])
-                np.copyto(samples, left, where=present[rows])
-            else:
-                np.subtract(samples, model, out=samples, where=present[rows])
+            left = _without_sky(plane[rows], model, correction, black, levels[channel])
+            np.copyto(plane[rows], left, where=present[rows])
         offset = black
         if not divides:
             median_left, = _quantiles(plane, present, (0.5,))
-            offset = prepared.median[channel] - median_left
-        shift = plane.dtype.type(offset)
+            offset = reduced.median[channel] - median_left
         clipped = np.zeros(2, int)
         for rows in strips:
-            values = plane[rows] + shift
+            values = plane[rows] + plane.dtype.type(offset)
             beyond = np.stack((values < 0, values > 1))  # (2, rows, w)
             beyond &= present[rows]
             clipped += np.count_nonzero(beyond, (1, 2))
@@ -5730,25 +5637,27 @@ def take_out(planes: np.ndarray, sky: SkyModel, prepared: Prepared,
     return levels if divides else np.array(offsets), np.sum(clipped, 0)
 
 
-def _divided(samples, sky, black, level):
-    """Return samples above black, divided by their sky above black, times its level."""
+def _without_sky(samples, sky, correction, black, level):
+    """Return samples less their sky, or above black, divided by it and times its level."""
+    if correction == "subtract":
+        return samples - sky
     gain = level / (sky - black)
     return (samples - black) * gain
 
 
-def corrected(prepared: Prepared, linear: np.ndarray, sky: np.ndarray,
+def corrected(reduced: Reduced, linear: np.ndarray, sky: np.ndarray,
               correction: str) -> np.ndarray:
     """Return some samples of a picture without their sky, (..., c), as `take_out`, but not clipped.
 
     Missing samples are NaN.
     """
     pixels = tuple(range(sky.ndim - 1))  # the axes
-    black = prepared.black
-    if correction == "divide":
-        level = np.median(sky - black, pixels)
-        return _divided(linear, sky, black, level) + black
-    left = linear - sky
-    shift = prepared.median - np.nanmedian(left, pixels)
+    black = reduced.black
+    level = np.median(sky, pixels) - black
+    left = _without_sky(linear, sky, correction, black, level)
+    shift = np.full(len(level), black)
+    if correction == "subtract":
+        shift = reduced.median - np.nanmedian(left, pixels)
     return left + shift.astype(left.dtype)
 
 
@@ -5766,7 +5675,7 @@ OBJECTS_SHARE = 0.2
 
 def examine(planes: np.ndarray, settings: Settings, mask: np.ndarray | None = None,
             black: float = 0.0,
-            reference: Reference | None = None) -> tuple[Prepared, Settings]:
+            reference: Reference | None = None) -> tuple[Examined, Settings]:
     """Do everything before the fit: stretch, reduce, mask, find the sky, and warn of what is odd.
 
     It needs no TensorFlow. The arguments are those of `remove_sky`, but for `black`: the sample
@@ -5776,41 +5685,39 @@ def examine(planes: np.ndarray, settings: Settings, mask: np.ndarray | None = No
         What the fit sees, and the settings with the values that are used in place of every None.
     """
     settings = settings.resolved()
-    prepared = prepare(planes, settings, mask)
-    prepared = replace(
-        prepared, black=black, close_up=close_up(planes, settings), reference=reference)
-    return judge(planes, prepared, settings, find_sky(prepared, settings))
+    prepared = prepare(planes, settings, mask, black, reference)
+    examined = with_sky(prepared, settings, find_sky(prepared, settings))
+    judge(planes, examined, settings)
+    return examined, replace(settings, smoothing=examined.sky.smoothing)
 
 
-def judge(planes: np.ndarray, prepared: Prepared, settings: Settings,
-          sky: Sky) -> tuple[Prepared, Settings]:
-    """Do what `examine` does once the sky is found: tell of it, and mask what is none with auto."""
+def with_sky(prepared: Prepared, settings: Settings, sky: Sky) -> Examined:
+    """Return what the fit sees, now that the sky is found; with auto, objects are masked."""
+    weight = prepared.weight
+    if settings.auto:
+        shows_sky = sky.at(sky.shows_sky, prepared.centers)  # (h, w)
+        weight = weight * shows_sky[..., None]
+    return Examined(**dict(vars(prepared), weight=weight, sky=sky))
+
+
+def judge(planes: np.ndarray, examined: Examined, settings: Settings) -> None:
+    """Tell what was found out about a picture (c, h, w), and warn of what is odd."""
+    sky = examined.sky
     if sky.shared is not None:
-        tell_of_reference(prepared.reference, sky.shared)
+        tell_of_reference(examined.reference, sky.shared)
     logger.info(f"sky: {100 * sky.share:.0f} % of the picture; "
                 f"smoothing {sky.smoothing:.3g} ({sky.why})")
     if sky.unsure:
         logger.warning(f"the sky of this picture cannot be told from objects: {sky.unsure}. "
                        "Take the result as a guess, mask objects with -m, or keep the surface "
                        "stiff with --smoothing 1e4")
-    if prepared.rim.any():
-        pixels = settings.downscaling_factor * rim_depth(prepared)
+    if examined.rim.any():
+        pixels = settings.downscaling_factor * rim_depth(examined)
         logger.info(f"left out: a rim of {pixels} pixels that is darker than the picture by a step "
-                    f"({prepared.rim.mean():.1%} of the frame)")
-    _warn_of_odd_data(planes, prepared)
-    _warn_of_inverted_mask(prepared, sky)
-    prepared = with_sky(prepared, settings, sky)
-    _log_numbers(prepared, settings)
-    return prepared, replace(settings, smoothing=sky.smoothing)
-
-
-def with_sky(prepared: Prepared, settings: Settings, sky: Sky) -> Prepared:
-    """Return what the fit sees, now that the sky is found; with auto, objects are masked."""
-    weight = prepared.weight
-    if settings.auto:
-        shows_sky = sky.at(sky.shows_sky, prepared.centers)  # (h, w)
-        weight = weight * shows_sky[..., None]
-    return replace(prepared, weight=weight, sky=sky)
+                    f"({examined.rim.mean():.1%} of the frame)")
+    _warn_of_odd_data(planes, examined)
+    _warn_of_inverted_mask(examined)
+    _log_numbers(examined, settings)
 
 
 @dataclass(frozen=True)
@@ -5827,7 +5734,7 @@ class Result:
     gradient_before: float  # see `gradient`
     gradient_after: float
     settings: Settings  # as used
-    prepared: Prepared
+    prepared: Examined
     fit: Fit
 
     @functools.cached_property
@@ -5867,43 +5774,41 @@ def remove_sky(planes: np.ndarray, settings: Settings, mask: np.ndarray | None =
         BgError: as `prepare`, `fit_surface`, and `take_out`.
     """
     black = -unit.offset / unit.scale
-    prepared, settings = examine(planes, settings, mask, black, reference)
+    examined, settings = examine(planes, settings, mask, black, reference)
     with watched as on_epoch:
-        fit = fit_sky(prepared, settings, on_epoch)
+        fit = fit_sky(examined, settings, on_epoch)
     logger.info(f"{fit.stopped}; lowest loss {fit.history[:, 0].min():.4f}")
-    correction = settings.correction
-    surface = linear_sky(prepared, fit)
-    sky = SkyModel(surface, prepared.full_shape, planes.dtype)
-    offsets, clipped = take_out(planes, sky, prepared, correction)
+    surface = linear_sky(examined, fit)
+    sky = SkyModel(surface, examined.full_shape, planes.dtype)
+    offsets, clipped = take_out(planes, sky, examined, settings.correction)
     offsets = offsets * unit.scale
     words = "divided by the sky, times its median"
-    if correction == "subtract":
+    if settings.correction == "subtract":
         offsets += unit.offset  # the model is in that unit too
         words = "offsets"
-    before, after = gradients(prepared, surface, correction)
-    told = "gradient unknown: too little of the picture is sure to be sky"
-    if not math.isnan(before):
-        told = f"gradient {before:.1%} of the sky's level before, {after:.1%} after"
-    logger.info(told)
-    each = map("{} {:.6f}".format, _channel_letters(prepared), offsets)
+    before, after = gradients(examined, surface, settings.correction)
+    if math.isnan(before):
+        logger.info("gradient unknown: too little of the picture is sure to be sky")
+    else:
+        logger.info(f"gradient {before:.1%} of the sky's level before, {after:.1%} after")
+    each = map("{} {:.6f}".format, _channel_letters(examined), offsets)
     logger.info(f"{words}: {', '.join(each)}")
-    below, above = clipped
-    logger.info(f"clipped: {below} samples at 0, {above} at 1, of {planes.size}")
+    logger.info("clipped: {} samples at 0, {} at 1, of {}".format(*clipped, planes.size))
     share = clipped.sum() / planes.size
     if share > MOST_CLIPPED:
-        _warn_of_clipping(planes, prepared, settings, share)
-    _hint_at_objects(prepared, settings)
-    return Result(planes, sky, surface, unit, offsets, share, before, after, settings, prepared,
+        _warn_of_clipping(planes, examined, settings, share)
+    _hint_at_objects(examined, settings)
+    return Result(planes, sky, surface, unit, offsets, share, before, after, settings, examined,
                   fit)
 
 
-def _warn_of_clipping(planes: np.ndarray, prepared: Prepared, settings: Settings,
+def _warn_of_clipping(planes: np.ndarray, examined: Examined, settings: Settings,
                       share: float) -> None:
     """Warn that the correction clipped this share of the samples, and tell what helps."""
     factor = settings.downscaling_factor
     samples = planes[:, ::factor, ::factor]  # one of each block
-    sky = prepared.sky.at(prepared.sky.shows_sky, prepared.centers)
-    samples = samples[:, sky & prepared.present.all(-1)]
+    sky = examined.sky.at(examined.sky.shows_sky, examined.centers)
+    samples = samples[:, sky & examined.present.all(-1)]
     at_an_end = (samples <= 0) | (samples >= 1)
     advice = ", but hardly any sky; crop dark borders, or leave them out with -m"
     if at_an_end.sum() > MOST_CLIPPED * samples.size:
@@ -5912,25 +5817,24 @@ def _warn_of_clipping(planes: np.ndarray, prepared: Prepared, settings: Settings
     logger.warning(f"{share:.1%} of the samples were clipped{advice}")
 
 
-def _warn_of_inverted_mask(prepared: Prepared, sky: Sky) -> None:
+def _warn_of_inverted_mask(examined: Examined) -> None:
     """Ask whether a mask is inverted: it leaves the bright minority, most of it not sky."""
-    present = prepared.present.all(-1)
-    left = present & prepared.used
-    if prepared.user_mask is None or not 0 < left.sum() < 0.5 * present.sum():
+    present = examined.present.all(-1)
+    left = present & (examined.user_mask > 0).any(-1)
+    if not 0 < left.sum() < 0.5 * present.sum():
         return
-    light = prepared.linear.mean(-1)
+    light = examined.linear.mean(-1)
     brighter = np.median(light[left]) > np.median(light[present])
-    if brighter and (sky.unsure or sky.share < 0.5):
+    if brighter and (examined.sky.unsure or examined.sky.share < 0.5):
         logger.warning("is the mask inverted? What it leaves is brighter than what it leaves out, "
                        "and white (1) means sky. Invert it where it was made (PixInsight: Image > "
                        "Invert, Siril: neg), and give it again")
 
 
-def _hint_at_objects(prepared: Prepared, settings: Settings) -> None:
+def _hint_at_objects(examined: Examined, settings: Settings) -> None:
     """Tell a plain run that it had much in its fit that is not sky."""
-    sky = prepared.sky
-    shows_sky = sky.at(sky.shows_sky, prepared.centers)  # (h, w)
-    objects = prepared.used & ~shows_sky
+    sky = examined.sky
+    objects = examined.used & ~sky.at(sky.shows_sky, examined.centers)  # (h, w)
     if not settings.auto and not sky.unsure and objects.mean() > OBJECTS_SHARE:
         logger.info("hint: objects were found in this picture; --auto would leave them out, "
                     f"with a margin ({objects.mean():.0%} of the frame)")
@@ -5979,8 +5883,8 @@ def _to_planes(image: np.ndarray, name: str) -> np.ndarray:
     white = np.iinfo(image.dtype).max if kind in "iu" else 1
     dtype = np.float64 if image.dtype == np.float64 else np.float32
     samples = np.ma.filled(image.astype(dtype), np.nan)
-    samples = np.atleast_3d(samples)  # (h, w, c)
-    planes = np.ascontiguousarray(np.moveaxis(samples, -1, 0))
+    planes = np.moveaxis(np.atleast_3d(samples), -1, 0)
+    planes = np.ascontiguousarray(planes)
     planes /= dtype(white)
     return planes
 
@@ -6037,10 +5941,8 @@ def thinned(prepared: Prepared, most: int = VIEW_PIXELS) -> Prepared:
     longer = max(prepared.image.shape[:2])
     step = max(1, round(longer / most))
     parts = {}
-    for name in ("image", "weight", "present", "centers", "linear", "user_mask", "rim"):
-        part = getattr(prepared, name)
-        if part is not None:
-            parts[name] = part[::step, ::step]
+    for name in ("image", "weight", "centers", "linear", "user_mask", "rim"):
+        parts[name] = getattr(prepared, name)[::step, ::step]
     return replace(prepared, **parts)
 
 
@@ -6058,18 +5960,16 @@ def close_up(planes: np.ndarray, settings: Settings) -> np.ndarray | None:
     return np.stack(reduced, -1)
 
 
-def blown_out(prepared: Prepared, settings: Settings) -> np.ndarray:
-    """Return True, (h, w), where the stretch clips sky, so that the fit loses it.
+def blown_out(examined: Examined, settings: Settings) -> np.ndarray:
+    """Return the cells of the sky, (h, w) bool, where the stretch clips it, so the fit loses it.
 
     It is nowhere True if that is hardly anywhere, or with auto, which follows a sky that bright.
     """
-    if settings.auto:
-        return np.full(prepared.used.shape, False)
-    sky = prepared.sky.surface(prepared.centers)  # (h, w, c)
-    too_bright = sky > prepared.stretch.white
-    clipped = too_bright & clipped_by_stretch(prepared)
+    sky = examined.sky
+    white = examined.stretch.white
+    clipped = (sky.surface(sky.centers) > white) & (sky.image > white)  # (h, w, c)
     blown = clipped.any(-1)
-    return blown & (blown.mean() > BLOWN_SHARE)
+    return blown & (not settings.auto and blown.mean() > BLOWN_SHARE)
 
 
 def _warn_of_odd_data(planes: np.ndarray, prepared: Prepared) -> None:
@@ -6159,7 +6059,7 @@ def _looks_like_mosaic(plane: np.ndarray) -> bool:
     return bool(large and greens < MOSAIC_GREENS * difference)
 
 
-def gradients(prepared: Prepared, model: Callable[[np.ndarray], np.ndarray],
+def gradients(examined: Examined, model: Callable[[np.ndarray], np.ndarray],
               correction: str) -> tuple[float, float]:
     """Tell how uneven the sky is before and after the correction: its range over its level.
 
@@ -6167,7 +6067,7 @@ def gradients(prepared: Prepared, model: Callable[[np.ndarray], np.ndarray],
     correction, what the found sky misses of the picture counts as well: the model, which is as
     `linear_sky` gives it, is like the found sky by its making.
     """
-    found = prepared.sky
+    found = examined.sky
     if found.unsure or found.share < GRADIENT_SHARE:
         return math.nan, math.nan
     shows_sky = found.shows_sky  # (h, w)
@@ -6175,28 +6075,30 @@ def gradients(prepared: Prepared, model: Callable[[np.ndarray], np.ndarray],
     missed = _smooth(found.image - surface, GRADIENT_SCALE, shows_sky)
     sky = surface[shows_sky]  # (n, c)
     picture = sky + missed[shows_sky]
-    places = found.centers[shows_sky]  # (n, 2)
-    taken = model(places)
-    left = corrected(prepared, picture, taken, correction)
+    taken = model(found.centers[shows_sky])
+    left = corrected(examined, picture, taken, correction)
     level = np.maximum(np.median(sky, axis=0), 1e-12)
-    before = _span(sky, (99, 1)) / level  # (c,)
-    after = _span(left, (99, 1)) / level
+    before, after = [_span(light, (99, 1)) / level for light in (sky, left)]  # (c,) each
     return float(before.mean()), float(after.mean())
 
 
-def _log_numbers(prepared: Prepared, settings: Settings) -> None:
+def _log_numbers(examined: Examined, settings: Settings) -> None:
     """Log numbers to act on before the fit."""
-    height, width, _ = prepared.image.shape
+    height, width, _ = examined.image.shape
+    present = examined.present
+    used = examined.weight > 0
+    masked = present & ~used
+    clipped = clipped_by_stretch(examined)
     quantile = settings.delinearization_quantile
     logger.info(
-        "reduced to {} x {}: {used:.1%} used, {masked:.1%} masked, {missing:.1%} missing; "
-        "{clipped:.1%} clipped at 1 by the stretch (-dq {:g})".format(
-            width, height, quantile, **shares(prepared)))
-    stretch = prepared.stretch
-    for channel in zip(_channel_letters(prepared), stretch.pedestal, prepared.median,
+        f"reduced to {width} x {height}: {used.mean():.1%} used, {masked.mean():.1%} masked, "
+        f"{1 - present.mean():.1%} missing; "
+        f"{clipped.mean():.1%} clipped at 1 by the stretch (-dq {quantile:g})")
+    stretch = examined.stretch
+    for channel in zip(_channel_letters(examined), stretch.pedestal, examined.median,
                        stretch.white):
         logger.info("  {}: minimum {:.6f}, median {:.6f}, clipped above {:.6f}".format(*channel))
-    share = blown_out(thinned(prepared), settings).mean()
+    share = blown_out(examined, settings).mean()
     if share > 0:
         logger.warning(f"the stretch clips a smooth part of the picture ({share:.1%} of the "
                        "frame), most likely sky, and the fit loses it there; "
@@ -6931,9 +6833,7 @@ class Preview:
         planes = picture.planes
         black = -picture.unit.offset / picture.unit.scale
         used = settings.resolved()
-        prepared = prepare(planes, used, mask)
-        self.undrawn = replace(
-            prepared, black=black, close_up=close_up(planes, used), reference=reference)
+        self.undrawn = prepare(planes, used, mask, black, reference)
         self.view = View(settings, used, self.undrawn)
         self.ladders = {name: list(values) for name, values in LADDERS.items()}
         for name, values in self.ladders.items():
@@ -6997,9 +6897,9 @@ class Preview:
             drawn = self.view.drawn if drawn is None else drawn
             mask = self.undrawn.user_mask
             if drawn is not None:
-                mask = np.where(np.isnan(drawn), 1 if mask is None else mask, drawn)
-            bare = replace(self.undrawn, user_mask=mask)
-            prepared = prepare_again(bare, self.picture.planes, stretches[quantile], settings)
+                mask = np.where(np.isnan(drawn), mask, drawn)
+            reduced = replace(self.undrawn, user_mask=mask)
+            prepared = stretch_and_mask(reduced, stretches[quantile], settings)
         except (ValueError, BgError) as error:
             self.status = str(error)
             self.refresh()
@@ -7019,7 +6919,7 @@ class Preview:
         prepared, settings = view.prepared, view.settings
         needs = settings.smoothing, settings.auto, prepared.used.tobytes()
         sky = self.sky if needs == self.looked else find_sky(prepared, settings)
-        judge(self.picture.planes, prepared, settings, sky)
+        judge(self.picture.planes, with_sky(prepared, settings, sky), settings)
         return needs, sky
 
     def found(self, given: tuple) -> None:
