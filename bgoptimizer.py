@@ -46,6 +46,7 @@ exit codes: 0 done, 1 could not be done, 2 wrong usage, 130 interrupted (TERM 14
 from __future__ import annotations
 
 import argparse
+import atexit
 import base64
 import copy
 import csv
@@ -2194,7 +2195,7 @@ class Stretch:
 
 
 def curve(x, slope, library=np):
-    """Return slope x / (1 + (slope - 1) x), the midtones transfer function with a slope at 0, (c,).
+    """Return slope x / (slope x + 1 - x), the midtones transfer function with a slope at 0, (c,).
 
     Its inverse has the reciprocal slope. Outside [0, 1] both go on straight: there is a pole, and a
     spline may well get there.
@@ -2206,7 +2207,8 @@ def curve(x, slope, library=np):
     below_0 = library.minimum(x, 0.0)
     above_1 = library.maximum(x - 1, 0.0)
     inside = library.minimum(library.maximum(x, 0.0), 1.0)
-    y = slope * inside / (1 + (slope - 1) * inside)
+    steep = slope * inside
+    y = steep / (steep + 1 - inside)  # 1 at 1, exactly
     return y + slope * below_0 + above_1 / slope
 
 
@@ -2681,13 +2683,12 @@ def spline_surface(query: np.ndarray, positions: np.ndarray, values: np.ndarray,
     system[:n, :n] = _kernel(positions, positions, order) + regularization * np.eye(n)
     system[:n, n:] = plane
     system[n:, :n] = plane.T
-    unit = np.eye(n + 3, n)
+    right_side = np.vstack((values, np.zeros((3, values.shape[1]))))
     try:
-        to_coefficients = np.linalg.solve(system, unit)  # (n + 3, n)
+        coefficients = np.linalg.solve(system, right_side)  # (n + 3, k)
     except np.linalg.LinAlgError:
         # Control points stand on one line or on top of each other: take the smallest coefficients
-        to_coefficients = np.linalg.lstsq(system, unit, rcond=None)[0]
-    coefficients = to_coefficients @ values
+        coefficients, *_ = np.linalg.lstsq(system, right_side, rcond=None)
     weights, slopes, level = np.split(coefficients, (-3, -1))  # (n, k), (2, k), (1, k)
     points = query.reshape(-1, 2)  # (m, 2)
     # In parts: the kernels of all points at once would be the largest array of a run
@@ -2727,8 +2728,7 @@ def interpolate_spline(train_points, train_values, query_points, order, regulari
         n = tf.shape(c)[1]
         more = c.shape[-1] + 1  # equations, for the plane
 
-        r2 = _squared_distances(c, c)
-        matrix_a = _phi(r2, order)  # [b, n, n]
+        matrix_a = _phi(c, c, order)  # [b, n, n]
         matrix_a += regularization_weight * tf.eye(n, dtype=c.dtype)
         matrix_b = _with_ones(c)  # [b, n, d + 1]
         transposed_b = tf.transpose(matrix_b, [0, 2, 1])
@@ -2740,8 +2740,7 @@ def interpolate_spline(train_points, train_values, query_points, order, regulari
         w = w_v[:, :n]
         v = w_v[:, n:]  # with b of the formula in the last row
 
-        r2 = _squared_distances(q, c)
-        kernels = _phi(r2, order)  # [b, m, n]
+        kernels = _phi(q, c, order)  # [b, m, n]
         return tf.matmul(kernels, w) + tf.matmul(_with_ones(q), v)
 
 
@@ -2752,29 +2751,15 @@ def _with_ones(points):
     return tf.concat([points, ones], 2)
 
 
-def _squared_distances(x, y):
-    """Return the squared distances of x `[b, n, d]` from y `[b, m, d]`: `[b, n, m]`."""
+def _phi(x, y, order):
+    """Return the kernel of the distances of x `[b, m, d]` from y `[b, n, d]`: `[b, m, n]`."""
     import tensorflow as tf
-    product = tf.matmul(x, y, transpose_b=True)
-    if x is y:
-        # These norms are rounded as the product is, so the diagonal, where the kernel is steepest,
-        # is exactly 0
-        x_norm = y_norm = tf.linalg.diag_part(product)
-    else:
-        x_norm = tf.reduce_sum(tf.square(x), 2)
-        y_norm = tf.reduce_sum(tf.square(y), 2)
-    return x_norm[:, :, None] - 2 * product + y_norm[:, None, :]
-
-
-def _phi(r2, order):
-    """Return the kernel for squared distances r2, of any shape."""
-    import tensorflow as tf
+    r2 = 0.0
+    for k in range(x.shape[-1]):
+        r2 += tf.math.squared_difference(x[:, :, None, k], y[:, None, :, k])
     guarded = tf.maximum(r2, TINY_SQUARED_DISTANCE)
-    if order == 1:
-        return tf.sqrt(guarded)
     if order % 2:
         return tf.pow(guarded, order / 2)
-    # Outside the logarithm r2 may be 0, or slightly below by rounding
     powered = r2 if order == 2 else tf.square(r2)
     return 0.5 * powered * tf.math.log(guarded)
 
@@ -5119,10 +5104,10 @@ def _denser(lines, density):
     return np.interp(lines, share, np.linspace(0, 1, len(share)))
 
 
-def start_values(prepared: Prepared, positions: np.ndarray) -> np.ndarray:
+def start_values(examined: Examined, positions: np.ndarray) -> np.ndarray:
     """Return the first values at control points (n, 2): the sky found there, stretched (n, c)."""
-    linear = prepared.sky.surface(positions)
-    return prepared.stretch.extend(linear).astype(np.float32)
+    linear = examined.sky.surface(positions)
+    return examined.stretch.extend(linear).astype(np.float32)
 
 
 def sample_cells(usable: np.ndarray, density: np.ndarray, wanted: int, seed: int) -> np.ndarray:
@@ -5174,35 +5159,32 @@ class Lesson(NamedTuple):
     spacing: Any  # () takes trained coordinates to positions
 
 
-def sky_sample(prepared: Prepared, settings: Settings) -> Sample:
+def sky_sample(examined: Examined, settings: Settings) -> Sample:
     """Draw the cells that the fit sees.
 
     With auto, the surface follows those that show sky, and objects that add light bound it. Objects
     are left out, so the loss need not forgive much: a cell weighs less the noisier it is, and then
     residuals count nearly linearly up to FORGIVEN sigma.
     """
-    sky = prepared.sky
-    stretch = prepared.stretch
+    sky = examined.sky
+    stretch = examined.stretch
     auto = settings.auto
-    trust = _block_means(prepared.weight, sky.size)  # (h, w, c) of the cells
+    trust = _block_means(examined.weight, sky.size)  # (h, w, c) of the cells
     follows = (trust > 0).any(-1) & (sky.shows_sky | (not auto))
-    bounds = sky.below & auto
     density = sky.density if auto else np.ones(follows.shape)
     wanted = SAMPLE_CELLS * settings.batch
     of_sky = sample_cells(follows, density, wanted, settings.seed)
     most = int(BOUNDS_SHARE * len(of_sky))
-    of_bounds = sample_cells(bounds, density, most, settings.seed)
-    picked = np.concatenate([of_sky, of_bounds])  # (m,)
-    is_sky = np.arange(len(picked)) < len(of_sky)
-    is_sky = is_sky[:, None]  # (m, 1)
-    pick = np.unravel_index(picked, follows.shape)
+    of_bounds = sample_cells(sky.below & auto, density, most, settings.seed)
+    pick = np.unravel_index(np.append(of_sky, of_bounds), follows.shape)
+    is_sky = np.repeat([True, False], [len(of_sky), len(of_bounds)])[:, None]  # (m, 1)
 
     light = sky.image[pick]  # (m, c) linear
     noise = sky.noise[pick]
     # What is not in the sample counts through means, which have less than half of the noise
     smooth = _smooth_slope(sky.image, SAMPLE_MEAN, follows)[pick]
     picture = np.where(is_sky, smooth, light + CEILING_SIGMA * noise)
-    weight = np.where(is_sky, trust[pick], 1.0)
+    weight = np.where(is_sky, trust[pick], 1)
     if auto:
         # What is left is sky, however bright: the stretch shall not clip it
         image = stretch.extend(picture)
@@ -5210,25 +5192,22 @@ def sky_sample(prepared: Prepared, settings: Settings) -> Sample:
         noise = stretch.extend(light + noise) - stretch.extend(light)  # (m, c) stretched
         noise = noise.mean(-1, keepdims=True)
         noise = np.maximum(noise, LOSS_FLOOR / FORGIVEN)
-        weight *= LOSS_FLOOR / (FORGIVEN * noise)
+        weight = weight * LOSS_FLOOR / (FORGIVEN * noise)
     else:
         image = stretch.apply(picture)
         brightest = np.where(image < 1, np.inf, 1)
-    bounded = ~is_sky | (not auto)
-    return Sample(sky.centers[pick], image, brightest, weight, is_sky, bounded)
+    return Sample(sky.centers[pick], image, brightest, weight, is_sky, ~is_sky | (not auto))
 
 
-def make_lesson(prepared: Prepared, settings: Settings,
+def make_lesson(examined: Examined, settings: Settings,
                 start: tuple[np.ndarray, np.ndarray]) -> Lesson:
     """Put together what the training step sees of a picture; the arguments are `fit_surface`'s."""
-    sky = prepared.sky
-    stretch = prepared.stretch
+    sky = examined.sky
+    stretch = examined.stretch
     positions, values = start
-    sample = sky_sample(prepared, settings)
-    nodes, spacing = bending_nodes(prepared.full_shape, FIT_NODES)  # (rows, columns, 2)
-    cost = np.ones(nodes.shape[:2])
-    if settings.auto:
-        cost = sky.at(sky.cost, nodes)
+    sample = sky_sample(examined, settings)
+    nodes, spacing = bending_nodes(examined.full_shape, FIT_NODES)  # (rows, columns, 2)
+    cost = sky.at(sky.cost, nodes) if settings.auto else np.ones(nodes.shape[:2])
     rows = bending_rows(spacing, cost, settings.smoothing < PLANE)
     nodes = nodes.reshape(-1, 2)
     # In finding the sky, bending stands beside the mean squared residual. The loss curves by
@@ -5237,8 +5216,9 @@ def make_lesson(prepared: Prepared, settings: Settings,
     curvature = sharpness / sky.spread**2
     stiffness = curvature / 2 * STIFFNESS_UNIT * settings.smoothing
 
-    found_values = start_values(prepared, positions)
-    found = spline_surface(nodes, positions, found_values, settings.order)  # (k, c)
+    unit = np.eye(len(positions))
+    on_nodes = spline_surface(nodes, positions, unit, settings.order)  # (k, n)
+    found = on_nodes @ start_values(examined, positions)  # (k, c)
     derivatives = rows @ (stretch.invert(found) / sky.unit)  # (r, c)
     bending = (derivatives**2).sum(0).mean()
     asked_for_plane = sky.by_hand and settings.smoothing >= PLANE
@@ -5248,11 +5228,12 @@ def make_lesson(prepared: Prepared, settings: Settings,
 
     step = 1e-3
     rise = stretch.invert(found + step) - stretch.invert(found - step)
-    slopes = rise / (2 * step) / sky.unit
-    slopes = slopes.mean(-1)  # (k,) of the inverse of the stretch
+    slopes = rise / (2 * step) / sky.unit  # (k, c) of the inverse of the stretch
+    bent = (rows * slopes.mean(-1)) @ on_nodes
     places = sample.places[sample.follows[:, 0]]
-    energy = 2 * stiffness / curvature
-    condition = _condition(positions, settings.order, places, nodes, rows * slopes, energy)
+    on_places = spline_surface(places, positions, unit, settings.order)  # (places, n)
+    curvatures = on_places.T @ on_places / len(places)
+    curvatures += 2 * stiffness / curvature * bent.T @ bent
     return Lesson(
         sample=sample,
         nodes=nodes,
@@ -5262,35 +5243,25 @@ def make_lesson(prepared: Prepared, settings: Settings,
         slope=1 / stretch.slope,
         positions=positions,
         values=values,
-        condition=VALUE_RATE * condition,
+        condition=VALUE_RATE * _condition(curvatures),
         spacing=POSITION_RATE / math.sqrt(len(positions)))
 
 
-def _condition(positions: np.ndarray, order: int, places: np.ndarray, nodes: np.ndarray,
-               rows: np.ndarray, energy: float) -> np.ndarray:
-    """Return the matrix (n, n) that takes trained coordinates to values at the control points.
+def _condition(curvatures: np.ndarray) -> np.ndarray:
+    """Return the matrix that takes trained coordinates to values at the n control points.
 
     In these coordinates a step changes the objective by as much in every direction. Adam alone
     would take thousands of epochs for the directions in which points move together.
 
     Args:
-        places: (m, 2) the sky in the sample.
-        nodes, rows: (k, 2) and (r, k), for the bending of a stretched surface.
-        energy: weight of the bending beside the mean squared residual.
+        curvatures: (n, n) second derivatives of the objective for the values.
     """
-    unit = np.eye(len(positions))
-    on_places = spline_surface(places, positions, unit, order)  # (m, n)
-    on_nodes = spline_surface(nodes, positions, unit, order)  # (k, n)
-    derivatives = rows @ on_nodes
-    curvature = on_places.T @ on_places / len(places)
-    curvature += energy * derivatives.T @ derivatives
-    strengths, directions = np.linalg.eigh(curvature)
-    floor = CONDITION_FLOOR * strengths[-1]
-    strengths = np.maximum(strengths, floor)
+    strengths, directions = np.linalg.eigh(curvatures)
+    strengths = np.maximum(strengths, CONDITION_FLOOR * strengths[-1])
     return (directions / np.sqrt(strengths)) @ directions.T
 
 
-def fit_surface(prepared: Prepared, settings: Settings, start: tuple[np.ndarray, np.ndarray],
+def fit_surface(examined: Examined, settings: Settings, start: tuple[np.ndarray, np.ndarray],
                 on_epoch: Callable[[int, float], None] | None = None) -> Fit:
     """Fit the spline to the sky.
 
@@ -5298,15 +5269,15 @@ def fit_surface(prepared: Prepared, settings: Settings, start: tuple[np.ndarray,
     early. Keras' own `fit` would add more to each epoch than the 2 ms that an epoch takes.
 
     Args:
-        prepared, settings: what `examine` gave.
+        examined, settings: what `examine` gave.
         start: positions (n, 2) and values (n, c).
         on_epoch: called after each epoch with its number, from 1, and its loss.
 
     Raises:
         BgError: the spline cannot be computed at all from this start.
     """
-    lesson = make_lesson(prepared, settings, start)
-    training = _begin(lesson, settings)
+    lesson = make_lesson(examined, settings, start)
+    step, adam = _begin(lesson, settings)
     rate = settings.learning_rate
     history = []
     track = []
@@ -5315,8 +5286,8 @@ def fit_surface(prepared: Prepared, settings: Settings, start: tuple[np.ndarray,
     changed = 0  # last epoch in which the loss or the learning rate fell
     stopped = f"all {settings.epochs} epochs done"
     for epoch in range(1, settings.epochs + 2):  # one more, to see what the last has reached
-        now = training.control_points()
-        losses = training.step()
+        adam.learning_rate = rate
+        losses, *now = step()
         if not np.isfinite(losses).all():
             stopped = (f"stopped at epoch {epoch}: the spline's equations became singular; "
                        "best surface so far taken (try a smaller -lr, or another --seed)")
@@ -5341,109 +5312,84 @@ def fit_surface(prepared: Prepared, settings: Settings, start: tuple[np.ndarray,
         if epoch - changed >= RATE_PATIENCE and rate > RATE_FLOOR:
             rate = max(rate / 2, RATE_FLOOR)
             changed = epoch
-            training.adam.learning_rate = rate
     if not history:
         raise BgError("the spline's equations cannot be solved from these control points; "
                       "lower -N, or choose another --seed")
     return Fit(*best, settings.order, np.array(history), stopped, track)
 
 
-def _begin(lesson: Lesson, settings: Settings) -> _Training:
-    """Return a training that stands at the start of this lesson."""
+def _begin(lesson: Lesson, settings: Settings) -> tuple[Callable, Any]:
+    """Return a step of training, which stands at the start of this lesson, and its Adam.
+
+    Each step returns the loss before it and its terms, (6,) as in Fit.history, and the positions
+    and values that have them. All are NaN if the spline's equations are singular, because control
+    points have met.
+    """
     import tensorflow as tf
-
-    def in_float32(part):
-        return tf.constant(part, tf.float32)
-
-    def of_any_number(part):
-        return tf.TensorSpec([None, *part.shape[1:]])
-
-    lesson = tf.nest.map_structure(in_float32, lesson)
+    lesson = tf.nest.map_structure(functools.partial(tf.constant, dtype=tf.float32), lesson)
     # A step traced for the number of cells of its first picture would round differently, so that
     # what comes first in a folder changed the results of all others.
+    cells = [tf.TensorSpec([None, part.shape[1]]) for part in lesson.sample]
     kinds = tf.nest.map_structure(tf.TensorSpec.from_tensor, lesson)
-    cells = map(of_any_number, lesson.sample)
     kinds = kinds._replace(sample=Sample(*cells))
-    training = _training(kinds, settings.order, settings.alpha, lesson.nodes.device)
-    training.begin(lesson, settings.learning_rate)
-    return training
+    traced, variables, adam = _traced_step(
+        kinds, settings.order, settings.alpha, lesson.nodes.device)
+    for variable in variables:  # forget the picture before
+        variable.assign(tf.zeros_like(variable))
+
+    def step():
+        try:
+            results = traced(lesson)
+        except tf.errors.InvalidArgumentError:
+            return np.nan, np.nan, np.nan
+        return [result.numpy() for result in results]
+
+    return step, adam
 
 
 @functools.lru_cache(maxsize=8)  # a folder holds pictures of few kinds
-def _training(kinds, order, alpha, device) -> _Training:
-    """Return the training of fits that have all of this in common.
+def _traced_step(kinds: Lesson, order: int, alpha: float, device: str) -> tuple:
+    """Return the training step of all lessons of these kinds, its variables, and its Adam.
 
-    It is made once: TensorFlow takes longer to trace a step than to do a hundred.
+    TensorFlow takes longer to trace a step than to do a hundred. The variables are 0 at the start.
     """
-    return _Training(kinds, order, alpha)
+    import tensorflow as tf
+    points, channels = kinds.values.shape
+    layer = spline_layer(points, channels, order)
+    start = np.zeros((points, 2 + channels), np.float32)
+    coordinates = tf.Variable(start)  # of positions and values, see `_condition`
+    adam = tf.keras.optimizers.Adam()
+    adam.build([coordinates])
 
-
-class _Training:
-    """A spline in training. It serves one picture after the other."""
-
-    def __init__(self, kinds: Lesson, order: int, alpha: float):
-        import tensorflow as tf
-        self.alpha = alpha
-        points, channels = kinds.values.shape
-        self.layer = spline_layer(points, channels, order)
-        start = np.zeros((points, 2 + channels), np.float32)
-        self.coordinates = tf.Variable(start)  # of positions and values, see `_condition`
-        self.adam = tf.keras.optimizers.Adam()
-        self.adam.build([self.coordinates])
-        # Nothing in it needs rewriting, which costs time and would reach into the drop-in
-        self._step = tf.function(self._trace, input_signature=[kinds], autograph=False)
-
-    def begin(self, lesson: Lesson, learning_rate: float) -> None:
-        """Forget the picture before, and start from the control points of this lesson."""
-        import tensorflow as tf
-        self.lesson = lesson
-        self.layer.positions.assign(lesson.positions)
-        self.layer.values.assign(lesson.values)
-        for variable in (self.coordinates, *self.adam.variables):  # the epoch and the moments too
-            variable.assign(tf.zeros_like(variable))
-        self.adam.learning_rate = learning_rate
-
-    def control_points(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return the positions (n, 2) and the values (n, c)."""
-        layer = self.layer
-        return layer.positions.numpy(), layer.values.numpy()
-
-    def step(self) -> np.ndarray:
-        """Do one step. Return the loss before it, and its terms as in Fit.history, (6,).
-
-        They are NaN if the spline's equations are singular, because control points have met.
-        """
-        import tensorflow as tf
-        try:
-            return self._step(self.lesson).numpy()
-        except tf.errors.InvalidArgumentError:
-            return np.full(1 + len(LOSS_TERMS), np.nan)
-
-    def _trace(self, lesson):
-        """Do what `step` does, on tensors."""
-        import tensorflow as tf
-        layer = self.layer
+    def step(lesson):
+        moved = lesson.spacing * coordinates[:, :2]
+        risen = tf.matmul(lesson.condition, coordinates[:, 2:])
+        layer.positions.assign(lesson.positions + moved)
+        layer.values.assign(lesson.values + risen)
+        now = [tf.identity(layer.positions), tf.identity(layer.values)]
         sample = lesson.sample
         count = tf.shape(sample.image)[0]
         query = tf.concat([sample.places, lesson.nodes], 0)
         with tf.GradientTape() as tape:
             surface = layer(query)  # [m + k, c]
             terms = _cell_terms(sample, surface[:count])
-            linear = curve(surface[count:], lesson.slope, tf)
-            linear /= lesson.unit
+            linear = curve(surface[count:], lesson.slope, tf) / lesson.unit
             bending = lesson.stiffness * loss_bending(linear, lesson.bending)
-            loss = log_loss(terms, self.alpha) + bending
+            loss = log_loss(terms, alpha) + bending
         of_positions, of_values = tape.gradient(loss, [layer.positions, layer.values])
         of_positions *= lesson.spacing
         of_values = tf.matmul(lesson.condition, of_values, transpose_a=True)
         gradient = tf.concat([of_positions, of_values], 1)
-        self.adam.apply_gradients([(gradient, self.coordinates)])
-        moved = lesson.spacing * self.coordinates[:, :2]
-        risen = tf.matmul(lesson.condition, self.coordinates[:, 2:])
-        layer.positions.assign(lesson.positions + moved)
-        layer.values.assign(lesson.values + risen)
+        adam.apply_gradients([(gradient, coordinates)])
         means = [tf.reduce_mean(term) for term in terms]
-        return tf.stack([loss, *means, bending])
+        return tf.stack([loss, *means, bending]), *now
+
+    # Nothing in it needs rewriting, which costs time and would reach into the drop-in
+    traced = tf.function(step, input_signature=[kinds], autograph=False)
+    return traced, (coordinates, *adam.variables), adam
+
+
+atexit.register(_traced_step.cache_clear)  # later TensorFlow could not free them
 
 
 def _cell_terms(sample, surface):
@@ -5463,38 +5409,36 @@ def _cell_terms(sample, surface):
 def compute_devices() -> list[tuple[str, str]]:
     """Return what to compute on, a GPU if one works, then the CPU: place in `tf.device`, name."""
     tf = import_tensorflow()
-    cpu = "/CPU:0", "the CPU"
+    devices = [("/CPU:0", "the CPU")]
     try:
         # This starts the GPU, and fails where another program holds it
-        if not tf.config.list_logical_devices("GPU"):
-            return [cpu]
-        first = tf.config.list_physical_devices("GPU")[0]
-        details = tf.config.experimental.get_device_details(first)
+        if tf.config.list_logical_devices("GPU"):
+            first, *_ = tf.config.list_physical_devices("GPU")
+            details = tf.config.experimental.get_device_details(first)
+            devices.insert(0, ("/GPU:0", details.get("device_name", "the GPU")))
     except (tf.errors.OpError, RuntimeError) as error:
         reason = type(error).__name__
         logger.info(f"the GPU cannot be started ({reason}); going on with the CPU")
         tf.config.set_visible_devices([], "GPU")
-        return [cpu]
-    name = details.get("device_name", "the GPU")
-    return [("/GPU:0", name), cpu]
+    return devices
 
 
 _fitting = threading.Lock()  # there is one training for all threads
 
 
-def fit_sky(prepared: Prepared, settings: Settings,
+def fit_sky(examined: Examined, settings: Settings,
             on_epoch: Callable[[int, float], None] | None = None) -> Fit:
     """Fit the surface to what `examine` gave, on the first device that works; see `fit_surface`."""
     tf = import_tensorflow()
-    positions = start_positions(settings, prepared.sky, prepared.full_shape)
-    start = positions, start_values(prepared, positions)
+    positions = start_positions(settings, examined.sky, examined.full_shape)
+    start = positions, start_values(examined, positions)
     devices = compute_devices()
     for place, name in devices:
         logger.info(f"fitting {len(positions)} control points, "
                     f"smoothing {settings.smoothing:.3g}, on {name}")
         try:
             with _fitting, tf.device(place):
-                return fit_surface(prepared, settings, start, on_epoch)
+                return fit_surface(examined, settings, start, on_epoch)
         except tf.errors.OpError as error:
             if place == devices[-1][0]:
                 raise
