@@ -2105,13 +2105,10 @@ def _present(samples: np.ndarray) -> np.ndarray:
 
 
 def _strips(height: int, width: int, multiple: int = 1) -> list[slice]:
-    """Return slices of rows that cut a plane into strips of about STRIP_PIXELS.
-
-    The height of each strip but the last is a multiple of `multiple` rows.
-    """
+    """Return slices that cut a plane into strips of about STRIP_PIXELS, of a multiple of rows."""
     rows = STRIP_PIXELS // width
     rows = max(rows - rows % multiple, multiple)
-    return [slice(top, min(top + rows, height)) for top in range(0, height, rows)]
+    return [slice(top, top + rows) for top in range(0, height, rows)]
 
 
 def _each(work: Callable, items: Sequence) -> Iterator:
@@ -2314,11 +2311,12 @@ def _block_sums(image, factor):
 
 def _block_means(weights: np.ndarray, factor: int) -> np.ndarray:
     """Reduce weights (h, w, ...) in [0, 1] to their means over blocks; NaN counts as 0."""
-    weights = np.clip(np.nan_to_num(weights), 0, 1)
-    ones = np.ones(weights.shape[:2])
-    count = _block_sums(ones, factor)  # less at the right and the lower edge
-    count = count.reshape(*count.shape, *[1] * (weights.ndim - 2))
-    return (_block_sums(weights, factor) / count).astype(np.float32)
+    weights = np.nan_to_num(weights)
+    weights = np.clip(weights, 0, 1)
+    total = _block_sums(weights, factor)
+    count = _block_sums(np.ones_like(weights), factor)  # less at the right and the lower edge
+    means = total / count
+    return means.astype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -2679,11 +2677,13 @@ def spline_surface(query: np.ndarray, positions: np.ndarray, values: np.ndarray,
     """
     n = len(positions)
     plane = np.c_[positions, np.ones(n)]  # (n, 3)
-    system = np.zeros((n + 3, n + 3))
-    system[:n, :n] = _kernel(positions, positions, order) + regularization * np.eye(n)
-    system[:n, n:] = plane
-    system[n:, :n] = plane.T
-    right_side = np.vstack((values, np.zeros((3, values.shape[1]))))
+    kernels = _kernel(positions, positions, order)
+    kernels += regularization * np.eye(n)
+    system = np.block([
+        [kernels, plane],
+        [plane.T, np.zeros((3, 3))],
+    ])
+    right_side = np.pad(values, ((0, 3), (0, 0)))
     try:
         coefficients = np.linalg.solve(system, right_side)  # (n + 3, k)
     except np.linalg.LinAlgError:
@@ -2691,13 +2691,12 @@ def spline_surface(query: np.ndarray, positions: np.ndarray, values: np.ndarray,
         coefficients, *_ = np.linalg.lstsq(system, right_side, rcond=None)
     weights, slopes, level = np.split(coefficients, (-3, -1))  # (n, k), (2, k), (1, k)
     points = query.reshape(-1, 2)  # (m, 2)
+    surface = points @ slopes + level  # (m, k)
     # In parts: the kernels of all points at once would be the largest array of a run
-    count = 1 + len(points) * n // STRIP_PIXELS
-    surface = []
-    for part in np.array_split(points, count):
-        kernels = _kernel(part, positions, order)
-        surface.append(kernels @ weights + part @ slopes + level)
-    surface = np.concatenate(surface)  # (m, k)
+    step = 1 + STRIP_PIXELS // n
+    for start in range(0, len(points), step):
+        part = slice(start, start + step)
+        surface[part] += _kernel(points[part], positions, order) @ weights
     return surface.reshape(*query.shape[:-1], -1)
 
 
@@ -2730,7 +2729,7 @@ def interpolate_spline(train_points, train_values, query_points, order, regulari
 
         matrix_a = _phi(c, c, order)  # [b, n, n]
         matrix_a += regularization_weight * tf.eye(n, dtype=c.dtype)
-        matrix_b = _with_ones(c)  # [b, n, d + 1]
+        matrix_b = tf.pad(c, [[0, 0], [0, 0], [0, 1]], constant_values=1)  # [b, n, d + 1]
         transposed_b = tf.transpose(matrix_b, [0, 2, 1])
         upper = tf.concat([matrix_a, matrix_b], 2)  # [b, n, n + d + 1]
         lower = tf.pad(transposed_b, [[0, 0], [0, 0], [0, more]])
@@ -2738,17 +2737,11 @@ def interpolate_spline(train_points, train_values, query_points, order, regulari
         right_side = tf.pad(f, [[0, 0], [0, more], [0, 0]])  # [b, n + d + 1, k]
         w_v = tf.linalg.solve(system, right_side)
         w = w_v[:, :n]
-        v = w_v[:, n:]  # with b of the formula in the last row
+        v = w_v[:, n:-1]
+        b = w_v[:, -1:]
 
         kernels = _phi(q, c, order)  # [b, m, n]
-        return tf.matmul(kernels, w) + tf.matmul(_with_ones(q), v)
-
-
-def _with_ones(points):
-    """Return points `[b, n, d]` with one more coordinate, which is 1."""
-    import tensorflow as tf
-    ones = tf.ones_like(points[..., :1])
-    return tf.concat([points, ones], 2)
+        return tf.matmul(kernels, w) + tf.matmul(q, v) + b
 
 
 def _phi(x, y, order):
@@ -2817,9 +2810,11 @@ def bending_nodes(full_shape: tuple[int, int], longer: int) -> tuple[np.ndarray,
     Along the longer side there are `longer` nodes.
     """
     sides = np.array(full_shape) / max(full_shape)
-    rows, columns = np.maximum(4, np.round(longer * sides)).astype(int)
-    down = np.linspace(0, sides[0], rows)
-    along = np.linspace(0, sides[1], columns)
+    nodes = []
+    for side in sides:
+        count = max(4, round(longer * side))
+        nodes.append(np.linspace(0, side, count))
+    down, along = nodes
     return _grid(down, along), np.array([down[1], along[1]])
 
 
@@ -4989,8 +4984,7 @@ SAMPLE_CELLS = 2048
 """Cells in one independent sample of the sky; a fit sees `-B` samples. Where the noise of a cell is
 1 % of the gradient, so many determine 32 control points to 0.13 %."""
 
-SAMPLE_MEAN = 0.7
-"""Cells: the sample is drawn from Gaussian means of this width."""
+SAMPLE_MEAN = 0.7  # cells: width of the Gaussian means that the sample is drawn from
 
 BOUNDS_SHARE = 0.25
 """For one cell of sky in the sample there are so many that only bound the sky, if there are."""
@@ -5003,8 +4997,7 @@ RATE_PATIENCE = 50
 RATE_FLOOR = 1e-4
 """The learning rate is halved after so many such epochs, but not below this."""
 
-TRACK_EVERY = 10
-"""Epochs between two recordings of the control points."""
+TRACK_EVERY = 10  # epochs between two recordings of the control points
 
 FORGIVEN = 10.0
 """With auto, the loss forgives what is farther from the surface than so many sigma. It needs not
@@ -5032,8 +5025,7 @@ POSITION_RATE = 0.02
 With 0.5 the sky of a glowing corner is truer by a tenth, and a fit takes three times as long."""
 
 CONDITION_FLOOR = 1e-4
-"""Directions in which the objective curves by less than this part of the most are not trained
-faster than that."""
+"""Directions in which the objective curves by less than this part of the most train no faster."""
 
 
 @dataclass(frozen=True)
@@ -5065,8 +5057,8 @@ def start_positions(settings: Settings, sky: Sky, shape: tuple[int, int]) -> np.
         if settings.auto:
             rows = _denser(rows, sky.density.max(1))
             columns = _denser(columns, sky.density.max(0))
-        positions = sides * _grid(rows, columns).reshape(-1, 2)
-        return positions.astype(np.float32)
+        grid = sides * _grid(rows, columns)
+        return grid.reshape(-1, 2).astype(np.float32)
     rng = np.random.default_rng(settings.seed)
     draws = 10 if settings.auto else 1
     points = np.full((1, 2), np.inf)  # one that is far from all, to begin with
@@ -5088,20 +5080,23 @@ def _grid_lines(wanted, sides):
     points more or fewer.
     """
     height, width = sides
+    misfits = {}
     # At least two rows and columns: with one the slope along the other axis would be open
-    rows = np.arange(2, max(2, wanted // 2) + 1)
-    columns = np.maximum(2, np.round(wanted / rows))
-    number = np.abs(rows * columns - wanted) / wanted
-    aspect = columns / rows * height / width
-    misfit = number + np.abs(np.log(aspect))
-    best = misfit.argmin()
-    return [np.arange(0.5, count) / count for count in (rows[best], columns[best])]
+    for rows in range(2, max(2, wanted // 2) + 1):
+        columns = max(2, round(wanted / rows))
+        number = abs(rows * columns - wanted) / wanted
+        aspect = columns / rows * height / width
+        misfits[rows, columns] = number + abs(math.log(aspect))
+    best = min(misfits, key=misfits.get)
+    return [np.arange(0.5, count) / count for count in best]
 
 
 def _denser(lines, density):
     """Move lines in [0, 1] so that between each two there is as much of a density (n,) along it."""
-    share = np.append(0, np.cumsum(density)) / density.sum()
-    return np.interp(lines, share, np.linspace(0, 1, len(share)))
+    reached = np.append(0, np.cumsum(density))
+    share = reached / reached[-1]
+    even = np.linspace(0, 1, len(share))
+    return np.interp(lines, share, even)
 
 
 def start_values(examined: Examined, positions: np.ndarray) -> np.ndarray:
@@ -5120,13 +5115,13 @@ def sample_cells(usable: np.ndarray, density: np.ndarray, wanted: int, seed: int
     cells = np.flatnonzero(usable)
     if cells.size <= wanted:
         return cells
-    _, width = usable.shape
-    row, column = np.divmod(cells, width)
-    tile = max(1, int(math.sqrt(cells.size / wanted)))
-    keys = (column, row, column // tile, row // tile)
-    tile_by_tile = np.lexsort(keys)
+    row, column = np.nonzero(usable)
+    side = math.sqrt(cells.size / wanted)
+    tile = max(1, int(side))
+    tile_by_tile = np.lexsort((column, row, column // tile, row // tile))
     cells = cells[tile_by_tile]
-    reached = np.cumsum(density.ravel()[cells]**2)
+    weights = density.ravel()[cells]**2
+    reached = np.cumsum(weights)
     rng = np.random.default_rng(seed)
     drawn = (np.arange(wanted) + rng.random(wanted)) / wanted
     ranks = np.searchsorted(reached, drawn * reached[-1])
@@ -5170,14 +5165,21 @@ def sky_sample(examined: Examined, settings: Settings) -> Sample:
     stretch = examined.stretch
     auto = settings.auto
     trust = _block_means(examined.weight, sky.size)  # (h, w, c) of the cells
-    follows = (trust > 0).any(-1) & (sky.shows_sky | (not auto))
-    density = sky.density if auto else np.ones(follows.shape)
+    follows = (trust > 0).any(-1)
+    bounds = np.full(follows.shape, False)
+    density = np.ones(follows.shape)
+    if auto:
+        follows &= sky.shows_sky
+        bounds = sky.below
+        density = sky.density
     wanted = SAMPLE_CELLS * settings.batch
     of_sky = sample_cells(follows, density, wanted, settings.seed)
     most = int(BOUNDS_SHARE * len(of_sky))
-    of_bounds = sample_cells(sky.below & auto, density, most, settings.seed)
-    pick = np.unravel_index(np.append(of_sky, of_bounds), follows.shape)
-    is_sky = np.repeat([True, False], [len(of_sky), len(of_bounds)])[:, None]  # (m, 1)
+    of_bounds = sample_cells(bounds, density, most, settings.seed)
+    picked = np.append(of_sky, of_bounds)  # (m,)
+    pick = np.unravel_index(picked, follows.shape)
+    is_sky = np.arange(len(picked)) < len(of_sky)
+    is_sky = is_sky[:, None]  # (m, 1)
 
     light = sky.image[pick]  # (m, c) linear
     noise = sky.noise[pick]
@@ -5232,8 +5234,13 @@ def make_lesson(examined: Examined, settings: Settings,
     bent = (rows * slopes.mean(-1)) @ on_nodes
     places = sample.places[sample.follows[:, 0]]
     on_places = spline_surface(places, positions, unit, settings.order)  # (places, n)
+    # A step along a trained coordinate shall change the objective by as much in every direction.
+    # Adam alone would take thousands of epochs for the directions in which points move together.
     curvatures = on_places.T @ on_places / len(places)
     curvatures += 2 * stiffness / curvature * bent.T @ bent
+    strengths, directions = np.linalg.eigh(curvatures)
+    strengths = np.maximum(strengths, CONDITION_FLOOR * strengths[-1])
+    condition = VALUE_RATE * directions / np.sqrt(strengths)
     return Lesson(
         sample=sample,
         nodes=nodes,
@@ -5243,22 +5250,8 @@ def make_lesson(examined: Examined, settings: Settings,
         slope=1 / stretch.slope,
         positions=positions,
         values=values,
-        condition=VALUE_RATE * _condition(curvatures),
+        condition=condition @ directions.T,
         spacing=POSITION_RATE / math.sqrt(len(positions)))
-
-
-def _condition(curvatures: np.ndarray) -> np.ndarray:
-    """Return the matrix that takes trained coordinates to values at the n control points.
-
-    In these coordinates a step changes the objective by as much in every direction. Adam alone
-    would take thousands of epochs for the directions in which points move together.
-
-    Args:
-        curvatures: (n, n) second derivatives of the objective for the values.
-    """
-    strengths, directions = np.linalg.eigh(curvatures)
-    strengths = np.maximum(strengths, CONDITION_FLOOR * strengths[-1])
-    return (directions / np.sqrt(strengths)) @ directions.T
 
 
 def fit_surface(examined: Examined, settings: Settings, start: tuple[np.ndarray, np.ndarray],
@@ -5357,7 +5350,7 @@ def _traced_step(kinds: Lesson, order: int, alpha: float, device: str) -> tuple:
     points, channels = kinds.values.shape
     layer = spline_layer(points, channels, order)
     start = np.zeros((points, 2 + channels), np.float32)
-    coordinates = tf.Variable(start)  # of positions and values, see `_condition`
+    coordinates = tf.Variable(start)  # of positions and values, see `make_lesson`
     adam = tf.keras.optimizers.Adam()
     adam.build([coordinates])
 
@@ -5529,7 +5522,11 @@ def linear_sky(examined: Examined, fit: Fit) -> Callable[[np.ndarray], np.ndarra
     beyond = MAX_EXTRAPOLATION * (high - low)
     lowest = np.maximum(low - beyond, 0)
     highest = np.minimum(high + beyond, 1)
-    return lambda places: np.clip(unlimited(places), lowest, highest)
+
+    def sky(places):
+        return np.clip(unlimited(places), lowest, highest)
+
+    return sky
 
 
 def take_out(planes: np.ndarray, sky: SkyModel, reduced: Reduced,
@@ -5561,24 +5558,26 @@ def take_out(planes: np.ndarray, sky: SkyModel, reduced: Reduced,
         present = _present(plane)
         strips = _strips(*plane.shape)
         for rows in strips:
+            samples = plane[rows]
             model = sky.strip(channel, rows)
-            left = _without_sky(plane[rows], model, correction, black, levels[channel])
-            np.copyto(plane[rows], left, where=present[rows])
+            left = _without_sky(samples, model, correction, black, levels[channel])
+            np.copyto(samples, left, where=present[rows])
         offset = black
         if not divides:
             median_left, = _quantiles(plane, present, (0.5,))
             offset = reduced.median[channel] - median_left
-        clipped = np.zeros(2, int)
+        below = above = 0
+        shift = plane.dtype.type(offset)
         for rows in strips:
-            values = plane[rows] + plane.dtype.type(offset)
-            beyond = np.stack((values < 0, values > 1))  # (2, rows, w)
-            beyond &= present[rows]
-            clipped += np.count_nonzero(beyond, (1, 2))
-            np.clip(values, 0, 1, out=plane[rows], where=present[rows])
-        return offset, clipped
+            there = present[rows]
+            values = plane[rows] + shift
+            below += np.count_nonzero(there & (values < 0))
+            above += np.count_nonzero(there & (values > 1))
+            np.clip(values, 0, 1, out=plane[rows], where=there)
+        return offset, below, above
 
-    offsets, clipped = zip(*_each(work, range(len(planes))))
-    return levels if divides else np.array(offsets), np.sum(clipped, 0)
+    offsets, *clipped = np.transpose(list(_each(work, range(len(planes)))))
+    return levels if divides else offsets, np.sum(clipped, 1).astype(int)
 
 
 def _without_sky(samples, sky, correction, black, level):
@@ -5630,9 +5629,10 @@ def examine(planes: np.ndarray, settings: Settings, mask: np.ndarray | None = No
     """
     settings = settings.resolved()
     prepared = prepare(planes, settings, mask, black, reference)
-    examined = with_sky(prepared, settings, find_sky(prepared, settings))
+    sky = find_sky(prepared, settings)
+    examined = with_sky(prepared, settings, sky)
     judge(planes, examined, settings)
-    return examined, replace(settings, smoothing=examined.sky.smoothing)
+    return examined, replace(settings, smoothing=sky.smoothing)
 
 
 def with_sky(prepared: Prepared, settings: Settings, sky: Sky) -> Examined:
@@ -5778,10 +5778,11 @@ def _warn_of_inverted_mask(examined: Examined) -> None:
 def _hint_at_objects(examined: Examined, settings: Settings) -> None:
     """Tell a plain run that it had much in its fit that is not sky."""
     sky = examined.sky
-    objects = examined.used & ~sky.at(sky.shows_sky, examined.centers)  # (h, w)
-    if not settings.auto and not sky.unsure and objects.mean() > OBJECTS_SHARE:
+    shows_sky = sky.at(sky.shows_sky, examined.centers)  # (h, w)
+    objects = np.mean(examined.used & ~shows_sky)
+    if not settings.auto and not sky.unsure and objects > OBJECTS_SHARE:
         logger.info("hint: objects were found in this picture; --auto would leave them out, "
-                    f"with a margin ({objects.mean():.0%} of the frame)")
+                    f"with a margin ({objects:.0%} of the frame)")
 
 
 def optimize(image: np.ndarray, settings: Settings = Settings(), mask: np.ndarray | None = None,
@@ -5882,11 +5883,11 @@ Columns or rows of a sensor that differ do so on both diagonals."""
 
 def thinned(prepared: Prepared, most: int = VIEW_PIXELS) -> Prepared:
     """Take every k-th pixel of the reduced frame, so that its longer side has about `most`."""
-    longer = max(prepared.image.shape[:2])
-    step = max(1, round(longer / most))
+    step = max(1, round(max(prepared.used.shape) / most))
     parts = {}
     for name in ("image", "weight", "centers", "linear", "user_mask", "rim"):
-        parts[name] = getattr(prepared, name)[::step, ::step]
+        whole = getattr(prepared, name)
+        parts[name] = whole[::step, ::step]
     return replace(prepared, **parts)
 
 
@@ -5910,10 +5911,11 @@ def blown_out(examined: Examined, settings: Settings) -> np.ndarray:
     It is nowhere True if that is hardly anywhere, or with auto, which follows a sky that bright.
     """
     sky = examined.sky
-    white = examined.stretch.white
-    clipped = (sky.surface(sky.centers) > white) & (sky.image > white)  # (h, w, c)
-    blown = clipped.any(-1)
-    return blown & (not settings.auto and blown.mean() > BLOWN_SHARE)
+    darker = np.minimum(sky.surface(sky.centers), sky.image)  # (h, w, c)
+    blown = (darker > examined.stretch.white).any(-1)
+    if settings.auto or blown.mean() <= BLOWN_SHARE:
+        blown[:] = False
+    return blown
 
 
 def _warn_of_odd_data(planes: np.ndarray, prepared: Prepared) -> None:
@@ -5939,15 +5941,14 @@ def _squares(plane: np.ndarray) -> Iterator[np.ndarray]:
     Squares in which pixels are missing or clipped are left out, and so are tiles full of these.
     """
     side = 2 * TILE_SQUARES  # pixels
-    height, width = plane.shape
     apart = math.sqrt(plane.size / 1.6e6)  # some hundred tiles are enough
     step = side * max(1, round(apart))
+    height, width = plane.shape
     for y, x in np.ndindex(height // step, width // step):
-        top = y * step
-        left = x * step
-        tile = plane[top:top + side, left:left + side]
-        squares = tile.astype(float)
-        squares = squares.reshape(TILE_SQUARES, 2, TILE_SQUARES, 2)
+        rows = slice(y * step, y * step + side)
+        columns = slice(x * step, x * step + side)
+        tile = plane[rows, columns].astype(float)
+        squares = tile.reshape(TILE_SQUARES, 2, TILE_SQUARES, 2)
         squares = squares.swapaxes(1, 2)
         squares = squares.reshape(-1, 4)
         inside = (squares > 0) & (squares < 0.99)
@@ -6022,22 +6023,21 @@ def gradients(examined: Examined, model: Callable[[np.ndarray], np.ndarray],
     taken = model(found.centers[shows_sky])
     left = corrected(examined, picture, taken, correction)
     level = np.maximum(np.median(sky, axis=0), 1e-12)
-    before, after = [_span(light, (99, 1)) / level for light in (sky, left)]  # (c,) each
-    return float(before.mean()), float(after.mean())
+    before = _span(sky, (99, 1)) / level  # (c,)
+    after = _span(left, (99, 1)) / level
+    return before.mean(), after.mean()
 
 
 def _log_numbers(examined: Examined, settings: Settings) -> None:
     """Log numbers to act on before the fit."""
     height, width, _ = examined.image.shape
-    present = examined.present
-    used = examined.weight > 0
-    masked = present & ~used
-    clipped = clipped_by_stretch(examined)
+    present = examined.present.mean()
+    used = np.mean(examined.weight > 0)
+    clipped = clipped_by_stretch(examined).mean()
     quantile = settings.delinearization_quantile
     logger.info(
-        f"reduced to {width} x {height}: {used.mean():.1%} used, {masked.mean():.1%} masked, "
-        f"{1 - present.mean():.1%} missing; "
-        f"{clipped.mean():.1%} clipped at 1 by the stretch (-dq {quantile:g})")
+        f"reduced to {width} x {height}: {used:.1%} used, {present - used:.1%} masked, "
+        f"{1 - present:.1%} missing; {clipped:.1%} clipped at 1 by the stretch (-dq {quantile:g})")
     stretch = examined.stretch
     for channel in zip(_channel_letters(examined), stretch.pedestal, examined.median,
                        stretch.white):
