@@ -5152,6 +5152,7 @@ class Lesson(NamedTuple):
     values: Any  # (n, c) at the start
     condition: Any  # (n, n) takes trained coordinates to values
     spacing: Any  # () takes trained coordinates to positions
+    alpha: Any  # () weight of overshoot and negative sky
 
 
 def sky_sample(examined: Examined, settings: Settings) -> Sample:
@@ -5251,7 +5252,8 @@ def make_lesson(examined: Examined, settings: Settings,
         positions=positions,
         values=values,
         condition=condition @ directions.T,
-        spacing=POSITION_RATE / math.sqrt(len(positions)))
+        spacing=POSITION_RATE / math.sqrt(len(positions)),
+        alpha=settings.alpha)
 
 
 def fit_surface(examined: Examined, settings: Settings, start: tuple[np.ndarray, np.ndarray],
@@ -5325,8 +5327,7 @@ def _begin(lesson: Lesson, settings: Settings) -> tuple[Callable, Any]:
     cells = [tf.TensorSpec([None, part.shape[1]]) for part in lesson.sample]
     kinds = tf.nest.map_structure(tf.TensorSpec.from_tensor, lesson)
     kinds = kinds._replace(sample=Sample(*cells))
-    traced, variables, adam = _traced_step(
-        kinds, settings.order, settings.alpha, lesson.nodes.device)
+    traced, variables, adam = _traced_step(kinds, settings.order, lesson.nodes.device)
     for variable in variables:  # forget the picture before
         variable.assign(tf.zeros_like(variable))
 
@@ -5341,7 +5342,7 @@ def _begin(lesson: Lesson, settings: Settings) -> tuple[Callable, Any]:
 
 
 @functools.lru_cache(maxsize=8)  # a folder holds pictures of few kinds
-def _traced_step(kinds: Lesson, order: int, alpha: float, device: str) -> tuple:
+def _traced_step(kinds: Lesson, order: int, device: str) -> tuple:
     """Return the training step of all lessons of these kinds, its variables, and its Adam.
 
     TensorFlow takes longer to trace a step than to do a hundred. The variables are 0 at the start.
@@ -5368,7 +5369,7 @@ def _traced_step(kinds: Lesson, order: int, alpha: float, device: str) -> tuple:
             terms = _cell_terms(sample, surface[:count])
             linear = curve(surface[count:], lesson.slope, tf) / lesson.unit
             bending = lesson.stiffness * loss_bending(linear, lesson.bending)
-            loss = log_loss(terms, alpha) + bending
+            loss = log_loss(terms, lesson.alpha) + bending
         of_positions, of_values = tape.gradient(loss, [layer.positions, layer.values])
         of_positions *= lesson.spacing
         of_values = tf.matmul(lesson.condition, of_values, transpose_a=True)
