@@ -2646,7 +2646,7 @@ def mask_reasons(prepared: Prepared, settings: Settings) -> dict[str, np.ndarray
 
 def clipped_by_stretch(prepared: Prepared) -> np.ndarray:
     """Return True, (h, w, c), where the stretch ends at 1, so that the fit sees no brightness."""
-    return prepared.present & (prepared.image == 1)
+    return prepared.image == 1
 
 
 # --------------------------------------------------------------------------------------------------
@@ -5066,10 +5066,10 @@ def start_positions(settings: Settings, sky: Sky, shape: tuple[int, int]) -> np.
         candidates = sides * rng.random((draws, 2))
         differences = candidates[:, None] - points  # (draws, points, 2)
         distances = np.linalg.norm(differences, axis=-1)
-        nearest = distances.min(1)
-        counted = nearest * sky.at(sky.density, candidates)
-        farthest = candidates[counted.argmax()]
-        points = np.vstack((points, farthest))
+        density = sky.at(sky.density, candidates)
+        counted = density * distances.min(1)
+        farthest = counted.argmax()
+        points = np.vstack((points, candidates[farthest]))
     return points[1:].astype(np.float32)
 
 
@@ -5118,7 +5118,13 @@ def sample_cells(usable: np.ndarray, density: np.ndarray, wanted: int, seed: int
     row, column = np.nonzero(usable)
     side = math.sqrt(cells.size / wanted)
     tile = max(1, int(side))
-    tile_by_tile = np.lexsort((column, row, column // tile, row // tile))
+    keys = (
+        column,
+        row,
+        column // tile,
+        row // tile,
+    )
+    tile_by_tile = np.lexsort(keys)  # the last key counts first
     cells = cells[tile_by_tile]
     weights = density.ravel()[cells]**2
     reached = np.cumsum(weights)
@@ -5185,8 +5191,9 @@ def sky_sample(examined: Examined, settings: Settings) -> Sample:
     light = sky.image[pick]  # (m, c) linear
     noise = sky.noise[pick]
     # What is not in the sample counts through means, which have less than half of the noise
-    smooth = _smooth_slope(sky.image, SAMPLE_MEAN, follows)[pick]
-    picture = np.where(is_sky, smooth, light + CEILING_SIGMA * noise)
+    smooth = _smooth_slope(sky.image, SAMPLE_MEAN, follows)
+    ceiling = light + CEILING_SIGMA * noise
+    picture = np.where(is_sky, smooth[pick], ceiling)
     weight = np.where(is_sky, trust[pick], 1)
     if auto:
         # What is left is sky, however bright: the stretch shall not clip it
@@ -5199,7 +5206,8 @@ def sky_sample(examined: Examined, settings: Settings) -> Sample:
     else:
         image = stretch.apply(picture)
         brightest = np.where(image < 1, np.inf, 1)
-    return Sample(sky.centers[pick], image, brightest, weight, is_sky, ~is_sky | (not auto))
+    bounded = ~is_sky | (not auto)
+    return Sample(sky.centers[pick], image, brightest, weight, is_sky, bounded)
 
 
 def make_lesson(examined: Examined, settings: Settings,
@@ -5222,8 +5230,9 @@ def make_lesson(examined: Examined, settings: Settings,
     unit = np.eye(len(positions))
     on_nodes = spline_surface(nodes, positions, unit, settings.order)  # (k, n)
     found = on_nodes @ start_values(examined, positions)  # (k, c)
-    derivatives = rows @ (stretch.invert(found) / sky.unit)  # (r, c)
-    bending = (derivatives**2).sum(0).mean()
+    linear = stretch.invert(found) / sky.unit
+    squares = (rows @ linear)**2  # (r, c)
+    bending = squares.sum(0).mean()
     asked_for_plane = sky.by_hand and settings.smoothing >= PLANE
     most = PLANE_COST if asked_for_plane else FOUND_COST
     most *= settings.smoothing / max(sky.found_smoothing, 1e-9)
@@ -5232,8 +5241,10 @@ def make_lesson(examined: Examined, settings: Settings,
     step = 1e-3
     rise = stretch.invert(found + step) - stretch.invert(found - step)
     slopes = rise / (2 * step) / sky.unit  # (k, c) of the inverse of the stretch
-    bent = (rows * slopes.mean(-1)) @ on_nodes
-    places = sample.places[sample.follows[:, 0]]
+    slopes = slopes.mean(-1)
+    bent = (rows * slopes) @ on_nodes
+    followed = sample.follows[:, 0]
+    places = sample.places[followed]
     on_places = spline_surface(places, positions, unit, settings.order)  # (places, n)
     # A step along a trained coordinate shall change the objective by as much in every direction.
     # Adam alone would take thousands of epochs for the directions in which points move together.
@@ -5479,10 +5490,13 @@ class SkyModel:
         nodes = sky(places)  # (rows, columns, c)
         make_spline = scipy.interpolate.make_interp_spline  # cubic
         across = make_spline(along, nodes, axis=1)
-        spline = make_spline(down, across(np.arange(width)))
-        weights = scipy.interpolate.BSpline.design_matrix(np.arange(height), spline.t, 3)
+        x = np.arange(width)
+        spline = make_spline(down, across(x))
+        y = np.arange(height)
+        weights = scipy.interpolate.BSpline.design_matrix(y, spline.t, 3)
         self.nodes = np.moveaxis(nodes, -1, 0)  # (c, rows, columns)
-        self.terms = np.moveaxis(spline.c, -1, 0).astype(dtype)  # (c, rows, w)
+        terms = np.moveaxis(spline.c, -1, 0)
+        self.terms = terms.astype(dtype)  # (c, rows, w)
         self.weights = weights.astype(dtype)  # (h, rows), sparse: what each term adds to a row
         self.shape = (len(self.nodes), height, width)
         self.dtype = self.terms.dtype
@@ -5737,8 +5751,10 @@ def remove_sky(planes: np.ndarray, settings: Settings, mask: np.ndarray | None =
     else:
         logger.info(f"gradient {before:.1%} of the sky's level before, {after:.1%} after")
     each = map("{} {:.6f}".format, _channel_letters(examined), offsets)
-    logger.info(f"{words}: {', '.join(each)}")
-    logger.info("clipped: {} samples at 0, {} at 1, of {}".format(*clipped, planes.size))
+    each = ", ".join(each)
+    logger.info(f"{words}: {each}")
+    below, above = clipped
+    logger.info(f"clipped: {below} samples at 0, {above} at 1, of {planes.size}")
     share = clipped.sum() / planes.size
     if share > MOST_CLIPPED:
         _warn_of_clipping(planes, examined, settings, share)
@@ -5751,9 +5767,11 @@ def _warn_of_clipping(planes: np.ndarray, examined: Examined, settings: Settings
                       share: float) -> None:
     """Warn that the correction clipped this share of the samples, and tell what helps."""
     factor = settings.downscaling_factor
+    sky = examined.sky
+    shows_sky = sky.at(sky.shows_sky, examined.centers)  # (h, w)
+    inside = shows_sky & examined.present.all(-1)
     samples = planes[:, ::factor, ::factor]  # one of each block
-    sky = examined.sky.at(examined.sky.shows_sky, examined.centers)
-    samples = samples[:, sky & examined.present.all(-1)]
+    samples = samples[:, inside]
     at_an_end = (samples <= 0) | (samples >= 1)
     advice = ", but hardly any sky; crop dark borders, or leave them out with -m"
     if at_an_end.sum() > MOST_CLIPPED * samples.size:
@@ -5884,7 +5902,8 @@ Columns or rows of a sensor that differ do so on both diagonals."""
 
 def thinned(prepared: Prepared, most: int = VIEW_PIXELS) -> Prepared:
     """Take every k-th pixel of the reduced frame, so that its longer side has about `most`."""
-    step = max(1, round(max(prepared.used.shape) / most))
+    longer = max(prepared.used.shape)
+    step = max(1, round(longer / most))
     parts = {}
     for name in ("image", "weight", "centers", "linear", "user_mask", "rim"):
         whole = getattr(prepared, name)
@@ -5923,8 +5942,8 @@ def _warn_of_odd_data(planes: np.ndarray, prepared: Prepared) -> None:
     """Warn if a picture (c, h, w) looks as if the tool should not run on it."""
     pixels = 0, 1  # the axes
     low, median, high = np.nanquantile(prepared.linear, (0, 0.5, 0.999), pixels)  # (c,) each
-    above = median - low
-    bright = (high > STRETCHED_TOP) & (above > STRETCHED_MEDIAN * (high - low))
+    height = (median - low) / np.maximum(high - low, 1e-30)
+    bright = (high > STRETCHED_TOP) & (height > STRETCHED_MEDIAN)
     if _looks_stretched(planes, bright.all()):
         logger.warning("the picture looks stretched; "
                        "light can be subtracted only while the data are linear")
@@ -5967,19 +5986,24 @@ def _looks_stretched(planes: np.ndarray, bright: bool = False) -> bool:
     falls = []
     for plane in planes:
         falls += map(_fall_of_noise, _squares(plane))
-    if len(falls) < FEWEST_TILES:
+    count = len(falls)
+    if count < FEWEST_TILES:
         return False
     typical = np.median(falls)
-    error = MEDIAN_NOISE * _deviation(falls - typical) / math.sqrt(len(falls))
+    scatter = _deviation(falls - typical)
+    error = MEDIAN_NOISE * scatter / math.sqrt(count)
     least = 0 if bright else STRETCHED_SIGMA * error
     return bool(typical > least)
 
 
 def _fall_of_noise(squares: np.ndarray) -> float:
     """Return by which part the noise of 2 x 2 pixels (n, 4) falls from the dim to the bright."""
-    detail = np.abs(squares @ (0.5, -0.5, -0.5, 0.5))  # no slope adds to it
-    detail = np.minimum(detail, 4 * np.median(detail))  # stars
-    by_light = np.argsort(squares.mean(1))
+    detail = squares @ (0.5, -0.5, -0.5, 0.5)  # no slope adds to it
+    detail = np.abs(detail)
+    most = 4 * np.median(detail)
+    detail = np.minimum(detail, most)  # stars
+    light = squares.mean(1)
+    by_light = np.argsort(light)
     variances = detail[by_light]**2
     ninths = [part.mean() for part in np.array_split(variances, 9)]
     dim = ninths[1] + ninths[2] + 1e-30  # without noise the fall is 0
@@ -6040,10 +6064,15 @@ def _log_numbers(examined: Examined, settings: Settings) -> None:
         f"reduced to {width} x {height}: {used:.1%} used, {present - used:.1%} masked, "
         f"{1 - present:.1%} missing; {clipped:.1%} clipped at 1 by the stretch (-dq {quantile:g})")
     stretch = examined.stretch
-    for channel in zip(_channel_letters(examined), stretch.pedestal, examined.median,
-                       stretch.white):
+    channels = zip(
+        _channel_letters(examined),
+        stretch.pedestal,
+        examined.median,
+        stretch.white)
+    for channel in channels:
         logger.info("  {}: minimum {:.6f}, median {:.6f}, clipped above {:.6f}".format(*channel))
-    share = blown_out(examined, settings).mean()
+    blown = blown_out(examined, settings)
+    share = blown.mean()
     if share > 0:
         logger.warning(f"the stretch clips a smooth part of the picture ({share:.1%} of the "
                        "frame), most likely sky, and the fit loses it there; "

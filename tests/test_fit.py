@@ -504,15 +504,10 @@ def test_a_step_is_traced_once_for_pictures_of_one_kind(monkeypatch):
 
     monkeypatch.setattr(bgoptimizer, "loss_error", counted)
     settings = quick(initializer="random", points=17, epochs=3)  # as no other test has it
-    for size in (2, 3, 4):
+    for size in (2, 3, 5):
         image, _ = sloping_sky(24 * size, 36 * size)
-        optimize(image, settings)
-    once = len(calls)
-    assert once >= 1
-    image, _ = sloping_sky(120, 180)
-    optimize(image, replace(settings, seed=1, learning_rate=0.01))
-    assert len(calls) == once
-    assert once <= 2  # Keras may look at it once more
+        optimize(image, replace(settings, seed=size, learning_rate=0.01 * size, alpha=size))
+    assert 1 <= len(calls) <= 2  # Keras may look at it once more
 
 
 def test_a_picture_gives_the_same_whatever_came_before(nebula):
@@ -557,11 +552,8 @@ def tf_error(kind):
 
 
 @pytest.fixture
-def fit_after(monkeypatch, nebula, said):
-    """A function that fits on these devices, where each of these errors is raised once first.
-
-    It returns what was logged of devices.
-    """
+def fit_after(monkeypatch, nebula):
+    """A function that fits on these devices, where each of these errors is raised once first."""
     prepared, settings, _ = nebula
     fit = bgoptimizer.fit_surface
 
@@ -575,28 +567,26 @@ def fit_after(monkeypatch, nebula, said):
 
         monkeypatch.setattr(bgoptimizer, "compute_devices", lambda: devices)
         monkeypatch.setattr(bgoptimizer, "fit_surface", failing)
-        bgoptimizer.fit_sky(prepared, replace(settings, epochs=2))
-        return [line for line in said() if "fitting" not in line]
+        return bgoptimizer.fit_sky(prepared, replace(settings, epochs=5))
 
     return fit_after
 
 
-@pytest.mark.parametrize("kind", ["ResourceExhaustedError", "InternalError", "UnknownError"])
-def test_a_gpu_that_fails_is_one_line_and_the_cpu_goes_on(kind, fit_after):
-    line, = fit_after([GPU, CPU], tf_error(kind))
-    assert line.startswith(f"Tesla T4 failed ({kind}); going on with the CPU")
+def test_a_gpu_that_fails_is_one_line_and_the_cpu_gives_the_same(fit_after, said):
+    expected = fit_after([CPU])
+    assert said()[-1].endswith("on the CPU")
+    fit = fit_after([GPU, CPU], tf_error("ResourceExhaustedError"))
+    line, = [line for line in said() if "fitting" not in line]
+    assert line.startswith("Tesla T4 failed (ResourceExhaustedError); going on with the CPU")
+    assert_array_equal(fit.values, expected.values)
 
 
-@pytest.mark.parametrize("kind", ["ResourceExhaustedError", "InternalError"])
-def test_faults_of_the_cpu_are_not_hidden(kind, fit_after):
-    error = tf_error(kind)
+def test_other_faults_are_not_hidden(fit_after):
+    error = tf_error("InternalError")
     with pytest.raises(type(error)):
         fit_after([CPU], error)
     with pytest.raises(type(error)):
         fit_after([GPU, CPU], error, error)
-
-
-def test_our_own_errors_are_not_blamed_on_the_gpu(fit_after):
     with pytest.raises(BgError, match="nothing left"):
         fit_after([GPU, CPU], BgError("nothing left"))
 
@@ -630,31 +620,8 @@ def test_a_gpu_held_by_another_program_is_one_line_and_not_tried_again(monkeypat
     assert visible == [([], "GPU")]
 
 
-def test_the_device_is_said_and_memory_grows(said):
-    if not import_tensorflow().config.list_physical_devices("GPU"):
-        image, _ = sloping_sky(channels=1)
-        optimize(image, quick(epochs=2))
-        assert any("control points, smoothing 0.1, on the CPU" in line for line in said())
+def test_memory_of_a_gpu_grows():
     assert os.environ["TF_FORCE_GPU_ALLOW_GROWTH"] == "true"
-
-
-def test_a_fit_that_fails_on_the_gpu_gives_the_same_sky_on_the_cpu(monkeypatch):
-    image, _ = sloping_sky()
-    settings = quick(epochs=20)
-    expected = optimize(image, settings)
-    fit = bgoptimizer.fit_surface
-    tries = []
-
-    def first_try_fails(*arguments):
-        tries.append(arguments)
-        if len(tries) == 1:
-            raise tf_error("ResourceExhaustedError")
-        return fit(*arguments)
-
-    monkeypatch.setattr(bgoptimizer, "compute_devices", lambda: [GPU, CPU])
-    monkeypatch.setattr(bgoptimizer, "fit_surface", first_try_fails)
-    assert_array_equal(optimize(image, settings).model, expected.model)
-    assert len(tries) == 2
 
 
 def use_drop_in(monkeypatch):

@@ -31,8 +31,17 @@ from scenes import sloping_sky, to_planes
     ("learning_rate", 0, "-lr"),
     ("smoothing", -1, "--smoothing"),
     ("seed", -1, "--seed"),
+    ("alpha", "5", "-a"),
+    ("threshold_min", None, "-tm"),
+    ("threshold_max", None, "-tM"),
+    ("learning_rate", None, "-lr"),
+    ("smoothing", "1", "--smoothing"),
+    ("delinearization_quantile", "0.9", "-dq"),
+    ("epochs", None, "-e"),
+    ("seed", "0", "--seed"),
+    ("order", "2", "-O"),
 ])
-def test_settings_out_of_range_are_refused(field, value, flag):
+def test_settings_out_of_range_or_of_a_wrong_type_are_refused(field, value, flag):
     with pytest.raises(ValueError, match=f"^{flag} must be "):
         Settings(**{field: value})
 
