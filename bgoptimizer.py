@@ -5209,6 +5209,24 @@ def sky_sample(examined: Examined, settings: Settings) -> Sample:
     return Sample(sky.centers[pick], image, brightest, weight, is_sky, bounded)
 
 
+def _stiffness(sky: Sky, settings: Settings, bending: float) -> tuple[float, float]:
+    """Return the weight of the bending in the loss, and how the loss curves at the sky.
+
+    Args:
+        bending: energy of the sky that was found.
+    """
+    # In finding the sky, bending stands beside the mean squared residual. The loss curves by
+    # 1 / spread^2 at the sky, and by less where it forgives less.
+    sharpness = 2 / FORGIVEN if settings.auto else 1
+    curvature = sharpness / sky.spread**2
+    stiffness = curvature / 2 * STIFFNESS_UNIT * settings.smoothing
+    asked_for_plane = sky.by_hand and settings.smoothing >= PLANE
+    most = PLANE_COST if asked_for_plane else FOUND_COST
+    most *= settings.smoothing / max(sky.found_smoothing, 1e-9)
+    most /= max(bending, 1e-12)
+    return min(stiffness, most), curvature  # at a smoothing of 0, no stiffness
+
+
 def make_lesson(examined: Examined, settings: Settings,
                 start: tuple[np.ndarray, np.ndarray]) -> Lesson:
     """Put together what the training step sees of a picture; the arguments are `fit_surface`'s."""
@@ -5220,22 +5238,13 @@ def make_lesson(examined: Examined, settings: Settings,
     cost = sky.at(sky.cost, nodes) if settings.auto else np.ones(nodes.shape[:2])
     rows = bending_rows(spacing, cost, settings.smoothing < PLANE)
     nodes = nodes.reshape(-1, 2)
-    # In finding the sky, bending stands beside the mean squared residual. The loss curves by
-    # 1 / spread^2 at the sky, and by less where it forgives less.
-    sharpness = 2 / FORGIVEN if settings.auto else 1
-    curvature = sharpness / sky.spread**2
-    stiffness = curvature / 2 * STIFFNESS_UNIT * settings.smoothing
-
     unit = np.eye(len(positions))
     on_nodes = spline_surface(nodes, positions, unit, settings.order)  # (k, n)
     found = on_nodes @ start_values(examined, positions)  # (k, c)
     linear = stretch.invert(found) / sky.unit
     squares = (rows @ linear)**2  # (r, c)
     bending = squares.sum(0).mean()
-    asked_for_plane = sky.by_hand and settings.smoothing >= PLANE
-    most = PLANE_COST if asked_for_plane else FOUND_COST
-    most *= settings.smoothing / max(sky.found_smoothing, 1e-9)
-    stiffness = min(stiffness, most / max(bending, 1e-12))  # at a smoothing of 0, none
+    stiffness, curvature = _stiffness(sky, settings, bending)
 
     step = 1e-3
     rise = stretch.invert(found + step) - stretch.invert(found - step)
