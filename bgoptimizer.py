@@ -5342,7 +5342,8 @@ def _begin(lesson: Lesson, settings: Settings) -> tuple[Callable, Any]:
     points have met.
     """
     import tensorflow as tf
-    lesson = tf.nest.map_structure(functools.partial(tf.constant, dtype=tf.float32), lesson)
+    in_float32 = functools.partial(tf.constant, dtype=tf.float32)
+    lesson = tf.nest.map_structure(in_float32, lesson)
     # A step traced for the number of cells of its first picture would round differently, so that
     # what comes first in a folder changed the results of all others.
     cells = [tf.TensorSpec([None, part.shape[1]]) for part in lesson.sample]
