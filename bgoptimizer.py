@@ -5089,7 +5089,8 @@ def _grid_lines(wanted, sides):
         columns = max(2, round(wanted / rows))
         number = abs(rows * columns - wanted) / wanted
         aspect = columns / rows * height / width
-        misfits[rows, columns] = number + abs(math.log(aspect))
+        stretched = abs(math.log(aspect))
+        misfits[rows, columns] = number + stretched
     best = min(misfits, key=misfits.get)
     return [np.arange(0.5, count) / count for count in best]
 
