@@ -46,6 +46,7 @@ exit codes: 0 done, 1 could not be done, 2 wrong usage, 130 interrupted (TERM 14
 from __future__ import annotations
 
 import argparse
+import atexit
 import base64
 import copy
 import csv
@@ -1879,12 +1880,12 @@ def _remove(name):
 # --------------------------------------------------------------------------------------------------
 
 WORKERS = min(4, os.cpu_count() or 1)
-"""Threads for full-size work. NumPy releases the interpreter lock in it. More than 4 threads gain
-nothing, because the memory is not fast enough for them."""
+"""Threads for full-size work, in which NumPy releases the interpreter lock. The memory is not fast
+enough for more."""
 
 QUANTILE_SAMPLES = 1 << 23
 """Quantiles of a channel are taken of at least this many samples, if it has them. From twice as
-many on, a part of the samples is enough."""
+many on, a part of the samples is enough: so many give the median to a thousandth of the noise."""
 
 STRIP_PIXELS = 1 << 18
 """Pixels of one channel that are handled at a time in full-size work. As Float32 they are 1 MB,
@@ -1903,25 +1904,20 @@ below this part of its mean."""
 
 
 def keep_dark_samples(planes: np.ndarray) -> int:
-    """Raise lone zeros to the smallest number above 0, in place.
+    """Raise lone zeros to the smallest number above 0, in place; return how many there were.
 
     In a noisy sky near black such zeros are dark samples. Missing data stay 0: they come in
     regions, rows, columns and borders.
 
     Args:
         planes: (c, h, w).
-
-    Returns:
-        How many samples were lone zeros.
     """
     return sum(_each(_keep_dark_samples, planes))
 
 
-def _keep_dark_samples(plane: np.ndarray) -> int:
+def _keep_dark_samples(plane):
     dark = plane == 0  # (h, w)
-    if not dark.any():
-        return 0
-    others = plane[_present(plane)]
+    others = plane[_present(plane)] if dark.any() else dark[:0]
     if not others.size or others.min() > NEAR_BLACK * others.mean():
         return 0
     down = _long_runs(dark.copy())
@@ -1931,7 +1927,7 @@ def _keep_dark_samples(plane: np.ndarray) -> int:
     return np.count_nonzero(dark)
 
 
-def _long_runs(true: np.ndarray) -> np.ndarray:
+def _long_runs(true):
     """Keep True, in place, only where it stands many times in a row down a column."""
     for step in DOUBLINGS_OF_ZERO:  # True where a run begins
         true[:-step] &= true[step:]
@@ -1942,21 +1938,15 @@ def _long_runs(true: np.ndarray) -> np.ndarray:
 
 
 def _present(samples: np.ndarray) -> np.ndarray:
-    """Return True where a sample is data: finite, and not 0.
-
-    Black data are above 0, because the reader sets them to the smallest number that is.
-    """
+    """Return True where a sample is data: finite, and above 0, as `keep_dark_samples` makes it."""
     return (samples > 0) & (samples < np.inf)
 
 
 def _strips(height: int, width: int, multiple: int = 1) -> list[slice]:
-    """Return slices of rows that cut a plane into strips of about STRIP_PIXELS.
-
-    The height of each strip but the last is a multiple of `multiple` rows.
-    """
+    """Return slices that cut a plane into strips of about STRIP_PIXELS, of a multiple of rows."""
     rows = STRIP_PIXELS // width
     rows = max(rows - rows % multiple, multiple)
-    return [slice(top, min(top + rows, height)) for top in range(0, height, rows)]
+    return [slice(top, top + rows) for top in range(0, height, rows)]
 
 
 def _each(work: Callable, items: Sequence) -> Iterator:
@@ -1972,21 +1962,15 @@ def _grid(rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
 
 
 def _quantiles(plane: np.ndarray, present: np.ndarray, quantiles: Sequence[float]) -> np.ndarray:
-    """Return quantiles of the present samples: each is a sample, the lower one of two.
+    """Return quantiles, in [0, 1], of a plane (h, w) where it is present, (h, w) bool.
 
-    They are exact up to 16 Mpix. Of larger planes only every k-th sample is taken: 8 million
-    samples give the median to a thousandth of the noise.
-
-    Args:
-        plane: (h, w).
-        present: (h, w) bool, True somewhere.
-        quantiles: in [0, 1].
+    Each is a sample, the lower one of two. They are exact up to twice QUANTILE_SAMPLES.
     """
     step = plane.size // QUANTILE_SAMPLES
     step |= 1  # odd, so that it meets all the colors of a sensor's mosaic
-    some_present = present.ravel()[::step]
-    values = plane.ravel()[::step][some_present]
-    if values.size == 0:
+    values = plane.ravel()[::step]
+    values = values[present.ravel()[::step]]
+    if not values.size:
         values = plane[present]
     found = np.quantile(values, quantiles, overwrite_input=True, method="lower")
     return found.astype(float)
@@ -2024,66 +2008,43 @@ class Stretch:
 
     def apply(self, linear: np.ndarray) -> np.ndarray:
         """Stretch linear samples (..., c) of any range to (..., c) in [0, 1]; NaN stays NaN."""
-        m = self.midtones
-        x = (linear - self.pedestal) / self.scale
-        x = np.clip(x, 0, 1)
-        above = (1 - m) * x
-        below = (1 - 4 * m) * x + 3 * m
-        return above / below
+        return np.clip(self.extend(linear), 0, 1)
 
     def extend(self, linear: np.ndarray) -> np.ndarray:
         """Do what `apply` does, but outside [0, 1] go on with the slopes at the ends."""
-        x = (linear - self.pedestal) / self.scale
-        slope_at_0, slope_at_1 = _end_slopes(self.midtones)
-        below_0 = np.minimum(x, 0)
-        above_1 = np.maximum(x - 1, 0)
-        y = self.apply(linear)
-        return y + slope_at_0 * below_0 + slope_at_1 * above_1
+        return curve((linear - self.pedestal) / self.scale, self.slope)
 
     def invert(self, stretched: np.ndarray) -> np.ndarray:
         """Undo `extend`: take stretched samples (..., c) back to linear ones, (..., c)."""
-        x = inverse_midtones(stretched, self.midtones)
-        return x * self.scale + self.pedestal
+        return curve(stretched, 1 / self.slope) * self.scale + self.pedestal
+
+    @property
+    def slope(self) -> np.ndarray:
+        """The slope of f at 0, (c,)."""
+        return (1 - self.midtones) / (3 * self.midtones)
 
     @property
     def white(self) -> np.ndarray:
         """The linear values that are taken to 1, (c,)."""
         return self.pedestal + self.scale
 
-    def channel(self, k: int) -> Stretch:
-        """Return the same stretch for channel `k` alone."""
-        only = [k]
-        return Stretch(self.pedestal[only], self.scale[only], self.midtones[only])
 
+def curve(x, slope, library=np):
+    """Return slope x / (slope x + 1 - x), the midtones transfer function with a slope at 0, (c,).
 
-def inverse_midtones(stretched, m, library=np):
-    """Undo the midtones transfer function with midtones m, (c,), for samples (..., c).
+    Its inverse has the reciprocal slope. Outside [0, 1] both go on straight: there is a pole, and a
+    spline may well get there.
 
-    Outside [0, 1] it goes on with the slopes at its ends: it has a pole above 1, and a spline may
-    well get there. The library is numpy, or tensorflow for tensors.
+    Args:
+        x: (..., c).
+        library: numpy, or tensorflow for tensors.
     """
-    y = library.maximum(stretched, 0.0)
-    y = library.minimum(y, 1.0)
-    above = 3 * m * y
-    below = (1 - m) - (1 - 4 * m) * y
-    # The slopes of the inverse are the reciprocals, and so are these two of each other
-    slope_at_1, slope_at_0 = _end_slopes(m)
-    below_0 = library.minimum(stretched, 0.0)
-    above_1 = library.maximum(stretched - 1, 0.0)
-    return above / below + slope_at_0 * below_0 + slope_at_1 * above_1
-
-
-def _end_slopes(m):
-    """Return the slopes of the stretch with midtones m at 0 and at 1."""
-    slope_at_0 = (1 - m) / (3 * m)
-    slope_at_1 = 3 * m / (1 - m)
-    return slope_at_0, slope_at_1
-
-
-def measure_stretch(planes: np.ndarray, quantile: float) -> tuple[Stretch, np.ndarray]:
-    """Measure the stretch of a picture from its present samples; see `measure_stretches`."""
-    stretches, median = measure_stretches(planes, [quantile])
-    return stretches[quantile], median
+    below_0 = library.minimum(x, 0.0)
+    above_1 = library.maximum(x - 1, 0.0)
+    inside = library.minimum(library.maximum(x, 0.0), 1.0)
+    steep = slope * inside
+    y = steep / (steep + 1 - inside)  # 1 at 1, exactly
+    return y + slope * below_0 + above_1 / slope
 
 
 def measure_stretches(planes: np.ndarray,
@@ -2101,12 +2062,11 @@ def measure_stretches(planes: np.ndarray,
     Raises:
         BgError: a channel has no present sample, or only one value below all quantiles.
     """
-    count = len(planes)
     smallest = np.finfo(np.float32).tiny  # less is 0 to the fit, which computes in Float32
 
     def measure(k):
         plane = planes[k]
-        name = _channel_name(k, count)
+        name = _channel_name(k, len(planes))
         present = _present(plane)
         if not present.any():
             raise BgError(f"{name} holds no data (every sample is 0 or not finite); "
@@ -2119,7 +2079,7 @@ def measure_stretches(planes: np.ndarray,
                           "content")
         return low, median, *high
 
-    measured = _each(measure, range(count))
+    measured = _each(measure, range(len(planes)))
     pedestal, median, *high = np.array(list(measured)).T  # (c,) each
     stretches = {}
     for quantile, white in zip(quantiles, high):
@@ -2135,102 +2095,110 @@ def measure_stretches(planes: np.ndarray,
 # Reduce and mask
 # --------------------------------------------------------------------------------------------------
 
-def reduce_plane(plane: np.ndarray, factor: int, func: str = "median",
-                 transform: Callable | None = None) -> np.ndarray:
+def reduce_plane(plane: np.ndarray, factor: int, func: str = "median") -> np.ndarray:
     """Reduce blocks of factor x factor samples to the median or mean of their present samples.
 
     Args:
         plane: (h, w); missing samples are 0 or not finite.
         factor: side of a block. Blocks at the right and the lower edge use the samples they have.
         func: "median" or "mean".
-        transform: applied to the samples before the mean; a median can wait until after.
 
     Returns:
         (ceil(h / factor), ceil(w / factor)) float32; NaN where a block has nothing present.
     """
-    def medians(blocks, axis):  # (rows, columns, height, width) -> (rows, columns)
-        samples = blocks.reshape(*blocks.shape[:2], -1)
-        present = _present(samples)
-        whole = present.all(-1)  # (rows, columns)
-        reduced = np.empty(whole.shape, np.float32)
-        reduced[whole] = np.median(samples[whole], -1)
-        reduced[~whole] = _median_of_present(samples[~whole], present[~whole])
-        return reduced
-
-    def means(blocks, axis):
-        present = _present(blocks)
-        samples = blocks if transform is None else transform(blocks)
-        total = np.where(present, samples, 0).sum(axis, dtype=np.float64)
-        count = present.sum(axis)
-        return total / np.where(count > 0, count, np.nan)
-
-    return _reduce_blocks(plane, factor, medians if func == "median" else means)
+    if func == "median":
+        return _block_medians(plane, factor)
+    present = _present(plane)
+    count = _block_sums(present, factor)
+    total = _block_sums(np.where(present, plane, 0), factor)
+    means = total / np.where(count > 0, count, np.nan)
+    return means.astype(np.float32)
 
 
-def _median_of_present(samples: np.ndarray, present: np.ndarray) -> np.ndarray:
-    """Return the medians (blocks,) of samples (blocks, n) that are present; NaN where none is."""
-    samples = np.where(present, samples, np.nan)
-    samples.sort(-1)  # NaN goes last
-    count = present.sum(-1)
-    lower = np.maximum(count - 1, 0) // 2
-    upper = count // 2
-    middle = np.stack((lower, upper), -1)  # (blocks, 2): the same sample if the count is odd
-    return np.take_along_axis(samples, middle, -1).mean(-1)
-
-
-def _reduce_blocks(image, factor, func):
-    """Reduce blocks of factor x factor floats by a function, as scikit-image does, but in strips.
-
-    Blocks at the right and the lower edge are filled up with NaN.
-
-    Args:
-        image: (h, w) or (h, w, k).
-        factor: side of a block.
-        func: takes blocks, and the axes of the samples in them, which are the last ones.
-
-    Returns:
-        (ceil(h / factor), ceil(w / factor)), and k if there is one; float32.
-    """
+def _block_medians(plane, factor):
     from skimage.measure import block_reduce
-    height, width = image.shape[:2]
-    down = min(factor, height)  # a block that is larger than the picture would take memory
-    across = min(factor, width)
-    block = (down, across, 1)[:image.ndim]
+    height, width = plane.shape
+    block = min(factor, height), min(factor, width)  # a larger one would only take memory
+
+    def medians(blocks, axis):  # (rows, columns, height, width) -> (rows, columns)
+        present = _present(blocks)
+        samples = np.where(present, blocks, np.nan)
+        samples = samples.reshape(*blocks.shape[:2], -1)
+        count = present.sum(axis)
+        lower = np.maximum(count - 1, 0) // 2
+        upper = count // 2
+        if present.all():  # quicker with NumPy 1
+            samples.partition((lower[0, 0], upper[0, 0]))
+        else:
+            samples.sort(-1)  # NaN goes last
+        middle = np.stack((lower, upper), -1)  # the same sample if the count is odd
+        return np.take_along_axis(samples, middle, -1).mean(-1)
 
     def reduce_strip(rows):
-        return block_reduce(image[rows], block, func, cval=np.nan)
+        return block_reduce(plane[rows], block, medians, cval=np.nan)
 
-    strips = _strips(height, width, down)
+    strips = _strips(height, width, block[0])
     reduced = np.concatenate(list(_each(reduce_strip, strips)))
     return reduced.astype(np.float32)
 
 
+def _block_sums(image, factor):
+    """Return the sums of blocks of an image (h, w, ...), as many as `reduce_plane` makes."""
+    for axis in (0, 1):
+        starts = range(0, image.shape[axis], factor)
+        image = np.add.reduceat(image, starts, axis, dtype=np.float64)
+    return image
+
+
+def _block_means(weights: np.ndarray, factor: int) -> np.ndarray:
+    """Reduce weights (h, w, ...) in [0, 1] to their means over blocks; NaN counts as 0."""
+    weights = np.nan_to_num(weights)
+    weights = np.clip(weights, 0, 1)
+    total = _block_sums(weights, factor)
+    count = _block_sums(np.ones_like(weights), factor)  # less at the right and the lower edge
+    means = total / count
+    return means.astype(np.float32)
+
+
 @dataclass(frozen=True)
-class Prepared:
-    """What the fit sees of a picture: it is reduced, stretched, and masked.
+class Reduced:
+    """What a picture is, on its reduced frame: (h, w) pixels with c channels."""
 
-    In the shapes, (h, w) is the reduced frame, and c is the number of channels.
-    """
+    linear: np.ndarray  # (h, w, c) in the picture's own units; NaN where missing
+    median: np.ndarray  # (c,) medians of the linear picture over present samples
+    centers: np.ndarray  # (h, w, 2) of the blocks: frame coordinates
+    full_shape: tuple[int, int]  # (h, w) of the full-size picture
+    user_mask: np.ndarray  # (h, w, 1 or c) the mask file, reduced; 1 if there is none
+    rim: np.ndarray  # (h, w) bool: darker than the picture by a step; see `find_rim`
+    close_up: np.ndarray | None  # as `linear`, but reduced less: what is drawn if small
+    black: float  # the linear value that no light at all would give
+    reference: Reference | None  # another picture of the region
 
+    @property
+    def present(self) -> np.ndarray:
+        """Where there are data, (h, w, c) bool."""
+        return np.isfinite(self.linear)
+
+
+@dataclass(frozen=True)
+class Prepared(Reduced):
+    """A reduced picture that is stretched and masked as settings ask."""
+
+    stretch: Stretch
     image: np.ndarray  # (h, w, c) stretched, in [0, 1]; 0 where missing
     weight: np.ndarray  # (h, w, c) in [0, 1]; 0 where masked or missing
-    present: np.ndarray  # (h, w, c) bool
-    centers: np.ndarray  # (h, w, 2) of the blocks: frame coordinates
-    stretch: Stretch
-    median: np.ndarray  # (c,) medians of the linear picture over present samples
-    linear: np.ndarray  # (h, w, c) block medians in the picture's own units; NaN where missing
-    full_shape: tuple[int, int]  # (h, w) of the full-size picture
-    user_mask: np.ndarray | None = None  # (h, w, 1 or c) the mask file, reduced
-    rim: np.ndarray | None = None  # (h, w) bool: darker than the picture by a step; see `find_rim`
-    close_up: np.ndarray | None = None  # as `linear`, but reduced less: what is drawn if small
-    black: float = 0.0  # the linear value that no light at all would give
-    reference: Reference | None = None  # another picture of the region
-    sky: Sky | None = None  # as it was found; None if it could not be looked for
 
     @property
     def used(self) -> np.ndarray:
-        """The pixels that take part in the fit, (h, w) bool."""
+        """The pixels that take part, (h, w) bool."""
         return (self.weight > 0).any(-1)
+
+
+@dataclass(frozen=True)
+class Examined(Prepared):
+    """A prepared picture, and the sky in it; with auto, what shows no sky has no weight."""
+
+    sky: Sky
 
 
 def frame_coordinates(height: int, width: int, factor: int = 1) -> np.ndarray:
@@ -2252,14 +2220,16 @@ def frame_coordinates(height: int, width: int, factor: int = 1) -> np.ndarray:
     return _grid(centers(height), centers(width))
 
 
-def prepare(planes: np.ndarray, settings: Settings, mask: np.ndarray | None = None) -> Prepared:
-    """Stretch, reduce and mask a picture.
+def prepare(planes: np.ndarray, settings: Settings, mask: np.ndarray | None = None,
+            black: float = 0.0, reference: Reference | None = None) -> Prepared:
+    """Reduce, stretch, and mask a picture.
 
     Args:
         planes: (c, h, w) linear samples in [0, 1], c 1 or 3; missing samples are 0 or not finite.
             Not changed.
-        settings: see `Settings`.
+        settings: without None, but for `smoothing`.
         mask: (1 or c, h, w) weights, 1 = use, 0 = ignore, or None.
+        black, reference: see `Reduced`.
 
     Raises:
         BgError: nothing is left to fit, a channel is constant or empty, or the mask has another
@@ -2267,54 +2237,45 @@ def prepare(planes: np.ndarray, settings: Settings, mask: np.ndarray | None = No
     """
     count, height, width = planes.shape
     if mask is not None and mask.shape not in ((1, height, width), (count, height, width)):
-        raise BgError(f"the mask is {_size(mask)}, the picture {_size(planes)}; "
-                      f"give a mask of {width} x {height} pixels with 1 or {count} channels")
+        size = "{2} x {1} (channels: {0})"
+        raise BgError(f"the mask is {size.format(*mask.shape)}, the picture "
+                      f"{size.format(*planes.shape)}; give a mask of the picture's size, gray "
+                      "or with its channels")
     factor = settings.downscaling_factor
     quantile = settings.delinearization_quantile
-    stretch, median = measure_stretch(planes, quantile)
-    linear = np.stack([reduce_plane(plane, factor) for plane in planes], -1)  # (h, w, c)
-    present = np.isfinite(linear)
-    rim = find_rim(linear)
-    user_mask = None
+    stretches, median = measure_stretches(planes, [quantile])
+    linear = [reduce_plane(plane, factor, settings.downscaling_func) for plane in planes]
+    linear = np.stack(linear, -1)  # (h, w, c)
+    user_mask = np.ones((*linear.shape[:2], 1), np.float32)
     if mask is not None:
         user_mask = np.stack([_block_means(plane, factor) for plane in mask], -1)
-    centers = frame_coordinates(height, width, factor)
-    bare = Prepared(linear, present, present, centers, stretch, median, linear,
-                    (height, width), user_mask, rim)
-    return prepare_again(bare, planes, stretch, settings)
+    reduced = Reduced(
+        linear=linear,
+        median=median,
+        centers=frame_coordinates(height, width, factor),
+        full_shape=(height, width),
+        user_mask=user_mask,
+        rim=find_rim(linear),
+        close_up=close_up(planes, settings),
+        black=black,
+        reference=reference)
+    return stretch_and_mask(reduced, stretches[quantile], settings)
 
 
-def prepare_again(prepared: Prepared, planes: np.ndarray, stretch: Stretch,
-                  settings: Settings) -> Prepared:
-    """Stretch and mask a reduced picture as these settings ask.
+def stretch_and_mask(reduced: Reduced, stretch: Stretch, settings: Settings) -> Prepared:
+    """Stretch and mask a reduced picture as these settings ask; raise BgError if nothing is left.
 
-    Args:
-        prepared: its `image` and `weight` do not count.
-        planes, settings: as for `prepare`.
-        stretch: the picture's own for the quantile of the settings.
-
-    Raises:
-        BgError: nothing is left to fit.
+    The stretch is monotone, so after the median it gives what it would before, in less time.
     """
-    if settings.downscaling_func == "median":
-        # The stretch is monotone: after the median it has fewer samples to do
-        image = stretch.apply(prepared.linear)
-    else:
-        reduced = []
-        for k, plane in enumerate(planes):
-            transform = stretch.channel(k).apply
-            reduced.append(reduce_plane(plane, settings.downscaling_factor, "mean", transform))
-        image = np.stack(reduced, -1)
-    present = prepared.present
-    image = np.where(present, image, 0).astype(np.float32)
-    usable = present & _inside_thresholds(image, settings) & ~prepared.rim[..., None]
-    weight = usable.astype(np.float32)
-    if prepared.user_mask is not None:
-        weight *= prepared.user_mask
+    image = stretch.apply(reduced.linear)
+    image = np.where(reduced.present, image, 0).astype(np.float32)
+    usable = reduced.present & _inside_thresholds(image, settings) & ~reduced.rim[..., None]
+    weight = usable * reduced.user_mask
     if not weight.any():
         raise BgError("every pixel is masked, so there is no sky to fit; "
                       "lower -tm, raise -tM, or check the mask (1 = use)")
-    return replace(prepared, image=image, weight=weight, stretch=stretch)
+    parts = dict(vars(reduced), stretch=stretch, image=image, weight=weight)
+    return Prepared(**parts)
 
 
 RIM_VIEW = 300
@@ -2481,30 +2442,6 @@ def _inside_thresholds(image: np.ndarray, settings: Settings) -> np.ndarray:
     return (settings.threshold_min <= image) & (image <= settings.threshold_max)
 
 
-def _block_means(weights: np.ndarray, factor: int) -> np.ndarray:
-    """Reduce blocks of factor x factor values in [0, 1] to their means; NaN counts as 0.
-
-    Args:
-        weights: (h, w) or (h, w, k), floats or booleans.
-        factor: side of a block. Blocks at the right and the lower edge use the values they have.
-
-    Returns:
-        (ceil(h / factor), ceil(w / factor)), and k if there is one; float32.
-    """
-    def means(blocks, axis):
-        return np.nanmean(blocks, axis, dtype=np.float64)  # what lies beyond an edge is NaN
-
-    weights = np.clip(np.nan_to_num(weights), 0.0, 1.0)  # booleans become floats
-    return _reduce_blocks(weights, factor, means)
-
-
-def _size(planes: np.ndarray) -> str:
-    """Return the size of planes (c, h, w) in words."""
-    count, height, width = planes.shape
-    channels = "1 channel" if count == 1 else f"{count} channels"
-    return f"{width} x {height} with {channels}"
-
-
 def full_mask(prepared: Prepared, settings: Settings) -> np.ndarray:
     """Return the mask of the fit at full size, (1 or c, h, w) float32, 1 = sky.
 
@@ -2534,40 +2471,23 @@ def mask_reasons(prepared: Prepared, settings: Settings) -> dict[str, np.ndarray
         Reason -> (h, w) bool. A pixel that is left out has exactly one reason.
     """
     inside = prepared.present & _inside_thresholds(prepared.image, settings)
-    everywhere = np.full(prepared.used.shape, True)
-    by_file = ~everywhere
-    if prepared.user_mask is not None:
-        by_file = (prepared.user_mask == 0).any(-1)
     reasons = {  # the first one that holds counts
         "missing": ~prepared.present.any(-1),
         "threshold": ~inside.any(-1),
         "rim": prepared.rim,
-        "mask file": by_file,
-        "auto": everywhere,
+        "mask file": (prepared.user_mask == 0).any(-1),
+        "auto": True,
     }
     left_out = ~prepared.used
     for reason, where in reasons.items():
         reasons[reason] = left_out & where
-        left_out = left_out & ~where
+        left_out = left_out & ~reasons[reason]
     return reasons
 
 
 def clipped_by_stretch(prepared: Prepared) -> np.ndarray:
     """Return True, (h, w, c), where the stretch ends at 1, so that the fit sees no brightness."""
-    with np.errstate(invalid="ignore"):  # NaN where missing
-        return prepared.linear >= prepared.stretch.white
-
-
-def shares(prepared: Prepared) -> dict[str, float]:
-    """Return the shares of the reduced samples, of all channels together.
-
-    "missing", "masked", and "used" add up to 1. "clipped" is the share that the stretch clips at 1.
-    """
-    missing = 1 - np.mean(prepared.present)
-    used = np.mean(prepared.weight > 0)
-    masked = max(0.0, 1 - missing - used)  # not below 0 by rounding
-    clipped = np.mean(clipped_by_stretch(prepared))
-    return {"missing": missing, "masked": masked, "used": used, "clipped": clipped}
+    return prepared.image == 1
 
 
 # --------------------------------------------------------------------------------------------------
@@ -2598,26 +2518,26 @@ def spline_surface(query: np.ndarray, positions: np.ndarray, values: np.ndarray,
     """
     n = len(positions)
     plane = np.c_[positions, np.ones(n)]  # (n, 3)
-    system = np.zeros((n + 3, n + 3))
-    system[:n, :n] = _kernel(positions, positions, order) + regularization * np.eye(n)
-    system[:n, n:] = plane
-    system[n:, :n] = plane.T
-    unit = np.eye(n + 3, n)
+    kernels = _kernel(positions, positions, order)
+    kernels += regularization * np.eye(n)
+    system = np.block([
+        [kernels, plane],
+        [plane.T, np.zeros((3, 3))],
+    ])
+    right_side = np.pad(values, ((0, 3), (0, 0)))
     try:
-        to_coefficients = np.linalg.solve(system, unit)  # (n + 3, n)
+        coefficients = np.linalg.solve(system, right_side)  # (n + 3, k)
     except np.linalg.LinAlgError:
         # Control points stand on one line or on top of each other: take the smallest coefficients
-        to_coefficients = np.linalg.lstsq(system, unit, rcond=None)[0]
-    coefficients = to_coefficients @ values
+        coefficients, *_ = np.linalg.lstsq(system, right_side, rcond=None)
     weights, slopes, level = np.split(coefficients, (-3, -1))  # (n, k), (2, k), (1, k)
     points = query.reshape(-1, 2)  # (m, 2)
+    surface = points @ slopes + level  # (m, k)
     # In parts: the kernels of all points at once would be the largest array of a run
-    count = 1 + len(points) * n // STRIP_PIXELS
-    surface = []
-    for part in np.array_split(points, count):
-        kernels = _kernel(part, positions, order)
-        surface.append(kernels @ weights + part @ slopes + level)
-    surface = np.concatenate(surface)  # (m, k)
+    step = 1 + STRIP_PIXELS // n
+    for start in range(0, len(points), step):
+        part = slice(start, start + step)
+        surface[part] += _kernel(points[part], positions, order) @ weights
     return surface.reshape(*query.shape[:-1], -1)
 
 
@@ -2648,10 +2568,9 @@ def interpolate_spline(train_points, train_values, query_points, order, regulari
         n = tf.shape(c)[1]
         more = c.shape[-1] + 1  # equations, for the plane
 
-        r2 = _squared_distances(c, c)
-        matrix_a = _phi(r2, order)  # [b, n, n]
+        matrix_a = _phi(c, c, order)  # [b, n, n]
         matrix_a += regularization_weight * tf.eye(n, dtype=c.dtype)
-        matrix_b = _with_ones(c)  # [b, n, d + 1]
+        matrix_b = tf.pad(c, [[0, 0], [0, 0], [0, 1]], constant_values=1)  # [b, n, d + 1]
         transposed_b = tf.transpose(matrix_b, [0, 2, 1])
         upper = tf.concat([matrix_a, matrix_b], 2)  # [b, n, n + d + 1]
         lower = tf.pad(transposed_b, [[0, 0], [0, 0], [0, more]])
@@ -2659,43 +2578,22 @@ def interpolate_spline(train_points, train_values, query_points, order, regulari
         right_side = tf.pad(f, [[0, 0], [0, more], [0, 0]])  # [b, n + d + 1, k]
         w_v = tf.linalg.solve(system, right_side)
         w = w_v[:, :n]
-        v = w_v[:, n:]  # with b of the formula in the last row
+        v = w_v[:, n:-1]
+        b = w_v[:, -1:]
 
-        r2 = _squared_distances(q, c)
-        kernels = _phi(r2, order)  # [b, m, n]
-        return tf.matmul(kernels, w) + tf.matmul(_with_ones(q), v)
+        kernels = _phi(q, c, order)  # [b, m, n]
+        return tf.matmul(kernels, w) + tf.matmul(q, v) + b
 
 
-def _with_ones(points):
-    """Return points `[b, n, d]` with one more coordinate, which is 1."""
+def _phi(x, y, order):
+    """Return the kernel of the distances of x `[b, m, d]` from y `[b, n, d]`: `[b, m, n]`."""
     import tensorflow as tf
-    ones = tf.ones_like(points[..., :1])
-    return tf.concat([points, ones], 2)
-
-
-def _squared_distances(x, y):
-    """Return the squared distances of x `[b, n, d]` from y `[b, m, d]`: `[b, n, m]`."""
-    import tensorflow as tf
-    product = tf.matmul(x, y, transpose_b=True)
-    if x is y:
-        # These norms are rounded as the product is, so the diagonal, where the kernel is steepest,
-        # is exactly 0
-        x_norm = y_norm = tf.linalg.diag_part(product)
-    else:
-        x_norm = tf.reduce_sum(tf.square(x), 2)
-        y_norm = tf.reduce_sum(tf.square(y), 2)
-    return x_norm[:, :, None] - 2 * product + y_norm[:, None, :]
-
-
-def _phi(r2, order):
-    """Return the kernel for squared distances r2, of any shape."""
-    import tensorflow as tf
+    r2 = 0.0
+    for k in range(x.shape[-1]):
+        r2 += tf.math.squared_difference(x[:, :, None, k], y[:, None, :, k])
     guarded = tf.maximum(r2, TINY_SQUARED_DISTANCE)
-    if order == 1:
-        return tf.sqrt(guarded)
     if order % 2:
         return tf.pow(guarded, order / 2)
-    # Outside the logarithm r2 may be 0, or slightly below by rounding
     powered = r2 if order == 2 else tf.square(r2)
     return 0.5 * powered * tf.math.log(guarded)
 
@@ -2753,9 +2651,11 @@ def bending_nodes(full_shape: tuple[int, int], longer: int) -> tuple[np.ndarray,
     Along the longer side there are `longer` nodes.
     """
     sides = np.array(full_shape) / max(full_shape)
-    rows, columns = np.maximum(4, np.round(longer * sides)).astype(int)
-    down = np.linspace(0, sides[0], rows)
-    along = np.linspace(0, sides[1], columns)
+    nodes = []
+    for side in sides:
+        count = max(4, round(longer * side))
+        nodes.append(np.linspace(0, side, count))
+    down, along = nodes
     return _grid(down, along), np.array([down[1], along[1]])
 
 
@@ -4974,8 +4874,7 @@ SAMPLE_CELLS = 2048
 """Cells in one independent sample of the sky; a fit sees `-B` samples. Where the noise of a cell is
 1 % of the gradient, so many determine 32 control points to 0.13 %."""
 
-SAMPLE_MEAN = 0.7
-"""Cells: the sample is drawn from Gaussian means of this width."""
+SAMPLE_MEAN = 0.7  # cells: width of the Gaussian means that the sample is drawn from
 
 BOUNDS_SHARE = 0.25
 """For one cell of sky in the sample there are so many that only bound the sky, if there are."""
@@ -4988,8 +4887,7 @@ RATE_PATIENCE = 50
 RATE_FLOOR = 1e-4
 """The learning rate is halved after so many such epochs, but not below this."""
 
-TRACK_EVERY = 10
-"""Epochs between two recordings of the control points."""
+TRACK_EVERY = 10  # epochs between two recordings of the control points
 
 FORGIVEN = 10.0
 """With auto, the loss forgives what is farther from the surface than so many sigma. It needs not
@@ -5017,8 +4915,7 @@ POSITION_RATE = 0.02
 With 0.5 the sky of a glowing corner is truer by a tenth, and a fit takes three times as long."""
 
 CONDITION_FLOOR = 1e-4
-"""Directions in which the objective curves by less than this part of the most are not trained
-faster than that."""
+"""Directions in which the objective curves by less than this part of the most train no faster."""
 
 
 @dataclass(frozen=True)
@@ -5050,8 +4947,8 @@ def start_positions(settings: Settings, sky: Sky, shape: tuple[int, int]) -> np.
         if settings.auto:
             rows = _denser(rows, sky.density.max(1))
             columns = _denser(columns, sky.density.max(0))
-        positions = sides * _grid(rows, columns).reshape(-1, 2)
-        return positions.astype(np.float32)
+        grid = sides * _grid(rows, columns)
+        return grid.reshape(-1, 2).astype(np.float32)
     rng = np.random.default_rng(settings.seed)
     draws = 10 if settings.auto else 1
     points = np.full((1, 2), np.inf)  # one that is far from all, to begin with
@@ -5059,10 +4956,10 @@ def start_positions(settings: Settings, sky: Sky, shape: tuple[int, int]) -> np.
         candidates = sides * rng.random((draws, 2))
         differences = candidates[:, None] - points  # (draws, points, 2)
         distances = np.linalg.norm(differences, axis=-1)
-        nearest = distances.min(1)
-        counted = nearest * sky.at(sky.density, candidates)
-        farthest = candidates[counted.argmax()]
-        points = np.vstack((points, farthest))
+        density = sky.at(sky.density, candidates)
+        counted = density * distances.min(1)
+        farthest = counted.argmax()
+        points = np.vstack((points, candidates[farthest]))
     return points[1:].astype(np.float32)
 
 
@@ -5073,26 +4970,30 @@ def _grid_lines(wanted, sides):
     points more or fewer.
     """
     height, width = sides
+    misfits = {}
     # At least two rows and columns: with one the slope along the other axis would be open
-    rows = np.arange(2, max(2, wanted // 2) + 1)
-    columns = np.maximum(2, np.round(wanted / rows))
-    number = np.abs(rows * columns - wanted) / wanted
-    aspect = columns / rows * height / width
-    misfit = number + np.abs(np.log(aspect))
-    best = misfit.argmin()
-    return [np.arange(0.5, count) / count for count in (rows[best], columns[best])]
+    for rows in range(2, max(2, wanted // 2) + 1):
+        columns = max(2, round(wanted / rows))
+        number = abs(rows * columns - wanted) / wanted
+        aspect = columns / rows * height / width
+        stretched = abs(math.log(aspect))
+        misfits[rows, columns] = number + stretched
+    best = min(misfits, key=misfits.get)
+    return [np.arange(0.5, count) / count for count in best]
 
 
 def _denser(lines, density):
     """Move lines in [0, 1] so that between each two there is as much of a density (n,) along it."""
-    share = np.append(0, np.cumsum(density)) / density.sum()
-    return np.interp(lines, share, np.linspace(0, 1, len(share)))
+    reached = np.append(0, np.cumsum(density))
+    share = reached / reached[-1]
+    even = np.linspace(0, 1, len(share))
+    return np.interp(lines, share, even)
 
 
-def start_values(prepared: Prepared, positions: np.ndarray) -> np.ndarray:
+def start_values(examined: Examined, positions: np.ndarray) -> np.ndarray:
     """Return the first values at control points (n, 2): the sky found there, stretched (n, c)."""
-    linear = prepared.sky.surface(positions)
-    return prepared.stretch.extend(linear).astype(np.float32)
+    linear = examined.sky.surface(positions)
+    return examined.stretch.extend(linear).astype(np.float32)
 
 
 def sample_cells(usable: np.ndarray, density: np.ndarray, wanted: int, seed: int) -> np.ndarray:
@@ -5105,16 +5006,18 @@ def sample_cells(usable: np.ndarray, density: np.ndarray, wanted: int, seed: int
     cells = np.flatnonzero(usable)
     if cells.size <= wanted:
         return cells
-    _, width = usable.shape
-    row, column = np.divmod(cells, width)
-    tile = max(1, int(math.sqrt(cells.size / wanted)))
-    keys = (column, row, column // tile, row // tile)
-    tile_by_tile = np.lexsort(keys)
+    row, column = np.nonzero(usable)
+    side = math.sqrt(cells.size / wanted)
+    tile = max(1, int(side))
+    keys = column, row, column // tile, row // tile
+    tile_by_tile = np.lexsort(keys)  # the last key counts first
     cells = cells[tile_by_tile]
-    reached = np.cumsum(density.ravel()[cells]**2)
+    weights = density.ravel()[cells]**2
+    reached = np.cumsum(weights)
     rng = np.random.default_rng(seed)
-    drawn = (np.arange(wanted) + rng.random(wanted)) / wanted
-    ranks = np.searchsorted(reached, drawn * reached[-1])
+    drawn = np.arange(wanted) + rng.random(wanted)
+    drawn *= reached[-1] / wanted
+    ranks = np.searchsorted(reached, drawn)
     return np.unique(cells[ranks])
 
 
@@ -5137,42 +5040,48 @@ class Lesson(NamedTuple):
     bending: Any  # (r, k) see `bending_rows`
     stiffness: Any  # () weight of the bending
     unit: Any  # (c,) linear, that of the bending, in units of the stretch's scale
-    midtones: Any  # (c,) of the stretch
+    slope: Any  # (c,) of the inverse of the stretch at 0
     positions: Any  # (n, 2) at the start
     values: Any  # (n, c) at the start
     condition: Any  # (n, n) takes trained coordinates to values
     spacing: Any  # () takes trained coordinates to positions
+    alpha: Any  # () weight of overshoot and negative sky
 
 
-def sky_sample(prepared: Prepared, settings: Settings) -> Sample:
+def sky_sample(examined: Examined, settings: Settings) -> Sample:
     """Draw the cells that the fit sees.
 
     With auto, the surface follows those that show sky, and objects that add light bound it. Objects
     are left out, so the loss need not forgive much: a cell weighs less the noisier it is, and then
     residuals count nearly linearly up to FORGIVEN sigma.
     """
-    sky = prepared.sky
-    stretch = prepared.stretch
+    sky = examined.sky
+    stretch = examined.stretch
     auto = settings.auto
-    trust = _block_means(prepared.weight, sky.size)  # (h, w, c) of the cells
-    follows = (trust > 0).any(-1) & (sky.shows_sky | (not auto))
-    bounds = sky.below & auto
-    density = sky.density if auto else np.ones(follows.shape)
+    trust = _block_means(examined.weight, sky.size)  # (h, w, c) of the cells
+    follows = (trust > 0).any(-1)
+    bounds = np.full(follows.shape, False)
+    density = np.ones(follows.shape)
+    if auto:
+        follows &= sky.shows_sky
+        bounds = sky.below
+        density = sky.density
     wanted = SAMPLE_CELLS * settings.batch
     of_sky = sample_cells(follows, density, wanted, settings.seed)
     most = int(BOUNDS_SHARE * len(of_sky))
     of_bounds = sample_cells(bounds, density, most, settings.seed)
-    picked = np.concatenate([of_sky, of_bounds])  # (m,)
+    picked = np.append(of_sky, of_bounds)  # (m,)
+    pick = np.unravel_index(picked, follows.shape)
     is_sky = np.arange(len(picked)) < len(of_sky)
     is_sky = is_sky[:, None]  # (m, 1)
-    pick = np.unravel_index(picked, follows.shape)
 
     light = sky.image[pick]  # (m, c) linear
     noise = sky.noise[pick]
     # What is not in the sample counts through means, which have less than half of the noise
-    smooth = _smooth_slope(sky.image, SAMPLE_MEAN, follows)[pick]
-    picture = np.where(is_sky, smooth, light + CEILING_SIGMA * noise)
-    weight = np.where(is_sky, trust[pick], 1.0)
+    smooth = _smooth_slope(sky.image, SAMPLE_MEAN, follows)
+    ceiling = light + CEILING_SIGMA * noise
+    picture = np.where(is_sky, smooth[pick], ceiling)
+    weight = np.where(is_sky, trust[pick], 1)
     if auto:
         # What is left is sky, however bright: the stretch shall not clip it
         image = stretch.extend(picture)
@@ -5180,7 +5089,7 @@ def sky_sample(prepared: Prepared, settings: Settings) -> Sample:
         noise = stretch.extend(light + noise) - stretch.extend(light)  # (m, c) stretched
         noise = noise.mean(-1, keepdims=True)
         noise = np.maximum(noise, LOSS_FLOOR / FORGIVEN)
-        weight *= LOSS_FLOOR / (FORGIVEN * noise)
+        weight = weight * LOSS_FLOOR / (FORGIVEN * noise)
     else:
         image = stretch.apply(picture)
         brightest = np.where(image < 1, np.inf, 1)
@@ -5188,79 +5097,75 @@ def sky_sample(prepared: Prepared, settings: Settings) -> Sample:
     return Sample(sky.centers[pick], image, brightest, weight, is_sky, bounded)
 
 
-def make_lesson(prepared: Prepared, settings: Settings,
-                start: tuple[np.ndarray, np.ndarray]) -> Lesson:
-    """Put together what the training step sees of a picture; the arguments are `fit_surface`'s."""
-    sky = prepared.sky
-    stretch = prepared.stretch
-    positions, values = start
-    sample = sky_sample(prepared, settings)
-    nodes, spacing = bending_nodes(prepared.full_shape, FIT_NODES)  # (rows, columns, 2)
-    cost = np.ones(nodes.shape[:2])
-    if settings.auto:
-        cost = sky.at(sky.cost, nodes)
-    rows = bending_rows(spacing, cost, settings.smoothing < PLANE)
-    nodes = nodes.reshape(-1, 2)
+def _stiffness(sky: Sky, settings: Settings, bending: float) -> tuple[float, float]:
+    """Return the weight of the bending in the loss, and how the loss curves at the sky.
+
+    Args:
+        bending: energy of the sky that was found.
+    """
     # In finding the sky, bending stands beside the mean squared residual. The loss curves by
     # 1 / spread^2 at the sky, and by less where it forgives less.
     sharpness = 2 / FORGIVEN if settings.auto else 1
     curvature = sharpness / sky.spread**2
     stiffness = curvature / 2 * STIFFNESS_UNIT * settings.smoothing
-
-    found_values = start_values(prepared, positions)
-    found = spline_surface(nodes, positions, found_values, settings.order)  # (k, c)
-    derivatives = rows @ (stretch.invert(found) / sky.unit)  # (r, c)
-    bending = (derivatives**2).sum(0).mean()
     asked_for_plane = sky.by_hand and settings.smoothing >= PLANE
     most = PLANE_COST if asked_for_plane else FOUND_COST
     most *= settings.smoothing / max(sky.found_smoothing, 1e-9)
-    stiffness = min(stiffness, most / max(bending, 1e-12))  # at a smoothing of 0, none
+    most /= max(bending, 1e-12)
+    return min(stiffness, most), curvature  # at a smoothing of 0, no stiffness
+
+
+def make_lesson(examined: Examined, settings: Settings,
+                start: tuple[np.ndarray, np.ndarray]) -> Lesson:
+    """Put together what the training step sees of a picture; the arguments are `fit_surface`'s."""
+    sky = examined.sky
+    stretch = examined.stretch
+    positions, values = start
+    sample = sky_sample(examined, settings)
+    nodes, spacing = bending_nodes(examined.full_shape, FIT_NODES)  # (rows, columns, 2)
+    cost = sky.at(sky.cost, nodes) if settings.auto else np.ones(nodes.shape[:2])
+    rows = bending_rows(spacing, cost, settings.smoothing < PLANE)
+    nodes = nodes.reshape(-1, 2)
+    unit = np.eye(len(positions))
+    on_nodes = spline_surface(nodes, positions, unit, settings.order)  # (k, n)
+    found = on_nodes @ start_values(examined, positions)  # (k, c)
+    linear = stretch.invert(found) / sky.unit
+    squares = (rows @ linear)**2  # (r, c)
+    bending = squares.sum(0).mean()
+    stiffness, curvature = _stiffness(sky, settings, bending)
 
     step = 1e-3
     rise = stretch.invert(found + step) - stretch.invert(found - step)
-    slopes = rise / (2 * step) / sky.unit
-    slopes = slopes.mean(-1)  # (k,) of the inverse of the stretch
-    places = sample.places[sample.follows[:, 0]]
+    slopes = rise / (2 * step) / sky.unit  # (k, c) of the inverse of the stretch
+    slopes = slopes.mean(-1)
+    bent = (rows * slopes) @ on_nodes
+    followed = sample.follows[:, 0]
+    places = sample.places[followed]
+    on_places = spline_surface(places, positions, unit, settings.order)  # (places, n)
+    # A step along a trained coordinate shall change the objective by as much in every direction.
+    # Adam alone would take thousands of epochs for the directions in which points move together.
+    curvatures = on_places.T @ on_places / len(places)
     energy = 2 * stiffness / curvature
-    condition = _condition(positions, settings.order, places, nodes, rows * slopes, energy)
+    curvatures += energy * bent.T @ bent
+    strengths, directions = np.linalg.eigh(curvatures)
+    least = CONDITION_FLOOR * strengths[-1]
+    strengths = np.maximum(strengths, least)
+    condition = VALUE_RATE * directions / np.sqrt(strengths)
     return Lesson(
         sample=sample,
         nodes=nodes,
         bending=rows,
         stiffness=stiffness * sample.follows.mean(),  # the loss is a mean over cells of both kinds
         unit=sky.unit / stretch.scale,
-        midtones=stretch.midtones,
+        slope=1 / stretch.slope,
         positions=positions,
         values=values,
-        condition=VALUE_RATE * condition,
-        spacing=POSITION_RATE / math.sqrt(len(positions)))
+        condition=condition @ directions.T,
+        spacing=POSITION_RATE / math.sqrt(len(positions)),
+        alpha=settings.alpha)
 
 
-def _condition(positions: np.ndarray, order: int, places: np.ndarray, nodes: np.ndarray,
-               rows: np.ndarray, energy: float) -> np.ndarray:
-    """Return the matrix (n, n) that takes trained coordinates to values at the control points.
-
-    In these coordinates a step changes the objective by as much in every direction. Adam alone
-    would take thousands of epochs for the directions in which points move together.
-
-    Args:
-        places: (m, 2) the sky in the sample.
-        nodes, rows: (k, 2) and (r, k), for the bending of a stretched surface.
-        energy: weight of the bending beside the mean squared residual.
-    """
-    unit = np.eye(len(positions))
-    on_places = spline_surface(places, positions, unit, order)  # (m, n)
-    on_nodes = spline_surface(nodes, positions, unit, order)  # (k, n)
-    derivatives = rows @ on_nodes
-    curvature = on_places.T @ on_places / len(places)
-    curvature += energy * derivatives.T @ derivatives
-    strengths, directions = np.linalg.eigh(curvature)
-    floor = CONDITION_FLOOR * strengths[-1]
-    strengths = np.maximum(strengths, floor)
-    return (directions / np.sqrt(strengths)) @ directions.T
-
-
-def fit_surface(prepared: Prepared, settings: Settings, start: tuple[np.ndarray, np.ndarray],
+def fit_surface(examined: Examined, settings: Settings, start: tuple[np.ndarray, np.ndarray],
                 on_epoch: Callable[[int, float], None] | None = None) -> Fit:
     """Fit the spline to the sky.
 
@@ -5268,15 +5173,15 @@ def fit_surface(prepared: Prepared, settings: Settings, start: tuple[np.ndarray,
     early. Keras' own `fit` would add more to each epoch than the 2 ms that an epoch takes.
 
     Args:
-        prepared, settings: what `examine` gave.
+        examined, settings: what `examine` gave.
         start: positions (n, 2) and values (n, c).
         on_epoch: called after each epoch with its number, from 1, and its loss.
 
     Raises:
         BgError: the spline cannot be computed at all from this start.
     """
-    lesson = make_lesson(prepared, settings, start)
-    training = _begin(lesson, settings)
+    lesson = make_lesson(examined, settings, start)
+    step, adam = _begin(lesson, settings)
     rate = settings.learning_rate
     history = []
     track = []
@@ -5285,8 +5190,8 @@ def fit_surface(prepared: Prepared, settings: Settings, start: tuple[np.ndarray,
     changed = 0  # last epoch in which the loss or the learning rate fell
     stopped = f"all {settings.epochs} epochs done"
     for epoch in range(1, settings.epochs + 2):  # one more, to see what the last has reached
-        now = training.control_points()
-        losses = training.step()
+        adam.learning_rate = rate
+        losses, *now = step()
         if not np.isfinite(losses).all():
             stopped = (f"stopped at epoch {epoch}: the spline's equations became singular; "
                        "best surface so far taken (try a smaller -lr, or another --seed)")
@@ -5311,109 +5216,85 @@ def fit_surface(prepared: Prepared, settings: Settings, start: tuple[np.ndarray,
         if epoch - changed >= RATE_PATIENCE and rate > RATE_FLOOR:
             rate = max(rate / 2, RATE_FLOOR)
             changed = epoch
-            training.adam.learning_rate = rate
     if not history:
         raise BgError("the spline's equations cannot be solved from these control points; "
                       "lower -N, or choose another --seed")
     return Fit(*best, settings.order, np.array(history), stopped, track)
 
 
-def _begin(lesson: Lesson, settings: Settings) -> _Training:
-    """Return a training that stands at the start of this lesson."""
+def _begin(lesson: Lesson, settings: Settings) -> tuple[Callable, Any]:
+    """Return a step of training, which stands at the start of this lesson, and its Adam.
+
+    Each step returns the loss before it and its terms, (6,) as in Fit.history, and the positions
+    and values that have them. All are NaN if the spline's equations are singular, because control
+    points have met.
+    """
     import tensorflow as tf
-
-    def in_float32(part):
-        return tf.constant(part, tf.float32)
-
-    def of_any_number(part):
-        return tf.TensorSpec([None, *part.shape[1:]])
-
+    in_float32 = functools.partial(tf.constant, dtype=tf.float32)
     lesson = tf.nest.map_structure(in_float32, lesson)
     # A step traced for the number of cells of its first picture would round differently, so that
     # what comes first in a folder changed the results of all others.
+    cells = [tf.TensorSpec([None, part.shape[1]]) for part in lesson.sample]
     kinds = tf.nest.map_structure(tf.TensorSpec.from_tensor, lesson)
-    cells = map(of_any_number, lesson.sample)
     kinds = kinds._replace(sample=Sample(*cells))
-    training = _training(kinds, settings.order, settings.alpha, lesson.nodes.device)
-    training.begin(lesson, settings.learning_rate)
-    return training
+    traced, variables, adam = _traced_step(kinds, settings.order, lesson.nodes.device)
+    for variable in variables:  # forget the picture before
+        variable.assign(tf.zeros_like(variable))
+
+    def step():
+        try:
+            results = traced(lesson)
+        except tf.errors.InvalidArgumentError:
+            return np.nan, np.nan, np.nan
+        return [result.numpy() for result in results]
+
+    return step, adam
 
 
 @functools.lru_cache(maxsize=8)  # a folder holds pictures of few kinds
-def _training(kinds, order, alpha, device) -> _Training:
-    """Return the training of fits that have all of this in common.
+def _traced_step(kinds: Lesson, order: int, device: str) -> tuple:
+    """Return the training step of all lessons of these kinds, its variables, and its Adam.
 
-    It is made once: TensorFlow takes longer to trace a step than to do a hundred.
+    TensorFlow takes longer to trace a step than to do a hundred. The variables are 0 at the start.
     """
-    return _Training(kinds, order, alpha)
+    import tensorflow as tf
+    points, channels = kinds.values.shape
+    layer = spline_layer(points, channels, order)
+    start = np.zeros((points, 2 + channels), np.float32)
+    coordinates = tf.Variable(start)  # of positions and values, see `make_lesson`
+    adam = tf.keras.optimizers.Adam()
+    adam.build([coordinates])
 
-
-class _Training:
-    """A spline in training. It serves one picture after the other."""
-
-    def __init__(self, kinds: Lesson, order: int, alpha: float):
-        import tensorflow as tf
-        self.alpha = alpha
-        points, channels = kinds.values.shape
-        self.layer = spline_layer(points, channels, order)
-        start = np.zeros((points, 2 + channels), np.float32)
-        self.coordinates = tf.Variable(start)  # of positions and values, see `_condition`
-        self.adam = tf.keras.optimizers.Adam()
-        self.adam.build([self.coordinates])
-        # Nothing in it needs rewriting, which costs time and would reach into the drop-in
-        self._step = tf.function(self._trace, input_signature=[kinds], autograph=False)
-
-    def begin(self, lesson: Lesson, learning_rate: float) -> None:
-        """Forget the picture before, and start from the control points of this lesson."""
-        import tensorflow as tf
-        self.lesson = lesson
-        self.layer.positions.assign(lesson.positions)
-        self.layer.values.assign(lesson.values)
-        for variable in (self.coordinates, *self.adam.variables):  # the epoch and the moments too
-            variable.assign(tf.zeros_like(variable))
-        self.adam.learning_rate = learning_rate
-
-    def control_points(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return the positions (n, 2) and the values (n, c)."""
-        layer = self.layer
-        return layer.positions.numpy(), layer.values.numpy()
-
-    def step(self) -> np.ndarray:
-        """Do one step. Return the loss before it, and its terms as in Fit.history, (6,).
-
-        They are NaN if the spline's equations are singular, because control points have met.
-        """
-        import tensorflow as tf
-        try:
-            return self._step(self.lesson).numpy()
-        except tf.errors.InvalidArgumentError:
-            return np.full(1 + len(LOSS_TERMS), np.nan)
-
-    def _trace(self, lesson):
-        """Do what `step` does, on tensors."""
-        import tensorflow as tf
-        layer = self.layer
+    def step(lesson):
+        moved = lesson.spacing * coordinates[:, :2]
+        risen = tf.matmul(lesson.condition, coordinates[:, 2:])
+        layer.positions.assign(lesson.positions + moved)
+        layer.values.assign(lesson.values + risen)
+        now = [tf.identity(layer.positions), tf.identity(layer.values)]
         sample = lesson.sample
         count = tf.shape(sample.image)[0]
         query = tf.concat([sample.places, lesson.nodes], 0)
         with tf.GradientTape() as tape:
             surface = layer(query)  # [m + k, c]
             terms = _cell_terms(sample, surface[:count])
-            linear = inverse_midtones(surface[count:], lesson.midtones, tf)
-            linear /= lesson.unit
+            linear = curve(surface[count:], lesson.slope, tf) / lesson.unit
             bending = lesson.stiffness * loss_bending(linear, lesson.bending)
-            loss = log_loss(terms, self.alpha) + bending
+            loss = log_loss(terms, lesson.alpha) + bending
         of_positions, of_values = tape.gradient(loss, [layer.positions, layer.values])
         of_positions *= lesson.spacing
         of_values = tf.matmul(lesson.condition, of_values, transpose_a=True)
         gradient = tf.concat([of_positions, of_values], 1)
-        self.adam.apply_gradients([(gradient, self.coordinates)])
-        moved = lesson.spacing * self.coordinates[:, :2]
-        risen = tf.matmul(lesson.condition, self.coordinates[:, 2:])
-        layer.positions.assign(lesson.positions + moved)
-        layer.values.assign(lesson.values + risen)
+        adam.apply_gradients([(gradient, coordinates)])
         means = [tf.reduce_mean(term) for term in terms]
-        return tf.stack([loss, *means, bending])
+        return tf.stack([loss, *means, bending]), *now
+
+    # Nothing in it needs rewriting, which costs time and would reach into the drop-in
+    traced = tf.function(step, input_signature=[kinds], autograph=False)
+    variables = coordinates, *adam.variables
+    return traced, variables, adam
+
+
+atexit.register(_traced_step.cache_clear)  # later TensorFlow could not free them
 
 
 def _cell_terms(sample, surface):
@@ -5433,38 +5314,36 @@ def _cell_terms(sample, surface):
 def compute_devices() -> list[tuple[str, str]]:
     """Return what to compute on, a GPU if one works, then the CPU: place in `tf.device`, name."""
     tf = import_tensorflow()
-    cpu = "/CPU:0", "the CPU"
+    devices = [("/CPU:0", "the CPU")]
     try:
         # This starts the GPU, and fails where another program holds it
-        if not tf.config.list_logical_devices("GPU"):
-            return [cpu]
-        first = tf.config.list_physical_devices("GPU")[0]
-        details = tf.config.experimental.get_device_details(first)
+        if tf.config.list_logical_devices("GPU"):
+            first, *_ = tf.config.list_physical_devices("GPU")
+            details = tf.config.experimental.get_device_details(first)
+            devices.insert(0, ("/GPU:0", details.get("device_name", "the GPU")))
     except (tf.errors.OpError, RuntimeError) as error:
         reason = type(error).__name__
         logger.info(f"the GPU cannot be started ({reason}); going on with the CPU")
         tf.config.set_visible_devices([], "GPU")
-        return [cpu]
-    name = details.get("device_name", "the GPU")
-    return [("/GPU:0", name), cpu]
+    return devices
 
 
 _fitting = threading.Lock()  # there is one training for all threads
 
 
-def fit_sky(prepared: Prepared, settings: Settings,
+def fit_sky(examined: Examined, settings: Settings,
             on_epoch: Callable[[int, float], None] | None = None) -> Fit:
     """Fit the surface to what `examine` gave, on the first device that works; see `fit_surface`."""
     tf = import_tensorflow()
-    positions = start_positions(settings, prepared.sky, prepared.full_shape)
-    start = positions, start_values(prepared, positions)
+    positions = start_positions(settings, examined.sky, examined.full_shape)
+    start = positions, start_values(examined, positions)
     devices = compute_devices()
     for place, name in devices:
         logger.info(f"fitting {len(positions)} control points, "
                     f"smoothing {settings.smoothing:.3g}, on {name}")
         try:
             with _fitting, tf.device(place):
-                return fit_surface(prepared, settings, start, on_epoch)
+                return fit_surface(examined, settings, start, on_epoch)
         except tf.errors.OpError as error:
             if place == devices[-1][0]:
                 raise
@@ -5516,7 +5395,8 @@ class SkyModel:
         y = np.arange(height)
         weights = scipy.interpolate.BSpline.design_matrix(y, spline.t, 3)
         self.nodes = np.moveaxis(nodes, -1, 0)  # (c, rows, columns)
-        self.terms = np.moveaxis(spline.c, -1, 0).astype(dtype)  # (c, rows, w)
+        terms = np.moveaxis(spline.c, -1, 0)
+        self.terms = terms.astype(dtype)  # (c, rows, w)
         self.weights = weights.astype(dtype)  # (h, rows), sparse: what each term adds to a row
         self.shape = (len(self.nodes), height, width)
         self.dtype = self.terms.dtype
@@ -5540,15 +5420,18 @@ class SkyModel:
         return map(self.plane, range(len(self.nodes)))
 
 
-def linear_sky(prepared: Prepared, fit: Fit) -> Callable[[np.ndarray], np.ndarray]:
+def linear_sky(examined: Examined, fit: Fit) -> Callable[[np.ndarray], np.ndarray]:
     """Return the fitted sky: takes frame coordinates (..., 2) to linear units (..., c) in [0, 1].
 
     Its range is limited, which matters where there was no sky to fit; see MAX_EXTRAPOLATION.
     """
-    found = prepared.sky
+    found = examined.sky
     limited = found.shows_sky | found.below  # objects that add light limit the sky from above
-    stretched = fit.surface(found.centers[limited])  # (cells, c)
-    seen = prepared.stretch.invert(stretched)
+
+    def unlimited(places):
+        return examined.stretch.invert(fit.surface(places))
+
+    seen = unlimited(found.centers[limited])  # (cells, c)
     low = seen.min(0)
     high = seen.max(0)
     beyond = MAX_EXTRAPOLATION * (high - low)
@@ -5556,14 +5439,12 @@ def linear_sky(prepared: Prepared, fit: Fit) -> Callable[[np.ndarray], np.ndarra
     highest = np.minimum(high + beyond, 1)
 
     def sky(places):
-        stretched = fit.surface(places)
-        linear = prepared.stretch.invert(stretched)
-        return np.clip(linear, lowest, highest)
+        return np.clip(unlimited(places), lowest, highest)
 
     return sky
 
 
-def take_out(planes: np.ndarray, sky: SkyModel, prepared: Prepared,
+def take_out(planes: np.ndarray, sky: SkyModel, reduced: Reduced,
              correction: str) -> tuple[np.ndarray, np.ndarray]:
     """Take the sky out of a picture (c, h, w), in place, and clip what is left to [0, 1].
 
@@ -5581,7 +5462,7 @@ def take_out(planes: np.ndarray, sky: SkyModel, prepared: Prepared,
         BgError: the model is to be divided by, and not above black everywhere.
     """
     divides = correction == "divide"
-    black = prepared.black
+    black = reduced.black
     levels = np.median(sky.nodes, (1, 2)) - black
     if divides and sky.nodes.min() <= black:
         raise BgError("the model is not above 0 everywhere, and nothing can be divided by it; "
@@ -5594,48 +5475,47 @@ def take_out(planes: np.ndarray, sky: SkyModel, prepared: Prepared,
         for rows in strips:
             samples = plane[rows]
             model = sky.strip(channel, rows)
-            if divides:
-                left = _divided(samples, model, black, levels[channel])
-                np.copyto(samples, left, where=present[rows])
-            else:
-                np.subtract(samples, model, out=samples, where=present[rows])
+            left = _without_sky(samples, model, correction, black, levels[channel])
+            np.copyto(samples, left, where=present[rows])
         offset = black
         if not divides:
             median_left, = _quantiles(plane, present, (0.5,))
-            offset = prepared.median[channel] - median_left
+            offset = reduced.median[channel] - median_left
+        below = above = 0
         shift = plane.dtype.type(offset)
-        clipped = np.zeros(2, int)
         for rows in strips:
+            there = present[rows]
             values = plane[rows] + shift
-            beyond = np.stack((values < 0, values > 1))  # (2, rows, w)
-            beyond &= present[rows]
-            clipped += np.count_nonzero(beyond, (1, 2))
-            np.clip(values, 0, 1, out=plane[rows], where=present[rows])
-        return offset, clipped
+            below += np.count_nonzero(there & (values < 0))
+            above += np.count_nonzero(there & (values > 1))
+            np.clip(values, 0, 1, out=plane[rows], where=there)
+        return offset, below, above
 
-    offsets, clipped = zip(*_each(work, range(len(planes))))
-    return levels if divides else np.array(offsets), np.sum(clipped, 0)
+    offsets, *clipped = np.transpose(list(_each(work, range(len(planes)))))
+    return levels if divides else offsets, np.sum(clipped, 1).astype(int)
 
 
-def _divided(samples, sky, black, level):
-    """Return samples above black, divided by their sky above black, times its level."""
+def _without_sky(samples, sky, correction, black, level):
+    """Return samples less their sky, or above black, divided by it and times its level."""
+    if correction == "subtract":
+        return samples - sky
     gain = level / (sky - black)
     return (samples - black) * gain
 
 
-def corrected(prepared: Prepared, linear: np.ndarray, sky: np.ndarray,
+def corrected(reduced: Reduced, linear: np.ndarray, sky: np.ndarray,
               correction: str) -> np.ndarray:
     """Return some samples of a picture without their sky, (..., c), as `take_out`, but not clipped.
 
     Missing samples are NaN.
     """
     pixels = tuple(range(sky.ndim - 1))  # the axes
-    black = prepared.black
-    if correction == "divide":
-        level = np.median(sky - black, pixels)
-        return _divided(linear, sky, black, level) + black
-    left = linear - sky
-    shift = prepared.median - np.nanmedian(left, pixels)
+    black = reduced.black
+    level = np.median(sky, pixels) - black
+    left = _without_sky(linear, sky, correction, black, level)
+    shift = np.full(len(level), black)
+    if correction == "subtract":
+        shift = reduced.median - np.nanmedian(left, pixels)
     return left + shift.astype(left.dtype)
 
 
@@ -5653,7 +5533,7 @@ OBJECTS_SHARE = 0.2
 
 def examine(planes: np.ndarray, settings: Settings, mask: np.ndarray | None = None,
             black: float = 0.0,
-            reference: Reference | None = None) -> tuple[Prepared, Settings]:
+            reference: Reference | None = None) -> tuple[Examined, Settings]:
     """Do everything before the fit: stretch, reduce, mask, find the sky, and warn of what is odd.
 
     It needs no TensorFlow. The arguments are those of `remove_sky`, but for `black`: the sample
@@ -5663,41 +5543,40 @@ def examine(planes: np.ndarray, settings: Settings, mask: np.ndarray | None = No
         What the fit sees, and the settings with the values that are used in place of every None.
     """
     settings = settings.resolved()
-    prepared = prepare(planes, settings, mask)
-    prepared = replace(
-        prepared, black=black, close_up=close_up(planes, settings), reference=reference)
-    return judge(planes, prepared, settings, find_sky(prepared, settings))
+    prepared = prepare(planes, settings, mask, black, reference)
+    sky = find_sky(prepared, settings)
+    examined = with_sky(prepared, settings, sky)
+    judge(planes, examined, settings)
+    return examined, replace(settings, smoothing=sky.smoothing)
 
 
-def judge(planes: np.ndarray, prepared: Prepared, settings: Settings,
-          sky: Sky) -> tuple[Prepared, Settings]:
-    """Do what `examine` does once the sky is found: tell of it, and mask what is none with auto."""
+def with_sky(prepared: Prepared, settings: Settings, sky: Sky) -> Examined:
+    """Return what the fit sees, now that the sky is found; with auto, objects are masked."""
+    weight = prepared.weight
+    if settings.auto:
+        shows_sky = sky.at(sky.shows_sky, prepared.centers)  # (h, w)
+        weight = weight * shows_sky[..., None]
+    return Examined(**dict(vars(prepared), weight=weight, sky=sky))
+
+
+def judge(planes: np.ndarray, examined: Examined, settings: Settings) -> None:
+    """Tell what was found out about a picture (c, h, w), and warn of what is odd."""
+    sky = examined.sky
     if sky.shared is not None:
-        tell_of_reference(prepared.reference, sky.shared)
+        tell_of_reference(examined.reference, sky.shared)
     logger.info(f"sky: {100 * sky.share:.0f} % of the picture; "
                 f"smoothing {sky.smoothing:.3g} ({sky.why})")
     if sky.unsure:
         logger.warning(f"the sky of this picture cannot be told from objects: {sky.unsure}. "
                        "Take the result as a guess, mask objects with -m, or keep the surface "
                        "stiff with --smoothing 1e4")
-    if prepared.rim.any():
-        pixels = settings.downscaling_factor * rim_depth(prepared)
+    if examined.rim.any():
+        pixels = settings.downscaling_factor * rim_depth(examined)
         logger.info(f"left out: a rim of {pixels} pixels that is darker than the picture by a step "
-                    f"({prepared.rim.mean():.1%} of the frame)")
-    _warn_of_odd_data(planes, prepared)
-    _warn_of_inverted_mask(prepared, sky)
-    prepared = with_sky(prepared, settings, sky)
-    _log_numbers(prepared, settings)
-    return prepared, replace(settings, smoothing=sky.smoothing)
-
-
-def with_sky(prepared: Prepared, settings: Settings, sky: Sky) -> Prepared:
-    """Return what the fit sees, now that the sky is found; with auto, objects are masked."""
-    weight = prepared.weight
-    if settings.auto:
-        shows_sky = sky.at(sky.shows_sky, prepared.centers)  # (h, w)
-        weight = weight * shows_sky[..., None]
-    return replace(prepared, weight=weight, sky=sky)
+                    f"({examined.rim.mean():.1%} of the frame)")
+    _warn_of_odd_data(planes, examined)
+    _warn_of_inverted_mask(examined)
+    _log_numbers(examined, settings)
 
 
 @dataclass(frozen=True)
@@ -5714,7 +5593,7 @@ class Result:
     gradient_before: float  # see `gradient`
     gradient_after: float
     settings: Settings  # as used
-    prepared: Prepared
+    prepared: Examined
     fit: Fit
 
     @functools.cached_property
@@ -5766,43 +5645,45 @@ def remove_sky(planes: np.ndarray, settings: Settings, mask: np.ndarray | None =
         BgError: as `prepare`, `fit_surface`, and `take_out`.
     """
     black = -unit.offset / unit.scale
-    prepared, settings = examine(planes, settings, mask, black, reference)
+    examined, settings = examine(planes, settings, mask, black, reference)
     with watched as on_epoch:
-        fit = fit_sky(prepared, settings, on_epoch)
+        fit = fit_sky(examined, settings, on_epoch)
     logger.info(f"{fit.stopped}; lowest loss {fit.history[:, 0].min():.4f}")
-    correction = settings.correction
-    surface = linear_sky(prepared, fit)
-    sky = SkyModel(surface, prepared.full_shape, planes.dtype)
-    offsets, clipped = take_out(planes, sky, prepared, correction)
+    surface = linear_sky(examined, fit)
+    sky = SkyModel(surface, examined.full_shape, planes.dtype)
+    offsets, clipped = take_out(planes, sky, examined, settings.correction)
     offsets = offsets * unit.scale
     words = "divided by the sky, times its median"
-    if correction == "subtract":
+    if settings.correction == "subtract":
         offsets += unit.offset  # the model is in that unit too
         words = "offsets"
-    before, after = gradients(prepared, surface, correction)
-    told = "gradient unknown: too little of the picture is sure to be sky"
-    if not math.isnan(before):
-        told = f"gradient {before:.1%} of the sky's level before, {after:.1%} after"
-    logger.info(told)
-    each = map("{} {:.6f}".format, _channel_letters(prepared), offsets)
-    logger.info(f"{words}: {', '.join(each)}")
+    before, after = gradients(examined, surface, settings.correction)
+    if math.isnan(before):
+        logger.info("gradient unknown: too little of the picture is sure to be sky")
+    else:
+        logger.info(f"gradient {before:.1%} of the sky's level before, {after:.1%} after")
+    each = map("{} {:.6f}".format, _channel_letters(examined), offsets)
+    each = ", ".join(each)
+    logger.info(f"{words}: {each}")
     below, above = clipped
     logger.info(f"clipped: {below} samples at 0, {above} at 1, of {planes.size}")
     share = clipped.sum() / planes.size
     if share > MOST_CLIPPED:
-        _warn_of_clipping(planes, prepared, settings, share)
-    _hint_at_objects(prepared, settings)
-    return Result(planes, sky, surface, unit, offsets, share, before, after, settings, prepared,
+        _warn_of_clipping(planes, examined, settings, share)
+    _hint_at_objects(examined, settings)
+    return Result(planes, sky, surface, unit, offsets, share, before, after, settings, examined,
                   fit)
 
 
-def _warn_of_clipping(planes: np.ndarray, prepared: Prepared, settings: Settings,
+def _warn_of_clipping(planes: np.ndarray, examined: Examined, settings: Settings,
                       share: float) -> None:
     """Warn that the correction clipped this share of the samples, and tell what helps."""
     factor = settings.downscaling_factor
+    sky = examined.sky
+    shows_sky = sky.at(sky.shows_sky, examined.centers)  # (h, w)
+    inside = shows_sky & examined.present.all(-1)
     samples = planes[:, ::factor, ::factor]  # one of each block
-    sky = prepared.sky.at(prepared.sky.shows_sky, prepared.centers)
-    samples = samples[:, sky & prepared.present.all(-1)]
+    samples = samples[:, inside]
     at_an_end = (samples <= 0) | (samples >= 1)
     advice = ", but hardly any sky; crop dark borders, or leave them out with -m"
     if at_an_end.sum() > MOST_CLIPPED * samples.size:
@@ -5811,28 +5692,28 @@ def _warn_of_clipping(planes: np.ndarray, prepared: Prepared, settings: Settings
     logger.warning(f"{share:.1%} of the samples were clipped{advice}")
 
 
-def _warn_of_inverted_mask(prepared: Prepared, sky: Sky) -> None:
+def _warn_of_inverted_mask(examined: Examined) -> None:
     """Ask whether a mask is inverted: it leaves the bright minority, most of it not sky."""
-    present = prepared.present.all(-1)
-    left = present & prepared.used
-    if prepared.user_mask is None or not 0 < left.sum() < 0.5 * present.sum():
+    present = examined.present.all(-1)
+    left = present & (examined.user_mask > 0).any(-1)
+    if not 0 < left.sum() < 0.5 * present.sum():
         return
-    light = prepared.linear.mean(-1)
+    light = examined.linear.mean(-1)
     brighter = np.median(light[left]) > np.median(light[present])
-    if brighter and (sky.unsure or sky.share < 0.5):
+    if brighter and (examined.sky.unsure or examined.sky.share < 0.5):
         logger.warning("is the mask inverted? What it leaves is brighter than what it leaves out, "
                        "and white (1) means sky. Invert it where it was made (PixInsight: Image > "
                        "Invert, Siril: neg), and give it again")
 
 
-def _hint_at_objects(prepared: Prepared, settings: Settings) -> None:
+def _hint_at_objects(examined: Examined, settings: Settings) -> None:
     """Tell a plain run that it had much in its fit that is not sky."""
-    sky = prepared.sky
-    shows_sky = sky.at(sky.shows_sky, prepared.centers)  # (h, w)
-    objects = prepared.used & ~shows_sky
-    if not settings.auto and not sky.unsure and objects.mean() > OBJECTS_SHARE:
+    sky = examined.sky
+    shows_sky = sky.at(sky.shows_sky, examined.centers)  # (h, w)
+    objects = np.mean(examined.used & ~shows_sky)
+    if not settings.auto and not sky.unsure and objects > OBJECTS_SHARE:
         logger.info("hint: objects were found in this picture; --auto would leave them out, "
-                    f"with a margin ({objects.mean():.0%} of the frame)")
+                    f"with a margin ({objects:.0%} of the frame)")
 
 
 def optimize(image: np.ndarray, settings: Settings = Settings(), mask: np.ndarray | None = None,
@@ -5878,8 +5759,8 @@ def _to_planes(image: np.ndarray, name: str) -> np.ndarray:
     white = np.iinfo(image.dtype).max if kind in "iu" else 1
     dtype = np.float64 if image.dtype == np.float64 else np.float32
     samples = np.ma.filled(image.astype(dtype), np.nan)
-    samples = np.atleast_3d(samples)  # (h, w, c)
-    planes = np.ascontiguousarray(np.moveaxis(samples, -1, 0))
+    planes = np.moveaxis(np.atleast_3d(samples), -1, 0)
+    planes = np.ascontiguousarray(planes)
     planes /= dtype(white)
     return planes
 
@@ -5933,13 +5814,12 @@ Columns or rows of a sensor that differ do so on both diagonals."""
 
 def thinned(prepared: Prepared, most: int = VIEW_PIXELS) -> Prepared:
     """Take every k-th pixel of the reduced frame, so that its longer side has about `most`."""
-    longer = max(prepared.image.shape[:2])
+    longer = max(prepared.used.shape)
     step = max(1, round(longer / most))
     parts = {}
-    for name in ("image", "weight", "present", "centers", "linear", "user_mask", "rim"):
-        part = getattr(prepared, name)
-        if part is not None:
-            parts[name] = part[::step, ::step]
+    for name in ("image", "weight", "centers", "linear", "user_mask", "rim"):
+        whole = getattr(prepared, name)
+        parts[name] = whole[::step, ::step]
     return replace(prepared, **parts)
 
 
@@ -5957,26 +5837,25 @@ def close_up(planes: np.ndarray, settings: Settings) -> np.ndarray | None:
     return np.stack(reduced, -1)
 
 
-def blown_out(prepared: Prepared, settings: Settings) -> np.ndarray:
-    """Return True, (h, w), where the stretch clips sky, so that the fit loses it.
+def blown_out(examined: Examined, settings: Settings) -> np.ndarray:
+    """Return the cells of the sky, (h, w) bool, where the stretch clips it, so the fit loses it.
 
     It is nowhere True if that is hardly anywhere, or with auto, which follows a sky that bright.
     """
-    if settings.auto:
-        return np.full(prepared.used.shape, False)
-    sky = prepared.sky.surface(prepared.centers)  # (h, w, c)
-    too_bright = sky > prepared.stretch.white
-    clipped = too_bright & clipped_by_stretch(prepared)
-    blown = clipped.any(-1)
-    return blown & (blown.mean() > BLOWN_SHARE)
+    sky = examined.sky
+    darker = np.minimum(sky.surface(sky.centers), sky.image)  # (h, w, c)
+    blown = (darker > examined.stretch.white).any(-1)
+    if settings.auto or blown.mean() <= BLOWN_SHARE:
+        blown[:] = False
+    return blown
 
 
 def _warn_of_odd_data(planes: np.ndarray, prepared: Prepared) -> None:
     """Warn if a picture (c, h, w) looks as if the tool should not run on it."""
     pixels = 0, 1  # the axes
     low, median, high = np.nanquantile(prepared.linear, (0, 0.5, 0.999), pixels)  # (c,) each
-    above = median - low
-    bright = (high > STRETCHED_TOP) & (above > STRETCHED_MEDIAN * (high - low))
+    height = (median - low) / np.maximum(high - low, 1e-30)
+    bright = (high > STRETCHED_TOP) & (height > STRETCHED_MEDIAN)
     if _looks_stretched(planes, bright.all()):
         logger.warning("the picture looks stretched; "
                        "light can be subtracted only while the data are linear")
@@ -5994,15 +5873,14 @@ def _squares(plane: np.ndarray) -> Iterator[np.ndarray]:
     Squares in which pixels are missing or clipped are left out, and so are tiles full of these.
     """
     side = 2 * TILE_SQUARES  # pixels
-    height, width = plane.shape
     apart = math.sqrt(plane.size / 1.6e6)  # some hundred tiles are enough
     step = side * max(1, round(apart))
+    height, width = plane.shape
     for y, x in np.ndindex(height // step, width // step):
-        top = y * step
-        left = x * step
-        tile = plane[top:top + side, left:left + side]
-        squares = tile.astype(float)
-        squares = squares.reshape(TILE_SQUARES, 2, TILE_SQUARES, 2)
+        rows = slice(y * step, y * step + side)
+        columns = slice(x * step, x * step + side)
+        tile = plane[rows, columns].astype(float)
+        squares = tile.reshape(TILE_SQUARES, 2, TILE_SQUARES, 2)
         squares = squares.swapaxes(1, 2)
         squares = squares.reshape(-1, 4)
         inside = (squares > 0) & (squares < 0.99)
@@ -6020,19 +5898,24 @@ def _looks_stretched(planes: np.ndarray, bright: bool = False) -> bool:
     falls = []
     for plane in planes:
         falls += map(_fall_of_noise, _squares(plane))
-    if len(falls) < FEWEST_TILES:
+    count = len(falls)
+    if count < FEWEST_TILES:
         return False
     typical = np.median(falls)
-    error = MEDIAN_NOISE * _deviation(falls - typical) / math.sqrt(len(falls))
+    scatter = _deviation(falls - typical)
+    error = MEDIAN_NOISE * scatter / math.sqrt(count)
     least = 0 if bright else STRETCHED_SIGMA * error
     return bool(typical > least)
 
 
 def _fall_of_noise(squares: np.ndarray) -> float:
     """Return by which part the noise of 2 x 2 pixels (n, 4) falls from the dim to the bright."""
-    detail = np.abs(squares @ (0.5, -0.5, -0.5, 0.5))  # no slope adds to it
-    detail = np.minimum(detail, 4 * np.median(detail))  # stars
-    by_light = np.argsort(squares.mean(1))
+    detail = squares @ (0.5, -0.5, -0.5, 0.5)  # no slope adds to it
+    detail = np.abs(detail)
+    most = 4 * np.median(detail)
+    detail = np.minimum(detail, most)  # stars
+    light = squares.mean(1)
+    by_light = np.argsort(light)
     variances = detail[by_light]**2
     ninths = [part.mean() for part in np.array_split(variances, 9)]
     dim = ninths[1] + ninths[2] + 1e-30  # without noise the fall is 0
@@ -6058,7 +5941,7 @@ def _looks_like_mosaic(plane: np.ndarray) -> bool:
     return bool(large and greens < MOSAIC_GREENS * difference)
 
 
-def gradients(prepared: Prepared, model: Callable[[np.ndarray], np.ndarray],
+def gradients(examined: Examined, model: Callable[[np.ndarray], np.ndarray],
               correction: str) -> tuple[float, float]:
     """Tell how uneven the sky is before and after the correction: its range over its level.
 
@@ -6066,7 +5949,7 @@ def gradients(prepared: Prepared, model: Callable[[np.ndarray], np.ndarray],
     correction, what the found sky misses of the picture counts as well: the model, which is as
     `linear_sky` gives it, is like the found sky by its making.
     """
-    found = prepared.sky
+    found = examined.sky
     if found.unsure or found.share < GRADIENT_SHARE:
         return math.nan, math.nan
     shows_sky = found.shows_sky  # (h, w)
@@ -6074,28 +5957,34 @@ def gradients(prepared: Prepared, model: Callable[[np.ndarray], np.ndarray],
     missed = _smooth(found.image - surface, GRADIENT_SCALE, shows_sky)
     sky = surface[shows_sky]  # (n, c)
     picture = sky + missed[shows_sky]
-    places = found.centers[shows_sky]  # (n, 2)
-    taken = model(places)
-    left = corrected(prepared, picture, taken, correction)
+    taken = model(found.centers[shows_sky])
+    left = corrected(examined, picture, taken, correction)
     level = np.maximum(np.median(sky, axis=0), 1e-12)
     before = _span(sky, (99, 1)) / level  # (c,)
     after = _span(left, (99, 1)) / level
-    return float(before.mean()), float(after.mean())
+    return before.mean(), after.mean()
 
 
-def _log_numbers(prepared: Prepared, settings: Settings) -> None:
+def _log_numbers(examined: Examined, settings: Settings) -> None:
     """Log numbers to act on before the fit."""
-    height, width, _ = prepared.image.shape
+    height, width, _ = examined.image.shape
+    present = examined.present.mean()
+    used = np.mean(examined.weight > 0)
+    clipped = clipped_by_stretch(examined).mean()
     quantile = settings.delinearization_quantile
     logger.info(
-        "reduced to {} x {}: {used:.1%} used, {masked:.1%} masked, {missing:.1%} missing; "
-        "{clipped:.1%} clipped at 1 by the stretch (-dq {:g})".format(
-            width, height, quantile, **shares(prepared)))
-    stretch = prepared.stretch
-    for channel in zip(_channel_letters(prepared), stretch.pedestal, prepared.median,
-                       stretch.white):
+        f"reduced to {width} x {height}: {used:.1%} used, {present - used:.1%} masked, "
+        f"{1 - present:.1%} missing; {clipped:.1%} clipped at 1 by the stretch (-dq {quantile:g})")
+    stretch = examined.stretch
+    channels = zip(
+        _channel_letters(examined),
+        stretch.pedestal,
+        examined.median,
+        stretch.white)
+    for channel in channels:
         logger.info("  {}: minimum {:.6f}, median {:.6f}, clipped above {:.6f}".format(*channel))
-    share = blown_out(thinned(prepared), settings).mean()
+    blown = blown_out(examined, settings)
+    share = blown.mean()
     if share > 0:
         logger.warning(f"the stretch clips a smooth part of the picture ({share:.1%} of the "
                        "frame), most likely sky, and the fit loses it there; "
@@ -6827,10 +6716,9 @@ class Preview:
         self.picture = picture
         self.mask = mask
         planes = picture.planes
+        black = -picture.unit.offset / picture.unit.scale
         used = task.settings.resolved()
-        self.undrawn = replace(
-            prepare(planes, used, mask), black=-picture.unit.offset / picture.unit.scale,
-            close_up=close_up(planes, used), reference=reference)
+        self.undrawn = prepare(planes, used, mask, black, reference)
         self.view = View(task.settings, self.undrawn)
         self.shown = "picture"  # one of VIEWS
         self.ladders = {name: list(values) for name, values in LADDERS.items()}
@@ -6890,8 +6778,8 @@ class Preview:
             stretches, _ = self.stretches.result()
             if quantile not in stretches:
                 raise BgError(f"-dq {quantile:g} takes all of a channel to 1; raise it")
-            bare = replace(self.undrawn, user_mask=drawn_on(self.undrawn.user_mask, drawn))
-            prepared = prepare_again(bare, self.picture.planes, stretches[quantile], settings)
+            reduced = replace(self.undrawn, user_mask=drawn_on(self.undrawn.user_mask, drawn))
+            prepared = stretch_and_mask(reduced, stretches[quantile], settings)
         except (ValueError, BgError) as error:
             self.status = str(error)
             self.refresh()
@@ -6909,7 +6797,7 @@ class Preview:
     def look(self, view: View) -> Sky:
         """Find the sky of a view, and tell of it."""
         sky = find_sky(view.prepared, view.settings)
-        judge(self.picture.planes, view.prepared, view.settings, sky)
+        judge(self.picture.planes, with_sky(view.prepared, view.settings, sky), view.settings)
         return sky
 
     def found(self, sky: Sky) -> None:

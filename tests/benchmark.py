@@ -43,7 +43,7 @@ STAGES = ("import", "read", "stretch", "reduce", "fit", "surface", "write")
 FUNCTIONS = {  # what bgoptimizer calls, and the stage that it belongs to
     "_import_silently": "import",
     "read_picture": "read",
-    "measure_stretch": "stretch",
+    "measure_stretches": "stretch",
     "reduce_plane": "reduce",
     "fit_surface": "fit",
     "take_out": "surface",

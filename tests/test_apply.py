@@ -224,23 +224,6 @@ def test_odd_pictures_give_a_picture_or_a_sentence(shape):
         assert np.isfinite(result.subtracted).all()
 
 
-@pytest.mark.parametrize("name, value", [
-    ("alpha", "5"),
-    ("threshold_min", None),
-    ("threshold_max", None),
-    ("learning_rate", None),
-    ("smoothing", "1"),
-    ("delinearization_quantile", "0.9"),
-    ("points", 3.5),
-    ("epochs", None),
-    ("seed", "0"),
-    ("order", "2"),
-])
-def test_settings_of_a_wrong_type_are_refused_as_values(name, value):
-    with pytest.raises(ValueError, match=" must be "):
-        Settings(**{name: value})
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [np.float32, np.uint16])
 def test_what_a_masked_array_masks_is_missing(dtype):

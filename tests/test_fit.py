@@ -118,54 +118,59 @@ def test_grid_start_covers_the_frame_in_its_own_aspect(shape, points):
     assert (start < sides).all()
 
 
+@pytest.fixture(scope="module")
+def sloping():
+    """A slope as --auto sees it, in a frame of 200 x 300, and the settings."""
+    image, _ = sloping_sky(200, 300, 1)
+    return ready(image, quick(auto=True, points=64, initializer="random"))
+
+
 @auto_and_plain
-def test_random_start_follows_the_seed_and_stays_in_the_frame(auto):
-    image, _ = sloping_sky(100, 300, 1)
-    prepared, settings = ready(image, quick(auto=auto, points=50))
+def test_random_start_follows_the_seed_and_stays_in_the_frame(auto, sloping):
+    prepared, settings = sloping
 
     def start(seed):
-        return start_positions(replace(settings, initializer="random", seed=seed),
-                               prepared.sky, (100, 300))
+        return start_positions(replace(settings, auto=auto, seed=seed), prepared.sky, (100, 300))
 
     first = start(seed=1)
     assert_array_equal(first, start(seed=1))
     assert (first != start(seed=2)).any()
-    assert first.shape == (50, 2)
+    assert first.shape == (64, 2)
     assert (first >= 0).all()
     assert (first <= [1 / 3, 1]).all()
 
 
-def test_auto_leaves_no_wide_hole_between_random_starts():
-    image, _ = sloping_sky(200, 300, 1)
+def test_auto_leaves_no_wide_hole_between_random_starts(sloping):
+    prepared, settings = sloping
+    places = frame_coordinates(200, 300, 4).reshape(-1, 2)
 
     def widest_hole(auto):
-        prepared, settings = ready(image, quick(auto=auto, points=64, initializer="random", seed=3))
-        points, _ = start_of(prepared, settings)
-        places = frame_coordinates(200, 300, 4).reshape(-1, 2)
+        chosen = replace(settings, auto=auto, seed=3)
+        points = start_positions(chosen, prepared.sky, (200, 300))
         distances = np.linalg.norm(places[:, None] - points, axis=-1)
         return distances.min(1).max()
 
     assert widest_hole(True) < 0.75 * widest_hole(False)
 
 
-def test_the_fit_starts_from_the_sky_that_was_found():
-    image, sky = sloping_sky(200, 300)
-    prepared, settings = ready(image, quick(auto=True))
+def test_the_fit_starts_from_the_sky_that_was_found(sloping):
+    prepared, settings = sloping
     positions, values = start_of(prepared, settings)
     found = prepared.stretch.invert(values)
-    assert_allclose(found, prepared.sky.surface(positions), atol=1e-4 * np.ptp(sky))
+    expected = prepared.sky.surface(positions)
+    assert_allclose(found, expected, atol=1e-4 * np.ptp(expected))
 
 
 @auto_and_plain
 def test_what_is_masked_has_no_say(auto):
     """The pixels under the mask change places, so that the stretch stays the same."""
-    image, _ = sloping_sky(200, 300)
+    image, _ = sloping_sky(200, 300, 1)
     mask = np.ones(image.shape[:2])
     mask[:80, :120] = 0
     other = image.copy()
-    other[:80, :120] = np.random.default_rng(3).permutation(
-        image[:80, :120].reshape(-1, 3)).reshape(80, 120, 3)
-    settings = quick(auto=auto, smoothing=None, epochs=30)
+    hidden = image[:80, :120].ravel()
+    other[:80, :120, 0] = np.random.default_rng(3).permutation(hidden).reshape(80, 120)
+    settings = quick(auto=auto, smoothing=None, epochs=10)
     model = optimize(image, settings, mask).model
     of_other = optimize(other, settings, mask).model
     assert_allclose(of_other, model, atol=1e-6)
@@ -201,8 +206,12 @@ def test_few_cells_are_all_seen(wanted):
 
 # ------------------------------------------------------------------------- the model is the spline
 
-@auto_and_plain
-@pytest.mark.parametrize("order, initializer, channels", [(2, "random", 3), (3, "grid", 1)])
+@pytest.mark.parametrize("auto, order, initializer, channels", [
+    (False, 2, "random", 3),
+    (True, 2, "random", 1),
+    (False, 3, "grid", 1),
+    pytest.param(True, 3, "grid", 3, marks=pytest.mark.slow),
+])
 def test_the_model_is_the_spline_through_the_trained_control_points(
         auto, order, initializer, channels):
     image, _ = sloping_sky(200, 300, channels)
@@ -257,8 +266,8 @@ def test_the_sky_is_found_behind_a_field_of_stars(family):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("order", [1, 2, 3, 4])
-@pytest.mark.parametrize("initializer", ["random", "grid"])
+@pytest.mark.parametrize("order, initializer", [
+    (1, "grid"), (2, "grid"), (2, "random"), (3, "random"), (4, "grid")])
 def test_every_order_and_start_finds_it(order, initializer):
     image, sky = sloping_sky()
     settings = quick(order=order, initializer=initializer, points=16)
@@ -268,28 +277,19 @@ def test_every_order_and_start_finds_it(order, initializer):
 
 # ----------------------------------------------------------------------- it converges from anywhere
 
-SEVERAL_MINIMA = pytest.mark.xfail(
-    strict=False, reason="without --auto objects are in the fit, and the loss has several minima")
+# Without --auto objects are in the fit, and the loss has several minima
 
-
-@pytest.mark.parametrize("auto, family, seed, channels", [
-    (True, "moon", 1, 1),
-    pytest.param(False, "moon", 1, 1, marks=[pytest.mark.slow, SEVERAL_MINIMA]),
-    *[
-        pytest.param(auto, family, seed, channels, marks=marks)
-        for auto, marks in ((True, [pytest.mark.slow]), (False, [pytest.mark.slow, SEVERAL_MINIMA]))
-        for family, seed, channels in (
-            ("nebula", 1, 1),
-            ("galaxy", 1, 1),
-            ("city_glows", 0, 3),
-            ("airglow", 1, 1),
-            ("vignetting", 0, 1),
-        )
-    ],
+@pytest.mark.parametrize("family, seed, channels", [
+    ("moon", 1, 1),
+    pytest.param("nebula", 1, 1, marks=pytest.mark.slow),
+    pytest.param("galaxy", 1, 1, marks=pytest.mark.slow),
+    pytest.param("city_glows", 0, 3, marks=pytest.mark.slow),
+    pytest.param("airglow", 1, 1, marks=pytest.mark.slow),
+    pytest.param("vignetting", 0, 1, marks=pytest.mark.slow),
 ])
-def test_a_flat_start_and_the_found_one_give_the_same_surface(auto, family, seed, channels):
+def test_a_flat_start_and_the_found_one_give_the_same_surface(family, seed, channels):
     scene = make_scene(family, seed, 400, 600, channels)
-    prepared, settings = ready(scene.image, Settings(auto=auto, downscaling_factor=4))
+    prepared, settings = ready(scene.image, Settings(auto=True, downscaling_factor=4))
 
     def surface_from(start):
         fit = fit_surface(prepared, settings, start)
@@ -354,7 +354,7 @@ def test_a_larger_alpha_keeps_the_surface_lower():
 def test_auto_follows_a_sky_that_is_brighter_than_the_stretch():
     y, x = np.indices((200, 300)) / 300
     sky = 0.05 + 0.01 * x + 0.2 * np.exp(-np.hypot(y, x) / 0.06)
-    settings = Settings(auto=True, downscaling_factor=2, delinearization_quantile=0.95)
+    settings = Settings(auto=True, downscaling_factor=2, delinearization_quantile=0.95, epochs=150)
     result = optimize(with_noise(sky), settings)
     bright = sky > result.prepared.stretch.white[0]
     assert bright.sum() > 500
@@ -428,24 +428,20 @@ def test_a_learning_rate_that_is_far_too_high_costs_nothing(nebula):
     assert error_in_percent(sky, found) < 2
 
 
-@auto_and_plain
-def test_the_fit_stops_when_nothing_improves(auto):
-    image, _ = sloping_sky(64, 64, 1, noise=0)
+def test_the_fit_stops_when_nothing_improves():
+    image, _ = sloping_sky(channels=1, noise=0)
     too_slow = 1e-9  # to improve by what counts
-    settings = quick(learning_rate=too_slow, epochs=400, auto=auto)
-    result = optimize(image, settings)
+    result = optimize(image, quick(learning_rate=too_slow, epochs=400))
     assert len(result.history["loss"]) <= bgoptimizer.STOP_PATIENCE + 10
     assert "no improvement" in result.fit.stopped
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("auto", [True, pytest.param(False, marks=pytest.mark.xfail(
-    reason="two to four of five plain fits end early, by chance"))])
-def test_most_fits_end_before_the_last_epoch(auto):
+def test_most_fits_end_before_the_last_epoch():
     ended = []
     for family in ("moon", "nebula", "city_glows", "vignetting", "pedestal"):
         scene = make_scene(family, 0, 400, 600, 1)
-        result = optimize(scene.image, Settings(auto=auto, downscaling_factor=4))
+        result = optimize(scene.image, Settings(auto=True, downscaling_factor=4))
         ended.append(len(result.history["loss"]))
     early = [epochs for epochs in ended if epochs < 1000]
     assert len(early) >= 3
@@ -508,15 +504,10 @@ def test_a_step_is_traced_once_for_pictures_of_one_kind(monkeypatch):
 
     monkeypatch.setattr(bgoptimizer, "loss_error", counted)
     settings = quick(initializer="random", points=17, epochs=3)  # as no other test has it
-    for size in (2, 3, 4):
+    for size in (2, 3, 5):
         image, _ = sloping_sky(24 * size, 36 * size)
-        optimize(image, settings)
-    once = len(calls)
-    assert once >= 1
-    image, _ = sloping_sky(120, 180)
-    optimize(image, replace(settings, seed=1, learning_rate=0.01))
-    assert len(calls) == once
-    assert once <= 2  # Keras may look at it once more
+        optimize(image, replace(settings, seed=size, learning_rate=0.01 * size, alpha=size))
+    assert 1 <= len(calls) <= 2  # Keras may look at it once more
 
 
 def test_a_picture_gives_the_same_whatever_came_before(nebula):
@@ -561,11 +552,8 @@ def tf_error(kind):
 
 
 @pytest.fixture
-def fit_after(monkeypatch, nebula, said):
-    """A function that fits on these devices, where each of these errors is raised once first.
-
-    It returns what was logged of devices.
-    """
+def fit_after(monkeypatch, nebula):
+    """A function that fits on these devices, where each of these errors is raised once first."""
     prepared, settings, _ = nebula
     fit = bgoptimizer.fit_surface
 
@@ -579,28 +567,26 @@ def fit_after(monkeypatch, nebula, said):
 
         monkeypatch.setattr(bgoptimizer, "compute_devices", lambda: devices)
         monkeypatch.setattr(bgoptimizer, "fit_surface", failing)
-        bgoptimizer.fit_sky(prepared, replace(settings, epochs=2))
-        return [line for line in said() if "fitting" not in line]
+        return bgoptimizer.fit_sky(prepared, replace(settings, epochs=5))
 
     return fit_after
 
 
-@pytest.mark.parametrize("kind", ["ResourceExhaustedError", "InternalError", "UnknownError"])
-def test_a_gpu_that_fails_is_one_line_and_the_cpu_goes_on(kind, fit_after):
-    line, = fit_after([GPU, CPU], tf_error(kind))
-    assert line.startswith(f"Tesla T4 failed ({kind}); going on with the CPU")
+def test_a_gpu_that_fails_is_one_line_and_the_cpu_gives_the_same(fit_after, said):
+    expected = fit_after([CPU])
+    assert said()[-1].endswith("on the CPU")
+    fit = fit_after([GPU, CPU], tf_error("ResourceExhaustedError"))
+    line, = [line for line in said() if "fitting" not in line]
+    assert line.startswith("Tesla T4 failed (ResourceExhaustedError); going on with the CPU")
+    assert_array_equal(fit.values, expected.values)
 
 
-@pytest.mark.parametrize("kind", ["ResourceExhaustedError", "InternalError"])
-def test_faults_of_the_cpu_are_not_hidden(kind, fit_after):
-    error = tf_error(kind)
+def test_other_faults_are_not_hidden(fit_after):
+    error = tf_error("InternalError")
     with pytest.raises(type(error)):
         fit_after([CPU], error)
     with pytest.raises(type(error)):
         fit_after([GPU, CPU], error, error)
-
-
-def test_our_own_errors_are_not_blamed_on_the_gpu(fit_after):
     with pytest.raises(BgError, match="nothing left"):
         fit_after([GPU, CPU], BgError("nothing left"))
 
@@ -634,31 +620,8 @@ def test_a_gpu_held_by_another_program_is_one_line_and_not_tried_again(monkeypat
     assert visible == [([], "GPU")]
 
 
-def test_the_device_is_said_and_memory_grows(said):
-    if not import_tensorflow().config.list_physical_devices("GPU"):
-        image, _ = sloping_sky(channels=1)
-        optimize(image, quick(epochs=2))
-        assert any("control points, smoothing 0.1, on the CPU" in line for line in said())
+def test_memory_of_a_gpu_grows():
     assert os.environ["TF_FORCE_GPU_ALLOW_GROWTH"] == "true"
-
-
-def test_a_fit_that_fails_on_the_gpu_gives_the_same_sky_on_the_cpu(monkeypatch):
-    image, _ = sloping_sky()
-    settings = quick(epochs=20)
-    expected = optimize(image, settings)
-    fit = bgoptimizer.fit_surface
-    tries = []
-
-    def first_try_fails(*arguments):
-        tries.append(arguments)
-        if len(tries) == 1:
-            raise tf_error("ResourceExhaustedError")
-        return fit(*arguments)
-
-    monkeypatch.setattr(bgoptimizer, "compute_devices", lambda: [GPU, CPU])
-    monkeypatch.setattr(bgoptimizer, "fit_surface", first_try_fails)
-    assert_array_equal(optimize(image, settings).model, expected.model)
-    assert len(tries) == 2
 
 
 def use_drop_in(monkeypatch):

@@ -254,26 +254,19 @@ def test_ctrl_c_between_pictures_leaves_whole_outputs_and_a_report(lights):
 
 
 def test_what_all_pictures_of_a_folder_need_is_made_once(lights, monkeypatch):
-    traced = []
-    trace = bgoptimizer._Training._trace
     reads = []
     read = bgoptimizer.read_picture
-
-    def counted_trace(training, lesson):
-        traced.append(training)
-        return trace(training, lesson)
 
     def counted_read(path, *others):
         reads.append(os.path.basename(path))
         return read(path, *others)
 
-    monkeypatch.setattr(bgoptimizer._Training, "_trace", counted_trace)
     monkeypatch.setattr(bgoptimizer, "read_picture", counted_read)
-    bgoptimizer._training.cache_clear()
+    bgoptimizer._traced_step.cache_clear()
     save(lights.parent / "survey.xisf", sloping_sky(48, 72, seed=9)[0])
     reference = "--reference", "survey.xisf"
     assert run("lights/[abcdf].*", "out", *FAST, *reference, "--quiet") == 0
-    assert len(traced) == 1
+    assert bgoptimizer._traced_step.cache_info().misses == 1
     assert reads == ["survey.xisf", "a.xisf", "b.fits", "c.tif", "d.xisf", "f.xisf"]
 
 

@@ -21,7 +21,6 @@ from bgoptimizer import (
     gradients,
     mask_reasons,
     prepare,
-    shares,
     start_positions,
     striped,
     write_animation,
@@ -32,16 +31,13 @@ from scenes import make_scene, save, sloping_sky, to_planes
 
 # ---------------------------------------------------------------------------- numbers and warnings
 
-def test_missing_masked_and_used_add_up_and_have_their_reasons():
+def test_what_is_left_out_has_its_reason():
     image, _ = sloping_sky(80, 120)
     image[:16] = 0
     mask = np.ones((1, 80, 120), np.float32)
     mask[:, :, :24] = 0
     settings = Settings(threshold_max=0.3).resolved()
     prepared = prepare(to_planes(image), settings, mask)
-    part = shares(prepared)
-    assert part["missing"] == pytest.approx(0.2)
-    assert part["missing"] + part["masked"] + part["used"] == pytest.approx(1)
     reasons = mask_reasons(prepared, settings)
     assert reasons["missing"].mean() == pytest.approx(0.2)
     assert reasons["mask file"].any()

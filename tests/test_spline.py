@@ -45,11 +45,11 @@ def evaluate(function, order, smoothing, dtype):
 def test_drop_in_has_the_values_and_gradients_of_tensorflow_addons(order, smoothing):
     module = "tensorflow_addons.image.interpolate_spline"
     addons = pytest.importorskip(module, exc_type=Exception)
-    ours = evaluate(interpolate_spline, order, smoothing, "float32")
-    theirs = evaluate(addons.interpolate_spline, order, smoothing, "float32")
+    ours = evaluate(interpolate_spline, order, smoothing, "float64")
+    theirs = evaluate(addons.interpolate_spline, order, smoothing, "float64")
     for mine, other in zip(ours, theirs):
         largest = np.abs(other).max()
-        assert_allclose(mine, other, rtol=1e-5, atol=1e-5 * largest)
+        assert_allclose(mine, other, rtol=1e-7, atol=1e-7 * largest)
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])

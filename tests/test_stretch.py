@@ -7,7 +7,7 @@ import pytest
 from numpy.testing import assert_allclose, assert_array_equal
 
 import bgoptimizer
-from bgoptimizer import BgError, Settings, Stretch, _quantiles, measure_stretch, prepare
+from bgoptimizer import BgError, Settings, Stretch, _quantiles, measure_stretches, prepare
 from scenes import sloping_sky, to_planes
 
 
@@ -31,8 +31,17 @@ from scenes import sloping_sky, to_planes
     ("learning_rate", 0, "-lr"),
     ("smoothing", -1, "--smoothing"),
     ("seed", -1, "--seed"),
+    ("alpha", "5", "-a"),
+    ("threshold_min", None, "-tm"),
+    ("threshold_max", None, "-tM"),
+    ("learning_rate", None, "-lr"),
+    ("smoothing", "1", "--smoothing"),
+    ("delinearization_quantile", "0.9", "-dq"),
+    ("epochs", None, "-e"),
+    ("seed", "0", "--seed"),
+    ("order", "2", "-O"),
 ])
-def test_settings_out_of_range_are_refused(field, value, flag):
+def test_settings_out_of_range_or_of_a_wrong_type_are_refused(field, value, flag):
     with pytest.raises(ValueError, match=f"^{flag} must be "):
         Settings(**{field: value})
 
@@ -73,8 +82,8 @@ def test_quantiles_of_very_many_samples_are_near_and_never_of_none(monkeypatch):
 
 def stretch_of(image):
     """Measure the stretch of an image (h, w, c)."""
-    stretch, _ = measure_stretch(to_planes(image), 0.95)
-    return stretch
+    stretches, _ = measure_stretches(to_planes(image), [0.95])
+    return stretches[0.95]
 
 
 @pytest.fixture(scope="module")
@@ -85,13 +94,11 @@ def stretch():
 
 def test_minimum_goes_to_0_median_to_a_quarter_and_the_quantile_to_1(stretch):
     image, _ = sloping_sky()
-    for k in range(3):
-        values = np.sort(image[..., k].ravel())
-        last = values.size - 1
-        ranks = [0, last // 2, int(0.95 * last), -1]
-        landmarks = values[ranks, None]  # (4, 1)
-        stretched = stretch.channel(k).apply(landmarks)
-        assert_allclose(stretched[:, 0], [0, 0.25, 1, 1], atol=1e-6)
+    values = np.sort(image.reshape(-1, 3), axis=0)
+    last = len(values) - 1
+    ranks = [0, last // 2, int(0.95 * last), -1]
+    stretched = stretch.apply(values[ranks])  # (4, 3)
+    assert_allclose(stretched.T, [[0, 0.25, 1, 1]] * 3, atol=1e-6)
 
 
 @pytest.mark.parametrize("midtones", [1e-4, 0.02, 0.25, 0.5, 0.9999])
@@ -131,9 +138,9 @@ def test_missing_samples_have_no_say_in_the_stretch(stretch, missing):
     height, width, _ = image.shape
     framed = np.full((height + 30, width + 17, 3), missing, np.float32)
     framed[20:-10, :-17] = image
-    again, median = measure_stretch(to_planes(framed), 0.95)
+    stretches, median = measure_stretches(to_planes(framed), [0.95])
     for name in ("pedestal", "scale", "midtones"):
-        assert_array_equal(getattr(again, name), getattr(stretch, name))
+        assert_array_equal(getattr(stretches[0.95], name), getattr(stretch, name))
     assert_allclose(median, np.median(image, (0, 1)), rtol=1e-3)
 
 
