@@ -3366,9 +3366,9 @@ def _smooth_slope(image: np.ndarray, sigma: float, where: np.ndarray) -> np.ndar
 
 # --- Hills ---
 
-FOREGROUND_GAP = 0.1
-"""Hills begin within this part of the longer side from the sky. The dark sky beyond a band of the
-Milky Way is farther off, and falls less."""
+FOREGROUND_GAP = 0.11
+"""Hills begin within this part of the longer side from the sky: within 0.05 to 0.10 in eight scenes.
+The dark sky beyond a band of the Milky Way or a nebula is 0.12 off, or more."""
 
 FOREGROUND_DROP = 0.8
 """Hills fall below the sky by this part of the sky's range (5th to 95th percentile) at once."""
@@ -3394,8 +3394,7 @@ def _dark_foreground(cells: _Cells, objects: np.ndarray) -> np.ndarray:
         objects: (h, w) bool, regions with structure.
     """
     foreground = np.zeros_like(objects)
-    margin = 2  # cells
-    near_objects = scipy.ndimage.binary_dilation(objects, iterations=margin)
+    near_objects = scipy.ndimage.binary_dilation(objects, iterations=2)
     plain = cells.usable & ~near_objects
     if not plain.any():
         return foreground
@@ -3408,7 +3407,7 @@ def _dark_foreground(cells: _Cells, objects: np.ndarray) -> np.ndarray:
     dark = cells.usable & (drop > FOREGROUND_SIGMA * cells.noise).all(-1)
     regions, count = scipy.ndimage.label(scipy.ndimage.binary_opening(dark))
     smallest = FOREGROUND_SIZE * cells.usable.sum()
-    farthest = FOREGROUND_GAP * cells.longer + margin
+    farthest = FOREGROUND_GAP * cells.longer
     for region in range(1, count + 1):
         inside = regions == region
         gap = from_sky[inside].min()
@@ -4572,8 +4571,6 @@ def look_with_reference(scene: _Scene, before: _Explanation, reference: Referenc
     outside = before.best.sky & ~covered & sure
     # With the objects known, the sky needs no more flexibility than without
     smoothings = [each for each in smoothings if each >= before.best.smoothing]
-    if not sure:
-        before = _in_doubt(before)  # what would be taken without the reference
     matches = [_match(scene.surfaces, light, grain, seen, outside, each) for each in smoothings]
     match = _choose(matches, MATCH_ENOUGH)
     in_linear_light = cells.scale / unit[:, None]  # (k, c)
@@ -4585,18 +4582,19 @@ def look_with_reference(scene: _Scene, before: _Explanation, reference: Referenc
         return before, shared
 
     with_it = scene.surfaces.surface(match.found)  # (h, w, c)
-    possible, unlike = _not_refuted(before, with_it)
-    guessed = before.bulging or not _is_explained(before)
+    taken = before if sure else _in_doubt(before)  # without the reference
+    possible, unlike = _not_refuted(taken, with_it)
+    guessed = taken.bulging or not _is_explained(taken)
     doubt = 1.0 if guessed else _doubt(possible)
     if doubt <= MOST_DOUBT and unlike <= max(SKY_CONFIRMED, doubt):
         verdict = shared.verdict + ", but shows no object in the sky that was found without it"
         return possible, replace(shared, verdict=verdict, confirms=True)
 
     belief = 1 / (1 + (max(doubt, unlike) / REFERENCE_DOUBT)**2)  # in what was found without it
-    where = seen & before.best.sky
+    where = seen & taken.best.sky
     if where.sum() < LITTLE_SKY * seen.sum():
         where = seen
-    without = before.surfaces.surface(before.best.found)
+    without = taken.surfaces.surface(taken.best.found)
     own_sky = belief * _plane_with_bowl(without - with_it, where, cells.centers)
     objects = light @ match.gains + match.step - own_sky
     objects[~covered] = 0
