@@ -4034,8 +4034,7 @@ def _errors(explanation: _Explanation) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _range_of_sky(explanation: _Explanation) -> np.ndarray:
-    """Return the range of the sky over the usable cells, (c,), or what can be seen, if that is more.
-    """
+    """Return the range of the sky over the usable cells, (c,); it is at least what can be seen."""
     cells = explanation.surfaces.cells
     surface = explanation.surfaces.surface(explanation.best.found)[cells.usable]  # (cells, c)
     invisible = PIXEL_NOISE * np.median(cells.noise, axis=(0, 1))
@@ -4569,8 +4568,9 @@ def look_with_reference(scene: _Scene, before: _Explanation, reference: Referenc
 
     sure = _doubt(before) <= MOST_DOUBT and not before.bulging
     outside = before.best.sky & ~covered & sure
-    # With the objects known, the sky needs no more flexibility than without
-    smoothings = [each for each in smoothings if each >= before.best.smoothing]
+    # With the objects known, the sky needs no more flexibility than without, but may have a bowl
+    least = min(before.best.smoothing, WITH_BOWL)
+    smoothings = [smoothing for smoothing in smoothings if smoothing >= least]
     matches = [_match(scene.surfaces, light, grain, seen, outside, each) for each in smoothings]
     match = _choose(matches, MATCH_ENOUGH)
     in_linear_light = cells.scale / unit[:, None]  # (k, c)
