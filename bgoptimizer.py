@@ -3249,7 +3249,7 @@ def _glow_terms(glow: tuple, places: np.ndarray, sides: np.ndarray) -> list:
 
 
 def _distance_from(place: tuple, centers: np.ndarray) -> np.ndarray:
-    """Return the distance of (..., 2) from a corner, or an edge, one of whose coordinates is NaN."""
+    """Return the distance of (..., 2) from a corner; or from an edge, with a NaN in its place."""
     return np.sqrt(np.nansum((centers - np.array(place))**2, -1))
 
 
@@ -3367,8 +3367,8 @@ def _smooth_slope(image: np.ndarray, sigma: float, where: np.ndarray) -> np.ndar
 # --- Hills ---
 
 FOREGROUND_GAP = 0.11
-"""Hills begin within this part of the longer side from the sky: within 0.05 to 0.10 in eight scenes.
-The dark sky beyond a band of the Milky Way or a nebula is 0.12 off, or more."""
+"""Hills begin within this part of the longer side from the sky: at 0.05 to 0.10 in eight scenes. The
+dark sky beyond a band of the Milky Way or a nebula begins at 0.12, or farther off."""
 
 FOREGROUND_DROP = 0.8
 """Hills fall below the sky by this part of the sky's range (5th to 95th percentile) at once."""
@@ -6142,7 +6142,7 @@ def striped(prepared: Prepared, areas: dict[str, np.ndarray]) -> np.ndarray:
 
 def draw_figures(figure, prepared: Prepared, settings: Settings, title: str, said: list[str],
                  fit: Fit | None = None) -> None:
-    """Draw picture, model and result; what the fit sees; its loss; and what was said.
+    """Draw picture, model, result; what the fit sees; uncertainty; the loss; and what was said.
 
     Args:
         figure: empty.
@@ -6153,8 +6153,8 @@ def draw_figures(figure, prepared: Prepared, settings: Settings, title: str, sai
     """
     prepared = thinned(prepared)
     figure.set_layout_engine("constrained")
-    third = "words" if fit is None else "loss"
-    axes = figure.subplot_mosaic([VIEWS, ("seen", third, "words")])
+    said_of_fit = [["words"]] if fit is None else [["loss"], ["words"], ["words"]]
+    axes = figure.subplot_mosaic([list(VIEWS), ["seen", "uncertainty", said_of_fit]])
     sky = prepared.sky.surface if fit is None else linear_sky(prepared, fit)
     views = Views(prepared, sky, settings.correction)
     stretch = display_stretch(views.picture)
@@ -6163,11 +6163,23 @@ def draw_figures(figure, prepared: Prepared, settings: Settings, title: str, sai
         views.draw(axes[view], view, stretch, words)
     axes["picture"].set_title(in_lines([title], 60), loc="left", parse_math=False)
     draw_seen(axes["seen"], prepared, settings)
+    draw_uncertainty(axes["uncertainty"], prepared)
     if fit is not None:
         axes["loss"].plot(fit.history[:, 0])
         axes["loss"].set_title("loss of the epochs", loc="left")
     axes["words"].axis("off")
-    axes["words"].text(0, 1, in_lines(said, 70), va="top", parse_math=False, in_layout=False)
+    axes["words"].text(0, 1, in_lines(said, 66), va="top", parse_math=False, in_layout=False)
+
+
+def draw_uncertainty(axes, prepared: Prepared) -> None:
+    """Draw the standard deviation of the sky, in percent of its range."""
+    sky = prepared.sky.surface(prepared.centers)  # (h, w, c)
+    percent = 100 * prepared.sky.uncertain(prepared.centers) / np.ptp(sky, (0, 1))
+    height, width = prepared.full_shape
+    drawn = axes.imshow(percent.mean(-1), extent=(0, width, height, 0), cmap="cividis")
+    axes.set(xticks=[], yticks=[])
+    axes.set_title("uncertainty of the model, percent of the sky's range", loc="left")
+    axes.figure.colorbar(drawn, ax=axes, shrink=0.8)
 
 
 def in_lines(said: list[str], width: int) -> str:
@@ -6840,7 +6852,8 @@ class Preview:
             return ""
         undrawn, unit = self.undrawn, self.picture.unit
         place = np.array([y, x]) + 0.5
-        sky = self.model()(place / max(undrawn.full_shape))
+        in_frame = place[None] / max(undrawn.full_shape)  # (1, 2)
+        sky = self.model()(in_frame)[0]
         cell = place / self.view.settings.downscaling_factor
         last = np.array(undrawn.used.shape) - 1
         row, column = np.clip(cell.astype(int), 0, last)
@@ -6848,7 +6861,8 @@ class Preview:
         for name, samples in (("value", undrawn.linear[row, column]), ("sky", sky)):
             samples = samples * unit.scale + unit.offset
             words += f"   {name} " + " ".join(f"{sample:.5g}" for sample in samples)
-        return words
+        deviations = self.sky.uncertain(in_frame)[0] * unit.scale
+        return f"{words} \u00b1 " + " ".join(f"{deviation:.2g}" for deviation in deviations)
 
     def mask_path(self, view: View) -> str | None:
         """Return the path of a view's mask: of the given one, or if it is drawn, of a new file."""
@@ -7572,6 +7586,10 @@ def build_parser() -> argparse.ArgumentParser:
 def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Settings]:
     """Return options and settings, or exit with code 2 and a sentence."""
     parser = build_parser()
+    argv = sys.argv[1:] if argv is None else argv
+    for word in argv:
+        if word.startswith("-") and PICTURE_ENDINGS.search(word) and os.path.isfile(word):
+            parser.error(f"{word} is taken for a flag; write ./{word} for the file of that name")
     options = parser.parse_intermixed_args(argv)
     # A shell puts the names of all files in the place of lights/*.fit
     *others, last = options.input_file

@@ -263,6 +263,13 @@ def test_wrong_usage_is_one_sentence_and_exit_2(arguments, word, sky, folder, ca
     assert os.listdir(folder) == ["sky.xisf"]
 
 
+def test_a_name_that_begins_like_a_flag_is_told_how_to_write(folder, capsys):
+    for name in ("-M31.xisf", "-m31.xisf"):
+        save(folder / name, sloping_sky()[0])
+        assert run(name) == 2
+        assert f"write ./{name}" in refused(capsys)
+
+
 def test_flags_may_stand_between_the_names(sky, folder):
     assert run("sky.xisf", "--figures", "save", "out", "-p") == 0
     assert os.listdir("out") == ["sky_preview.png"]

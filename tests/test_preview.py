@@ -155,6 +155,7 @@ def test_the_cursor_tells_place_value_and_sky_in_the_pictures_unit(opened, unit)
     value, sky = float(words[5]), float(words[7])
     assert value == pytest.approx(unit * window.undrawn.linear[12, 25, 0], rel=1e-4)
     assert sky == pytest.approx(value, rel=0.05)
+    assert words[8] == "\u00b1" and 0 < float(words[9]) < sky
 
 
 def test_what_is_drawn_is_left_out_given_back_and_undone(opened):
