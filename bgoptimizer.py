@@ -5606,8 +5606,16 @@ class Result:
 
     @property
     def deviations(self) -> SkyModel:
-        """The standard deviation of the model, as the planes."""
-        uncertain = self.prepared.sky.uncertain
+        """The standard deviation of the model, as the planes.
+
+        It is that of the sky that was found, and with it how far the fit ended from that.
+        """
+        found = self.prepared.sky
+
+        def uncertain(places):
+            of_fit = self.linear_sky(places) - found.surface(places)
+            return np.hypot(found.uncertain(places), of_fit)
+
         return SkyModel(uncertain, self.prepared.full_shape, self.sky.dtype)
 
     @functools.cached_property

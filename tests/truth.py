@@ -326,7 +326,8 @@ def measure(picture, arguments):
                 scene.image, flags, arguments.tool)
         rms, p999 = scenes.score(model, scene)
         kept, ring = scenes.object_score(model, scene)
-        error = np.abs(model - scene.sky)[scene.valid]
+        error = (model - scene.sky)[scene.valid]  # (n, c)
+        error = np.abs(error - np.median(error, axis=0))  # the level comes back as an offset
         within = (error < 2 * uncertainty[scene.valid]).mean()
         rows[column] = Row(
             rms=rms,
@@ -412,7 +413,7 @@ def row_text(column, row):
     kept = percent(row.kept)
     ring = percent(row.ring, 2)
     text = "%s %.2f %% (p99.9 %.2f" % (column, row.rms, row.p999)
-    text += ", kept %s, ring %s" % (kept, ring)
+    text += ", kept %s, ring %s, within 2 sigma %.0f %%" % (kept, ring, 100 * row.within)
     text += ", %.1f s)" % row.seconds
     if row.warnings:
         text += ", warned"
