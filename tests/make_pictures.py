@@ -6,6 +6,7 @@ The tool itself draws these.
     python tests/make_pictures.py            # two minutes; needs what requirements.txt names
     python tests/make_pictures.py elsewhere  # into another folder
 """
+import os
 import shutil
 import sys
 import tempfile
@@ -30,7 +31,7 @@ VIGNETTED = "narrowband", 1  # the same; light in its corners, where dividing ma
 CORNER_LOSS = 0.65  # part of the light that the corners of that picture lose
 
 
-def main(folder=make_demo.DEMO.parent):
+def main(folder=Path(os.path.relpath(make_demo.DEMO.parent))):  # its name stands in the pictures
     folder.mkdir(exist_ok=True)
     demo = folder / "demo.xisf"
     make_demo.main([str(demo)])
