@@ -284,6 +284,11 @@ class Unit(NamedTuple):
     offset: float = 0.0
     mark: float | None = None  # the value, such as -9999, that means "missing": here it is NaN
 
+    @property
+    def black(self):
+        """The sample that no light at all would give."""
+        return -self.offset / self.scale
+
 
 @dataclass
 class Picture:
@@ -5656,8 +5661,7 @@ def remove_sky(planes: np.ndarray, settings: Settings, mask: np.ndarray | None =
     Raises:
         BgError: as `prepare`, `fit_surface`, and `take_out`.
     """
-    black = -unit.offset / unit.scale
-    examined, settings = examine(planes, settings, mask, black, reference)
+    examined, settings = examine(planes, settings, mask, unit.black, reference)
     with watched as on_epoch:
         fit = fit_sky(examined, settings, on_epoch)
     logger.info(f"{fit.stopped}; lowest loss {fit.history[:, 0].min():.4f}")
@@ -6390,8 +6394,8 @@ def process_file(task: Task, watched: ContextManager = nullcontext(),
         picture, mask, reference = read_inputs(task)
         result = fit = None
         if task.options.preview:
-            black = -picture.unit.offset / picture.unit.scale
-            prepared, settings = examine(picture.planes, task.settings, mask, black, reference)
+            prepared, settings = examine(
+                picture.planes, task.settings, mask, picture.unit.black, reference)
         else:
             result = remove_sky(
                 picture.planes, task.settings, mask, picture.unit, watched, reference)
@@ -6740,9 +6744,8 @@ class Preview:
         self.picture = picture
         self.mask = mask
         planes = picture.planes
-        black = -picture.unit.offset / picture.unit.scale
         used = task.settings.resolved()
-        self.undrawn = prepare(planes, used, mask, black, reference)
+        self.undrawn = prepare(planes, used, mask, picture.unit.black, reference)
         self.view = View(task.settings, self.undrawn)
         self.shown = "picture"  # one of VIEWS
         self.ladders = {name: list(values) for name, values in LADDERS.items()}
