@@ -6095,14 +6095,15 @@ class Views:
             axes.contour(brightness, 8, cmap="plasma", vmin=darkest, origin="upper", extent=frame)
 
 
-def show(axes, colors: np.ndarray, shape: tuple[int, int], title: str) -> None:
-    """Draw bytes (h, w, 3) over a full-size frame of this shape."""
+def show(axes, colors: np.ndarray, shape: tuple[int, int], title: str):
+    """Draw bytes (h, w, 3), or numbers (h, w) in colors, over a full-size frame of this shape."""
     height, width = shape
     right = width - 0.5
     bottom = height - 0.5
     axes.set_title(title, loc="left")  # the style does not reach what a window draws later
     axes.set(xticks=[], yticks=[])
-    axes.imshow(colors, extent=(-0.5, right, bottom, -0.5), mouseover=False)
+    frame = -0.5, right, bottom, -0.5
+    return axes.imshow(colors, "cividis", extent=frame, mouseover=False)
 
 
 def draw_seen(axes, prepared: Prepared, settings: Settings, columns: int = 2) -> None:
@@ -6192,11 +6193,10 @@ def draw_figures(figure, prepared: Prepared, settings: Settings, title: str, sai
 def draw_uncertainty(axes, prepared: Prepared) -> None:
     """Draw the standard deviation of the sky, in percent of its range."""
     sky = prepared.sky.surface(prepared.centers)  # (h, w, c)
-    percent = 100 * prepared.sky.uncertain(prepared.centers) / np.ptp(sky, (0, 1))
-    height, width = prepared.full_shape
-    drawn = axes.imshow(percent.mean(-1), extent=(0, width, height, 0), cmap="cividis")
-    axes.set(xticks=[], yticks=[])
-    axes.set_title("uncertainty of the model, percent of the sky's range", loc="left")
+    span = np.maximum(np.ptp(sky, (0, 1)), 1e-12)  # (c,)
+    percent = 100 * prepared.sky.uncertain(prepared.centers) / span
+    title = "uncertainty of the model, percent of the sky's range"
+    drawn = show(axes, percent.mean(-1), prepared.full_shape, title)
     axes.figure.colorbar(drawn, ax=axes, shrink=0.8)
 
 
