@@ -2838,15 +2838,11 @@ def _darker_edge(light: np.ndarray, usable: np.ndarray) -> np.ndarray:
     noise = _cell_noise(light, usable)
     light = np.where(usable[..., None], light, np.nan)
     darker = np.zeros_like(usable)
-    for inward in ((1, 0), (-1, 0), (0, 1), (0, -1)):
-
-        def inside(cells):
-            outward = -np.array([*inward, 0])
-            return scipy.ndimage.shift(light, cells * outward, order=0, cval=np.nan)
-
-        outermost = usable & ~np.isfinite(inside(-1)).all(-1)
-        near = inside(1)
-        expected = near * np.minimum(near / inside(2), 1)  # a slope goes on
+    moved = functools.partial(scipy.ndimage.shift, light, order=0, cval=np.nan)
+    for outward in ((1, 0, 0), (-1, 0, 0), (0, 1, 0), (0, -1, 0)):
+        outside, near, far = [moved(cells * np.array(outward)) for cells in (-1, 1, 2)]
+        outermost = usable & ~np.isfinite(outside).all(-1)
+        expected = near * np.minimum(near / far, 1)  # a slope goes on
         fall = _channels_together((expected - light) / noise)
         darker |= outermost & (fall > EDGE_SIGMA)
     return darker
