@@ -4084,13 +4084,16 @@ def _has_seam(cells: _Cells) -> bool:
         slope = (rise[:, :-4] + rise[:, 4:]) / 2  # beside it
         step = rise[:, 2:-2] - slope
         count = np.isfinite(step).sum(0)  # (columns,)
-        step, count = step[:, count >= shortest], count[count >= shortest]
-        typical = np.nanmedian(step, axis=0) if count.size else np.zeros(0)
-        height = np.abs(typical)
-        alike = (np.sign(step) == np.sign(typical)).sum(0) > SEAM_ALIKE * count
-        sigma = MEDIAN_NOISE * _deviation(step - typical, 0) / np.sqrt(count)
-        if (alike & (height > least) & (height > SEAM_SIGMA * sigma)).any():
-            return True
+        up = (step > 0).sum(0)
+        down = (step < 0).sum(0)
+        alike = np.maximum(up, down) > SEAM_ALIKE * count
+        for column in np.nonzero(alike & (count >= shortest))[0]:
+            steps = step[:, column]
+            steps = steps[np.isfinite(steps)]
+            typical = np.median(steps)
+            sigma = MEDIAN_NOISE * _deviation(steps - typical) / math.sqrt(len(steps))
+            if abs(typical) > max(least, SEAM_SIGMA * sigma):
+                return True
     return False
 
 
