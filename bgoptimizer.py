@@ -1966,6 +1966,15 @@ def _grid(rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
     return np.stack((row, column), -1)
 
 
+def _side_by_side(planes: Sequence[np.ndarray]) -> np.ndarray:
+    """Return c channels (h, w) as an image (h, w, c).
+
+    In memory each channel stays in one piece: NumPy handles long rows, not three channels at a
+    time, which takes twice as long.
+    """
+    return np.moveaxis(np.stack(planes), 0, -1)
+
+
 def _quantiles(plane: np.ndarray, present: np.ndarray, quantiles: Sequence[float]) -> np.ndarray:
     """Return quantiles, in [0, 1], of a plane (h, w) where it is present, (h, w) bool.
 
@@ -2250,10 +2259,10 @@ def prepare(planes: np.ndarray, settings: Settings, mask: np.ndarray | None = No
     quantile = settings.delinearization_quantile
     stretches, median = measure_stretches(planes, [quantile])
     linear = [reduce_plane(plane, factor, settings.downscaling_func) for plane in planes]
-    linear = np.stack(linear, -1)  # (h, w, c)
+    linear = _side_by_side(linear)  # (h, w, c)
     user_mask = np.ones((*linear.shape[:2], 1), np.float32)
     if mask is not None:
-        user_mask = np.stack([_block_means(plane, factor) for plane in mask], -1)
+        user_mask = _side_by_side([_block_means(plane, factor) for plane in mask])
     reduced = Reduced(
         linear=linear,
         median=median,
@@ -2807,7 +2816,7 @@ def _make_cells(prepared: Prepared) -> _Cells:
     size = max(smallest, round(longer / FIND_CELLS))
     shown = np.where(usable[..., None], linear, 0)  # 0: missing
     planes = [reduce_plane(channel, size) for channel in np.moveaxis(shown, -1, 0)]
-    light = np.stack(planes, -1).astype(float)  # (h, w, c)
+    light = _side_by_side(planes).astype(float)  # (h, w, c)
 
     some = np.isfinite(light).all(-1)
     whole = some & _mostly(usable, size)
@@ -5849,7 +5858,7 @@ def close_up(planes: np.ndarray, settings: Settings) -> np.ndarray | None:
     if longer > SMALL_PICTURE or factor >= settings.downscaling_factor:
         return None
     reduced = [reduce_plane(plane, factor, "mean") for plane in planes]
-    return np.stack(reduced, -1)
+    return _side_by_side(reduced)
 
 
 def blown_out(examined: Examined, settings: Settings) -> np.ndarray:
@@ -6077,7 +6086,7 @@ class Views:
         self.shape = prepared.full_shape
         self.picture = drawn_from(prepared)  # (h, w, c) linear, as the others
         planes = SkyModel(sky, self.picture.shape[:2])
-        self.model = np.stack(list(planes), -1)
+        self.model = _side_by_side(list(planes))
         with np.errstate(divide="ignore", invalid="ignore"):  # a sky of no light at all
             self.result = corrected(prepared, self.picture, self.model, correction)
 
