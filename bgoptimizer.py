@@ -5838,7 +5838,7 @@ Columns or rows of a sensor that differ do so on both diagonals."""
 
 def thinned(prepared: Prepared, most: int = VIEW_PIXELS) -> Prepared:
     """Take every k-th pixel of the reduced frame, so that its longer side has about `most`."""
-    longer = max(prepared.used.shape)
+    longer = max(prepared.rim.shape)
     step = max(1, round(longer / most))
     parts = {}
     for name in ("image", "weight", "centers", "linear", "user_mask", "rim"):
@@ -6143,14 +6143,16 @@ def striped(prepared: Prepared, areas: dict[str, np.ndarray]) -> np.ndarray:
         areas: reason, as in OVERLAYS -> (rows, columns) of `prepared`, bool.
     """
     from matplotlib.colors import to_rgb
-    stretched = prepared.stretch.apply(drawn_from(prepared))
+    stretched = prepared.image
+    if prepared.close_up is not None:
+        stretched = prepared.stretch.apply(prepared.close_up)
     times = math.ceil(VIEW_PIXELS / max(stretched.shape))  # a small one is enlarged
     colors = to_bytes(stretched).repeat(times, 0)
     colors = colors.repeat(times, 1)
     height, width, _ = colors.shape
     row, column = np.ogrid[:height, :width]
     lines = {"": 0 * row, "/": row + column, "\\": row - column, "-": row}
-    rows, columns = prepared.used.shape
+    rows, columns = prepared.rim.shape
     cells = row * rows // height, column * columns // width
     for reason, (color, hatch, _) in OVERLAYS.items():
         if not areas[reason].any():
@@ -6727,7 +6729,7 @@ class View:
     """What is chosen of a picture, and what follows from it."""
 
     asked: Settings  # None where nothing was asked for, as on the command line
-    prepared: Prepared  # what the fit would see, but for what --auto leaves out
+    prepared: Prepared  # thinned: what the fit would see, but for what --auto leaves out
     drawn: np.ndarray | None = None  # (h, w, 1) of the reduced frame: 0 left out, 1 given back,
     # NaN not drawn on
     result: Result | None = None  # of a training with just this
@@ -6754,7 +6756,7 @@ class Preview:
         planes = picture.planes
         used = task.settings.resolved()
         self.undrawn = prepare(planes, used, mask, picture.unit.black, reference)
-        self.view = View(task.settings, self.undrawn)
+        self.view = View(task.settings, thinned(self.undrawn))
         self.shown = "picture"  # one of VIEWS
         self.ladders = {name: list(values) for name, values in LADDERS.items()}
         for name, values in self.ladders.items():
@@ -6808,18 +6810,12 @@ class Preview:
         drawn = self.view.drawn if drawn is None else drawn
         try:
             asked = replace(self.view.asked, **changes)
-            settings = asked.resolved()
-            quantile = settings.delinearization_quantile
-            stretches, _ = self.stretches.result()
-            if quantile not in stretches:
-                raise BgError(f"-dq {quantile:g} takes all of a channel to 1; raise it")
-            reduced = replace(self.undrawn, user_mask=drawn_on(self.undrawn.user_mask, drawn))
-            prepared = stretch_and_mask(reduced, stretches[quantile], settings)
+            view = View(asked, self.prepared(asked.resolved(), drawn, True), drawn)
         except (ValueError, BgError) as error:
             self.status = str(error)
             self.refresh()
         else:
-            self.go_to(View(asked, prepared, drawn))
+            self.go_to(view)
 
     def go_to(self, view: View) -> None:
         """Take a view for which the sky may be another one."""
@@ -6829,10 +6825,22 @@ class Preview:
         self.due = time.monotonic() + LOOK_AFTER
         self.refresh()
 
+    def prepared(self, settings: Settings, drawn: np.ndarray | None,
+                 thin: bool = False) -> Prepared:
+        """Return what a fit would see, of the whole reduced frame or thinned."""
+        quantile = settings.delinearization_quantile
+        stretches, _ = self.stretches.result()
+        if quantile not in stretches:
+            raise BgError(f"-dq {quantile:g} takes all of a channel to 1; raise it")
+        reduced = replace(self.undrawn, user_mask=drawn_on(self.undrawn.user_mask, drawn))
+        reduced = thinned(reduced) if thin else reduced
+        return stretch_and_mask(reduced, stretches[quantile], settings)
+
     def look(self, view: View) -> Sky:
         """Find the sky of a view, and tell of it."""
-        sky = find_sky(view.prepared, view.settings)
-        judge(self.picture.planes, with_sky(view.prepared, view.settings, sky), view.settings)
+        prepared = self.prepared(view.settings, view.drawn)
+        sky = find_sky(prepared, view.settings)
+        judge(self.picture.planes, with_sky(prepared, view.settings, sky), view.settings)
         return sky
 
     def found(self, sky: Sky) -> None:
@@ -6846,7 +6854,7 @@ class Preview:
         for old in (*axes.images, *axes.collections, axes.get_legend()):
             if old is not None:
                 old.remove()
-        prepared = thinned(self.seen())
+        prepared = self.seen(view.prepared)
         if self.shown == "picture" or self.sky is None:
             draw_seen(axes, prepared, view.settings, 5)
         else:
@@ -6861,10 +6869,9 @@ class Preview:
         self.set_widgets()
         self.showing = False
 
-    def seen(self) -> Prepared:
+    def seen(self, prepared: Prepared) -> Prepared:
         """Return what the fit would see, as far as the sky is known."""
-        view = self.view
-        return with_sky(view.prepared, view.settings, self.sky) if self.sky else view.prepared
+        return with_sky(prepared, self.view.settings, self.sky) if self.sky else prepared
 
     def model(self) -> Callable:
         """Return the linear sky as a function of frame coordinates, trained if it is."""
@@ -6880,7 +6887,7 @@ class Preview:
         in_frame = place[None] / max(undrawn.full_shape)  # (1, 2)
         sky = self.model()(in_frame)[0]
         cell = place / self.view.settings.downscaling_factor
-        last = np.array(undrawn.used.shape) - 1
+        last = np.array(undrawn.rim.shape) - 1
         row, column = np.clip(cell.astype(int), 0, last)
         words = f"x {x:.0f}, y {y:.0f}"
         for name, samples in (("value", undrawn.linear[row, column]), ("sky", sky)):
@@ -6952,6 +6959,8 @@ class PreviewWindow(Preview):
             place = add([0.69 + 0.15 * (k % 2), 0.74 - 0.05 * (k // 2), 0.145, 0.045])
             button = widgets.Button(place, label, color="#30363d", hovercolor="#4a5058")
             button.on_clicked(lambda _, key=key: self.keys[key]())
+            place.xaxis.set_visible(False)  # else it takes time, though it is empty
+            place.yaxis.set_visible(False)
             self.widgets[key] = button
         self.lasso = widgets.LassoSelector(
             self.axes, self.draw_around, props=dict(color=INK, linewidth=2), button=1)
@@ -6983,7 +6992,7 @@ class PreviewWindow(Preview):
         """
         from skimage.draw import polygon2mask
         view = self.view
-        shape = view.prepared.used.shape
+        shape = self.undrawn.rim.shape
         pixels = np.array(corners)[:, ::-1]  # (n, 2) row and column, full size
         inside = polygon2mask(shape, (pixels + 0.5) / view.settings.downscaling_factor - 0.5)
         if len(corners) < 3 or not inside.any():  # a click
@@ -6991,7 +7000,7 @@ class PreviewWindow(Preview):
         drawn = np.full((*shape, 1), np.nan) if view.drawn is None else view.drawn.copy()
         changes = {}
         if self.shift and view.settings.auto:
-            drawn[..., 0] = self.seen().used
+            drawn[..., 0] = self.seen(self.prepared(view.settings, view.drawn)).used
             quantile = view.settings.delinearization_quantile
             changes = dict(auto=False, delinearization_quantile=quantile)
         drawn[inside] = self.shift
