@@ -6726,7 +6726,7 @@ BUTTONS = {
     "a": "--auto  [a]", "d": "--correction divide  [d]",
     " ": "Picture, model, result  [space]", "z": "Undo the last drawing  [z]",
     "t": "Take the sky out  [t]", "escape": "Stop  [escape]",
-    "w": "Write  [w]", "q": "Close  [q]",
+    "w": "Write  [w]", "c": "Copy the command  [c]", "q": "Close  [q]",
 }
 """Key -> label of the button that does the same; the first two are check boxes."""
 
@@ -6949,7 +6949,8 @@ class PreviewWindow(Preview):
         self.stopping = threading.Event()
         self.shift = False  # is held
         self.keys = {key: functools.partial(self.step, *step) for key, step in STEPS.items()}
-        self.keys.update(z=self.undo, t=self.train, escape=self.stopping.set, w=self.write)
+        self.keys.update(
+            z=self.undo, t=self.train, escape=self.stopping.set, w=self.write, c=self.copy)
         add = self.figure.add_axes
         self.figure.text(0.69, 0.11, HELP, va="top")
         self.axes.format_coord = self.words_on
@@ -7069,6 +7070,22 @@ class PreviewWindow(Preview):
             logger.info("wrote " + ", ".join(task.outputs.values()))
 
         self._start(work, lambda _: None, "writing")
+
+    def copy(self):
+        """Put the command that does what is shown into the clipboard."""
+        command = command_line(self.task.options, self.words())
+        canvas = self.figure.canvas
+        self.status = "the command is in the clipboard"
+        if hasattr(canvas, "get_tk_widget"):
+            clipboard = canvas.get_tk_widget()
+            clipboard.clipboard_clear()
+            clipboard.clipboard_append(command)
+        elif canvas.required_interactive_framework == "qt":
+            from matplotlib.backends.qt_compat import QtWidgets
+            QtWidgets.QApplication.clipboard().setText(command)
+        else:
+            self.status = "not copied: this toolkit is neither Tk nor Qt; it is printed at the end"
+        self.refresh()
 
     def full_mask(self, view: View) -> np.ndarray | None:
         """Return the mask of a view at full size, (1 or c, h, w), or None."""
