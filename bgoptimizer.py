@@ -6766,7 +6766,10 @@ class Preview:
         planes = picture.planes
         used = task.settings.resolved()
         self.undrawn = prepare(planes, used, mask, picture.unit.black, reference)
-        self.view = View(task.settings, thinned(self.undrawn))
+        thin = thinned(self.undrawn)
+        self.view = View(task.settings, thin)
+        # As long as a sky and a correction are those of the last time, so are these views
+        self.views = functools.lru_cache(maxsize=1)(functools.partial(Views, thin))
         self.shown = "picture"  # one of VIEWS
         self.ladders = {name: list(values) for name, values in LADDERS.items()}
         for name, values in self.ladders.items():
@@ -6869,7 +6872,7 @@ class Preview:
             draw_seen(axes, prepared, view.settings, 5)
         else:
             words = "" if view.result else NOT_TRAINED
-            views = Views(prepared, self.model(), view.settings.correction)
+            views = self.views(self.model(), view.settings.correction)
             views.draw(axes, self.shown, prepared.stretch, words)
         axes.images[0].set_interpolation("nearest")  # it is the quickest
         words = shlex.join(self.words()), in_lines(self.said, 62), self.status
