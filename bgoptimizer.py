@@ -248,11 +248,9 @@ DECODER_SPARE = 1 << 27  # bytes of memory beside thrice what it decodes
 DECODER = """
 import sys
 sys.path[:] = filter(None, sys.path)  # nothing is imported from where pictures are
-import warnings
 import numpy
 kind, dtype = sys.argv[1:3]
 number, memory, seconds = map(int, sys.argv[3:])
-warnings.simplefilter("ignore")
 if kind == "fits":
     from astropy.io import fits
 else:
@@ -275,6 +273,7 @@ sys.stdout.buffer.write(numpy.ascontiguousarray(samples, dtype))
 """
 """A program that decodes the picture `number` of the file that is its standard input."""
 
+CUT_SHORT = "is cut short: the end of its data is missing"
 NOT_DECODED = "is damaged: its data cannot be read or decompressed"
 
 
@@ -375,11 +374,12 @@ def _opened(path):
     """Open a file to read; what gzip has packed is unpacked into a nameless one."""
     _require(stat.S_ISREG(os.stat(path).st_mode),  # opening a FIFO would wait forever
              "is not a file", "name a picture, or save the data to one first")
-    with ExitStack() as stack:
-        file = stack.enter_context(open(path, "rb"))
+    with open(path, "rb") as file:
         stream = _unzipping(file)
-        if stream is not file:
-            unpacked = stack.enter_context(tempfile.TemporaryFile())
+        if stream is file:
+            yield file
+            return
+        with tempfile.TemporaryFile() as unpacked:
             try:
                 for piece in iter(lambda: stream.read(1 << 20), b""):
                     unpacked.write(piece)
@@ -387,8 +387,16 @@ def _opened(path):
             except (EOFError, gzip.BadGzipFile, zlib.error):
                 raise _Unreadable("is cut short or damaged: gzip cannot unpack it") from None
             unpacked.seek(0)
-            file = unpacked
-        yield file
+            yield unpacked
+
+
+def _read_at(file, position, size, problem=CUT_SHORT):
+    """Return bytes of an open file, (size,) uint8."""
+    _require(position + size <= _file_size(file), problem)
+    file.seek(position)
+    data = np.fromfile(file, np.uint8, size)
+    _require(data.size == size, problem)  # another program may have cut it just now
+    return data
 
 
 def _samples(kind, file, number, position, dtype, shape):
@@ -399,10 +407,7 @@ def _samples(kind, file, number, position, dtype, shape):
     """
     size = math.prod(shape) * dtype.itemsize
     if position is not None:
-        file.seek(position)
-        data = file.read(size)
-        _require(len(data) == size, "is cut short: rows of it are missing")
-        return np.frombuffer(data, dtype).reshape(shape)
+        return _read_at(file, position, size).view(dtype).reshape(shape)
     seconds = DECODING_SECONDS + size // DECODING_SPEED
     arguments = kind, dtype.str, number, 3 * size + DECODER_SPARE, seconds
     command = [sys.executable, "-c", DECODER, *map(str, arguments)]
@@ -411,10 +416,7 @@ def _samples(kind, file, number, position, dtype, shape):
         with suppress(subprocess.TimeoutExpired):
             subprocess.run(
                 command, stdin=file, stdout=decoded, stderr=subprocess.DEVNULL, timeout=seconds)
-        decoded.seek(0)
-        data = decoded.read(size)
-    _require(len(data) == size, NOT_DECODED)
-    return np.frombuffer(data, dtype).reshape(shape)
+        return _read_at(decoded, 0, size, NOT_DECODED).view(dtype).reshape(shape)
 
 
 def _planes_of(samples, step=1, zero=0, white=1, blank=None):
@@ -422,9 +424,11 @@ def _planes_of(samples, step=1, zero=0, white=1, blank=None):
 
     They become (stored * step + zero) / white; the integer `blank` means "missing".
     """
-    dtype = samples.dtype
-    planes = np.empty(samples.shape, "f8" if dtype.name == "float64" else "f4")
-    stays = dtype.kind == "f" and (step, zero, white) == (1, 0, 1)
+    dtype = np.dtype("f8" if samples.dtype.name == "float64" else "f4")
+    stays = samples.dtype.kind == "f" and (step, zero, white) == (1, 0, 1)
+    if stays and samples.dtype == dtype and samples.flags.carray:
+        return samples
+    planes = np.empty(samples.shape, dtype)
     for plane, stored in zip(planes, samples):
         for rows in _strips(*plane.shape):
             values = stored[rows]
@@ -790,7 +794,7 @@ NOT_XML = re.compile(
     "|&#(0*([0-8]|1[124-9]|2[0-9]|3[01])|x0*([0-8bcef]|1[0-9a-f]));", re.IGNORECASE)
 # Elements, as "element name", that describe the old file, or are not carried over
 STALE_FILE_METADATA = re.compile(
-    "(Data|Image|Signature|Thumbnail) |Property XISF:"
+    "(Data|Image|Metadata|Signature|Thumbnail) |Property XISF:"
     "(Creat|Compress|BlockAlign|MaxInline|Checksum|OutputHint|InputHint|ResourceURL|Load)")
 STALE_IMAGE_ATTRIBUTES = (
     "location", "compression", "subblocks", "checksum", "byteOrder", "pixelStorage", "offset")
@@ -804,31 +808,36 @@ class Source:
 
 
 class _Blocks(dict):
-    """Attached bytes of an open file, (n,) uint8, by `location`; read when first asked for."""
+    """Attached bytes of an open file, (n,) uint8, by `location`."""
 
     def __init__(self, file, header_end):
         super().__init__()
         self.file = file
         self.header_end = header_end
-        self.bytes_left = 2 * _file_size(file)  # else overlapping blocks could fill the memory
+        self.bytes_left = _file_size(file)  # else overlapping blocks could fill the memory
 
-    def __missing__(self, location):
+    def read(self, location, compressed):
+        """Return the bytes that the file has at a location."""
         place = "".join(location.split()).partition(":")[2]
         position, size = _integers(place, 2, "location")
         _require(position >= self.header_end, f"has the impossible location {place!r}")
-        _require(position + size <= _file_size(self.file),
-                 "is cut short: the end of its data is missing")
+        _require(self.bytes_left > 0, "has data that overlap with others")
+        data = _read_at(self.file, position, size)
         self.bytes_left -= size
-        _require(self.bytes_left >= 0, "has data that overlap with others")
-        self.file.seek(position)
-        data = np.frombuffer(self.file.read(size), np.uint8)
-        _require(data.size == size, "is cut short: it ends in its data")
-        with tempfile.TemporaryDirectory() as folder:
-            path = os.path.join(folder, "block.xisf")
-            with open(path, "wb") as copied:
-                write_xisf(copied, data[None, None])  # its header is plain
-            self[location] = XISF(path).read_image(0, "channels_first").ravel()
-        return self[location]
+        return _by_package(data) if compressed else data
+
+
+def _by_package(data):
+    """Return attached bytes, (n,) uint8, as the `xisf` package reads them from a copy.
+
+    It understands the copy's header, but not all headers. The copy takes time, so it is for
+    compressed blocks alone.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "block.xisf")
+        with open(path, "wb") as copied:
+            write_xisf(copied, data[None, None])
+        return XISF(path).read_image(0, "channels_first").ravel()
 
 
 def read_xisf(file):
@@ -849,25 +858,23 @@ def read_xisf(file):
     blocks = _Blocks(file, header_end)
     samples, lower, upper = _read_samples(image, blocks, notes)
     planes = _planes_of(samples, zero=-lower, white=upper - lower)
-    mark = _leave_out_marks(planes, notes)
-    below, above = np.sum([_clip(plane) for plane in planes], 0)
-    if below or above:
-        notes.append(f"has {below} samples below and {above} above its bounds "
-                     f"{lower:g}:{upper:g}: clipped")
+    mark = None
+    lowest, highest = _finite_range(planes)
+    if lowest < 0 or highest > 1:
+        mark = _leave_out_marks(planes, notes)
+        below, above = _clip(planes)
+        if below or above:
+            notes.append(f"has {below} samples below and {above} above its bounds "
+                         f"{lower:g}:{upper:g}: clipped")
     if (lower, upper) != (0, 1):
-        levels = _levels_in(_keyword_values(image), Unit(upper - lower, lower))
-        _set_keywords(image, levels)
+        _set_keywords(image, _levels_in(_keyword_values(image), Unit(upper - lower, lower)))
     return Picture(planes, _read_source(root, blocks, notes), notes, Unit(mark=mark))
 
 
 def _read_header(file):
     """Return the root element, and the byte behind the header."""
-    start = file.read(16)
-    _require(start[:8] == b"XISF0100", "is not a monolithic XISF file", "save the picture as .xisf")
-    length = int.from_bytes(start[8:12], "little")
-    end = 16 + length
-    _require(end <= _file_size(file), "is cut short: it ends in its header")
-    header = file.read(min(length, MAX_HEADER + 1))
+    length = int.from_bytes(_read_at(file, 8, 4), "little")
+    header = _read_at(file, 16, length).tobytes()
     header, _, _ = header.partition(b"\0")  # some writers count padding in
     parts = header.count(b"<") + header.count(b"=")
     _require(len(header) <= MAX_HEADER and parts <= MAX_HEADER_PARTS,
@@ -891,7 +898,7 @@ def _read_header(file):
     _require(root.tag == "xisf" and version == "1.0", "is not XISF version 1.0")
     deepest = root.find("*/" * MAX_HEADER_DEPTH + "*")
     _require(deepest is None, "has a header nested too deeply to be true")
-    return root, end
+    return root, 16 + length
 
 
 def _squeezed(element):
@@ -917,6 +924,7 @@ def _look_up(choices, text, what):
 def _stored(element, blocks):
     """Return the bytes of an element, (n,) uint8 as they are stored, and what tells how."""
     attributes = _squeezed(element)
+    location = element.get("location")
     method, _, encoding = attributes.get("location", "").partition(":")
     if method == "embedded":
         element = element.find("Data")
@@ -924,7 +932,9 @@ def _stored(element, blocks):
         attributes.update(_squeezed(element))
         encoding = attributes.get("encoding", "base64")
     if method == "attachment":
-        stored = blocks[element.get("location")]
+        if location not in blocks:
+            blocks[location] = blocks.read(location, "compression" in attributes)
+        stored = blocks[location]
     else:
         _require(method in ("inline", "embedded"), f"has its data elsewhere, at {method!r}",
                  "save it as one monolithic .xisf file")
@@ -948,7 +958,6 @@ def _unpack(stored, attributes, size=None):
 
     That is checked before memory is taken that the stored bytes do not vouch for.
     """
-    import imagecodecs
     text = attributes.get("compression", "none").lower()
     packing = XISF_COMPRESSION.fullmatch(text)
     _require(packing, f"is compressed in the unknown way {text!r}")
@@ -958,28 +967,27 @@ def _unpack(stored, attributes, size=None):
     codec = packing["codec"]
     if not codec:
         return stored
+    import imagecodecs
+    decode = getattr(imagecodecs, XISF_CODECS[codec] + "_decode")
     # Of each piece, the size as stored and unpacked
     listed = attributes.get("subblocks", f"{stored.size}:{unpacked_size}").replace(",", ":")
     count = 1 + listed.count(":")
     _check_claims(codec, XISF_CODECS, unpacked_size, stored.size, count)
     sizes = _integers(listed, count, "list of sub-blocks")
-    totals = sum(sizes[::2]), sum(sizes[1::2])
-    consistent = count % 2 == 0 and 0 not in sizes
+    packed_sizes, piece_sizes = sizes[::2], sizes[1::2]
+    consistent = len(packed_sizes) == len(piece_sizes) and 0 not in sizes
+    totals = sum(packed_sizes), sum(piece_sizes)
     _require(consistent and totals == (stored.size, unpacked_size),
              "has a compressed block that contradicts itself")
-    decode = getattr(imagecodecs, XISF_CODECS[codec] + "_decode")
     unpacked = np.empty(unpacked_size, np.uint8)
-    pieces = np.split(stored, np.cumsum(sizes[::2])[:-1])
-    targets = np.split(unpacked, np.cumsum(sizes[1::2])[:-1])
+    pieces = np.split(stored, np.cumsum(packed_sizes)[:-1])
+    targets = np.split(unpacked, np.cumsum(piece_sizes)[:-1])
     for piece, target in zip(pieces, targets):
         if piece.size == target.size:  # what does not shrink is stored as it was
             target[:] = piece
-            continue
-        try:
+        else:
             filled = decode(piece, out=target)
-        except Exception as error:  # each codec has its own
-            raise _Unreadable(NOT_DECODED) from error
-        _require(len(filled) == target.size, NOT_DECODED)
+            _require(len(filled) == target.size, NOT_DECODED)
     # Byte 0 of every item, then byte 1 of every item, and so on; behind them what is no item
     item = int(packing["item"]) if "+sh" in text else 1
     end = unpacked_size // item * item
@@ -990,26 +998,26 @@ def _unpack(stored, attributes, size=None):
 def _read_samples(image, blocks, notes):
     """Return an Image's samples, (c, h, w), and their values of black and white."""
     stored, packing = _stored(image, blocks)
+    blocks.clear()  # the samples will be changed, and are none of the blocks that outputs keep
     attributes = _squeezed(image)
-    geometry = _integers(attributes.get("geometry", ""), 3, "geometry")
-    _require(0 not in geometry, "is a picture without samples")
-    width, height, channels = geometry
+    width, height, channels = _integers(attributes.get("geometry", ""), 3, "geometry")
     color_space = attributes.get("colorSpace", "Gray").lower()
     colors = _look_up(XISF_COLORS, color_space, "the color space")
-    _require(channels >= colors, f"is called RGB but has {channels} channel(s)")
+    _require(channels >= colors, f"is called {color_space} but has {channels} channel(s)")
     if channels > colors:
         notes.append(f"has {channels - colors} alpha channel(s): dropped")
     kind = attributes.get("sampleFormat", "").lower()
     order = _look_up(BYTE_ORDERS, packing.get("byteOrder", "little"), "the byte order")
     dtype = np.dtype(order + _look_up(XISF_DTYPES, kind, "samples of the kind"))
-    storage = attributes.get("pixelStorage", "planar").lower()
-    shape, planes_first = _look_up(
-        {"planar": ((channels, height, width), (0, 1, 2)),
-         "normal": ((height, width, channels), (2, 0, 1))}, storage, "samples in the order")
     lower, upper = _read_bounds(attributes, dtype)
-    data = _unpack(stored, packing, math.prod(geometry) * dtype.itemsize)
-    samples = data.view(dtype).reshape(shape)
-    return samples.transpose(planes_first)[:colors], lower, upper
+    storage = attributes.get("pixelStorage", "planar").lower()
+    is_planar = _look_up({"planar": True, "normal": False}, storage, "samples in the order")
+    data = _unpack(stored, packing, width * height * channels * dtype.itemsize).view(dtype)
+    if is_planar:
+        samples = data.reshape(channels, height, width)
+    else:
+        samples = np.moveaxis(data.reshape(height, width, channels), 2, 0)
+    return samples[:colors], lower, upper
 
 
 def _read_bounds(attributes, dtype):
@@ -1025,16 +1033,16 @@ def _read_bounds(attributes, dtype):
     raise _Unreadable(f"has no or impossible bounds, its black and white: {text!r}")
 
 
-def _clip(plane):
-    """Clip a plane to [0, 1], in place; what is not finite stays.
+def _clip(planes):
+    """Clip planes to [0, 1], in place; what is not finite stays.
 
     Returns how many samples were below and above.
     """
-    finite = np.isfinite(plane)
-    dark, bright = finite & (plane < 0), finite & (plane > 1)
-    plane[dark] = np.finfo(plane.dtype).tiny  # 0 means missing
-    plane[bright] = 1
-    return dark.sum(), bright.sum()
+    finite = np.isfinite(planes)
+    dark, bright = finite & (planes < 0), finite & (planes > 1)
+    planes[dark] = np.finfo(planes.dtype).tiny  # 0 means missing
+    planes[bright] = 1
+    return np.count_nonzero(dark), np.count_nonzero(bright)
 
 
 def _keyword_values(image):
@@ -1060,13 +1068,10 @@ def _read_source(root, blocks, notes):
     root.text = image.text = image.tail = None  # pixels, if they stood there
     metadata = ElementTree.Element("Metadata")
     metadata.extend(root.findall("Metadata/Property"))
-    for element in root.findall("Metadata"):
-        root.remove(element)
-    root.append(metadata)
     untrue, lost = [], []
     for parent in (image, metadata, root):
-        parent[:] = [element for element in parent if element in (image, metadata)
-                     or _is_kept(element, blocks, untrue, lost)]
+        parent[:] = [child for child in parent if _is_kept(child, blocks, untrue, lost)]
+    root[:] = [image, *root, metadata]
     if lost:
         notes.append(f"loses {len(lost)} element(s): {', '.join(lost)[:300]}")
     _note_keywords({**_keyword_values(image), **image.attrib}, untrue, notes)
