@@ -530,7 +530,7 @@ def _in_own_unit(plane, unit):
 # --------------------------------------------------------------------------------------------------
 
 FITS_CARD = 80  # characters of a card
-HISTORY_COLUMNS = 72  # characters of text that a card of HISTORY has room for
+HISTORY_COLUMNS = 72  # characters of text that a card of HISTORY or COMMENT has room for
 MAX_FITS_CARDS = 20_000  # of a header; no real file has more
 
 TEXT_NAMES = ("COMMENT", "HISTORY", "")  # keywords whose text is all they have
@@ -559,10 +559,8 @@ def _printable(text):
 
 def _wrapped(text):
     """Return the lines of a text, which are short enough for HISTORY."""
-    width = HISTORY_COLUMNS
-    if len(text) <= width and "\n" not in text:
-        return [text]
-    return re.findall(rf"\S.{{0,{width - 1}}}(?!\S)|\S{{{width}}}", text)
+    wrapper = textwrap.TextWrapper(HISTORY_COLUMNS, break_on_hyphens=False)
+    return list(itertools.chain(*map(wrapper.wrap, text.splitlines()))) or [""]
 
 
 def _header_of(text):
@@ -704,19 +702,16 @@ def _upside_down(header, height):
     With y' = height + 1 - y, the column of y in the matrix changes its sign, and so do odd powers
     of y in the SIP polynomials, and what they add to y.
     """
+    changes_sign = "(CD|PC)[12]_2[A-Z]?|AP?_[0-9]_[13579]|BP?_[0-9]_[02468]"
+    if not any(re.match("(CD|PC)2_2", name) for name in header):
+        changes_sign += "|CDELT2[A-Z]?"
     turned = {}
-    has_matrix = any(re.match("(CD|PC)2_2", name) for name in header)
-    for name in header:
-        match = re.fullmatch(r"(CRPIX2|(?:CD|PC)[12]_2|CDELT2|[AB]P?_\d_(\d))[A-Z]?", name)
-        if not match or not isinstance(header[name], numbers.Real):
-            continue
-        is_odd = match[2] is None or int(match[2]) % 2 == 1
-        if name.startswith("CRPIX"):
-            turned[name] = height + 1 - header[name]
-        elif name.startswith("CDELT"):
-            turned[name] = header[name] if has_matrix else -header[name]
-        elif is_odd != name.startswith("B"):
-            turned[name] = -header[name]
+    for name, value in header.items():
+        if isinstance(value, numbers.Real):
+            if re.fullmatch("CRPIX2[A-Z]?", name):
+                turned[name] = height + 1 - value
+            elif re.fullmatch(changes_sign, name):
+                turned[name] = -value
     return turned
 
 
@@ -729,7 +724,7 @@ def _shared_metadata(source, height):
     keywords, icc = fits.Header(), b""
     if isinstance(source, Source):
         profile = source.root.find("Image/ICCProfile")
-        with suppress(_Unreadable, AttributeError):  # a damaged profile is lost, not the picture
+        with suppress(Exception):  # a damaged profile is lost, not the picture
             icc = bytes(_unpack(*_stored(profile, source.blocks)))
         for element in source.root.findall("Image/FITSKeyword"):
             name = element.get("name", "").strip().upper()
@@ -1647,8 +1642,7 @@ def write_tiff(file, planes, source=None, history=(), compress=False, unit=Unit(
 # --------------------------------------------------------------------------------------------------
 
 PICTURE_ENDINGS = re.compile(r"(?i)(?<=.)(\.(xisf|fits?|fts|fz|tiff?)(\.gz)?)+$")
-# How files begin: ours, cameras' raw files, and what is made for screens
-STARTS = {"xisf": rb"XISF", "fits": rb"SIMPLE  =", "tiff": rb"II[*+]\0|MM\0[*+]"}
+# How files begin: cameras' raw files, what is made for screens, and ours
 RAW = {
     "Canon CR2": rb"(II\*\0|MM\0\*)....CR", "Canon CR3": rb"....ftypcrx ",
     "Canon CRW": rb"II\x1a\0\0\0HEAPCCDR", "Fujifilm RAF": rb"FUJIFILMCCD-RAW",
@@ -1657,9 +1651,11 @@ RAW = {
 STRETCHED = {
     "JPEG": rb"\xff\xd8\xff", "PNG": rb"\x89PNG", "BMP": rb"BM", "GIF": rb"GIF8",
     "WebP": rb"RIFF....WEBP", "HEIF": rb"....ftyp(heic|heix|mif1|avif)"}
+STARTS = {
+    **RAW, **STRETCHED,
+    "xisf": rb"XISF0100", "fits": rb"SIMPLE  =", "tiff": rb"II[*+]\0|MM\0[*+]"}
 
 MASK_FORMATS = ("PNG", "TIFF", "JPEG", "BMP", "GIF", "PPM", "WEBP")  # what Pillow may open
-MASK_MODES = ("1", "P", "PA", "CMYK", "YCbCr")  # what it makes RGB of
 
 
 class Format(NamedTuple):
@@ -1669,12 +1665,12 @@ class Format(NamedTuple):
     write: Callable  # file, planes, source, history, compress, unit
 
 
-def _kind_of(file, kinds):
-    """Return the kind whose start an opened file has, None without one."""
+def _kind_of(file):
+    """Return the name among STARTS of how an opened file begins, None without one."""
     file.seek(0)
     start = file.read(16)
     file.seek(0)
-    return next((k for k, begins in kinds.items() if re.match(begins, start, re.DOTALL)), None)
+    return next((k for k, begins in STARTS.items() if re.match(begins, start, re.DOTALL)), None)
 
 
 def _raw(kind):
@@ -1688,7 +1684,8 @@ def picture_format(path):
     """Return the name in FORMATS of a file's format, by its content; None for another one."""
     if os.path.isfile(path):  # opening a FIFO would wait forever
         with open(path, "rb") as file, suppress(EOFError, zlib.error, gzip.BadGzipFile):
-            return _kind_of(_unzipping(file), STARTS)
+            kind = _kind_of(_unzipping(file))
+            return kind if kind in FORMATS else None
     return None
 
 
@@ -1703,15 +1700,13 @@ def read_picture(path):
     Raises BgError if the file is damaged, hostile, or of a kind that is not read.
     """
     with _refusals(path), _opened(path) as file:
-        raw = _kind_of(file, RAW)
-        if raw:
-            raise _raw(raw)
-        stretched = _kind_of(file, STRETCHED)
-        _require(stretched is None, f"is a {stretched} picture, stretched and no longer linear",
+        kind = _kind_of(file)
+        _require(kind, "is not an XISF, FITS, or TIFF file", "save the picture as one of them")
+        if kind in RAW:
+            raise _raw(kind)
+        _require(kind in FORMATS, f"is a {kind} picture, stretched and no longer linear",
                  "give the linear stack as XISF, FITS, or TIFF")
-        name = _kind_of(file, STARTS)
-        _require(name, "is not an XISF, FITS, or TIFF file", "save the picture as one of them")
-        return FORMATS[name].read(file)
+        return FORMATS[kind].read(file)
 
 
 def picture_stem(path):
@@ -1746,17 +1741,14 @@ def read_mask(path):
 def _read_with_pillow(path):
     """Return a mask as a Picture."""
     from PIL import Image
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # of sizes beyond all masks
-        with Image.open(path, formats=MASK_FORMATS) as image:
-            if image.mode in MASK_MODES:
-                image = image.convert("RGB")
-            samples = np.atleast_3d(np.asarray(image))  # (h, w, channels)
-    colors = 3 if samples.shape[2] >= 3 else 1
-    alpha = samples.shape[2] > colors
-    white = np.iinfo(samples.dtype).max if samples.dtype.kind == "u" else 1
-    planes = np.moveaxis(samples[..., :colors], 2, 0).astype(np.float32) / np.float32(white)
-    return Picture(planes, None, ["has an alpha channel: dropped"] if alpha else [])
+    with _silence(), Image.open(path, formats=MASK_FORMATS) as image:
+        notes = ["has an alpha channel: dropped"] if image.mode.endswith("A") else []
+        if not image.mode.startswith(("I", "F")):  # 16 or 32 bits
+            image = image.convert("RGB")
+        samples = np.atleast_3d(np.asarray(image))  # (h, w, channels)
+    planes = np.moveaxis(samples, 2, 0)
+    white = np.iinfo(planes.dtype).max if planes.dtype.kind == "u" else 1
+    return Picture(_planes_of(planes, white=white), None, notes)
 
 
 def mask_weights(planes):
