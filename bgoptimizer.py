@@ -1312,7 +1312,7 @@ def _read_hdus(file, notes):
         try:
             _require(len(hdus) < MAX_PARTS, "has too many parts to be true")
             hdu = _read_hdu(file, position)
-            _require(hdu.data + hdu.length <= size, "is cut short: the end of its data is missing")
+            _require(hdu.data + hdu.length <= size, CUT_SHORT)
         except Exception:
             if not any(hdu.shape for hdu in hdus):
                 raise
@@ -1329,8 +1329,7 @@ def _read_hdu(file, position):
     whole = WHOLE_HEADER.match(file.read(MAX_FITS_CARDS * FITS_CARD))
     _require(whole, "is cut short: a header has no end")
     header = _header_of(whole[1].decode("latin-1"))
-    is_one = header.count("BITPIX") == 1 and "XTENSION" not in list(header)[1:]
-    _require(is_one, "is damaged: a header without END runs into the next")
+    _require(header.count("BITPIX") == 1, "is damaged: a header without END runs into the next")
     shape = _fits_axes(header)
     samples = math.prod(shape) if shape else 0
     item = abs(header["BITPIX"]) // 8
@@ -1476,10 +1475,8 @@ TIFF_SENSOR = (32803, 34892)  # photometric of a color filter mosaic, and of a c
 TIFF_CODECS = (
     1, "NONE", "LZW", "DEFLATE", "ADOBE_DEFLATE", "PACKBITS", "ZSTD")  # tifffile's names
 TIFF_CHUNKS = ("StripOffsets", "StripByteCounts", "TileOffsets", "TileByteCounts")
-TIFF_THUMBNAIL = 2  # value of the old SubfileType
 TIFF_ICC = 34675
-TIFF_KEPT = (271, 272, 306, 315, 33432, 700)  # tags: camera, date, author, rights, XMP
-TIFF_ORIENTATION = 274
+TIFF_KEPT = (271, 272, 274, 306, 315, 33432, 700)  # camera, orientation, date, author, rights, XMP
 LARGEST_TIFF = 0xF0000000  # bytes; larger ones are BigTIFF
 MAX_PAGES = 16  # among which the picture is looked for
 ASTRO_TIFF = re.compile("(?=.{8}=)[A-Z0-9_-]+ *=")  # how its description begins
@@ -1497,31 +1494,30 @@ def read_tiff(file):
     """Read the first picture of a TIFF file that is not a thumbnail; see `read_picture`."""
     import tifffile
     logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # it would print what it repairs
+    notes = []
     with tifffile.TiffFile(file, _multifile=False) as tiff:
-        number, notes = _find_page(tiff)
-        page = tiff.pages[number]
+        page = _find_page(tiff, notes)
         colors = _check_tiff_page(page, _file_size(file))
         alpha = page.samplesperpixel - colors
         if alpha:
             notes.append(f"has {alpha} alpha channel(s): dropped")
         dtype = page.dtype.newbyteorder(tiff.byteorder)
         white = int(np.iinfo(dtype).max) if dtype.kind == "u" else None
-        step, zero = 1, 0
-        if page.photometric == TIFF_MINISWHITE:
-            _require(white, "is gray, with white as 0, and not unsigned", "save it with black as 0")
-            step, zero = -1, white
         position = page.dataoffsets[0] if page.is_final else None
-        samples = _samples("tiff", file, number, position, dtype, page.shaped)
+        samples = _samples("tiff", file, page.index, position, dtype, page.shaped)
         samples = np.moveaxis(samples[:, 0], 3, 1)  # (planes, samples of a pixel, h, w)
         samples = samples.reshape(-1, *samples.shape[2:])[:colors]
+        if page.photometric == TIFF_MINISWHITE:
+            _require(white, "is gray, with white as 0, and not unsigned", "save it with black as 0")
+            samples = ~samples
         source = _read_tiff_source(page, white, notes)
-    planes = _planes_of(samples, step, zero, white or 1)
+    planes = _planes_of(samples, white=white or 1)
     unit = Unit() if white else _fit_into_unit_range(planes, notes)
     return Picture(planes, source, notes, unit)
 
 
-def _find_page(tiff):
-    """Return the number of the page with the picture, and what is to be told about the others."""
+def _find_page(tiff, notes):
+    """Return the page with the picture; others are noted."""
     pages = []
     with suppress(IndexError, ValueError):  # tifffile's errors are such
         pages.extend(itertools.islice(tiff.pages, MAX_PAGES))
@@ -1531,14 +1527,11 @@ def _find_page(tiff):
     if kinds.intersection(TIFF_SENSOR) or "DNGVersion" in first.tags:
         maker = str(first.tags.valueof("Make") or "").strip()
         raise _raw(f"of {maker[:30]}" if maker else "such as DNG")
-    pictures = [
-        number for number, page in enumerate(pages)
-        if not page.is_reduced and page.tags.valueof("SubfileType") != TIFF_THUMBNAIL]
+    pictures = [page for page in pages if not page.is_reduced]
     _require(pictures, "holds nothing but a thumbnail")
-    notes = []
     if len(pictures) > 1:
         notes.append("holds several images: only the first is used and kept")
-    return pictures[0], notes
+    return pictures[0]
 
 
 def _check_tiff_page(page, size):
@@ -1554,25 +1547,23 @@ def _check_tiff_page(page, size):
     bits = page.bitspersample
     known = page.dtype and page.dtype.kind in "iuf" and bits == 8 * page.dtype.itemsize
     _require(known, f"has samples of {bits} bits, which are not read", advice)
-    channels = page.samplesperpixel
-    for length in (*page.shaped, *page.chunks, channels):
-        _require(isinstance(length, int), "is damaged: its size is not a number")
-    planes, depth, height, width, together = page.shaped
+    planes, depth, height, width, together = map(int, page.shaped)
     _require(depth == 1 and height and width, "is not a flat picture", advice)
+    channels = page.samplesperpixel
     _require(channels >= colors and planes * together == channels,
              f"is called RGB but has {channels} channel(s)", advice)
-    offsets, counts = page.dataoffsets, page.databytecounts
-    codec = getattr(page.compression, "name", page.compression)
-    pieces = 1 if page.is_final else len(offsets)
-    needed = math.prod(page.shaped) * page.dtype.itemsize
-    _check_claims(codec, TIFF_CODECS, needed, min(sum(counts), size), pieces)
-    chunks = math.prod(page.chunked)
+    chunks = math.prod(map(int, page.chunked))
     listed = [page.tags[name].count for name in TIFF_CHUNKS if name in page.tags]
+    offsets, counts = page.dataoffsets, page.databytecounts
     complete = listed == [chunks, chunks] and all(offsets) and all(counts)
     _require(complete and page.planarconfig in (None, 1, 2),
              f"is damaged: it has not the {chunks} strips or tiles that it needs")
-    last = max(map(sum, zip(offsets, counts)))
-    _require(last <= size, "is cut short: its last rows are missing")
+    ends = map(sum, zip(offsets, counts))
+    _require(max(ends) <= size, CUT_SHORT)
+    codec = getattr(page.compression, "name", page.compression)
+    needed = planes * height * width * channels * page.dtype.itemsize
+    pieces = 1 if page.is_final else chunks
+    _check_claims(codec, TIFF_CODECS, needed, min(sum(counts), size), pieces)
     return colors
 
 
@@ -1582,9 +1573,6 @@ def _read_tiff_source(page, white, notes):
     for code in TIFF_KEPT:
         with suppress(Exception):  # it is missing or damaged
             tags.append(page.tags[code].astuple())
-    orientation = page.tags.valueof(TIFF_ORIENTATION)
-    if isinstance(orientation, int):
-        tags.append((TIFF_ORIENTATION, "H", 1, int(orientation), True))
     icc = page.tags.valueof(TIFF_ICC)
     icc = icc if isinstance(icc, bytes) else b""
     description = str(page.tags.valueof("ImageDescription") or "").strip("\0 \r\n")
