@@ -749,7 +749,7 @@ def _shared_metadata(source, height):
 # The specification: https://pixinsight.com/doc/docs/XISF-1.0-spec/XISF-1.0-spec.html. Where it is
 # silent, or where PixInsight reads more than it allows, PixInsight's reader decides.
 #
-# The `xisf` package reads attached blocks, but fails on many real headers, and its writer loses
+# The `xisf` package reads compressed blocks, but fails on many real headers, and its writer loses
 # metadata.
 # --------------------------------------------------------------------------------------------------
 
@@ -1273,7 +1273,8 @@ def read_fits(file):
     hdu = hdus[number]
     header, shape = hdu.header, hdu.shape
     is_color = len(shape) == 3 and 3 in shape[::2]
-    _require(is_color or len(shape) == 2, f"is neither gray nor RGB, with axes {shape[::-1][:8]}",
+    axes = shape[::-1][:8]
+    _require(is_color or len(shape) == 2, f"is neither gray nor RGB, with axes {axes}",
              "save its planes as pictures of their own")
     bits, position = header["BITPIX"], hdu.data
     if hdu.packed:
@@ -1334,8 +1335,9 @@ def _read_hdu(file, position):
     samples = math.prod(shape) if shape else 0
     item = abs(header["BITPIX"]) // 8
     length = item * (samples + header.get("PCOUNT", 0)) * header.get("GCOUNT", 1)
-    data = position + len(_padded(whole[0]))
-    end = data + _whole_blocks(length)
+    header_end = position + whole.end()
+    data = header_end + _padding(header_end)
+    end = data + length + _padding(length)
     _require(length >= 0, "has data of an impossible length")
     packed = header.get("ZIMAGE") is True
     if packed:
@@ -1367,9 +1369,11 @@ def _check_fits_tiles(hdu):
     _require(seed in range(1, 10_001), f"has the impossible ZDITHER0 {seed!r}")
     _require(header["TFIELDS"] in range(1000), "has too many columns to be true")
     needed = 1
-    for number, length in enumerate(reversed(_fits_axes(header, "Z")), 1):
-        side = header.get(f"ZTILE{number}", length if number == 1 else 1)
-        needed *= math.ceil(length / side)
+    side = header["ZNAXIS1"]  # a tile is a row, if it is not told
+    for number in range(1, header["ZNAXIS"] + 1):
+        side = header.get(f"ZTILE{number}", side)
+        needed *= math.ceil(header[f"ZNAXIS{number}"] / side)
+        side = 1
     _require(tiles == needed, "has another number of tiles than it needs")
 
 
@@ -1380,8 +1384,7 @@ def _read_fits_source(file, hdus, number, white, notes):
     """
     hdu = hdus[number]
     keywords = _kept(hdu.header, white, notes, FITS_TABLE if hdu.packed else STRUCTURE_NAMES)
-    file.seek(0)
-    before = file.read(hdu.start)
+    before = _read_at(file, 0, hdu.start).tobytes()
     first_names = set(hdus[0].header).difference(TEXT_NAMES)
     if hdu.packed and number == 1 and all(map(STRUCTURE_NAMES.fullmatch, first_names)):
         before = b""  # it is there because a compressed picture cannot be the first
@@ -1390,19 +1393,13 @@ def _read_fits_source(file, hdus, number, white, notes):
     icc = b""
     for other in hdus:
         if str(other.header.get("EXTNAME")).upper() == "ICCPROFILE":
-            file.seek(other.data)
-            icc = file.read(other.length)
-    return FitsSource(keywords, before, _padded(after), icc)
+            icc = _read_at(file, other.data, other.length).tobytes()
+    return FitsSource(keywords, before, after, icc)
 
 
-def _whole_blocks(length):
-    """Return how many bytes the blocks have that so many bytes fill."""
-    return FITS_BLOCK * math.ceil(length / FITS_BLOCK)
-
-
-def _padded(data, filling=b"\0"):
-    """Return bytes that fill whole blocks."""
-    return data.ljust(_whole_blocks(len(data)), filling)
+def _padding(length):
+    """Return how many bytes so many lack to fill whole blocks."""
+    return -length % FITS_BLOCK
 
 
 def _structure(shape, dtype, is_first=True):
@@ -1427,7 +1424,7 @@ def write_fits(file, planes, source=None, history=(), compress=False, unit=Unit(
             source = FitsSource(keywords, icc=icc)
             if icc:
                 extension = fits.ImageHDU(np.frombuffer(icc, np.uint8), name="ICCProfile")
-                source.after = extension.header.tostring().encode() + _padded(icc)
+                source.after = extension.header.tostring().encode() + icc
         stored = data if source.top_down else data[:, ::-1]
         one_by_one = iter(planes)
         for target in stored:
@@ -1442,10 +1439,10 @@ def write_fits(file, planes, source=None, history=(), compress=False, unit=Unit(
             structure = _structure(data.shape, data.dtype, not before)
         header = _header_text(structure, source.keywords, history, planes, unit)
     file.write(before)
-    file.write(_padded(header.encode(), b" "))
-    file.write(data)
-    file.write(bytes(_whole_blocks(data.nbytes) - data.nbytes))
-    file.write(source.after)
+    file.write(header.encode() + b" " * _padding(len(header)))
+    for part in (data, source.after):
+        file.write(part)
+        file.write(bytes(_padding(file.tell())))
 
 
 def _compressed_fits(data):
@@ -1477,7 +1474,7 @@ TIFF_CODECS = (
 TIFF_CHUNKS = ("StripOffsets", "StripByteCounts", "TileOffsets", "TileByteCounts")
 TIFF_ICC = 34675
 TIFF_KEPT = (271, 272, 274, 306, 315, 33432, 700)  # camera, orientation, date, author, rights, XMP
-LARGEST_TIFF = 0xF0000000  # bytes; larger ones are BigTIFF
+LARGEST_TIFF = 0xF0000000  # bytes of samples, beside which metadata have room; more is BigTIFF
 MAX_PAGES = 16  # among which the picture is looked for
 ASTRO_TIFF = re.compile("(?=.{8}=)[A-Z0-9_-]+ *=")  # how its description begins
 
@@ -1502,11 +1499,15 @@ def read_tiff(file):
         if alpha:
             notes.append(f"has {alpha} alpha channel(s): dropped")
         dtype = page.dtype.newbyteorder(tiff.byteorder)
-        white = int(np.iinfo(dtype).max) if dtype.kind == "u" else None
-        position = page.dataoffsets[0] if page.is_final else None
+        white = position = None
+        if dtype.kind == "u":
+            white = int(np.iinfo(dtype).max)
+        if page.is_final:
+            position = page.dataoffsets[0]
         samples = _samples("tiff", file, page.index, position, dtype, page.shaped)
         samples = np.moveaxis(samples[:, 0], 3, 1)  # (planes, samples of a pixel, h, w)
-        samples = samples.reshape(-1, *samples.shape[2:])[:colors]
+        *_, height, width = samples.shape
+        samples = samples.reshape(-1, height, width)[:colors]
         if page.photometric == TIFF_MINISWHITE:
             _require(white, "is gray, with white as 0, and not unsigned", "save it with black as 0")
             samples = ~samples
@@ -1523,7 +1524,8 @@ def _find_page(tiff, notes):
         pages.extend(itertools.islice(tiff.pages, MAX_PAGES))
     _require(pages, "holds no picture")
     first = pages[0]
-    kinds = {page.photometric for page in [*pages, *(first.pages or ())]}
+    below = first.pages or ()
+    kinds = {page.photometric for page in (*pages, *below)}
     if kinds.intersection(TIFF_SENSOR) or "DNGVersion" in first.tags:
         maker = str(first.tags.valueof("Make") or "").strip()
         raise _raw(f"of {maker[:30]}" if maker else "such as DNG")
@@ -1544,13 +1546,13 @@ def _check_tiff_page(page, size):
     colors = TIFF_COLORS.get(photometric)
     kind = getattr(photometric, "name", photometric)  # unknown ones are bare numbers
     _require(colors, f"is neither gray nor RGB, but {kind}", advice)
-    bits = page.bitspersample
-    known = page.dtype and page.dtype.kind in "iuf" and bits == 8 * page.dtype.itemsize
+    bits, dtype = page.bitspersample, page.dtype
+    known = dtype and dtype.kind in "iuf" and bits == 8 * dtype.itemsize
     _require(known, f"has samples of {bits} bits, which are not read", advice)
     planes, depth, height, width, together = map(int, page.shaped)
     _require(depth == 1 and height and width, "is not a flat picture", advice)
     channels = page.samplesperpixel
-    _require(channels >= colors and planes * together == channels,
+    _require(colors <= channels == planes * together,
              f"is called RGB but has {channels} channel(s)", advice)
     chunks = math.prod(map(int, page.chunked))
     listed = [page.tags[name].count for name in TIFF_CHUNKS if name in page.tags]
@@ -1561,9 +1563,10 @@ def _check_tiff_page(page, size):
     ends = map(sum, zip(offsets, counts))
     _require(max(ends) <= size, CUT_SHORT)
     codec = getattr(page.compression, "name", page.compression)
-    needed = planes * height * width * channels * page.dtype.itemsize
+    needed = height * width * channels * dtype.itemsize
+    stored = min(sum(counts), size)
     pieces = 1 if page.is_final else chunks
-    _check_claims(codec, TIFF_CODECS, needed, min(sum(counts), size), pieces)
+    _check_claims(codec, TIFF_CODECS, needed, stored, pieces)
     return colors
 
 
@@ -1584,7 +1587,8 @@ def _keywords_of_tiff(description):
     from astropy.io import fits
     if ASTRO_TIFF.match(description):
         lines = description.split("\n")[:MAX_FITS_CARDS]
-        return _header_of("".join(line.rstrip()[:FITS_CARD].ljust(FITS_CARD) for line in lines))
+        cards = [line.rstrip()[:FITS_CARD].ljust(FITS_CARD) for line in lines]
+        return _header_of("".join(cards))
     if not description or re.fullmatch(r'\{"shape": \[[\d, ]+\]\}', description):  # tifffile's own
         return fits.Header()
     description = description[:MAX_FITS_CARDS // 2 * HISTORY_COLUMNS]
@@ -1618,11 +1622,11 @@ def write_tiff(file, planes, source=None, history=(), compress=False, unit=Unit(
         cards = _header_text(structure, source.keywords, history, planes, unit)
     lines = re.findall(f".{{{FITS_CARD}}}", cards)
     description = "\n".join(map(str.rstrip, lines))
-    big = data.nbytes + len(description) + len(source.icc) > LARGEST_TIFF
     options = {"compression": "adobe_deflate", "predictor": 3} if compress else {}
     tifffile.imwrite(
-        file, data, bigtiff=big, photometric=photometric, description=description, metadata=None,
-        software=f"bgoptimizer {VERSION}", extratags=tags, **options)
+        file, data, bigtiff=data.nbytes > LARGEST_TIFF, photometric=photometric,
+        description=description, metadata=None, software=f"bgoptimizer {VERSION}",
+        extratags=tags, **options)
 
 
 # --------------------------------------------------------------------------------------------------

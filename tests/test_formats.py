@@ -127,9 +127,8 @@ def written(name, picture, planes=None, folder=None, **options):
     """Write what was read in a format of this name; returns the path."""
     path = os.path.join(str(folder or "."), "again" + bg.FORMATS[name].ending)
     with open(path, "w+b") as file:
-        bg.FORMATS[name].write(
-            file, picture.planes if planes is None else planes, picture.source, **options
-        )
+        planes = picture.planes if planes is None else planes
+        bg.FORMATS[name].write(file, planes, picture.source, **options)
     return path
 
 
@@ -154,16 +153,17 @@ def as_bytes(planes):
     return np.rint(planes / 257).astype(np.uint8)
 
 
-FITS_KINDS = {
-    "u8": (as_bytes, 0.5 / 255), "u16": (lambda u: u, 1e-6),
+KINDS = {  # of samples: how they are made of 16 bits, and by how much they may be off
+    "u8": (as_bytes, 0.5 / 255), "u16": (lambda u: u, 0),
     "u32": (lambda u: u.astype(np.uint32) * 65537, 1e-6),
+    "f16": (lambda u: (u / 65535).astype(np.float16), 3e-4),
     "f32": (lambda u: (u / 65535).astype(np.float32), 1e-6), "f64": (lambda u: u / 65535, 1e-6),
 }
 
 
-@pytest.mark.parametrize("kind", FITS_KINDS)
+@pytest.mark.parametrize("kind", sorted(set(KINDS) - {"f16"}))
 def test_the_demo_as_fits_reads_to_the_same_planes(kind, demo, folder):
-    make, most = FITS_KINDS[kind]
+    make, most = KINDS[kind]
     picture = bg.read_picture(save_fits("demo.fit", make(demo)))
     assert picture.warnings == []
     assert picture.unit == bg.Unit()
@@ -178,28 +178,13 @@ def test_a_compressed_fits_reads_to_the_same_planes(kind, demo, folder):
     assert picture.source.before == b""
 
 
-@pytest.mark.parametrize(
-    "make, most, options",
-    [
-        (as_bytes, 0.5 / 255, {}),
-        (lambda u: u, 1e-6, {}),
-        (lambda u: u.astype(np.uint32) * 65537, 1e-6, {}),
-        (lambda u: (u / 65535).astype(np.float32), 1e-6, {}),
-        (lambda u: u / 65535, 1e-6, {}),
-        (lambda u: (u / 65535).astype(np.float16), 3e-4, {}),
-        (lambda u: u, 1e-6, {"compression": "lzw", "predictor": True}),
-        (lambda u: u, 1e-6, {"compression": "zstd"}),
-        (
-            lambda u: (u / 65535).astype(np.float32), 1e-6,
-            {"compression": "zlib", "predictor": True},
-        ),
-        (lambda u: u, 1e-6, {"tile": (64, 64), "compression": "deflate"}),
-        (lambda u: u, 1e-6, {"rowsperstrip": 7}),
-        (lambda u: u, 1e-6, {"byteorder": ">"}),
-        (lambda u: u, 1e-6, {"bigtiff": True}),
-    ],
-)
-def test_the_demo_as_tiff_reads_to_the_same_planes(make, most, options, demo, folder):
+@pytest.mark.parametrize("kind, options", [
+    *[(kind, {}) for kind in KINDS], ("u16", {"compression": "lzw", "predictor": True}),
+    ("u16", {"compression": "zstd"}), ("f32", {"compression": "zlib", "predictor": True}),
+    ("u16", {"tile": (64, 64), "compression": "deflate"}), ("u16", {"rowsperstrip": 7}),
+    ("u16", {"byteorder": ">"}), ("u16", {"bigtiff": True})])
+def test_the_demo_as_tiff_reads_to_the_same_planes(kind, options, demo, folder):
+    make, most = KINDS[kind]
     picture = bg.read_picture(save_tiff("demo.tif", make(demo), **options))
     assert picture.warnings == []
     assert np.abs(picture.planes - bg.read_picture(str(DEMO)).planes).max() <= most
@@ -216,13 +201,9 @@ def test_a_planar_tiff_and_alpha(small, folder):
     assert "1 alpha channel(s): dropped" in picture.warnings[0]
 
 
-@pytest.mark.parametrize(
-    "arrange",
-    [
-        lambda u: u[0], lambda u: u[:1], lambda u: u[None, :1], lambda u: u, lambda u: u[None],
-        lambda u: np.moveaxis(u, 0, -1),
-    ],
-)
+@pytest.mark.parametrize("arrange", [
+    lambda u: u[0], lambda u: u[:1], lambda u: u[None, :1], lambda u: u, lambda u: u[None],
+    lambda u: np.moveaxis(u, 0, -1)])
 def test_axes_of_a_fits(arrange, small, folder):
     data = arrange(small)
     planes = bg.read_picture(save_fits("a.fits", np.ascontiguousarray(data))).planes
@@ -297,17 +278,10 @@ def test_a_picture_comes_back_in_its_own_unit(unit, small, folder):
         truth = stored * np.float32(0.5)
     path = save_fits("a.fits", stored, cards)
     if unit == "bscale":
-        with open(path, "r+b") as file:  # astropy would scale the data
-            data = bytearray(file.read())
-            data[data.index(b"END  ") :][:0]
-            file.seek(0)
-            plain = fits.Header.fromfile(path)
-            plain["BSCALE"], plain["BZERO"] = 0.5, 0.0
-            file.write(plain.tostring().encode())
-            file.write(
-                in_fits_order(stored).astype(">i2").tobytes().ljust(-(-stored.nbytes // 2880) * 2880, b"\0")
-            )
-            file.truncate()
+        plain = fits.Header.fromfile(path)
+        plain["BSCALE"], plain["BZERO"] = 0.5, 0.0
+        samples = in_fits_order(stored).astype(">i2").tobytes()  # astropy would scale the data
+        Path(path).write_bytes(plain.tostring().encode() + samples)
     picture = bg.read_picture(path)
     assert (picture.planes >= 0).all() and (picture.planes <= 1).all()
     assert picture.planes[1, 3, 4] == 0 and "written back in its own unit" in picture.note
@@ -378,9 +352,7 @@ def test_what_malformed_cards_say_is_kept(small, folder):
 @pytest.mark.parametrize("channels", [1, 3])
 def test_a_tiff_keeps_what_it_has(compress, channels, small, folder):
     tifffile.imwrite(
-        "a.tif",
-        np.moveaxis(small, 0, -1)[..., :channels].squeeze(),
-        metadata=None,
+        "a.tif", np.moveaxis(small, 0, -1)[..., :channels].squeeze(), metadata=None,
         photometric="rgb" if channels > 1 else "minisblack",
         description="SIMPLE  =                    T\nOBJECT  = 'M 31'\nEND",
         extratags=[ICC_TAG, (315, "s", 0, "me", True), (700, "B", 4, b"<x/>", True)],
@@ -462,13 +434,8 @@ def tiff_file(entries, tail=b"", next_ifd=0, count=None):
     """A little-endian TIFF file of one directory; entries are (tag, type, count, value)."""
     packed = b"".join(struct.pack("<HHII", *entry) for entry in entries)
     number = len(entries) if count is None else count
-    return (
-        b"II*\0\x08\0\0\0"
-        + struct.pack("<H", number)
-        + packed
-        + struct.pack("<I", next_ifd)
-        + tail
-    )
+    start, end = struct.pack("<H", number), struct.pack("<I", next_ifd)
+    return b"II*\0\x08\0\0\0" + start + packed + end + tail
 
 
 def tiff_tags(width=8, height=8, offset=200, size=64, **changes):
@@ -496,10 +463,8 @@ HOSTILE = {
     "a text": b"this is no picture at all",
     "a JPEG": b"\xff\xd8\xff\xe0" + bytes(100),
     "FITS that ends in the header": fits_header(*plain(16, 60, 40))[:1000],
-    "FITS without END": b"SIMPLE  =                    T".ljust(80)
-    + b" " * (2880 * 4 - 80),
-    "FITS with a header bomb": b"SIMPLE  =                    T".ljust(80)
-    + b" " * (2880 * 3000 - 80),
+    "FITS without END": b"SIMPLE  =                    T".ljust(2880 * 4),
+    "FITS with a header bomb": b"SIMPLE  =                    T".ljust(2880 * 3000),
     "FITS with a damaged END": fits_header(*plain(16, 60, 40), data=5760).replace(b"END ", b"END?")
     + fits_header("XTENSION= 'IMAGE'", *plain(8)[1:]),
     "FITS without pixels": fits_header(*plain(8)),
@@ -521,19 +486,13 @@ HOSTILE = {
     "FITS with a billion columns": fz_file("TFIELDS = 1000000000"),
     # astropy 7 ends with a crash at these two, and with it Python
     "FITS with an impossible codec": fz_file(
-        "ZCMPTYPE= 'RICE_1'", "ZNAME1  = 'BYTEPIX'", "ZVAL1   = -1"
-    ),
+        "ZCMPTYPE= 'RICE_1'", "ZNAME1  = 'BYTEPIX'", "ZVAL1   = -1"),
     "FITS with a tile beyond its memory": fz_file(
-        "ZCMPTYPE= 'HCOMPRESS_1'",
-        "ZTILE2  = 4",
-        "NAXIS2  = 1",
-        "PCOUNT  = 100",
-        start=struct.pack(">iiHii", 100, 0, 0xDD99, 40000, 40000),
-    ),
+        "ZCMPTYPE= 'HCOMPRESS_1'", "ZTILE2  = 4", "NAXIS2  = 1", "PCOUNT  = 100",
+        start=struct.pack(">iiHii", 100, 0, 0xDD99, 40000, 40000)),
     "FITS with descriptors out of the file": fz_file(start=b"\x7f\xff\xff\xff" * 8),
     "FITS with descriptors out of the heap": fz_file(
-        "PCOUNT  = 2000", start=b"\x7f\xff\xff\xff" * 8
-    ),
+        "PCOUNT  = 2000", start=b"\x7f\xff\xff\xff" * 8),
     "TIFF of 8 bytes": b"II*\0\x08\0\0\0",
     "TIFF with its directory outside": b"II*\0\xff\xff\xff\x7f" + bytes(100),
     "TIFF with a directory of 65535": tiff_file(tiff_tags(), bytes(300), count=65535),
@@ -552,8 +511,7 @@ HOSTILE = {
     "TIFF of width 0": tiff_file(tiff_tags(width=0), bytes(300)),
     "TIFF with huge tiles": tiff_file(
         tiff_tags(_322=(4, 1, 1 << 30), _323=(4, 1, 1 << 30), _324=(4, 1, 200), _325=(4, 1, 64)),
-        bytes(300),
-    ),
+        bytes(300)),
 }
 
 
@@ -690,9 +648,8 @@ def test_mutants_are_read_or_refused(kind, small, folder):
     elif kind == "fz":
         path = save_compressed("a", small, "GZIP_2")
     else:
-        path = save_tiff(
-            "a", small, compression=None if kind == "tiff" else "lzw", extratags=[ICC_TAG]
-        )
+        compression = None if kind == "tiff" else "lzw"
+        path = save_tiff("a", small, compression=compression, extratags=[ICC_TAG])
     data = open(path, "rb").read()
     for changed in mutants(data, many, seed=len(kind)):
         with open("mutant", "wb") as file:
@@ -777,17 +734,12 @@ def test_long_texts_are_whole_wherever_their_cards_end(name, small, folder):
         assert cards.comments[keyword] == keywords.comments[keyword]
 
 
-@pytest.mark.parametrize(
-    "keyword, words",
-    [
-        (("A" * 66, "12345"), ["A" * 66, "=", "12345"]),
-        (("A" * 75, "'x'"), ["A" * 72, "AAA", "=", "'x'"]),
-        (("LONG NAME", "1." + "2" * 70), ["LONG NAME =", "1.2222"]),
-        (("A=B", "'x'"), ["A=B", "=", "'x'"]),
-    ],
-)
-def test_what_no_card_can_hold_becomes_a_comment(keyword, words, small, folder):
-    name, value = keyword
+@pytest.mark.parametrize("name, value, words", [
+    ("A" * 66, "12345", ["A" * 66, "=", "12345"]),
+    ("A" * 75, "'x'", ["A" * 72, "AAA", "=", "'x'"]),
+    ("LONG NAME", "1." + "2" * 70, ["LONG NAME =", "1.2222"]),
+    ("A=B", "'x'", ["A=B", "=", "'x'"])])
+def test_what_no_card_can_hold_becomes_a_comment(name, value, words, small, folder):
     source = xisf_source(keyword_element(name, value, ""), keyword_element("OBJECT", "'M 31'", ""))
     path = written("fits", bg.Picture(small / np.float32(65535), source, []))
     cards = fits.getheader(path)
@@ -821,8 +773,7 @@ HANGS = "while True: pass"
 @pytest.mark.parametrize("program", [CRASHES, HANGS, "raise SystemExit(0)", "print('few')"])
 @pytest.mark.parametrize("kind", ["lzw", "fz"])
 def test_a_decoder_that_crashes_or_hangs_costs_only_its_picture(
-    kind, program, small, folder, monkeypatch
-):
+        kind, program, small, folder, monkeypatch):
     if kind == "lzw":
         path = save_tiff("a.tif", small, compression="lzw")
     else:
@@ -948,13 +899,9 @@ def test_keywords_in_the_unit_of_the_samples_stay_true(first, second, small, fol
         text = cards.tostring(sep="\n", endcard=False, padding=False)
         path = save_tiff("a.tif", small, description=text)
     elif first == "xisf":
-        keywords = "".join(
-            f"<FITSKeyword name='{name}' value=\"{value}\" comment=''/>"
-            for name, value in [(card.keyword, repr(card.value)) for card in cards.cards]
-        )
+        elements = [keyword_element(card.keyword, repr(card.value), "") for card in cards.cards]
         path = "a.xisf"
-        with open(path, "wb") as file:
-            file.write(one_image(small, children=keywords))
+        Path(path).write_bytes(one_image(small, children="".join(elements)))
     else:
         path = "a.fits"
     picture = bg.read_picture(path)
@@ -979,9 +926,8 @@ def test_the_range_in_the_keywords_is_that_of_each_output(small, folder):
         found = fits.getheader(path, int(compress))
         assert found["DATAMAX"] == pytest.approx(small.max() / 2) and found["DATAMIN"] == 0
         assert found["BUNIT"] == "electron"
-    found = fits.getheader(
-        written("fits", bg.read_picture(written("xisf", picture, unit=picture.unit)))
-    )
+    again = bg.read_picture(written("xisf", picture, unit=picture.unit))
+    found = fits.getheader(written("fits", again))
     scale = picture.unit.scale
     assert found["DATAMAX"] == pytest.approx(small.max() / scale)
     assert found["BUNIT"] == f"{scale:g} electron"
@@ -1244,28 +1190,19 @@ def test_what_no_mask_can_be_is_refused(folder):
 # ------------------------------------------------------------------------------------ the command
 
 
-@pytest.mark.parametrize(
-    "name, stem",
-    [
-        ("m31.fits.fz", "m31"), ("m31.fit.fits", "m31"), ("m31.FIT", "m31"), ("m31.tiff", "m31"),
-        ("a/b.c.xisf", "b.c"), ("m31.dat", "m31"), (".fits", ".fits"), ("fits", "fits"),
-    ],
-)
+@pytest.mark.parametrize("name, stem", [
+    ("m31.fits.fz", "m31"), ("m31.fit.fits", "m31"), ("m31.FIT", "m31"), ("m31.tiff", "m31"),
+    ("a/b.c.xisf", "b.c"), ("m31.dat", "m31"), (".fits", ".fits"), ("fits", "fits")])
 def test_names_of_outputs(name, stem):
     assert bg.picture_stem(name) == stem
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "source, wanted, ending",
-    [
-        ("fits", None, ".fits"), ("tiff", None, ".tif"), ("xisf", "fits", ".fits"),
-        ("fits", "tiff", ".tif"), ("tiff", "xisf", ".xisf"),
-    ],
-)
+@pytest.mark.parametrize("source, wanted, ending", [
+    ("fits", None, ".fits"), ("tiff", None, ".tif"), ("xisf", "fits", ".fits"),
+    ("fits", "tiff", ".tif"), ("tiff", "xisf", ".xisf")])
 def test_the_command_writes_the_format_of_the_input_or_another(
-    source, wanted, ending, small, folder
-):
+        source, wanted, ending, small, folder):
     first = bg.read_picture(save_fits("first.fits", small))
     os.rename(written(source, first), "sky" + bg.FORMATS[source].ending)
     original = open("sky" + bg.FORMATS[source].ending, "rb").read()
@@ -1303,9 +1240,9 @@ def test_damaged_pictures_in_a_folder_cost_no_good_ones(small, folder, capsys):
     save_tiff("lights/m.tif", small, compression="lzw")
     save_compressed("lights/z.fits.fz", small, "RICE_1")
     assert run("lights", "out", *FEW) == 1
-    said = capsys.readouterr().err.splitlines()
+    said = [line for line in capsys.readouterr().err.splitlines() if "failed: " in line]
     refusals = {name: says for name, says in samples.items() if says}
-    assert len(said) == len(HOSTILE) + len(refusals) + 1, said
+    assert len(said) == len(HOSTILE) + len(refusals), said
     for name, says in refusals.items():
         assert any(name in line and says in line for line in said)
     done = {re.sub("_bg.*", "", name) for name in os.listdir("out")}
@@ -1320,11 +1257,8 @@ def test_negatives_of_a_photometrist_are_kept_by_the_command(small, folder):
     assert run("sky.fits", "out", *FEW) == 0
     model, subtracted = map(upright, ("out/sky_bgModel.fits", "out/sky_bgSubtracted.fits"))
     assert subtracted.min() < 0 and subtracted[1, 3, 4] == 0
-    lines = [
-        line
-        for line in fits.getheader("out/sky_bgSubtracted.fits")["HISTORY"]
-        if "offset of" in line
-    ]
+    history = fits.getheader("out/sky_bgSubtracted.fits")["HISTORY"]
+    lines = [line for line in history if "offset of" in line]
     for channel, line in enumerate(lines):
         offset = float(line.split("=")[1])
         left = model[channel] + subtracted[channel] - values[channel] - offset
@@ -1361,10 +1295,8 @@ def test_the_command_divides(small, folder):
     save_fits("sky.fits", small)
     assert run("sky.fits", "out", *FEW, "--correction", "divide") == 0
     assert sorted(os.listdir("out")) == ["sky_bgDivided.fits", "sky_bgModel.fits"]
-    model, divided = (
-        bg.read_picture(f"out/sky_{kind}.fits").planes
-        for kind in ("bgModel", "bgDivided")
-    )
+    model = bg.read_picture("out/sky_bgModel.fits").planes
+    divided = bg.read_picture("out/sky_bgDivided.fits").planes
     truth = small[0] / 65535 / model[0] * np.median(model[0])
     np.testing.assert_allclose(divided[0], truth, rtol=0.02)
     history = str(fits.getheader("out/sky_bgDivided.fits")["HISTORY"])

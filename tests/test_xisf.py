@@ -278,29 +278,18 @@ def test_a_property_that_is_lost_leaves_no_data_behind(tmp_path):
     assert Walked(written(shot.planes, shot.source)).find("Table") is None
 
 
-def test_what_is_no_file_is_refused(tmp_path):
+def test_what_is_no_file_or_may_not_be_read_is_refused(tmp_path, monkeypatch):
     os.mkfifo(str(tmp_path / "fifo"))
     (tmp_path / "gone").symlink_to(tmp_path / "nowhere")
     refusals = {"": "not a file", "fifo": "not a file", "missing.xisf": "No such file",
-                "gone": "No such file", "fifo/x": "Not a directory"}
+                "gone": "No such file", "fifo/x": "Not a directory", "/dev/zero": "not a file"}
     for name, says in refusals.items():
         with pytest.raises(bg.BgError, match=says):
             bg.read_picture(str(tmp_path / name))
-    with pytest.raises(bg.BgError, match="not a file"):
-        bg.read_picture("/dev/zero")
-
-
-def test_a_file_that_may_not_be_read_or_fails_is_refused(tmp_path, monkeypatch):
-    path = tmp_path / "in.xisf"
-    path.write_bytes(one_image())
-    with monkeypatch.context() as patch:
-        patch.setattr("builtins.open", raising(PermissionError(13, "Permission denied")))
-        with pytest.raises(bg.BgError, match="Permission denied"):
-            bg.read_picture(str(path))
-    with monkeypatch.context() as patch:
-        patch.setattr("numpy.empty", raising(MemoryError()))
-        with pytest.raises(MemoryError):
-            bg.read_picture(str(path))
+    (tmp_path / "in.xisf").write_bytes(one_image())
+    monkeypatch.setattr("builtins.open", raising(PermissionError(13, "Permission denied")))
+    with pytest.raises(bg.BgError, match="Permission denied"):
+        bg.read_picture(str(tmp_path / "in.xisf"))
 
 
 def raising(error):
@@ -1003,13 +992,6 @@ def test_truncated_files_are_always_refused(shelf, name, data):
     assert taken_or_refused(file[:cut], shelf) is None
 
 
-@FUZZ
-@given(st.binary(max_size=300), st.booleans())
-def test_noise_is_refused(shelf, noise, signed):
-    file = monolithic(noise) if signed else noise
-    assert taken_or_refused(file, shelf) is None
-
-
 # ----------------------------------------------------------------------------- found by fuzzing
 
 def test_inline_data_around_a_child_are_kept_whole(tmp_path):
@@ -1018,12 +1000,3 @@ def test_inline_data_around_a_child_are_kept_whole(tmp_path):
              'AAAA<x/>BBBB</Property>')
     shot = read(one_image(children=child), tmp_path)
     assert not read(written(shot.planes, shot.source), tmp_path).warnings
-
-
-def test_a_list_of_sub_blocks_with_an_odd_number_of_sizes_is_refused(tmp_path):
-    """Found: the sums were right and the last piece was forgotten."""
-    block = zlib.compress(bytes(182))
-    listed = "%d,182:2" % len(block)
-    data = one_image(block=block + b"xx", compression="zlib:182", subblocks=listed)
-    with pytest.raises(bg.BgError, match="contradicts"):
-        read(data, tmp_path)

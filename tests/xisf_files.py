@@ -405,6 +405,8 @@ def packing_rows():
         listed = text.format(len(small), half, rest)
         yield bad("subblocks-" + text, "sub-blocks|contradicts|damaged", flat,
                   block=small, compression="zlib:8192", subblocks=listed)
+    yield bad("subblocks-odd", "contradicts", flat, block=small + b"xx",
+              compression="zlib:8192", subblocks="%d,8192:2" % len(small))
 
 
 def bomb_rows():
