@@ -774,8 +774,7 @@ MAX_HEADER = 1 << 24  # bytes
 MAX_HEADER_PARTS = 200_000  # tags and attributes
 MAX_HEADER_DEPTH = 64  # elements inside each other
 
-# Bytes: the largest LZ4 block. PixInsight fails on sub-blocks of more than 2 GiB together
-LZ4_LIMIT = 0x7E000000
+LZ4_LIMIT = 0x7E000000  # bytes: the largest block. PixInsight fails on larger ones in pieces
 ALIGNMENT = 4096  # bytes: attached blocks start at multiples of it, as in PixInsight's own files
 
 # Without leading zeros: PixInsight takes 010 for 8
@@ -838,10 +837,8 @@ def _by_package(data):
 def read_xisf(file):
     """Read the first image of a monolithic XISF file; see `read_picture`.
 
-    Integers are scaled from their full range, or from `bounds` if given, floats from `bounds`.
-    Samples below the lower bound become the smallest normal number, not 0, which would mean
-    "missing". Samples above the upper bound become 1. Memory never grows past what an honest file
-    of the same geometry and size needs.
+    Integers are scaled from their full range, or from `bounds` if given, floats from `bounds`; all
+    are clipped to it. Memory never grows past what an honest file of the same geometry needs.
     """
     root, header_end = _read_header(file)
     images = root.findall("Image")
@@ -1378,10 +1375,7 @@ def _check_fits_tiles(hdu):
 
 
 def _read_fits_source(file, hdus, number, white, notes):
-    """Return what the outputs keep of a file besides the samples of HDU `number`.
-
-    Levels of integers, whose largest is `white`, become those of samples in [0, 1].
-    """
+    """Return what the outputs keep of a file besides the samples of HDU `number`; see `_kept`."""
     hdu = hdus[number]
     keywords = _kept(hdu.header, white, notes, FITS_TABLE if hdu.packed else STRUCTURE_NAMES)
     before = _read_at(file, 0, hdu.start).tobytes()
@@ -1571,7 +1565,7 @@ def _check_tiff_page(page, size):
 
 
 def _read_tiff_source(page, white, notes):
-    """Return what the outputs keep of a page; integers have `white` for their largest."""
+    """Return what the outputs keep of a page; see `_kept`."""
     tags = []
     for code in TIFF_KEPT:
         with suppress(Exception):  # it is missing or damaged
