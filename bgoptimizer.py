@@ -467,8 +467,11 @@ def _fit_into_unit_range(planes, notes):
     if lowest < 0:
         some = planes[:, ::7, ::7]
         some = some[np.isfinite(some)]
-        middle, bright = np.quantile(some, (0.5, 0.999)) if some.size else (lowest, highest)
-        offset = lowest - float(max(2 * (middle - lowest), bright - middle, -lowest / 1000))
+        middle, bright = lowest, highest
+        if some.size:
+            middle, bright = np.quantile(some, (0.5, 0.999))
+        room = max(2 * (middle - lowest), bright - middle, -lowest / 1000)
+        offset = lowest - float(room)
     # A power of two: without an offset, all digits stay
     scale = 2.0 ** (math.ceil(math.log2(highest - offset)) + 1)
     for plane in planes:
@@ -489,7 +492,10 @@ def _leave_out_marks(planes, notes):
     if not (-LARGEST_VALUE < lowest <= SMALLEST_MARK and lowest == round(lowest)):
         return None
     others = planes[np.isfinite(planes) & (planes > lowest)]
-    if not others.size or others.min() - lowest <= np.median(others) - others.min():
+    if not others.size:
+        return None
+    least = others.min()
+    if least - lowest <= np.median(others) - least:
         return None
     marked = planes == lowest
     planes[marked] = np.nan
