@@ -307,18 +307,15 @@ class Picture:
         return f"written back in its own unit; the levels below are {value} / {scale:g}"
 
 
-class _Unreadable(ValueError):
-    """What is wrong with a file, in words that go on from its name, and what to do about it."""
-
-    def __init__(self, problem, advice="copy or save it again"):
-        super().__init__(problem[:150])
-        self.advice = advice
+def _refuse(problem, advice="copy or save it again"):
+    """Say what is wrong with what is being read, in words that go on from its name."""
+    raise BgError(f"{problem[:150]}; {advice}")
 
 
 def _require(fact, problem, *advice):
     """Refuse what is being read unless `fact` holds."""
     if not fact:
-        raise _Unreadable(problem, *advice)
+        _refuse(problem, *advice)
 
 
 @contextmanager
@@ -335,10 +332,10 @@ def _refusals(name):
     try:
         with _silence(), memory_errors():
             yield
-    except (BgError, MemoryError, ImportError):
+    except (MemoryError, ImportError):
         raise
-    except _Unreadable as error:
-        raise BgError(f"{name} {error}; {error.advice}") from None
+    except BgError as error:
+        raise BgError(f"{name} {error}") from None
     except OSError as error:
         reason = error.strerror or error
         raise BgError(f"{name} cannot be read: {reason}; check the path and the disk") from None
@@ -385,7 +382,7 @@ def _opened(path):
                     unpacked.write(piece)
                     _check_claims("gzip", ("gzip",), unpacked.tell(), _file_size(file))
             except (EOFError, gzip.BadGzipFile, zlib.error):
-                raise _Unreadable("is cut short or damaged: gzip cannot unpack it") from None
+                _refuse("is cut short or damaged: gzip cannot unpack it")
             unpacked.seek(0)
             yield unpacked
 
@@ -890,7 +887,7 @@ def _read_header(file):
     try:
         parser.Parse(text + ending, True)
     except expat.ExpatError as error:
-        raise _Unreadable(f"has a header that is not well-formed XML ({error})") from None
+        _refuse(f"has a header that is not well-formed XML ({error})")
     root = builder.close()
     version = _squeezed(root).get("version")
     _require(root.tag == "xisf" and version == "1.0", "is not XISF version 1.0")
@@ -941,7 +938,7 @@ def _stored(element, blocks):
         try:
             stored = np.frombuffer(decode(digits), np.uint8)
         except ValueError:
-            raise _Unreadable(f"has damaged {encoding} data") from None
+            _refuse(f"has damaged {encoding} data")
     if "checksum" in attributes:
         name, _, expected = attributes["checksum"].lower().partition(":")
         name = name.replace("sha-", "sha").replace("-", "_")
@@ -1024,11 +1021,12 @@ def _read_bounds(attributes, dtype):
     text = attributes.get("bounds")
     if text is None and dtype.kind == "u":
         return 0, float(limits.max)
+    lower = upper = math.nan
     with suppress(ValueError, AttributeError):
         lower, upper = sorted(map(float, text.split(":")[:2]))
-        if limits.min <= lower < upper <= limits.max and upper - lower < math.inf:
-            return lower, upper
-    raise _Unreadable(f"has no or impossible bounds, its black and white: {text!r}")
+    possible = limits.min <= lower < upper <= limits.max and upper - lower < math.inf
+    _require(possible, f"has no or impossible bounds, its black and white: {text!r}")
+    return lower, upper
 
 
 def _clip(planes):
@@ -1091,8 +1089,9 @@ def _is_kept(element, blocks, untrue, lost):
         for part in element.iter():
             if "location" in part.attrib and part.get("location") not in blocks:
                 _stored(part, blocks)
-    except _Unreadable as error:
-        lost.append(f"{element.tag} {name[:80]!r}, which {error}")
+    except BgError as error:
+        reason, _, _ = str(error).partition(";")
+        lost.append(f"{element.tag} {name[:80]!r}, which {reason}")
         return False
     return True
 
@@ -1528,7 +1527,7 @@ def _find_page(tiff, notes):
     kinds = {page.photometric for page in (*pages, *below)}
     if kinds.intersection(TIFF_SENSOR) or "DNGVersion" in first.tags:
         maker = str(first.tags.valueof("Make") or "").strip()
-        raise _raw(f"of {maker[:30]}" if maker else "such as DNG")
+        _refuse_raw(f"of {maker[:30]}" if maker else "such as DNG")
     pictures = [page for page in pages if not page.is_reduced]
     _require(pictures, "holds nothing but a thumbnail")
     if len(pictures) > 1:
@@ -1665,9 +1664,9 @@ def _kind_of(file):
     return next((k for k, begins in STARTS.items() if re.match(begins, start, re.DOTALL)), None)
 
 
-def _raw(kind):
-    """Return why a camera's raw file is refused."""
-    return _Unreadable(
+def _refuse_raw(kind):
+    """Say that a camera's raw file is no picture yet."""
+    _refuse(
         f"is a camera's raw file ({kind}), a single undeveloped frame",
         "calibrate, debayer, and stack it first, and save the stack as XISF, FITS, or TIFF")
 
@@ -1695,7 +1694,7 @@ def read_picture(path):
         kind = _kind_of(file)
         _require(kind, "is not an XISF, FITS, or TIFF file", "save the picture as one of them")
         if kind in RAW:
-            raise _raw(kind)
+            _refuse_raw(kind)
         _require(kind in FORMATS, f"is a {kind} picture, stretched and no longer linear",
                  "give the linear stack as XISF, FITS, or TIFF")
         return FORMATS[kind].read(file)
