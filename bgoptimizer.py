@@ -3816,11 +3816,12 @@ def _explain(scene: _Scene, patches: np.ndarray, used: np.ndarray,
     found = _Objects(objects & ~dark, dark, reach, sky)
     candidates = [_try_smoothing(surfaces, found, smoothing) for smoothing in smoothings]
     best = _choose(candidates, GOOD_ENOUGH)
-    if _closed_top(surfaces, best) <= BULGE:
+    top = _closed_top(surfaces, best)
+    if top <= BULGE:
         return _Explanation(surfaces, found, candidates, best)
+    most = math.inf if top > HIGH_BULGE else best.loss + DOUBT_MARGIN
     stiffer = [other for other in candidates if other.smoothing > best.smoothing
-               and other.loss <= best.loss + DOUBT_MARGIN
-               and _closed_top(surfaces, other) <= BULGE]
+               and other.loss <= most and _closed_top(surfaces, other) <= BULGE]
     if not stiffer:
         return _Explanation(surfaces, found, candidates, best, bulging=True)
     bulging = stiffer[-1].loss > best.loss + ALIKE
@@ -3927,6 +3928,10 @@ BULGE = 0.1
 """The sky has no closed top or bottom inside the frame that is higher or deeper than this part of
 its range. If the surface that explains the picture best has one, a stiffer one is taken, and the
 sky cannot be known unless that explains the picture alike."""
+
+HIGH_BULGE = 0.18
+"""If it is even higher, any stiffer surface without one is taken. That of vignetting with a tilt,
+which no stiffer surface explains, was up to 0.15; those of nebulae over all 0.2 and more."""
 
 SMALL_TOP = 0.2
 """A top counts only if less than this part of the frame is in the upper half of it. That of
@@ -4186,7 +4191,7 @@ def find_sky(prepared: Prepared, settings: Settings) -> Sky:
         explanation, shared = look_with_reference(
             scene, explanation, prepared.reference, smoothings)
     doubt, unsure = _certainty(explanation, shared)
-    if unsure and unsure != SEAM:
+    if unsure and not (unsure == SEAM and _is_explained(explanation)):
         explanation = _in_doubt(explanation)
     surfaces, objects, best = explanation.surfaces, explanation.objects, explanation.best
     total = cells.usable.sum()
