@@ -78,14 +78,8 @@ import time
 import warnings
 import zlib
 from collections import Counter
-from concurrent.futures import (
-    BrokenExecutor,
-    CancelledError,
-    Executor,
-    ProcessPoolExecutor,
-    ThreadPoolExecutor,
-    as_completed,
-)
+from concurrent.futures import BrokenExecutor, CancelledError, Executor, as_completed
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, fields, replace
 from datetime import datetime, timezone
@@ -2175,7 +2169,7 @@ class Reduced:
     full_shape: tuple[int, int]  # (h, w) of the full-size picture
     user_mask: np.ndarray  # (h, w, 1 or c) the mask file, reduced; 1 if there is none
     rim: np.ndarray  # (h, w) bool: darker than the picture by a step; see `find_rim`
-    close_up: np.ndarray | None  # as `linear`, but reduced less: what is drawn if small
+    drawn: np.ndarray  # (h', w', c) as `linear`, in the size in which it is drawn
     black: float  # the linear value that no light at all would give
     reference: Reference | None  # another picture of the region
 
@@ -2261,7 +2255,7 @@ def prepare(planes: np.ndarray, settings: Settings, mask: np.ndarray | None = No
         full_shape=(height, width),
         user_mask=user_mask,
         rim=find_rim(linear),
-        close_up=close_up(planes, settings),
+        drawn=to_draw(planes, linear),
         black=black,
         reference=reference)
     return stretch_and_mask(reduced, stretches[quantile], settings)
@@ -5782,12 +5776,10 @@ def _to_planes(image: np.ndarray, name: str) -> np.ndarray:
 # --------------------------------------------------------------------------------------------------
 
 VIEW_PIXELS = 600
-"""Reduced pixels along the longer side that numbers and pictures are made of. More could not be
-seen."""
+"""Pixels along the longer side from which pictures are drawn. More could not be seen."""
 
 SMALL_PICTURE = 1200
-"""Pixels along the longer side. A picture up to this size is drawn from itself, not from the
-reduced copy; a larger one has enough reduced pixels."""
+"""Pixels along the longer side. The reduced copy of a picture up to this size looks blocky."""
 
 BLOWN_SHARE = 0.01
 """Part of the frame. If the stretch clips less sky than that, nobody needs to know."""
@@ -5824,27 +5816,17 @@ MOSAIC_GREENS = 0.5
 Columns or rows of a sensor that differ do so on both diagonals."""
 
 
-def thinned(prepared: Prepared, most: int = VIEW_PIXELS) -> Prepared:
-    """Take every k-th pixel of the reduced frame, so that its longer side has about `most`."""
-    longer = max(prepared.used.shape)
-    step = max(1, round(longer / most))
-    parts = {}
-    for name in ("image", "weight", "centers", "linear", "user_mask", "rim"):
-        whole = getattr(prepared, name)
-        parts[name] = whole[::step, ::step]
-    return replace(prepared, **parts)
+def to_draw(planes: np.ndarray, linear: np.ndarray) -> np.ndarray:
+    """Return what a picture (c, h, w) is drawn from, (h, w, c) linear, NaN where missing.
 
-
-def close_up(planes: np.ndarray, settings: Settings) -> np.ndarray | None:
-    """Reduce a small picture to what fits into a figure, for the reduced copy would look blocky.
-
-    Returns:
-        (h, w, c) linear, NaN where missing; None if the picture is large, or hardly reduced.
+    That is every k-th pixel of the reduced picture, `linear`, which has enough of them; unless the
+    picture is small.
     """
     longer = max(planes.shape[1:])
+    if longer > SMALL_PICTURE:
+        step = max(1, round(max(linear.shape) / VIEW_PIXELS))
+        return linear[::step, ::step]
     factor = math.ceil(longer / VIEW_PIXELS)
-    if longer > SMALL_PICTURE or factor >= settings.downscaling_factor:
-        return None
     reduced = [reduce_plane(plane, factor, "mean") for plane in planes]
     return np.stack(reduced, -1)
 
@@ -6006,8 +5988,8 @@ def _log_numbers(examined: Examined, settings: Settings) -> None:
 # --------------------------------------------------------------------------------------------------
 # Pictures: preview, figures, animation
 #
-# All are drawn from the reduced picture, so a large frame costs no more than a small one; of a
-# small picture, there is a close-up. Axes are those of the full-size picture, in its pixels.
+# All are drawn in the size of `Reduced.drawn`, so a large frame costs no more than a small one.
+# Axes are those of the full-size picture, in its pixels.
 # --------------------------------------------------------------------------------------------------
 
 VIEWS = ("picture", "model", "result")
@@ -6057,22 +6039,16 @@ def to_bytes(stretched: np.ndarray) -> np.ndarray:
     return np.broadcast_to(image, (height, width, 3))
 
 
-def drawn_from(prepared: Prepared) -> np.ndarray:
-    """Return what a thinned picture is drawn from, (h, w, c) linear."""
-    return prepared.linear if prepared.close_up is None else prepared.close_up
-
-
 class Views:
     """A picture, a model of its sky, and what is left without it, as they are drawn."""
 
     def __init__(self, prepared: Prepared, sky: Callable, correction: str):
-        """Make them of what was thinned.
+        """Make them; the correction is "subtract" or "divide".
 
-        The sky takes frame coordinates (..., 2) to the linear sky there, (..., c); the correction
-        is "subtract" or "divide".
+        The sky takes frame coordinates (..., 2) to the linear sky there, (..., c).
         """
         self.shape = prepared.full_shape
-        self.picture = drawn_from(prepared)  # (h, w, c) linear, as the others
+        self.picture = prepared.drawn  # (h, w, c) linear, as the others
         planes = SkyModel(sky, self.picture.shape[:2])
         self.model = np.stack(list(planes), -1)
         with np.errstate(divide="ignore", invalid="ignore"):  # a sky of no light at all
@@ -6105,9 +6081,7 @@ def show(axes, colors: np.ndarray, shape: tuple[int, int], title: str):
 def draw_seen(axes, prepared: Prepared, settings: Settings, columns: int = 2) -> None:
     """Draw the picture as the fit would see it, and in stripes what it would not, with a legend.
 
-    Args:
-        prepared: thinned.
-        columns: of the legend.
+    The legend has so many columns.
     """
     from matplotlib.patches import Patch
     areas = mask_reasons(prepared, settings)
@@ -6127,11 +6101,10 @@ def striped(prepared: Prepared, areas: dict[str, np.ndarray]) -> np.ndarray:
     """Return the picture as the fit would see it, bytes (h, w, 3), and over it areas in stripes.
 
     Args:
-        prepared: thinned.
-        areas: reason, as in OVERLAYS -> (rows, columns) of `prepared`, bool.
+        areas: reason, as in OVERLAYS -> (rows, columns) of the reduced frame, bool.
     """
     from matplotlib.colors import to_rgb
-    stretched = prepared.stretch.apply(drawn_from(prepared))
+    stretched = prepared.stretch.apply(prepared.drawn)
     times = math.ceil(VIEW_PIXELS / max(stretched.shape))  # a small one is enlarged
     colors = to_bytes(stretched).repeat(times, 0)
     colors = colors.repeat(times, 1)
@@ -6166,7 +6139,6 @@ def draw_figures(figure, prepared: Prepared, settings: Settings, title: str, sai
         said: sentences.
         fit: None before it. Then the model is the sky that was found.
     """
-    prepared = thinned(prepared)
     figure.set_layout_engine("constrained")
     said_of_fit = [["words"]] if fit is None else [["loss"], ["words"], ["words"]]
     axes = figure.subplot_mosaic([list(VIEWS), ["seen", "uncertainty", said_of_fit]])
@@ -6188,9 +6160,10 @@ def draw_figures(figure, prepared: Prepared, settings: Settings, title: str, sai
 
 def draw_uncertainty(axes, prepared: Prepared) -> None:
     """Draw the standard deviation of the sky, in percent of its range."""
-    sky = prepared.sky.surface(prepared.centers)  # (h, w, c)
+    places = frame_coordinates(*prepared.drawn.shape[:2])
+    sky = prepared.sky.surface(places)  # (h, w, c)
     span = np.maximum(np.ptp(sky, (0, 1)), 1e-12)  # (c,)
-    percent = 100 * prepared.sky.uncertain(prepared.centers) / span
+    percent = 100 * prepared.sky.uncertain(places) / span
     title = "uncertainty of the model, percent of the sky's range"
     drawn = show(axes, percent.mean(-1), prepared.full_shape, title)
     axes.figure.colorbar(drawn, ax=axes, shrink=0.8)
@@ -6214,7 +6187,6 @@ def write_animation(file, prepared: Prepared, fit: Fit, correction: str = "subtr
     """
     from matplotlib.figure import Figure
     from PIL import Image
-    prepared = thinned(prepared)
     longer = max(prepared.full_shape)
     # Most happens early, so the steps are at equal distances of the square root of the epoch
     chosen = (len(fit.track) - 1) * np.linspace(0, 1, FRAMES - 1)**2
@@ -6834,7 +6806,7 @@ class Preview:
         for old in (*axes.images, *axes.collections, axes.get_legend()):
             if old is not None:
                 old.remove()
-        prepared = thinned(self.seen())
+        prepared = self.seen()
         if self.shown == "picture" or self.sky is None:
             draw_seen(axes, prepared, view.settings, 5)
         else:

@@ -159,20 +159,20 @@ def test_a_plain_run_with_objects_in_it_hints_at_auto(family, extra, told, folde
 
 @pytest.mark.slow
 def test_a_small_picture_is_drawn_from_itself_and_a_large_one_from_its_reduced_copy():
-    def close_up(height, width, factor):
+    def drawn(height, width, factor):
         noise = np.random.default_rng(1).uniform(0.01, 0.02, (1, height, width))
         image = noise.astype(np.float32)
-        prepared, _ = examine(image, Settings(downscaling_factor=factor))
-        return image, prepared.close_up
+        prepared = prepare(image, Settings(downscaling_factor=factor).resolved())
+        return image, prepared.linear, prepared.drawn
 
-    image, drawn = close_up(200, 300, 8)
-    assert_allclose(drawn[..., 0], image[0])
-    _, halved = close_up(640, 960, 8)
+    image, _, shown = drawn(200, 300, 8)
+    assert_allclose(shown[..., 0], image[0])
+    _, _, halved = drawn(640, 960, 8)
     assert halved.shape == (320, 480, 1)  # a figure could not show more
-    _, none = close_up(1000, 1600, 8)
-    assert none is None
-    _, none = close_up(200, 300, 1)
-    assert none is None
+    _, reduced, shown = drawn(1000, 1600, 8)
+    assert_array_equal(shown, reduced)
+    _, reduced, shown = drawn(1000, 1600, 1)
+    assert_array_equal(shown, reduced[::3, ::3])
 
 
 @pytest.mark.slow
