@@ -81,7 +81,7 @@ from collections import Counter
 from concurrent.futures import BrokenExecutor, CancelledError, Executor, as_completed
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Callable, ContextManager, Iterable, Iterator, NamedTuple, Sequence
@@ -6278,7 +6278,12 @@ class Task:
 
     path: str
     options: argparse.Namespace  # of the command line
-    settings: Settings
+
+    @functools.cached_property
+    def settings(self) -> Settings:
+        """What the options ask of the work on the picture; ValueError if they cannot."""
+        chosen = {item.name: getattr(self.options, item.name) for item in fields(Settings)}
+        return Settings(**chosen)
 
     @functools.cached_property
     def format(self) -> Format:
@@ -6289,21 +6294,19 @@ class Task:
     def outputs(self) -> dict[str, str]:
         """What is written -> its path."""
         options = self.options
+        fits = not options.preview
         ending = self.format.ending
-        ends = {}
-        if not options.preview:
-            what = "bgDivided" if self.settings.correction == "divide" else "bgSubtracted"
-            ends["model"] = f"bgModel{ending}"
-            ends["subtracted"] = f"{what}{ending}"
-        if options.save_uncertainty:
-            ends["uncertainty"] = f"uncertainty{ending}"
-        if options.save_mask:
-            ends["mask"] = f"mask{ending}"
-        if options.animate:
-            ends["animation"] = "optimization.gif"
-        if options.figures == "save":
-            ends["figure"] = "preview.png" if options.preview else "figures.png"
-        return {kind: self.output(end) for kind, end in ends.items()}
+        left = "bgDivided" if options.correction == "divide" else "bgSubtracted"
+        figure = "figures.png" if fits else "preview.png"
+        kinds = (
+            ("model", fits, f"bgModel{ending}"),
+            ("subtracted", fits, f"{left}{ending}"),
+            ("uncertainty", options.save_uncertainty, f"uncertainty{ending}"),
+            ("mask", options.save_mask, f"mask{ending}"),
+            ("animation", options.animate, "optimization.gif"),
+            ("figure", options.figures == "save", figure),
+        )
+        return {kind: self.output(end) for kind, is_asked, end in kinds if is_asked}
 
     def output(self, end: str) -> str:
         """Return the path of an output whose name ends so."""
@@ -6340,24 +6343,23 @@ def _check_output(path: str, kept: Iterable[str]) -> None:
                       "choose another output folder")
 
 
-def process_file(task: Task, watched: ContextManager = nullcontext(),
-                 place: str | None = None) -> tuple[Result | None, list[str]]:
+def process_file(task: Task, said: list[str], watched: ContextManager = nullcontext(),
+                 place: str | None = None) -> Result | None:
     """Take the sky out of one picture, or draw its preview, from file to files.
 
     Args:
+        said: what has been logged of it, as `heard` gives it.
         watched: as for `remove_sky`.
         place: where the figure is shown, too: "notebook", "window", or None.
 
     Returns:
-        What came of it, None of a preview; and the warnings.
+        What came of it, None of a preview.
 
     Raises:
         BgError: it cannot be done.
     """
-    notes = _Notes()
     paths = task.outputs.values()
-    with _heard_by(notes, *logger.handlers), ExitStack() as stack:
-        opened = stack.enter_context(atomic_outputs(*paths)) if paths else []
+    with atomic_outputs(*paths) if paths else nullcontext(()) as opened:
         files = dict(zip(task.outputs, opened))
         picture, mask, reference = read_inputs(task)
         result = fit = None
@@ -6370,13 +6372,13 @@ def process_file(task: Task, watched: ContextManager = nullcontext(),
             prepared, settings, fit = result.prepared, result.settings, result.fit
             write_outputs(task, picture, result, files)
         draw = functools.partial(
-            draw_figures, prepared=prepared, settings=settings, said=notes.said, fit=fit,
+            draw_figures, prepared=prepared, settings=settings, said=said, fit=fit,
             title=os.path.basename(task.path))
         if "figure" in files:
             files["figure"].write(drawn_by(draw))
         elif place is not None:
             show_figure(draw, place)
-    return result, notes.warned
+    return result
 
 
 def read_inputs(task: Task) -> tuple[Picture, np.ndarray | None, Reference | None]:
@@ -6519,6 +6521,10 @@ def _history(task: Task, result: Result) -> list[str]:
     return [f"bgoptimizer {VERSION}, {date}"] + lines
 
 
+WARNING = "warning: "
+"""How sentences begin that are warnings."""
+
+
 class _Interrupts:
     """Ctrl-C, or another wish to end the run, that cannot get lost.
 
@@ -6531,12 +6537,11 @@ class _Interrupts:
 
     def __enter__(self):
         self.before = {}
-        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-            number = getattr(signal, name, signal.SIGINT)  # Windows has no HUP
-            if signal.getsignal(number) not in (None, signal.SIG_IGN):  # `nohup` ignores HUP
+        for number in signal.Signals:
+            ends = number.name in ("SIGINT", "SIGTERM", "SIGHUP")
+            if ends and signal.getsignal(number) not in (None, signal.SIG_IGN):  # as under `nohup`
                 with suppress(ValueError):  # signals reach the main thread only
-                    before = signal.signal(number, self._listen)
-                    self.before.setdefault(number, before)
+                    self.before[number] = signal.signal(number, self._listen)
         return self
 
     def _listen(self, number, _):
@@ -6580,33 +6585,32 @@ def watched_fit(epochs: int, interrupts: _Interrupts,
         interrupts.check()
 
 
-class _Notes(logging.Handler):
-    """Keeps what is logged, a sentence each."""
-
-    def __init__(self):
-        super().__init__()
-        self.said = []  # warnings are marked
-        self.warned = []
-
-    def emit(self, record):
-        text = record.getMessage()
-        if record.levelno >= logging.WARNING:
-            self.warned.append(text)
-            text = f"warning: {text}"
-        self.said.append(text)
-
-
 @contextmanager
-def _heard_by(*handlers: logging.Handler) -> Iterator[None]:
-    """Let these handlers, and no others, hear all that is logged."""
-    before = logger.handlers[:], logger.propagate, logger.level
-    logger.handlers[:] = handlers
-    logger.propagate = False
+def heard(printed: int = logging.CRITICAL) -> Iterator[list[str]]:
+    """Note what is logged, a sentence each, and print what has this level; nobody else hears it.
+
+    Information is printed on stdout and warnings on stderr, wherever these lead when it happens.
+    """
+    said = []
+
+    def hear(record):  # whatever fails here ends the run: a reader may have closed stdout
+        text = record.getMessage()
+        is_warning = record.levelno >= logging.WARNING
+        said.append(WARNING + text if is_warning else text)
+        if record.levelno >= printed:
+            if is_warning:
+                print(f"bgoptimizer: {WARNING}{text}", file=sys.stderr)
+            else:
+                print(text, flush=True)
+        return False
+
+    before = logger.filters, logger.level
+    logger.filters = [hear]
     logger.setLevel(logging.INFO)
     try:
-        yield
+        yield said
     finally:
-        logger.handlers[:], logger.propagate, level = before
+        logger.filters, level = before
         logger.setLevel(level)
 
 
@@ -6871,9 +6875,8 @@ def drawn_on(mask: np.ndarray | None, drawn: np.ndarray | None) -> np.ndarray | 
 
 def _quietly(work: Callable) -> tuple[Any, list[str]]:
     """Return what work() gives, and what it says, which nobody else hears."""
-    notes = _Notes()
-    with memory_errors(), _heard_by(notes):
-        return work(), notes.said
+    with memory_errors(), heard() as said:
+        return work(), said
 
 
 class PreviewWindow(Preview):
@@ -7002,8 +7005,8 @@ class PreviewWindow(Preview):
 
         def work():
             changes = dict(mask=self.write_mask(view), preview=False, figures="none")
-            options = argparse.Namespace(**{**vars(self.task.options), **changes})
-            task = Task(self.task.path, options, view.asked)
+            chosen = {**vars(self.task.options), **vars(view.asked), **changes}
+            task = Task(self.task.path, argparse.Namespace(**chosen))
             task.check()
             with atomic_outputs(*task.outputs.values()) as files:
                 write_outputs(task, self.picture, view.result, dict(zip(task.outputs, files)))
@@ -7223,8 +7226,7 @@ def _files_at(name: str) -> list[str]:
     return as_it_is or glob.glob(name, recursive=True)
 
 
-def run_many(pictures: list[str], options: argparse.Namespace, settings: Settings,
-             interrupts: _Interrupts) -> None:
+def run_many(pictures: list[str], options: argparse.Namespace, interrupts: _Interrupts) -> None:
     """Do all these pictures as the command line says, and write the report.
 
     Until it is written no other run can write it, so no two runs work on one folder. A BgError is
@@ -7242,7 +7244,7 @@ def run_many(pictures: list[str], options: argparse.Namespace, settings: Setting
     outcomes = []
     stopped = None
     with atomic_outputs(report) as (file,):
-        to_do, settled = _plan(pictures, options, settings, report)
+        to_do, settled = _plan(pictures, options, report)
         tried = len(to_do)
         results = _outcomes(to_do, options, interrupts)
         try:
@@ -7282,7 +7284,7 @@ def read_report(path: str) -> dict[str, Outcome]:
     return {}
 
 
-def _plan(pictures: list[str], options: argparse.Namespace, settings: Settings,
+def _plan(pictures: list[str], options: argparse.Namespace,
           report: str) -> tuple[list[Task], list[Outcome]]:
     """Return what there is to do, and the outcomes of what is done already or cannot start."""
     known = read_report(report) if options.skip_done else {}
@@ -7291,7 +7293,7 @@ def _plan(pictures: list[str], options: argparse.Namespace, settings: Settings,
     writers = {}  # path of an output -> its picture
     for path in pictures:
         try:
-            task = Task(path, options, settings)
+            task = Task(path, options)
             task.check()
             for output in task.outputs.values():
                 other = writers.setdefault(os.path.normcase(output), path)
@@ -7346,20 +7348,22 @@ def _try_picture(task: Task, interrupts: _Interrupts) -> Outcome:
     started = time.perf_counter()
     watched = watched_fit(task.settings.epochs, interrupts, shown=False)
     try:
-        with _heard_by():
-            outcome = _outcome(task, *process_file(task, watched))
+        with heard() as said:
+            result = process_file(task, said, watched)
+        outcome = _outcome(task, result, said)
     except Exception as error:
         outcome = Outcome(task.path, FAILED, message=_told(error))
     return outcome._replace(seconds=f"{time.perf_counter() - started:.2f}")
 
 
-def _outcome(task: Task, result: Result, warned: list[str]) -> Outcome:
+def _outcome(task: Task, result: Result, said: list[str]) -> Outcome:
     """Put a result into the words and digits of a row."""
     sky = result.prepared.sky
     numbers = (sky.share, result.settings.smoothing, result.gradient_before,
                result.gradient_after, result.clipped)
     digits = ["" if math.isnan(number) else f"{number:.5g}" for number in numbers]
     confidence = f"unsure: {sky.unsure}" if sky.unsure else "sure"
+    warned = [line[len(WARNING):] for line in said if line.startswith(WARNING)]
     outcome = WARNED if warned else DONE
     return Outcome(task.path, outcome, *digits, confidence, message=" | ".join(warned))
 
@@ -7369,17 +7373,16 @@ def _outcome(task: Task, result: Result, warned: list[str]) -> Outcome:
 _one_at_a_time = threading.Lock()
 
 
-def do_picture(given: dict, folder: str) -> tuple:
-    """Do one picture for an executor; takes and gives the fields of a `Task` and an `Outcome`.
+def do_picture(path: str, options: argparse.Namespace, folder: str) -> tuple:
+    """Do one picture for an executor; takes the fields of a `Task`, gives those of an `Outcome`.
 
     Paths start from `folder`. A worker of Dask may have several threads, but TensorFlow, the log,
     and memory are one for all.
     """
     with _one_at_a_time, _Interrupts() as interrupts:
         os.chdir(folder)
-        task = Task(**{**given, "settings": Settings(**given["settings"])})
         try:
-            return tuple(_try_picture(task, interrupts))
+            return tuple(_try_picture(Task(path, options), interrupts))
         except KeyboardInterrupt:  # in a process; what it wrote is cleared away
             os._exit(1)
 
@@ -7390,7 +7393,7 @@ def _by_executor(executor: Executor, work: Callable, to_do: list[Task]) -> Itera
     BrokenExecutor, CancelledError, and OSError are the end of the executor.
     """
     folder = os.getcwd()
-    tasks = {executor.submit(work, asdict(task), folder): task for task in to_do}
+    tasks = {executor.submit(work, task.path, task.options, folder): task for task in to_do}
     for future in as_completed(tasks):
         task = tasks[future]
         try:
@@ -7568,8 +7571,8 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Settings]:
-    """Return options and settings, or exit with code 2 and a sentence."""
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Return the options, or exit with code 2 and a sentence."""
     parser = build_parser()
     argv = sys.argv[1:] if argv is None else argv
     for word in argv:
@@ -7590,11 +7593,11 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Settings]:
     if options.jobs is not None and (options.jobs < 1 or options.dask is not None):
         parser.error("--jobs must be 1 or more, and does not go with --dask")
     options.auto = options.auto or options.reference is not None
-    chosen = {item.name: getattr(options, item.name) for item in fields(Settings)}
     try:
-        return options, Settings(**chosen)
+        Task("", options).settings
     except ValueError as error:
         parser.error(str(error))
+    return options
 
 
 def flag_words(options: argparse.Namespace, settings: Settings, mask: str | None,
@@ -7642,15 +7645,14 @@ def main(argv: Sequence[str] | None = None,
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         with interrupts, memory_errors():
-            options, settings = _parse(argv)
-            console = _Console(logging.WARNING if options.quiet else logging.INFO)
-            with _heard_by(console, *logger.handlers):
+            options = _parse(argv)
+            with heard(logging.WARNING if options.quiet else logging.INFO) as said:
                 pictures = find_pictures(options.input_file, options.mask, options.reference)
                 reported = options.jobs or options.dask or options.skip_done
                 if reported or len(pictures) > 1 or pictures != options.input_file:
-                    run_many(pictures, options, settings, interrupts)
+                    run_many(pictures, options, interrupts)
                 else:
-                    _run_one(options, settings, interrupts, use)
+                    _run_one(options, said, interrupts, use)
         return 0
     except SystemExit as stop:  # argparse has said why
         return stop.code or 0
@@ -7675,25 +7677,14 @@ def command() -> None:
     os._exit(code)
 
 
-class _Console(logging.Handler):
-    """Prints information on stdout and warnings on stderr, wherever these lead when it happens."""
-
-    def emit(self, record):  # whatever fails here ends the run: a reader may have closed stdout
-        text = record.getMessage()
-        if record.levelno < logging.WARNING:
-            print(text, flush=True)
-        else:
-            print(f"bgoptimizer: warning: {text}", file=sys.stderr)
-
-
-def _run_one(options: argparse.Namespace, settings: Settings, interrupts: _Interrupts,
+def _run_one(options: argparse.Namespace, said: list[str], interrupts: _Interrupts,
              use: Callable[[list[str]], None]) -> None:
-    """Do one picture, and tell how it goes on."""
+    """Do one picture, and tell how it goes on; `said` is as `heard` gives it."""
     started = time.perf_counter()
     place = _place_for_figure(options)
     if place == "file":
         options.figures = "save"
-    task = Task(*options.input_file, options, settings)
+    task = Task(*options.input_file, options)
     task.check()
     if options.preview and place == "window":
         work_in_window(task, interrupts)
@@ -7701,7 +7692,8 @@ def _run_one(options: argparse.Namespace, settings: Settings, interrupts: _Inter
         from IPython.display import display
         display(PreviewPanel(use, task, *read_inputs(task)).box)
     else:
-        process_file(task, watched_fit(settings.epochs, interrupts, not options.quiet), place)
+        watched = watched_fit(task.settings.epochs, interrupts, not options.quiet)
+        process_file(task, said, watched, place)
         for path in task.outputs.values():
             logger.info(f"wrote {path}")
         logger.info(f"{time.perf_counter() - started:.1f} s")

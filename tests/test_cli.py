@@ -144,7 +144,7 @@ def test_matplotlib_is_not_loaded_where_nothing_is_drawn(sky, folder):
 
 IMPORTS_BEFORE_TENSORFLOW = """
 import sys, bgoptimizer
-task = bgoptimizer.Task(sys.argv[1], *bgoptimizer._parse([*sys.argv[1:], "-p"]))
+task = bgoptimizer.Task(sys.argv[1], bgoptimizer._parse([*sys.argv[1:], "-p"]))
 picture, mask, reference = bgoptimizer.read_inputs(task)
 before = set(sys.modules)
 bgoptimizer.examine(picture.planes, task.settings, mask, 0, reference)
