@@ -136,20 +136,13 @@ NO_MEMORY = re.compile(
 """What libraries say, each in its own way, when there is no memory left."""
 
 
-@contextmanager
-def memory_errors():
-    """Turn each error that comes from a lack of memory into a MemoryError."""
-    try:
-        yield
-    except BgError:  # what led to it has been judged
-        raise
-    except Exception as error:
-        root = error
-        while root is not None:
-            if isinstance(root, MemoryError) or NO_MEMORY.search(f"{type(root).__name__} {root}"):
-                raise MemoryError from error
-            root = root.__cause__ or root.__context__
-        raise
+def lacks_memory(error: BaseException | None) -> bool:
+    """Tell whether an error, or what led to it, comes from a lack of memory."""
+    while error is not None:
+        if isinstance(error, MemoryError) or NO_MEMORY.search(f"{type(error).__name__} {error}"):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 @dataclass(frozen=True)
@@ -328,9 +321,9 @@ def _silence():
 def _refusals(name):
     """Turn what is wrong with what is read into a BgError about `name`."""
     try:
-        with _silence(), memory_errors():
+        with _silence():
             yield
-    except (BgError, MemoryError, ImportError):
+    except (BgError, ImportError):
         raise
     except _Unreadable as error:
         raise BgError(f"{name} {error}; {error.advice}") from None
@@ -338,6 +331,8 @@ def _refusals(name):
         reason = error.strerror or error
         raise BgError(f"{name} cannot be read: {reason}; check the path and the disk") from None
     except Exception as error:  # the libraries raise anything on damaged files
+        if lacks_memory(error):
+            raise
         reason = " ".join(str(error).split())[:100]
         raise BgError(f"{name} is damaged, or of a kind that is not read ({reason}); "
                       "copy or save it again") from None
@@ -1789,7 +1784,7 @@ def atomic_outputs(*paths):
     """
     folder = os.path.dirname(paths[0]) or "."
     try:
-        with memory_errors(), ExitStack() as stack:
+        with ExitStack() as stack:
             os.makedirs(folder, exist_ok=True)
             files = [stack.enter_context(_hidden_file(path)) for path in paths]
             yield files
@@ -1799,9 +1794,9 @@ def atomic_outputs(*paths):
                 if fcntl is None:
                     file.close()  # Windows renames no open file
             _rename_all(paths)
-    except BrokenPipeError:  # that of stdout: no output is a pipe
-        raise
     except OSError as error:
+        if isinstance(error, BrokenPipeError) or lacks_memory(error):  # no output is a pipe
+            raise
         reason = error.strerror or error
         raise BgError(f"cannot write to {folder}: {reason}; "
                       "free space or choose another folder") from None
@@ -2600,11 +2595,10 @@ def _phi(x, y, order):
 def import_tensorflow():
     """Import TensorFlow, which takes seconds, and which help, errors, and previews do not need."""
     try:
-        with memory_errors():
-            return importlib.import_module("tensorflow")
-    except MemoryError:
-        raise
+        return importlib.import_module("tensorflow")
     except Exception as error:  # missing, or broken: then it fails with almost any error
+        if lacks_memory(error):
+            raise
         lines = str(error).splitlines() or [type(error).__name__]
         raise BgError(f"TensorFlow cannot be imported ({lines[0]}); "
                       "install it with: python -m pip install -r requirements.txt") from None
@@ -6619,7 +6613,7 @@ def _told(error: Exception) -> str:
     words = " ".join(str(error).split())
     if isinstance(error, BgError):
         return words
-    if isinstance(error, MemoryError):
+    if lacks_memory(error):
         return ("there is not enough memory; "
                 "close other programs, crop the picture, or split its channels")
     if isinstance(error, OSError):
@@ -6875,7 +6869,7 @@ def drawn_on(mask: np.ndarray | None, drawn: np.ndarray | None) -> np.ndarray | 
 
 def _quietly(work: Callable) -> tuple[Any, list[str]]:
     """Return what work() gives, and what it says, which nobody else hears."""
-    with memory_errors(), heard() as said:
+    with heard() as said:
         return work(), said
 
 
@@ -7644,7 +7638,7 @@ def main(argv: Sequence[str] | None = None,
         # File names may hold characters that the terminal's encoding does not have
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        with interrupts, memory_errors():
+        with interrupts:
             options = _parse(argv)
             with heard(logging.WARNING if options.quiet else logging.INFO) as said:
                 pictures = find_pictures(options.input_file, options.mask, options.reference)

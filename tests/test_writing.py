@@ -367,8 +367,9 @@ def test_tensorflow_that_has_no_room_is_not_to_be_installed_again(folder, monkey
     def fails(_):
         raise ImportError("libtensorflow_cc.so.2: failed to map segment from shared object")
     monkeypatch.setattr(bgoptimizer.importlib, "import_module", fails)
-    with pytest.raises(MemoryError):
+    with pytest.raises(ImportError) as error:
         bgoptimizer.import_tensorflow()
+    assert bgoptimizer.lacks_memory(error.value)
 
 
 @SIGNALS
