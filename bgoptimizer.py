@@ -5520,8 +5520,8 @@ MOST_CLIPPED = 0.01
 """Part of the samples. If the correction clips more than that, something is wrong."""
 
 OBJECTS_SHARE = 0.2
-"""Part of the frame. If objects take more, which stars alone do not, a plain run is told of
---auto."""
+"""Part of the frame. If objects take more of what is used, which stars alone do not, --auto would
+help."""
 
 
 def examine(planes: np.ndarray, settings: Settings, mask: np.ndarray | None = None,
@@ -5563,6 +5563,11 @@ def judge(planes: np.ndarray, examined: Examined, settings: Settings) -> None:
         logger.warning(f"the sky of this picture cannot be told from objects: {sky.unsure}. "
                        "Take the result as a guess, mask objects with -m, or keep the surface "
                        "stiff with --smoothing 1e4")
+    shows_sky = sky.at(sky.shows_sky, examined.centers)  # (h, w)
+    objects = np.mean(examined.used & ~shows_sky)  # none with auto
+    if objects > OBJECTS_SHARE and not sky.unsure:
+        logger.info("hint: objects were found in this picture; --auto would leave them out, "
+                    f"with a margin ({objects:.0%} of the frame)")
     if examined.rim.any():
         pixels = settings.downscaling_factor * rim_depth(examined)
         logger.info(f"left out: a rim of {pixels} pixels that is darker than the picture by a step "
@@ -5662,34 +5667,18 @@ def remove_sky(planes: np.ndarray, settings: Settings, mask: np.ndarray | None =
         logger.info("gradient unknown: too little of the picture is sure to be sky")
     else:
         logger.info(f"gradient {before:.1%} of the sky's level before, {after:.1%} after")
-    each = map("{} {:.6f}".format, _channel_letters(examined), offsets)
-    each = ", ".join(each)
-    logger.info(f"{words}: {each}")
+    letters = "RGB" if len(planes) == 3 else "L"
+    each = [f"{letter} {offset:.6f}" for letter, offset in zip(letters, offsets)]
+    logger.info(f"{words}: {', '.join(each)}")
     below, above = clipped
     logger.info(f"clipped: {below} samples at 0, {above} at 1, of {planes.size}")
     share = clipped.sum() / planes.size
     if share > MOST_CLIPPED:
-        _warn_of_clipping(planes, examined, settings, share)
-    _hint_at_objects(examined, settings)
+        logger.warning(f"{share:.1%} of the samples were clipped; where they are sky, add a pedestal "
+                       "to the picture, or use a stiffer surface (--smoothing); where they are dark "
+                       "borders, crop them, or leave them out with -m")
     return Result(planes, sky, surface, unit, offsets, share, before, after, settings, examined,
                   fit)
-
-
-def _warn_of_clipping(planes: np.ndarray, examined: Examined, settings: Settings,
-                      share: float) -> None:
-    """Warn that the correction clipped this share of the samples, and tell what helps."""
-    factor = settings.downscaling_factor
-    sky = examined.sky
-    shows_sky = sky.at(sky.shows_sky, examined.centers)  # (h, w)
-    inside = shows_sky & examined.present.all(-1)
-    samples = planes[:, ::factor, ::factor]  # one of each block
-    samples = samples[:, inside]
-    at_an_end = (samples <= 0) | (samples >= 1)
-    advice = ", but hardly any sky; crop dark borders, or leave them out with -m"
-    if at_an_end.sum() > MOST_CLIPPED * samples.size:
-        advice = (": the sky leaves no room below or above it; add a pedestal to the picture, "
-                  "or use a stiffer surface (--smoothing)")
-    logger.warning(f"{share:.1%} of the samples were clipped{advice}")
 
 
 def _warn_of_inverted_mask(examined: Examined) -> None:
@@ -5704,16 +5693,6 @@ def _warn_of_inverted_mask(examined: Examined) -> None:
         logger.warning("is the mask inverted? What it leaves is brighter than what it leaves out, "
                        "and white (1) means sky. Invert it where it was made (PixInsight: Image > "
                        "Invert, Siril: neg), and give it again")
-
-
-def _hint_at_objects(examined: Examined, settings: Settings) -> None:
-    """Tell a plain run that it had much in its fit that is not sky."""
-    sky = examined.sky
-    shows_sky = sky.at(sky.shows_sky, examined.centers)  # (h, w)
-    objects = np.mean(examined.used & ~shows_sky)
-    if not settings.auto and not sky.unsure and objects > OBJECTS_SHARE:
-        logger.info("hint: objects were found in this picture; --auto would leave them out, "
-                    f"with a margin ({objects:.0%} of the frame)")
 
 
 def optimize(image: np.ndarray, settings: Settings = Settings(), mask: np.ndarray | None = None,
@@ -5963,14 +5942,6 @@ def _log_numbers(examined: Examined, settings: Settings) -> None:
     logger.info(
         f"reduced to {width} x {height}: {used:.1%} used, {present - used:.1%} masked, "
         f"{1 - present:.1%} missing; {clipped:.1%} clipped at 1 by the stretch (-dq {quantile:g})")
-    stretch = examined.stretch
-    channels = zip(
-        _channel_letters(examined),
-        stretch.pedestal,
-        examined.median,
-        stretch.white)
-    for channel in channels:
-        logger.info("  {}: minimum {:.6f}, median {:.6f}, clipped above {:.6f}".format(*channel))
     blown = blown_out(examined, settings)
     share = blown.mean()
     if share > 0:
@@ -6204,11 +6175,6 @@ def write_animation(file, prepared: Prepared, fit: Fit, correction: str = "subtr
         frames.append(Image.open(io.BytesIO(png)).convert("RGB"))
     pauses = [FRAME_PAUSE] * (len(frames) - 1) + [LAST_PAUSE]
     frames[0].save(file, "GIF", save_all=True, append_images=frames[1:], duration=pauses, loop=0)
-
-
-def _channel_letters(prepared):
-    """Return a letter for each channel."""
-    return "RGB" if prepared.image.shape[-1] == 3 else "L"
 
 
 def drawing_style() -> ContextManager:
@@ -7239,7 +7205,6 @@ def run_many(pictures: list[str], options: argparse.Namespace, interrupts: _Inte
     stopped = None
     with atomic_outputs(report) as (file,):
         to_do, settled = _plan(pictures, options, report)
-        tried = len(to_do)
         results = _outcomes(to_do, options, interrupts)
         try:
             with closing(results):
@@ -7255,7 +7220,7 @@ def run_many(pictures: list[str], options: argparse.Namespace, interrupts: _Inte
         file.write(text.getvalue().encode("utf-8", "surrogateescape"))
     if stopped is not None:
         raise stopped
-    _sum_up(outcomes, tried, time.perf_counter() - started, report)
+    _sum_up(outcomes, time.perf_counter() - started, report)
 
 
 def _outcomes(to_do: list[Task], options: argparse.Namespace,
@@ -7324,15 +7289,12 @@ def _tell(outcome: Outcome, number: str) -> None:
         logger.info(f"{outcome.file}: done, {outcome.seconds} s ({number})")
 
 
-def _sum_up(outcomes: list[Outcome], tried: int, seconds: float, report: str) -> None:
+def _sum_up(outcomes: list[Outcome], seconds: float, report: str) -> None:
     """Log what came of all pictures; raises BgError if some failed."""
     numbers = Counter(row.outcome for row in outcomes)
     total = "1 picture" if len(outcomes) == 1 else f"{len(outcomes)} pictures"
     parts = [f"{count} {outcome}" for outcome, count in sorted(numbers.items())]
-    line = f"{total}: {', '.join(parts)}"
-    if tried:
-        line += f"; {seconds / tried:.1f} s a picture, {seconds:.1f} s in all"
-    logger.info(f"{line}; wrote {report}")
+    logger.info(f"{total}: {', '.join(parts)}; {seconds:.1f} s; wrote {report}")
     if numbers[FAILED]:
         raise BgError(f"{numbers[FAILED]} of {total} failed; {report} says why")
 
