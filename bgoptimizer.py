@@ -1671,7 +1671,7 @@ def _raw(kind):
 def picture_format(path):
     """Return the name in FORMATS of a file's format, by its content; None for another one."""
     if os.path.isfile(path):  # opening a FIFO would wait forever
-        with open(path, "rb") as file, suppress(EOFError, zlib.error, gzip.BadGzipFile):
+        with suppress(OSError, EOFError, zlib.error), open(path, "rb") as file:
             return _kind_of(_unzipping(file), STARTS)
     return None
 
@@ -6346,6 +6346,7 @@ def read_inputs(task: Task) -> tuple[Picture, np.ndarray | None, Reference | Non
 
     What the picture is, and what its file has or loses, is logged.
     """
+    task.check()
     picture = _read_and_warn(read_picture, task.path)
     count, height, width = picture.planes.shape
     colors = "gray" if count == 1 else "RGB"
@@ -7245,24 +7246,21 @@ def read_report(path: str) -> dict[str, Outcome]:
 
 def _plan(pictures: list[str], options: argparse.Namespace,
           report: str) -> tuple[list[Task], list[Outcome]]:
-    """Return what there is to do, and the outcomes of what is done already or cannot start."""
+    """Return what there is to do, and the outcomes of what is done already or cannot be written."""
     known = read_report(report) if options.skip_done else {}
     to_do = []
     settled = []
-    writers = {}  # path of an output -> its picture
+    writers = {}  # path of an output -> the first picture that writes it
     for path in pictures:
-        try:
-            task = Task(path, options)
-            task.check()
-            for output in task.outputs.values():
-                other = writers.setdefault(os.path.normcase(output), path)
-                if other != path:
-                    raise BgError(f"{path} and {other} would both write {output}; "
-                                  "rename one of them, or do it alone into another folder")
-        except BgError as error:
-            settled.append(Outcome(path, FAILED, message=_told(error)))
-            continue
-        if options.skip_done and _is_done(task):
+        task = Task(path, options)
+        shared = [output for output in task.outputs.values()
+                  if writers.setdefault(os.path.normcase(output), path) != path]
+        if shared:
+            first = writers[os.path.normcase(shared[0])]
+            message = (f"{path} and {first} would both write {shared[0]}; "
+                       "rename one of them, or do it alone into another folder")
+            settled.append(Outcome(path, FAILED, message=message))
+        elif options.skip_done and _is_done(task):
             settled.append(known.get(path, Outcome(path, SKIPPED))._replace(outcome=SKIPPED))
         else:
             to_do.append(task)
@@ -7641,7 +7639,6 @@ def _run_one(options: argparse.Namespace, said: list[str], interrupts: _Interrup
     if place == "file":
         options.figures = "save"
     task = Task(*options.input_file, options)
-    task.check()
     if options.preview and place == "window":
         work_in_window(task, interrupts)
     elif options.preview and place == "notebook" and importlib.util.find_spec("ipywidgets"):
