@@ -5674,8 +5674,8 @@ def remove_sky(planes: np.ndarray, settings: Settings, mask: np.ndarray | None =
     logger.info(f"clipped: {below} samples at 0, {above} at 1, of {planes.size}")
     share = clipped.sum() / planes.size
     if share > MOST_CLIPPED:
-        logger.warning(f"{share:.1%} of the samples were clipped; where they are sky, add a pedestal "
-                       "to the picture, or use a stiffer surface (--smoothing); where they are dark "
+        logger.warning(f"{share:.1%} of the samples were clipped: if they are sky, add a pedestal "
+                       "to the picture, or use a stiffer surface (--smoothing); if they are dark "
                        "borders, crop them, or leave them out with -m")
     return Result(planes, sky, surface, unit, offsets, share, before, after, settings, examined,
                   fit)
