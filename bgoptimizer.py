@@ -4813,8 +4813,6 @@ LOSS_FLOOR = 0.001
 """Added inside the logarithm of the loss (stretched units). Cells whose residuals are smaller than
 this are fitted well enough. Without it noiseless cells would dominate the loss."""
 
-LOSS_TERMS = ("error", "color", "overshoot", "negative", "bending")
-
 
 def loss_error(r):
     """Return how far the surface is from the picture: the mean |r| of the channels."""
@@ -4918,7 +4916,7 @@ class Fit:
     positions: np.ndarray  # (n, 2) final control points, in frame coordinates
     values: np.ndarray  # (n, c) final values there, stretched units
     order: int
-    history: np.ndarray  # (epochs, 6): loss, then LOSS_TERMS, four as means
+    history: np.ndarray  # (epochs, 6): loss, error, color, overshoot, negative, bending; as means
     stopped: str  # why the fit ended, in words
     track: list[tuple[int, np.ndarray, np.ndarray]]  # (epoch, positions, values); the start first
 
@@ -5623,12 +5621,6 @@ class Result:
         """The standard deviation of the model, (h, w, c) in the picture's own unit."""
         deviations = np.stack(list(self.deviations), -1)
         return deviations * self.sky.dtype.type(self.unit.scale)
-
-    @property
-    def history(self) -> dict[str, np.ndarray]:
-        """The loss and its terms, (epochs,) each."""
-        names = ("loss", *LOSS_TERMS)
-        return dict(zip(names, self.fit.history.T))
 
     def _to_image(self, planes):
         in_own_unit = [_in_own_unit(plane, self.unit) for plane in planes]

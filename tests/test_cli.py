@@ -68,46 +68,6 @@ def test_the_command_writes_model_and_subtracted_picture_and_nothing_else(sky, f
     assert (spread < 2e-5).all()
 
 
-DEFAULTS = {
-    "-dx": 8,
-    "-df": "median",
-    "-dq": 0.95,
-    "-N": 32,
-    "-O": 2,
-    "-tm": 0.001,
-    "-tM": 1.0,
-    "-m": "none",
-    "-i": "random",
-    "-e": 1000,
-    "-a": 5,
-    "-B": 1,
-    "-lr": 0.001,
-    "--smoothing": "auto",
-    "--seed": 0,
-    "-c": "off",
-    "-p": "off",
-    "--auto": "off",
-    "--figures": "auto",
-    "--animate": "off",
-    "--quiet": "off",
-    "--save-mask": "off",
-    "--skip-done": "off",
-    "--jobs": 1,
-    "--dask": "none",
-}
-
-
-def test_help_names_every_flag_with_its_default():
-    done = command("--help")
-    assert done.returncode == 0
-    words = re.sub(r"\s+", " ", done.stdout)
-    other_parentheses = r"[^(]*(\([^d)][^)]*\)[^(]*)*"
-    for flag, default in DEFAULTS.items():
-        value = re.escape(str(default))
-        told = rf" {flag}[ ,]{other_parentheses}\(default: {value}[,)]"
-        assert re.search(told, words), flag
-
-
 # Runs commands one after the other, and tells which exit codes they had and which packages that
 # take long to load were loaded
 LOADS = """
