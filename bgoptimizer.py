@@ -5796,19 +5796,6 @@ def to_draw(planes: np.ndarray, linear: np.ndarray) -> np.ndarray:
     return np.stack(reduced, -1)
 
 
-def blown_out(examined: Examined, settings: Settings) -> np.ndarray:
-    """Return the cells of the sky, (h, w) bool, where the stretch clips it, so the fit loses it.
-
-    It is nowhere True if that is hardly anywhere, or with auto, which follows a sky that bright.
-    """
-    sky = examined.sky
-    darker = np.minimum(sky.surface(sky.centers), sky.image)  # (h, w, c)
-    blown = (darker > examined.stretch.white).any(-1)
-    if settings.auto or blown.mean() <= BLOWN_SHARE:
-        blown[:] = False
-    return blown
-
-
 def _warn_of_odd_data(planes: np.ndarray, prepared: Prepared) -> None:
     """Warn if a picture (c, h, w) looks as if the tool should not run on it."""
     pixels = 0, 1  # the axes
@@ -5934,10 +5921,11 @@ def _log_numbers(examined: Examined, settings: Settings) -> None:
     logger.info(
         f"reduced to {width} x {height}: {used:.1%} used, {present - used:.1%} masked, "
         f"{1 - present:.1%} missing; {clipped:.1%} clipped at 1 by the stretch (-dq {quantile:g})")
-    blown = blown_out(examined, settings)
-    share = blown.mean()
-    if share > 0:
-        logger.warning(f"the stretch clips a smooth part of the picture ({share:.1%} of the "
+    sky = examined.sky
+    darker = np.minimum(sky.surface(sky.centers), sky.image)  # (h, w, c) stars are no sky
+    blown = (darker > examined.stretch.white).any(-1).mean()
+    if blown > BLOWN_SHARE and not settings.auto:  # which follows a sky that bright
+        logger.warning(f"the stretch clips a smooth part of the picture ({blown:.1%} of the "
                        "frame), most likely sky, and the fit loses it there; "
                        f"raise -dq (now {quantile:g})")
 
