@@ -5789,7 +5789,8 @@ def to_draw(planes: np.ndarray, linear: np.ndarray) -> np.ndarray:
     """
     longer = max(planes.shape[1:])
     if longer > SMALL_PICTURE:
-        step = max(1, round(max(linear.shape) / VIEW_PIXELS))
+        apart = max(linear.shape) / VIEW_PIXELS
+        step = max(1, round(apart))
         return linear[::step, ::step]
     factor = math.ceil(longer / VIEW_PIXELS)
     reduced = [reduce_plane(plane, factor, "mean") for plane in planes]
@@ -5800,7 +5801,8 @@ def _warn_of_odd_data(planes: np.ndarray, prepared: Prepared) -> None:
     """Warn if a picture (c, h, w) looks as if the tool should not run on it."""
     pixels = 0, 1  # the axes
     low, median, high = np.nanquantile(prepared.linear, (0, 0.5, 0.999), pixels)  # (c,) each
-    height = (median - low) / np.maximum(high - low, 1e-30)
+    span = np.maximum(high - low, 1e-30)
+    height = (median - low) / span
     bright = (high > STRETCHED_TOP) & (height > STRETCHED_MEDIAN)
     if _looks_stretched(planes, bright.all()):
         logger.warning("the picture looks stretched; "
@@ -5822,10 +5824,11 @@ def _squares(plane: np.ndarray) -> Iterator[np.ndarray]:
     apart = math.sqrt(plane.size / 1.6e6)  # some hundred tiles are enough
     step = side * max(1, round(apart))
     height, width = plane.shape
-    for y, x in np.ndindex(height // step, width // step):
-        rows = slice(y * step, y * step + side)
-        columns = slice(x * step, x * step + side)
-        tile = plane[rows, columns].astype(float)
+    rows = range(0, height - side + 1, step)
+    columns = range(0, width - side + 1, step)
+    for y, x in itertools.product(rows, columns):
+        tile = plane[y:y + side, x:x + side]
+        tile = tile.astype(float)
         squares = tile.reshape(TILE_SQUARES, 2, TILE_SQUARES, 2)
         squares = squares.swapaxes(1, 2)
         squares = squares.reshape(-1, 4)
@@ -5863,9 +5866,11 @@ def _fall_of_noise(squares: np.ndarray) -> float:
     light = squares.mean(1)
     by_light = np.argsort(light)
     variances = detail[by_light]**2
-    ninths = [part.mean() for part in np.array_split(variances, 9)]
-    dim = ninths[1] + ninths[2] + 1e-30  # without noise the fall is 0
-    bright = ninths[6] + ninths[7] + 1e-30
+    ninths = np.array_split(variances, 9)
+    dim = np.concatenate(ninths[1:3])
+    bright = np.concatenate(ninths[6:8])
+    dim = dim.mean() + 1e-30  # without noise the fall is 0
+    bright = bright.mean() + 1e-30
     return 0.5 * math.log(dim / bright)
 
 
@@ -5905,8 +5910,9 @@ def gradients(examined: Examined, model: Callable[[np.ndarray], np.ndarray],
     picture = sky + missed[shows_sky]
     taken = model(found.centers[shows_sky])
     left = corrected(examined, picture, taken, correction)
-    level = np.maximum(np.median(sky, axis=0), 1e-12)
-    before = _span(sky, (99, 1)) / level  # (c,)
+    level = np.median(sky, axis=0)  # (c,)
+    level = np.maximum(level, 1e-12)
+    before = _span(sky, (99, 1)) / level
     after = _span(left, (99, 1)) / level
     return before.mean(), after.mean()
 
@@ -5916,14 +5922,17 @@ def _log_numbers(examined: Examined, settings: Settings) -> None:
     height, width, _ = examined.image.shape
     present = examined.present.mean()
     used = np.mean(examined.weight > 0)
+    masked = present - used
+    missing = 1 - present
     clipped = clipped_by_stretch(examined).mean()
     quantile = settings.delinearization_quantile
     logger.info(
-        f"reduced to {width} x {height}: {used:.1%} used, {present - used:.1%} masked, "
-        f"{1 - present:.1%} missing; {clipped:.1%} clipped at 1 by the stretch (-dq {quantile:g})")
+        f"reduced to {width} x {height}: {used:.1%} used, {masked:.1%} masked, "
+        f"{missing:.1%} missing; {clipped:.1%} clipped at 1 by the stretch (-dq {quantile:g})")
     sky = examined.sky
     darker = np.minimum(sky.surface(sky.centers), sky.image)  # (h, w, c) stars are no sky
-    blown = (darker > examined.stretch.white).any(-1).mean()
+    blown = (darker > examined.stretch.white).any(-1)
+    blown = blown.mean()
     if blown > BLOWN_SHARE and not settings.auto:  # which follows a sky that bright
         logger.warning(f"the stretch clips a smooth part of the picture ({blown:.1%} of the "
                        "frame), most likely sky, and the fit loses it there; "
@@ -7269,12 +7278,15 @@ def _tell(outcome: Outcome, number: str) -> None:
 
 def _sum_up(outcomes: list[Outcome], seconds: float, report: str) -> None:
     """Log what came of all pictures; raises BgError if some failed."""
+    count = len(outcomes)
+    total = "1 picture" if count == 1 else f"{count} pictures"
     numbers = Counter(row.outcome for row in outcomes)
-    total = "1 picture" if len(outcomes) == 1 else f"{len(outcomes)} pictures"
-    parts = [f"{count} {outcome}" for outcome, count in sorted(numbers.items())]
-    logger.info(f"{total}: {', '.join(parts)}; {seconds:.1f} s; wrote {report}")
-    if numbers[FAILED]:
-        raise BgError(f"{numbers[FAILED]} of {total} failed; {report} says why")
+    parts = [f"{numbers[outcome]} {outcome}" for outcome in sorted(numbers)]
+    parts = ", ".join(parts)
+    logger.info(f"{total}: {parts}; {seconds:.1f} s; wrote {report}")
+    failed = numbers[FAILED]
+    if failed:
+        raise BgError(f"{failed} of {total} failed; {report} says why")
 
 
 def _try_picture(task: Task, interrupts: _Interrupts) -> Outcome:
