@@ -6262,24 +6262,11 @@ class Task:
         return os.path.join(self.options.output_path, f"{picture_stem(self.path)}_{end}")
 
     def check(self) -> None:
-        """Raise a BgError if a file is not there, or would be overwritten.
-
-        Nobody shall wait for what cannot be saved.
-        """
+        """Raise a BgError if an output would take the place of a folder, or of what was read."""
         named = self.path, self.options.mask, self.options.reference
         given = [name for name in named if name is not None]
-        _check_given(given)
         for output in self.outputs.values():
             _check_output(output, given)
-
-
-def _check_given(paths: Iterable[str]) -> None:
-    """Refuse paths to read that are no files."""
-    for path in paths:
-        if not os.path.exists(path):
-            raise BgError(f"{path or 'a file without a name'} does not exist; check the name")
-        if os.path.isdir(path):
-            raise BgError(f"{path} is a folder; name an XISF, FITS or TIFF file in it")
 
 
 def _check_output(path: str, kept: Iterable[str]) -> None:
@@ -6335,7 +6322,6 @@ def read_inputs(task: Task) -> tuple[Picture, np.ndarray | None, Reference | Non
 
     What the picture is, and what its file has or loses, is logged.
     """
-    task.check()
     picture = _read_and_warn(read_picture, task.path)
     count, height, width = picture.planes.shape
     colors = "gray" if count == 1 else "RGB"
@@ -6351,6 +6337,7 @@ def read_inputs(task: Task) -> tuple[Picture, np.ndarray | None, Reference | Non
     if options.reference is not None:
         factor = task.settings.downscaling_factor
         reference = read_reference(options.reference, picture, factor, reference_once)
+    task.check()  # nobody shall wait for what cannot be saved
     for name in USED_BESIDE_IMPORTS:
         module, _, part = name.rpartition(".")
         getattr(importlib.import_module(module), part)
@@ -6368,7 +6355,8 @@ def _read_and_warn(read: Callable[[str], Picture], path: str) -> Picture:
 
 def reference_once(path: str) -> OpenedReference:
     """Read a reference; one that all pictures of a folder have is read once."""
-    return _kept_reference(path, os.stat(path).st_mtime_ns)
+    with _refusals(path):
+        return _kept_reference(path, os.stat(path).st_mtime_ns)
 
 
 @functools.lru_cache(maxsize=1)
@@ -7168,9 +7156,10 @@ def _files_at(name: str) -> list[str]:
     """Return what is in a folder or fits a pattern, but for hidden files; or a path that exists."""
     if os.path.isdir(name):
         name = os.path.join(name, "*")
-    elif os.path.exists(name) or not glob.has_magic(name):
-        _check_given([name])
+    elif os.path.exists(name):
         return [name]
+    elif not glob.has_magic(name):
+        raise BgError(f"{name or 'a file without a name'} does not exist; check the name")
     folder, pattern = os.path.split(name)
     as_it_is = glob.glob(os.path.join(glob.escape(folder), pattern))  # [Ha] may be in its name
     return as_it_is or glob.glob(name, recursive=True)

@@ -216,9 +216,8 @@ def test_no_arguments_is_wrong_usage(capsys):
 @pytest.mark.parametrize("arguments, said", [
     (["absent.xisf", "out"], "absent.xisf does not exist"),
     (["note.xisf"], "XISF"),
-    (["sky.xisf", "-m", "absent.xisf"], "absent.xisf does not exist"),
-    (["sky.xisf", "-m", ""], "a file without a name"),
-    (["sky.xisf", "-m", "."], "is a folder"),
+    (["sky.xisf", "-m", "absent.xisf"], "absent.xisf cannot be read: No such file"),
+    (["sky.xisf", "-m", "."], ". is not a file"),
     (["sky.xisf", "-m", "mask.xisf"], "the mask is 6 x 5"),
     (["sky.xisf", "-tm", "5", "-tM", "6"], "every pixel is masked"),
     (["sky.xisf", "note.txt"], "cannot write to note.txt: File exists"),

@@ -275,7 +275,7 @@ def test_the_pictures_of_a_run_tell_that_they_belong_together(sky, folder):
 @pytest.mark.parametrize("name", [*PAIR, "sky_figures.png"])
 def test_a_folder_named_like_an_output_is_found_before_the_fit(
         name, sky, folder, capsys, monkeypatch):
-    monkeypatch.setattr(bgoptimizer, "read_picture", None)
+    monkeypatch.setattr(bgoptimizer, "examine", None)
     os.makedirs(f"out/{name}")
     assert run("sky.xisf", "out", *FAST, "--figures", "save") == 1
     assert "is a folder" in refused(capsys)
