@@ -6459,10 +6459,6 @@ def _history(task: Task, result: Result) -> list[str]:
     return [f"bgoptimizer {VERSION}, {date}"] + lines
 
 
-WARNING = "warning: "
-"""How sentences begin that are warnings."""
-
-
 class _Interrupts:
     """Ctrl-C, or another wish to end the run, that cannot get lost.
 
@@ -6521,6 +6517,10 @@ def watched_fit(epochs: int, interrupts: _Interrupts,
         finally:
             interrupts.patient = False
         interrupts.check()
+
+
+WARNING = "warning: "
+"""How a warning begins."""
 
 
 @contextmanager
