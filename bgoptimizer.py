@@ -5661,7 +5661,8 @@ def remove_sky(planes: np.ndarray, settings: Settings, mask: np.ndarray | None =
         logger.info(f"gradient {before:.1%} of the sky's level before, {after:.1%} after")
     letters = "RGB" if len(planes) == 3 else "L"
     each = [f"{letter} {offset:.6f}" for letter, offset in zip(letters, offsets)]
-    logger.info(f"{words}: {', '.join(each)}")
+    each = ", ".join(each)
+    logger.info(f"{words}: {each}")
     below, above = clipped
     logger.info(f"clipped: {below} samples at 0, {above} at 1, of {planes.size}")
     share = clipped.sum() / planes.size
@@ -5787,7 +5788,8 @@ def to_draw(planes: np.ndarray, linear: np.ndarray) -> np.ndarray:
     That is every k-th pixel of the reduced picture, `linear`, which has enough of them; unless the
     picture is small.
     """
-    longer = max(planes.shape[1:])
+    _, height, width = planes.shape
+    longer = max(height, width)
     if longer > SMALL_PICTURE:
         apart = max(linear.shape) / VIEW_PIXELS
         step = max(1, round(apart))
@@ -5882,7 +5884,8 @@ def _looks_like_mosaic(plane: np.ndarray) -> bool:
     means = np.array([squares.mean(0) for squares in tiles])  # (tiles, 4)
     phases = means - means.mean(1, keepdims=True)
     phases = np.median(phases, 0)  # stars are in few tiles
-    dark = min(np.quantile(squares, 0.01) for squares in tiles)
+    dark = [np.quantile(squares, 0.01) for squares in tiles]
+    dark = min(dark)
     difference = np.ptp(phases)
     one_diagonal = abs(phases[0] - phases[3])
     other_diagonal = abs(phases[1] - phases[2])
@@ -5930,7 +5933,8 @@ def _log_numbers(examined: Examined, settings: Settings) -> None:
         f"reduced to {width} x {height}: {used:.1%} used, {masked:.1%} masked, "
         f"{missing:.1%} missing; {clipped:.1%} clipped at 1 by the stretch (-dq {quantile:g})")
     sky = examined.sky
-    darker = np.minimum(sky.surface(sky.centers), sky.image)  # (h, w, c) stars are no sky
+    surface = sky.surface(sky.centers)  # (h, w, c)
+    darker = np.minimum(surface, sky.image)  # stars are no sky
     blown = (darker > examined.stretch.white).any(-1)
     blown = blown.mean()
     if blown > BLOWN_SHARE and not settings.auto:  # which follows a sky that bright
@@ -7239,7 +7243,8 @@ def _plan(pictures: list[str], options: argparse.Namespace,
                        "rename one of them, or do it alone into another folder")
             settled.append(Outcome(path, FAILED, message=message))
         elif options.skip_done and _is_done(task):
-            settled.append(known.get(path, Outcome(path, SKIPPED))._replace(outcome=SKIPPED))
+            before = known.get(path, Outcome(path, SKIPPED))
+            settled.append(before._replace(outcome=SKIPPED))
         else:
             to_do.append(task)
     return to_do, settled
@@ -7247,9 +7252,11 @@ def _plan(pictures: list[str], options: argparse.Namespace,
 
 def _is_done(task: Task) -> bool:
     """Tell whether all outputs are there and newer than the picture."""
-    outputs = task.outputs.values()
     made = os.path.getmtime(task.path)
-    return all(os.path.exists(path) and os.path.getmtime(path) > made for path in outputs)
+    for path in task.outputs.values():
+        if not os.path.exists(path) or os.path.getmtime(path) <= made:
+            return False
+    return True
 
 
 def _tell(outcome: Outcome, number: str) -> None:
@@ -7294,8 +7301,12 @@ def _try_picture(task: Task, interrupts: _Interrupts) -> Outcome:
 def _outcome(task: Task, result: Result, said: list[str]) -> Outcome:
     """Put a result into the words and digits of a row."""
     sky = result.prepared.sky
-    numbers = (sky.share, result.settings.smoothing, result.gradient_before,
-               result.gradient_after, result.clipped)
+    numbers = (
+        sky.share,
+        result.settings.smoothing,
+        result.gradient_before,
+        result.gradient_after,
+        result.clipped)
     digits = ["" if math.isnan(number) else f"{number:.5g}" for number in numbers]
     confidence = f"unsure: {sky.unsure}" if sky.unsure else "sure"
     warned = [line[len(WARNING):] for line in said if line.startswith(WARNING)]

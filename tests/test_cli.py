@@ -3,7 +3,6 @@ import hashlib
 import logging
 import os
 import re
-import signal
 import subprocess
 import sys
 from pathlib import Path
