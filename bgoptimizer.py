@@ -6360,7 +6360,8 @@ def _read_and_warn(read: Callable[[str], Picture], path: str) -> Picture:
 def reference_once(path: str) -> OpenedReference:
     """Read a reference; one that all pictures of a folder have is read once."""
     with _refusals(path):
-        return _kept_reference(path, os.stat(path).st_mtime_ns)
+        changed = os.stat(path).st_mtime_ns
+    return _kept_reference(path, changed)
 
 
 @functools.lru_cache(maxsize=1)
