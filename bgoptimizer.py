@@ -235,11 +235,9 @@ DECODER_SPARE = 1 << 27  # bytes of memory beside thrice what it decodes
 DECODER = """
 import sys
 sys.path[:] = filter(None, sys.path)  # nothing is imported from where pictures are
-import warnings
 import numpy
 kind, dtype = sys.argv[1:3]
 number, memory, seconds = map(int, sys.argv[3:])
-warnings.simplefilter("ignore")
 if kind == "fits":
     from astropy.io import fits
 else:
@@ -262,6 +260,7 @@ sys.stdout.buffer.write(numpy.ascontiguousarray(samples, dtype))
 """
 """A program that decodes the picture `number` of the file that is its standard input."""
 
+CUT_SHORT = "is cut short: the end of its data is missing"
 NOT_DECODED = "is damaged: its data cannot be read or decompressed"
 
 
@@ -295,18 +294,15 @@ class Picture:
         return f"written back in its own unit; the levels below are {value} / {scale:g}"
 
 
-class _Unreadable(ValueError):
-    """What is wrong with a file, in words that go on from its name, and what to do about it."""
-
-    def __init__(self, problem, advice="copy or save it again"):
-        super().__init__(problem[:150])
-        self.advice = advice
+def _refuse(problem, advice="copy or save it again"):
+    """Say what is wrong with what is being read, in words that go on from its name."""
+    raise BgError(f"{problem[:150]}; {advice}")
 
 
 def _require(fact, problem, *advice):
     """Refuse what is being read unless `fact` holds."""
     if not fact:
-        raise _Unreadable(problem, *advice)
+        _refuse(problem, *advice)
 
 
 @contextmanager
@@ -323,10 +319,10 @@ def _refusals(name):
     try:
         with _silence():
             yield
-    except (BgError, ImportError):
+    except ImportError:
         raise
-    except _Unreadable as error:
-        raise BgError(f"{name} {error}; {error.advice}") from None
+    except BgError as error:
+        raise BgError(f"{name} {error}") from None
     except OSError as error:
         reason = error.strerror or error
         raise BgError(f"{name} cannot be read: {reason}; check the path and the disk") from None
@@ -364,20 +360,29 @@ def _opened(path):
     """Open a file to read; what gzip has packed is unpacked into a nameless one."""
     _require(stat.S_ISREG(os.stat(path).st_mode),  # opening a FIFO would wait forever
              "is not a file", "name a picture, or save the data to one first")
-    with ExitStack() as stack:
-        file = stack.enter_context(open(path, "rb"))
+    with open(path, "rb") as file:
         stream = _unzipping(file)
-        if stream is not file:
-            unpacked = stack.enter_context(tempfile.TemporaryFile())
+        if stream is file:
+            yield file
+            return
+        with tempfile.TemporaryFile() as unpacked:
             try:
                 for piece in iter(lambda: stream.read(1 << 20), b""):
                     unpacked.write(piece)
                     _check_claims("gzip", ("gzip",), unpacked.tell(), _file_size(file))
             except (EOFError, gzip.BadGzipFile, zlib.error):
-                raise _Unreadable("is cut short or damaged: gzip cannot unpack it") from None
+                _refuse("is cut short or damaged: gzip cannot unpack it")
             unpacked.seek(0)
-            file = unpacked
-        yield file
+            yield unpacked
+
+
+def _read_at(file, position, size, problem=CUT_SHORT):
+    """Return bytes of an open file, (size,) uint8."""
+    _require(position + size <= _file_size(file), problem)
+    file.seek(position)
+    data = np.fromfile(file, np.uint8, size)
+    _require(data.size == size, problem)  # another program may have cut it just now
+    return data
 
 
 def _samples(kind, file, number, position, dtype, shape):
@@ -388,10 +393,7 @@ def _samples(kind, file, number, position, dtype, shape):
     """
     size = math.prod(shape) * dtype.itemsize
     if position is not None:
-        file.seek(position)
-        data = file.read(size)
-        _require(len(data) == size, "is cut short: rows of it are missing")
-        return np.frombuffer(data, dtype).reshape(shape)
+        return _read_at(file, position, size).view(dtype).reshape(shape)
     seconds = DECODING_SECONDS + size // DECODING_SPEED
     arguments = kind, dtype.str, number, 3 * size + DECODER_SPARE, seconds
     command = [sys.executable, "-c", DECODER, *map(str, arguments)]
@@ -400,10 +402,7 @@ def _samples(kind, file, number, position, dtype, shape):
         with suppress(subprocess.TimeoutExpired):
             subprocess.run(
                 command, stdin=file, stdout=decoded, stderr=subprocess.DEVNULL, timeout=seconds)
-        decoded.seek(0)
-        data = decoded.read(size)
-    _require(len(data) == size, NOT_DECODED)
-    return np.frombuffer(data, dtype).reshape(shape)
+        return _read_at(decoded, 0, size, NOT_DECODED).view(dtype).reshape(shape)
 
 
 def _planes_of(samples, step=1, zero=0, white=1, blank=None):
@@ -411,9 +410,11 @@ def _planes_of(samples, step=1, zero=0, white=1, blank=None):
 
     They become (stored * step + zero) / white; the integer `blank` means "missing".
     """
-    dtype = samples.dtype
-    planes = np.empty(samples.shape, "f8" if dtype.name == "float64" else "f4")
-    stays = dtype.kind == "f" and (step, zero, white) == (1, 0, 1)
+    dtype = np.dtype("f8" if samples.dtype.name == "float64" else "f4")
+    stays = samples.dtype.kind == "f" and (step, zero, white) == (1, 0, 1)
+    if stays and samples.dtype == dtype and samples.flags.carray:
+        return samples
+    planes = np.empty(samples.shape, dtype)
     for plane, stored in zip(planes, samples):
         for rows in _strips(*plane.shape):
             values = stored[rows]
@@ -452,8 +453,11 @@ def _fit_into_unit_range(planes, notes):
     if lowest < 0:
         some = planes[:, ::7, ::7]
         some = some[np.isfinite(some)]
-        middle, bright = np.quantile(some, (0.5, 0.999)) if some.size else (lowest, highest)
-        offset = lowest - float(max(2 * (middle - lowest), bright - middle, -lowest / 1000))
+        middle, bright = lowest, highest
+        if some.size:
+            middle, bright = np.quantile(some, (0.5, 0.999))
+        room = max(2 * (middle - lowest), bright - middle, -lowest / 1000)
+        offset = lowest - float(room)
     # A power of two: without an offset, all digits stay
     scale = 2.0 ** (math.ceil(math.log2(highest - offset)) + 1)
     for plane in planes:
@@ -474,7 +478,10 @@ def _leave_out_marks(planes, notes):
     if not (-LARGEST_VALUE < lowest <= SMALLEST_MARK and lowest == round(lowest)):
         return None
     others = planes[np.isfinite(planes) & (planes > lowest)]
-    if not others.size or others.min() - lowest <= np.median(others) - others.min():
+    if not others.size:
+        return None
+    least = others.min()
+    if least - lowest <= np.median(others) - least:
         return None
     marked = planes == lowest
     planes[marked] = np.nan
@@ -515,7 +522,7 @@ def _in_own_unit(plane, unit):
 # --------------------------------------------------------------------------------------------------
 
 FITS_CARD = 80  # characters of a card
-HISTORY_COLUMNS = 72  # characters of text that a card of HISTORY has room for
+HISTORY_COLUMNS = 72  # characters of text that a card of HISTORY or COMMENT has room for
 MAX_FITS_CARDS = 20_000  # of a header; no real file has more
 
 TEXT_NAMES = ("COMMENT", "HISTORY", "")  # keywords whose text is all they have
@@ -544,10 +551,8 @@ def _printable(text):
 
 def _wrapped(text):
     """Return the lines of a text, which are short enough for HISTORY."""
-    width = HISTORY_COLUMNS
-    if len(text) <= width and "\n" not in text:
-        return [text]
-    return re.findall(rf"\S.{{0,{width - 1}}}(?!\S)|\S{{{width}}}", text)
+    wrapper = textwrap.TextWrapper(HISTORY_COLUMNS, break_on_hyphens=False)
+    return list(itertools.chain(*map(wrapper.wrap, text.splitlines()))) or [""]
 
 
 def _header_of(text):
@@ -689,19 +694,16 @@ def _upside_down(header, height):
     With y' = height + 1 - y, the column of y in the matrix changes its sign, and so do odd powers
     of y in the SIP polynomials, and what they add to y.
     """
+    changes_sign = "(CD|PC)[12]_2[A-Z]?|AP?_[0-9]_[13579]|BP?_[0-9]_[02468]"
+    if not any(re.match("(CD|PC)2_2", name) for name in header):
+        changes_sign += "|CDELT2[A-Z]?"
     turned = {}
-    has_matrix = any(re.match("(CD|PC)2_2", name) for name in header)
-    for name in header:
-        match = re.fullmatch(r"(CRPIX2|(?:CD|PC)[12]_2|CDELT2|[AB]P?_\d_(\d))[A-Z]?", name)
-        if not match or not isinstance(header[name], numbers.Real):
-            continue
-        is_odd = match[2] is None or int(match[2]) % 2 == 1
-        if name.startswith("CRPIX"):
-            turned[name] = height + 1 - header[name]
-        elif name.startswith("CDELT"):
-            turned[name] = header[name] if has_matrix else -header[name]
-        elif is_odd != name.startswith("B"):
-            turned[name] = -header[name]
+    for name, value in header.items():
+        if isinstance(value, numbers.Real):
+            if re.fullmatch("CRPIX2[A-Z]?", name):
+                turned[name] = height + 1 - value
+            elif re.fullmatch(changes_sign, name):
+                turned[name] = -value
     return turned
 
 
@@ -714,7 +716,7 @@ def _shared_metadata(source, height):
     keywords, icc = fits.Header(), b""
     if isinstance(source, Source):
         profile = source.root.find("Image/ICCProfile")
-        with suppress(_Unreadable, AttributeError):  # a damaged profile is lost, not the picture
+        with suppress(Exception):  # a damaged profile is lost, not the picture
             icc = bytes(_unpack(*_stored(profile, source.blocks)))
         for element in source.root.findall("Image/FITSKeyword"):
             name = element.get("name", "").strip().upper()
@@ -739,7 +741,7 @@ def _shared_metadata(source, height):
 # The specification: https://pixinsight.com/doc/docs/XISF-1.0-spec/XISF-1.0-spec.html. Where it is
 # silent, or where PixInsight reads more than it allows, PixInsight's reader decides.
 #
-# The `xisf` package reads attached blocks, but fails on many real headers, and its writer loses
+# The `xisf` package reads compressed blocks, but fails on many real headers, and its writer loses
 # metadata.
 # --------------------------------------------------------------------------------------------------
 
@@ -764,8 +766,7 @@ MAX_HEADER = 1 << 24  # bytes
 MAX_HEADER_PARTS = 200_000  # tags and attributes
 MAX_HEADER_DEPTH = 64  # elements inside each other
 
-# Bytes: the largest LZ4 block. PixInsight fails on sub-blocks of more than 2 GiB together
-LZ4_LIMIT = 0x7E000000
+LZ4_LIMIT = 0x7E000000  # bytes: the largest block. PixInsight fails on larger ones in pieces
 ALIGNMENT = 4096  # bytes: attached blocks start at multiples of it, as in PixInsight's own files
 
 # Without leading zeros: PixInsight takes 010 for 8
@@ -779,7 +780,7 @@ NOT_XML = re.compile(
     "|&#(0*([0-8]|1[124-9]|2[0-9]|3[01])|x0*([0-8bcef]|1[0-9a-f]));", re.IGNORECASE)
 # Elements, as "element name", that describe the old file, or are not carried over
 STALE_FILE_METADATA = re.compile(
-    "(Data|Image|Signature|Thumbnail) |Property XISF:"
+    "(Data|Image|Metadata|Signature|Thumbnail) |Property XISF:"
     "(Creat|Compress|BlockAlign|MaxInline|Checksum|OutputHint|InputHint|ResourceURL|Load)")
 STALE_IMAGE_ATTRIBUTES = (
     "location", "compression", "subblocks", "checksum", "byteOrder", "pixelStorage", "offset")
@@ -793,40 +794,43 @@ class Source:
 
 
 class _Blocks(dict):
-    """Attached bytes of an open file, (n,) uint8, by `location`; read when first asked for."""
+    """Attached bytes of an open file, (n,) uint8, by `location`."""
 
     def __init__(self, file, header_end):
         super().__init__()
         self.file = file
         self.header_end = header_end
-        self.bytes_left = 2 * _file_size(file)  # else overlapping blocks could fill the memory
+        self.bytes_left = _file_size(file)  # else overlapping blocks could fill the memory
 
-    def __missing__(self, location):
+    def read(self, location, compressed):
+        """Return the bytes that the file has at a location."""
         place = "".join(location.split()).partition(":")[2]
         position, size = _integers(place, 2, "location")
         _require(position >= self.header_end, f"has the impossible location {place!r}")
-        _require(position + size <= _file_size(self.file),
-                 "is cut short: the end of its data is missing")
+        _require(self.bytes_left > 0, "has data that overlap with others")
+        data = _read_at(self.file, position, size)
         self.bytes_left -= size
-        _require(self.bytes_left >= 0, "has data that overlap with others")
-        self.file.seek(position)
-        data = np.frombuffer(self.file.read(size), np.uint8)
-        _require(data.size == size, "is cut short: it ends in its data")
-        with tempfile.TemporaryDirectory() as folder:
-            path = os.path.join(folder, "block.xisf")
-            with open(path, "wb") as copied:
-                write_xisf(copied, data[None, None])  # its header is plain
-            self[location] = XISF(path).read_image(0, "channels_first").ravel()
-        return self[location]
+        return _by_package(data) if compressed else data
+
+
+def _by_package(data):
+    """Return attached bytes, (n,) uint8, as the `xisf` package reads them from a copy.
+
+    It understands the copy's header, but not all headers. The copy takes time, so it is for
+    compressed blocks alone.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "block.xisf")
+        with open(path, "wb") as copied:
+            write_xisf(copied, data[None, None])
+        return XISF(path).read_image(0, "channels_first").ravel()
 
 
 def read_xisf(file):
     """Read the first image of a monolithic XISF file; see `read_picture`.
 
-    Integers are scaled from their full range, or from `bounds` if given, floats from `bounds`.
-    Samples below the lower bound become the smallest normal number, not 0, which would mean
-    "missing". Samples above the upper bound become 1. Memory never grows past what an honest file
-    of the same geometry and size needs.
+    Integers are scaled from their full range, or from `bounds` if given, floats from `bounds`; all
+    are clipped to it. Memory never grows past what an honest file of the same geometry needs.
     """
     root, header_end = _read_header(file)
     images = root.findall("Image")
@@ -838,25 +842,23 @@ def read_xisf(file):
     blocks = _Blocks(file, header_end)
     samples, lower, upper = _read_samples(image, blocks, notes)
     planes = _planes_of(samples, zero=-lower, white=upper - lower)
-    mark = _leave_out_marks(planes, notes)
-    below, above = np.sum([_clip(plane) for plane in planes], 0)
-    if below or above:
-        notes.append(f"has {below} samples below and {above} above its bounds "
-                     f"{lower:g}:{upper:g}: clipped")
+    mark = None
+    lowest, highest = _finite_range(planes)
+    if lowest < 0 or highest > 1:
+        mark = _leave_out_marks(planes, notes)
+        below, above = _clip(planes)
+        if below or above:
+            notes.append(f"has {below} samples below and {above} above its bounds "
+                         f"{lower:g}:{upper:g}: clipped")
     if (lower, upper) != (0, 1):
-        levels = _levels_in(_keyword_values(image), Unit(upper - lower, lower))
-        _set_keywords(image, levels)
+        _set_keywords(image, _levels_in(_keyword_values(image), Unit(upper - lower, lower)))
     return Picture(planes, _read_source(root, blocks, notes), notes, Unit(mark=mark))
 
 
 def _read_header(file):
     """Return the root element, and the byte behind the header."""
-    start = file.read(16)
-    _require(start[:8] == b"XISF0100", "is not a monolithic XISF file", "save the picture as .xisf")
-    length = int.from_bytes(start[8:12], "little")
-    end = 16 + length
-    _require(end <= _file_size(file), "is cut short: it ends in its header")
-    header = file.read(min(length, MAX_HEADER + 1))
+    length = int.from_bytes(_read_at(file, 8, 4), "little")
+    header = _read_at(file, 16, length).tobytes()
     header, _, _ = header.partition(b"\0")  # some writers count padding in
     parts = header.count(b"<") + header.count(b"=")
     _require(len(header) <= MAX_HEADER and parts <= MAX_HEADER_PARTS,
@@ -874,13 +876,13 @@ def _read_header(file):
     try:
         parser.Parse(text + ending, True)
     except expat.ExpatError as error:
-        raise _Unreadable(f"has a header that is not well-formed XML ({error})") from None
+        _refuse(f"has a header that is not well-formed XML ({error})")
     root = builder.close()
     version = _squeezed(root).get("version")
     _require(root.tag == "xisf" and version == "1.0", "is not XISF version 1.0")
     deepest = root.find("*/" * MAX_HEADER_DEPTH + "*")
     _require(deepest is None, "has a header nested too deeply to be true")
-    return root, end
+    return root, 16 + length
 
 
 def _squeezed(element):
@@ -906,6 +908,7 @@ def _look_up(choices, text, what):
 def _stored(element, blocks):
     """Return the bytes of an element, (n,) uint8 as they are stored, and what tells how."""
     attributes = _squeezed(element)
+    location = element.get("location")
     method, _, encoding = attributes.get("location", "").partition(":")
     if method == "embedded":
         element = element.find("Data")
@@ -913,7 +916,9 @@ def _stored(element, blocks):
         attributes.update(_squeezed(element))
         encoding = attributes.get("encoding", "base64")
     if method == "attachment":
-        stored = blocks[element.get("location")]
+        if location not in blocks:
+            blocks[location] = blocks.read(location, "compression" in attributes)
+        stored = blocks[location]
     else:
         _require(method in ("inline", "embedded"), f"has its data elsewhere, at {method!r}",
                  "save it as one monolithic .xisf file")
@@ -922,7 +927,7 @@ def _stored(element, blocks):
         try:
             stored = np.frombuffer(decode(digits), np.uint8)
         except ValueError:
-            raise _Unreadable(f"has damaged {encoding} data") from None
+            _refuse(f"has damaged {encoding} data")
     if "checksum" in attributes:
         name, _, expected = attributes["checksum"].lower().partition(":")
         name = name.replace("sha-", "sha").replace("-", "_")
@@ -937,7 +942,6 @@ def _unpack(stored, attributes, size=None):
 
     That is checked before memory is taken that the stored bytes do not vouch for.
     """
-    import imagecodecs
     text = attributes.get("compression", "none").lower()
     packing = XISF_COMPRESSION.fullmatch(text)
     _require(packing, f"is compressed in the unknown way {text!r}")
@@ -947,28 +951,27 @@ def _unpack(stored, attributes, size=None):
     codec = packing["codec"]
     if not codec:
         return stored
+    import imagecodecs
+    decode = getattr(imagecodecs, XISF_CODECS[codec] + "_decode")
     # Of each piece, the size as stored and unpacked
     listed = attributes.get("subblocks", f"{stored.size}:{unpacked_size}").replace(",", ":")
     count = 1 + listed.count(":")
     _check_claims(codec, XISF_CODECS, unpacked_size, stored.size, count)
     sizes = _integers(listed, count, "list of sub-blocks")
-    totals = sum(sizes[::2]), sum(sizes[1::2])
-    consistent = count % 2 == 0 and 0 not in sizes
+    packed_sizes, piece_sizes = sizes[::2], sizes[1::2]
+    consistent = len(packed_sizes) == len(piece_sizes) and 0 not in sizes
+    totals = sum(packed_sizes), sum(piece_sizes)
     _require(consistent and totals == (stored.size, unpacked_size),
              "has a compressed block that contradicts itself")
-    decode = getattr(imagecodecs, XISF_CODECS[codec] + "_decode")
     unpacked = np.empty(unpacked_size, np.uint8)
-    pieces = np.split(stored, np.cumsum(sizes[::2])[:-1])
-    targets = np.split(unpacked, np.cumsum(sizes[1::2])[:-1])
+    pieces = np.split(stored, np.cumsum(packed_sizes)[:-1])
+    targets = np.split(unpacked, np.cumsum(piece_sizes)[:-1])
     for piece, target in zip(pieces, targets):
         if piece.size == target.size:  # what does not shrink is stored as it was
             target[:] = piece
-            continue
-        try:
+        else:
             filled = decode(piece, out=target)
-        except Exception as error:  # each codec has its own
-            raise _Unreadable(NOT_DECODED) from error
-        _require(len(filled) == target.size, NOT_DECODED)
+            _require(len(filled) == target.size, NOT_DECODED)
     # Byte 0 of every item, then byte 1 of every item, and so on; behind them what is no item
     item = int(packing["item"]) if "+sh" in text else 1
     end = unpacked_size // item * item
@@ -979,26 +982,26 @@ def _unpack(stored, attributes, size=None):
 def _read_samples(image, blocks, notes):
     """Return an Image's samples, (c, h, w), and their values of black and white."""
     stored, packing = _stored(image, blocks)
+    blocks.clear()  # the samples will be changed, and are none of the blocks that outputs keep
     attributes = _squeezed(image)
-    geometry = _integers(attributes.get("geometry", ""), 3, "geometry")
-    _require(0 not in geometry, "is a picture without samples")
-    width, height, channels = geometry
+    width, height, channels = _integers(attributes.get("geometry", ""), 3, "geometry")
     color_space = attributes.get("colorSpace", "Gray").lower()
     colors = _look_up(XISF_COLORS, color_space, "the color space")
-    _require(channels >= colors, f"is called RGB but has {channels} channel(s)")
+    _require(channels >= colors, f"is called {color_space} but has {channels} channel(s)")
     if channels > colors:
         notes.append(f"has {channels - colors} alpha channel(s): dropped")
     kind = attributes.get("sampleFormat", "").lower()
     order = _look_up(BYTE_ORDERS, packing.get("byteOrder", "little"), "the byte order")
     dtype = np.dtype(order + _look_up(XISF_DTYPES, kind, "samples of the kind"))
-    storage = attributes.get("pixelStorage", "planar").lower()
-    shape, planes_first = _look_up(
-        {"planar": ((channels, height, width), (0, 1, 2)),
-         "normal": ((height, width, channels), (2, 0, 1))}, storage, "samples in the order")
     lower, upper = _read_bounds(attributes, dtype)
-    data = _unpack(stored, packing, math.prod(geometry) * dtype.itemsize)
-    samples = data.view(dtype).reshape(shape)
-    return samples.transpose(planes_first)[:colors], lower, upper
+    storage = attributes.get("pixelStorage", "planar").lower()
+    is_planar = _look_up({"planar": True, "normal": False}, storage, "samples in the order")
+    data = _unpack(stored, packing, width * height * channels * dtype.itemsize).view(dtype)
+    if is_planar:
+        samples = data.reshape(channels, height, width)
+    else:
+        samples = np.moveaxis(data.reshape(height, width, channels), 2, 0)
+    return samples[:colors], lower, upper
 
 
 def _read_bounds(attributes, dtype):
@@ -1007,23 +1010,24 @@ def _read_bounds(attributes, dtype):
     text = attributes.get("bounds")
     if text is None and dtype.kind == "u":
         return 0, float(limits.max)
+    lower = upper = math.nan
     with suppress(ValueError, AttributeError):
         lower, upper = sorted(map(float, text.split(":")[:2]))
-        if limits.min <= lower < upper <= limits.max and upper - lower < math.inf:
-            return lower, upper
-    raise _Unreadable(f"has no or impossible bounds, its black and white: {text!r}")
+    possible = limits.min <= lower < upper <= limits.max and upper - lower < math.inf
+    _require(possible, f"has no or impossible bounds, its black and white: {text!r}")
+    return lower, upper
 
 
-def _clip(plane):
-    """Clip a plane to [0, 1], in place; what is not finite stays.
+def _clip(planes):
+    """Clip planes to [0, 1], in place; what is not finite stays.
 
     Returns how many samples were below and above.
     """
-    finite = np.isfinite(plane)
-    dark, bright = finite & (plane < 0), finite & (plane > 1)
-    plane[dark] = np.finfo(plane.dtype).tiny  # 0 means missing
-    plane[bright] = 1
-    return dark.sum(), bright.sum()
+    finite = np.isfinite(planes)
+    dark, bright = finite & (planes < 0), finite & (planes > 1)
+    planes[dark] = np.finfo(planes.dtype).tiny  # 0 means missing
+    planes[bright] = 1
+    return np.count_nonzero(dark), np.count_nonzero(bright)
 
 
 def _keyword_values(image):
@@ -1049,13 +1053,10 @@ def _read_source(root, blocks, notes):
     root.text = image.text = image.tail = None  # pixels, if they stood there
     metadata = ElementTree.Element("Metadata")
     metadata.extend(root.findall("Metadata/Property"))
-    for element in root.findall("Metadata"):
-        root.remove(element)
-    root.append(metadata)
     untrue, lost = [], []
     for parent in (image, metadata, root):
-        parent[:] = [element for element in parent if element in (image, metadata)
-                     or _is_kept(element, blocks, untrue, lost)]
+        parent[:] = [child for child in parent if _is_kept(child, blocks, untrue, lost)]
+    root[:] = [image, *root, metadata]
     if lost:
         notes.append(f"loses {len(lost)} element(s): {', '.join(lost)[:300]}")
     _note_keywords({**_keyword_values(image), **image.attrib}, untrue, notes)
@@ -1077,8 +1078,9 @@ def _is_kept(element, blocks, untrue, lost):
         for part in element.iter():
             if "location" in part.attrib and part.get("location") not in blocks:
                 _stored(part, blocks)
-    except _Unreadable as error:
-        lost.append(f"{element.tag} {name[:80]!r}, which {error}")
+    except BgError as error:
+        reason, _, _ = str(error).partition(";")
+        lost.append(f"{element.tag} {name[:80]!r}, which {reason}")
         return False
     return True
 
@@ -1262,7 +1264,8 @@ def read_fits(file):
     hdu = hdus[number]
     header, shape = hdu.header, hdu.shape
     is_color = len(shape) == 3 and 3 in shape[::2]
-    _require(is_color or len(shape) == 2, f"is neither gray nor RGB, with axes {shape[::-1][:8]}",
+    axes = shape[::-1][:8]
+    _require(is_color or len(shape) == 2, f"is neither gray nor RGB, with axes {axes}",
              "save its planes as pictures of their own")
     bits, position = header["BITPIX"], hdu.data
     if hdu.packed:
@@ -1301,7 +1304,7 @@ def _read_hdus(file, notes):
         try:
             _require(len(hdus) < MAX_PARTS, "has too many parts to be true")
             hdu = _read_hdu(file, position)
-            _require(hdu.data + hdu.length <= size, "is cut short: the end of its data is missing")
+            _require(hdu.data + hdu.length <= size, CUT_SHORT)
         except Exception:
             if not any(hdu.shape for hdu in hdus):
                 raise
@@ -1318,14 +1321,14 @@ def _read_hdu(file, position):
     whole = WHOLE_HEADER.match(file.read(MAX_FITS_CARDS * FITS_CARD))
     _require(whole, "is cut short: a header has no end")
     header = _header_of(whole[1].decode("latin-1"))
-    is_one = header.count("BITPIX") == 1 and "XTENSION" not in list(header)[1:]
-    _require(is_one, "is damaged: a header without END runs into the next")
+    _require(header.count("BITPIX") == 1, "is damaged: a header without END runs into the next")
     shape = _fits_axes(header)
     samples = math.prod(shape) if shape else 0
     item = abs(header["BITPIX"]) // 8
     length = item * (samples + header.get("PCOUNT", 0)) * header.get("GCOUNT", 1)
-    data = position + len(_padded(whole[0]))
-    end = data + _whole_blocks(length)
+    header_end = position + whole.end()
+    data = header_end + _padding(header_end)
+    end = data + length + _padding(length)
     _require(length >= 0, "has data of an impossible length")
     packed = header.get("ZIMAGE") is True
     if packed:
@@ -1357,21 +1360,19 @@ def _check_fits_tiles(hdu):
     _require(seed in range(1, 10_001), f"has the impossible ZDITHER0 {seed!r}")
     _require(header["TFIELDS"] in range(1000), "has too many columns to be true")
     needed = 1
-    for number, length in enumerate(reversed(_fits_axes(header, "Z")), 1):
-        side = header.get(f"ZTILE{number}", length if number == 1 else 1)
-        needed *= math.ceil(length / side)
+    side = header["ZNAXIS1"]  # a tile is a row, if it is not told
+    for number in range(1, header["ZNAXIS"] + 1):
+        side = header.get(f"ZTILE{number}", side)
+        needed *= math.ceil(header[f"ZNAXIS{number}"] / side)
+        side = 1
     _require(tiles == needed, "has another number of tiles than it needs")
 
 
 def _read_fits_source(file, hdus, number, white, notes):
-    """Return what the outputs keep of a file besides the samples of HDU `number`.
-
-    Levels of integers, whose largest is `white`, become those of samples in [0, 1].
-    """
+    """Return what the outputs keep of a file besides the samples of HDU `number`; see `_kept`."""
     hdu = hdus[number]
     keywords = _kept(hdu.header, white, notes, FITS_TABLE if hdu.packed else STRUCTURE_NAMES)
-    file.seek(0)
-    before = file.read(hdu.start)
+    before = _read_at(file, 0, hdu.start).tobytes()
     first_names = set(hdus[0].header).difference(TEXT_NAMES)
     if hdu.packed and number == 1 and all(map(STRUCTURE_NAMES.fullmatch, first_names)):
         before = b""  # it is there because a compressed picture cannot be the first
@@ -1380,19 +1381,13 @@ def _read_fits_source(file, hdus, number, white, notes):
     icc = b""
     for other in hdus:
         if str(other.header.get("EXTNAME")).upper() == "ICCPROFILE":
-            file.seek(other.data)
-            icc = file.read(other.length)
-    return FitsSource(keywords, before, _padded(after), icc)
+            icc = _read_at(file, other.data, other.length).tobytes()
+    return FitsSource(keywords, before, after, icc)
 
 
-def _whole_blocks(length):
-    """Return how many bytes the blocks have that so many bytes fill."""
-    return FITS_BLOCK * math.ceil(length / FITS_BLOCK)
-
-
-def _padded(data, filling=b"\0"):
-    """Return bytes that fill whole blocks."""
-    return data.ljust(_whole_blocks(len(data)), filling)
+def _padding(length):
+    """Return how many bytes so many lack to fill whole blocks."""
+    return -length % FITS_BLOCK
 
 
 def _structure(shape, dtype, is_first=True):
@@ -1417,7 +1412,7 @@ def write_fits(file, planes, source=None, history=(), compress=False, unit=Unit(
             source = FitsSource(keywords, icc=icc)
             if icc:
                 extension = fits.ImageHDU(np.frombuffer(icc, np.uint8), name="ICCProfile")
-                source.after = extension.header.tostring().encode() + _padded(icc)
+                source.after = extension.header.tostring().encode() + icc
         stored = data if source.top_down else data[:, ::-1]
         one_by_one = iter(planes)
         for target in stored:
@@ -1432,10 +1427,10 @@ def write_fits(file, planes, source=None, history=(), compress=False, unit=Unit(
             structure = _structure(data.shape, data.dtype, not before)
         header = _header_text(structure, source.keywords, history, planes, unit)
     file.write(before)
-    file.write(_padded(header.encode(), b" "))
-    file.write(data)
-    file.write(bytes(_whole_blocks(data.nbytes) - data.nbytes))
-    file.write(source.after)
+    file.write(header.encode() + b" " * _padding(len(header)))
+    for part in (data, source.after):
+        file.write(part)
+        file.write(bytes(_padding(file.tell())))
 
 
 def _compressed_fits(data):
@@ -1465,11 +1460,9 @@ TIFF_SENSOR = (32803, 34892)  # photometric of a color filter mosaic, and of a c
 TIFF_CODECS = (
     1, "NONE", "LZW", "DEFLATE", "ADOBE_DEFLATE", "PACKBITS", "ZSTD")  # tifffile's names
 TIFF_CHUNKS = ("StripOffsets", "StripByteCounts", "TileOffsets", "TileByteCounts")
-TIFF_THUMBNAIL = 2  # value of the old SubfileType
 TIFF_ICC = 34675
-TIFF_KEPT = (271, 272, 306, 315, 33432, 700)  # tags: camera, date, author, rights, XMP
-TIFF_ORIENTATION = 274
-LARGEST_TIFF = 0xF0000000  # bytes; larger ones are BigTIFF
+TIFF_KEPT = (271, 272, 274, 306, 315, 33432, 700)  # camera, orientation, date, author, rights, XMP
+LARGEST_TIFF = 0xF0000000  # bytes of samples, beside which metadata have room; more is BigTIFF
 MAX_PAGES = 16  # among which the picture is looked for
 ASTRO_TIFF = re.compile("(?=.{8}=)[A-Z0-9_-]+ *=")  # how its description begins
 
@@ -1486,48 +1479,49 @@ def read_tiff(file):
     """Read the first picture of a TIFF file that is not a thumbnail; see `read_picture`."""
     import tifffile
     logging.getLogger("tifffile").setLevel(logging.CRITICAL)  # it would print what it repairs
+    notes = []
     with tifffile.TiffFile(file, _multifile=False) as tiff:
-        number, notes = _find_page(tiff)
-        page = tiff.pages[number]
+        page = _find_page(tiff, notes)
         colors = _check_tiff_page(page, _file_size(file))
         alpha = page.samplesperpixel - colors
         if alpha:
             notes.append(f"has {alpha} alpha channel(s): dropped")
         dtype = page.dtype.newbyteorder(tiff.byteorder)
-        white = int(np.iinfo(dtype).max) if dtype.kind == "u" else None
-        step, zero = 1, 0
+        white = position = None
+        if dtype.kind == "u":
+            white = int(np.iinfo(dtype).max)
+        if page.is_final:
+            position = page.dataoffsets[0]
+        samples = _samples("tiff", file, page.index, position, dtype, page.shaped)
+        samples = np.moveaxis(samples[:, 0], 3, 1)  # (planes, samples of a pixel, h, w)
+        *_, height, width = samples.shape
+        samples = samples.reshape(-1, height, width)[:colors]
         if page.photometric == TIFF_MINISWHITE:
             _require(white, "is gray, with white as 0, and not unsigned", "save it with black as 0")
-            step, zero = -1, white
-        position = page.dataoffsets[0] if page.is_final else None
-        samples = _samples("tiff", file, number, position, dtype, page.shaped)
-        samples = np.moveaxis(samples[:, 0], 3, 1)  # (planes, samples of a pixel, h, w)
-        samples = samples.reshape(-1, *samples.shape[2:])[:colors]
+            samples = ~samples
         source = _read_tiff_source(page, white, notes)
-    planes = _planes_of(samples, step, zero, white or 1)
+    planes = _planes_of(samples, white=white or 1)
     unit = Unit() if white else _fit_into_unit_range(planes, notes)
     return Picture(planes, source, notes, unit)
 
 
-def _find_page(tiff):
-    """Return the number of the page with the picture, and what is to be told about the others."""
+def _find_page(tiff, notes):
+    """Return the page with the picture; others are noted."""
     pages = []
     with suppress(IndexError, ValueError):  # tifffile's errors are such
         pages.extend(itertools.islice(tiff.pages, MAX_PAGES))
     _require(pages, "holds no picture")
     first = pages[0]
-    kinds = {page.photometric for page in [*pages, *(first.pages or ())]}
+    below = first.pages or ()
+    kinds = {page.photometric for page in (*pages, *below)}
     if kinds.intersection(TIFF_SENSOR) or "DNGVersion" in first.tags:
         maker = str(first.tags.valueof("Make") or "").strip()
-        raise _raw(f"of {maker[:30]}" if maker else "such as DNG")
-    pictures = [
-        number for number, page in enumerate(pages)
-        if not page.is_reduced and page.tags.valueof("SubfileType") != TIFF_THUMBNAIL]
+        _refuse_raw(f"of {maker[:30]}" if maker else "such as DNG")
+    pictures = [page for page in pages if not page.is_reduced]
     _require(pictures, "holds nothing but a thumbnail")
-    notes = []
     if len(pictures) > 1:
         notes.append("holds several images: only the first is used and kept")
-    return pictures[0], notes
+    return pictures[0]
 
 
 def _check_tiff_page(page, size):
@@ -1540,40 +1534,36 @@ def _check_tiff_page(page, size):
     colors = TIFF_COLORS.get(photometric)
     kind = getattr(photometric, "name", photometric)  # unknown ones are bare numbers
     _require(colors, f"is neither gray nor RGB, but {kind}", advice)
-    bits = page.bitspersample
-    known = page.dtype and page.dtype.kind in "iuf" and bits == 8 * page.dtype.itemsize
+    bits, dtype = page.bitspersample, page.dtype
+    known = dtype and dtype.kind in "iuf" and bits == 8 * dtype.itemsize
     _require(known, f"has samples of {bits} bits, which are not read", advice)
-    channels = page.samplesperpixel
-    for length in (*page.shaped, *page.chunks, channels):
-        _require(isinstance(length, int), "is damaged: its size is not a number")
-    planes, depth, height, width, together = page.shaped
+    planes, depth, height, width, together = map(int, page.shaped)
     _require(depth == 1 and height and width, "is not a flat picture", advice)
-    _require(channels >= colors and planes * together == channels,
+    channels = page.samplesperpixel
+    _require(colors <= channels == planes * together,
              f"is called RGB but has {channels} channel(s)", advice)
-    offsets, counts = page.dataoffsets, page.databytecounts
-    codec = getattr(page.compression, "name", page.compression)
-    pieces = 1 if page.is_final else len(offsets)
-    needed = math.prod(page.shaped) * page.dtype.itemsize
-    _check_claims(codec, TIFF_CODECS, needed, min(sum(counts), size), pieces)
-    chunks = math.prod(page.chunked)
+    chunks = math.prod(map(int, page.chunked))
     listed = [page.tags[name].count for name in TIFF_CHUNKS if name in page.tags]
+    offsets, counts = page.dataoffsets, page.databytecounts
     complete = listed == [chunks, chunks] and all(offsets) and all(counts)
     _require(complete and page.planarconfig in (None, 1, 2),
              f"is damaged: it has not the {chunks} strips or tiles that it needs")
-    last = max(map(sum, zip(offsets, counts)))
-    _require(last <= size, "is cut short: its last rows are missing")
+    ends = map(sum, zip(offsets, counts))
+    _require(max(ends) <= size, CUT_SHORT)
+    codec = getattr(page.compression, "name", page.compression)
+    needed = height * width * channels * dtype.itemsize
+    stored = min(sum(counts), size)
+    pieces = 1 if page.is_final else chunks
+    _check_claims(codec, TIFF_CODECS, needed, stored, pieces)
     return colors
 
 
 def _read_tiff_source(page, white, notes):
-    """Return what the outputs keep of a page; integers have `white` for their largest."""
+    """Return what the outputs keep of a page; see `_kept`."""
     tags = []
     for code in TIFF_KEPT:
         with suppress(Exception):  # it is missing or damaged
             tags.append(page.tags[code].astuple())
-    orientation = page.tags.valueof(TIFF_ORIENTATION)
-    if isinstance(orientation, int):
-        tags.append((TIFF_ORIENTATION, "H", 1, int(orientation), True))
     icc = page.tags.valueof(TIFF_ICC)
     icc = icc if isinstance(icc, bytes) else b""
     description = str(page.tags.valueof("ImageDescription") or "").strip("\0 \r\n")
@@ -1585,7 +1575,8 @@ def _keywords_of_tiff(description):
     from astropy.io import fits
     if ASTRO_TIFF.match(description):
         lines = description.split("\n")[:MAX_FITS_CARDS]
-        return _header_of("".join(line.rstrip()[:FITS_CARD].ljust(FITS_CARD) for line in lines))
+        cards = [line.rstrip()[:FITS_CARD].ljust(FITS_CARD) for line in lines]
+        return _header_of("".join(cards))
     if not description or re.fullmatch(r'\{"shape": \[[\d, ]+\]\}', description):  # tifffile's own
         return fits.Header()
     description = description[:MAX_FITS_CARDS // 2 * HISTORY_COLUMNS]
@@ -1619,11 +1610,11 @@ def write_tiff(file, planes, source=None, history=(), compress=False, unit=Unit(
         cards = _header_text(structure, source.keywords, history, planes, unit)
     lines = re.findall(f".{{{FITS_CARD}}}", cards)
     description = "\n".join(map(str.rstrip, lines))
-    big = data.nbytes + len(description) + len(source.icc) > LARGEST_TIFF
     options = {"compression": "adobe_deflate", "predictor": 3} if compress else {}
     tifffile.imwrite(
-        file, data, bigtiff=big, photometric=photometric, description=description, metadata=None,
-        software=f"bgoptimizer {VERSION}", extratags=tags, **options)
+        file, data, bigtiff=data.nbytes > LARGEST_TIFF, photometric=photometric,
+        description=description, metadata=None, software=f"bgoptimizer {VERSION}",
+        extratags=tags, **options)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -1631,8 +1622,7 @@ def write_tiff(file, planes, source=None, history=(), compress=False, unit=Unit(
 # --------------------------------------------------------------------------------------------------
 
 PICTURE_ENDINGS = re.compile(r"(?i)(?<=.)(\.(xisf|fits?|fts|fz|tiff?)(\.gz)?)+$")
-# How files begin: ours, cameras' raw files, and what is made for screens
-STARTS = {"xisf": rb"XISF", "fits": rb"SIMPLE  =", "tiff": rb"II[*+]\0|MM\0[*+]"}
+# How files begin: cameras' raw files, what is made for screens, and ours
 RAW = {
     "Canon CR2": rb"(II\*\0|MM\0\*)....CR", "Canon CR3": rb"....ftypcrx ",
     "Canon CRW": rb"II\x1a\0\0\0HEAPCCDR", "Fujifilm RAF": rb"FUJIFILMCCD-RAW",
@@ -1641,9 +1631,11 @@ RAW = {
 STRETCHED = {
     "JPEG": rb"\xff\xd8\xff", "PNG": rb"\x89PNG", "BMP": rb"BM", "GIF": rb"GIF8",
     "WebP": rb"RIFF....WEBP", "HEIF": rb"....ftyp(heic|heix|mif1|avif)"}
+STARTS = {
+    **RAW, **STRETCHED,
+    "xisf": rb"XISF0100", "fits": rb"SIMPLE  =", "tiff": rb"II[*+]\0|MM\0[*+]"}
 
 MASK_FORMATS = ("PNG", "TIFF", "JPEG", "BMP", "GIF", "PPM", "WEBP")  # what Pillow may open
-MASK_MODES = ("1", "P", "PA", "CMYK", "YCbCr")  # what it makes RGB of
 
 
 class Format(NamedTuple):
@@ -1653,17 +1645,17 @@ class Format(NamedTuple):
     write: Callable  # file, planes, source, history, compress, unit
 
 
-def _kind_of(file, kinds):
-    """Return the kind whose start an opened file has, None without one."""
+def _kind_of(file):
+    """Return the name among STARTS of how an opened file begins, None without one."""
     file.seek(0)
     start = file.read(16)
     file.seek(0)
-    return next((k for k, begins in kinds.items() if re.match(begins, start, re.DOTALL)), None)
+    return next((k for k, begins in STARTS.items() if re.match(begins, start, re.DOTALL)), None)
 
 
-def _raw(kind):
-    """Return why a camera's raw file is refused."""
-    return _Unreadable(
+def _refuse_raw(kind):
+    """Say that a camera's raw file is no picture yet."""
+    _refuse(
         f"is a camera's raw file ({kind}), a single undeveloped frame",
         "calibrate, debayer, and stack it first, and save the stack as XISF, FITS, or TIFF")
 
@@ -1672,7 +1664,8 @@ def picture_format(path):
     """Return the name in FORMATS of a file's format, by its content; None for another one."""
     if os.path.isfile(path):  # opening a FIFO would wait forever
         with suppress(OSError, EOFError, zlib.error), open(path, "rb") as file:
-            return _kind_of(_unzipping(file), STARTS)
+            kind = _kind_of(_unzipping(file))
+            return kind if kind in FORMATS else None
     return None
 
 
@@ -1687,15 +1680,13 @@ def read_picture(path):
     Raises BgError if the file is damaged, hostile, or of a kind that is not read.
     """
     with _refusals(path), _opened(path) as file:
-        raw = _kind_of(file, RAW)
-        if raw:
-            raise _raw(raw)
-        stretched = _kind_of(file, STRETCHED)
-        _require(stretched is None, f"is a {stretched} picture, stretched and no longer linear",
+        kind = _kind_of(file)
+        _require(kind, "is not an XISF, FITS, or TIFF file", "save the picture as one of them")
+        if kind in RAW:
+            _refuse_raw(kind)
+        _require(kind in FORMATS, f"is a {kind} picture, stretched and no longer linear",
                  "give the linear stack as XISF, FITS, or TIFF")
-        name = _kind_of(file, STARTS)
-        _require(name, "is not an XISF, FITS, or TIFF file", "save the picture as one of them")
-        return FORMATS[name].read(file)
+        return FORMATS[kind].read(file)
 
 
 def picture_stem(path):
@@ -1730,17 +1721,14 @@ def read_mask(path):
 def _read_with_pillow(path):
     """Return a mask as a Picture."""
     from PIL import Image
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # of sizes beyond all masks
-        with Image.open(path, formats=MASK_FORMATS) as image:
-            if image.mode in MASK_MODES:
-                image = image.convert("RGB")
-            samples = np.atleast_3d(np.asarray(image))  # (h, w, channels)
-    colors = 3 if samples.shape[2] >= 3 else 1
-    alpha = samples.shape[2] > colors
-    white = np.iinfo(samples.dtype).max if samples.dtype.kind == "u" else 1
-    planes = np.moveaxis(samples[..., :colors], 2, 0).astype(np.float32) / np.float32(white)
-    return Picture(planes, None, ["has an alpha channel: dropped"] if alpha else [])
+    with _silence(), Image.open(path, formats=MASK_FORMATS) as image:
+        notes = ["has an alpha channel: dropped"] if image.mode.endswith("A") else []
+        if not image.mode.startswith(("I", "F")):  # 16 or 32 bits
+            image = image.convert("RGB")
+        samples = np.atleast_3d(np.asarray(image))  # (h, w, channels)
+    planes = np.moveaxis(samples, 2, 0)
+    white = np.iinfo(planes.dtype).max if planes.dtype.kind == "u" else 1
+    return Picture(_planes_of(planes, white=white), None, notes)
 
 
 def mask_weights(planes):
@@ -1955,6 +1943,15 @@ def _grid(rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
     return np.stack((row, column), -1)
 
 
+def _side_by_side(planes: Sequence[np.ndarray]) -> np.ndarray:
+    """Return c channels (h, w) as an image (h, w, c).
+
+    In memory each channel stays in one piece: NumPy handles long rows, not three channels at a
+    time, which takes twice as long.
+    """
+    return np.moveaxis(np.stack(planes), 0, -1)
+
+
 def _quantiles(plane: np.ndarray, present: np.ndarray, quantiles: Sequence[float]) -> np.ndarray:
     """Return quantiles, in [0, 1], of a plane (h, w) where it is present, (h, w) bool.
 
@@ -2115,16 +2112,15 @@ def _block_medians(plane, factor):
     block = min(factor, height), min(factor, width)  # a larger one would only take memory
 
     def medians(blocks, axis):  # (rows, columns, height, width) -> (rows, columns)
-        present = _present(blocks)
-        samples = np.where(present, blocks, np.nan)
-        samples = samples.reshape(*blocks.shape[:2], -1)
-        count = present.sum(axis)
+        samples = np.array(blocks).reshape(*blocks.shape[:2], -1)
+        present = _present(samples)
+        if present.all():
+            return _whole_medians(samples)
+        samples[~present] = np.nan
+        samples.sort(-1)  # NaN goes last
+        count = present.sum(-1)
         lower = np.maximum(count - 1, 0) // 2
         upper = count // 2
-        if present.all():  # quicker with NumPy 1
-            samples.partition((lower[0, 0], upper[0, 0]))
-        else:
-            samples.sort(-1)  # NaN goes last
         middle = np.stack((lower, upper), -1)  # the same sample if the count is odd
         return np.take_along_axis(samples, middle, -1).mean(-1)
 
@@ -2134,6 +2130,17 @@ def _block_medians(plane, factor):
     strips = _strips(height, width, block[0])
     reduced = np.concatenate(list(_each(reduce_strip, strips)))
     return reduced.astype(np.float32)
+
+
+def _whole_medians(samples):
+    """Return the medians along the last axis of samples that are all present, and change these."""
+    count = samples.shape[-1]
+    middle = [(count - 1) // 2, count // 2]
+    if np.__version__ < "2":  # its sort takes five times as long as that of later ones
+        samples.partition(middle)
+    else:
+        samples.sort()
+    return samples[..., middle].mean(-1)
 
 
 def _block_sums(image, factor):
@@ -2239,10 +2246,10 @@ def prepare(planes: np.ndarray, settings: Settings, mask: np.ndarray | None = No
     quantile = settings.delinearization_quantile
     stretches, median = measure_stretches(planes, [quantile])
     linear = [reduce_plane(plane, factor, settings.downscaling_func) for plane in planes]
-    linear = np.stack(linear, -1)  # (h, w, c)
+    linear = _side_by_side(linear)  # (h, w, c)
     user_mask = np.ones((*linear.shape[:2], 1), np.float32)
     if mask is not None:
-        user_mask = np.stack([_block_means(plane, factor) for plane in mask], -1)
+        user_mask = _side_by_side([_block_means(plane, factor) for plane in mask])
     reduced = Reduced(
         linear=linear,
         median=median,
@@ -2795,7 +2802,7 @@ def _make_cells(prepared: Prepared) -> _Cells:
     size = max(smallest, round(longer / FIND_CELLS))
     shown = np.where(usable[..., None], linear, 0)  # 0: missing
     planes = [reduce_plane(channel, size) for channel in np.moveaxis(shown, -1, 0)]
-    light = np.stack(planes, -1).astype(float)  # (h, w, c)
+    light = _side_by_side(planes).astype(float)  # (h, w, c)
 
     some = np.isfinite(light).all(-1)
     whole = some & _mostly(usable, size)
@@ -3777,7 +3784,7 @@ def _look_for_sky(scene: _Scene, used: np.ndarray, smoothings: Sequence[float]) 
         return beside
     whole_sky = _explain(scene, np.zeros_like(used), used, smoothings)
     is_better = beside.best.loss < whole_sky.best.loss - GOOD_ENOUGH
-    return beside if is_better else whole_sky
+    return beside if is_better or whole_sky.bulging else whole_sky
 
 
 def _explain(scene: _Scene, patches: np.ndarray, used: np.ndarray,
@@ -3800,6 +3807,7 @@ def _explain(scene: _Scene, patches: np.ndarray, used: np.ndarray,
     if _closed_top(surfaces, best) <= BULGE:
         return _Explanation(surfaces, found, candidates, best)
     stiffer = [other for other in candidates if other.smoothing > best.smoothing
+               and other.loss <= best.loss + DOUBT_MARGIN
                and _closed_top(surfaces, other) <= BULGE]
     if not stiffer:
         return _Explanation(surfaces, found, candidates, best, bulging=True)
@@ -3916,6 +3924,9 @@ DOUBT_MARGIN = 0.15
 """Where the sky cannot be known, the stiffest surface wins whose loss is this close to that of the
 chosen one. On 46 such scenes 11 got truer by it, and 6 less true; and it eats less of objects."""
 
+SEAM = "it steps along a straight line, as between the panels of a mosaic"
+"""Why the sky cannot be known then. A stiff surface would be no help against steps."""
+
 SEAM_SIGMA = 10.0
 """Panels of a mosaic differ by so many sigma of the median along a seam."""
 
@@ -3945,7 +3956,7 @@ def _judge(explanation: _Explanation, doubt: float) -> str:
     cells = explanation.surfaces.cells
     best = explanation.best
     if _has_seam(cells):
-        return "it steps along a straight line, as between the panels of a mosaic"
+        return SEAM
     if not _is_explained(explanation):
         return "no smooth surface explains what looks like sky"
     share = best.sky.sum() / cells.usable.sum()
@@ -3970,7 +3981,9 @@ def _in_doubt(explanation: _Explanation) -> _Explanation:
 
     Where no surface explains the picture, a flexible one only follows objects.
     """
-    most = explanation.best.loss + DOUBT_MARGIN if _is_explained(explanation) else math.inf
+    any_explains = any(_is_explained(explanation._replace(best=candidate))
+                       for candidate in explanation.candidates)
+    most = explanation.best.loss + DOUBT_MARGIN if any_explains else math.inf
     stiffest = next(candidate for candidate in explanation.candidates
                     if candidate is explanation.best
                     or (candidate.smoothing <= WITH_BOWL and candidate.loss <= most))
@@ -4072,13 +4085,16 @@ def _has_seam(cells: _Cells) -> bool:
         slope = (rise[:, :-4] + rise[:, 4:]) / 2  # beside it
         step = rise[:, 2:-2] - slope
         count = np.isfinite(step).sum(0)  # (columns,)
-        step, count = step[:, count >= shortest], count[count >= shortest]
-        typical = np.nanmedian(step, axis=0) if count.size else np.zeros(0)
-        height = np.abs(typical)
-        alike = (np.sign(step) == np.sign(typical)).sum(0) > SEAM_ALIKE * count
-        sigma = MEDIAN_NOISE * _deviation(step - typical, 0) / np.sqrt(count)
-        if (alike & (height > least) & (height > SEAM_SIGMA * sigma)).any():
-            return True
+        up = (step > 0).sum(0)
+        down = (step < 0).sum(0)
+        alike = np.maximum(up, down) > SEAM_ALIKE * count
+        for column in np.nonzero(alike & (count >= shortest))[0]:
+            steps = step[:, column]
+            steps = steps[np.isfinite(steps)]
+            typical = np.median(steps)
+            sigma = MEDIAN_NOISE * _deviation(steps - typical) / math.sqrt(len(steps))
+            if abs(typical) > max(least, SEAM_SIGMA * sigma):
+                return True
     return False
 
 
@@ -4158,7 +4174,7 @@ def find_sky(prepared: Prepared, settings: Settings) -> Sky:
         explanation, shared = look_with_reference(
             scene, explanation, prepared.reference, smoothings)
     doubt, unsure = _certainty(explanation, shared)
-    if unsure:
+    if unsure and unsure != SEAM:
         explanation = _in_doubt(explanation)
     surfaces, objects, best = explanation.surfaces, explanation.objects, explanation.best
     total = cells.usable.sum()
@@ -5782,6 +5798,17 @@ MOSAIC_GREENS = 0.5
 Columns or rows of a sensor that differ do so on both diagonals."""
 
 
+def thinned(prepared: Prepared, most: int = VIEW_PIXELS) -> Prepared:
+    """Take every k-th pixel of the reduced frame, so that its longer side has about `most`."""
+    longer = max(prepared.rim.shape)
+    step = max(1, round(longer / most))
+    parts = {}
+    for name in ("image", "weight", "centers", "linear", "user_mask", "rim"):
+        whole = getattr(prepared, name)
+        parts[name] = whole[::step, ::step]
+    return replace(prepared, **parts)
+
+
 def to_draw(planes: np.ndarray, linear: np.ndarray) -> np.ndarray:
     """Return what a picture (c, h, w) is drawn from, (h, w, c) linear, NaN where missing.
 
@@ -5796,7 +5823,7 @@ def to_draw(planes: np.ndarray, linear: np.ndarray) -> np.ndarray:
         return linear[::step, ::step]
     factor = math.ceil(longer / VIEW_PIXELS)
     reduced = [reduce_plane(plane, factor, "mean") for plane in planes]
-    return np.stack(reduced, -1)
+    return _side_by_side(reduced)
 
 
 def _warn_of_odd_data(planes: np.ndarray, prepared: Prepared) -> None:
@@ -6008,7 +6035,7 @@ class Views:
         self.shape = prepared.full_shape
         self.picture = prepared.drawn  # (h, w, c) linear, as the others
         planes = SkyModel(sky, self.picture.shape[:2])
-        self.model = np.stack(list(planes), -1)
+        self.model = _side_by_side(list(planes))
         with np.errstate(divide="ignore", invalid="ignore"):  # a sky of no light at all
             self.result = corrected(prepared, self.picture, self.model, correction)
 
@@ -6069,7 +6096,7 @@ def striped(prepared: Prepared, areas: dict[str, np.ndarray]) -> np.ndarray:
     height, width, _ = colors.shape
     row, column = np.ogrid[:height, :width]
     lines = {"": 0 * row, "/": row + column, "\\": row - column, "-": row}
-    rows, columns = prepared.used.shape
+    rows, columns = prepared.rim.shape
     cells = row * rows // height, column * columns // width
     for reason, (color, hatch, _) in OVERLAYS.items():
         if not areas[reason].any():
@@ -6621,7 +6648,7 @@ BUTTONS = {
     "a": "--auto  [a]", "d": "--correction divide  [d]",
     " ": "Picture, model, result  [space]", "z": "Undo the last drawing  [z]",
     "t": "Take the sky out  [t]", "escape": "Stop  [escape]",
-    "w": "Write  [w]", "q": "Close  [q]",
+    "w": "Write  [w]", "c": "Copy the command  [c]", "q": "Close  [q]",
 }
 """Key -> label of the button that does the same; the first two are check boxes."""
 
@@ -6634,7 +6661,7 @@ class View:
     """What is chosen of a picture, and what follows from it."""
 
     asked: Settings  # None where nothing was asked for, as on the command line
-    prepared: Prepared  # what the fit would see, but for what --auto leaves out
+    prepared: Prepared  # thinned: what the fit would see, but for what --auto leaves out
     drawn: np.ndarray | None = None  # (h, w, 1) of the reduced frame: 0 left out, 1 given back,
     # NaN not drawn on
     result: Result | None = None  # of a training with just this
@@ -6661,7 +6688,10 @@ class Preview:
         planes = picture.planes
         used = task.settings.resolved()
         self.undrawn = prepare(planes, used, mask, picture.unit.black, reference)
-        self.view = View(task.settings, self.undrawn)
+        thin = thinned(self.undrawn)
+        self.view = View(task.settings, thin)
+        # As long as a sky and a correction are those of the last time, so are these views
+        self.views = functools.lru_cache(maxsize=1)(functools.partial(Views, thin))
         self.shown = "picture"  # one of VIEWS
         self.ladders = {name: list(values) for name, values in LADDERS.items()}
         for name, values in self.ladders.items():
@@ -6715,18 +6745,12 @@ class Preview:
         drawn = self.view.drawn if drawn is None else drawn
         try:
             asked = replace(self.view.asked, **changes)
-            settings = asked.resolved()
-            quantile = settings.delinearization_quantile
-            stretches, _ = self.stretches.result()
-            if quantile not in stretches:
-                raise BgError(f"-dq {quantile:g} takes all of a channel to 1; raise it")
-            reduced = replace(self.undrawn, user_mask=drawn_on(self.undrawn.user_mask, drawn))
-            prepared = stretch_and_mask(reduced, stretches[quantile], settings)
+            view = View(asked, self.prepared(asked.resolved(), drawn, True), drawn)
         except (ValueError, BgError) as error:
             self.status = str(error)
             self.refresh()
         else:
-            self.go_to(View(asked, prepared, drawn))
+            self.go_to(view)
 
     def go_to(self, view: View) -> None:
         """Take a view for which the sky may be another one."""
@@ -6736,10 +6760,22 @@ class Preview:
         self.due = time.monotonic() + LOOK_AFTER
         self.refresh()
 
+    def prepared(self, settings: Settings, drawn: np.ndarray | None,
+                 thin: bool = False) -> Prepared:
+        """Return what a fit would see, of the whole reduced frame or thinned."""
+        quantile = settings.delinearization_quantile
+        stretches, _ = self.stretches.result()
+        if quantile not in stretches:
+            raise BgError(f"-dq {quantile:g} takes all of a channel to 1; raise it")
+        reduced = replace(self.undrawn, user_mask=drawn_on(self.undrawn.user_mask, drawn))
+        reduced = thinned(reduced) if thin else reduced
+        return stretch_and_mask(reduced, stretches[quantile], settings)
+
     def look(self, view: View) -> Sky:
         """Find the sky of a view, and tell of it."""
-        sky = find_sky(view.prepared, view.settings)
-        judge(self.picture.planes, with_sky(view.prepared, view.settings, sky), view.settings)
+        prepared = self.prepared(view.settings, view.drawn)
+        sky = find_sky(prepared, view.settings)
+        judge(self.picture.planes, with_sky(prepared, view.settings, sky), view.settings)
         return sky
 
     def found(self, sky: Sky) -> None:
@@ -6753,12 +6789,12 @@ class Preview:
         for old in (*axes.images, *axes.collections, axes.get_legend()):
             if old is not None:
                 old.remove()
-        prepared = self.seen()
+        prepared = self.seen(view.prepared)
         if self.shown == "picture" or self.sky is None:
             draw_seen(axes, prepared, view.settings, 5)
         else:
             words = "" if view.result else NOT_TRAINED
-            views = Views(prepared, self.model(), view.settings.correction)
+            views = self.views(self.model(), view.settings.correction)
             views.draw(axes, self.shown, prepared.stretch, words)
         axes.images[0].set_interpolation("nearest")  # it is the quickest
         words = shlex.join(self.words()), in_lines(self.said, 62), self.status
@@ -6768,10 +6804,9 @@ class Preview:
         self.set_widgets()
         self.showing = False
 
-    def seen(self) -> Prepared:
+    def seen(self, prepared: Prepared) -> Prepared:
         """Return what the fit would see, as far as the sky is known."""
-        view = self.view
-        return with_sky(view.prepared, view.settings, self.sky) if self.sky else view.prepared
+        return with_sky(prepared, self.view.settings, self.sky) if self.sky else prepared
 
     def model(self) -> Callable:
         """Return the linear sky as a function of frame coordinates, trained if it is."""
@@ -6787,7 +6822,7 @@ class Preview:
         in_frame = place[None] / max(undrawn.full_shape)  # (1, 2)
         sky = self.model()(in_frame)[0]
         cell = place / self.view.settings.downscaling_factor
-        last = np.array(undrawn.used.shape) - 1
+        last = np.array(undrawn.rim.shape) - 1
         row, column = np.clip(cell.astype(int), 0, last)
         words = f"x {x:.0f}, y {y:.0f}"
         for name, samples in (("value", undrawn.linear[row, column]), ("sky", sky)):
@@ -6838,7 +6873,8 @@ class PreviewWindow(Preview):
         self.stopping = threading.Event()
         self.shift = False  # is held
         self.keys = {key: functools.partial(self.step, *step) for key, step in STEPS.items()}
-        self.keys.update(z=self.undo, t=self.train, escape=self.stopping.set, w=self.write)
+        self.keys.update(
+            z=self.undo, t=self.train, escape=self.stopping.set, w=self.write, c=self.copy)
         add = self.figure.add_axes
         self.figure.text(0.69, 0.11, HELP, va="top")
         self.axes.format_coord = self.words_on
@@ -6858,6 +6894,8 @@ class PreviewWindow(Preview):
             place = add([0.69 + 0.15 * (k % 2), 0.74 - 0.05 * (k // 2), 0.145, 0.045])
             button = widgets.Button(place, label, color="#30363d", hovercolor="#4a5058")
             button.on_clicked(lambda _, key=key: self.keys[key]())
+            place.xaxis.set_visible(False)  # else it takes time, though it is empty
+            place.yaxis.set_visible(False)
             self.widgets[key] = button
         self.lasso = widgets.LassoSelector(
             self.axes, self.draw_around, props=dict(color=INK, linewidth=2), button=1)
@@ -6889,7 +6927,7 @@ class PreviewWindow(Preview):
         """
         from skimage.draw import polygon2mask
         view = self.view
-        shape = view.prepared.used.shape
+        shape = self.undrawn.rim.shape
         pixels = np.array(corners)[:, ::-1]  # (n, 2) row and column, full size
         inside = polygon2mask(shape, (pixels + 0.5) / view.settings.downscaling_factor - 0.5)
         if len(corners) < 3 or not inside.any():  # a click
@@ -6897,7 +6935,7 @@ class PreviewWindow(Preview):
         drawn = np.full((*shape, 1), np.nan) if view.drawn is None else view.drawn.copy()
         changes = {}
         if self.shift and view.settings.auto:
-            drawn[..., 0] = self.seen().used
+            drawn[..., 0] = self.seen(self.prepared(view.settings, view.drawn)).used
             quantile = view.settings.delinearization_quantile
             changes = dict(auto=False, delinearization_quantile=quantile)
         drawn[inside] = self.shift
@@ -6956,6 +6994,22 @@ class PreviewWindow(Preview):
             logger.info("wrote " + ", ".join(task.outputs.values()))
 
         self._start(work, lambda _: None, "writing")
+
+    def copy(self):
+        """Put the command that does what is shown into the clipboard."""
+        command = command_line(self.task.options, self.words())
+        canvas = self.figure.canvas
+        self.status = "the command is in the clipboard"
+        if hasattr(canvas, "get_tk_widget"):
+            clipboard = canvas.get_tk_widget()
+            clipboard.clipboard_clear()
+            clipboard.clipboard_append(command)
+        elif canvas.required_interactive_framework == "qt":
+            from matplotlib.backends.qt_compat import QtWidgets
+            QtWidgets.QApplication.clipboard().setText(command)
+        else:
+            self.status = "not copied: this toolkit is neither Tk nor Qt; it is printed at the end"
+        self.refresh()
 
     def full_mask(self, view: View) -> np.ndarray | None:
         """Return the mask of a view at full size, (1 or c, h, w), or None."""

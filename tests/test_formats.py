@@ -27,7 +27,7 @@ from xisf import XISF
 
 import bgoptimizer as bg
 from make_demo import DEMO
-from runner import FAST, LINEAR, growth, python, quick, refused, run
+from runner import LINEAR, growth, python, quick, refused, run
 from scenes import REAL, sloping_sky
 from xisf_files import keyword_element, one_image
 
@@ -127,9 +127,8 @@ def written(name, picture, planes=None, folder=None, **options):
     """Write what was read in a format of this name; returns the path."""
     path = os.path.join(str(folder or "."), "again" + bg.FORMATS[name].ending)
     with open(path, "w+b") as file:
-        bg.FORMATS[name].write(
-            file, picture.planes if planes is None else planes, picture.source, **options
-        )
+        planes = picture.planes if planes is None else planes
+        bg.FORMATS[name].write(file, planes, picture.source, **options)
     return path
 
 
@@ -154,16 +153,17 @@ def as_bytes(planes):
     return np.rint(planes / 257).astype(np.uint8)
 
 
-FITS_KINDS = {
-    "u8": (as_bytes, 0.5 / 255), "u16": (lambda u: u, 1e-6),
+KINDS = {  # of samples: how they are made of 16 bits, and by how much they may be off
+    "u8": (as_bytes, 0.5 / 255), "u16": (lambda u: u, 0),
     "u32": (lambda u: u.astype(np.uint32) * 65537, 1e-6),
+    "f16": (lambda u: (u / 65535).astype(np.float16), 3e-4),
     "f32": (lambda u: (u / 65535).astype(np.float32), 1e-6), "f64": (lambda u: u / 65535, 1e-6),
 }
 
 
-@pytest.mark.parametrize("kind", FITS_KINDS)
+@pytest.mark.parametrize("kind", sorted(set(KINDS) - {"f16"}))
 def test_the_demo_as_fits_reads_to_the_same_planes(kind, demo, folder):
-    make, most = FITS_KINDS[kind]
+    make, most = KINDS[kind]
     picture = bg.read_picture(save_fits("demo.fit", make(demo)))
     assert picture.warnings == []
     assert picture.unit == bg.Unit()
@@ -178,28 +178,13 @@ def test_a_compressed_fits_reads_to_the_same_planes(kind, demo, folder):
     assert picture.source.before == b""
 
 
-@pytest.mark.parametrize(
-    "make, most, options",
-    [
-        (as_bytes, 0.5 / 255, {}),
-        (lambda u: u, 1e-6, {}),
-        (lambda u: u.astype(np.uint32) * 65537, 1e-6, {}),
-        (lambda u: (u / 65535).astype(np.float32), 1e-6, {}),
-        (lambda u: u / 65535, 1e-6, {}),
-        (lambda u: (u / 65535).astype(np.float16), 3e-4, {}),
-        (lambda u: u, 1e-6, {"compression": "lzw", "predictor": True}),
-        (lambda u: u, 1e-6, {"compression": "zstd"}),
-        (
-            lambda u: (u / 65535).astype(np.float32), 1e-6,
-            {"compression": "zlib", "predictor": True},
-        ),
-        (lambda u: u, 1e-6, {"tile": (64, 64), "compression": "deflate"}),
-        (lambda u: u, 1e-6, {"rowsperstrip": 7}),
-        (lambda u: u, 1e-6, {"byteorder": ">"}),
-        (lambda u: u, 1e-6, {"bigtiff": True}),
-    ],
-)
-def test_the_demo_as_tiff_reads_to_the_same_planes(make, most, options, demo, folder):
+@pytest.mark.parametrize("kind, options", [
+    *[(kind, {}) for kind in KINDS], ("u16", {"compression": "lzw", "predictor": True}),
+    ("u16", {"compression": "zstd"}), ("f32", {"compression": "zlib", "predictor": True}),
+    ("u16", {"tile": (64, 64), "compression": "deflate"}), ("u16", {"rowsperstrip": 7}),
+    ("u16", {"byteorder": ">"}), ("u16", {"bigtiff": True})])
+def test_the_demo_as_tiff_reads_to_the_same_planes(kind, options, demo, folder):
+    make, most = KINDS[kind]
     picture = bg.read_picture(save_tiff("demo.tif", make(demo), **options))
     assert picture.warnings == []
     assert np.abs(picture.planes - bg.read_picture(str(DEMO)).planes).max() <= most
@@ -216,13 +201,9 @@ def test_a_planar_tiff_and_alpha(small, folder):
     assert "1 alpha channel(s): dropped" in picture.warnings[0]
 
 
-@pytest.mark.parametrize(
-    "arrange",
-    [
-        lambda u: u[0], lambda u: u[:1], lambda u: u[None, :1], lambda u: u, lambda u: u[None],
-        lambda u: np.moveaxis(u, 0, -1),
-    ],
-)
+@pytest.mark.parametrize("arrange", [
+    lambda u: u[0], lambda u: u[:1], lambda u: u[None, :1], lambda u: u, lambda u: u[None],
+    lambda u: np.moveaxis(u, 0, -1)])
 def test_axes_of_a_fits(arrange, small, folder):
     data = arrange(small)
     planes = bg.read_picture(save_fits("a.fits", np.ascontiguousarray(data))).planes
@@ -297,17 +278,10 @@ def test_a_picture_comes_back_in_its_own_unit(unit, small, folder):
         truth = stored * np.float32(0.5)
     path = save_fits("a.fits", stored, cards)
     if unit == "bscale":
-        with open(path, "r+b") as file:  # astropy would scale the data
-            data = bytearray(file.read())
-            data[data.index(b"END  ") :][:0]
-            file.seek(0)
-            plain = fits.Header.fromfile(path)
-            plain["BSCALE"], plain["BZERO"] = 0.5, 0.0
-            file.write(plain.tostring().encode())
-            file.write(
-                in_fits_order(stored).astype(">i2").tobytes().ljust(-(-stored.nbytes // 2880) * 2880, b"\0")
-            )
-            file.truncate()
+        plain = fits.Header.fromfile(path)
+        plain["BSCALE"], plain["BZERO"] = 0.5, 0.0
+        samples = in_fits_order(stored).astype(">i2").tobytes()  # astropy would scale the data
+        Path(path).write_bytes(plain.tostring().encode() + samples)
     picture = bg.read_picture(path)
     assert (picture.planes >= 0).all() and (picture.planes <= 1).all()
     assert picture.planes[1, 3, 4] == 0 and "written back in its own unit" in picture.note
@@ -327,16 +301,6 @@ def test_optimize_gives_floats_back_in_their_own_unit():
         assert np.abs(result.model - (plain.model * scale + zero)).max() < 0.1 * span
         whole = result.model + result.subtracted - result.offsets
         assert np.abs(whole - (image * scale + zero)).max() < 0.05
-
-
-def test_masks_of_any_unit_mean_the_same(small, folder):
-    mask = np.indices(small.shape[1:]).sum(0) % 7 > 0
-    save_fits("a.fits", mask.astype(np.uint8))
-    save_fits("b.fits", mask * np.float32(255))
-    tifffile.imwrite("c.tif", mask.astype(np.uint16) * 65535)
-    tifffile.imwrite("d.tif", mask.astype(np.uint16))
-    for name in ("a.fits", "b.fits", "c.tif", "d.tif"):
-        assert np.array_equal(bg.read_mask(name).planes[0], mask), name
 
 
 # ------------------------------------------------------------------------------------ writing
@@ -388,9 +352,7 @@ def test_what_malformed_cards_say_is_kept(small, folder):
 @pytest.mark.parametrize("channels", [1, 3])
 def test_a_tiff_keeps_what_it_has(compress, channels, small, folder):
     tifffile.imwrite(
-        "a.tif",
-        np.moveaxis(small, 0, -1)[..., :channels].squeeze(),
-        metadata=None,
+        "a.tif", np.moveaxis(small, 0, -1)[..., :channels].squeeze(), metadata=None,
         photometric="rgb" if channels > 1 else "minisblack",
         description="SIMPLE  =                    T\nOBJECT  = 'M 31'\nEND",
         extratags=[ICC_TAG, (315, "s", 0, "me", True), (700, "B", 4, b"<x/>", True)],
@@ -472,13 +434,8 @@ def tiff_file(entries, tail=b"", next_ifd=0, count=None):
     """A little-endian TIFF file of one directory; entries are (tag, type, count, value)."""
     packed = b"".join(struct.pack("<HHII", *entry) for entry in entries)
     number = len(entries) if count is None else count
-    return (
-        b"II*\0\x08\0\0\0"
-        + struct.pack("<H", number)
-        + packed
-        + struct.pack("<I", next_ifd)
-        + tail
-    )
+    start, end = struct.pack("<H", number), struct.pack("<I", next_ifd)
+    return b"II*\0\x08\0\0\0" + start + packed + end + tail
 
 
 def tiff_tags(width=8, height=8, offset=200, size=64, **changes):
@@ -506,10 +463,8 @@ HOSTILE = {
     "a text": b"this is no picture at all",
     "a JPEG": b"\xff\xd8\xff\xe0" + bytes(100),
     "FITS that ends in the header": fits_header(*plain(16, 60, 40))[:1000],
-    "FITS without END": b"SIMPLE  =                    T".ljust(80)
-    + b" " * (2880 * 4 - 80),
-    "FITS with a header bomb": b"SIMPLE  =                    T".ljust(80)
-    + b" " * (2880 * 3000 - 80),
+    "FITS without END": b"SIMPLE  =                    T".ljust(2880 * 4),
+    "FITS with a header bomb": b"SIMPLE  =                    T".ljust(2880 * 3000),
     "FITS with a damaged END": fits_header(*plain(16, 60, 40), data=5760).replace(b"END ", b"END?")
     + fits_header("XTENSION= 'IMAGE'", *plain(8)[1:]),
     "FITS without pixels": fits_header(*plain(8)),
@@ -531,19 +486,13 @@ HOSTILE = {
     "FITS with a billion columns": fz_file("TFIELDS = 1000000000"),
     # astropy 7 ends with a crash at these two, and with it Python
     "FITS with an impossible codec": fz_file(
-        "ZCMPTYPE= 'RICE_1'", "ZNAME1  = 'BYTEPIX'", "ZVAL1   = -1"
-    ),
+        "ZCMPTYPE= 'RICE_1'", "ZNAME1  = 'BYTEPIX'", "ZVAL1   = -1"),
     "FITS with a tile beyond its memory": fz_file(
-        "ZCMPTYPE= 'HCOMPRESS_1'",
-        "ZTILE2  = 4",
-        "NAXIS2  = 1",
-        "PCOUNT  = 100",
-        start=struct.pack(">iiHii", 100, 0, 0xDD99, 40000, 40000),
-    ),
+        "ZCMPTYPE= 'HCOMPRESS_1'", "ZTILE2  = 4", "NAXIS2  = 1", "PCOUNT  = 100",
+        start=struct.pack(">iiHii", 100, 0, 0xDD99, 40000, 40000)),
     "FITS with descriptors out of the file": fz_file(start=b"\x7f\xff\xff\xff" * 8),
     "FITS with descriptors out of the heap": fz_file(
-        "PCOUNT  = 2000", start=b"\x7f\xff\xff\xff" * 8
-    ),
+        "PCOUNT  = 2000", start=b"\x7f\xff\xff\xff" * 8),
     "TIFF of 8 bytes": b"II*\0\x08\0\0\0",
     "TIFF with its directory outside": b"II*\0\xff\xff\xff\x7f" + bytes(100),
     "TIFF with a directory of 65535": tiff_file(tiff_tags(), bytes(300), count=65535),
@@ -562,8 +511,7 @@ HOSTILE = {
     "TIFF of width 0": tiff_file(tiff_tags(width=0), bytes(300)),
     "TIFF with huge tiles": tiff_file(
         tiff_tags(_322=(4, 1, 1 << 30), _323=(4, 1, 1 << 30), _324=(4, 1, 200), _325=(4, 1, 64)),
-        bytes(300),
-    ),
+        bytes(300)),
 }
 
 
@@ -580,30 +528,6 @@ def test_a_hostile_file_is_refused_in_one_line_without_time_and_memory(name, fol
     finally:
         tracemalloc.stop()
     assert peak < 64e6 and "\n" not in str(refusal.value)
-
-
-@pytest.mark.slow
-def test_a_gzip_bomb_in_a_compressed_fits_is_refused(folder):
-    path = save_compressed("a.fz", np.zeros((700, 700), np.int16), "GZIP_1", tile_shape=(700, 700))
-    packer = zlib.compressobj(9, zlib.DEFLATED, 31)
-    pieces = [packer.compress(bytes(1 << 20)) for _ in range(400)] + [packer.flush()]
-    bomb = b"".join(pieces)
-    with fits.open(path, disable_image_compression=True) as hdus:
-        head = bytearray(hdus[1].header.tostring().encode())
-        where = hdus.fileinfo(1)["hdrLoc"]
-    start = open(path, "rb").read()[:where]
-    at = head.index(b"PCOUNT  =")
-    head[at : at + 30] = b"PCOUNT  =" + str(len(bomb)).rjust(21).encode()
-    body = struct.pack(">ii", len(bomb), 0) + bomb
-    with open("bomb.fz", "wb") as file:
-        file.write(start + head + body + bytes(-len(body) % 2880))
-    tracemalloc.start()
-    try:
-        with pytest.raises(bg.BgError, match="decompressed"):
-            bg.read_picture("bomb.fz")
-        assert tracemalloc.get_traced_memory()[1] < 64e6
-    finally:
-        tracemalloc.stop()
 
 
 def test_letters_beyond_ascii_cost_no_compressed_picture(small, folder):
@@ -724,9 +648,8 @@ def test_mutants_are_read_or_refused(kind, small, folder):
     elif kind == "fz":
         path = save_compressed("a", small, "GZIP_2")
     else:
-        path = save_tiff(
-            "a", small, compression=None if kind == "tiff" else "lzw", extratags=[ICC_TAG]
-        )
+        compression = None if kind == "tiff" else "lzw"
+        path = save_tiff("a", small, compression=compression, extratags=[ICC_TAG])
     data = open(path, "rb").read()
     for changed in mutants(data, many, seed=len(kind)):
         with open("mutant", "wb") as file:
@@ -811,17 +734,12 @@ def test_long_texts_are_whole_wherever_their_cards_end(name, small, folder):
         assert cards.comments[keyword] == keywords.comments[keyword]
 
 
-@pytest.mark.parametrize(
-    "keyword, words",
-    [
-        (("A" * 66, "12345"), ["A" * 66, "=", "12345"]),
-        (("A" * 75, "'x'"), ["A" * 72, "AAA", "=", "'x'"]),
-        (("LONG NAME", "1." + "2" * 70), ["LONG NAME =", "1.2222"]),
-        (("A=B", "'x'"), ["A=B", "=", "'x'"]),
-    ],
-)
-def test_what_no_card_can_hold_becomes_a_comment(keyword, words, small, folder):
-    name, value = keyword
+@pytest.mark.parametrize("name, value, words", [
+    ("A" * 66, "12345", ["A" * 66, "=", "12345"]),
+    ("A" * 75, "'x'", ["A" * 72, "AAA", "=", "'x'"]),
+    ("LONG NAME", "1." + "2" * 70, ["LONG NAME =", "1.2222"]),
+    ("A=B", "'x'", ["A=B", "=", "'x'"])])
+def test_what_no_card_can_hold_becomes_a_comment(name, value, words, small, folder):
     source = xisf_source(keyword_element(name, value, ""), keyword_element("OBJECT", "'M 31'", ""))
     path = written("fits", bg.Picture(small / np.float32(65535), source, []))
     cards = fits.getheader(path)
@@ -833,26 +751,16 @@ def test_what_no_card_can_hold_becomes_a_comment(keyword, words, small, folder):
 # ------------------------------------------------------------------------------------ damaged files
 
 
-@pytest.mark.parametrize("count", [2, 0, 3])
-def test_a_tiff_with_other_chunks_than_it_needs_is_refused(count, small, folder):
-    path = save_tiff("a.tif", small, rowsperstrip=11, compression="lzw")
-    with tifffile.TiffFile(path) as tiff:
-        place = tiff.pages[0].tags["PlanarConfiguration"].valueoffset
-    with open(path, "r+b") as file:
-        file.seek(place)
-        file.write(struct.pack("<H", count))
-    with pytest.raises(bg.BgError, match="strips or tiles"):
-        bg.read_picture(path)
-
-
-@pytest.mark.parametrize("tag", ["StripOffsets", "StripByteCounts"])
-def test_a_tiff_with_an_empty_chunk_is_refused(tag, small, folder):
+@pytest.mark.parametrize("tag, value", [
+    ("PlanarConfiguration", b"\2\0"), ("PlanarConfiguration", b"\0\0"),
+    ("PlanarConfiguration", b"\3\0"), ("StripOffsets", bytes(4)), ("StripByteCounts", bytes(4))])
+def test_a_tiff_with_other_chunks_than_it_needs_is_refused(tag, value, small, folder):
     path = save_tiff("a.tif", small, rowsperstrip=11, compression="lzw")
     with tifffile.TiffFile(path) as tiff:
         place = tiff.pages[0].tags[tag].valueoffset
     with open(path, "r+b") as file:
         file.seek(place)
-        file.write(bytes(4))
+        file.write(value)
     with pytest.raises(bg.BgError, match="strips or tiles"):
         bg.read_picture(path)
 
@@ -865,8 +773,7 @@ HANGS = "while True: pass"
 @pytest.mark.parametrize("program", [CRASHES, HANGS, "raise SystemExit(0)", "print('few')"])
 @pytest.mark.parametrize("kind", ["lzw", "fz"])
 def test_a_decoder_that_crashes_or_hangs_costs_only_its_picture(
-    kind, program, small, folder, monkeypatch
-):
+        kind, program, small, folder, monkeypatch):
     if kind == "lzw":
         path = save_tiff("a.tif", small, compression="lzw")
     else:
@@ -918,7 +825,17 @@ def lying_zstd():
     return tiff_file(tags).ljust(300, b"\0") + stream
 
 
+def gzip_bomb():
+    packer = zlib.compressobj(9, zlib.DEFLATED, 31)
+    stream = packer.compress(bytes(400 << 20)) + packer.flush()
+    cards = "ZNAXIS1 = 700", "ZNAXIS2 = 700", "ZTILE2  = 700", "NAXIS2  = 1"
+    start = struct.pack(">ii", len(stream), 0) + stream
+    data = -(-len(start) // 2880) * 2880
+    return fz_file(*cards, f"PCOUNT  = {len(stream)}", data=data, start=start)
+
+
 GREEDY = {
+    "FITS with a gzip bomb": (gzip_bomb, "decompressed"),
     "TIFF with a zstd bomb": (zstd_bomb, "claims more"),
     "TIFF with a zstd stream that lies": (lying_zstd, "damaged"),
     "FITS with an HCOMPRESS bomb": (
@@ -982,13 +899,9 @@ def test_keywords_in_the_unit_of_the_samples_stay_true(first, second, small, fol
         text = cards.tostring(sep="\n", endcard=False, padding=False)
         path = save_tiff("a.tif", small, description=text)
     elif first == "xisf":
-        keywords = "".join(
-            f"<FITSKeyword name='{name}' value=\"{value}\" comment=''/>"
-            for name, value in [(card.keyword, repr(card.value)) for card in cards.cards]
-        )
+        elements = [keyword_element(card.keyword, repr(card.value), "") for card in cards.cards]
         path = "a.xisf"
-        with open(path, "wb") as file:
-            file.write(one_image(small, children=keywords))
+        Path(path).write_bytes(one_image(small, children="".join(elements)))
     else:
         path = "a.fits"
     picture = bg.read_picture(path)
@@ -1013,9 +926,8 @@ def test_the_range_in_the_keywords_is_that_of_each_output(small, folder):
         found = fits.getheader(path, int(compress))
         assert found["DATAMAX"] == pytest.approx(small.max() / 2) and found["DATAMIN"] == 0
         assert found["BUNIT"] == "electron"
-    found = fits.getheader(
-        written("fits", bg.read_picture(written("xisf", picture, unit=picture.unit)))
-    )
+    again = bg.read_picture(written("xisf", picture, unit=picture.unit))
+    found = fits.getheader(written("fits", again))
     scale = picture.unit.scale
     assert found["DATAMAX"] == pytest.approx(small.max() / scale)
     assert found["BUNIT"] == f"{scale:g} electron"
@@ -1152,17 +1064,6 @@ def test_a_star_keeps_its_place_in_the_sky(order, second, matrix, small, folder)
     np.testing.assert_allclose(sky[3:], sky[:3], atol=1e-9)
 
 
-@pytest.mark.parametrize("name", ["a.tif", "a.xisf", "a.png"])
-def test_a_mask_of_another_format_is_laid_on_the_right_way_up(name, folder):
-    if name == "a.png":
-        Image.fromarray((letter() * 255).astype(np.uint8)).save(name)
-    else:
-        save_letter({"a.tif": "tiff", "a.xisf": "xisf"}[name])
-    assert np.abs(bg.read_mask(name).planes[0] - letter()).max() < 0.01
-    picture = bg.read_picture(save_letter("fits"))
-    assert np.array_equal(picture.planes[0], letter())
-
-
 def test_a_saved_mask_has_the_order_of_rows_of_its_picture(folder):
     picture = bg.read_picture(save_letter("fits", "TOP-DOWN"))
     mask = bg.Picture(picture.planes, bg.rows_of(picture.source), [])
@@ -1204,11 +1105,10 @@ def test_a_cameras_raw_file_is_named_as_one(kind, folder, capsys):
     assert "camera's raw file" in said and says in said and "stack it first" in said
 
 
-@pytest.mark.parametrize("tag", [(254, "I", 1, 1, True), (255, "H", 1, 2, True)])
-def test_a_thumbnail_is_not_taken_for_the_picture(tag, small, folder):
+def test_a_thumbnail_is_not_taken_for_the_picture(small, folder):
     with tifffile.TiffWriter("a.tif") as writer:
-        options = {"subfiletype": 1} if tag[0] == 254 else {"extratags": [tag]}
-        writer.write(np.zeros((4, 6, 3), "u1"), photometric="rgb", metadata=None, **options)
+        thumbnail = np.zeros((4, 6, 3), "u1")
+        writer.write(thumbnail, photometric="rgb", metadata=None, subfiletype=1)
         writer.write(np.moveaxis(small, 0, -1), photometric="rgb", metadata=None)
     picture = bg.read_picture("a.tif")
     assert picture.planes.shape == small.shape and picture.warnings == []
@@ -1244,8 +1144,8 @@ def test_a_gray_tiff_in_which_white_is_0_is_read(dtype, compression, small, fold
     assert np.array_equal(bg.read_picture("a.tif").planes, bg.read_picture("b.tif").planes)
 
 
-def masks():
-    """Masks in all ways that people save them, by name."""
+def pillow_masks():
+    """Masks in all ways that Pillow saves them, by name."""
     white = letter() == 1
     gray = Image.fromarray((white * 255).astype(np.uint8))
     rgb = Image.merge("RGB", [gray] * 3)
@@ -1258,12 +1158,25 @@ def masks():
     }
 
 
-@pytest.mark.parametrize("name", masks())
+MASKS = {  # name: samples where the mask is 1, for it is 0 elsewhere
+    "ones.fits": np.uint8(1), "floats.fits": np.float32(255), "full.tif": np.uint16(65535),
+    "ones.tif": np.uint16(1),
+}
+
+
+@pytest.mark.parametrize("name", [*pillow_masks(), *MASKS])
 def test_masks_as_people_have_them(name, folder):
-    masks()[name].save(name)
+    white = letter() == 1
+    if name not in MASKS:
+        pillow_masks()[name].save(name)
+    elif name.endswith("fits"):
+        save_fits(name, white * MASKS[name])
+    else:
+        tifffile.imwrite(name, white * MASKS[name])
     mask = bg.read_mask(name)
     assert mask.planes.shape == (1, 30, 50) and mask.planes.dtype == np.float32
-    assert np.array_equal(mask.planes[0], letter() == 1)
+    assert np.array_equal(mask.planes[0], white)
+    assert bool(mask.warnings) == (name in ("rgba.png", "la.png", "rgba.tif"))
 
 
 def test_what_no_mask_can_be_is_refused(folder):
@@ -1277,28 +1190,19 @@ def test_what_no_mask_can_be_is_refused(folder):
 # ------------------------------------------------------------------------------------ the command
 
 
-@pytest.mark.parametrize(
-    "name, stem",
-    [
-        ("m31.fits.fz", "m31"), ("m31.fit.fits", "m31"), ("m31.FIT", "m31"), ("m31.tiff", "m31"),
-        ("a/b.c.xisf", "b.c"), ("m31.dat", "m31"), (".fits", ".fits"), ("fits", "fits"),
-    ],
-)
+@pytest.mark.parametrize("name, stem", [
+    ("m31.fits.fz", "m31"), ("m31.fit.fits", "m31"), ("m31.FIT", "m31"), ("m31.tiff", "m31"),
+    ("a/b.c.xisf", "b.c"), ("m31.dat", "m31"), (".fits", ".fits"), ("fits", "fits")])
 def test_names_of_outputs(name, stem):
     assert bg.picture_stem(name) == stem
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "source, wanted, ending",
-    [
-        ("fits", None, ".fits"), ("tiff", None, ".tif"), ("xisf", "fits", ".fits"),
-        ("fits", "tiff", ".tif"), ("tiff", "xisf", ".xisf"),
-    ],
-)
+@pytest.mark.parametrize("source, wanted, ending", [
+    ("fits", None, ".fits"), ("tiff", None, ".tif"), ("xisf", "fits", ".fits"),
+    ("fits", "tiff", ".tif"), ("tiff", "xisf", ".xisf")])
 def test_the_command_writes_the_format_of_the_input_or_another(
-    source, wanted, ending, small, folder
-):
+        source, wanted, ending, small, folder):
     first = bg.read_picture(save_fits("first.fits", small))
     os.rename(written(source, first), "sky" + bg.FORMATS[source].ending)
     original = open("sky" + bg.FORMATS[source].ending, "rb").read()
@@ -1316,30 +1220,6 @@ def test_the_command_writes_the_format_of_the_input_or_another(
     assert (run("sky" + bg.FORMATS[source].ending, "out2", *FEW, "-m", "out/" + names[2]) == 0)
 
 
-@pytest.mark.slow
-def test_damaged_pictures_in_a_folder_cost_no_good_ones(small, folder, capsys):
-    os.mkdir("lights")
-    os.chdir("lights")
-    for name in HOSTILE:
-        with open(name.replace(" ", "_") + ".fits", "wb") as file:
-            file.write(HOSTILE[name])
-    path = save_tiff("damaged.tif", small, compression="lzw")
-    with open(path, "r+b") as file:
-        file.seek(-3000, os.SEEK_END)
-        file.write(b"\xff" * 2000)
-    save_fits("a.fits", small)
-    save_tiff("m.tif", small, compression="lzw")
-    save_compressed("z.fits.fz", small, "RICE_1")
-    os.chdir("..")
-    assert run("lights", "out", *FEW[:-3], "-dq", "1") == 1
-    said = capsys.readouterr().err.splitlines()
-    assert len(said) == len(HOSTILE) + 2, said
-    written_files = {f"{stem}_{kind}" for stem in ("a", "m", "z")
-                     for kind in ("bgModel", "bgSubtracted")}
-    assert {os.path.splitext(name)[0] for name in os.listdir("out")} == {
-        *written_files, "bgoptimizer_report"}
-
-
 FAULTS = REAL.parent / "faults"
 SAMPLES = {  # of FAULTS, and why they are refused; None: they are good
     "lzw_damaged.tif": "cannot be read or decompressed",
@@ -1349,38 +1229,25 @@ SAMPLES = {  # of FAULTS, and why they are refused; None: they are good
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not FAULTS.is_dir(), reason="the damaged files are not here")
-def test_the_damaged_samples_in_a_folder_cost_no_good_ones(small, folder, capsys):
-    assert {path.name for path in FAULTS.iterdir()} - {"README.md"} == set(SAMPLES)
+def test_damaged_pictures_in_a_folder_cost_no_good_ones(small, folder, capsys):
     os.mkdir("lights")
-    for name in SAMPLES:
+    for name in HOSTILE:
+        Path("lights", name.replace(" ", "_") + ".fits").write_bytes(HOSTILE[name])
+    samples = SAMPLES if FAULTS.is_dir() else {}
+    for name in samples:
         shutil.copyfile(FAULTS / name, Path("lights") / name)
     save_fits("lights/a.fits", small)
-    save_tiff("lights/z.tif", small)
+    save_tiff("lights/m.tif", small, compression="lzw")
+    save_compressed("lights/z.fits.fz", small, "RICE_1")
     assert run("lights", "out", *FEW) == 1
-    said = capsys.readouterr().err.splitlines()
-    refusals = [says for says in SAMPLES.values() if says]
-    for says in refusals:
-        assert sum(says in line for line in said) == 1
+    said = [line for line in capsys.readouterr().err.splitlines() if "failed: " in line]
+    refusals = {name: says for name, says in samples.items() if says}
+    assert len(said) == len(HOSTILE) + len(refusals), said
+    for name, says in refusals.items():
+        assert any(name in line and says in line for line in said)
     done = {re.sub("_bg.*", "", name) for name in os.listdir("out")}
-    good = {bg.picture_stem(name) for name, says in SAMPLES.items() if not says}
-    assert done == {*good, "a", "z", "bgoptimizer_report.csv"}
-
-
-@pytest.mark.slow
-def test_the_same_picture_in_all_formats_gives_the_same_model(demo, folder):
-    cut = np.ascontiguousarray(demo[:, ::2, ::2])
-    save_fits("a.fits", cut)
-    save_compressed("b.fits.fz", cut, "RICE_1")
-    save_tiff("c.tif", cut)
-    written("xisf", bg.read_picture("a.fits"))
-    os.rename("again.xisf", "d.xisf")
-    models = []
-    for name, stem in (("a.fits", "a"), ("b.fits.fz", "b"), ("c.tif", "c"), ("d.xisf", "d")):
-        assert run(name, "out", *FAST, "--quiet", "--format", "xisf") == 0
-        models.append(bg.read_picture(f"out/{stem}_bgModel.xisf").planes)
-    for model in models[1:]:
-        assert np.abs(model - models[0]).max() < 1e-6
+    good = {bg.picture_stem(name) for name in samples if name not in refusals}
+    assert done == {*good, "a", "m", "z", "bgoptimizer_report.csv"}
 
 
 @pytest.mark.slow
@@ -1390,11 +1257,8 @@ def test_negatives_of_a_photometrist_are_kept_by_the_command(small, folder):
     assert run("sky.fits", "out", *FEW) == 0
     model, subtracted = map(upright, ("out/sky_bgModel.fits", "out/sky_bgSubtracted.fits"))
     assert subtracted.min() < 0 and subtracted[1, 3, 4] == 0
-    lines = [
-        line
-        for line in fits.getheader("out/sky_bgSubtracted.fits")["HISTORY"]
-        if "offset of" in line
-    ]
+    history = fits.getheader("out/sky_bgSubtracted.fits")["HISTORY"]
+    lines = [line for line in history if "offset of" in line]
     for channel, line in enumerate(lines):
         offset = float(line.split("=")[1])
         left = model[channel] + subtracted[channel] - values[channel] - offset
@@ -1431,10 +1295,8 @@ def test_the_command_divides(small, folder):
     save_fits("sky.fits", small)
     assert run("sky.fits", "out", *FEW, "--correction", "divide") == 0
     assert sorted(os.listdir("out")) == ["sky_bgDivided.fits", "sky_bgModel.fits"]
-    model, divided = (
-        bg.read_picture(f"out/sky_{kind}.fits").planes
-        for kind in ("bgModel", "bgDivided")
-    )
+    model = bg.read_picture("out/sky_bgModel.fits").planes
+    divided = bg.read_picture("out/sky_bgDivided.fits").planes
     truth = small[0] / 65535 / model[0] * np.median(model[0])
     np.testing.assert_allclose(divided[0], truth, rtol=0.02)
     history = str(fits.getheader("out/sky_bgDivided.fits")["HISTORY"])

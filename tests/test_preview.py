@@ -1,6 +1,7 @@
 """The preview window and panel: what their handlers do, and that the command told does the same."""
 import shlex
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -254,6 +255,18 @@ def test_keys_reach_their_handlers_as_events(opened):
     for key in ("a", "unknown"):
         canvas.callbacks.process("key_press_event", KeyEvent("key_press_event", canvas, key))
     assert window.view.asked.auto
+
+
+def test_the_command_is_copied(opened, monkeypatch):
+    window = opened("-dx", "4")
+    press(window, "c")
+    assert window.texts[2].get_text().startswith("not copied: this toolkit")
+    copied = []
+    tk = SimpleNamespace(clipboard_clear=copied.clear, clipboard_append=copied.append)
+    monkeypatch.setattr(window.figure.canvas, "get_tk_widget", lambda: tk, raising=False)
+    press(window, "right", "c")
+    assert copied[0].endswith(shlex.join(window.words()))
+    assert window.texts[2].get_text() == "the command is in the clipboard"
 
 
 @pytest.mark.parametrize("drawn", [False, True])
