@@ -78,16 +78,10 @@ import time
 import warnings
 import zlib
 from collections import Counter
-from concurrent.futures import (
-    BrokenExecutor,
-    CancelledError,
-    Executor,
-    ProcessPoolExecutor,
-    ThreadPoolExecutor,
-    as_completed,
-)
+from concurrent.futures import BrokenExecutor, CancelledError, Executor, as_completed
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Callable, ContextManager, Iterable, Iterator, NamedTuple, Sequence
@@ -142,20 +136,13 @@ NO_MEMORY = re.compile(
 """What libraries say, each in its own way, when there is no memory left."""
 
 
-@contextmanager
-def memory_errors():
-    """Turn each error that comes from a lack of memory into a MemoryError."""
-    try:
-        yield
-    except BgError:  # what led to it has been judged
-        raise
-    except Exception as error:
-        root = error
-        while root is not None:
-            if isinstance(root, MemoryError) or NO_MEMORY.search(f"{type(root).__name__} {root}"):
-                raise MemoryError from error
-            root = root.__cause__ or root.__context__
-        raise
+def lacks_memory(error: BaseException | None) -> bool:
+    """Tell whether an error, or what led to it, comes from a lack of memory."""
+    while error is not None:
+        if isinstance(error, MemoryError) or NO_MEMORY.search(f"{type(error).__name__} {error}"):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 @dataclass(frozen=True)
@@ -330,9 +317,9 @@ def _silence():
 def _refusals(name):
     """Turn what is wrong with what is read into a BgError about `name`."""
     try:
-        with _silence(), memory_errors():
+        with _silence():
             yield
-    except (MemoryError, ImportError):
+    except ImportError:
         raise
     except BgError as error:
         raise BgError(f"{name} {error}") from None
@@ -340,6 +327,8 @@ def _refusals(name):
         reason = error.strerror or error
         raise BgError(f"{name} cannot be read: {reason}; check the path and the disk") from None
     except Exception as error:  # the libraries raise anything on damaged files
+        if lacks_memory(error):
+            raise
         reason = " ".join(str(error).split())[:100]
         raise BgError(f"{name} is damaged, or of a kind that is not read ({reason}); "
                       "copy or save it again") from None
@@ -1674,7 +1663,7 @@ def _refuse_raw(kind):
 def picture_format(path):
     """Return the name in FORMATS of a file's format, by its content; None for another one."""
     if os.path.isfile(path):  # opening a FIFO would wait forever
-        with open(path, "rb") as file, suppress(EOFError, zlib.error, gzip.BadGzipFile):
+        with suppress(OSError, EOFError, zlib.error), open(path, "rb") as file:
             kind = _kind_of(_unzipping(file))
             return kind if kind in FORMATS else None
     return None
@@ -1783,7 +1772,7 @@ def atomic_outputs(*paths):
     """
     folder = os.path.dirname(paths[0]) or "."
     try:
-        with memory_errors(), ExitStack() as stack:
+        with ExitStack() as stack:
             os.makedirs(folder, exist_ok=True)
             files = [stack.enter_context(_hidden_file(path)) for path in paths]
             yield files
@@ -1793,9 +1782,9 @@ def atomic_outputs(*paths):
                 if fcntl is None:
                     file.close()  # Windows renames no open file
             _rename_all(paths)
-    except BrokenPipeError:  # that of stdout: no output is a pipe
-        raise
     except OSError as error:
+        if isinstance(error, BrokenPipeError) or lacks_memory(error):  # no output is a pipe
+            raise
         reason = error.strerror or error
         raise BgError(f"cannot write to {folder}: {reason}; "
                       "free space or choose another folder") from None
@@ -2182,7 +2171,7 @@ class Reduced:
     full_shape: tuple[int, int]  # (h, w) of the full-size picture
     user_mask: np.ndarray  # (h, w, 1 or c) the mask file, reduced; 1 if there is none
     rim: np.ndarray  # (h, w) bool: darker than the picture by a step; see `find_rim`
-    close_up: np.ndarray | None  # as `linear`, but reduced less: what is drawn if small
+    drawn: np.ndarray  # (h', w', c) as `linear`, in the size in which it is drawn
     black: float  # the linear value that no light at all would give
     reference: Reference | None  # another picture of the region
 
@@ -2268,7 +2257,7 @@ def prepare(planes: np.ndarray, settings: Settings, mask: np.ndarray | None = No
         full_shape=(height, width),
         user_mask=user_mask,
         rim=find_rim(linear),
-        close_up=close_up(planes, settings),
+        drawn=to_draw(planes, linear),
         black=black,
         reference=reference)
     return stretch_and_mask(reduced, stretches[quantile], settings)
@@ -2613,11 +2602,10 @@ def _phi(x, y, order):
 def import_tensorflow():
     """Import TensorFlow, which takes seconds, and which help, errors, and previews do not need."""
     try:
-        with memory_errors():
-            return importlib.import_module("tensorflow")
-    except MemoryError:
-        raise
+        return importlib.import_module("tensorflow")
     except Exception as error:  # missing, or broken: then it fails with almost any error
+        if lacks_memory(error):
+            raise
         lines = str(error).splitlines() or [type(error).__name__]
         raise BgError(f"TensorFlow cannot be imported ({lines[0]}); "
                       "install it with: python -m pip install -r requirements.txt") from None
@@ -4846,8 +4834,6 @@ LOSS_FLOOR = 0.001
 """Added inside the logarithm of the loss (stretched units). Cells whose residuals are smaller than
 this are fitted well enough. Without it noiseless cells would dominate the loss."""
 
-LOSS_TERMS = ("error", "color", "overshoot", "negative", "bending")
-
 
 def loss_error(r):
     """Return how far the surface is from the picture: the mean |r| of the channels."""
@@ -4951,7 +4937,7 @@ class Fit:
     positions: np.ndarray  # (n, 2) final control points, in frame coordinates
     values: np.ndarray  # (n, c) final values there, stretched units
     order: int
-    history: np.ndarray  # (epochs, 6): loss, then LOSS_TERMS, four as means
+    history: np.ndarray  # (epochs, 6): loss, error, color, overshoot, negative, bending; as means
     stopped: str  # why the fit ended, in words
     track: list[tuple[int, np.ndarray, np.ndarray]]  # (epoch, positions, values); the start first
 
@@ -5553,8 +5539,8 @@ MOST_CLIPPED = 0.01
 """Part of the samples. If the correction clips more than that, something is wrong."""
 
 OBJECTS_SHARE = 0.2
-"""Part of the frame. If objects take more, which stars alone do not, a plain run is told of
---auto."""
+"""Part of the frame. If objects take more of what is used, which stars alone do not, --auto would
+help."""
 
 
 def examine(planes: np.ndarray, settings: Settings, mask: np.ndarray | None = None,
@@ -5596,6 +5582,11 @@ def judge(planes: np.ndarray, examined: Examined, settings: Settings) -> None:
         logger.warning(f"the sky of this picture cannot be told from objects: {sky.unsure}. "
                        "Take the result as a guess, mask objects with -m, or keep the surface "
                        "stiff with --smoothing 1e4")
+    shows_sky = sky.at(sky.shows_sky, examined.centers)  # (h, w)
+    objects = np.mean(examined.used & ~shows_sky)  # none with auto
+    if objects > OBJECTS_SHARE and not sky.unsure:
+        logger.info("hint: objects were found in this picture; --auto would leave them out, "
+                    f"with a margin ({objects:.0%} of the frame)")
     if examined.rim.any():
         pixels = settings.downscaling_factor * rim_depth(examined)
         logger.info(f"left out: a rim of {pixels} pixels that is darker than the picture by a step "
@@ -5652,12 +5643,6 @@ class Result:
         deviations = np.stack(list(self.deviations), -1)
         return deviations * self.sky.dtype.type(self.unit.scale)
 
-    @property
-    def history(self) -> dict[str, np.ndarray]:
-        """The loss and its terms, (epochs,) each."""
-        names = ("loss", *LOSS_TERMS)
-        return dict(zip(names, self.fit.history.T))
-
     def _to_image(self, planes):
         in_own_unit = [_in_own_unit(plane, self.unit) for plane in planes]
         return np.stack(in_own_unit, -1)
@@ -5695,34 +5680,19 @@ def remove_sky(planes: np.ndarray, settings: Settings, mask: np.ndarray | None =
         logger.info("gradient unknown: too little of the picture is sure to be sky")
     else:
         logger.info(f"gradient {before:.1%} of the sky's level before, {after:.1%} after")
-    each = map("{} {:.6f}".format, _channel_letters(examined), offsets)
+    letters = "RGB" if len(planes) == 3 else "L"
+    each = [f"{letter} {offset:.6f}" for letter, offset in zip(letters, offsets)]
     each = ", ".join(each)
     logger.info(f"{words}: {each}")
     below, above = clipped
     logger.info(f"clipped: {below} samples at 0, {above} at 1, of {planes.size}")
     share = clipped.sum() / planes.size
     if share > MOST_CLIPPED:
-        _warn_of_clipping(planes, examined, settings, share)
-    _hint_at_objects(examined, settings)
+        logger.warning(f"{share:.1%} of the samples were clipped: if they are sky, add a pedestal "
+                       "to the picture, or use a stiffer surface (--smoothing); if they are dark "
+                       "borders, crop them, or leave them out with -m")
     return Result(planes, sky, surface, unit, offsets, share, before, after, settings, examined,
                   fit)
-
-
-def _warn_of_clipping(planes: np.ndarray, examined: Examined, settings: Settings,
-                      share: float) -> None:
-    """Warn that the correction clipped this share of the samples, and tell what helps."""
-    factor = settings.downscaling_factor
-    sky = examined.sky
-    shows_sky = sky.at(sky.shows_sky, examined.centers)  # (h, w)
-    inside = shows_sky & examined.present.all(-1)
-    samples = planes[:, ::factor, ::factor]  # one of each block
-    samples = samples[:, inside]
-    at_an_end = (samples <= 0) | (samples >= 1)
-    advice = ", but hardly any sky; crop dark borders, or leave them out with -m"
-    if at_an_end.sum() > MOST_CLIPPED * samples.size:
-        advice = (": the sky leaves no room below or above it; add a pedestal to the picture, "
-                  "or use a stiffer surface (--smoothing)")
-    logger.warning(f"{share:.1%} of the samples were clipped{advice}")
 
 
 def _warn_of_inverted_mask(examined: Examined) -> None:
@@ -5737,16 +5707,6 @@ def _warn_of_inverted_mask(examined: Examined) -> None:
         logger.warning("is the mask inverted? What it leaves is brighter than what it leaves out, "
                        "and white (1) means sky. Invert it where it was made (PixInsight: Image > "
                        "Invert, Siril: neg), and give it again")
-
-
-def _hint_at_objects(examined: Examined, settings: Settings) -> None:
-    """Tell a plain run that it had much in its fit that is not sky."""
-    sky = examined.sky
-    shows_sky = sky.at(sky.shows_sky, examined.centers)  # (h, w)
-    objects = np.mean(examined.used & ~shows_sky)
-    if not settings.auto and not sky.unsure and objects > OBJECTS_SHARE:
-        logger.info("hint: objects were found in this picture; --auto would leave them out, "
-                    f"with a margin ({objects:.0%} of the frame)")
 
 
 def optimize(image: np.ndarray, settings: Settings = Settings(), mask: np.ndarray | None = None,
@@ -5803,12 +5763,10 @@ def _to_planes(image: np.ndarray, name: str) -> np.ndarray:
 # --------------------------------------------------------------------------------------------------
 
 VIEW_PIXELS = 600
-"""Reduced pixels along the longer side that numbers and pictures are made of. More could not be
-seen."""
+"""Pixels along the longer side from which pictures are drawn. More could not be seen."""
 
 SMALL_PICTURE = 1200
-"""Pixels along the longer side. A picture up to this size is drawn from itself, not from the
-reduced copy; a larger one has enough reduced pixels."""
+"""Pixels along the longer side. The reduced copy of a picture up to this size looks blocky."""
 
 BLOWN_SHARE = 0.01
 """Part of the frame. If the stretch clips less sky than that, nobody needs to know."""
@@ -5856,38 +5814,29 @@ def thinned(prepared: Prepared, most: int = VIEW_PIXELS) -> Prepared:
     return replace(prepared, **parts)
 
 
-def close_up(planes: np.ndarray, settings: Settings) -> np.ndarray | None:
-    """Reduce a small picture to what fits into a figure, for the reduced copy would look blocky.
+def to_draw(planes: np.ndarray, linear: np.ndarray) -> np.ndarray:
+    """Return what a picture (c, h, w) is drawn from, (h, w, c) linear, NaN where missing.
 
-    Returns:
-        (h, w, c) linear, NaN where missing; None if the picture is large, or hardly reduced.
+    That is every k-th pixel of the reduced picture, `linear`, which has enough of them; unless the
+    picture is small.
     """
-    longer = max(planes.shape[1:])
+    _, height, width = planes.shape
+    longer = max(height, width)
+    if longer > SMALL_PICTURE:
+        apart = max(linear.shape) / VIEW_PIXELS
+        step = max(1, round(apart))
+        return linear[::step, ::step]
     factor = math.ceil(longer / VIEW_PIXELS)
-    if longer > SMALL_PICTURE or factor >= settings.downscaling_factor:
-        return None
     reduced = [reduce_plane(plane, factor, "mean") for plane in planes]
     return _side_by_side(reduced)
-
-
-def blown_out(examined: Examined, settings: Settings) -> np.ndarray:
-    """Return the cells of the sky, (h, w) bool, where the stretch clips it, so the fit loses it.
-
-    It is nowhere True if that is hardly anywhere, or with auto, which follows a sky that bright.
-    """
-    sky = examined.sky
-    darker = np.minimum(sky.surface(sky.centers), sky.image)  # (h, w, c)
-    blown = (darker > examined.stretch.white).any(-1)
-    if settings.auto or blown.mean() <= BLOWN_SHARE:
-        blown[:] = False
-    return blown
 
 
 def _warn_of_odd_data(planes: np.ndarray, prepared: Prepared) -> None:
     """Warn if a picture (c, h, w) looks as if the tool should not run on it."""
     pixels = 0, 1  # the axes
     low, median, high = np.nanquantile(prepared.linear, (0, 0.5, 0.999), pixels)  # (c,) each
-    height = (median - low) / np.maximum(high - low, 1e-30)
+    span = np.maximum(high - low, 1e-30)
+    height = (median - low) / span
     bright = (high > STRETCHED_TOP) & (height > STRETCHED_MEDIAN)
     if _looks_stretched(planes, bright.all()):
         logger.warning("the picture looks stretched; "
@@ -5909,10 +5858,11 @@ def _squares(plane: np.ndarray) -> Iterator[np.ndarray]:
     apart = math.sqrt(plane.size / 1.6e6)  # some hundred tiles are enough
     step = side * max(1, round(apart))
     height, width = plane.shape
-    for y, x in np.ndindex(height // step, width // step):
-        rows = slice(y * step, y * step + side)
-        columns = slice(x * step, x * step + side)
-        tile = plane[rows, columns].astype(float)
+    rows = range(0, height - side + 1, step)
+    columns = range(0, width - side + 1, step)
+    for y, x in itertools.product(rows, columns):
+        tile = plane[y:y + side, x:x + side]
+        tile = tile.astype(float)
         squares = tile.reshape(TILE_SQUARES, 2, TILE_SQUARES, 2)
         squares = squares.swapaxes(1, 2)
         squares = squares.reshape(-1, 4)
@@ -5950,9 +5900,11 @@ def _fall_of_noise(squares: np.ndarray) -> float:
     light = squares.mean(1)
     by_light = np.argsort(light)
     variances = detail[by_light]**2
-    ninths = [part.mean() for part in np.array_split(variances, 9)]
-    dim = ninths[1] + ninths[2] + 1e-30  # without noise the fall is 0
-    bright = ninths[6] + ninths[7] + 1e-30
+    ninths = np.array_split(variances, 9)
+    dim = np.concatenate(ninths[1:3])
+    bright = np.concatenate(ninths[6:8])
+    dim = dim.mean() + 1e-30  # without noise the fall is 0
+    bright = bright.mean() + 1e-30
     return 0.5 * math.log(dim / bright)
 
 
@@ -5964,7 +5916,8 @@ def _looks_like_mosaic(plane: np.ndarray) -> bool:
     means = np.array([squares.mean(0) for squares in tiles])  # (tiles, 4)
     phases = means - means.mean(1, keepdims=True)
     phases = np.median(phases, 0)  # stars are in few tiles
-    dark = min(np.quantile(squares, 0.01) for squares in tiles)
+    dark = [np.quantile(squares, 0.01) for squares in tiles]
+    dark = min(dark)
     difference = np.ptp(phases)
     one_diagonal = abs(phases[0] - phases[3])
     other_diagonal = abs(phases[1] - phases[2])
@@ -5992,8 +5945,9 @@ def gradients(examined: Examined, model: Callable[[np.ndarray], np.ndarray],
     picture = sky + missed[shows_sky]
     taken = model(found.centers[shows_sky])
     left = corrected(examined, picture, taken, correction)
-    level = np.maximum(np.median(sky, axis=0), 1e-12)
-    before = _span(sky, (99, 1)) / level  # (c,)
+    level = np.median(sky, axis=0)  # (c,)
+    level = np.maximum(level, 1e-12)
+    before = _span(sky, (99, 1)) / level
     after = _span(left, (99, 1)) / level
     return before.mean(), after.mean()
 
@@ -6003,23 +5957,20 @@ def _log_numbers(examined: Examined, settings: Settings) -> None:
     height, width, _ = examined.image.shape
     present = examined.present.mean()
     used = np.mean(examined.weight > 0)
+    masked = present - used
+    missing = 1 - present
     clipped = clipped_by_stretch(examined).mean()
     quantile = settings.delinearization_quantile
     logger.info(
-        f"reduced to {width} x {height}: {used:.1%} used, {present - used:.1%} masked, "
-        f"{1 - present:.1%} missing; {clipped:.1%} clipped at 1 by the stretch (-dq {quantile:g})")
-    stretch = examined.stretch
-    channels = zip(
-        _channel_letters(examined),
-        stretch.pedestal,
-        examined.median,
-        stretch.white)
-    for channel in channels:
-        logger.info("  {}: minimum {:.6f}, median {:.6f}, clipped above {:.6f}".format(*channel))
-    blown = blown_out(examined, settings)
-    share = blown.mean()
-    if share > 0:
-        logger.warning(f"the stretch clips a smooth part of the picture ({share:.1%} of the "
+        f"reduced to {width} x {height}: {used:.1%} used, {masked:.1%} masked, "
+        f"{missing:.1%} missing; {clipped:.1%} clipped at 1 by the stretch (-dq {quantile:g})")
+    sky = examined.sky
+    surface = sky.surface(sky.centers)  # (h, w, c)
+    darker = np.minimum(surface, sky.image)  # stars are no sky
+    blown = (darker > examined.stretch.white).any(-1)
+    blown = blown.mean()
+    if blown > BLOWN_SHARE and not settings.auto:  # which follows a sky that bright
+        logger.warning(f"the stretch clips a smooth part of the picture ({blown:.1%} of the "
                        "frame), most likely sky, and the fit loses it there; "
                        f"raise -dq (now {quantile:g})")
 
@@ -6027,8 +5978,8 @@ def _log_numbers(examined: Examined, settings: Settings) -> None:
 # --------------------------------------------------------------------------------------------------
 # Pictures: preview, figures, animation
 #
-# All are drawn from the reduced picture, so a large frame costs no more than a small one; of a
-# small picture, there is a close-up. Axes are those of the full-size picture, in its pixels.
+# All are drawn in the size of `Reduced.drawn`, so a large frame costs no more than a small one.
+# Axes are those of the full-size picture, in its pixels.
 # --------------------------------------------------------------------------------------------------
 
 VIEWS = ("picture", "model", "result")
@@ -6078,22 +6029,16 @@ def to_bytes(stretched: np.ndarray) -> np.ndarray:
     return np.broadcast_to(image, (height, width, 3))
 
 
-def drawn_from(prepared: Prepared) -> np.ndarray:
-    """Return what a thinned picture is drawn from, (h, w, c) linear."""
-    return prepared.linear if prepared.close_up is None else prepared.close_up
-
-
 class Views:
     """A picture, a model of its sky, and what is left without it, as they are drawn."""
 
     def __init__(self, prepared: Prepared, sky: Callable, correction: str):
-        """Make them of what was thinned.
+        """Make them; the correction is "subtract" or "divide".
 
-        The sky takes frame coordinates (..., 2) to the linear sky there, (..., c); the correction
-        is "subtract" or "divide".
+        The sky takes frame coordinates (..., 2) to the linear sky there, (..., c).
         """
         self.shape = prepared.full_shape
-        self.picture = drawn_from(prepared)  # (h, w, c) linear, as the others
+        self.picture = prepared.drawn  # (h, w, c) linear, as the others
         planes = SkyModel(sky, self.picture.shape[:2])
         self.model = _side_by_side(list(planes))
         with np.errstate(divide="ignore", invalid="ignore"):  # a sky of no light at all
@@ -6126,9 +6071,7 @@ def show(axes, colors: np.ndarray, shape: tuple[int, int], title: str):
 def draw_seen(axes, prepared: Prepared, settings: Settings, columns: int = 2) -> None:
     """Draw the picture as the fit would see it, and in stripes what it would not, with a legend.
 
-    Args:
-        prepared: thinned.
-        columns: of the legend.
+    The legend has so many columns.
     """
     from matplotlib.patches import Patch
     areas = mask_reasons(prepared, settings)
@@ -6148,13 +6091,10 @@ def striped(prepared: Prepared, areas: dict[str, np.ndarray]) -> np.ndarray:
     """Return the picture as the fit would see it, bytes (h, w, 3), and over it areas in stripes.
 
     Args:
-        prepared: thinned.
-        areas: reason, as in OVERLAYS -> (rows, columns) of `prepared`, bool.
+        areas: reason, as in OVERLAYS -> (rows, columns) of the reduced frame, bool.
     """
     from matplotlib.colors import to_rgb
-    stretched = prepared.image
-    if prepared.close_up is not None:
-        stretched = prepared.stretch.apply(prepared.close_up)
+    stretched = prepared.stretch.apply(prepared.drawn)
     times = math.ceil(VIEW_PIXELS / max(stretched.shape))  # a small one is enlarged
     colors = to_bytes(stretched).repeat(times, 0)
     colors = colors.repeat(times, 1)
@@ -6189,7 +6129,6 @@ def draw_figures(figure, prepared: Prepared, settings: Settings, title: str, sai
         said: sentences.
         fit: None before it. Then the model is the sky that was found.
     """
-    prepared = thinned(prepared)
     figure.set_layout_engine("constrained")
     said_of_fit = [["words"]] if fit is None else [["loss"], ["words"], ["words"]]
     axes = figure.subplot_mosaic([list(VIEWS), ["seen", "uncertainty", said_of_fit]])
@@ -6211,9 +6150,10 @@ def draw_figures(figure, prepared: Prepared, settings: Settings, title: str, sai
 
 def draw_uncertainty(axes, prepared: Prepared) -> None:
     """Draw the standard deviation of the sky, in percent of its range."""
-    sky = prepared.sky.surface(prepared.centers)  # (h, w, c)
+    places = frame_coordinates(*prepared.drawn.shape[:2])
+    sky = prepared.sky.surface(places)  # (h, w, c)
     span = np.maximum(np.ptp(sky, (0, 1)), 1e-12)  # (c,)
-    percent = 100 * prepared.sky.uncertain(prepared.centers) / span
+    percent = 100 * prepared.sky.uncertain(places) / span
     title = "uncertainty of the model, percent of the sky's range"
     drawn = show(axes, percent.mean(-1), prepared.full_shape, title)
     axes.figure.colorbar(drawn, ax=axes, shrink=0.8)
@@ -6237,7 +6177,6 @@ def write_animation(file, prepared: Prepared, fit: Fit, correction: str = "subtr
     """
     from matplotlib.figure import Figure
     from PIL import Image
-    prepared = thinned(prepared)
     longer = max(prepared.full_shape)
     # Most happens early, so the steps are at equal distances of the square root of the epoch
     chosen = (len(fit.track) - 1) * np.linspace(0, 1, FRAMES - 1)**2
@@ -6261,11 +6200,6 @@ def write_animation(file, prepared: Prepared, fit: Fit, correction: str = "subtr
         frames.append(Image.open(io.BytesIO(png)).convert("RGB"))
     pauses = [FRAME_PAUSE] * (len(frames) - 1) + [LAST_PAUSE]
     frames[0].save(file, "GIF", save_all=True, append_images=frames[1:], duration=pauses, loop=0)
-
-
-def _channel_letters(prepared):
-    """Return a letter for each channel."""
-    return "RGB" if prepared.image.shape[-1] == 3 else "L"
 
 
 def drawing_style() -> ContextManager:
@@ -6329,7 +6263,12 @@ class Task:
 
     path: str
     options: argparse.Namespace  # of the command line
-    settings: Settings
+
+    @functools.cached_property
+    def settings(self) -> Settings:
+        """What the options ask of the work on the picture; ValueError if they cannot."""
+        chosen = {item.name: getattr(self.options, item.name) for item in fields(Settings)}
+        return Settings(**chosen)
 
     @functools.cached_property
     def format(self) -> Format:
@@ -6340,45 +6279,30 @@ class Task:
     def outputs(self) -> dict[str, str]:
         """What is written -> its path."""
         options = self.options
+        fits = not options.preview
         ending = self.format.ending
-        ends = {}
-        if not options.preview:
-            what = "bgDivided" if self.settings.correction == "divide" else "bgSubtracted"
-            ends["model"] = f"bgModel{ending}"
-            ends["subtracted"] = f"{what}{ending}"
-        if options.save_uncertainty:
-            ends["uncertainty"] = f"uncertainty{ending}"
-        if options.save_mask:
-            ends["mask"] = f"mask{ending}"
-        if options.animate:
-            ends["animation"] = "optimization.gif"
-        if options.figures == "save":
-            ends["figure"] = "preview.png" if options.preview else "figures.png"
-        return {kind: self.output(end) for kind, end in ends.items()}
+        left = "bgDivided" if options.correction == "divide" else "bgSubtracted"
+        figure = "figures.png" if fits else "preview.png"
+        kinds = (
+            ("model", fits, f"bgModel{ending}"),
+            ("subtracted", fits, f"{left}{ending}"),
+            ("uncertainty", options.save_uncertainty, f"uncertainty{ending}"),
+            ("mask", options.save_mask, f"mask{ending}"),
+            ("animation", options.animate, "optimization.gif"),
+            ("figure", options.figures == "save", figure),
+        )
+        return {kind: self.output(end) for kind, is_asked, end in kinds if is_asked}
 
     def output(self, end: str) -> str:
         """Return the path of an output whose name ends so."""
         return os.path.join(self.options.output_path, f"{picture_stem(self.path)}_{end}")
 
     def check(self) -> None:
-        """Raise a BgError if a file is not there, or would be overwritten.
-
-        Nobody shall wait for what cannot be saved.
-        """
+        """Raise a BgError if an output would take the place of a folder, or of what was read."""
         named = self.path, self.options.mask, self.options.reference
         given = [name for name in named if name is not None]
-        _check_given(given)
         for output in self.outputs.values():
             _check_output(output, given)
-
-
-def _check_given(paths: Iterable[str]) -> None:
-    """Refuse paths to read that are no files."""
-    for path in paths:
-        if not os.path.exists(path):
-            raise BgError(f"{path or 'a file without a name'} does not exist; check the name")
-        if os.path.isdir(path):
-            raise BgError(f"{path} is a folder; name an XISF, FITS or TIFF file in it")
 
 
 def _check_output(path: str, kept: Iterable[str]) -> None:
@@ -6391,24 +6315,23 @@ def _check_output(path: str, kept: Iterable[str]) -> None:
                       "choose another output folder")
 
 
-def process_file(task: Task, watched: ContextManager = nullcontext(),
-                 place: str | None = None) -> tuple[Result | None, list[str]]:
+def process_file(task: Task, said: list[str], watched: ContextManager = nullcontext(),
+                 place: str | None = None) -> Result | None:
     """Take the sky out of one picture, or draw its preview, from file to files.
 
     Args:
+        said: what has been logged of it, as `heard` gives it.
         watched: as for `remove_sky`.
         place: where the figure is shown, too: "notebook", "window", or None.
 
     Returns:
-        What came of it, None of a preview; and the warnings.
+        What came of it, None of a preview.
 
     Raises:
         BgError: it cannot be done.
     """
-    notes = _Notes()
     paths = task.outputs.values()
-    with _heard_by(notes, *logger.handlers), ExitStack() as stack:
-        opened = stack.enter_context(atomic_outputs(*paths)) if paths else []
+    with atomic_outputs(*paths) if paths else nullcontext(()) as opened:
         files = dict(zip(task.outputs, opened))
         picture, mask, reference = read_inputs(task)
         result = fit = None
@@ -6421,13 +6344,13 @@ def process_file(task: Task, watched: ContextManager = nullcontext(),
             prepared, settings, fit = result.prepared, result.settings, result.fit
             write_outputs(task, picture, result, files)
         draw = functools.partial(
-            draw_figures, prepared=prepared, settings=settings, said=notes.said, fit=fit,
+            draw_figures, prepared=prepared, settings=settings, said=said, fit=fit,
             title=os.path.basename(task.path))
         if "figure" in files:
             files["figure"].write(drawn_by(draw))
         elif place is not None:
             show_figure(draw, place)
-    return result, notes.warned
+    return result
 
 
 def read_inputs(task: Task) -> tuple[Picture, np.ndarray | None, Reference | None]:
@@ -6450,6 +6373,7 @@ def read_inputs(task: Task) -> tuple[Picture, np.ndarray | None, Reference | Non
     if options.reference is not None:
         factor = task.settings.downscaling_factor
         reference = read_reference(options.reference, picture, factor, reference_once)
+    task.check()  # nobody shall wait for what cannot be saved
     for name in USED_BESIDE_IMPORTS:
         module, _, part = name.rpartition(".")
         getattr(importlib.import_module(module), part)
@@ -6467,7 +6391,9 @@ def _read_and_warn(read: Callable[[str], Picture], path: str) -> Picture:
 
 def reference_once(path: str) -> OpenedReference:
     """Read a reference; one that all pictures of a folder have is read once."""
-    return _kept_reference(path, os.stat(path).st_mtime_ns)
+    with _refusals(path):
+        changed = os.stat(path).st_mtime_ns
+    return _kept_reference(path, changed)
 
 
 @functools.lru_cache(maxsize=1)
@@ -6582,12 +6508,11 @@ class _Interrupts:
 
     def __enter__(self):
         self.before = {}
-        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-            number = getattr(signal, name, signal.SIGINT)  # Windows has no HUP
-            if signal.getsignal(number) not in (None, signal.SIG_IGN):  # `nohup` ignores HUP
+        for number in signal.Signals:
+            ends = number.name in ("SIGINT", "SIGTERM", "SIGHUP")
+            if ends and signal.getsignal(number) not in (None, signal.SIG_IGN):  # as under `nohup`
                 with suppress(ValueError):  # signals reach the main thread only
-                    before = signal.signal(number, self._listen)
-                    self.before.setdefault(number, before)
+                    self.before[number] = signal.signal(number, self._listen)
         return self
 
     def _listen(self, number, _):
@@ -6631,33 +6556,36 @@ def watched_fit(epochs: int, interrupts: _Interrupts,
         interrupts.check()
 
 
-class _Notes(logging.Handler):
-    """Keeps what is logged, a sentence each."""
-
-    def __init__(self):
-        super().__init__()
-        self.said = []  # warnings are marked
-        self.warned = []
-
-    def emit(self, record):
-        text = record.getMessage()
-        if record.levelno >= logging.WARNING:
-            self.warned.append(text)
-            text = f"warning: {text}"
-        self.said.append(text)
+WARNING = "warning: "
+"""How a warning begins."""
 
 
 @contextmanager
-def _heard_by(*handlers: logging.Handler) -> Iterator[None]:
-    """Let these handlers, and no others, hear all that is logged."""
-    before = logger.handlers[:], logger.propagate, logger.level
-    logger.handlers[:] = handlers
-    logger.propagate = False
+def heard(printed: int = logging.CRITICAL) -> Iterator[list[str]]:
+    """Note what is logged, a sentence each, and print what has this level; nobody else hears it.
+
+    Information is printed on stdout and warnings on stderr, wherever these lead when it happens.
+    """
+    said = []
+
+    def hear(record):  # whatever fails here ends the run: a reader may have closed stdout
+        text = record.getMessage()
+        is_warning = record.levelno >= logging.WARNING
+        said.append(WARNING + text if is_warning else text)
+        if record.levelno >= printed:
+            if is_warning:
+                print(f"bgoptimizer: {WARNING}{text}", file=sys.stderr)
+            else:
+                print(text, flush=True)
+        return False
+
+    before = logger.filters, logger.level
+    logger.filters = [hear]
     logger.setLevel(logging.INFO)
     try:
-        yield
+        yield said
     finally:
-        logger.handlers[:], logger.propagate, level = before
+        logger.filters, level = before
         logger.setLevel(level)
 
 
@@ -6666,7 +6594,7 @@ def _told(error: Exception) -> str:
     words = " ".join(str(error).split())
     if isinstance(error, BgError):
         return words
-    if isinstance(error, MemoryError):
+    if lacks_memory(error):
         return ("there is not enough memory; "
                 "close other programs, crop the picture, or split its channels")
     if isinstance(error, OSError):
@@ -6930,9 +6858,8 @@ def drawn_on(mask: np.ndarray | None, drawn: np.ndarray | None) -> np.ndarray | 
 
 def _quietly(work: Callable) -> tuple[Any, list[str]]:
     """Return what work() gives, and what it says, which nobody else hears."""
-    notes = _Notes()
-    with memory_errors(), _heard_by(notes):
-        return work(), notes.said
+    with heard() as said:
+        return work(), said
 
 
 class PreviewWindow(Preview):
@@ -7064,8 +6991,8 @@ class PreviewWindow(Preview):
 
         def work():
             changes = dict(mask=self.write_mask(view), preview=False, figures="none")
-            options = argparse.Namespace(**{**vars(self.task.options), **changes})
-            task = Task(self.task.path, options, view.asked)
+            chosen = {**vars(self.task.options), **vars(view.asked), **changes}
+            task = Task(self.task.path, argparse.Namespace(**chosen))
             task.check()
             with atomic_outputs(*task.outputs.values()) as files:
                 write_outputs(task, self.picture, view.result, dict(zip(task.outputs, files)))
@@ -7293,16 +7220,16 @@ def _files_at(name: str) -> list[str]:
     """Return what is in a folder or fits a pattern, but for hidden files; or a path that exists."""
     if os.path.isdir(name):
         name = os.path.join(name, "*")
-    elif os.path.exists(name) or not glob.has_magic(name):
-        _check_given([name])
+    elif os.path.exists(name):
         return [name]
+    elif not glob.has_magic(name):
+        raise BgError(f"{name or 'a file without a name'} does not exist; check the name")
     folder, pattern = os.path.split(name)
     as_it_is = glob.glob(os.path.join(glob.escape(folder), pattern))  # [Ha] may be in its name
     return as_it_is or glob.glob(name, recursive=True)
 
 
-def run_many(pictures: list[str], options: argparse.Namespace, settings: Settings,
-             interrupts: _Interrupts) -> None:
+def run_many(pictures: list[str], options: argparse.Namespace, interrupts: _Interrupts) -> None:
     """Do all these pictures as the command line says, and write the report.
 
     Until it is written no other run can write it, so no two runs work on one folder. A BgError is
@@ -7320,8 +7247,7 @@ def run_many(pictures: list[str], options: argparse.Namespace, settings: Setting
     outcomes = []
     stopped = None
     with atomic_outputs(report) as (file,):
-        to_do, settled = _plan(pictures, options, settings, report)
-        tried = len(to_do)
+        to_do, settled = _plan(pictures, options, report)
         results = _outcomes(to_do, options, interrupts)
         try:
             with closing(results):
@@ -7337,7 +7263,7 @@ def run_many(pictures: list[str], options: argparse.Namespace, settings: Setting
         file.write(text.getvalue().encode("utf-8", "surrogateescape"))
     if stopped is not None:
         raise stopped
-    _sum_up(outcomes, tried, time.perf_counter() - started, report)
+    _sum_up(outcomes, time.perf_counter() - started, report)
 
 
 def _outcomes(to_do: list[Task], options: argparse.Namespace,
@@ -7360,27 +7286,25 @@ def read_report(path: str) -> dict[str, Outcome]:
     return {}
 
 
-def _plan(pictures: list[str], options: argparse.Namespace, settings: Settings,
+def _plan(pictures: list[str], options: argparse.Namespace,
           report: str) -> tuple[list[Task], list[Outcome]]:
-    """Return what there is to do, and the outcomes of what is done already or cannot start."""
+    """Return what there is to do, and the outcomes of what is done already or cannot be written."""
     known = read_report(report) if options.skip_done else {}
     to_do = []
     settled = []
-    writers = {}  # path of an output -> its picture
+    writers = {}  # path of an output -> the first picture that writes it
     for path in pictures:
-        try:
-            task = Task(path, options, settings)
-            task.check()
-            for output in task.outputs.values():
-                other = writers.setdefault(os.path.normcase(output), path)
-                if other != path:
-                    raise BgError(f"{path} and {other} would both write {output}; "
-                                  "rename one of them, or do it alone into another folder")
-        except BgError as error:
-            settled.append(Outcome(path, FAILED, message=_told(error)))
-            continue
-        if options.skip_done and _is_done(task):
-            settled.append(known.get(path, Outcome(path, SKIPPED))._replace(outcome=SKIPPED))
+        task = Task(path, options)
+        shared = [output for output in task.outputs.values()
+                  if writers.setdefault(os.path.normcase(output), path) != path]
+        if shared:
+            first = writers[os.path.normcase(shared[0])]
+            message = (f"{path} and {first} would both write {shared[0]}; "
+                       "rename one of them, or do it alone into another folder")
+            settled.append(Outcome(path, FAILED, message=message))
+        elif options.skip_done and _is_done(task):
+            before = known.get(path, Outcome(path, SKIPPED))
+            settled.append(before._replace(outcome=SKIPPED))
         else:
             to_do.append(task)
     return to_do, settled
@@ -7388,9 +7312,11 @@ def _plan(pictures: list[str], options: argparse.Namespace, settings: Settings,
 
 def _is_done(task: Task) -> bool:
     """Tell whether all outputs are there and newer than the picture."""
-    outputs = task.outputs.values()
     made = os.path.getmtime(task.path)
-    return all(os.path.exists(path) and os.path.getmtime(path) > made for path in outputs)
+    for path in task.outputs.values():
+        if not os.path.exists(path) or os.path.getmtime(path) <= made:
+            return False
+    return True
 
 
 def _tell(outcome: Outcome, number: str) -> None:
@@ -7406,17 +7332,17 @@ def _tell(outcome: Outcome, number: str) -> None:
         logger.info(f"{outcome.file}: done, {outcome.seconds} s ({number})")
 
 
-def _sum_up(outcomes: list[Outcome], tried: int, seconds: float, report: str) -> None:
+def _sum_up(outcomes: list[Outcome], seconds: float, report: str) -> None:
     """Log what came of all pictures; raises BgError if some failed."""
+    count = len(outcomes)
+    total = "1 picture" if count == 1 else f"{count} pictures"
     numbers = Counter(row.outcome for row in outcomes)
-    total = "1 picture" if len(outcomes) == 1 else f"{len(outcomes)} pictures"
-    parts = [f"{count} {outcome}" for outcome, count in sorted(numbers.items())]
-    line = f"{total}: {', '.join(parts)}"
-    if tried:
-        line += f"; {seconds / tried:.1f} s a picture, {seconds:.1f} s in all"
-    logger.info(f"{line}; wrote {report}")
-    if numbers[FAILED]:
-        raise BgError(f"{numbers[FAILED]} of {total} failed; {report} says why")
+    parts = [f"{numbers[outcome]} {outcome}" for outcome in sorted(numbers)]
+    parts = ", ".join(parts)
+    logger.info(f"{total}: {parts}; {seconds:.1f} s; wrote {report}")
+    failed = numbers[FAILED]
+    if failed:
+        raise BgError(f"{failed} of {total} failed; {report} says why")
 
 
 def _try_picture(task: Task, interrupts: _Interrupts) -> Outcome:
@@ -7424,20 +7350,26 @@ def _try_picture(task: Task, interrupts: _Interrupts) -> Outcome:
     started = time.perf_counter()
     watched = watched_fit(task.settings.epochs, interrupts, shown=False)
     try:
-        with _heard_by():
-            outcome = _outcome(task, *process_file(task, watched))
+        with heard() as said:
+            result = process_file(task, said, watched)
+        outcome = _outcome(task, result, said)
     except Exception as error:
         outcome = Outcome(task.path, FAILED, message=_told(error))
     return outcome._replace(seconds=f"{time.perf_counter() - started:.2f}")
 
 
-def _outcome(task: Task, result: Result, warned: list[str]) -> Outcome:
+def _outcome(task: Task, result: Result, said: list[str]) -> Outcome:
     """Put a result into the words and digits of a row."""
     sky = result.prepared.sky
-    numbers = (sky.share, result.settings.smoothing, result.gradient_before,
-               result.gradient_after, result.clipped)
+    numbers = (
+        sky.share,
+        result.settings.smoothing,
+        result.gradient_before,
+        result.gradient_after,
+        result.clipped)
     digits = ["" if math.isnan(number) else f"{number:.5g}" for number in numbers]
     confidence = f"unsure: {sky.unsure}" if sky.unsure else "sure"
+    warned = [line[len(WARNING):] for line in said if line.startswith(WARNING)]
     outcome = WARNED if warned else DONE
     return Outcome(task.path, outcome, *digits, confidence, message=" | ".join(warned))
 
@@ -7447,17 +7379,16 @@ def _outcome(task: Task, result: Result, warned: list[str]) -> Outcome:
 _one_at_a_time = threading.Lock()
 
 
-def do_picture(given: dict, folder: str) -> tuple:
-    """Do one picture for an executor; takes and gives the fields of a `Task` and an `Outcome`.
+def do_picture(path: str, options: argparse.Namespace, folder: str) -> tuple:
+    """Do one picture for an executor; takes the fields of a `Task`, gives those of an `Outcome`.
 
     Paths start from `folder`. A worker of Dask may have several threads, but TensorFlow, the log,
     and memory are one for all.
     """
     with _one_at_a_time, _Interrupts() as interrupts:
         os.chdir(folder)
-        task = Task(**{**given, "settings": Settings(**given["settings"])})
         try:
-            return tuple(_try_picture(task, interrupts))
+            return tuple(_try_picture(Task(path, options), interrupts))
         except KeyboardInterrupt:  # in a process; what it wrote is cleared away
             os._exit(1)
 
@@ -7468,7 +7399,7 @@ def _by_executor(executor: Executor, work: Callable, to_do: list[Task]) -> Itera
     BrokenExecutor, CancelledError, and OSError are the end of the executor.
     """
     folder = os.getcwd()
-    tasks = {executor.submit(work, asdict(task), folder): task for task in to_do}
+    tasks = {executor.submit(work, task.path, task.options, folder): task for task in to_do}
     for future in as_completed(tasks):
         task = tasks[future]
         try:
@@ -7646,8 +7577,8 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Settings]:
-    """Return options and settings, or exit with code 2 and a sentence."""
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Return the options, or exit with code 2 and a sentence."""
     parser = build_parser()
     argv = sys.argv[1:] if argv is None else argv
     for word in argv:
@@ -7668,11 +7599,11 @@ def _parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Settings]:
     if options.jobs is not None and (options.jobs < 1 or options.dask is not None):
         parser.error("--jobs must be 1 or more, and does not go with --dask")
     options.auto = options.auto or options.reference is not None
-    chosen = {item.name: getattr(options, item.name) for item in fields(Settings)}
     try:
-        return options, Settings(**chosen)
+        Task("", options).settings
     except ValueError as error:
         parser.error(str(error))
+    return options
 
 
 def flag_words(options: argparse.Namespace, settings: Settings, mask: str | None,
@@ -7719,16 +7650,15 @@ def main(argv: Sequence[str] | None = None,
         # File names may hold characters that the terminal's encoding does not have
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        with interrupts, memory_errors():
-            options, settings = _parse(argv)
-            console = _Console(logging.WARNING if options.quiet else logging.INFO)
-            with _heard_by(console, *logger.handlers):
+        with interrupts:
+            options = _parse(argv)
+            with heard(logging.WARNING if options.quiet else logging.INFO) as said:
                 pictures = find_pictures(options.input_file, options.mask, options.reference)
                 reported = options.jobs or options.dask or options.skip_done
                 if reported or len(pictures) > 1 or pictures != options.input_file:
-                    run_many(pictures, options, settings, interrupts)
+                    run_many(pictures, options, interrupts)
                 else:
-                    _run_one(options, settings, interrupts, use)
+                    _run_one(options, said, interrupts, use)
         return 0
     except SystemExit as stop:  # argparse has said why
         return stop.code or 0
@@ -7753,33 +7683,22 @@ def command() -> None:
     os._exit(code)
 
 
-class _Console(logging.Handler):
-    """Prints information on stdout and warnings on stderr, wherever these lead when it happens."""
-
-    def emit(self, record):  # whatever fails here ends the run: a reader may have closed stdout
-        text = record.getMessage()
-        if record.levelno < logging.WARNING:
-            print(text, flush=True)
-        else:
-            print(f"bgoptimizer: warning: {text}", file=sys.stderr)
-
-
-def _run_one(options: argparse.Namespace, settings: Settings, interrupts: _Interrupts,
+def _run_one(options: argparse.Namespace, said: list[str], interrupts: _Interrupts,
              use: Callable[[list[str]], None]) -> None:
-    """Do one picture, and tell how it goes on."""
+    """Do one picture, and tell how it goes on; `said` is as `heard` gives it."""
     started = time.perf_counter()
     place = _place_for_figure(options)
     if place == "file":
         options.figures = "save"
-    task = Task(*options.input_file, options, settings)
-    task.check()
+    task = Task(*options.input_file, options)
     if options.preview and place == "window":
         work_in_window(task, interrupts)
     elif options.preview and place == "notebook" and importlib.util.find_spec("ipywidgets"):
         from IPython.display import display
         display(PreviewPanel(use, task, *read_inputs(task)).box)
     else:
-        process_file(task, watched_fit(settings.epochs, interrupts, not options.quiet), place)
+        watched = watched_fit(task.settings.epochs, interrupts, not options.quiet)
+        process_file(task, said, watched, place)
         for path in task.outputs.values():
             logger.info(f"wrote {path}")
         logger.info(f"{time.perf_counter() - started:.1f} s")

@@ -68,7 +68,7 @@ def run(*words):
 
 def window(source, target):
     """Draw the preview window as soon as the sky is found, without a display."""
-    task = bgoptimizer.Task(str(source), *bgoptimizer._parse([str(source), "--preview"]))
+    task = bgoptimizer.Task(str(source), bgoptimizer._parse([str(source), "--preview"]))
     with bgoptimizer.drawing_style():
         figure = FigureCanvasAgg(Figure(bgoptimizer.WINDOW_SIZE)).figure
         picture = bgoptimizer.read_picture(source)

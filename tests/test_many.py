@@ -1,10 +1,10 @@
 """Many pictures in one run: a folder, a pattern, and helpers beside this process."""
 import csv
 import glob
-import gzip
 import importlib.util
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -93,7 +93,7 @@ def test_a_folder_is_done_in_the_order_of_names_and_broken_files_do_not_stop_it(
         if not failed:
             assert float(row["seconds"]) > 0 and float(row["clipped"]) >= 0 and row["smoothing"]
     assert float(rows["a.xisf"]["gradient_before"]) > 10 * float(rows["a.xisf"]["gradient_after"])
-    assert "8 pictures: " in said.out and "2 failed" in said.out and " s a picture" in said.out
+    assert "8 pictures: " in said.out and "2 failed" in said.out and " s; wrote out" in said.out
     assert said.err.splitlines()[-1].startswith("bgoptimizer: error: 2 of 8 pictures failed; ")
     written = os.listdir(lights.parent / "out")
     assert len(written) == 2 * 6 + 1
@@ -109,16 +109,17 @@ def test_a_picture_among_others_gives_the_bytes_that_it_gives_alone(lights):
         assert together[name] == data, name
 
 
-def test_a_pattern_names_pictures(lights, capsys):
-    assert run("lights/[ad].x*", "out", *FAST, "--quiet") == 0
-    assert list(rows_of(lights.parent / "out")) == ["a.xisf", "d.xisf"]
-
-
-def test_a_file_with_brackets_in_its_name_is_no_pattern(folder):
-    save(folder / "m31[Ha].xisf", sloping_sky()[0])
-    assert run("m31[Ha].xisf", "out", *FAST, "--quiet") == 0
-    assert "m31[Ha]_bgModel.xisf" in os.listdir("out")
-    assert "bgoptimizer_report.csv" not in os.listdir("out")
+@pytest.mark.parametrize("where, names", [
+    ("lights [Ha]/[ad].x*", ["a.xisf", "d.xisf"]),  # brackets in the name of a folder
+    ("lights [[]Ha]/a.xisf", ["a.xisf"]),
+    ("lights [Ha]/m31[Ha].xisf", ["m31[Ha].xisf"]),  # in that of a file
+    ("lights [Ha]/[bz]*", ["b.fits", "broken.xisf", "z.fits.gz"]),
+])
+def test_patterns_name_pictures_and_names_may_look_like_patterns(where, names, lights):
+    shutil.copy(lights / "a.xisf", lights / "m31[Ha].xisf")
+    shutil.copy(lights / "b.fits", lights / "z.fits.gz")
+    lights.rename("lights [Ha]")
+    assert [os.path.basename(path) for path in bgoptimizer.find_pictures(where)] == names
 
 
 @pytest.mark.parametrize("where", ["empty", "empty/*.fit", "lights/*.txt", "lights/*_bgModel*"])
@@ -149,20 +150,6 @@ def test_names_that_a_shell_puts_in_the_place_of_a_pattern_are_taken(lights, cap
     assert list(rows_of(lights)) == ["a.xisf", "d.xisf"]
     assert run("a.xisf", "absent.xisf", "d.xisf") == 1
     assert "absent.xisf does not exist" in refused(capsys)
-
-
-def test_a_folder_may_have_brackets_in_its_name(lights):
-    lights.rename(lights.parent / "lights [Ha]")
-    assert run("lights [[]Ha]/a.xisf", "out", *FAST, "--quiet") == 0
-    assert run("lights [Ha]/[ad].x*", "out", *FAST, "--quiet") == 0
-    assert list(rows_of(lights.parent / "out")) == ["a.xisf", "d.xisf"]
-
-
-def test_pictures_that_gzip_has_packed_are_found_in_folders(lights):
-    with open(lights / "b.fits", "rb") as file, gzip.open(lights / "z.fits.gz", "wb") as packed:
-        packed.write(file.read())
-    assert run("lights/[az].*", "out", *FAST, "--quiet") == 0
-    assert list(rows_of(lights.parent / "out")) == ["a.xisf", "z.fits.gz"]
 
 
 def test_what_a_folder_leaves_out_is_told(lights, capsys):
@@ -306,11 +293,6 @@ def test_without_dask_it_is_told_how_to_install_it(lights, capsys, monkeypatch):
     assert os.listdir("out") == []  # nothing was done, so no report tells of it
     assert refused(capsys) == ("bgoptimizer: error: --dask needs Dask; install it with: "
                                'python -m pip install "dask[distributed]"')
-
-
-def test_one_job_starts_no_process(lights, monkeypatch):
-    monkeypatch.setattr(bgoptimizer, "ProcessPoolExecutor", None)
-    assert run("lights/[ad].xisf", "out", "--jobs", "1", *FAST, "--quiet") == 0
 
 
 @pytest.mark.parametrize("flags", [["--jobs", "0"], ["--jobs", "2", "--dask", "tcp://127.0.0.1:1"]])

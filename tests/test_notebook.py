@@ -368,8 +368,7 @@ def settings_cell(**form):
 
 def test_the_forms_first_values_are_the_commands():
     arguments = settings_cell(auto=False)
-    options, settings = bgoptimizer._parse(["a.xisf", *arguments])
-    assert settings == bgoptimizer.Settings()
+    options = bgoptimizer._parse(["a.xisf", *arguments])
     assert options == bgoptimizer.build_parser().parse_args(["a.xisf"])
     assert settings_cell() == arguments + ["--auto"]
 
@@ -382,10 +381,10 @@ def test_the_form_reaches_the_command():
         compress=True,
         more_options="-dx 4",
     )
-    options, settings = bgoptimizer._parse(["a.xisf", *arguments])
-    assert settings.correction == "divide"
-    assert settings.downscaling_factor == 4
-    assert settings.auto is True
+    options = bgoptimizer._parse(["a.xisf", *arguments])
+    assert options.correction == "divide"
+    assert options.downscaling_factor == 4
+    assert options.auto is True
     assert options.format == "tiff"
     assert options.mask == "m.xisf"
     assert options.compress is True
@@ -434,7 +433,8 @@ def test_what_is_chosen_in_the_panel_takes_the_place_of_the_form():
         find=lambda where, mask: ["a.xisf"],
     )
     assert "--auto" in used[0]
-    options, settings = bgoptimizer._parse(["a.xisf", *names["arguments"]])
+    options = bgoptimizer._parse(["a.xisf", *names["arguments"]])
+    settings = bgoptimizer.Task("a.xisf", options).settings
     assert settings == bgoptimizer.Settings(threshold_min=0.01, seed=5)
     assert options.compress
 

@@ -36,12 +36,12 @@ def opened(folder, monkeypatch):
     def open_window(*flags, channels=3, name="sky.xisf"):
         image, _ = sloping_sky(160, 240, channels)
         save(folder / name, image)
-        options, settings = bgoptimizer._parse([name, "out", "-p", *flags])
+        options = bgoptimizer._parse([name, "out", "-p", *flags])
         mask = bgoptimizer.read_mask(options.mask).planes if options.mask else None
         picture = bgoptimizer.read_picture(name)
         with drawing_style():
             figure = FigureCanvasAgg(Figure(WINDOW_SIZE)).figure
-            window = PreviewWindow(figure, Task(name, options, settings), picture, mask)
+            window = PreviewWindow(figure, Task(name, options), picture, mask)
         windows.append(window)
         wait(window)  # until the sky is found
         return window
@@ -305,10 +305,10 @@ def panel(folder, monkeypatch):
     monkeypatch.setattr(bgoptimizer, "find_sky", find_once)
     image, _ = sloping_sky(160, 240)
     save(folder / "sky.xisf", image)
-    options, settings = bgoptimizer._parse(["sky.xisf", "-p", "-dx", "4", "--smoothing", "3"])
+    options = bgoptimizer._parse(["sky.xisf", "-p", "-dx", "4", "--smoothing", "3"])
     used = []
     picture = bgoptimizer.read_picture("sky.xisf")
-    made = bgoptimizer.PreviewPanel(used.append, Task("sky.xisf", options, settings), picture, None)
+    made = bgoptimizer.PreviewPanel(used.append, Task("sky.xisf", options), picture, None)
     return made, used
 
 
@@ -326,8 +326,8 @@ def test_the_panel_tries_settings_and_its_button_hands_them_over(panel):
     panel.widgets["correction"].label = "divide"
     panel.button.click()
     form = "-dx", "4", "-dq", "0.5", "-tm", "0.4", "--smoothing", "3"  # what came before
-    _, settings = bgoptimizer._parse(["sky.xisf", *form, *used[0]])
-    assert settings == panel.view.asked
+    options = bgoptimizer._parse(["sky.xisf", *form, *used[0]])
+    assert Task("", options).settings == panel.view.asked
     assert "-dq 0.7" in shlex.join(panel.words())
 
 

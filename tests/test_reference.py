@@ -296,4 +296,4 @@ def test_a_stack_in_the_folder_is_the_reference_of_its_exposures(folder, capsys)
 
 def test_a_reference_that_is_not_there_is_told(sky, capsys):
     assert run(sky, "out", "--reference", "nowhere.fits") == 1
-    assert "nowhere.fits does not exist" in refused(capsys)
+    assert "nowhere.fits cannot be read: No such file" in refused(capsys)
