@@ -3986,9 +3986,7 @@ def _in_doubt(explanation: _Explanation) -> _Explanation:
 
     Where no surface explains the picture, a flexible one only follows objects.
     """
-    any_explains = any(_is_explained(explanation._replace(best=candidate))
-                       for candidate in explanation.candidates)
-    most = explanation.best.loss + DOUBT_MARGIN if any_explains else math.inf
+    most = explanation.best.loss + DOUBT_MARGIN if _is_explained(explanation) else math.inf
     stiffest = next(candidate for candidate in explanation.candidates
                     if candidate is explanation.best
                     or (candidate.smoothing <= WITH_BOWL and candidate.loss <= most))

@@ -47,7 +47,7 @@ FUNCTIONS = {  # what bgoptimizer calls, and the stage that it belongs to
     "reduce_plane": "reduce",
     "fit_surface": "fit",
     "take_out": "surface",
-    "_write_outputs": "write",
+    "write_outputs": "write",
 }
 CHUNK = 500_000  # full-size pixels whose surface the plain version computes at once
 
