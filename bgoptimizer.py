@@ -6143,7 +6143,7 @@ def draw_figures(figure, prepared: Prepared, settings: Settings, title: str, sai
         axes["loss"].plot(fit.history[:, 0])
         axes["loss"].set_title("loss of the epochs", loc="left")
     axes["words"].axis("off")
-    axes["words"].text(0, 1, in_lines(said, 66), va="top", parse_math=False, in_layout=False)
+    axes["words"].text(0, 1, in_lines(said, 62), va="top", parse_math=False, in_layout=False)
 
 
 def draw_uncertainty(axes, prepared: Prepared) -> None:
