@@ -3914,11 +3914,11 @@ independent. They are not: what is left of objects is smooth as well. Measured o
 
 BULGE = 0.1
 """The sky has no closed top or bottom inside the frame that is higher or deeper than this part of
-its range. If the surface that explains the picture best has one, a stiffer one is taken, and the
-sky cannot be known unless that explains the picture alike."""
+its range. If the surface that explains the picture best has one, a stiffer one is taken, if one is
+within DOUBT_MARGIN of it, and the sky cannot be known unless that explains the picture alike."""
 
 HIGH_BULGE = 0.18
-"""If it is even higher, any stiffer surface without one is taken. That of vignetting with a tilt,
+"""If it is even higher, any stiffer surface without one will do. That of vignetting with a tilt,
 which no stiffer surface explains, was up to 0.15; those of nebulae over all 0.2 and more."""
 
 SMALL_TOP = 0.2
@@ -5801,29 +5801,30 @@ MOSAIC_GREENS = 0.5
 Columns or rows of a sensor that differ do so on both diagonals."""
 
 
-def thinned(prepared: Prepared, most: int = VIEW_PIXELS) -> Prepared:
-    """Take every k-th pixel of the reduced frame, so that its longer side has about `most`."""
-    longer = max(prepared.rim.shape)
-    step = max(1, round(longer / most))
+def enough(image: np.ndarray) -> np.ndarray:
+    """Return every k-th pixel of an image on the reduced frame, (h, w, ...): enough to be drawn."""
+    apart = max(image.shape[:2]) / VIEW_PIXELS
+    step = max(1, round(apart))
+    return image[::step, ::step]
+
+
+def thinned(prepared: Prepared) -> Prepared:
+    """Return what is drawn of a picture and its mask, with `enough` pixels."""
     parts = {}
     for name in ("image", "weight", "centers", "linear", "user_mask", "rim"):
-        whole = getattr(prepared, name)
-        parts[name] = whole[::step, ::step]
+        parts[name] = enough(getattr(prepared, name))
     return replace(prepared, **parts)
 
 
 def to_draw(planes: np.ndarray, linear: np.ndarray) -> np.ndarray:
     """Return what a picture (c, h, w) is drawn from, (h, w, c) linear, NaN where missing.
 
-    That is every k-th pixel of the reduced picture, `linear`, which has enough of them; unless the
-    picture is small.
+    That is `enough` of the reduced picture, `linear`; unless the picture is small.
     """
     _, height, width = planes.shape
     longer = max(height, width)
     if longer > SMALL_PICTURE:
-        apart = max(linear.shape) / VIEW_PIXELS
-        step = max(1, round(apart))
-        return linear[::step, ::step]
+        return enough(linear)
     factor = math.ceil(longer / VIEW_PIXELS)
     reduced = [reduce_plane(plane, factor, "mean") for plane in planes]
     return _side_by_side(reduced)
@@ -6092,7 +6093,10 @@ def striped(prepared: Prepared, areas: dict[str, np.ndarray]) -> np.ndarray:
         areas: reason, as in OVERLAYS -> (rows, columns) of the reduced frame, bool.
     """
     from matplotlib.colors import to_rgb
-    stretched = prepared.stretch.apply(prepared.drawn)
+    if max(prepared.full_shape) > SMALL_PICTURE:  # then this is what `drawn` would become
+        stretched = enough(prepared.image)
+    else:
+        stretched = prepared.stretch.apply(prepared.drawn)
     times = math.ceil(VIEW_PIXELS / max(stretched.shape))  # a small one is enlarged
     colors = to_bytes(stretched).repeat(times, 0)
     colors = colors.repeat(times, 1)
