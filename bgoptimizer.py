@@ -130,10 +130,10 @@ class BgError(Exception):
     """The job cannot be done. The text is one sentence: what is wrong, and what to do about it."""
 
 
+# What libraries say, each in its own way, when there is no memory left
 NO_MEMORY = re.compile(
     "cannot allocate memory|unable to allocate|failed to map segment|bad_alloc|out of memory"
     "|OOM when|ResourceExhausted|can't start new thread", re.IGNORECASE)
-"""What libraries say, each in its own way, when there is no memory left."""
 
 
 def lacks_memory(error: BaseException | None) -> bool:
@@ -232,6 +232,7 @@ DECODING_SECONDS = 60
 DECODING_SPEED = 500_000  # bytes for which there is one second more; it is ten times as fast
 DECODER_SPARE = 1 << 27  # bytes of memory beside thrice what it decodes
 
+# A program that decodes the picture `number` of the file that is its standard input
 DECODER = """
 import sys
 sys.path[:] = filter(None, sys.path)  # nothing is imported from where pictures are
@@ -258,7 +259,6 @@ else:
         samples = tiff.pages[number].asarray(maxworkers=1)
 sys.stdout.buffer.write(numpy.ascontiguousarray(samples, dtype))
 """
-"""A program that decodes the picture `number` of the file that is its standard input."""
 
 CUT_SHORT = "is cut short: the end of its data is missing"
 NOT_DECODED = "is damaged: its data cannot be read or decompressed"
@@ -1861,28 +1861,28 @@ def _remove(name):
 # What the stages share
 # --------------------------------------------------------------------------------------------------
 
+# Threads for full-size work, in which NumPy releases the interpreter lock. The memory is not fast
+# enough for more.
 WORKERS = min(4, os.cpu_count() or 1)
-"""Threads for full-size work, in which NumPy releases the interpreter lock. The memory is not fast
-enough for more."""
 
+# Quantiles of a channel are taken of at least this many samples, if it has them. From twice as many
+# on, a part of the samples is enough: so many give the median to a thousandth of the noise.
 QUANTILE_SAMPLES = 1 << 23
-"""Quantiles of a channel are taken of at least this many samples, if it has them. From twice as
-many on, a part of the samples is enough: so many give the median to a thousandth of the noise."""
 
+# Pixels of one channel that are handled at a time in full-size work. As Float32 they are 1 MB,
+# which stays in the processor's cache.
 STRIP_PIXELS = 1 << 18
-"""Pixels of one channel that are handled at a time in full-size work. As Float32 they are 1 MB,
-which stays in the processor's cache."""
 
+# Standard deviation of a Gaussian over its median distance from the median
 GAUSSIAN_DEVIATION = 1.4826
-"""Standard deviation of a Gaussian over its median distance from the median."""
 
+# 16 zeros in a row or column are missing data: if half of all samples were 0 by chance, such a run
+# would hold 1 of 4000. Looking so far ahead, one after the other, finds them.
 DOUBLINGS_OF_ZERO = 1, 2, 4, 8
-"""16 zeros in a row or column are missing data: if half of all samples were 0 by chance, such a run
-would hold 1 of 4000. Looking so far ahead, one after the other, finds them."""
 
+# A lone zero is a dark sample, and no dead pixel, if the darkest other sample of the channel is
+# below this part of its mean
 NEAR_BLACK = 0.2
-"""A lone zero is a dark sample, and no dead pixel, if the darkest other sample of the channel is
-below this part of its mean."""
 
 
 def keep_dark_samples(planes: np.ndarray) -> int:
@@ -1976,9 +1976,9 @@ def _channel_name(k: int, count: int) -> str:
 # Stretch: linear to 'stretched' (delinearized) and exactly back
 # --------------------------------------------------------------------------------------------------
 
+# The midtones stay this far from 0 and 1, where the midtones function degenerates. The median of a
+# coarsely quantized picture can lie there.
 MIDTONES_MARGIN = 1e-4
-"""The midtones stay this far from 0 and 1, where the midtones function degenerates. The median of a
-coarsely quantized picture can lie there."""
 
 
 @dataclass(frozen=True)
@@ -2279,29 +2279,24 @@ def stretch_and_mask(reduced: Reduced, stretch: Stretch, settings: Settings) -> 
     return Prepared(**parts)
 
 
-RIM_VIEW = 300
-"""Rims are looked for on a copy whose longer side has at most so many pixels."""
+RIM_VIEW = 300  # rims are looked for on a copy whose longer side has at most so many pixels
 
+# Less than this part of the light is left beyond a step. Where fewer exposures reach, more is.
 RIM_LEFT = 0.88
-"""Less than this part of the light is left beyond a step. Where fewer exposures reach, more is."""
 
+# The light falls by a step at this part of a straight line across the frame. Stars and hills hide
+# the rest. Along hills it does at 0.76 of a line at most, along rims at 0.85 at least.
 RIM_WHOLE = 0.8
-"""The light falls by a step at this part of a straight line across the frame. Stars and hills hide
-the rest. Along hills it does at 0.76 of a line at most, along rims at 0.85 at least."""
 
 RIM_LENGTH = 0.15
-RIM_FEWEST = 20
-"""It does so over this part of the longer side, and over so many pixels."""
+RIM_FEWEST = 20  # it does so over this part of the longer side, and over so many pixels
 
+# A step is on a line only if the cosine between its direction and the line's is above this
 RIM_FACING = 0.8
-"""A step is on a line only if the cosine between its direction and the line's is above this."""
 
 RIM_TURN = 0.5
-RIM_APART = 10.0
-"""Degrees between the directions that are tried, and between those of two rims."""
-
-RIM_SOFT = 2
-"""Pixels by which a rim is widened, because its edge may be soft."""
+RIM_APART = 10.0  # degrees between the directions that are tried, and between those of two rims
+RIM_SOFT = 2  # pixels by which a rim is widened, because its edge may be soft
 
 
 def find_rim(linear: np.ndarray) -> np.ndarray:
@@ -2495,13 +2490,13 @@ def clipped_by_stretch(prepared: Prepared) -> np.ndarray:
 # Spline: f(q) = sum_i w_i phi_k(|q - c_i|) + v.q + b
 # --------------------------------------------------------------------------------------------------
 
+# Replaces smaller squared distances, for which the logarithm and the gradient of the square root
+# grow without bound. The value is that of tensorflow-addons.
 TINY_SQUARED_DISTANCE = 1e-10
-"""Replaces smaller squared distances, for which the logarithm and the gradient of the square root
-grow without bound. The value is that of tensorflow-addons."""
 
+# Regularization of the interpolation inside the fit. It keeps the equations solvable where control
+# points come close to each other. It does not make the surface stiff: the bending energy does.
 SPLINE_REGULARIZATION = 1e-4
-"""Regularization of the interpolation inside the fit. It keeps the equations solvable where control
-points come close to each other. It does not make the surface stiff: the bending energy does."""
 
 
 def spline_surface(query: np.ndarray, positions: np.ndarray, values: np.ndarray, order: int,
@@ -2723,43 +2718,33 @@ def bending_rows(spacing: np.ndarray, cost: np.ndarray, free_bowl: bool) -> np.n
 
 # --- Cells ---
 
-FIND_CELLS = 130
-"""Cells along the longer side of a large picture."""
+FIND_CELLS = 130  # cells along the longer side of a large picture
 
+# A cell has at least 2 x 2 reduced pixels if so many cells remain along the longer side. In the
+# noise of single pixels a faint nebula looks smooth.
 FEWEST_CELLS = 64
-"""A cell has at least 2 x 2 reduced pixels if so many cells remain along the longer side. In the
-noise of single pixels a faint nebula looks smooth."""
 
-SMALLEST_SIDE = 12
-"""Cells. In a picture with a shorter side the sky is not looked for."""
+SMALLEST_SIDE = 12  # Cells. In a picture with a shorter side the sky is not looked for.
+FEWEST_USABLE = 150  # Cells. In a picture with fewer usable ones the sky is not looked for.
+NOISE_TILE = 7  # cells along a side of the tiles in which the noise is measured
+NOISE_LEVELS = 8  # the noise is measured at no more levels of light than this
+TILES_PER_LEVEL = 6  # a level of light has at least so many tiles, or it is the only one
 
-FEWEST_USABLE = 150
-"""Cells. In a picture with fewer usable ones the sky is not looked for."""
-
-NOISE_TILE = 7
-"""Cells along a side of the tiles in which the noise is measured."""
-
-NOISE_LEVELS = 8
-"""The noise is measured at no more levels of light than this."""
-
-TILES_PER_LEVEL = 6
-"""A level of light has at least so many tiles, or it is the only one."""
-
+# The lower quartile of deviations that are measured on 49 cells is 7 % too low
 QUIET_QUARTILE = 1.07
-"""The lower quartile of deviations that are measured on 49 cells is 7 % too low."""
 
+# So many times levels of light are dropped, and the line through the others is fitted again
 NOISE_ROUNDS = 4
-"""So many times levels of light are dropped, and the line through the others is fitted again."""
 
+# A level is dropped if its variance is more than this many times that on the line
 QUIET_EXCESS = 2.0
-"""A level is dropped if its variance is more than this many times that on the line."""
 
 
+# An outermost cell is left out if it is so many sigma darker than those inside it let expect
 EDGE_SIGMA = 7.0
-"""An outermost cell is left out if it is so many sigma darker than those inside it let expect."""
 
+# So many cells deep, at most. A rim that is wider is seen by itself; see `find_rim`.
 EDGE_ROUNDS = 2
-"""So many cells deep, at most. A rim that is wider is seen by itself; see `find_rim`."""
 
 
 @dataclass(frozen=True)
@@ -2960,71 +2945,60 @@ def _channels_together(excess: np.ndarray) -> np.ndarray:
 
 # --- Surfaces ---
 
+# Control points of the surface on the cells. Its stiffness, not their number, decides how it bends.
 SKY_POINTS = 96
-"""Control points of the surface on the cells. Its stiffness, not their number, decides how it
-bends."""
 
-NODES = 24
-"""Nodes along the longer side on which bending is measured."""
+NODES = 24  # nodes along the longer side on which bending is measured
+THIN_PLATE = 2  # order of the spline whose bending energy is that of a thin plate
 
-THIN_PLATE = 2
-"""Order of the spline whose bending energy is that of a thin plate."""
-
+# Weight of the bending energy beside the mean squared residual at a smoothing of 1. Residuals are
+# in units of three times the sky's median above its darkest part. The energy is that for the longer
+# side of the frame as the unit of length.
 STIFFNESS_UNIT = 1e-4
-"""Weight of the bending energy beside the mean squared residual at a smoothing of 1. Residuals are
-in units of three times the sky's median above its darkest part. The energy is that for the longer
-side of the frame as the unit of length."""
 
+# Candidates, the stiffest first: a plane, then a plane with a bowl, then ever more flexible
+# surfaces
 SMOOTHINGS = (1e4, 1e3, 1e2, 1e1, 1.0, 1e-1, 1e-2)
-"""Candidates, the stiffest first: a plane, then a plane with a bowl, then ever more flexible
-surfaces."""
 
+# From this smoothing on a bowl costs as much as any other bending, and the surface is a plane
 PLANE = 1e4
-"""From this smoothing on a bowl costs as much as any other bending, and the surface is a plane."""
 
-WITH_BOWL = 1e3
-"""At this smoothing the surface is a plane with a bowl, and nothing else."""
+WITH_BOWL = 1e3  # at this smoothing the surface is a plane with a bowl, and nothing else
+UNSEEN_COST = 10.0  # bending costs so many times as much where no sky is seen
 
-UNSEEN_COST = 10.0
-"""Bending costs so many times as much where no sky is seen."""
-
+# A surface has one degree of freedom for so many cells that may show sky, and no more, but a bowl
+# is always free. Of hundreds of stars on 100 x 100 pixels, others would follow the stars.
 CELLS_PER_FREEDOM = 15.0
-"""A surface has one degree of freedom for so many cells that may show sky, and no more, but a bowl
-is always free. Of hundreds of stars on 100 x 100 pixels, others would follow the stars."""
 
-GLOW_COST = 1e-7
-"""Weight of the squared coefficients of a glow: next to nothing."""
+GLOW_COST = 1e-7  # weight of the squared coefficients of a glow: next to nothing
 
+# Modes of the surface whose bending costs more than so many times their squared height are left
+# out. They would keep 3 % of their height at most.
 STIFF_MODE = 10.0
-"""Modes of the surface whose bending costs more than so many times their squared height are left
-out. They would keep 3 % of their height at most."""
 
+# Lengths over which a glow falls off, in units of the longer side
 GLOW_LENGTHS = (0.02, 0.04, 0.08, 0.16)
-"""Lengths over which a glow falls off, in units of the longer side."""
 
+# How much faster the glow in a corner falls off along a row than along a column. With 1.0 alone the
+# sky of an amplifier's glow was off by 2.0 % instead of 1.2, and that behind a star by 0.7.
 GLOW_RATIOS = (0.6, 1.0, 1.6)
-"""How much faster the glow in a corner falls off along a row than along a column. With 1.0 alone
-the sky of an amplifier's glow was off by 2.0 % instead of 1.2, and that behind a star by 0.7."""
 
-GLOW_KNOWN = 0.03
-"""The form of a glow is known to this part of its light."""
+GLOW_KNOWN = 0.03  # the form of a glow is known to this part of its light
+FIT_ROUNDS = 4  # rounds of fitting, with the weights that the last fit suggests
 
-FIT_ROUNDS = 4
-"""Rounds of fitting, with the weights that the last fit suggests."""
-
+# A cell farther from the surface than so many typical residuals pulls no harder (Huber's loss)
 HUBER_LIMIT = 2.5
-"""A cell farther from the surface than so many typical residuals pulls no harder (Huber's loss)."""
 
+# Deviation of the residuals over their median. It is 1.48 for one channel, and 1.13 for the rms of
+# three.
 HUBER_DEVIATION = 1.2
-"""Deviation of the residuals over their median. It is 1.48 for one channel, and 1.13 for the rms of
-three."""
 
+# The sky may be above an object's light by so many sigma; else it would follow the low side of the
+# noise
 CEILING_SIGMA = 2.0
-"""The sky may be above an object's light by so many sigma; else it would follow the low side of the
-noise."""
 
+# Weight of "the sky is not above the picture" under an object, beside 1 for a cell of sky
 CEILING_WEIGHT = 0.5
-"""Weight of "the sky is not above the picture" under an object, beside 1 for a cell of sky."""
 
 
 class _Surfaces:
@@ -3290,18 +3264,13 @@ def _regular_points(sides: np.ndarray) -> np.ndarray:
 
 # --- Texture ---
 
-ROUGH_SCALE = 1.4
-"""Cells: detail is what differs from a smooth mean of this width."""
+ROUGH_SCALE = 1.4  # cells: detail is what differs from a smooth mean of this width
+ROUGH_SIGMA = 3.5  # a cell is rough if its detail is more than so many sigma
+ROUGH_WINDOW = 0.05  # in units of the longer side: the window in which rough cells are counted
 
-ROUGH_SIGMA = 3.5
-"""A cell is rough if its detail is more than so many sigma."""
-
-ROUGH_WINDOW = 0.05
-"""In units of the longer side: the window in which rough cells are counted."""
-
+# A region is an object if this part of its cells is rough. Lone stars stay single cells, nebulae
+# and galaxies close up.
 ROUGH_DENSITY = 0.2
-"""A region is an object if this part of its cells is rough. Lone stars stay single cells, nebulae
-and galaxies close up."""
 
 
 class _Texture(NamedTuple):
@@ -3368,21 +3337,16 @@ def _smooth_slope(image: np.ndarray, sigma: float, where: np.ndarray) -> np.ndar
 
 # --- Hills ---
 
+# Hills begin within this part of the longer side from the sky: at 0.05 to 0.10 in eight scenes. The
+# dark sky beyond a band of the Milky Way or a nebula begins at 0.12, or farther off.
 FOREGROUND_GAP = 0.11
-"""Hills begin within this part of the longer side from the sky: at 0.05 to 0.10 in eight scenes.
-The dark sky beyond a band of the Milky Way or a nebula begins at 0.12, or farther off."""
 
+# Hills fall below the sky by this part of the sky's range (5th to 95th percentile) at once
 FOREGROUND_DROP = 0.8
-"""Hills fall below the sky by this part of the sky's range (5th to 95th percentile) at once."""
 
-FOREGROUND_SIGMA = 10.0
-"""All of a hill is darker than the nearest sky by so many sigma."""
-
-FOREGROUND_SIZE = 0.003
-"""Hills cover at least this part of the picture."""
-
-FOREGROUND_EDGE = 5
-"""Cells: how deep the edge of a hill is, in which it is compared with the sky."""
+FOREGROUND_SIGMA = 10.0  # all of a hill is darker than the nearest sky by so many sigma
+FOREGROUND_SIZE = 0.003  # hills cover at least this part of the picture
+FOREGROUND_EDGE = 5  # cells: how deep the edge of a hill is, in which it is compared with the sky
 
 
 def _dark_foreground(cells: _Cells, objects: np.ndarray) -> np.ndarray:
@@ -3424,22 +3388,19 @@ def _dark_foreground(cells: _Cells, objects: np.ndarray) -> np.ndarray:
 
 # --- Steep glows ---
 
+# The noise of a pixel, about, in units of that of a cell: nobody can see what differs by less
 PIXEL_NOISE = 15
-"""The noise of a pixel, about, in units of that of a cell: nobody can see what differs by less."""
 
-GLOW_REACH = 0.3
-"""A glow is compared with the picture this part of the longer side away."""
+GLOW_REACH = 0.3  # a glow is compared with the picture this part of the longer side away
 
+# A steep glow has fallen to half within this part of the longer side. A plate follows wider ones.
 GLOW_HALF = 0.17
-"""A steep glow has fallen to half within this part of the longer side. A plate follows wider
-ones."""
 
-GLOW_HEIGHT = 0.5
-"""A steep glow rises by this part of the picture's range (5th to 95th percentile)."""
+GLOW_HEIGHT = 0.5  # a steep glow rises by this part of the picture's range (5th to 95th percentile)
 
+# The picture differs from a glow by at most this part of the glow's light, median in its core. True
+# glows have up to 0.03, nebulae 0.16 and more.
 GLOW_SMOOTH = 0.06
-"""The picture differs from a glow by at most this part of the glow's light, median in its core.
-True glows have up to 0.03, nebulae 0.16 and more."""
 
 
 def _steep_glows(cells: _Cells, usable: np.ndarray) -> list:
@@ -3543,20 +3504,15 @@ def _look(cells: _Cells, shape: tuple[int, int]) -> _Scene:
 
 # --- Closed patches ---
 
+# Cells: scales at which patches of light are looked for. Structure is found at finer ones.
 CLOSED_SCALES = (2.5, 5.0, 10.0, 16.0)
-"""Cells: scales at which patches of light are looked for. Structure is found at finer ones."""
 
-CLOSED_SIGMA = 10.0
-"""A patch stands so many sigma of a mean of that scale above each way out of it."""
+CLOSED_SIGMA = 10.0  # a patch stands so many sigma of a mean of that scale above each way out of it
+CLOSED_LEAST = 0.6  # how closed a patch must be: 1 - level of its lowest way out / its height
+CLOSED_FOOT = 0.15  # a patch reaches down to this part of its height
 
-CLOSED_LEAST = 0.6
-"""How closed a patch must be: 1 - level of its lowest way out / its height."""
-
-CLOSED_FOOT = 0.15
-"""A patch reaches down to this part of its height."""
-
+# So many times patches are looked for, each time above a surface through the sky beside them
 CLOSED_ROUNDS = 2
-"""So many times patches are looked for, each time above a surface through the sky beside them."""
 
 
 def _closed_patches(scene: _Scene) -> np.ndarray:
@@ -3631,31 +3587,25 @@ def _above_way_out(view: np.ndarray, rim: np.ndarray) -> np.ndarray:
 
 # --- Growth ---
 
-STAR_SIGMA = 30.0
-"""A star of more than so many sigma may have a halo."""
+STAR_SIGMA = 30.0  # a star of more than so many sigma may have a halo
 
+# Cells: the halo of a star is looked for within so many times sigma to the power HALO_POWER
 STAR_REACH = 2.0
-"""Cells: the halo of a star is looked for within so many times sigma to the power HALO_POWER."""
 
+# Halos of stars fall off with the distance to the power -2.5. At that distance from the star the
+# noise drowns them.
 HALO_POWER = 0.4
-"""Halos of stars fall off with the distance to the power -2.5. At that distance from the star the
-noise drowns them."""
 
-STAR_REACH_MOST = 0.1
-"""Halos of stars never reach beyond this part of the longer side."""
+STAR_REACH_MOST = 0.1  # halos of stars never reach beyond this part of the longer side
 
+# Outskirts reach so many times as far as the surface averages over, which cannot tell what is wider
 OUTSKIRTS_REACH = 1.5
-"""Outskirts reach so many times as far as the surface averages over, which cannot tell what is
-wider."""
 
+# Outskirts may reach as far as the first part of the longer side, and never beyond the second
 OUTSKIRTS_PARTS = (0.1, 0.35)
-"""Outskirts may reach as far as the first part of the longer side, and never beyond the second."""
 
-OUTSKIRTS_SCALE = 3.0
-"""Cells: outskirts are looked for in a Gaussian mean of this width."""
-
-OUTSKIRTS_SIGMA = 3.0
-"""Outskirts stand so many sigma of such a mean above the surface."""
+OUTSKIRTS_SCALE = 3.0  # cells: outskirts are looked for in a Gaussian mean of this width
+OUTSKIRTS_SIGMA = 3.0  # outskirts stand so many sigma of such a mean above the surface
 
 
 def _reach(cells: _Cells, texture: _Texture, bodies: np.ndarray) -> np.ndarray:
@@ -3717,25 +3667,21 @@ def _outskirts(excess: np.ndarray, seeds: np.ndarray, near: np.ndarray,
 
 # --- Choice ---
 
+# The stiffest surface whose loss is this close to the best one wins. The number is about the
+# scatter of the loss.
 GOOD_ENOUGH = 0.016
-"""The stiffest surface whose loss is this close to the best one wins. The number is about the
-scatter of the loss."""
 
+# The sky beside closed patches of light is simple if its smoothing is at least this. The dome of a
+# night sky is no object: what is left beside it has to bend as well.
 SIMPLE_SKY = 10.0
-"""The sky beside closed patches of light is simple if its smoothing is at least this. The dome of a
-night sky is no object: what is left beside it has to bend as well."""
 
-FEWEST_SKY = 30
-"""If fewer cells than this are sky, all cells that are used are taken for sky."""
+FEWEST_SKY = 30  # if fewer cells than this are sky, all cells that are used are taken for sky
 
+# So many times outskirts are looked for, each time above a surface through the rest of the sky
 GROWTH_ROUNDS = 3
-"""So many times outskirts are looked for, each time above a surface through the rest of the sky."""
 
-GROWTH_LEFT = 0.5
-"""Outskirts no longer grow if less than this part of the sky is left beside them."""
-
-DARK_SIGMA = 3.0
-"""A dark body lies so many sigma below that surface."""
+GROWTH_LEFT = 0.5  # outskirts no longer grow if less than this part of the sky is left beside them
+DARK_SIGMA = 3.0  # a dark body lies so many sigma below that surface
 
 
 class _Objects(NamedTuple):
@@ -3889,66 +3835,50 @@ def _choose(candidates: list[_Candidate], margin: float) -> _Candidate:
 
 # --- Doubt ---
 
+# The loss of a surface that leaves nothing but Gaussian noise, by the number of channels
 PURE_NOISE = {1: 0.535, 3: 0.632}
-"""The loss of a surface that leaves nothing but Gaussian noise, by the number of channels."""
 
+# The sky cannot be known if the loss is more than this many times that of pure noise
 UNEXPLAINED = 1.28
-"""The sky cannot be known if the loss is more than this many times that of pure noise."""
 
-LITTLE_SKY = 0.15
-"""The sky cannot be known if less than this part of the picture shows it."""
+LITTLE_SKY = 0.15  # the sky cannot be known if less than this part of the picture shows it
+MOST_DOUBT = 0.05  # the sky cannot be known if it is uncertain by more than this part of its range
+ALIKE = 0.05  # surfaces explain the sky alike if their losses differ by no more than this
 
-MOST_DOUBT = 0.05
-"""The sky cannot be known if it is uncertain by more than this part of its range."""
-
-ALIKE = 0.05
-"""Surfaces explain the sky alike if their losses differ by no more than this."""
-
+# The sky is uncertain by this part of the difference between surfaces that explain it alike
 ALIKE_DOUBT = 0.5
-"""The sky is uncertain by this part of the difference between surfaces that explain it alike."""
 
+# The sky is uncertain by so many times the deviation of its posterior, in which residuals are
+# independent. They are not: what is left of objects is smooth as well. Measured on the truth bench,
+# `tests/truth.py`.
 POSTERIOR_DOUBT = 9.0
-"""The sky is uncertain by so many times the deviation of its posterior, in which residuals are
-independent. They are not: what is left of objects is smooth as well. Measured on the truth bench,
-`tests/truth.py`."""
 
+# The sky has no closed top or bottom inside the frame that is higher or deeper than this part of
+# its range. If the surface that explains the picture best has one, a stiffer one is taken, if one
+# is within DOUBT_MARGIN of it, and the sky cannot be known unless that explains the picture alike.
 BULGE = 0.1
-"""The sky has no closed top or bottom inside the frame that is higher or deeper than this part of
-its range. If the surface that explains the picture best has one, a stiffer one is taken, if one is
-within DOUBT_MARGIN of it, and the sky cannot be known unless that explains the picture alike."""
 
+# If it is even higher, any stiffer surface without one will do. That of vignetting with a tilt,
+# which no stiffer surface explains, was up to 0.15; those of nebulae over all 0.2 and more.
 HIGH_BULGE = 0.18
-"""If it is even higher, any stiffer surface without one will do. That of vignetting with a tilt,
-which no stiffer surface explains, was up to 0.15; those of nebulae over all 0.2 and more."""
 
+# A top counts only if less than this part of the frame is in the upper half of it. That of
+# vignetting is larger.
 SMALL_TOP = 0.2
-"""A top counts only if less than this part of the frame is in the upper half of it. That of
-vignetting is larger."""
 
+# Where the sky cannot be known, the stiffest surface wins whose loss is this close to that of the
+# chosen one. On 46 such scenes 11 got truer by it, and 6 less true; and it eats less of objects.
 DOUBT_MARGIN = 0.15
-"""Where the sky cannot be known, the stiffest surface wins whose loss is this close to that of the
-chosen one. On 46 such scenes 11 got truer by it, and 6 less true; and it eats less of objects."""
 
+# Why the sky cannot be known then. A stiff surface would be no help against steps.
 SEAM = "it steps along a straight line, as between the panels of a mosaic"
-"""Why the sky cannot be known then. A stiff surface would be no help against steps."""
 
-SEAM_SIGMA = 10.0
-"""Panels of a mosaic differ by so many sigma of the median along a seam."""
-
-SEAM_HEIGHT = 0.05
-"""Panels differ by this part of the picture's range (1st to 99th percentile)."""
-
-SEAM_ALIKE = 0.92
-"""Panels differ in the same direction along this part of a seam."""
-
-SEAM_TURNS = 120
-"""Directions in which seams are looked for."""
-
-MEDIAN_NOISE = 1.25
-"""The noise of a median of many values over that of their mean."""
-
-SEAM_LENGTH = 0.4
-"""A seam is at least this part of the longer side long."""
+SEAM_SIGMA = 10.0  # panels of a mosaic differ by so many sigma of the median along a seam
+SEAM_HEIGHT = 0.05  # panels differ by this part of the picture's range (1st to 99th percentile)
+SEAM_ALIKE = 0.92  # panels differ in the same direction along this part of a seam
+SEAM_TURNS = 120  # directions in which seams are looked for
+MEDIAN_NOISE = 1.25  # the noise of a median of many values over that of their mean
+SEAM_LENGTH = 0.4  # a seam is at least this part of the longer side long
 
 
 def _judge(explanation: _Explanation, doubt: float) -> str:
@@ -4103,19 +4033,16 @@ def _has_seam(cells: _Cells) -> bool:
 
 # --- Result ---
 
+# A plain run leaves no object out, so its surface must be stiffer than the sky's: by so many powers
+# of ten for the part of the picture that is not sky. It was measured on the truth bench,
+# `tests/truth.py`.
 PLAIN_STIFFER = 2.5
-"""A plain run leaves no object out, so its surface must be stiffer than the sky's: by so many
-powers of ten for the part of the picture that is not sky. It was measured on the truth bench,
-`tests/truth.py`."""
 
-PLAIN_MOST = 1.5
-"""The surface of a plain run is stiffer by at most so many powers of ten."""
+PLAIN_MOST = 1.5  # the surface of a plain run is stiffer by at most so many powers of ten
+SMALL_SMOOTHING = 1e6  # in a picture that is too small the sky is a plane, and no noise bends it
 
-SMALL_SMOOTHING = 1e6
-"""In a picture that is too small the sky is a plane, and no noise bends it."""
-
+# Per area, there are at most so many times as many control points where the sky bends most
 DENSEST = 30.0
-"""Per area, there are at most so many times as many control points where the sky bends most."""
 
 
 @dataclass(frozen=True)
@@ -4277,68 +4204,55 @@ def _bending(surface: np.ndarray, longer: int) -> np.ndarray:
 # the reference's.
 # --------------------------------------------------------------------------------------------------
 
-REFERENCE_NODES = 64
-"""Along the longer side, so many places are looked up in plate solutions."""
+REFERENCE_NODES = 64  # along the longer side, so many places are looked up in plate solutions
 
+# A reference that covers less of the picture is not used: the sky beside it would be a guess
 LEAST_COVERED = 1 / 3
-"""A reference that covers less of the picture is not used: the sky beside it would be a guess."""
 
+# A reference that explains less of the picture's structure beside the sky is not used
 LEAST_EXPLAINED = 0.5
-"""A reference that explains less of the picture's structure beside the sky is not used."""
 
+# Nothing can be explained if the variance of the structure is less than this part of that of the
+# noise
 STRUCTURE = 0.1
-"""Nothing can be explained if the variance of the structure is less than this part of that of the
-noise."""
 
-MATCH_ROUNDS = 6
-"""Rounds of fitting, with the weights that the last fit suggests."""
+MATCH_ROUNDS = 6  # rounds of fitting, with the weights that the last fit suggests
 
+# The stiffest sky whose loss is this close to the best one wins. A flexible sky takes what the two
+# pictures share, and a little of what they do not.
 MATCH_ENOUGH = 0.075
-"""The stiffest sky whose loss is this close to the best one wins. A flexible sky takes what the two
-pictures share, and a little of what they do not."""
 
-MATCH_TILE = 8
-"""Cells along a side of the tiles whose residuals are independent of each other."""
+MATCH_TILE = 8  # cells along a side of the tiles whose residuals are independent of each other
 
+# A sky that was found without the reference stays if it is sure, and if it differs from the one
+# with it by a plane and a bowl, and beside them by no more than this part of its range, rms, or
+# than it is uncertain
 SKY_CONFIRMED = 0.01
-"""A sky that was found without the reference stays if it is sure, and if it differs from the one
-with it by a plane and a bowl, and beside them by no more than this part of its range, rms, or than
-it is uncertain."""
 
+# The reference's own sky makes that of the picture uncertain by this part of its range, rms. A
+# slope over a fifth of it does.
 REFERENCE_DOUBT = 0.05
-"""The reference's own sky makes that of the picture uncertain by this part of its range, rms. A
-slope over a fifth of it does."""
 
+# Cells: what differs from a Gaussian mean of this width tells whether both lie in the same place
 SHIFT_VIEW = 3.0
-"""Cells: what differs from a Gaussian mean of this width tells whether both lie in the same place.
-"""
 
+# A reference is shifted if it correlates so many times as well with the picture elsewhere...
 SHIFT_CLEAR = 1.15
-"""A reference is shifted if it correlates so many times as well with the picture elsewhere..."""
 
+# ... and if that correlation is at least this. Chance gives up to 0.2, a right place 0.25 to 0.8.
 SHIFT_SEEN = 0.2
-"""... and if that correlation is at least this. Chance gives up to 0.2, a right place 0.25 to 0.8.
-"""
 
-STAR_DETAIL = 5.0
-"""A star of the reference stands so many sigma above its surroundings."""
+STAR_DETAIL = 5.0  # a star of the reference stands so many sigma above its surroundings
+STAR_WINDOW = 5  # cells along a side of the window in which such cells are counted...
+STAR_SPARSE = 0.6  # ... and if they are more than this part of it, they are an object.
+STAR_WINGS = 2  # cells about such a star that are left out as well
 
-STAR_WINDOW = 5
-"""Cells along a side of the window in which such cells are counted..."""
-
-STAR_SPARSE = 0.6
-"""... and if they are more than this part of it, they are an object."""
-
-STAR_WINGS = 2
-"""Cells about such a star that are left out as well."""
-
+# Projections in PixInsight's words and in those of FITS
 PROJECTIONS = {
     "Gnomonic": "TAN", "Stereographic": "STG", "PlateCarree": "CAR", "Mercator": "MER",
     "HammerAitoff": "AIT", "ZenithalEqualArea": "ZEA", "Orthographic": "SIN"}
-"""Projections in PixInsight's words and in those of FITS."""
 
-SOLUTION = "PCL:AstrometricSolution:"
-"""How the properties of a plate solution begin in XISF."""
+SOLUTION = "PCL:AstrometricSolution:"  # how the properties of a plate solution begin in XISF
 
 
 @dataclass(frozen=True)
@@ -4828,9 +4742,9 @@ def _shift(ours: np.ndarray, theirs: np.ndarray, covered: np.ndarray) -> float:
 # surface, [m, c]), or of b, the surface, [m, c]. The bending is one number for the whole surface.
 # --------------------------------------------------------------------------------------------------
 
+# Added inside the logarithm of the loss (stretched units). Cells whose residuals are smaller than
+# this are fitted well enough. Without it noiseless cells would dominate the loss.
 LOSS_FLOOR = 0.001
-"""Added inside the logarithm of the loss (stretched units). Cells whose residuals are smaller than
-this are fitted well enough. Without it noiseless cells would dominate the loss."""
 
 
 def loss_error(r):
@@ -4880,52 +4794,50 @@ def log_loss(terms, alpha):
 # Fit
 # --------------------------------------------------------------------------------------------------
 
+# Cells in one independent sample of the sky; a fit sees `-B` samples. Where the noise of a cell is
+# 1 % of the gradient, so many determine 32 control points to 0.13 %.
 SAMPLE_CELLS = 2048
-"""Cells in one independent sample of the sky; a fit sees `-B` samples. Where the noise of a cell is
-1 % of the gradient, so many determine 32 control points to 0.13 %."""
 
 SAMPLE_MEAN = 0.7  # cells: width of the Gaussian means that the sample is drawn from
 
+# For one cell of sky in the sample there are so many that only bound the sky, if there are
 BOUNDS_SHARE = 0.25
-"""For one cell of sky in the sample there are so many that only bound the sky, if there are."""
 
 STOP_PATIENCE = 100
+# The fit stops after so many epochs in which the loss has not fallen by this much
 STOP_DELTA = 5e-5
-"""The fit stops after so many epochs in which the loss has not fallen by this much."""
 
 RATE_PATIENCE = 50
-RATE_FLOOR = 1e-4
-"""The learning rate is halved after so many such epochs, but not below this."""
-
+RATE_FLOOR = 1e-4  # the learning rate is halved after so many such epochs, but not below this
 TRACK_EVERY = 10  # epochs between two recordings of the control points
 
+# With auto, the loss forgives what is farther from the surface than so many sigma. It needs not
+# forgive objects then, and must not forgive a steep corner of the sky.
 FORGIVEN = 10.0
-"""With auto, the loss forgives what is farther from the surface than so many sigma. It needs not
-forgive objects then, and must not forgive a steep corner of the sky."""
 
+# Nodes along the longer side on which the bending of the fit is measured: about as dense as 96
+# control points. The small waves between few points, which a spline has, are no bending of the sky.
+# With fewer nodes the surface would bend where none of them sees it.
 FIT_NODES = 15
-"""Nodes along the longer side on which the bending of the fit is measured: about as dense as 96
-control points. The small waves between few points, which a spline has, are no bending of the sky.
-With fewer nodes the surface would bend where none of them sees it."""
 
+# The bending of the sky that was found costs at most this much of the loss. Where it cost more, the
+# loss would rather give a corner up than bend the surface.
 FOUND_COST = 0.005
-"""The bending of the sky that was found costs at most this much of the loss. Where it cost more,
-the loss would rather give a corner up than bend the surface."""
 
+# The same, where a plane is asked for: a spline in the stretched frame is never quite one. A plane
+# that was found may have a glow in its corner.
 PLANE_COST = 1.0
-"""The same, where a plane is asked for: a spline in the stretched frame is never quite one. A plane
-that was found may have a glow in its corner."""
 
+# Stretched units by which the surface moves where a trained coordinate moves by 1. With less, a
+# flat start takes more than 1000 epochs; with more, the surface trembles longer about its end.
 VALUE_RATE = 0.3
-"""Stretched units by which the surface moves where a trained coordinate moves by 1. With less, a
-flat start takes more than 1000 epochs; with more, the surface trembles longer about its end."""
 
+# Control points move by this part of their mean distance where a trained coordinate moves by 1.
+# With 0.5 the sky of a glowing corner is truer by a tenth, and a fit takes three times as long.
 POSITION_RATE = 0.02
-"""Control points move by this part of their mean distance where a trained coordinate moves by 1.
-With 0.5 the sky of a glowing corner is truer by a tenth, and a fit takes three times as long."""
 
+# Directions in which the objective curves by less than this part of the most train no faster
 CONDITION_FLOOR = 1e-4
-"""Directions in which the objective curves by less than this part of the most train no faster."""
 
 
 @dataclass(frozen=True)
@@ -5366,12 +5278,12 @@ def fit_sky(examined: Examined, settings: Settings,
 # --------------------------------------------------------------------------------------------------
 
 SURFACE_NODES = 300
+# Nodes of `SkyModel`: about so many along the longer side, at least so many along the shorter
 LEAST_NODES = 4
-"""Nodes of `SkyModel`: about so many along the longer side, at least so many along the shorter."""
 
+# The model may exceed the range of values that it has over the sky by this fraction of that range.
+# So it cannot run away in a corner without sky, or behind hills.
 MAX_EXTRAPOLATION = 0.5
-"""The model may exceed the range of values that it has over the sky by this fraction of that range.
-So it cannot run away in a corner without sky, or behind hills."""
 
 
 class SkyModel:
@@ -5533,12 +5445,12 @@ def corrected(reduced: Reduced, linear: np.ndarray, sky: np.ndarray,
 # The whole job on arrays
 # --------------------------------------------------------------------------------------------------
 
+# Part of the samples. If the correction clips more than that, something is wrong.
 MOST_CLIPPED = 0.01
-"""Part of the samples. If the correction clips more than that, something is wrong."""
 
+# Part of the frame. If objects take more of what is used, which stars alone do not, --auto would
+# help.
 OBJECTS_SHARE = 0.2
-"""Part of the frame. If objects take more of what is used, which stars alone do not, --auto would
-help."""
 
 
 def examine(planes: np.ndarray, settings: Settings, mask: np.ndarray | None = None,
@@ -5760,45 +5672,42 @@ def _to_planes(image: np.ndarray, name: str) -> np.ndarray:
 # What can be said about a picture
 # --------------------------------------------------------------------------------------------------
 
+# Pixels along the longer side from which pictures are drawn. More could not be seen.
 VIEW_PIXELS = 600
-"""Pixels along the longer side from which pictures are drawn. More could not be seen."""
 
+# Pixels along the longer side. The reduced copy of a picture up to this size looks blocky.
 SMALL_PICTURE = 1200
-"""Pixels along the longer side. The reduced copy of a picture up to this size looks blocky."""
 
+# Part of the frame. If the stretch clips less sky than that, nobody needs to know.
 BLOWN_SHARE = 0.01
-"""Part of the frame. If the stretch clips less sky than that, nobody needs to know."""
 
+# Cells: what the found sky misses is measured on Gaussian means of so many. Noise is small in them,
+# and every gradient is wider.
 GRADIENT_SCALE = 6.0
-"""Cells: what the found sky misses is measured on Gaussian means of so many. Noise is small in
-them, and every gradient is wider."""
 
-GRADIENT_SHARE = 0.3
-"""A gradient is told if at least this part of the picture shows sky."""
+GRADIENT_SHARE = 0.3  # a gradient is told if at least this part of the picture shows sky
 
+# A picture looks stretched if its noise falls from the dim to the bright side of a tile by so many
+# times the error of that. In 131 linear pictures, of `tests/scenes.py` and real ones, it fell by up
+# to 2.4.
 STRETCHED_SIGMA = 3.0
-"""A picture looks stretched if its noise falls from the dim to the bright side of a tile by so many
-times the error of that. In 131 linear pictures, of `tests/scenes.py` and real ones, it fell by up
-to 2.4."""
 
 STRETCHED_TOP = 0.6
+# Any fall is enough if the brightest thousandth is above the first number, and the median above the
+# second part of the way from black to there
 STRETCHED_MEDIAN = 0.15
-"""Any fall is enough if the brightest thousandth is above the first number, and the median above
-the second part of the way from black to there."""
 
+# Squares of 2 x 2 pixels along a side of a tile. In so few nothing else changes the noise.
 TILE_SQUARES = 32
-"""Squares of 2 x 2 pixels along a side of a tile. In so few nothing else changes the noise."""
 
-FEWEST_TILES = 10
-"""With fewer nobody knows the error of what they tell."""
+FEWEST_TILES = 10  # with fewer nobody knows the error of what they tell
 
+# The means of the four phases of a mosaic differ by at least this part of their height above black
 MOSAIC_DIFFERENCE = 0.03
-"""The means of the four phases of a mosaic differ by at least this part of their height above
-black."""
 
+# On one diagonal are the two greens: they differ by less than this part of what all phases do.
+# Columns or rows of a sensor that differ do so on both diagonals.
 MOSAIC_GREENS = 0.5
-"""On one diagonal are the two greens: they differ by less than this part of what all phases do.
-Columns or rows of a sensor that differ do so on both diagonals."""
 
 
 def enough(image: np.ndarray) -> np.ndarray:
@@ -5981,13 +5890,15 @@ def _log_numbers(examined: Examined, settings: Settings) -> None:
 # Axes are those of the full-size picture, in its pixels.
 # --------------------------------------------------------------------------------------------------
 
+# What is shown of a picture, in figures with one stretch; see `Views`
 VIEWS = ("picture", "model", "result")
-"""What is shown of a picture, in figures with one stretch; see `Views`."""
 
 NOT_TRAINED = " (of the sky that was found, not trained yet)"
 FIGURE_SIZE = 13.6, 7.6  # inches of 100 pixels: fits a laptop's screen
 INK = "#f0e442"  # of control points, and of what can be moved
 
+# Reason -> its color (after Okabe and Ito), its stripes (none: solid), its name. Stripes tell the
+# reasons apart where colors do not.
 OVERLAYS = {
     "missing": ("#6b7077", "", "missing"),
     "threshold": ("#e69f00", "/////", "left out by -tm, -tM"),
@@ -5996,8 +5907,6 @@ OVERLAYS = {
     "auto": ("#cc79a7", "///", "left out by --auto"),
     "clipped": ("#f0e442", "\\\\\\", "clipped by -dq"),
 }
-"""Reason -> its color (after Okabe and Ito), its stripes (none: solid), its name. Stripes tell the
-reasons apart where colors do not."""
 
 ANIMATION_SIZE = 7.4, 2.8  # inches of 100 pixels; larger is more than 3 MB
 FRAMES = 20  # of an animation, at most
@@ -6403,13 +6312,13 @@ def _kept_reference(path, changed):
     return open_reference(path)
 
 
+# What is used while another thread imports TensorFlow. It has to be there before: where two threads
+# import, Python 3.11 may have each wait for the other forever.
 USED_BESIDE_IMPORTS = (
     "scipy.interpolate", "scipy.linalg", "scipy.ndimage", "scipy.optimize",
     "scipy.spatial.distance", "skimage.draw.polygon2mask", "skimage.measure.block_reduce",
     "skimage.morphology.reconstruction", "skimage.registration.phase_cross_correlation",
     "tqdm.tqdm")
-"""What is used while another thread imports TensorFlow. It has to be there before: where two
-threads import, Python 3.11 may have each wait for the other forever."""
 
 
 @functools.lru_cache(maxsize=None)  # so that only the first call does anything
@@ -6558,8 +6467,7 @@ def watched_fit(epochs: int, interrupts: _Interrupts,
         interrupts.check()
 
 
-WARNING = "warning: "
-"""How a warning begins."""
+WARNING = "warning: "  # how a warning begins
 
 
 @contextmanager
@@ -6622,6 +6530,7 @@ LOOK_AFTER = 0.4  # seconds after the last move until the sky is looked for anew
 TICK = 200  # milliseconds between two looks at what the thread does
 THOUSANDTHS = tuple(k / 1000 for k in range(1001))
 
+# What can be chosen, a field of `Settings` or what is shown -> its values
 LADDERS = {
     # What these leave above them falls by even steps, to about a half each
     "delinearization_quantile": (
@@ -6633,15 +6542,15 @@ LADDERS = {
     "correction": ("subtract", "divide"),
     "shown": VIEWS,
 }
-"""What can be chosen, a field of `Settings` or what is shown -> its values."""
 
+# Label of a slider in the window -> what is chosen with it
 SLIDERS = {
     "-dq": ("delinearization_quantile",),
     "-tm, -tM": ("threshold_min", "threshold_max"),
     "smoothing": ("smoothing",),
 }
-"""Label of a slider in the window -> what is chosen with it."""
 
+# Key -> what is chosen with it, and by how many values it goes on
 STEPS = {
     "left": ("delinearization_quantile", -1), "right": ("delinearization_quantile", 1),
     "down": ("threshold_max", -10), "up": ("threshold_max", 10),
@@ -6649,15 +6558,14 @@ STEPS = {
     "-": ("smoothing", -1), "+": ("smoothing", 1),
     "a": ("auto", 1), "d": ("correction", 1), " ": ("shown", 1),
 }
-"""Key -> what is chosen with it, and by how many values it goes on."""
 
+# Key -> label of the button that does the same; the first two are check boxes
 BUTTONS = {
     "a": "--auto  [a]", "d": "--correction divide  [d]",
     " ": "Picture, model, result  [space]", "z": "Undo the last drawing  [z]",
     "t": "Take the sky out  [t]", "escape": "Stop  [escape]",
     "w": "Write  [w]", "c": "Copy the command  [c]", "q": "Close  [q]",
 }
-"""Key -> label of the button that does the same; the first two are check boxes."""
 
 HELP = ("Keys: left, right -dq;  down, up -tM;  [ ] -tm;  - + smoothing.\n"
         "Draw around what is to be left out; with Shift it is given back.")
@@ -7164,11 +7072,10 @@ def in_words(value) -> str:
 REPORT_NAME = "bgoptimizer_report.csv"
 DONE, WARNED, FAILED, SKIPPED = "done", "warned", "failed", "skipped"
 
+# How names of pictures end that this tool has written. They are nothing to work on.
 OWN_OUTPUTS = ("_bgModel", "_bgSubtracted", "_bgDivided", "_uncertainty", "_mask")
-"""How names of pictures end that this tool has written. They are nothing to work on."""
 
-PATIENCE_WITH_SCHEDULER = 15
-"""Seconds until a scheduler that does not answer is taken for absent."""
+PATIENCE_WITH_SCHEDULER = 15  # seconds until a scheduler that does not answer is taken for absent
 
 
 class Outcome(NamedTuple):
@@ -7487,9 +7394,9 @@ def _by_dask(to_do: list[Task], address: str) -> Iterator[Outcome]:
 # Command line
 # --------------------------------------------------------------------------------------------------
 
+# Flags of the fields of Settings, in their order
 FLAGS = ("-dx", "-df", "-dq", "-N", "-O", "-tm", "-tM", "-i", "-e", "-a", "-B", "-lr",
          "--smoothing", "--correction", "--auto", "--seed")
-"""Flags of the fields of Settings, in their order."""
 
 
 class _Parser(argparse.ArgumentParser):
