@@ -2727,18 +2727,9 @@ FEWEST_CELLS = 64
 SMALLEST_SIDE = 12  # Cells. In a picture with a shorter side the sky is not looked for.
 FEWEST_USABLE = 150  # Cells. In a picture with fewer usable ones the sky is not looked for.
 NOISE_TILE = 7  # cells along a side of the tiles in which the noise is measured
-NOISE_LEVELS = 8  # the noise is measured at no more levels of light than this
-TILES_PER_LEVEL = 6  # a level of light has at least so many tiles, or it is the only one
 
 # The lower quartile of deviations that are measured on 49 cells is 7 % too low
 QUIET_QUARTILE = 1.07
-
-# So many times levels of light are dropped, and the line through the others is fitted again
-NOISE_ROUNDS = 4
-
-# A level is dropped if its variance is more than this many times that on the line
-QUIET_EXCESS = 2.0
-
 
 # An outermost cell is left out if it is so many sigma darker than those inside it let expect
 EDGE_SIGMA = 7.0
@@ -2753,7 +2744,7 @@ class _Cells:
 
     values: np.ndarray  # (h, w, c) linear, less the pedestal, in units of `scale`
     usable: np.ndarray  # (h, w) bool: not missing, not masked by the user
-    noise: np.ndarray  # (h, w, c) standard deviation of `values`
+    noise: np.ndarray  # (c,) standard deviation of `values`
     centers: np.ndarray  # (h, w, 2) frame coordinates
     size: int
     pedestal: np.ndarray  # (c,) linear: the darkest part of the picture
@@ -2770,7 +2761,7 @@ class _Cells:
         return min(self.usable.shape) < SMALLEST_SIDE or self.usable.sum() < FEWEST_USABLE
 
     @property
-    def rim(self) -> np.ndarray:
+    def border(self) -> np.ndarray:
         """The usable cells within two cells of the edge of what is usable, (h, w) bool."""
         return self.usable & ~scipy.ndimage.binary_erosion(self.usable, iterations=2)
 
@@ -2778,22 +2769,22 @@ class _Cells:
 def _make_cells(prepared: Prepared) -> _Cells:
     """Reduce the picture to cells."""
     linear = prepared.linear
-    usable = prepared.present.all(-1) & prepared.used  # (rows, columns) of reduced pixels
-    if not usable.any():  # channels that are never present together count as flat where missing
-        usable = prepared.used
+    used = prepared.present.all(-1) & prepared.used  # (rows, columns) of reduced pixels
+    if not used.any():  # channels that are never present together count as flat where missing
+        used = prepared.used
         linear = np.where(prepared.present, linear, prepared.median)
-    longer = max(usable.shape)
+    longer = max(used.shape)
     smallest = 2 if longer >= 2 * FEWEST_CELLS else 1
     size = max(smallest, round(longer / FIND_CELLS))
-    shown = np.where(usable[..., None], linear, 0)  # 0: missing
+    shown = np.where(used[..., None], linear, 0)  # 0: missing
     planes = [reduce_plane(channel, size) for channel in np.moveaxis(shown, -1, 0)]
     light = _side_by_side(planes).astype(float)  # (h, w, c)
 
     some = np.isfinite(light).all(-1)
-    whole = some & _mostly(usable, size)
-    # A cell beside a border mixes with it, and is left out as well
-    inner = scipy.ndimage.minimum_filter(whole, 3)  # (h, w)
-    usable = next((cells for cells in (inner, whole, some) if cells.sum() >= FEWEST_USABLE), some)
+    whole = some & _mostly(used, size)
+    inner = scipy.ndimage.minimum_filter(whole, 3)  # a cell beside a border mixes with it
+    strictest = [mask for mask in (inner, whole) if mask.sum() >= FEWEST_USABLE]
+    usable = (strictest or [some])[0]  # (h, w)
     light[~usable] = 0
     for _ in range(EDGE_ROUNDS):
         usable = usable & ~_darker_edge(light, usable)
@@ -2834,50 +2825,22 @@ def _mostly(mask: np.ndarray, size: int) -> np.ndarray:
 
 
 def _cell_noise(light: np.ndarray, usable: np.ndarray) -> np.ndarray:
-    """Return the noise of cells of light (h, w, c): (h, w, c).
+    """Return the noise of cells of light (h, w, c): (c,).
 
-    It is measured by the differences between neighbors where the picture is smoothest. Photon noise
-    grows with the light: variance = floor + slope * light.
+    It is measured by the differences between neighbors where the picture is smoothest.
     """
-    noise = np.full_like(light, 1e-6)  # if there is no tile to measure it in
-    for k, plane in enumerate(np.moveaxis(light, -1, 0)):
-        levels, variances = _quiet_levels(np.where(usable, plane, np.nan))
-        if levels.size:
-            darkest = levels.min()
-            floor, slope = _noise_line(levels - darkest, variances)
-            above = np.maximum(plane - darkest, 0)
-            noise[..., k] = np.sqrt(floor + slope * above)
-    return np.maximum(noise, 1e-9)
-
-
-def _quiet_levels(light: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return some levels of light, and the variance of the quietest tiles at each.
-
-    Args:
-        light: (h, w), NaN where it is not usable.
-
-    Returns:
-        (levels,) each; empty if no tile is mostly usable.
-    """
-    # The mean of a cell's four neighbors, less the cell. At the edges some neighbors are missing
-    detail = scipy.ndimage.laplace(light) / 4
-    detail = _tiles(detail[1:-1, 1:-1])  # (tiles, 49)
-    inner = _tiles(light[1:-1, 1:-1])
-    whole = np.isfinite(detail).mean(1) > 0.5
-    if not whole.any():
-        return np.empty(0), np.empty(0)
-    # The mean of four neighbors adds a quarter of the variance
-    sigma = _deviation(detail[whole], 1) / math.sqrt(1.25)  # (tiles,)
-    level = np.nanmedian(inner[whole], 1)
-    by_level = np.argsort(level)
-    count = min(NOISE_LEVELS, level.size // TILES_PER_LEVEL)
-    levels = []
-    variances = []
-    for alike in np.array_split(by_level, max(1, count)):
-        quiet = QUIET_QUARTILE * np.percentile(sigma[alike], 25)
-        levels.append(np.median(level[alike]))
-        variances.append(quiet**2 + 1e-18)
-    return np.array(levels), np.array(variances)
+    light = np.where(usable[..., None], light, np.nan)
+    noise = []
+    for plane in np.moveaxis(light, -1, 0):
+        # The mean of a cell's four neighbors, less the cell. At the edges some are missing
+        detail = scipy.ndimage.laplace(plane) / 4
+        detail = _tiles(detail[1:-1, 1:-1])  # (tiles, 49)
+        whole = np.isfinite(detail).mean(1) > 0.5
+        # The mean of four neighbors adds a quarter of the variance
+        sigma = _deviation(detail[whole], 1) / math.sqrt(1.25)  # (tiles,)
+        quiet = QUIET_QUARTILE * np.percentile(sigma, 25) if whole.any() else 1e-6
+        noise.append(max(quiet, 1e-9))
+    return np.array(noise)
 
 
 def _tiles(image: np.ndarray) -> np.ndarray:
@@ -2899,27 +2862,6 @@ def _span(values: np.ndarray, percentiles: tuple[float, float]) -> np.ndarray:
     """Return the difference of two percentiles, the upper one first, of (n, c) or (n,) values."""
     high, low = np.percentile(values, percentiles, axis=0)
     return high - low
-
-
-def _noise_line(above: np.ndarray, variances: np.ndarray) -> np.ndarray:
-    """Return the floor and the slope of the variance over the light above the darkest level.
-
-    The quietest tiles at each level follow such a line. Levels that only objects have are never
-    quiet; they are dropped.
-
-    Args:
-        above, variances: (levels,).
-    """
-    terms = np.stack([np.ones_like(above), above], 1)  # (levels, 2)
-    relative = terms / variances[:, None]
-    kept = np.full(above.shape, True)
-    for _ in range(NOISE_ROUNDS):
-        one = np.ones(kept.sum())
-        line, _ = scipy.optimize.nnls(relative[kept], one)  # (2,)
-        excess = variances / np.maximum(terms @ line, 1e-30)
-        lowest = np.sort(excess)[:2]  # two levels stay at least
-        kept = excess <= max(QUIET_EXCESS, lowest.max())
-    return line
 
 
 def _smooth(image: np.ndarray, sigma: float, where: np.ndarray) -> np.ndarray:
@@ -3015,16 +2957,11 @@ class _Surfaces:
     """
 
     def __init__(self, cells: _Cells, shape: tuple[int, int], glows: Sequence = ()):
-        self.cells = cells
         self.glows = glows
         self.sides = np.array(shape) / max(shape)  # (2,) of the frame
         self.positions = _regular_points(self.sides)  # (n, 2) frame coordinates
         self.nodes, self.spacing = bending_nodes(shape, NODES)  # (rows, columns, 2), (2,)
-        # Float32 is twice as fast. The modes are orthogonal, so nothing is lost by it
-        channels = cells.values.shape[-1]
-        self.values = cells.values.reshape(-1, channels).astype(np.float32)  # (cells, c)
-        inverse = 1 / (cells.noise**2).mean(-1).ravel()
-        self.inverse = (inverse / inverse.mean()).astype(np.float32)  # (cells,)
+        self._set_cells(cells)
         self.on_nodes = self._terms(self.nodes.reshape(-1, 2))  # (nodes, m)
         self.on_nodes[:, len(self.positions) + 3:] = 0  # a glow bends as it likes
         self.glow_terms = self._simple_terms(cells.centers)[..., 3:]  # (h, w, glows)
@@ -3035,6 +2972,12 @@ class _Surfaces:
         glow = self.modes[len(self.positions) + 3:]
         self.glow_energy = GLOW_COST * glow.T @ glow  # (m, m)
         self.cost = np.ones(self.nodes.shape[:2])
+
+    def _set_cells(self, cells: _Cells) -> None:
+        # Float32 is twice as fast. The modes are orthogonal, so nothing is lost by it
+        channels = cells.values.shape[-1]
+        self.cells = cells
+        self.values = cells.values.reshape(-1, channels).astype(np.float32)  # (cells, c)
 
     def _terms(self, places: np.ndarray) -> np.ndarray:
         """Return plates, bowls, and glows at places (..., 2): (..., m)."""
@@ -3079,61 +3022,67 @@ class _Surfaces:
         other.cost = bending_cost(unseen, self.nodes, self.cells.centers)
         return other
 
-    def linear(self, found: np.ndarray, places: np.ndarray) -> np.ndarray:
+    def of(self, cells: _Cells) -> _Surfaces:
+        """Return the same surfaces for other values of the same cells."""
+        other = copy.copy(self)
+        other._set_cells(cells)
+        return other
+
+    def linear(self, heights: np.ndarray, places: np.ndarray) -> np.ndarray:
         """Return the surface of coefficients (m, c) in the picture's own units, at places.
 
         Args:
-            found: (k, c) coefficients of the first modes.
+            heights: (k, c) coefficients of the first modes.
             places: (..., 2) frame coordinates.
 
         Returns:
             (..., c)
         """
-        coefficients = self.modes[:, :len(found)] @ found
+        coefficients = self.modes[:, :len(heights)] @ heights
         n = len(self.positions)
         plate = spline_surface(places, self.positions, coefficients[:n], THIN_PLATE, 0.0)
         surface = plate + self._simple_terms(places) @ coefficients[n:]
         return surface * self.cells.scale + self.cells.pedestal
 
-    def surface(self, found: np.ndarray) -> np.ndarray:
+    def surface(self, heights: np.ndarray) -> np.ndarray:
         """Return the surface on the cells, (h, w, c)."""
-        surface = self.matrix[:, :len(found)] @ found.astype(np.float32)  # (cells, c)
+        surface = self.matrix[:, :len(heights)] @ heights.astype(np.float32)  # (cells, c)
         return surface.reshape(self.cells.values.shape)
 
-    def glow(self, found: np.ndarray) -> np.ndarray:
+    def glow(self, heights: np.ndarray) -> np.ndarray:
         """Return the light of the glows alone on the cells, (h, w, c)."""
         first = len(self.positions) + 3
-        coefficients = self.modes[first:, :len(found)] @ found
+        coefficients = self.modes[first:, :len(heights)] @ heights
         return self.glow_terms @ coefficients
 
-    def rest(self, found: np.ndarray) -> np.ndarray:
+    def rest(self, heights: np.ndarray) -> np.ndarray:
         """Return picture less surface, (h, w, c)."""
-        return self.cells.values - self.surface(found)
+        return self.cells.values - self.surface(heights)
 
-    def excess(self, found: np.ndarray) -> np.ndarray:
+    def excess(self, heights: np.ndarray) -> np.ndarray:
         """Return picture less surface, (h, w, c), in units of what both may be wrong by."""
-        return self.rest(found) / self.uncertain(found)
+        return self.rest(heights) / self.uncertain(heights)
 
-    def height_in_scatter(self, found: np.ndarray, sky: np.ndarray) -> np.ndarray:
+    def height_in_scatter(self, heights: np.ndarray, sky: np.ndarray) -> np.ndarray:
         """Return picture less surface in units of its scatter in the cells of sky, (h, w)."""
-        height = _channels_together(self.excess(found))
+        height = _channels_together(self.excess(heights))
         return height / max(1.0, _deviation(height[sky]))
 
-    def uncertain(self, found: np.ndarray) -> np.ndarray:
-        """Return the noise of the picture, and with it that of the form of a glow, (h, w, c)."""
+    def uncertain(self, heights: np.ndarray) -> np.ndarray:
+        """Return the noise of the picture, and with it that of a glow's form, (c,) or (h, w, c)."""
         if not self.glows:
             return self.cells.noise
-        return np.hypot(self.cells.noise, GLOW_KNOWN * self.glow(found))
+        return np.hypot(self.cells.noise, GLOW_KNOWN * self.glow(heights))
 
     def fit(self, sky: np.ndarray, bounds: np.ndarray, smoothing: float,
-            found: np.ndarray | None = None) -> np.ndarray:
+            heights: np.ndarray | None = None) -> np.ndarray:
         """Fit the sky with a surface that is not above the picture elsewhere.
 
         Args:
             sky: (h, w) bool, cells of sky.
             bounds: (h, w) bool: cells that only bound the sky from above.
             smoothing: see `SMOOTHINGS`.
-            found: coefficients to begin with, for half of the rounds.
+            heights: coefficients to begin with, for half of the rounds.
 
         Returns:
             (k, c) coefficients of the first k modes.
@@ -3144,14 +3093,15 @@ class _Surfaces:
         below = np.flatnonzero(bounds)
         matrix = self.matrix[seen, :count]
         values = self.values[seen]
-        weight = self.inverse[seen]
-        for _ in range(FIT_ROUNDS if found is None else FIT_ROUNDS // 2):
+        weight = np.ones(len(seen), np.float32)
+        rounds = FIT_ROUNDS if heights is None else FIT_ROUNDS // 2
+        for _ in range(rounds):
             pierced = np.zeros((len(below), values.shape[1]), bool)
-            if found is not None:
-                excess = self.excess(found).reshape(self.values.shape)
+            if heights is not None:
+                excess = self.excess(heights).reshape(self.values.shape)
                 distance = np.sqrt((excess[seen]**2).mean(-1))
                 limit = HUBER_LIMIT * max(1.0, HUBER_DEVIATION * np.median(distance))
-                weight = self.inverse[seen] * np.minimum(1, limit / np.maximum(distance, 1e-9))
+                weight = np.minimum(1, limit / np.maximum(distance, 1e-9))
                 pierced = excess[below] < -CEILING_SIGMA
             root = np.sqrt(weight)[:, None]
             rows = matrix * root
@@ -3161,15 +3111,14 @@ class _Surfaces:
             solutions = []
             for k in range(values.shape[1]):
                 high = below[pierced[:, k]]  # where this channel's surface was too high
-                rows = self.matrix[high, :count]
-                pull = CEILING_WEIGHT * self.inverse[high, None]
-                system = gram + rows.T @ (rows * pull)
-                wanted = right[:, k] + rows.T @ (self.values[high, k] * pull[:, 0])
-                all_weights = total + pull.sum()
+                ceiling = self.matrix[high, :count]
+                system = gram + CEILING_WEIGHT * ceiling.T @ ceiling
+                wanted = right[:, k] + CEILING_WEIGHT * ceiling.T @ self.values[high, k]
+                all_weights = total + CEILING_WEIGHT * len(high)
                 solutions.append(np.linalg.solve(
                     system / all_weights + energy, wanted / all_weights))
-            found = np.stack(solutions, -1)
-        return found
+            heights = np.stack(solutions, -1)
+        return heights
 
     def energy(self, smoothing: float) -> np.ndarray:
         """Return the cost of the modes that count, the first m, beside the mean squared residual.
@@ -3184,7 +3133,7 @@ class _Surfaces:
         energy += self.glow_energy[:count, :count]
         return energy + 1e-6 * np.eye(count)  # decides what too few cells leave open
 
-    def deviation(self, found: np.ndarray, sky: np.ndarray, smoothing: float) -> np.ndarray:
+    def deviation(self, heights: np.ndarray, sky: np.ndarray, smoothing: float) -> np.ndarray:
         """Return the standard deviation of a fitted surface, (h, w, c).
 
         It is that of the posterior, if bending is what the smoothing expects, and the residuals of
@@ -3193,11 +3142,10 @@ class _Surfaces:
         energy = self.energy(smoothing)
         count = len(energy)
         rows = self.matrix[sky.ravel(), :count].astype(float)
-        weight = self.inverse[sky.ravel(), None]
-        system = rows.T @ (rows * weight) / weight.sum() + energy
+        system = rows.T @ rows / len(rows) + energy
         root = np.linalg.cholesky(np.linalg.inv(system))
         spread = np.linalg.norm(self.matrix[:, :count] @ root, axis=1)  # (cells,)
-        residual = self.rest(found)[sky]  # (n, c)
+        residual = self.rest(heights)[sky]  # (n, c)
         noise = _deviation(residual, 0) / math.sqrt(len(residual))  # (c,)
         return (spread[:, None] * noise).reshape(self.cells.values.shape)
 
@@ -3273,26 +3221,18 @@ ROUGH_WINDOW = 0.05  # in units of the longer side: the window in which rough ce
 ROUGH_DENSITY = 0.2
 
 
-class _Texture(NamedTuple):
-    """What has fine structure, (h, w) each."""
+def _texture(surfaces: _Surfaces, usable: np.ndarray) -> tuple:
+    """Find what has fine structure in cells (h, w) bool, less a flexible surface for steep skies.
 
-    detail: np.ndarray  # in sigma, with its sign
-    rough: np.ndarray  # bool: detail that noise does not explain
-    dense: np.ndarray  # bool: regions dense with it
-
-
-def _texture(surfaces: _Surfaces, usable: np.ndarray) -> _Texture:
-    """Find what has fine structure, beside the most flexible surface, which follows steep skies.
-
-    Args:
-        usable: (h, w) bool.
+    Returns:
+        The fields of `_Scene` that tell of it.
     """
     cells = surfaces.cells
     most_flexible = surfaces.candidates(usable)[-1]
-    found = surfaces.fit(usable, np.zeros_like(usable), most_flexible)
-    values = surfaces.rest(found)
+    heights = surfaces.fit(usable, np.zeros_like(usable), most_flexible)
+    values = surfaces.rest(heights)
     detail = values - _smooth_slope(values, ROUGH_SCALE, usable)
-    detail /= surfaces.uncertain(found)
+    detail /= surfaces.uncertain(heights)
     strongest = np.abs(detail).argmax(-1)[..., None]
     detail = np.take_along_axis(detail, strongest, -1)[..., 0]  # (h, w)
     rough = usable & (np.abs(detail) > ROUGH_SIGMA)
@@ -3300,7 +3240,7 @@ def _texture(surfaces: _Surfaces, usable: np.ndarray) -> _Texture:
     share = scipy.ndimage.uniform_filter(usable.astype(float), window)
     density = scipy.ndimage.uniform_filter(rough.astype(float), window)
     density /= np.maximum(share, 0.2)  # few usable cells are no region
-    return _Texture(detail, rough, usable & (density > ROUGH_DENSITY))
+    return detail, rough, usable & (density > ROUGH_DENSITY)
 
 
 def _rough_window(cells: _Cells) -> int:
@@ -3345,7 +3285,6 @@ FOREGROUND_GAP = 0.11
 FOREGROUND_DROP = 0.8
 
 FOREGROUND_SIGMA = 10.0  # all of a hill is darker than the nearest sky by so many sigma
-FOREGROUND_SIZE = 0.003  # hills cover at least this part of the picture
 FOREGROUND_EDGE = 5  # cells: how deep the edge of a hill is, in which it is compared with the sky
 
 
@@ -3372,16 +3311,14 @@ def _dark_foreground(cells: _Cells, objects: np.ndarray) -> np.ndarray:
     span = _span(cells.values[sky], (95, 5))  # (c,)
     dark = cells.usable & (drop > FOREGROUND_SIGMA * cells.noise).all(-1)
     regions, count = scipy.ndimage.label(scipy.ndimage.binary_opening(dark))
-    smallest = FOREGROUND_SIZE * cells.usable.sum()
     farthest = FOREGROUND_GAP * cells.longer
     for region in range(1, count + 1):
         inside = regions == region
         gap = from_sky[inside].min()
         edge = inside & (from_sky < gap + FOREGROUND_EDGE)
-        large = inside.sum() > smallest
-        close = gap <= farthest and inside[cells.rim].any()
+        close = gap <= farthest and inside[cells.border].any()
         step = np.median(drop[edge], axis=0)  # (c,)
-        if large and close and (step > FOREGROUND_DROP * span).all():
+        if close and (step > FOREGROUND_DROP * span).all():
             foreground |= inside
     return cells.usable & scipy.ndimage.binary_dilation(foreground, iterations=2)
 
@@ -3450,21 +3387,21 @@ class _Scene:
 
     cells: _Cells
     surfaces: _Surfaces  # with the steep glows of this sky
-    texture: _Texture
     near_hills: np.ndarray  # (h, w) bool: hills and trees, with a margin
+    detail: np.ndarray  # (h, w) fine structure in sigma, with its sign
+    rough: np.ndarray  # (h, w) bool: detail that noise does not explain
+    dense: np.ndarray  # (h, w) bool: regions dense with it
 
     @property
     def plain(self) -> np.ndarray:
         """What has no structure, and so may be sky, (h, w) bool."""
-        structure = self.texture.rough | self.texture.dense | self.near_hills
-        return self.cells.usable & ~structure
+        return self.cells.usable & ~(self.rough | self.dense | self.near_hills)
 
 
 def _nothing_but_sky(surfaces: _Surfaces) -> _Scene:
     """Return a scene without structure and hills, on the cells of these surfaces."""
     nowhere = np.zeros_like(surfaces.cells.usable)
-    texture = _Texture(np.zeros(nowhere.shape), nowhere, nowhere)
-    return _Scene(surfaces.cells, surfaces, texture, nowhere)
+    return _Scene(surfaces.cells, surfaces, nowhere, nowhere.astype(float), nowhere, nowhere)
 
 
 def _look(cells: _Cells, shape: tuple[int, int]) -> _Scene:
@@ -3478,28 +3415,29 @@ def _look(cells: _Cells, shape: tuple[int, int]) -> _Scene:
     plates = _Surfaces(cells, shape)
     if cells.too_small:
         return _nothing_but_sky(plates)
-    texture = _texture(plates, usable)
-    hills = _dark_foreground(cells, texture.dense)
+    _, _, dense = texture = _texture(plates, usable)
+    hills = _dark_foreground(cells, dense)
     if hills.any():
         texture = _texture(plates, usable & ~hills)
     width = _rough_window(cells) + 1
     near_hills = usable & scipy.ndimage.binary_dilation(hills, iterations=width)
+    scene = _Scene(cells, plates, near_hills, *texture)
     beside = usable & ~near_hills
-    plain = beside & ~texture.rough & ~texture.dense
     glows = _steep_glows(cells, beside)
     while glows:
         surfaces = _Surfaces(cells, shape, glows)
         cores = [beside & (_distance_from(glow, cells.centers) < GLOW_HALF) for glow in glows]
-        found = surfaces.fit(plain | np.any(cores, 0), np.zeros_like(usable), WITH_BOWL)
-        rest = np.abs(surfaces.rest(found)).mean(-1)  # (h, w)
-        glow = np.abs(surfaces.glow(found)).mean(-1)
+        sky = scene.plain | np.any(cores, 0)
+        heights = surfaces.fit(sky, np.zeros_like(usable), WITH_BOWL)
+        rest = np.abs(surfaces.rest(heights)).mean(-1)  # (h, w)
+        glow = np.abs(surfaces.glow(heights)).mean(-1)
         smooth = [place for place, core in zip(glows, cores)
                   if np.median(rest[core]) < GLOW_SMOOTH * np.median(glow[core])]
         if smooth == glows:
             texture = _texture(surfaces, usable & ~hills)
-            return _Scene(cells, surfaces, texture, near_hills)
+            return _Scene(cells, surfaces, near_hills, *texture)
         glows = smooth
-    return _Scene(cells, plates, texture, near_hills)
+    return scene
 
 
 # --- Closed patches ---
@@ -3508,8 +3446,6 @@ def _look(cells: _Cells, shape: tuple[int, int]) -> _Scene:
 CLOSED_SCALES = (2.5, 5.0, 10.0, 16.0)
 
 CLOSED_SIGMA = 10.0  # a patch stands so many sigma of a mean of that scale above each way out of it
-CLOSED_LEAST = 0.6  # how closed a patch must be: 1 - level of its lowest way out / its height
-CLOSED_FOOT = 0.15  # a patch reaches down to this part of its height
 
 # So many times patches are looked for, each time above a surface through the sky beside them
 CLOSED_ROUNDS = 2
@@ -3524,64 +3460,63 @@ def _closed_patches(scene: _Scene) -> np.ndarray:
     """
     surfaces = scene.surfaces
     usable = scene.cells.usable & ~scene.near_hills
-    objects = scene.texture.dense & usable
-    found = np.zeros_like(usable)
+    objects = scene.dense & usable
+    patches = np.zeros_like(usable)
     for _ in range(CLOSED_ROUNDS):
-        before = found
-        sky = scene.plain & ~found
+        before = patches
+        sky = scene.plain & ~patches
         if not sky.any():
             break
         heights = []  # above the plane, and above the bowl
         for smoothing in (PLANE, WITH_BOWL):
-            surface = surfaces.fit(sky, found | objects, smoothing)
+            surface = surfaces.fit(sky, patches | objects, smoothing)
             heights.append(surfaces.height_in_scatter(surface, sky))
-        found = np.zeros_like(usable)
+        patches = np.zeros_like(usable)
         for scale in CLOSED_SCALES:
             if 4 * scale <= min(usable.shape):  # else there are too few independent means
                 views = [_smooth(height, scale, scene.plain) for height in heights]
                 views = [np.where(usable, np.maximum(view, 0), 0) for view in views]
-                found |= _patches(*views, scale, scene.cells.rim)
-    lasting = before & found
-    return scipy.ndimage.binary_propagation(lasting, mask=found)  # the whole of their patches
+                patches |= _patches(*views, scale, scene.cells.border)
+    lasting = before & patches
+    return scipy.ndimage.binary_propagation(lasting, mask=patches)  # the whole of their patches
 
 
 def _patches(above_plane: np.ndarray, above_bowl: np.ndarray, scale: float,
-             rim: np.ndarray) -> np.ndarray:
+             border: np.ndarray) -> np.ndarray:
     """Return patches of light that are closed, (h, w) bool.
 
     Args:
         above_plane, above_bowl: (h, w) means of picture less surface, in units of its scatter, not
             below 0.
         scale: of the means, in cells.
-        rim: (h, w) bool, see `_above_way_out`.
+        border: (h, w) bool, see `_above_way_out`.
     """
     clear = CLOSED_SIGMA * _noise_of_mean(scale)
-    closed = _above_way_out(above_bowl, rim)
-    tops = (closed > clear) & (_above_way_out(above_plane, rim) > clear)
-    found = np.zeros_like(tops)
+    closed = _above_way_out(above_bowl, border)
+    tops = (closed > clear) & (_above_way_out(above_plane, border) > clear)
+    patches = np.zeros_like(tops)
     regions, count = scipy.ndimage.label(tops)
     for region in range(1, count + 1):
         top = regions == region
         peak = scipy.ndimage.maximum_position(above_bowl, top)
-        height = above_bowl[peak]
         is_large = top.sum() >= scale**2  # else it is smaller than what was averaged over
-        if is_large and closed[peak] >= CLOSED_LEAST * height:
-            foot = max(height - closed[peak], CLOSED_FOOT * height)
-            found |= scipy.ndimage.binary_propagation(top, mask=top | (above_bowl > foot))
-    return found
+        if is_large:
+            foot = above_bowl[peak] - closed[peak]
+            patches |= scipy.ndimage.binary_propagation(top, mask=top | (above_bowl > foot))
+    return patches
 
 
-def _above_way_out(view: np.ndarray, rim: np.ndarray) -> np.ndarray:
-    """Return how far each cell is above the lowest place of the best way to the rim, (h, w).
+def _above_way_out(view: np.ndarray, border: np.ndarray) -> np.ndarray:
+    """Return how far each cell is above the lowest place of the best way to the border, (h, w).
 
     It is 0 if the way only climbs.
 
     Args:
         view: (h, w) heights.
-        rim: (h, w) bool.
+        border: (h, w) bool.
     """
     from skimage.morphology import reconstruction
-    way_out = reconstruction(np.where(rim, view, view.min()), view)
+    way_out = reconstruction(np.where(border, view, view.min()), view)
     return view - way_out
 
 
@@ -3598,17 +3533,11 @@ HALO_POWER = 0.4
 
 STAR_REACH_MOST = 0.1  # halos of stars never reach beyond this part of the longer side
 
-# Outskirts reach so many times as far as the surface averages over, which cannot tell what is wider
-OUTSKIRTS_REACH = 1.5
-
-# Outskirts may reach as far as the first part of the longer side, and never beyond the second
-OUTSKIRTS_PARTS = (0.1, 0.35)
-
 OUTSKIRTS_SCALE = 3.0  # cells: outskirts are looked for in a Gaussian mean of this width
 OUTSKIRTS_SIGMA = 3.0  # outskirts stand so many sigma of such a mean above the surface
 
 
-def _reach(cells: _Cells, texture: _Texture, bodies: np.ndarray) -> np.ndarray:
+def _reach(scene: _Scene, bodies: np.ndarray) -> np.ndarray:
     """Return how far from each cell the outskirts of an object may be, (h, w) cells; 0 in the sky.
 
     They are looked for within the radius of an object, and farther about bright stars.
@@ -3617,10 +3546,10 @@ def _reach(cells: _Cells, texture: _Texture, bodies: np.ndarray) -> np.ndarray:
         bodies: (h, w) bool, extended objects.
     """
     radius = np.sqrt(_areas(bodies) / math.pi)
-    stars, _ = scipy.ndimage.label(texture.rough, np.ones((3, 3)))
-    peak = scipy.ndimage.maximum(texture.detail, stars, stars)  # (h, w): of the star of this cell
-    peak = np.where(texture.rough & (peak > STAR_SIGMA), peak, 0)
-    of_star = np.minimum(STAR_REACH * peak**HALO_POWER, STAR_REACH_MOST * cells.longer)
+    stars, _ = scipy.ndimage.label(scene.rough, np.ones((3, 3)))
+    peak = scipy.ndimage.maximum(scene.detail, stars, stars)  # (h, w): of the star of this cell
+    peak = np.where(scene.rough & (peak > STAR_SIGMA), peak, 0)
+    of_star = np.minimum(STAR_REACH * peak**HALO_POWER, STAR_REACH_MOST * scene.cells.longer)
     return np.maximum(radius, of_star)
 
 
@@ -3630,15 +3559,14 @@ def _areas(mask: np.ndarray) -> np.ndarray:
     return scipy.ndimage.sum_labels(mask, regions, regions)
 
 
-def _within(reach: np.ndarray, most: float) -> np.ndarray:
+def _within(reach: np.ndarray) -> np.ndarray:
     """Return the cells that are within the reach of some cell, (h, w) bool.
 
     Args:
         reach: (h, w) of each cell, in cells.
-        most: no reach counts beyond this.
     """
     around = reach > 0
-    for radius in range(1, int(min(reach.max(), most)) + 1):
+    for radius in range(1, int(reach.max()) + 1):
         distance = scipy.ndimage.distance_transform_edt(reach < radius)
         around |= distance <= radius
     return around
@@ -3697,7 +3625,7 @@ class _Candidate(NamedTuple):
     """A surface that the sky may have, and how well it explains the cells."""
 
     smoothing: float
-    found: np.ndarray  # (m, c) coefficients
+    heights: np.ndarray  # (m, c) coefficients
     sky: np.ndarray  # (h, w) bool: what it calls sky
     bounds: np.ndarray  # (h, w) bool: light that only bounds it from above
     loss: float  # mean log(1 + residual in units of the noise) over the sky
@@ -3709,11 +3637,11 @@ class _Explanation(NamedTuple):
     surfaces: _Surfaces
     objects: _Objects
     candidates: list  # of _Candidate, the stiffest first
-    best: _Candidate  # the one that was chosen
+    chosen: _Candidate
     bulging: bool = False  # only one with a closed top or bottom explains the picture well
 
 
-def _look_for_sky(scene: _Scene, used: np.ndarray, smoothings: Sequence[float]) -> _Explanation:
+def _look_for_sky(scene: _Scene, smoothings: Sequence[float]) -> _Explanation:
     """Explain the picture, with closed patches of light as objects, or as sky.
 
     They are objects if the sky beside them is a simple one, or is explained better by more than
@@ -3721,45 +3649,42 @@ def _look_for_sky(scene: _Scene, used: np.ndarray, smoothings: Sequence[float]) 
 
     Args:
         scene: the picture.
-        used: (h, w) bool, the cells that take part.
         smoothings: to choose from, the stiffest first.
     """
     patches = _closed_patches(scene)
-    beside = _explain(scene, patches, used, smoothings)
-    if not patches.any() or beside.best.smoothing >= SIMPLE_SKY:
+    beside = _explain(scene, patches, smoothings)
+    if not patches.any() or beside.chosen.smoothing >= SIMPLE_SKY:
         return beside
-    whole_sky = _explain(scene, np.zeros_like(used), used, smoothings)
-    is_better = beside.best.loss < whole_sky.best.loss - GOOD_ENOUGH
+    whole_sky = _explain(scene, np.zeros_like(patches), smoothings)
+    is_better = beside.chosen.loss < whole_sky.chosen.loss - GOOD_ENOUGH
     return beside if is_better or whole_sky.bulging else whole_sky
 
 
-def _explain(scene: _Scene, patches: np.ndarray, used: np.ndarray,
-             smoothings: Sequence[float]) -> _Explanation:
+def _explain(scene: _Scene, patches: np.ndarray, smoothings: Sequence[float]) -> _Explanation:
     """Explain the picture with these patches, (h, w) bool, as objects; see `_look_for_sky`."""
-    cells = scene.cells
+    usable = scene.cells.usable
     no_hills = ~scene.near_hills
-    objects = scipy.ndimage.binary_dilation(scene.texture.rough | patches)
-    objects &= cells.usable & no_hills
-    bodies = patches | scipy.ndimage.binary_opening(scene.texture.dense & no_hills)
-    sky = used & ~objects & no_hills
+    not_plain = scipy.ndimage.binary_dilation(scene.rough | patches)
+    not_plain &= usable & no_hills
+    bodies = patches | scipy.ndimage.binary_opening(scene.dense & no_hills)
+    sky = usable & ~not_plain & no_hills
     if sky.sum() < FEWEST_SKY:
-        sky = used
+        sky = usable
     surfaces = scene.surfaces.dearer(~sky)
-    dark = objects & _dark_bodies(surfaces, bodies, sky & ~bodies)
-    reach = _reach(cells, scene.texture, bodies)
-    found = _Objects(objects & ~dark, dark, reach, sky)
-    candidates = [_try_smoothing(surfaces, found, smoothing) for smoothing in smoothings]
-    best = _choose(candidates, GOOD_ENOUGH)
-    top = _closed_top(surfaces, best)
-    if top <= BULGE:
-        return _Explanation(surfaces, found, candidates, best)
-    most = math.inf if top > HIGH_BULGE else best.loss + DOUBT_MARGIN
-    stiffer = [other for other in candidates if other.smoothing > best.smoothing
+    dark = not_plain & _dark_bodies(surfaces, bodies, sky & ~bodies)
+    objects = _Objects(not_plain & ~dark, dark, _reach(scene, bodies), sky)
+    candidates = [_try_smoothing(surfaces, objects, smoothing) for smoothing in smoothings]
+    chosen = _choose(candidates, GOOD_ENOUGH)
+    before = _Explanation(surfaces, objects, candidates, chosen)
+    if _closed_top(surfaces, chosen) <= BULGE:
+        return before
+    most = chosen.loss + DOUBT_MARGIN
+    stiffer = [other for other in candidates if other.smoothing > chosen.smoothing
                and other.loss <= most and _closed_top(surfaces, other) <= BULGE]
     if not stiffer:
-        return _Explanation(surfaces, found, candidates, best, bulging=True)
-    bulging = stiffer[-1].loss > best.loss + ALIKE
-    return _Explanation(surfaces, found, candidates, stiffer[-1], bulging)
+        return before._replace(bulging=True)
+    bulging = stiffer[-1].loss > chosen.loss + ALIKE
+    return before._replace(chosen=stiffer[-1], bulging=bulging)
 
 
 def _dark_bodies(surfaces: _Surfaces, bodies: np.ndarray, sky: np.ndarray) -> np.ndarray:
@@ -3773,8 +3698,8 @@ def _dark_bodies(surfaces: _Surfaces, bodies: np.ndarray, sky: np.ndarray) -> np
     """
     if sky.sum() < FEWEST_SKY:
         return np.zeros_like(bodies)
-    found = surfaces.fit(sky, np.zeros_like(sky), WITH_BOWL)
-    height = surfaces.height_in_scatter(found, sky)
+    heights = surfaces.fit(sky, np.zeros_like(sky), WITH_BOWL)
+    height = surfaces.height_in_scatter(heights, sky)
     regions, count = scipy.ndimage.label(bodies)
     level = scipy.ndimage.median(height, regions, range(count + 1))
     dark = level < -DARK_SIGMA
@@ -3789,14 +3714,14 @@ def _try_smoothing(surfaces: _Surfaces, objects: _Objects, smoothing: float) -> 
     """
     light, dark, reach, open_sky = objects
     usable = surfaces.cells.usable
-    part = np.clip(OUTSKIRTS_REACH * _averaging_length(smoothing), *OUTSKIRTS_PARTS)
-    most = part * surfaces.cells.longer  # cells
-    near = usable & _within(np.minimum(reach, most), most)
+    # The surface averages over so many cells, and follows outskirts that are wider
+    most = _averaging_length(smoothing) * surfaces.cells.longer
+    near = usable & _within(np.minimum(reach, most))
     sky = open_sky
     bounds = light
-    found = surfaces.fit(sky, bounds, smoothing)
+    heights = surfaces.fit(sky, bounds, smoothing)
     for _ in range(GROWTH_ROUNDS):
-        excess = surfaces.height_in_scatter(found, sky)
+        excess = surfaces.height_in_scatter(heights, sky)
         outskirts = _outskirts(excess, light, near & ~dark, usable)
         shadows = _outskirts(-excess, dark, near & ~light, usable)
         now = open_sky & ~outskirts & ~shadows
@@ -3804,10 +3729,10 @@ def _try_smoothing(surfaces: _Surfaces, objects: _Objects, smoothing: float) -> 
             break
         sky = now
         bounds = light | outskirts
-        found = surfaces.fit(sky, bounds, smoothing, found)
-    in_sigma = surfaces.rest(found) / surfaces.cells.noise
+        heights = surfaces.fit(sky, bounds, smoothing, heights)
+    in_sigma = surfaces.rest(heights) / surfaces.cells.noise
     loss = _loss_of(in_sigma[sky])
-    return _Candidate(smoothing, found, sky, bounds, loss)
+    return _Candidate(smoothing, heights, sky, bounds, loss)
 
 
 def _loss_of(excess: np.ndarray) -> float:
@@ -3858,10 +3783,6 @@ POSTERIOR_DOUBT = 9.0
 # is within DOUBT_MARGIN of it, and the sky cannot be known unless that explains the picture alike.
 BULGE = 0.1
 
-# If it is even higher, any stiffer surface without one will do. That of vignetting with a tilt,
-# which no stiffer surface explains, was up to 0.15; those of nebulae over all 0.2 and more.
-HIGH_BULGE = 0.18
-
 # A top counts only if less than this part of the frame is in the upper half of it. That of
 # vignetting is larger.
 SMALL_TOP = 0.2
@@ -3870,8 +3791,6 @@ SMALL_TOP = 0.2
 # chosen one. On 46 such scenes 11 got truer by it, and 6 less true; and it eats less of objects.
 DOUBT_MARGIN = 0.15
 
-# Why the sky cannot be known then. A stiff surface would be no help against steps.
-SEAM = "it steps along a straight line, as between the panels of a mosaic"
 
 SEAM_SIGMA = 10.0  # panels of a mosaic differ by so many sigma of the median along a seam
 SEAM_HEIGHT = 0.05  # panels differ by this part of the picture's range (1st to 99th percentile)
@@ -3881,33 +3800,35 @@ MEDIAN_NOISE = 1.25  # the noise of a median of many values over that of their m
 SEAM_LENGTH = 0.4  # a seam is at least this part of the longer side long
 
 
-def _judge(explanation: _Explanation, doubt: float) -> str:
-    """Return why the sky cannot be known, in words; empty if it can.
+def _judge(explanation: _Explanation, doubt_of_reference: float) -> tuple[str, bool]:
+    """Return why the sky cannot be known, in words, and whether a stiff one would do less harm.
 
-    Args:
-        explanation: what was found.
-        doubt: by which part of its range the sky is uncertain.
+    The words are empty if the sky can be known. Stiffness is no help against steps.
     """
     cells = explanation.surfaces.cells
-    best = explanation.best
+    if cells.too_small:
+        return "it is too small", False
+    explained = _is_explained(explanation)
     if _has_seam(cells):
-        return SEAM
-    if not _is_explained(explanation):
-        return "no smooth surface explains what looks like sky"
-    share = best.sky.sum() / cells.usable.sum()
-    if share < LITTLE_SKY:
-        return f"only {100 * share:.0f} % of the picture shows sky"
-    if explanation.bulging:
-        return "the sky would have a closed patch of light or dark inside the frame"
-    if doubt > MOST_DOUBT:
-        return f"it is uncertain by about {100 * doubt:.0f} % of its range"
-    return ""
+        return "it steps along a straight line, as between the panels of a mosaic", not explained
+    share = explanation.chosen.sky.sum() / cells.usable.sum()
+    doubt = max(_doubt(explanation), doubt_of_reference)
+    unsure = ""
+    if not explained:
+        unsure = "no smooth surface explains what looks like sky"
+    elif share < LITTLE_SKY:
+        unsure = f"only {100 * share:.0f} % of the picture shows sky"
+    elif explanation.bulging:
+        unsure = "the sky would have a closed patch of light or dark inside the frame"
+    elif doubt > MOST_DOUBT:
+        unsure = f"it is uncertain by about {100 * doubt:.0f} % of its range"
+    return unsure, bool(unsure)
 
 
 def _is_explained(explanation: _Explanation) -> bool:
     """Tell whether the surface leaves little but noise, and what is open about a glow's form."""
-    surfaces, best = explanation.surfaces, explanation.best
-    loss = _loss_of(surfaces.excess(best.found)[best.sky])
+    surfaces, best = explanation.surfaces, explanation.chosen
+    loss = _loss_of(surfaces.excess(best.heights)[best.sky])
     return loss <= UNEXPLAINED * _pure_noise(surfaces.cells)
 
 
@@ -3916,11 +3837,11 @@ def _in_doubt(explanation: _Explanation) -> _Explanation:
 
     Where no surface explains the picture, a flexible one only follows objects.
     """
-    most = explanation.best.loss + DOUBT_MARGIN if _is_explained(explanation) else math.inf
+    most = explanation.chosen.loss + DOUBT_MARGIN if _is_explained(explanation) else math.inf
     stiffest = next(candidate for candidate in explanation.candidates
-                    if candidate is explanation.best
+                    if candidate is explanation.chosen
                     or (candidate.smoothing <= WITH_BOWL and candidate.loss <= most))
-    return explanation._replace(best=stiffest)
+    return explanation._replace(chosen=stiffest)
 
 
 def _pure_noise(cells: _Cells) -> float:
@@ -3966,20 +3887,19 @@ def _errors(explanation: _Explanation) -> tuple[np.ndarray, np.ndarray]:
         (h, w, c) standard deviation of the fit, and (n, h, w, c) how far n surfaces that explain
         the sky about as well lie from it; it is one of them.
     """
-    surfaces, best = explanation.surfaces, explanation.best
-    deviation = surfaces.deviation(best.found, best.sky, best.smoothing)
-    alike = [candidate.found for candidate in explanation.candidates
+    surfaces, best = explanation.surfaces, explanation.chosen
+    deviation = surfaces.deviation(best.heights, best.sky, best.smoothing)
+    alike = [candidate.heights for candidate in explanation.candidates
              if candidate.loss <= best.loss + ALIKE]
     others = np.array(list(map(surfaces.surface, alike)), float)
-    return POSTERIOR_DOUBT * deviation, others - surfaces.surface(best.found)
+    return POSTERIOR_DOUBT * deviation, others - surfaces.surface(best.heights)
 
 
 def _range_of_sky(explanation: _Explanation) -> np.ndarray:
     """Return the range of the sky over the usable cells, (c,); it is at least what can be seen."""
     cells = explanation.surfaces.cells
-    surface = explanation.surfaces.surface(explanation.best.found)[cells.usable]  # (cells, c)
-    invisible = PIXEL_NOISE * np.median(cells.noise, axis=(0, 1))
-    return np.maximum(_span(surface, (99, 1)), invisible)
+    surface = explanation.surfaces.surface(explanation.chosen.heights)[cells.usable]  # (cells, c)
+    return np.maximum(_span(surface, (99, 1)), PIXEL_NOISE * cells.noise)
 
 
 def _closed_top(surfaces: _Surfaces, candidate: _Candidate) -> float:
@@ -3991,7 +3911,7 @@ def _closed_top(surfaces: _Surfaces, candidate: _Candidate) -> float:
     border = np.full(cells.usable.shape, True)
     border[1:-1, 1:-1] = False
     highest = 0.0
-    views = np.moveaxis(surfaces.surface(candidate.found), -1, 0)  # (c, h, w)
+    views = np.moveaxis(surfaces.surface(candidate.heights), -1, 0)  # (c, h, w)
     for view in (*views, *-views):
         above = _above_way_out(view, border)
         core = above > 0.5 * above.max()
@@ -4055,8 +3975,9 @@ class Sky:
     surface: Callable[[np.ndarray], np.ndarray]  # frame coordinates (..., 2) -> linear sky (..., c)
     shows_sky: np.ndarray  # (h, w) bool: sky and nothing else
     below: np.ndarray  # (h, w) bool: objects that add light: the sky is not above the picture
-    image: np.ndarray  # (h, w, c) linear cells; 0 where missing
-    noise: np.ndarray  # (h, w, c) standard deviation of `image`
+    usable: np.ndarray  # (h, w) bool: neither missing nor masked, nor beside what is
+    image: np.ndarray  # (h, w, c) linear, less the objects of a reference; 0 where not usable
+    noise: np.ndarray  # (c,) standard deviation of `image`
     centers: np.ndarray  # (h, w, 2) frame coordinates
     size: int  # reduced pixels along a cell's side
     unit: np.ndarray  # (c,) linear, that of the bending and of `spread`
@@ -4066,7 +3987,6 @@ class Sky:
     share: float  # of the usable cells, that show sky, in [0, 1]
     found_smoothing: float  # of `surface`
     smoothing: float  # of the surface that the fit shall find
-    doubt: float  # by which part of its range the sky is uncertain, rms; NaN if it is too small
     uncertainty: np.ndarray  # (h, w, c) linear, standard deviation of `surface`
     unsure: str  # why the sky cannot be known, in words; empty if it can
     by_hand: bool  # the smoothing was given
@@ -4098,26 +4018,30 @@ def find_sky(prepared: Prepared, settings: Settings) -> Sky:
     cells = _make_cells(prepared)
     scene = _look(cells, prepared.full_shape)
     smoothings = _smoothings(scene, settings)
-    explanation = _look_for_sky(scene, cells.usable, smoothings)
+    explanation = _look_for_sky(scene, smoothings)
     shared = None
     if prepared.reference is not None and not cells.too_small:
         explanation, shared = look_with_reference(
             scene, explanation, prepared.reference, smoothings)
-    doubt, unsure = _certainty(explanation, shared)
-    if unsure and not (unsure == SEAM and _is_explained(explanation)):
+    doubt_of_reference = shared.doubt if shared else 0.0
+    unsure, stiff_is_better = _judge(explanation, doubt_of_reference)
+    if stiff_is_better:
         explanation = _in_doubt(explanation)
-    surfaces, objects, best = explanation.surfaces, explanation.objects, explanation.best
+    surfaces, objects, best = explanation.surfaces, explanation.objects, explanation.chosen
     total = cells.usable.sum()
     cells = surfaces.cells  # with a reference, without the light of objects
 
     smoothing = best.smoothing
-    why = "given by hand"
-    if settings.smoothing is None:
-        why = f"loss {best.loss:.3f}, pure noise has {_pure_noise(cells):g}"
-        if not settings.auto:
-            objects_share = 1 - objects.sky.sum() / total
-            smoothing *= 10**min(PLAIN_MOST, PLAIN_STIFFER * objects_share)
-    light = surfaces.surface(best.found)
+    why = f"loss {best.loss:.3f}, pure noise has {_pure_noise(cells):g}"
+    if cells.too_small:
+        why = "the picture is too small for more than a plane"
+    elif settings.smoothing is not None:
+        why = "given by hand"
+    elif not settings.auto:
+        objects_share = 1 - objects.sky.sum() / total
+        smoothing *= 10**min(PLAIN_MOST, PLAIN_STIFFER * objects_share)
+        why = f"{best.smoothing:g}, made stiffer as no objects are left out; {why}"
+    light = surfaces.surface(best.heights)
     bending = _bending(light, cells.longer)
     cost = bending_cost(~objects.sky, cells.centers, cells.centers)
     if surfaces.glows:  # they bend as they like
@@ -4127,9 +4051,10 @@ def find_sky(prepared: Prepared, settings: Settings) -> Sky:
     residual = (cells.values - light)[best.sky]
     image = cells.values * cells.scale + cells.pedestal
     return Sky(
-        surface=functools.partial(surfaces.linear, best.found),
+        surface=functools.partial(surfaces.linear, best.heights),
         shows_sky=best.sky,
         below=best.bounds,
+        usable=cells.usable,
         image=np.where(cells.usable[..., None], image, 0),
         noise=cells.noise * cells.scale,
         centers=cells.centers,
@@ -4141,8 +4066,7 @@ def find_sky(prepared: Prepared, settings: Settings) -> Sky:
         share=best.sky.sum() / total,
         found_smoothing=best.smoothing,
         smoothing=smoothing,
-        doubt=doubt,
-        uncertainty=_uncertainty(explanation, shared.doubt if shared else 0.0) * cells.scale,
+        uncertainty=_uncertainty(explanation, doubt_of_reference) * cells.scale,
         unsure=unsure,
         by_hand=settings.smoothing is not None,
         why=why,
@@ -4152,22 +4076,11 @@ def find_sky(prepared: Prepared, settings: Settings) -> Sky:
 
 def _smoothings(scene: _Scene, settings: Settings) -> list[float]:
     """Return the smoothings to choose from, the stiffest first: one if it was given by hand."""
-    smoothings = scene.surfaces.candidates(scene.plain)
-    if settings.smoothing is not None:
-        smoothings = [settings.smoothing]
     if scene.cells.too_small:
-        return [max(smoothings[0], SMALL_SMOOTHING)]
-    return smoothings
-
-
-def _certainty(explanation: _Explanation, shared: Shared | None) -> tuple[float, str]:
-    """Return by which part of its range the sky is uncertain, and why it cannot be known, if so."""
-    if explanation.surfaces.cells.too_small:
-        return math.nan, "it is too small"
-    doubt = _doubt(explanation)
-    if shared is not None:
-        doubt = max(doubt, shared.doubt)
-    return doubt, _judge(explanation, doubt)
+        return [SMALL_SMOOTHING]
+    if settings.smoothing is not None:
+        return [settings.smoothing]
+    return scene.surfaces.candidates(scene.plain)
 
 
 def _bending(surface: np.ndarray, longer: int) -> np.ndarray:
@@ -4280,7 +4193,7 @@ class _Match(NamedTuple):
     """A sky, and the reference's light, that explain the picture together."""
 
     smoothing: float
-    found: np.ndarray  # (m, c) coefficients of the sky
+    heights: np.ndarray  # (m, c) coefficients of the sky
     step: np.ndarray  # (c,) by which the reference's level differs from its sky
     gains: np.ndarray  # (k, c) in the units of the cells
     errors: np.ndarray  # (k, c) standard deviations of the gains
@@ -4485,19 +4398,19 @@ def look_with_reference(scene: _Scene, before: _Explanation, reference: Referenc
     if share < LEAST_COVERED:
         return before, Shared(f"covers only {share:.0%} of the picture")
     light = np.where(covered[..., None], light, 0)
-    grain = _cell_noise(light, covered)  # (h, w, k)
+    grain = _cell_noise(light, covered)  # (k,)
     shift = _shift(cells.values / cells.noise, light / grain, covered)
     if shift:
         return before, Shared(f"lies {shift * cells.size:.0f} reduced pixels beside the picture")
-    lone = scene.texture.rough & ~scene.texture.dense
+    lone = scene.rough & ~scene.dense
     seen = covered & ~_stars(light / grain, covered) & ~scipy.ndimage.binary_dilation(lone)
     if seen.sum() < FEWEST_USABLE:
         return before, Shared("shows next to nothing but stars")
 
     sure = _doubt(before) <= MOST_DOUBT and not before.bulging
-    outside = before.best.sky & ~covered & sure
+    outside = before.chosen.sky & ~covered & sure
     # With the objects known, the sky needs no more flexibility than without, but may have a bowl
-    least = min(before.best.smoothing, WITH_BOWL)
+    least = min(before.chosen.smoothing, WITH_BOWL)
     smoothings = [smoothing for smoothing in smoothings if smoothing >= least]
     matches = [_match(scene.surfaces, light, grain, seen, outside, each) for each in smoothings]
     match = _choose(matches, MATCH_ENOUGH)
@@ -4509,7 +4422,7 @@ def look_with_reference(scene: _Scene, before: _Explanation, reference: Referenc
     if match.explained < LEAST_EXPLAINED:
         return before, shared
 
-    with_it = scene.surfaces.surface(match.found)  # (h, w, c)
+    with_it = scene.surfaces.surface(match.heights)  # (h, w, c)
     taken = before if sure else _in_doubt(before)  # without the reference
     possible, unlike = _not_refuted(taken, with_it)
     guessed = taken.bulging or not _is_explained(taken)
@@ -4519,17 +4432,21 @@ def look_with_reference(scene: _Scene, before: _Explanation, reference: Referenc
         return possible, replace(shared, verdict=verdict, confirms=True)
 
     belief = 1 / (1 + (max(doubt, unlike) / REFERENCE_DOUBT)**2)  # in what was found without it
-    where = seen & taken.best.sky
+    where = seen & taken.chosen.sky
     if where.sum() < LITTLE_SKY * seen.sum():
         where = seen
-    without = taken.surfaces.surface(taken.best.found)
+    without = taken.surfaces.surface(taken.chosen.heights)
     own_sky = belief * _plane_with_bowl(without - with_it, where, cells.centers)
     objects = light @ match.gains + match.step - own_sky
     objects[~covered] = 0
     noise = np.sqrt(cells.noise**2 + grain**2 @ match.gains**2)
-    surfaces = _of_values(scene.surfaces, cells.values - objects, noise, seen | outside)
-    alone = _nothing_but_sky(surfaces)
-    explanation = _explain(alone, alone.near_hills, surfaces.cells.usable, smoothings)
+    surfaces = scene.surfaces.of(replace(
+        cells, values=cells.values - objects, noise=noise, usable=seen | outside))
+    nowhere = np.zeros_like(seen)
+    explanation = _explain(_nothing_but_sky(surfaces), nowhere, smoothings)
+    if _is_explained(before) and not _is_explained(explanation):
+        verdict = shared.verdict + ", but what is left beside its light is no smooth sky"
+        return before, replace(shared, verdict=verdict)
     doubt = REFERENCE_DOUBT * math.sqrt(1 - belief)
     return explanation, replace(shared, used=True, doubt=doubt)
 
@@ -4589,7 +4506,7 @@ def _match(surfaces: _Surfaces, light: np.ndarray, grain: np.ndarray, seen: np.n
     A cell that neither explains, for something has moved or is saturated, hardly counts.
 
     Args:
-        light, grain: (h, w, k) of the reference, and its noise.
+        light, grain: (h, w, k) and (k,) of the reference, and its noise.
         seen: (h, w) bool, cells in which both are compared.
         outside: (h, w) bool, cells of sky that the reference does not cover.
         smoothing: of the sky.
@@ -4597,15 +4514,13 @@ def _match(surfaces: _Surfaces, light: np.ndarray, grain: np.ndarray, seen: np.n
     channels = light.shape[-1]
     used = seen | outside
     light = light[used]  # (n, k)
-    grain = grain[used]
-    noise = surfaces.cells.noise[used]  # (n, c)
+    noise = surfaces.cells.noise  # (c,)
     both = np.concatenate([light, surfaces.cells.values[used]], 1)  # (n, k + c)
     energy = scipy.linalg.block_diag(surfaces.energy(smoothing), 1e-6)  # (m + 1, m + 1)
     modes = surfaces.matrix[used.ravel(), :len(energy) - 1]
     step = seen[used] & outside.any()
     sky = np.column_stack([modes, step])  # (n, m + 1)
-    trust = 1 / (noise**2).mean(1, keepdims=True)  # (n, 1)
-    weight = trust
+    weight = np.ones((len(sky), 1))
     for _ in range(MATCH_ROUNDS):
         share = weight / weight.sum()
         weighted = (sky * share).T
@@ -4615,18 +4530,18 @@ def _match(surfaces: _Surfaces, light: np.ndarray, grain: np.ndarray, seen: np.n
         products = (light * share).T @ rest  # (k, k + c)
         gram, right = np.split(products, [channels], 1)
         # The reference's noise would make its gains too small
-        of_noise = np.minimum((grain**2 * share).sum(0), np.diag(gram) / 2)
+        of_noise = np.minimum(grain**2, np.diag(gram) / 2)
         gains = _not_negative(gram - np.diag(of_noise), right)
         residual = of_picture - of_light @ gains  # (n, c)
-        distance = np.sqrt((residual**2 * trust).mean(1, keepdims=True))
+        distance = np.sqrt((residual**2).mean(1, keepdims=True))
         limit = HUBER_LIMIT * HUBER_DEVIATION * max(np.median(distance), 1e-9)
         pull = np.minimum(1, limit / np.maximum(distance, 1e-9))
-        weight = trust * pull**2
+        weight = pull**2
 
     structure = ((of_picture**2 - noise**2) * share).sum()
     left = ((residual**2 - noise**2) * share).sum()
     explained = 0.0
-    if structure > STRUCTURE * (noise**2 * share).sum():
+    if structure > STRUCTURE * (noise**2).sum():
         explained = float(np.clip(1 - left / structure, 0, 1))
     found = parts[:, channels:] - parts[:, :channels] @ gains
     errors = _gain_errors(of_light, share, residual, used)
@@ -4676,14 +4591,14 @@ def _not_refuted(before: _Explanation, sky: np.ndarray) -> tuple[_Explanation, f
     """
     surfaces = before.surfaces
     usable = surfaces.cells.usable
-    span = _span(surfaces.surface(before.best.found)[usable], (99, 1))  # (c,)
+    span = _span(surfaces.surface(before.chosen.heights)[usable], (99, 1))  # (c,)
 
     def unlike(candidate):
-        difference = surfaces.surface(candidate.found) - sky
+        difference = surfaces.surface(candidate.heights) - sky
         difference -= _plane_with_bowl(difference, usable, surfaces.cells.centers)
         return float(np.sqrt(np.mean((difference[usable] / np.maximum(span, 1e-9))**2)))
 
-    of_best = unlike(before.best)
+    of_best = unlike(before.chosen)
     most = max(of_best, SKY_CONFIRMED)
     left = [candidate for candidate in before.candidates if unlike(candidate) <= most]
     return before._replace(candidates=left), of_best
@@ -4699,15 +4614,6 @@ def _plane_with_bowl(values: np.ndarray, where: np.ndarray, centers: np.ndarray)
     terms = np.stack([np.ones_like(x), x, y, x * x, x * y, y * y], -1)  # (h, w, 6)
     found, *_ = np.linalg.lstsq(terms[where], values[where], rcond=None)
     return terms @ found
-
-
-def _of_values(surfaces: _Surfaces, values: np.ndarray, noise: np.ndarray,
-               usable: np.ndarray) -> _Surfaces:
-    """Return the same surfaces for other values (h, w, c) of the cells."""
-    other = copy.copy(surfaces)
-    other.cells = replace(surfaces.cells, values=values, noise=noise, usable=usable)
-    other.values = values.reshape(-1, values.shape[-1]).astype(np.float32)
-    return other
 
 
 def _shift(ours: np.ndarray, theirs: np.ndarray, covered: np.ndarray) -> float:
@@ -4981,7 +4887,7 @@ def sky_sample(examined: Examined, settings: Settings) -> Sample:
     stretch = examined.stretch
     auto = settings.auto
     trust = _block_means(examined.weight, sky.size)  # (h, w, c) of the cells
-    follows = (trust > 0).any(-1)
+    follows = (trust > 0).any(-1) & sky.usable
     bounds = np.full(follows.shape, False)
     density = np.ones(follows.shape)
     if auto:
@@ -4998,7 +4904,7 @@ def sky_sample(examined: Examined, settings: Settings) -> Sample:
     is_sky = is_sky[:, None]  # (m, 1)
 
     light = sky.image[pick]  # (m, c) linear
-    noise = sky.noise[pick]
+    noise = sky.noise
     # What is not in the sample counts through means, which have less than half of the noise
     smooth = _smooth_slope(sky.image, SAMPLE_MEAN, follows)
     ceiling = light + CEILING_SIGMA * noise

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from numpy.testing import assert_allclose, assert_array_equal
+from scipy.ndimage import gaussian_filter
 
 import bgoptimizer
 from bgoptimizer import (
@@ -158,6 +159,18 @@ def test_the_fit_starts_from_the_sky_that_was_found(sloping):
     found = prepared.stretch.invert(values)
     expected = prepared.sky.surface(positions)
     assert_allclose(found, expected, atol=1e-4 * np.ptp(expected))
+
+
+@auto_and_plain
+def test_the_sky_goes_on_beside_what_is_masked(auto):
+    """Cells that the edge of a mask cuts hold no light, and must not draw the surface down."""
+    image, sky = sloping_sky(400, 600)
+    mottled = gaussian_filter(np.random.default_rng(1).normal(size=sky.shape[:2]), 12)
+    nebula = mottled > np.median(mottled)
+    image[nebula] += 0.2
+    mask = 1.0 - nebula
+    model = optimize(image, Settings(auto=auto, initializer="grid"), mask).model
+    assert error_in_percent(model, sky) < 3
 
 
 @auto_and_plain
