@@ -66,6 +66,7 @@ import numbers
 import os
 import platform
 import re
+import secrets
 import shlex
 import signal
 import stat
@@ -87,11 +88,6 @@ from pathlib import Path
 from typing import Any, Callable, ContextManager, Iterable, Iterator, NamedTuple, Sequence
 from xml.etree import ElementTree
 from xml.parsers import expat
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 if __name__ == "__main__":
     # Until `main` listens, Ctrl-C ends the command at once, without a traceback of imports
@@ -1765,23 +1761,25 @@ FORMATS = {
 def atomic_outputs(*paths):
     """Open files that take the names `paths` once all are whole, and else leave nothing behind.
 
-    Until then they are hidden files in the same folder, made if missing, and no other run can write
-    them. Their names depend on `paths` alone, so the next run takes over what a killed one left.
+    Until then they are hidden files in the same folder, which is made if it is missing.
 
-    Raises BgError if they cannot be written, or another run writes them.
+    Raises BgError if they cannot be written.
     """
     folder = os.path.dirname(paths[0]) or "."
     try:
-        with ExitStack() as stack:
+        with ExitStack() as at_end:
             os.makedirs(folder, exist_ok=True)
-            files = [stack.enter_context(_hidden_file(path)) for path in paths]
+            files = []
+            for _ in paths:
+                name = os.path.join(folder, f".bgoptimizer-{secrets.token_hex(8)}.tmp")
+                at_end.callback(_remove, name)
+                files.append(at_end.enter_context(open(name, "xb")))
             yield files
             for file in files:
                 file.flush()
                 os.fsync(file.fileno())  # a name that survives a power cut leads to a whole file
-                if fcntl is None:
-                    file.close()  # Windows renames no open file
-            _rename_all(paths)
+                file.close()  # Windows renames no open file
+            _rename_all([file.name for file in files], paths)
     except OSError as error:
         if isinstance(error, BrokenPipeError) or lacks_memory(error):  # no output is a pipe
             raise
@@ -1790,66 +1788,19 @@ def atomic_outputs(*paths):
                       "free space or choose another folder") from None
 
 
-def _hidden_name(path, ending):
-    """Return the name, in the folder of an output, of what becomes it or what it was before."""
-    folder, name = os.path.split(path)
-    digest = hashlib.sha1(os.fsencode(name)).hexdigest()  # any name is short enough
-    return os.path.join(folder, f".bgoptimizer-{digest[:16]}{ending}")
-
-
-@contextmanager
-def _hidden_file(path):
-    """Open the file that will become an output; it is removed if it does not."""
-    name = _hidden_name(path, ".tmp")
-    if fcntl is None:
-        _remove(name)  # Windows removes no file that a run has open
-    is_ours = is_new = not os.path.exists(name)
-    try:
-        open(name, "ab").close()  # so that it is there
-        with open(name, "r+b") as file:
-            is_ours = _has_alone(file, name, is_new)
-            if not is_ours:
-                raise BgError(f"another run is writing {path}; wait until it ends, or choose "
-                              f"another folder (if none runs, delete {name})")
-            file.truncate()
-            yield file
-    except BaseException:
-        if is_ours:
-            _remove(name)
-        raise
-
-
-def _has_alone(file, name, is_new):
-    """Tell whether this run has a file of this name for itself; then no other run gets it."""
-    if fcntl is None:
-        return is_new
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:  # some disks know no locks
-        return is_new
-    # Its run may have ended just now, and renamed it
-    return os.path.exists(name) and os.path.samefile(file.fileno(), name)
-
-
-def _rename_all(paths):
-    """Give files their names, all or none: what had these names before, comes back if one fails.
-
-    A kill may leave some out, but never mixes two runs.
-    """
+def _rename_all(names, paths):
+    """Give files their paths, all or none: what was there before, comes back if one fails."""
     with ExitStack() as undo:
-        for path in paths:
+        for name, path in zip(names, paths):
             if os.path.isfile(path):
-                aside = _hidden_name(path, ".old")
-                os.replace(path, aside)
-                undo.callback(os.replace, aside, path)
-        for path in paths:
-            os.replace(_hidden_name(path, ".tmp"), path)
+                os.replace(path, f"{name}.old")
+                undo.callback(os.replace, f"{name}.old", path)
+        for name, path in zip(names, paths):
+            os.replace(name, path)
             undo.callback(_remove, path)
         undo.pop_all()
-    for path in paths:
-        _remove(_hidden_name(path, ".old"))
+    for name in names:
+        _remove(f"{name}.old")
 
 
 def _remove(name):
@@ -7141,8 +7092,7 @@ def _files_at(name: str) -> list[str]:
 def run_many(pictures: list[str], options: argparse.Namespace, interrupts: _Interrupts) -> None:
     """Do all these pictures as the command line says, and write the report.
 
-    Until it is written no other run can write it, so no two runs work on one folder. A BgError is
-    raised if nothing can be done at all, and if some of the pictures failed.
+    A BgError is raised if nothing can be done at all, and if some of the pictures failed.
     """
     started = time.perf_counter()
     if options.preview or options.figures == "show":
