@@ -737,8 +737,8 @@ def _shared_metadata(source, height):
 # The specification: https://pixinsight.com/doc/docs/XISF-1.0-spec/XISF-1.0-spec.html. Where it is
 # silent, or where PixInsight reads more than it allows, PixInsight's reader decides.
 #
-# The `xisf` package reads compressed blocks, but fails on many real headers, and its writer loses
-# metadata.
+# The `xisf` package fails on many real headers, sets no limit to what it decompresses, and its
+# writer loses metadata: see `_by_package`.
 # --------------------------------------------------------------------------------------------------
 
 XISF_ROOT = {
@@ -810,10 +810,10 @@ class _Blocks(dict):
 
 
 def _by_package(data):
-    """Return attached bytes, (n,) uint8, as the `xisf` package reads them from a copy.
+    """Return attached bytes, (n,) uint8, unchanged, as the `xisf` package reads them from a copy.
 
-    It understands the copy's header, but not all headers. The copy takes time, so it is for
-    compressed blocks alone.
+    This is kept only because the package is to be at work: `_unpack` decompresses, within limits.
+    The copy takes time, so it is for compressed blocks alone.
     """
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "block.xisf")
