@@ -221,8 +221,8 @@ LARGEST_VALUE = 1e30  # floating point beyond it is no light, but damage, or mea
 SMALLEST_MARK = -99  # -99, -999, -9999, -32768, and the like stand for what is missing
 
 # What compressed data may claim, and what a process may take to decode them
-NO_QUESTIONS = 1 << 28  # bytes: few enough for a small file that lies
-MOST_COMPRESSED = 250  # bytes for one beyond these; pictures, with their noise, need some dozens
+ALWAYS_ALLOWED = 1 << 28  # bytes that any file may claim
+LARGEST_RATIO = 250  # bytes for one stored, of more; pictures, with their noise, have some dozens
 MAX_PIECES = 100_000  # strips, tiles, or blocks, each of which takes a call to decompress
 DECODING_SECONDS = 60
 DECODING_SPEED = 500_000  # bytes for which there is one second more; it is ten times as fast
@@ -276,7 +276,7 @@ class Unit(NamedTuple):
 class Picture:
     """An image in [0, 1]. Samples that are exactly 0 or not finite are missing."""
     planes: np.ndarray  # (c, h, w), c = 1 or 3; row 0 is the top. float32, or float64 if it was
-    source: Source  # or a FitsSource, or a TiffSource
+    source: XisfSource | FitsSource | TiffSource | None
     warnings: list  # of str, one line each
     unit: Unit = Unit()
 
@@ -291,7 +291,7 @@ class Picture:
 
 
 def _refuse(problem, advice="copy or save it again"):
-    """Say what is wrong with what is being read, in words that go on from its name."""
+    """Refuse what is being read; `problem` is the end of a sentence that begins with its name."""
     raise BgError(f"{problem[:150]}; {advice}")
 
 
@@ -299,6 +299,13 @@ def _require(fact, problem, *advice):
     """Refuse what is being read unless `fact` holds."""
     if not fact:
         _refuse(problem, *advice)
+
+
+def _refuse_raw(kind):
+    """Say that a camera's raw file is no picture yet."""
+    _refuse(
+        f"is a camera's raw file ({kind}), a single undeveloped frame",
+        "calibrate, debayer, and stack it first, and save the stack as XISF, FITS, or TIFF")
 
 
 @contextmanager
@@ -330,11 +337,15 @@ def _refusals(name):
                       "copy or save it again") from None
 
 
-def _check_claims(codec, known, size, stored, pieces=1):
-    """Refuse data of an unknown codec, or `stored` bytes that claim to be far too much."""
+def _check_codec(codec, known):
+    """Refuse data of an unknown codec."""
     _require(codec in known, f"is compressed with {codec}, which is not read",
              "save it uncompressed")
-    _require(size <= max(NO_QUESTIONS, MOST_COMPRESSED * stored),
+
+
+def _check_claims(size, stored, pieces=1):
+    """Refuse `stored` bytes that claim to be far too many when they are unpacked."""
+    _require(size <= max(ALWAYS_ALLOWED, LARGEST_RATIO * stored),
              "claims more data than its compressed block can hold")
     _require(pieces <= MAX_PIECES, "has too many strips or tiles to be true")
 
@@ -365,7 +376,7 @@ def _opened(path):
             try:
                 for piece in iter(lambda: stream.read(1 << 20), b""):
                     unpacked.write(piece)
-                    _check_claims("gzip", ("gzip",), unpacked.tell(), _file_size(file))
+                    _check_claims(unpacked.tell(), _file_size(file))
             except (EOFError, gzip.BadGzipFile, zlib.error):
                 _refuse("is cut short or damaged: gzip cannot unpack it")
             unpacked.seek(0)
@@ -392,12 +403,12 @@ def _samples(kind, file, number, position, dtype, shape):
         return _read_at(file, position, size).view(dtype).reshape(shape)
     seconds = DECODING_SECONDS + size // DECODING_SPEED
     arguments = kind, dtype.str, number, 3 * size + DECODER_SPARE, seconds
-    command = [sys.executable, "-c", DECODER, *map(str, arguments)]
+    decoder = [sys.executable, "-c", DECODER, *map(str, arguments)]
     os.lseek(file.fileno(), 0, os.SEEK_SET)
     with tempfile.TemporaryFile() as decoded:
         with suppress(subprocess.TimeoutExpired):
             subprocess.run(
-                command, stdin=file, stdout=decoded, stderr=subprocess.DEVNULL, timeout=seconds)
+                decoder, stdin=file, stdout=decoded, stderr=subprocess.DEVNULL, timeout=seconds)
         return _read_at(decoded, 0, size, NOT_DECODED).view(dtype).reshape(shape)
 
 
@@ -614,8 +625,9 @@ def _text_of_value(value):
 
 
 def _kept(header, white, notes, structure=STRUCTURE_NAMES):
-    """Return the keywords of FITS or an Astro-TIFF that outputs keep; those untrue are noted.
+    """Return the keywords of FITS or an Astro-TIFF that outputs keep.
 
+    Names of keywords that the new pixels make untrue go into `notes`.
     Levels of integers, whose largest is `white`, become those of samples in [0, 1].
     """
     from astropy.io import fits
@@ -648,7 +660,7 @@ def _note_keywords(values, untrue, notes):
 
 
 def _levels_in(values, unit):
-    """Return those of `values`, by keyword, that tell of levels in a Unit, as [0, 1] has them."""
+    """Return those of `values`, by keyword, that are levels in a Unit, for samples in [0, 1]."""
     levels = {}
     for name in LEVEL_NAMES:
         level = values.get(name)
@@ -710,7 +722,7 @@ def _shared_metadata(source, height):
     """
     from astropy.io import fits
     keywords, icc = fits.Header(), b""
-    if isinstance(source, Source):
+    if isinstance(source, XisfSource):
         profile = source.root.find("Image/ICCProfile")
         with suppress(Exception):  # a damaged profile is lost, not the picture
             icc = bytes(_unpack(*_stored(profile, source.blocks)))
@@ -783,7 +795,7 @@ STALE_IMAGE_ATTRIBUTES = (
 
 
 @dataclass
-class Source:
+class XisfSource:
     """What the outputs carry over from an XISF file besides its pixels."""
     root: ElementTree.Element  # the header, without what describes the old pixels and the old file
     blocks: dict  # attached bytes, by the `location` that stands in their elements
@@ -952,7 +964,7 @@ def _unpack(stored, attributes, size=None):
     # Of each piece, the size as stored and unpacked
     listed = attributes.get("subblocks", f"{stored.size}:{unpacked_size}").replace(",", ":")
     count = 1 + listed.count(":")
-    _check_claims(codec, XISF_CODECS, unpacked_size, stored.size, count)
+    _check_claims(unpacked_size, stored.size, count)
     sizes = _integers(listed, count, "list of sub-blocks")
     packed_sizes, piece_sizes = sizes[::2], sizes[1::2]
     consistent = len(packed_sizes) == len(piece_sizes) and 0 not in sizes
@@ -1040,7 +1052,7 @@ def _set_keywords(image, values):
 
 
 def _read_source(root, blocks, notes):
-    """Return the Source; what cannot be carried over is left out and named in the notes."""
+    """Return the XisfSource; what cannot be carried over is left out and named in the notes."""
     image = root.find("Image")
     if image.find("ColorFilterArray") is not None:
         notes.append("is a color filter mosaic: debayer it first, or its colors are fitted as one")
@@ -1057,7 +1069,7 @@ def _read_source(root, blocks, notes):
         notes.append(f"loses {len(lost)} element(s): {', '.join(lost)[:300]}")
     _note_keywords({**_keyword_values(image), **image.attrib}, untrue, notes)
     used = {element.get("location") for element in root.iter()}
-    return Source(root, {place: block for place, block in blocks.items() if place in used})
+    return XisfSource(root, {place: block for place, block in blocks.items() if place in used})
 
 
 def _is_kept(element, blocks, untrue, lost):
@@ -1093,7 +1105,7 @@ def write_xisf(file, planes, source=None, history=(), compress=False, unit=Unit(
         compress: lz4hc with byte shuffling, if that is shorter and no longer than LZ4_LIMIT.
         unit: the picture's own, which HISTORY tells: the samples stay in [0, 1].
     """
-    if not isinstance(source, Source):
+    if not isinstance(source, XisfSource):
         source = _to_xisf_source(source, planes.shape[1], unit)
     if unit[:2] != Unit()[:2]:
         line = f"bgoptimizer: the picture's own unit is sample * {unit.scale:.17g}"
@@ -1127,7 +1139,7 @@ def write_xisf(file, planes, source=None, history=(), compress=False, unit=Unit(
 
 
 def _to_xisf_source(source, height, unit):
-    """Return a Source that holds what XISF can hold of another one, or nothing."""
+    """Return an XisfSource that holds what XISF can hold of another one, or nothing."""
     root = ElementTree.XML(BARE_XISF)
     image = root.find("Image")
     with _silence():
@@ -1141,9 +1153,9 @@ def _to_xisf_source(source, height, unit):
             ElementTree.SubElement(
                 image, "FITSKeyword", name=card.rawkeyword, value=text, comment=comment)
     if not icc:
-        return Source(root, {})
+        return XisfSource(root, {})
     ElementTree.SubElement(image, "ICCProfile", location="icc")
-    return Source(root, {"icc": icc})
+    return XisfSource(root, {"icc": icc})
 
 
 def _in_file_order(plane):
@@ -1224,8 +1236,8 @@ MAX_PARTS = 1000  # HDUs of a file
 class FitsSource:
     """What a FITS file has besides its pixels."""
     keywords: Any  # fits.Header, without what the pixels decide
-    before: bytes = b""  # HDUs in front of the picture; empty if it is the first
-    after: bytes = b""  # HDUs behind it
+    hdus_before: bytes = b""  # in front of the picture; empty if it is the first
+    hdus_after: bytes = b""  # behind it
     icc: bytes = b""  # color profile; it also stands in one of the HDUs
 
     @property
@@ -1351,7 +1363,8 @@ def _check_fits_tiles(hdu):
     header = hdu.header
     tiles = header["NAXIS2"]
     size = math.prod(hdu.shape) * abs(header["ZBITPIX"]) // 8
-    _check_claims(header.get("ZCMPTYPE"), FITS_CODECS, size, hdu.length, tiles)
+    _check_codec(header.get("ZCMPTYPE"), FITS_CODECS)
+    _check_claims(size, hdu.length, tiles)
     seed = header.get("ZDITHER0", 1)
     _require(seed in range(1, 10_001), f"has the impossible ZDITHER0 {seed!r}")
     _require(header["TFIELDS"] in range(1000), "has too many columns to be true")
@@ -1408,14 +1421,14 @@ def write_fits(file, planes, source=None, history=(), compress=False, unit=Unit(
             source = FitsSource(keywords, icc=icc)
             if icc:
                 extension = fits.ImageHDU(np.frombuffer(icc, np.uint8), name="ICCProfile")
-                source.after = extension.header.tostring().encode() + icc
+                source.hdus_after = extension.header.tostring().encode() + icc
         stored = data if source.top_down else data[:, ::-1]
         one_by_one = iter(planes)
         for target in stored:
             target[...] = _in_own_unit(next(one_by_one), unit)
         if len(data) == 1:
             data = data[0]
-        before = source.before
+        before = source.hdus_before
         if compress:
             empty_hdu, structure, data = _compressed_fits(data)
             before = before or empty_hdu
@@ -1424,7 +1437,7 @@ def write_fits(file, planes, source=None, history=(), compress=False, unit=Unit(
         header = _header_text(structure, source.keywords, history, planes, unit)
     file.write(before)
     file.write(header.encode() + b" " * _padding(len(header)))
-    for part in (data, source.after):
+    for part in (data, source.hdus_after):
         file.write(part)
         file.write(bytes(_padding(file.tell())))
 
@@ -1550,7 +1563,8 @@ def _check_tiff_page(page, size):
     needed = height * width * channels * dtype.itemsize
     stored = min(sum(counts), size)
     pieces = 1 if page.is_final else chunks
-    _check_claims(codec, TIFF_CODECS, needed, stored, pieces)
+    _check_codec(codec, TIFF_CODECS)
+    _check_claims(needed, stored, pieces)
     return colors
 
 
@@ -1649,13 +1663,6 @@ def _kind_of(file):
     return next((k for k, begins in STARTS.items() if re.match(begins, start, re.DOTALL)), None)
 
 
-def _refuse_raw(kind):
-    """Say that a camera's raw file is no picture yet."""
-    _refuse(
-        f"is a camera's raw file ({kind}), a single undeveloped frame",
-        "calibrate, debayer, and stack it first, and save the stack as XISF, FITS, or TIFF")
-
-
 def picture_format(path):
     """Return the name in FORMATS of a file's format, by its content; None for another one."""
     if os.path.isfile(path):  # opening a FIFO would wait forever
@@ -1695,7 +1702,8 @@ def picture_stem(path):
 def read_mask(path):
     """Read a mask, also one that only Pillow reads: PNG, palettes, 1 bit.
 
-    Returns a Picture whose planes are weights in [0, 1], the largest 1; one plane if all are alike.
+    Returns a Picture whose planes are weights in [0, 1], see `mask_weights`; one plane if all are
+    alike.
     Raises BgError as `read_picture`, and for negative values.
     """
     try:
@@ -1738,8 +1746,8 @@ def mask_weights(planes):
     return planes
 
 
-def rows_of(source):
-    """Return a source that tells nothing but the order of another one's rows, for its mask."""
+def source_of_mask(source):
+    """Return what a mask has of its picture's source: the order of the rows, and nothing else."""
     if isinstance(source, FitsSource) and source.top_down:
         from astropy.io import fits
         return FitsSource(fits.Header([(ROW_ORDER, "TOP-DOWN")]))
@@ -1850,7 +1858,9 @@ def keep_dark_samples(planes: np.ndarray) -> int:
 
 def _keep_dark_samples(plane):
     dark = plane == 0  # (h, w)
-    others = plane[_present(plane)] if dark.any() else dark[:0]
+    if not dark.any():
+        return 0
+    others = plane[_present(plane)]
     if not others.size or others.min() > NEAR_BLACK * others.mean():
         return 0
     down = _long_runs(dark.copy())
@@ -2418,15 +2428,16 @@ def mask_reasons(prepared: Prepared, settings: Settings) -> dict[str, np.ndarray
         Reason -> (h, w) bool. A pixel that is left out has exactly one reason.
     """
     inside = prepared.present & _inside_thresholds(prepared.image, settings)
-    reasons = {  # the first one that holds counts
+    conditions = {  # the first one that holds counts
         "missing": ~prepared.present.any(-1),
         "threshold": ~inside.any(-1),
         "rim": prepared.rim,
         "mask file": (prepared.user_mask == 0).any(-1),
-        "auto": True,
+        "auto": np.full(inside.shape[:2], True),
     }
+    reasons = {}
     left_out = ~prepared.used
-    for reason, where in reasons.items():
+    for reason, where in conditions.items():
         reasons[reason] = left_out & where
         left_out = left_out & ~reasons[reason]
     return reasons
@@ -4299,12 +4310,12 @@ def plate_solution(source: Any, height: int):
         solution = WCS(keywords, naxis=2)
         if solution.has_celestial:
             return solution
-        if isinstance(source, Source):
+        if isinstance(source, XisfSource):
             return WCS(_solution_of_xisf(source, height))
     return None
 
 
-def _solution_of_xisf(source: Source, height: int) -> dict:
+def _solution_of_xisf(source: XisfSource, height: int) -> dict:
     """Return PixInsight's properties of a plate solution as FITS keywords.
 
     There, rows are counted from the top, and the corner of the first pixel is 0, 0.
@@ -6317,7 +6328,7 @@ def write_outputs(task: Task, picture: Picture, result: Result, files: dict) -> 
             result.deviations, picture.source, unit, "the standard deviation of the model")
     if "mask" in files:
         mask = full_mask(result.prepared, result.settings)
-        pictures["mask"] = mask, rows_of(picture.source), Unit(), "the mask, 1 = sky"
+        pictures["mask"] = mask, source_of_mask(picture.source), Unit(), "the mask, 1 = sky"
     for kind, (planes, metadata, unit, what) in pictures.items():
         lines = history + [f"bgoptimizer: this is {what}"]
         task.format.write(files[kind], planes, metadata, lines, task.options.compress, unit)
@@ -6889,7 +6900,7 @@ class PreviewWindow(Preview):
         path = self.mask_path(view)
         if view.drawn is not None:
             lines = ["bgoptimizer: a mask drawn by hand, 1 = sky"]
-            metadata = rows_of(self.picture.source)
+            metadata = source_of_mask(self.picture.source)
             mask = self.full_mask(view)
             task = self.task
             with atomic_outputs(path) as (file,):
