@@ -2240,6 +2240,64 @@ def stretch_and_mask(reduced: Reduced, stretch: Stretch, settings: Settings) -> 
     return Prepared(**parts)
 
 
+def _inside_thresholds(image: np.ndarray, settings: Settings) -> np.ndarray:
+    """Return True where a stretched sample is neither too dark nor too bright."""
+    return (settings.threshold_min <= image) & (image <= settings.threshold_max)
+
+
+def full_mask(prepared: Prepared, settings: Settings) -> np.ndarray:
+    """Return the mask of the fit at full size, (1 or c, h, w) float32, 1 = sky.
+
+    It has one channel if all channels have the same mask.
+    """
+    weight = prepared.weight
+    first = weight[..., :1]
+    if (weight == first).all():
+        weight = first
+    mask = _enlarge(weight, settings.downscaling_factor, prepared.full_shape)
+    mask = np.moveaxis(mask, -1, 0)
+    return np.ascontiguousarray(mask, np.float32)
+
+
+def _enlarge(reduced: np.ndarray, factor: int, shape: tuple[int, int]) -> np.ndarray:
+    """Repeat what was reduced, (rows, columns, ...), so that it fills a frame of `shape` (h, w)."""
+    height, width = shape
+    tall = reduced.repeat(factor, axis=0)
+    large = tall[:height].repeat(factor, axis=1)
+    return large[:, :width]
+
+
+def mask_reasons(prepared: Prepared, settings: Settings) -> dict[str, np.ndarray]:
+    """Tell why pixels of the reduced frame are left out.
+
+    Returns:
+        Reason -> (h, w) bool. A pixel that is left out has exactly one reason.
+    """
+    inside = prepared.present & _inside_thresholds(prepared.image, settings)
+    conditions = {  # the first one that holds counts
+        "missing": ~prepared.present.any(-1),
+        "threshold": ~inside.any(-1),
+        "rim": prepared.rim,
+        "mask file": (prepared.user_mask == 0).any(-1),
+        "auto": np.full(inside.shape[:2], True),
+    }
+    reasons = {}
+    left_out = ~prepared.used
+    for reason, where in conditions.items():
+        reasons[reason] = left_out & where
+        left_out = left_out & ~reasons[reason]
+    return reasons
+
+
+def clipped_by_stretch(prepared: Prepared) -> np.ndarray:
+    """Return True, (h, w, c), where the stretch ends at 1, so that the fit sees no brightness."""
+    return prepared.image == 1
+
+
+# --------------------------------------------------------------------------------------------------
+# Reduce and mask: rims, edges of the frame that are darker than the picture by a step
+# --------------------------------------------------------------------------------------------------
+
 RIM_VIEW = 300  # rims are looked for on a copy whose longer side has at most so many pixels
 
 # Less than this part of the light is left beyond a step. Where fewer exposures reach, more is.
@@ -2392,60 +2450,6 @@ def _nearest(where: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the indices of the nearest pixel of `where`, (h, w) bool, for each pixel."""
     _, indices = scipy.ndimage.distance_transform_edt(~where, return_indices=True)
     return tuple(indices)
-
-
-def _inside_thresholds(image: np.ndarray, settings: Settings) -> np.ndarray:
-    """Return True where a stretched sample is neither too dark nor too bright."""
-    return (settings.threshold_min <= image) & (image <= settings.threshold_max)
-
-
-def full_mask(prepared: Prepared, settings: Settings) -> np.ndarray:
-    """Return the mask of the fit at full size, (1 or c, h, w) float32, 1 = sky.
-
-    It has one channel if all channels have the same mask.
-    """
-    weight = prepared.weight
-    first = weight[..., :1]
-    if (weight == first).all():
-        weight = first
-    mask = _enlarge(weight, settings.downscaling_factor, prepared.full_shape)
-    mask = np.moveaxis(mask, -1, 0)
-    return np.ascontiguousarray(mask, np.float32)
-
-
-def _enlarge(reduced: np.ndarray, factor: int, shape: tuple[int, int]) -> np.ndarray:
-    """Repeat what was reduced, (rows, columns, ...), so that it fills a frame of `shape` (h, w)."""
-    height, width = shape
-    tall = reduced.repeat(factor, axis=0)
-    large = tall[:height].repeat(factor, axis=1)
-    return large[:, :width]
-
-
-def mask_reasons(prepared: Prepared, settings: Settings) -> dict[str, np.ndarray]:
-    """Tell why pixels of the reduced frame are left out.
-
-    Returns:
-        Reason -> (h, w) bool. A pixel that is left out has exactly one reason.
-    """
-    inside = prepared.present & _inside_thresholds(prepared.image, settings)
-    conditions = {  # the first one that holds counts
-        "missing": ~prepared.present.any(-1),
-        "threshold": ~inside.any(-1),
-        "rim": prepared.rim,
-        "mask file": (prepared.user_mask == 0).any(-1),
-        "auto": np.full(inside.shape[:2], True),
-    }
-    reasons = {}
-    left_out = ~prepared.used
-    for reason, where in conditions.items():
-        reasons[reason] = left_out & where
-        left_out = left_out & ~reasons[reason]
-    return reasons
-
-
-def clipped_by_stretch(prepared: Prepared) -> np.ndarray:
-    """Return True, (h, w, c), where the stretch ends at 1, so that the fit sees no brightness."""
-    return prepared.image == 1
 
 
 # --------------------------------------------------------------------------------------------------
