@@ -2294,9 +2294,7 @@ def clipped_by_stretch(prepared: Prepared) -> np.ndarray:
     return prepared.image == 1
 
 
-# --------------------------------------------------------------------------------------------------
-# Reduce and mask: rims, edges of the frame that are darker than the picture by a step
-# --------------------------------------------------------------------------------------------------
+# --- Rims: edges of the frame that are darker than the picture by a step ---
 
 RIM_VIEW = 300  # rims are looked for on a copy whose longer side has at most so many pixels
 
