@@ -66,6 +66,7 @@ import numbers
 import os
 import platform
 import re
+import secrets
 import shlex
 import signal
 import stat
@@ -87,11 +88,6 @@ from pathlib import Path
 from typing import Any, Callable, ContextManager, Iterable, Iterator, NamedTuple, Sequence
 from xml.etree import ElementTree
 from xml.parsers import expat
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 if __name__ == "__main__":
     # Until `main` listens, Ctrl-C ends the command at once, without a traceback of imports
@@ -225,8 +221,8 @@ LARGEST_VALUE = 1e30  # floating point beyond it is no light, but damage, or mea
 SMALLEST_MARK = -99  # -99, -999, -9999, -32768, and the like stand for what is missing
 
 # What compressed data may claim, and what a process may take to decode them
-NO_QUESTIONS = 1 << 28  # bytes: few enough for a small file that lies
-MOST_COMPRESSED = 250  # bytes for one beyond these; pictures, with their noise, need some dozens
+ALWAYS_ALLOWED = 1 << 28  # bytes that any file may claim
+LARGEST_RATIO = 250  # bytes for one stored, of more; pictures, with their noise, have some dozens
 MAX_PIECES = 100_000  # strips, tiles, or blocks, each of which takes a call to decompress
 DECODING_SECONDS = 60
 DECODING_SPEED = 500_000  # bytes for which there is one second more; it is ten times as fast
@@ -280,7 +276,7 @@ class Unit(NamedTuple):
 class Picture:
     """An image in [0, 1]. Samples that are exactly 0 or not finite are missing."""
     planes: np.ndarray  # (c, h, w), c = 1 or 3; row 0 is the top. float32, or float64 if it was
-    source: Source  # or a FitsSource, or a TiffSource
+    source: XisfSource | FitsSource | TiffSource | None
     warnings: list  # of str, one line each
     unit: Unit = Unit()
 
@@ -295,7 +291,7 @@ class Picture:
 
 
 def _refuse(problem, advice="copy or save it again"):
-    """Say what is wrong with what is being read, in words that go on from its name."""
+    """Refuse what is being read; `problem` is the end of a sentence that begins with its name."""
     raise BgError(f"{problem[:150]}; {advice}")
 
 
@@ -303,6 +299,13 @@ def _require(fact, problem, *advice):
     """Refuse what is being read unless `fact` holds."""
     if not fact:
         _refuse(problem, *advice)
+
+
+def _refuse_raw(kind):
+    """Say that a camera's raw file is no picture yet."""
+    _refuse(
+        f"is a camera's raw file ({kind}), a single undeveloped frame",
+        "calibrate, debayer, and stack it first, and save the stack as XISF, FITS, or TIFF")
 
 
 @contextmanager
@@ -334,11 +337,15 @@ def _refusals(name):
                       "copy or save it again") from None
 
 
-def _check_claims(codec, known, size, stored, pieces=1):
-    """Refuse data of an unknown codec, or `stored` bytes that claim to be far too much."""
+def _check_codec(codec, known):
+    """Refuse data of an unknown codec."""
     _require(codec in known, f"is compressed with {codec}, which is not read",
              "save it uncompressed")
-    _require(size <= max(NO_QUESTIONS, MOST_COMPRESSED * stored),
+
+
+def _check_claims(size, stored, pieces=1):
+    """Refuse `stored` bytes that claim to be far too many when they are unpacked."""
+    _require(size <= max(ALWAYS_ALLOWED, LARGEST_RATIO * stored),
              "claims more data than its compressed block can hold")
     _require(pieces <= MAX_PIECES, "has too many strips or tiles to be true")
 
@@ -369,7 +376,7 @@ def _opened(path):
             try:
                 for piece in iter(lambda: stream.read(1 << 20), b""):
                     unpacked.write(piece)
-                    _check_claims("gzip", ("gzip",), unpacked.tell(), _file_size(file))
+                    _check_claims(unpacked.tell(), _file_size(file))
             except (EOFError, gzip.BadGzipFile, zlib.error):
                 _refuse("is cut short or damaged: gzip cannot unpack it")
             unpacked.seek(0)
@@ -396,12 +403,12 @@ def _samples(kind, file, number, position, dtype, shape):
         return _read_at(file, position, size).view(dtype).reshape(shape)
     seconds = DECODING_SECONDS + size // DECODING_SPEED
     arguments = kind, dtype.str, number, 3 * size + DECODER_SPARE, seconds
-    command = [sys.executable, "-c", DECODER, *map(str, arguments)]
+    decoder = [sys.executable, "-c", DECODER, *map(str, arguments)]
     os.lseek(file.fileno(), 0, os.SEEK_SET)
     with tempfile.TemporaryFile() as decoded:
         with suppress(subprocess.TimeoutExpired):
             subprocess.run(
-                command, stdin=file, stdout=decoded, stderr=subprocess.DEVNULL, timeout=seconds)
+                decoder, stdin=file, stdout=decoded, stderr=subprocess.DEVNULL, timeout=seconds)
         return _read_at(decoded, 0, size, NOT_DECODED).view(dtype).reshape(shape)
 
 
@@ -618,8 +625,9 @@ def _text_of_value(value):
 
 
 def _kept(header, white, notes, structure=STRUCTURE_NAMES):
-    """Return the keywords of FITS or an Astro-TIFF that outputs keep; those untrue are noted.
+    """Return the keywords of FITS or an Astro-TIFF that outputs keep.
 
+    Names of keywords that the new pixels make untrue go into `notes`.
     Levels of integers, whose largest is `white`, become those of samples in [0, 1].
     """
     from astropy.io import fits
@@ -652,7 +660,7 @@ def _note_keywords(values, untrue, notes):
 
 
 def _levels_in(values, unit):
-    """Return those of `values`, by keyword, that tell of levels in a Unit, as [0, 1] has them."""
+    """Return those of `values`, by keyword, that are levels in a Unit, for samples in [0, 1]."""
     levels = {}
     for name in LEVEL_NAMES:
         level = values.get(name)
@@ -714,7 +722,7 @@ def _shared_metadata(source, height):
     """
     from astropy.io import fits
     keywords, icc = fits.Header(), b""
-    if isinstance(source, Source):
+    if isinstance(source, XisfSource):
         profile = source.root.find("Image/ICCProfile")
         with suppress(Exception):  # a damaged profile is lost, not the picture
             icc = bytes(_unpack(*_stored(profile, source.blocks)))
@@ -741,8 +749,8 @@ def _shared_metadata(source, height):
 # The specification: https://pixinsight.com/doc/docs/XISF-1.0-spec/XISF-1.0-spec.html. Where it is
 # silent, or where PixInsight reads more than it allows, PixInsight's reader decides.
 #
-# The `xisf` package reads compressed blocks, but fails on many real headers, and its writer loses
-# metadata.
+# The `xisf` package fails on many real headers, sets no limit to what it decompresses, and its
+# writer loses metadata: see `_by_package`.
 # --------------------------------------------------------------------------------------------------
 
 XISF_ROOT = {
@@ -787,7 +795,7 @@ STALE_IMAGE_ATTRIBUTES = (
 
 
 @dataclass
-class Source:
+class XisfSource:
     """What the outputs carry over from an XISF file besides its pixels."""
     root: ElementTree.Element  # the header, without what describes the old pixels and the old file
     blocks: dict  # attached bytes, by the `location` that stands in their elements
@@ -814,10 +822,10 @@ class _Blocks(dict):
 
 
 def _by_package(data):
-    """Return attached bytes, (n,) uint8, as the `xisf` package reads them from a copy.
+    """Return attached bytes, (n,) uint8, unchanged, as the `xisf` package reads them from a copy.
 
-    It understands the copy's header, but not all headers. The copy takes time, so it is for
-    compressed blocks alone.
+    This is kept only because the package is to be at work: `_unpack` decompresses, within limits.
+    The copy takes time, so it is for compressed blocks alone.
     """
     with tempfile.TemporaryDirectory() as folder:
         path = os.path.join(folder, "block.xisf")
@@ -956,7 +964,7 @@ def _unpack(stored, attributes, size=None):
     # Of each piece, the size as stored and unpacked
     listed = attributes.get("subblocks", f"{stored.size}:{unpacked_size}").replace(",", ":")
     count = 1 + listed.count(":")
-    _check_claims(codec, XISF_CODECS, unpacked_size, stored.size, count)
+    _check_claims(unpacked_size, stored.size, count)
     sizes = _integers(listed, count, "list of sub-blocks")
     packed_sizes, piece_sizes = sizes[::2], sizes[1::2]
     consistent = len(packed_sizes) == len(piece_sizes) and 0 not in sizes
@@ -1044,7 +1052,7 @@ def _set_keywords(image, values):
 
 
 def _read_source(root, blocks, notes):
-    """Return the Source; what cannot be carried over is left out and named in the notes."""
+    """Return the XisfSource; what cannot be carried over is left out and named in the notes."""
     image = root.find("Image")
     if image.find("ColorFilterArray") is not None:
         notes.append("is a color filter mosaic: debayer it first, or its colors are fitted as one")
@@ -1061,7 +1069,7 @@ def _read_source(root, blocks, notes):
         notes.append(f"loses {len(lost)} element(s): {', '.join(lost)[:300]}")
     _note_keywords({**_keyword_values(image), **image.attrib}, untrue, notes)
     used = {element.get("location") for element in root.iter()}
-    return Source(root, {place: block for place, block in blocks.items() if place in used})
+    return XisfSource(root, {place: block for place, block in blocks.items() if place in used})
 
 
 def _is_kept(element, blocks, untrue, lost):
@@ -1097,7 +1105,7 @@ def write_xisf(file, planes, source=None, history=(), compress=False, unit=Unit(
         compress: lz4hc with byte shuffling, if that is shorter and no longer than LZ4_LIMIT.
         unit: the picture's own, which HISTORY tells: the samples stay in [0, 1].
     """
-    if not isinstance(source, Source):
+    if not isinstance(source, XisfSource):
         source = _to_xisf_source(source, planes.shape[1], unit)
     if unit[:2] != Unit()[:2]:
         line = f"bgoptimizer: the picture's own unit is sample * {unit.scale:.17g}"
@@ -1131,7 +1139,7 @@ def write_xisf(file, planes, source=None, history=(), compress=False, unit=Unit(
 
 
 def _to_xisf_source(source, height, unit):
-    """Return a Source that holds what XISF can hold of another one, or nothing."""
+    """Return an XisfSource that holds what XISF can hold of another one, or nothing."""
     root = ElementTree.XML(BARE_XISF)
     image = root.find("Image")
     with _silence():
@@ -1145,9 +1153,9 @@ def _to_xisf_source(source, height, unit):
             ElementTree.SubElement(
                 image, "FITSKeyword", name=card.rawkeyword, value=text, comment=comment)
     if not icc:
-        return Source(root, {})
+        return XisfSource(root, {})
     ElementTree.SubElement(image, "ICCProfile", location="icc")
-    return Source(root, {"icc": icc})
+    return XisfSource(root, {"icc": icc})
 
 
 def _in_file_order(plane):
@@ -1228,8 +1236,8 @@ MAX_PARTS = 1000  # HDUs of a file
 class FitsSource:
     """What a FITS file has besides its pixels."""
     keywords: Any  # fits.Header, without what the pixels decide
-    before: bytes = b""  # HDUs in front of the picture; empty if it is the first
-    after: bytes = b""  # HDUs behind it
+    hdus_before: bytes = b""  # in front of the picture; empty if it is the first
+    hdus_after: bytes = b""  # behind it
     icc: bytes = b""  # color profile; it also stands in one of the HDUs
 
     @property
@@ -1355,7 +1363,8 @@ def _check_fits_tiles(hdu):
     header = hdu.header
     tiles = header["NAXIS2"]
     size = math.prod(hdu.shape) * abs(header["ZBITPIX"]) // 8
-    _check_claims(header.get("ZCMPTYPE"), FITS_CODECS, size, hdu.length, tiles)
+    _check_codec(header.get("ZCMPTYPE"), FITS_CODECS)
+    _check_claims(size, hdu.length, tiles)
     seed = header.get("ZDITHER0", 1)
     _require(seed in range(1, 10_001), f"has the impossible ZDITHER0 {seed!r}")
     _require(header["TFIELDS"] in range(1000), "has too many columns to be true")
@@ -1412,14 +1421,14 @@ def write_fits(file, planes, source=None, history=(), compress=False, unit=Unit(
             source = FitsSource(keywords, icc=icc)
             if icc:
                 extension = fits.ImageHDU(np.frombuffer(icc, np.uint8), name="ICCProfile")
-                source.after = extension.header.tostring().encode() + icc
+                source.hdus_after = extension.header.tostring().encode() + icc
         stored = data if source.top_down else data[:, ::-1]
         one_by_one = iter(planes)
         for target in stored:
             target[...] = _in_own_unit(next(one_by_one), unit)
         if len(data) == 1:
             data = data[0]
-        before = source.before
+        before = source.hdus_before
         if compress:
             empty_hdu, structure, data = _compressed_fits(data)
             before = before or empty_hdu
@@ -1428,7 +1437,7 @@ def write_fits(file, planes, source=None, history=(), compress=False, unit=Unit(
         header = _header_text(structure, source.keywords, history, planes, unit)
     file.write(before)
     file.write(header.encode() + b" " * _padding(len(header)))
-    for part in (data, source.after):
+    for part in (data, source.hdus_after):
         file.write(part)
         file.write(bytes(_padding(file.tell())))
 
@@ -1554,7 +1563,8 @@ def _check_tiff_page(page, size):
     needed = height * width * channels * dtype.itemsize
     stored = min(sum(counts), size)
     pieces = 1 if page.is_final else chunks
-    _check_claims(codec, TIFF_CODECS, needed, stored, pieces)
+    _check_codec(codec, TIFF_CODECS)
+    _check_claims(needed, stored, pieces)
     return colors
 
 
@@ -1653,13 +1663,6 @@ def _kind_of(file):
     return next((k for k, begins in STARTS.items() if re.match(begins, start, re.DOTALL)), None)
 
 
-def _refuse_raw(kind):
-    """Say that a camera's raw file is no picture yet."""
-    _refuse(
-        f"is a camera's raw file ({kind}), a single undeveloped frame",
-        "calibrate, debayer, and stack it first, and save the stack as XISF, FITS, or TIFF")
-
-
 def picture_format(path):
     """Return the name in FORMATS of a file's format, by its content; None for another one."""
     if os.path.isfile(path):  # opening a FIFO would wait forever
@@ -1699,7 +1702,8 @@ def picture_stem(path):
 def read_mask(path):
     """Read a mask, also one that only Pillow reads: PNG, palettes, 1 bit.
 
-    Returns a Picture whose planes are weights in [0, 1], the largest 1; one plane if all are alike.
+    Returns a Picture whose planes are weights in [0, 1], see `mask_weights`; one plane if all are
+    alike.
     Raises BgError as `read_picture`, and for negative values.
     """
     try:
@@ -1742,8 +1746,8 @@ def mask_weights(planes):
     return planes
 
 
-def rows_of(source):
-    """Return a source that tells nothing but the order of another one's rows, for its mask."""
+def source_of_mask(source):
+    """Return what a mask has of its picture's source: the order of the rows, and nothing else."""
     if isinstance(source, FitsSource) and source.top_down:
         from astropy.io import fits
         return FitsSource(fits.Header([(ROW_ORDER, "TOP-DOWN")]))
@@ -1765,23 +1769,25 @@ FORMATS = {
 def atomic_outputs(*paths):
     """Open files that take the names `paths` once all are whole, and else leave nothing behind.
 
-    Until then they are hidden files in the same folder, made if missing, and no other run can write
-    them. Their names depend on `paths` alone, so the next run takes over what a killed one left.
+    Until then they are hidden files in the same folder, which is made if it is missing.
 
-    Raises BgError if they cannot be written, or another run writes them.
+    Raises BgError if they cannot be written.
     """
     folder = os.path.dirname(paths[0]) or "."
     try:
-        with ExitStack() as stack:
+        with ExitStack() as at_end:
             os.makedirs(folder, exist_ok=True)
-            files = [stack.enter_context(_hidden_file(path)) for path in paths]
+            files = []
+            for _ in paths:
+                name = os.path.join(folder, f".bgoptimizer-{secrets.token_hex(8)}.tmp")
+                at_end.callback(_remove, name)
+                files.append(at_end.enter_context(open(name, "xb")))
             yield files
             for file in files:
                 file.flush()
                 os.fsync(file.fileno())  # a name that survives a power cut leads to a whole file
-                if fcntl is None:
-                    file.close()  # Windows renames no open file
-            _rename_all(paths)
+                file.close()  # Windows renames no open file
+            _rename_all([file.name for file in files], paths)
     except OSError as error:
         if isinstance(error, BrokenPipeError) or lacks_memory(error):  # no output is a pipe
             raise
@@ -1790,66 +1796,19 @@ def atomic_outputs(*paths):
                       "free space or choose another folder") from None
 
 
-def _hidden_name(path, ending):
-    """Return the name, in the folder of an output, of what becomes it or what it was before."""
-    folder, name = os.path.split(path)
-    digest = hashlib.sha1(os.fsencode(name)).hexdigest()  # any name is short enough
-    return os.path.join(folder, f".bgoptimizer-{digest[:16]}{ending}")
-
-
-@contextmanager
-def _hidden_file(path):
-    """Open the file that will become an output; it is removed if it does not."""
-    name = _hidden_name(path, ".tmp")
-    if fcntl is None:
-        _remove(name)  # Windows removes no file that a run has open
-    is_ours = is_new = not os.path.exists(name)
-    try:
-        open(name, "ab").close()  # so that it is there
-        with open(name, "r+b") as file:
-            is_ours = _has_alone(file, name, is_new)
-            if not is_ours:
-                raise BgError(f"another run is writing {path}; wait until it ends, or choose "
-                              f"another folder (if none runs, delete {name})")
-            file.truncate()
-            yield file
-    except BaseException:
-        if is_ours:
-            _remove(name)
-        raise
-
-
-def _has_alone(file, name, is_new):
-    """Tell whether this run has a file of this name for itself; then no other run gets it."""
-    if fcntl is None:
-        return is_new
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:  # some disks know no locks
-        return is_new
-    # Its run may have ended just now, and renamed it
-    return os.path.exists(name) and os.path.samefile(file.fileno(), name)
-
-
-def _rename_all(paths):
-    """Give files their names, all or none: what had these names before, comes back if one fails.
-
-    A kill may leave some out, but never mixes two runs.
-    """
+def _rename_all(names, paths):
+    """Give files their paths, all or none: what was there before, comes back if one fails."""
     with ExitStack() as undo:
-        for path in paths:
+        for name, path in zip(names, paths):
             if os.path.isfile(path):
-                aside = _hidden_name(path, ".old")
-                os.replace(path, aside)
-                undo.callback(os.replace, aside, path)
-        for path in paths:
-            os.replace(_hidden_name(path, ".tmp"), path)
+                os.replace(path, f"{name}.old")
+                undo.callback(os.replace, f"{name}.old", path)
+        for name, path in zip(names, paths):
+            os.replace(name, path)
             undo.callback(_remove, path)
         undo.pop_all()
-    for path in paths:
-        _remove(_hidden_name(path, ".old"))
+    for name in names:
+        _remove(f"{name}.old")
 
 
 def _remove(name):
@@ -1899,7 +1858,9 @@ def keep_dark_samples(planes: np.ndarray) -> int:
 
 def _keep_dark_samples(plane):
     dark = plane == 0  # (h, w)
-    others = plane[_present(plane)] if dark.any() else dark[:0]
+    if not dark.any():
+        return 0
+    others = plane[_present(plane)]
     if not others.size or others.min() > NEAR_BLACK * others.mean():
         return 0
     down = _long_runs(dark.copy())
@@ -2279,6 +2240,62 @@ def stretch_and_mask(reduced: Reduced, stretch: Stretch, settings: Settings) -> 
     return Prepared(**parts)
 
 
+def _inside_thresholds(image: np.ndarray, settings: Settings) -> np.ndarray:
+    """Return True where a stretched sample is neither too dark nor too bright."""
+    return (settings.threshold_min <= image) & (image <= settings.threshold_max)
+
+
+def full_mask(prepared: Prepared, settings: Settings) -> np.ndarray:
+    """Return the mask of the fit at full size, (1 or c, h, w) float32, 1 = sky.
+
+    It has one channel if all channels have the same mask.
+    """
+    weight = prepared.weight
+    first = weight[..., :1]
+    if (weight == first).all():
+        weight = first
+    mask = _enlarge(weight, settings.downscaling_factor, prepared.full_shape)
+    mask = np.moveaxis(mask, -1, 0)
+    return np.ascontiguousarray(mask, np.float32)
+
+
+def _enlarge(reduced: np.ndarray, factor: int, shape: tuple[int, int]) -> np.ndarray:
+    """Repeat what was reduced, (rows, columns, ...), so that it fills a frame of `shape` (h, w)."""
+    height, width = shape
+    tall = reduced.repeat(factor, axis=0)
+    large = tall[:height].repeat(factor, axis=1)
+    return large[:, :width]
+
+
+def mask_reasons(prepared: Prepared, settings: Settings) -> dict[str, np.ndarray]:
+    """Tell why pixels of the reduced frame are left out.
+
+    Returns:
+        Reason -> (h, w) bool. A pixel that is left out has exactly one reason.
+    """
+    inside = prepared.present & _inside_thresholds(prepared.image, settings)
+    conditions = {  # the first one that holds counts
+        "missing": ~prepared.present.any(-1),
+        "threshold": ~inside.any(-1),
+        "rim": prepared.rim,
+        "mask file": (prepared.user_mask == 0).any(-1),
+        "auto": np.full(inside.shape[:2], True),
+    }
+    reasons = {}
+    left_out = ~prepared.used
+    for reason, where in conditions.items():
+        reasons[reason] = left_out & where
+        left_out = left_out & ~reasons[reason]
+    return reasons
+
+
+def clipped_by_stretch(prepared: Prepared) -> np.ndarray:
+    """Return True, (h, w, c), where the stretch ends at 1, so that the fit sees no brightness."""
+    return prepared.image == 1
+
+
+# --- Rims: edges of the frame that are darker than the picture by a step ---
+
 RIM_VIEW = 300  # rims are looked for on a copy whose longer side has at most so many pixels
 
 # Less than this part of the light is left beyond a step. Where fewer exposures reach, more is.
@@ -2431,59 +2448,6 @@ def _nearest(where: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the indices of the nearest pixel of `where`, (h, w) bool, for each pixel."""
     _, indices = scipy.ndimage.distance_transform_edt(~where, return_indices=True)
     return tuple(indices)
-
-
-def _inside_thresholds(image: np.ndarray, settings: Settings) -> np.ndarray:
-    """Return True where a stretched sample is neither too dark nor too bright."""
-    return (settings.threshold_min <= image) & (image <= settings.threshold_max)
-
-
-def full_mask(prepared: Prepared, settings: Settings) -> np.ndarray:
-    """Return the mask of the fit at full size, (1 or c, h, w) float32, 1 = sky.
-
-    It has one channel if all channels have the same mask.
-    """
-    weight = prepared.weight
-    first = weight[..., :1]
-    if (weight == first).all():
-        weight = first
-    mask = _enlarge(weight, settings.downscaling_factor, prepared.full_shape)
-    mask = np.moveaxis(mask, -1, 0)
-    return np.ascontiguousarray(mask, np.float32)
-
-
-def _enlarge(reduced: np.ndarray, factor: int, shape: tuple[int, int]) -> np.ndarray:
-    """Repeat what was reduced, (rows, columns, ...), so that it fills a frame of `shape` (h, w)."""
-    height, width = shape
-    tall = reduced.repeat(factor, axis=0)
-    large = tall[:height].repeat(factor, axis=1)
-    return large[:, :width]
-
-
-def mask_reasons(prepared: Prepared, settings: Settings) -> dict[str, np.ndarray]:
-    """Tell why pixels of the reduced frame are left out.
-
-    Returns:
-        Reason -> (h, w) bool. A pixel that is left out has exactly one reason.
-    """
-    inside = prepared.present & _inside_thresholds(prepared.image, settings)
-    reasons = {  # the first one that holds counts
-        "missing": ~prepared.present.any(-1),
-        "threshold": ~inside.any(-1),
-        "rim": prepared.rim,
-        "mask file": (prepared.user_mask == 0).any(-1),
-        "auto": True,
-    }
-    left_out = ~prepared.used
-    for reason, where in reasons.items():
-        reasons[reason] = left_out & where
-        left_out = left_out & ~reasons[reason]
-    return reasons
-
-
-def clipped_by_stretch(prepared: Prepared) -> np.ndarray:
-    """Return True, (h, w, c), where the stretch ends at 1, so that the fit sees no brightness."""
-    return prepared.image == 1
 
 
 # --------------------------------------------------------------------------------------------------
@@ -4261,12 +4225,12 @@ def plate_solution(source: Any, height: int):
         solution = WCS(keywords, naxis=2)
         if solution.has_celestial:
             return solution
-        if isinstance(source, Source):
+        if isinstance(source, XisfSource):
             return WCS(_solution_of_xisf(source, height))
     return None
 
 
-def _solution_of_xisf(source: Source, height: int) -> dict:
+def _solution_of_xisf(source: XisfSource, height: int) -> dict:
     """Return PixInsight's properties of a plate solution as FITS keywords.
 
     There, rows are counted from the top, and the corner of the first pixel is 0, 0.
@@ -6272,7 +6236,7 @@ def write_outputs(task: Task, picture: Picture, result: Result, files: dict) -> 
             result.deviations, picture.source, unit, "the standard deviation of the model")
     if "mask" in files:
         mask = full_mask(result.prepared, result.settings)
-        pictures["mask"] = mask, rows_of(picture.source), Unit(), "the mask, 1 = sky"
+        pictures["mask"] = mask, source_of_mask(picture.source), Unit(), "the mask, 1 = sky"
     for kind, (planes, metadata, unit, what) in pictures.items():
         lines = history + [f"bgoptimizer: this is {what}"]
         task.format.write(files[kind], planes, metadata, lines, task.options.compress, unit)
@@ -6844,7 +6808,7 @@ class PreviewWindow(Preview):
         path = self.mask_path(view)
         if view.drawn is not None:
             lines = ["bgoptimizer: a mask drawn by hand, 1 = sky"]
-            metadata = rows_of(self.picture.source)
+            metadata = source_of_mask(self.picture.source)
             mask = self.full_mask(view)
             task = self.task
             with atomic_outputs(path) as (file,):
@@ -7047,8 +7011,7 @@ def _files_at(name: str) -> list[str]:
 def run_many(pictures: list[str], options: argparse.Namespace, interrupts: _Interrupts) -> None:
     """Do all these pictures as the command line says, and write the report.
 
-    Until it is written no other run can write it, so no two runs work on one folder. A BgError is
-    raised if nothing can be done at all, and if some of the pictures failed.
+    A BgError is raised if nothing can be done at all, and if some of the pictures failed.
     """
     started = time.perf_counter()
     if options.preview or options.figures == "show":

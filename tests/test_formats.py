@@ -83,7 +83,7 @@ def header():
 def xisf_source(*elements):
     """A Source whose Image holds these elements, which are text."""
     text = "".join(["<xisf><Image>", *elements, "</Image><Metadata/></xisf>"])
-    return bg.Source(bg.ElementTree.XML(text), {})
+    return bg.XisfSource(bg.ElementTree.XML(text), {})
 
 
 def icc_hdu():
@@ -175,7 +175,7 @@ def test_the_demo_as_fits_reads_to_the_same_planes(kind, demo, folder):
 def test_a_compressed_fits_reads_to_the_same_planes(kind, demo, folder):
     picture = bg.read_picture(save_compressed("demo.fits.fz", demo[:, :200, :300], kind))
     assert np.array_equal(picture.planes, bg.read_picture(str(DEMO)).planes[:, :200, :300])
-    assert picture.source.before == b""
+    assert picture.source.hdus_before == b""
 
 
 @pytest.mark.parametrize("kind, options", [
@@ -1066,7 +1066,7 @@ def test_a_star_keeps_its_place_in_the_sky(order, second, matrix, small, folder)
 
 def test_a_saved_mask_has_the_order_of_rows_of_its_picture(folder):
     picture = bg.read_picture(save_letter("fits", "TOP-DOWN"))
-    mask = bg.Picture(picture.planes, bg.rows_of(picture.source), [])
+    mask = bg.Picture(picture.planes, bg.source_of_mask(picture.source), [])
     path = written("fits", mask)
     assert fits.getheader(path)["ROWORDER"] == "TOP-DOWN"
     assert np.array_equal(fits.getdata(path), letter())

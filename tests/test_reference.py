@@ -203,7 +203,7 @@ def xisf_with_solution(path, image, header):
             element, "Property", id=start + name, type=kind, location="inline:base64", **size)
         part.text = base64.b64encode(np.array(numbers, "<f8").tobytes()).decode()
     with open(path, "wb") as file:
-        bgoptimizer.write_xisf(file, to_planes(image), bgoptimizer.Source(root, {}))
+        bgoptimizer.write_xisf(file, to_planes(image), bgoptimizer.XisfSource(root, {}))
     return str(path)
 
 

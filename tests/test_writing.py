@@ -1,4 +1,4 @@
-"""What is left of a run that is ended from outside, or meets another.
+"""What is left of a run that is ended from outside.
 
 These are whole pairs of one run, or nothing.
 """
@@ -7,7 +7,6 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -15,44 +14,15 @@ import numpy as np
 import pytest
 
 import bgoptimizer
-from runner import FAST, PAIR, SCRIPT, command, imports_script, python, refused, run
+from runner import FAST, PAIR, SCRIPT, command, python, refused, run
 from scenes import load, save, sloping_sky
 
 SIGNALS = pytest.mark.skipif(os.name == "nt", reason="signals differ")
-
-# Opens its outputs, tells that it has, and waits
-HOLDER = """
-import sys, bgoptimizer
-with bgoptimizer.atomic_outputs(*sys.argv[1:]) as files:
-    files[0].write(b"half")
-    print("opened", flush=True)
-    sys.stdin.read()
-"""
-
-
-def holder(*paths):
-    """Return a process that has the outputs `paths` open."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", HOLDER, *map(str, paths)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=imports_script(),
-    )
-    assert process.stdout.readline() == "opened\n"
-    return process
-
 
 def handlers():
     """Return what is called at each of the signals that end a run."""
     ending = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
     return [signal.getsignal(number) for number in ending]
-
-
-def end(process, number=signal.SIGTERM):
-    process.send_signal(number)
-    process.wait()
-    process.stdout.close()
 
 
 def write(*paths, data=b"new"):
@@ -114,18 +84,6 @@ def test_a_command_under_nohup_does_not_end_when_the_terminal_closes():
         signal.signal(signal.SIGHUP, before)
 
 
-@pytest.mark.parametrize("ending", [".tmp", ".old"])
-def test_the_next_run_of_a_picture_removes_what_a_killed_one_left(ending, folder):
-    process = holder("a.xisf", "b.xisf")
-    process.kill()
-    end(process, 0)
-    for name in os.listdir("."):
-        os.rename(name, name.replace(".tmp", ending))
-    assert len(os.listdir(".")) == 2
-    write("b.xisf", "a.xisf")
-    assert sorted(os.listdir(".")) == ["a.xisf", "b.xisf"]
-
-
 @SIGNALS
 def test_a_kill_between_the_names_never_mixes_two_runs(folder):
     write("a.xisf", "b.xisf", data=b"old")
@@ -146,8 +104,6 @@ with bgoptimizer.atomic_outputs("a.xisf", "b.xisf") as files:
         assert python(killed, at).returncode == -signal.SIGKILL
         outputs = [name for name in os.listdir(".") if not name.startswith(".")]
         assert len({Path(name).read_bytes() for name in outputs}) <= 1
-    write("a.xisf", "b.xisf")
-    assert sorted(os.listdir(".")) == ["a.xisf", "b.xisf"]
 
 
 @pytest.mark.parametrize("at", [1, 2])
@@ -216,49 +172,15 @@ def test_runs_killed_at_any_moment_leave_whole_pairs(folder):
         process.send_signal(number)
         process.wait()
         assert len({run_of(f"out/{name}") for name in PAIR}) == 1
-    assert subprocess.run(arguments, stdout=subprocess.DEVNULL).returncode == 0
-    assert sorted(os.listdir("out")) == PAIR  # what the killed runs left is gone
     assert (folder / "sky.xisf").read_bytes() == kept
 
 
-# --------------------------------------------------------------------------------- two runs at once
-
-def test_the_second_run_of_a_pair_says_that_another_writes_it(sky, folder, capsys, monkeypatch):
-    monkeypatch.setattr(bgoptimizer, "fit_sky", None)  # nothing is fitted before
-    os.mkdir("out")
-    process = holder("out/sky_bgModel.xisf")
-    assert run("sky.xisf", "out", *FAST) == 1
-    said = refused(capsys)
-    assert re.search("another run is writing out.sky_bgModel.xisf; wait until it ends", said)
-    temporary, = Path("out").glob(".*.tmp")
-    assert str(temporary) in said
-    end(process)
-
-
-def test_runs_on_different_pictures_share_a_folder(folder):
-    process = holder("a.xisf")
-    write("b.xisf")
-    assert (folder / "b.xisf").read_bytes() == b"new"
-    assert len(os.listdir(".")) == 2
-    end(process)
-
-
-def test_of_two_threads_one_writes_and_one_is_refused(folder):
-    refusals = []
-
-    def second():
-        try:
-            write("a.xisf", data=b"second")
-        except bgoptimizer.BgError as refusal:
-            refusals.append(str(refusal))
-
+def test_of_two_runs_at_once_the_last_one_writes_whole_files(folder):
     with bgoptimizer.atomic_outputs("a.xisf") as (file,):
-        thread = threading.Thread(target=second)
-        thread.start()
-        thread.join()
-        file.write(b"first")
-    assert len(refusals) == 1 and "another run is writing a.xisf" in refusals[0]
-    assert (folder / "a.xisf").read_bytes() == b"first"
+        file.write(b"last")
+        write("a.xisf", data=b"first, and longer")
+        assert (folder / "a.xisf").read_bytes() == b"first, and longer"
+    assert (folder / "a.xisf").read_bytes() == b"last"
     assert os.listdir(".") == ["a.xisf"]
 
 

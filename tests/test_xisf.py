@@ -396,7 +396,7 @@ def test_the_xisf_package_reads_what_we_write(tmp_path):
         assert np.array_equal(solution["value"], [652, 488])
 
 
-def test_the_package_reads_compressed_pixels(tmp_path, monkeypatch):
+def test_the_package_reads_compressed_blocks(tmp_path, monkeypatch):
     read_image, sizes = xisf.XISF.read_image, []
 
     def counted(*arguments):
