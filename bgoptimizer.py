@@ -145,6 +145,11 @@ def lacks_memory(error: BaseException | None) -> bool:
     return False
 
 
+def _flag(flag: str, default, least, most):
+    """Return a field that a flag sets: `least` to `most` if it is a number, else one of the two."""
+    return field(default=default, metadata=dict(flag=flag, least=least, most=most))
+
+
 @dataclass(frozen=True)
 class Settings:
     """What a run is asked to do; checked when made.
@@ -155,54 +160,42 @@ class Settings:
         ValueError: a value is out of its range; the text names the flag and the range.
     """
 
-    downscaling_factor: int = 8  # less noise, fewer stars, 64 times fewer pixels
-    downscaling_func: str = "median"  # drops small stars
-    delinearization_quantile: float | None = None
-    points: int | None = None
-    order: int = 2  # a thin plate, the surface that bends least
-    threshold_min: float = 0.001
-    threshold_max: float = 1.0
-    initializer: str = "random"
-    epochs: int = 1000
-    alpha: float = 5.0  # a sky above a pixel costs 11 times what a sky below it costs, so it
-    # settles at the low side of the noise
-    batch: int = 1  # samples of SAMPLE_CELLS; one is enough
-    learning_rate: float = 0.001
-    smoothing: float | None = None
-    correction: str = "subtract"  # or "divide", for what dims the light instead of adding to it
-    auto: bool = False
-    seed: int = 0
+    downscaling_factor: int = _flag("-dx", 8, 1, 10**6)  # less noise, fewer stars and pixels
+    downscaling_func: str = _flag("-df", "median", "median", "mean")  # a median drops small stars
+    delinearization_quantile: float | None = _flag("-dq", None, 1e-9, 1)
+    points: int | None = _flag("-N", None, 3, 4096)
+    order: int = _flag("-O", 2, 1, 4)  # 2 is a thin plate, the surface that bends least
+    threshold_min: float = _flag("-tm", 0.001, -10**9, 10**9)
+    threshold_max: float = _flag("-tM", 1.0, -10**9, 10**9)
+    initializer: str = _flag("-i", "random", "random", "grid")
+    epochs: int = _flag("-e", 1000, 1, 10**9)
+    alpha: float = _flag("-a", 5.0, 0, 10**9)  # a sky above a pixel costs 11 times what a sky
+    # below it costs, so it settles at the low side of the noise
+    batch: int = _flag("-B", 1, 1, 10**9)  # samples of SAMPLE_CELLS; one is enough
+    learning_rate: float = _flag("-lr", 0.001, 1e-9, 10**9)
+    smoothing: float | None = _flag("--smoothing", None, 0, 10**9)
+    correction: str = _flag("--correction", "subtract", "subtract", "divide")  # to divide is for
+    # what dims the light instead of adding to it
+    auto: bool = _flag("--auto", False, False, True)
+    seed: int = _flag("--seed", 0, 0, 2**32 - 1)
 
     def __post_init__(self):
-        whole, real = numbers.Integral, numbers.Real
-        ranges = {  # flag: value, its type, least, most
-            "-dx": (self.downscaling_factor, whole, 1, 10**6),
-            "-dq": (self.delinearization_quantile, real, 1e-9, 1),
-            "-N": (self.points, whole, 3, 4096),
-            "-O": (self.order, whole, 1, 4),
-            "-tm": (self.threshold_min, real, -10**9, 10**9),
-            "-tM": (self.threshold_max, real, -10**9, 10**9),
-            "-e": (self.epochs, whole, 1, 10**9),
-            "-a": (self.alpha, real, 0, 10**9),
-            "-B": (self.batch, whole, 1, 10**9),
-            "-lr": (self.learning_rate, real, 1e-9, 10**9),
-            "--smoothing": (self.smoothing, real, 0, 10**9),
-            "--seed": (self.seed, whole, 0, 2**32 - 1),
-        }
-        for flag, (value, kind, least, most) in ranges.items():
-            is_open = value is None and flag in ("-dq", "-N", "--smoothing")
-            if not is_open and not (isinstance(value, kind) and least <= value <= most):
-                raise ValueError(f"{flag} must be {least} to {most}")
+        for item in fields(self):
+            value = getattr(self, item.name)
+            flag, least, most = item.metadata.values()
+            if value is None and item.default is None:
+                continue
+            if item.type in ("str", "bool"):
+                words = f"{least} or {most}"
+                fits = value in (least, most)
+            else:
+                words = f"{least} to {most}"
+                kind = numbers.Integral if item.type.startswith("int") else numbers.Real
+                fits = isinstance(value, kind) and least <= value <= most
+            if not fits:
+                raise ValueError(f"{flag} must be {words}")
         if self.threshold_min >= self.threshold_max:
             raise ValueError("-tM must be above -tm")
-        choices = {
-            "-df": (self.downscaling_func, "median", "mean"),
-            "-i": (self.initializer, "random", "grid"),
-            "--correction": (self.correction, "subtract", "divide"),
-        }
-        for flag, (value, *allowed) in choices.items():
-            if value not in allowed:
-                raise ValueError(f"{flag} must be {' or '.join(allowed)}")
 
     def resolved(self) -> Settings:
         """Return these settings with a value for every None but `smoothing`: see `examine`."""
@@ -7394,11 +7387,6 @@ def _by_dask(to_do: list[Task], address: str) -> Iterator[Outcome]:
 # Command line
 # --------------------------------------------------------------------------------------------------
 
-# Flags of the fields of Settings, in their order
-FLAGS = ("-dx", "-df", "-dq", "-N", "-O", "-tm", "-tM", "-i", "-e", "-a", "-B", "-lr",
-         "--smoothing", "--correction", "--auto", "--seed")
-
-
 class _Parser(argparse.ArgumentParser):
     """An argument parser that says what is wrong in one line."""
 
@@ -7433,7 +7421,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="compress without loss: XISF by LZ4-HC, FITS by GZIP_2, TIFF by deflate")
     add("-dx", "--downscaling-factor", type=int,
         help="side of the blocks of pixels that the fit sees as one pixel")
-    add("-df", "--downscaling-func", choices=("median", "mean"), metavar="DOWNSCALING_FUNC",
+    add("-df", "--downscaling-func",
         help="what a block is reduced to, median or mean; the median drops small stars")
     add("-dq", "--delinearization-quantile", type=float,
         default=f"{DEFAULT_QUANTILE}, with --auto {AUTO_QUANTILE}",
@@ -7451,8 +7439,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="leave out what is brighter than this in the stretched picture")
     add("-m", "--mask", default="none",
         help="a picture of the same size: 1 = use, 0 = leave out, between = weight")
-    add("-i", "--initializer", choices=("random", "grid"), metavar="INITIALIZER",
-        help="where the control points start, random or grid")
+    add("-i", "--initializer", help="where the control points start, random or grid")
     add("-e", "--epochs", type=int, help="most epochs; the fit ends before when nothing improves")
     add("-a", "--alpha", type=float, default="%(default)g",
         help="weight of the penalties on a sky that is negative or brighter than the picture")
@@ -7465,7 +7452,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--smoothing", type=auto_or_number, metavar="{auto,NUMBER}",
         default="auto, found from the picture",
         help="stiffness: 10000 is a plane, 1000 adds a bowl, 0.001 follows all that is smooth")
-    add("--correction", choices=("subtract", "divide"),
+    add("--correction", metavar="{subtract,divide}",
         help="what is done with the sky: subtract it, or divide by it, against vignetting")
     add("--format", choices=tuple(FORMATS), default="the one of the input",
         help="format of the outputs")
@@ -7522,8 +7509,10 @@ def flag_words(options: argparse.Namespace, settings: Settings, mask: str | None
     Settings that are as `usual` are left out; without any, what follows may change no setting.
     """
     words = []
-    for flag, (name, value) in zip(FLAGS, vars(settings).items()):
-        if usual is not None and value == getattr(usual, name):
+    for item in fields(settings):
+        flag = item.metadata["flag"]
+        value = getattr(settings, item.name)
+        if usual is not None and value == getattr(usual, item.name):
             continue
         if value is True:
             words.append(flag)
