@@ -4290,15 +4290,21 @@ class OpenedReference(NamedTuple):
 
 
 def open_reference(path: str) -> OpenedReference:
-    """Read a reference; raises BgError if it cannot be read."""
+    """Read a reference, once for all pictures of a folder; raises BgError if it cannot be read."""
+    with _refusals(path):
+        changed = os.stat(path).st_mtime_ns
+    return _open_reference(path, changed)
+
+
+@functools.lru_cache(maxsize=1)
+def _open_reference(path, changed):
     other = read_picture(path)
     solution = plate_solution(other.source, other.planes.shape[1])
     checksum = hashlib.sha256(Path(path).read_bytes()).hexdigest()
     return OpenedReference(other.planes, solution, checksum)
 
 
-def read_reference(path: str, picture: Picture, factor: int,
-                   opened: Callable[[str], OpenedReference] = open_reference) -> Reference:
+def read_reference(path: str, picture: Picture, factor: int) -> Reference:
     """Read a reference, and lay it on a picture.
 
     Where it lies is told by plate solutions, if both have one. Otherwise a reference of the same
@@ -4308,12 +4314,11 @@ def read_reference(path: str, picture: Picture, factor: int,
         path: of the reference.
         picture: as it was read.
         factor: side of a block of the picture's pixels.
-        opened: as `open_reference`.
 
     Raises:
         BgError: it cannot be read, or nothing tells where it lies.
     """
-    other = opened(path)
+    other = open_reference(path)
     planes = other.planes
     height, width = picture.planes.shape[1:]
     ours = plate_solution(picture.source, height)
@@ -6276,7 +6281,7 @@ def read_inputs(task: Task) -> tuple[Picture, np.ndarray | None, Reference | Non
         mask = _read_and_warn(read_mask, options.mask).planes
     if options.reference is not None:
         factor = task.settings.downscaling_factor
-        reference = read_reference(options.reference, picture, factor, reference_once)
+        reference = read_reference(options.reference, picture, factor)
     task.check()  # nobody shall wait for what cannot be saved
     for name in USED_BESIDE_IMPORTS:
         module, _, part = name.rpartition(".")
@@ -6291,18 +6296,6 @@ def _read_and_warn(read: Callable[[str], Picture], path: str) -> Picture:
     for text in picture.warnings:
         logger.warning(f"{path} {text}")
     return picture
-
-
-def reference_once(path: str) -> OpenedReference:
-    """Read a reference; one that all pictures of a folder have is read once."""
-    with _refusals(path):
-        changed = os.stat(path).st_mtime_ns
-    return _kept_reference(path, changed)
-
-
-@functools.lru_cache(maxsize=1)
-def _kept_reference(path, changed):
-    return open_reference(path)
 
 
 # What is used while another thread imports TensorFlow. It has to be there before: where two threads
@@ -7141,7 +7134,7 @@ def run_many(pictures: list[str], options: argparse.Namespace, interrupts: _Inte
     if options.preview or options.figures == "show":
         raise BgError("--preview and --figures show are for one picture; "
                       f"name it, such as {pictures[0]}")
-    for path, read in ((options.mask, read_mask), (options.reference, reference_once)):
+    for path, read in ((options.mask, read_mask), (options.reference, open_reference)):
         if path is not None:
             read(path)  # so that a bad one is told once
     report = os.path.join(options.output_path, REPORT_NAME)
