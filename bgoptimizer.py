@@ -106,7 +106,6 @@ if __name__ == "__main__":
 ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TF_NUM_INTRAOP_THREADS": "1"}
 os.environ.update(ONE_THREAD if __name__ == "__main__" else {**ONE_THREAD, **os.environ})
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")  # else it takes all memory of a GPU
 
 import numpy as np  # noqa: E402
 import scipy  # noqa: E402  (its parts are imported when first used)
@@ -2590,7 +2589,10 @@ def _phi(x, y, order):
 def import_tensorflow():
     """Import TensorFlow, which takes seconds, and which help, errors, and previews do not need."""
     try:
-        return importlib.import_module("tensorflow")
+        tf = importlib.import_module("tensorflow")
+        with suppress(RuntimeError):  # the program that imports this script uses its GPUs already
+            tf.config.set_visible_devices([], "GPU")  # starting one takes longer than a fit
+        return tf
     except Exception as error:  # missing, or broken: then it fails with almost any error
         if lacks_memory(error):
             raise
@@ -5157,7 +5159,7 @@ def _begin(lesson: Lesson, settings: Settings) -> tuple[Callable, Any]:
     cells = [tf.TensorSpec([None, part.shape[1]]) for part in lesson.sample]
     kinds = tf.nest.map_structure(tf.TensorSpec.from_tensor, lesson)
     kinds = kinds._replace(sample=Sample(*cells))
-    traced, variables, adam = _traced_step(kinds, settings.order, lesson.nodes.device)
+    traced, variables, adam = _traced_step(kinds, settings.order)
     for variable in variables:  # forget the picture before
         variable.assign(tf.zeros_like(variable))
 
@@ -5172,7 +5174,7 @@ def _begin(lesson: Lesson, settings: Settings) -> tuple[Callable, Any]:
 
 
 @functools.lru_cache(maxsize=8)  # a folder holds pictures of few kinds
-def _traced_step(kinds: Lesson, order: int, device: str) -> tuple:
+def _traced_step(kinds: Lesson, order: int) -> tuple:
     """Return the training step of all lessons of these kinds, its variables, and its Adam.
 
     TensorFlow takes longer to trace a step than to do a hundred. The variables are 0 at the start.
@@ -5231,44 +5233,18 @@ def _cell_terms(sample, surface):
     ]
 
 
-def compute_devices() -> list[tuple[str, str]]:
-    """Return what to compute on, a GPU if one works, then the CPU: place in `tf.device`, name."""
-    tf = import_tensorflow()
-    devices = [("/CPU:0", "the CPU")]
-    try:
-        # This starts the GPU, and fails where another program holds it
-        if tf.config.list_logical_devices("GPU"):
-            first, *_ = tf.config.list_physical_devices("GPU")
-            details = tf.config.experimental.get_device_details(first)
-            devices.insert(0, ("/GPU:0", details.get("device_name", "the GPU")))
-    except (tf.errors.OpError, RuntimeError) as error:
-        reason = type(error).__name__
-        logger.info(f"the GPU cannot be started ({reason}); going on with the CPU")
-        tf.config.set_visible_devices([], "GPU")
-    return devices
-
-
 _fitting = threading.Lock()  # there is one training for all threads
 
 
 def fit_sky(examined: Examined, settings: Settings,
             on_epoch: Callable[[int, float], None] | None = None) -> Fit:
-    """Fit the surface to what `examine` gave, on the first device that works; see `fit_surface`."""
+    """Fit the surface to what `examine` gave, on the CPU; see `fit_surface`."""
     tf = import_tensorflow()
     positions = start_positions(settings, examined.sky, examined.full_shape)
     start = positions, start_values(examined, positions)
-    devices = compute_devices()
-    for place, name in devices:
-        logger.info(f"fitting {len(positions)} control points, "
-                    f"smoothing {settings.smoothing:.3g}, on {name}")
-        try:
-            with _fitting, tf.device(place):
-                return fit_surface(examined, settings, start, on_epoch)
-        except tf.errors.OpError as error:
-            if place == devices[-1][0]:
-                raise
-            logger.info(f"{name} failed ({type(error).__name__}); going on with the CPU "
-                        "(a smaller -B needs less memory)")
+    logger.info(f"fitting {len(positions)} control points, smoothing {settings.smoothing:.3g}")
+    with _fitting, tf.device("/CPU:0"):
+        return fit_surface(examined, settings, start, on_epoch)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -6326,7 +6302,7 @@ def _import_silently() -> None:
 
     Both print a page of log lines from C++, and no setting silences all of them.
     """
-    with suppress(Exception), ExitStack() as stack:  # no stderr, no TensorFlow, or a broken GPU
+    with suppress(Exception), ExitStack() as stack:  # no stderr, or no TensorFlow
         kept = os.dup(2)
         stack.callback(os.close, kept)
         with open(os.devnull, "w") as nowhere:
