@@ -2180,18 +2180,12 @@ class Prepared(Reduced):
     stretch: Stretch
     image: np.ndarray  # (h, w, c) stretched, in [0, 1]; 0 where missing
     weight: np.ndarray  # (h, w, c) in [0, 1]; 0 where masked or missing
+    sky: Sky | None = None  # when it is found; with auto, what shows no sky then has no weight
 
     @property
     def used(self) -> np.ndarray:
         """The pixels that take part, (h, w) bool."""
         return (self.weight > 0).any(-1)
-
-
-@dataclass(frozen=True)
-class Examined(Prepared):
-    """A prepared picture, and the sky in it; with auto, what shows no sky has no weight."""
-
-    sky: Sky
 
 
 def frame_coordinates(height: int, width: int, factor: int = 1) -> np.ndarray:
@@ -4912,7 +4906,7 @@ def _denser(lines, density):
     return np.interp(lines, share, even)
 
 
-def start_values(examined: Examined, positions: np.ndarray) -> np.ndarray:
+def start_values(examined: Prepared, positions: np.ndarray) -> np.ndarray:
     """Return the first values at control points (n, 2): the sky found there, stretched (n, c)."""
     linear = examined.sky.surface(positions)
     return examined.stretch.extend(linear).astype(np.float32)
@@ -4970,7 +4964,7 @@ class Lesson(NamedTuple):
     alpha: Any  # () weight of overshoot and negative sky
 
 
-def sky_sample(examined: Examined, settings: Settings) -> Sample:
+def sky_sample(examined: Prepared, settings: Settings) -> Sample:
     """Draw the cells that the fit sees.
 
     With auto, the surface follows those that show sky, and objects that add light bound it. Objects
@@ -5037,7 +5031,7 @@ def _stiffness(sky: Sky, settings: Settings, bending: float) -> tuple[float, flo
     return min(stiffness, most), curvature  # at a smoothing of 0, no stiffness
 
 
-def make_lesson(examined: Examined, settings: Settings,
+def make_lesson(examined: Prepared, settings: Settings,
                 start: tuple[np.ndarray, np.ndarray]) -> Lesson:
     """Put together what the training step sees of a picture; the arguments are `fit_surface`'s."""
     sky = examined.sky
@@ -5087,7 +5081,7 @@ def make_lesson(examined: Examined, settings: Settings,
         alpha=settings.alpha)
 
 
-def fit_surface(examined: Examined, settings: Settings, start: tuple[np.ndarray, np.ndarray],
+def fit_surface(examined: Prepared, settings: Settings, start: tuple[np.ndarray, np.ndarray],
                 on_epoch: Callable[[int, float], None] | None = None) -> Fit:
     """Fit the spline to the sky.
 
@@ -5236,7 +5230,7 @@ def _cell_terms(sample, surface):
 _fitting = threading.Lock()  # there is one training for all threads
 
 
-def fit_sky(examined: Examined, settings: Settings,
+def fit_sky(examined: Prepared, settings: Settings,
             on_epoch: Callable[[int, float], None] | None = None) -> Fit:
     """Fit the surface to what `examine` gave, on the CPU; see `fit_surface`."""
     tf = import_tensorflow()
@@ -5316,7 +5310,7 @@ class SkyModel:
         return map(self.plane, range(len(self.nodes)))
 
 
-def linear_sky(examined: Examined, fit: Fit) -> Callable[[np.ndarray], np.ndarray]:
+def linear_sky(examined: Prepared, fit: Fit) -> Callable[[np.ndarray], np.ndarray]:
     """Return the fitted sky: takes frame coordinates (..., 2) to linear units (..., c) in [0, 1].
 
     Its range is limited, which matters where there was no sky to fit; see MAX_EXTRAPOLATION.
@@ -5429,7 +5423,7 @@ OBJECTS_SHARE = 0.2
 
 def examine(planes: np.ndarray, settings: Settings, mask: np.ndarray | None = None,
             black: float = 0.0,
-            reference: Reference | None = None) -> tuple[Examined, Settings]:
+            reference: Reference | None = None) -> tuple[Prepared, Settings]:
     """Do everything before the fit: stretch, reduce, mask, find the sky, and warn of what is odd.
 
     It needs no TensorFlow. The arguments are those of `remove_sky`, but for `black`: the sample
@@ -5446,16 +5440,16 @@ def examine(planes: np.ndarray, settings: Settings, mask: np.ndarray | None = No
     return examined, replace(settings, smoothing=sky.smoothing)
 
 
-def with_sky(prepared: Prepared, settings: Settings, sky: Sky) -> Examined:
+def with_sky(prepared: Prepared, settings: Settings, sky: Sky) -> Prepared:
     """Return what the fit sees, now that the sky is found; with auto, objects are masked."""
     weight = prepared.weight
     if settings.auto:
         shows_sky = sky.at(sky.shows_sky, prepared.centers)  # (h, w)
         weight = weight * shows_sky[..., None]
-    return Examined(**dict(vars(prepared), weight=weight, sky=sky))
+    return replace(prepared, weight=weight, sky=sky)
 
 
-def judge(planes: np.ndarray, examined: Examined, settings: Settings) -> None:
+def judge(planes: np.ndarray, examined: Prepared, settings: Settings) -> None:
     """Tell what was found out about a picture (c, h, w), and warn of what is odd."""
     sky = examined.sky
     if sky.shared is not None:
@@ -5494,7 +5488,7 @@ class Result:
     gradient_before: float  # see `gradient`
     gradient_after: float
     settings: Settings  # as used
-    prepared: Examined
+    prepared: Prepared  # with its sky
     fit: Fit
 
     @functools.cached_property
@@ -5579,7 +5573,7 @@ def remove_sky(planes: np.ndarray, settings: Settings, mask: np.ndarray | None =
                   fit)
 
 
-def _warn_of_inverted_mask(examined: Examined) -> None:
+def _warn_of_inverted_mask(examined: Prepared) -> None:
     """Ask whether a mask is inverted: it leaves the bright minority, most of it not sky."""
     present = examined.present.all(-1)
     left = present & (examined.user_mask > 0).any(-1)
@@ -5809,7 +5803,7 @@ def _looks_like_mosaic(plane: np.ndarray) -> bool:
     return bool(large and greens < MOSAIC_GREENS * difference)
 
 
-def gradients(examined: Examined, model: Callable[[np.ndarray], np.ndarray],
+def gradients(examined: Prepared, model: Callable[[np.ndarray], np.ndarray],
               correction: str) -> tuple[float, float]:
     """Tell how uneven the sky is before and after the correction: its range over its level.
 
@@ -5834,7 +5828,7 @@ def gradients(examined: Examined, model: Callable[[np.ndarray], np.ndarray],
     return before.mean(), after.mean()
 
 
-def _log_numbers(examined: Examined, settings: Settings) -> None:
+def _log_numbers(examined: Prepared, settings: Settings) -> None:
     """Log numbers to act on before the fit."""
     height, width, _ = examined.image.shape
     present = examined.present.mean()
