@@ -5479,13 +5479,13 @@ class Result:
     """A picture whose sky was taken out, and how that came about; (h, w) pixels, c channels."""
 
     planes: np.ndarray  # (c, h, w) the picture without the sky, linear in [0, 1]
-    sky: SkyModel  # the model, as the planes
-    linear_sky: Callable[[np.ndarray], np.ndarray]  # the model; see the function of this name
+    model_planes: SkyModel  # as the planes
+    sky_at: Callable[[np.ndarray], np.ndarray]  # the model as `linear_sky` gives it
     unit: Unit  # the picture's own
     offsets: np.ndarray  # (c,) in the own unit: picture - model + offset is what is left, or
     # picture / model * offset if the sky was divided out
     clipped: float  # share of the samples that were clipped at 0 or 1
-    gradient_before: float  # see `gradient`
+    gradient_before: float  # see `gradients`
     gradient_after: float
     settings: Settings  # as used
     prepared: Prepared  # with its sky
@@ -5494,7 +5494,7 @@ class Result:
     @functools.cached_property
     def model(self) -> np.ndarray:
         """The sky, (h, w, c) in the picture's own unit."""
-        return self._to_image(self.sky)
+        return self._to_image(self.model_planes)
 
     @functools.cached_property
     def subtracted(self) -> np.ndarray:
@@ -5510,16 +5510,16 @@ class Result:
         found = self.prepared.sky
 
         def uncertain(places):
-            of_fit = self.linear_sky(places) - found.surface(places)
+            of_fit = self.sky_at(places) - found.surface(places)
             return np.hypot(found.uncertain(places), of_fit)
 
-        return SkyModel(uncertain, self.prepared.full_shape, self.sky.dtype)
+        return SkyModel(uncertain, self.prepared.full_shape, self.planes.dtype)
 
     @functools.cached_property
     def uncertainty(self) -> np.ndarray:
         """The standard deviation of the model, (h, w, c) in the picture's own unit."""
         deviations = np.stack(list(self.deviations), -1)
-        return deviations * self.sky.dtype.type(self.unit.scale)
+        return deviations * self.planes.dtype.type(self.unit.scale)
 
     def _to_image(self, planes):
         in_own_unit = [_in_own_unit(plane, self.unit) for plane in planes]
@@ -6313,7 +6313,7 @@ def write_outputs(task: Task, picture: Picture, result: Result, files: dict) -> 
     history = _history(task, result)
     own = picture.source, picture.unit
     pictures = {
-        "model": (result.sky, *own, "the sky"),
+        "model": (result.model_planes, *own, "the sky"),
         "subtracted": (result.planes, *own, "the picture without the sky"),
     }
     if "uncertainty" in files:
@@ -6682,7 +6682,7 @@ class Preview:
     def model(self) -> Callable:
         """Return the linear sky as a function of frame coordinates, trained if it is."""
         result = self.view.result
-        return result.linear_sky if result else self.sky.surface
+        return result.sky_at if result else self.sky.surface
 
     def words_on(self, x: float, y: float) -> str:
         """Say what is at a place of the picture: value and sky, in the picture's own unit."""
