@@ -5227,17 +5227,16 @@ def _cell_terms(sample, surface):
     ]
 
 
-_fitting = threading.Lock()  # there is one training for all threads
+_fitting = threading.Lock()  # there is one training for all threads; `_Interrupts` looks at it
 
 
 def fit_sky(examined: Prepared, settings: Settings,
             on_epoch: Callable[[int, float], None] | None = None) -> Fit:
     """Fit the surface to what `examine` gave, on the CPU; see `fit_surface`."""
-    tf = import_tensorflow()
     positions = start_positions(settings, examined.sky, examined.full_shape)
     start = positions, start_values(examined, positions)
-    logger.info(f"fitting {len(positions)} control points, smoothing {settings.smoothing:.3g}")
-    with _fitting, tf.device("/CPU:0"):
+    with _fitting, import_tensorflow().device("/CPU:0"):
+        logger.info(f"fitting {len(positions)} control points, smoothing {settings.smoothing:.3g}")
         return fit_surface(examined, settings, start, on_epoch)
 
 
@@ -6367,7 +6366,7 @@ class _Interrupts:
     """Ctrl-C, or another wish to end the run, that cannot get lost.
 
     A module that is being imported may swallow it. TensorFlow may crash when it is interrupted, so
-    nothing is raised while `patient`: then `check` does it.
+    nothing is raised during a fit, or while `patient`: then `check` does it.
     """
 
     asked = 0  # number of the signal
@@ -6384,11 +6383,11 @@ class _Interrupts:
 
     def _listen(self, number, _):
         self.asked = number
-        if not self.patient:
+        if not self.patient and not _fitting.locked():
             raise KeyboardInterrupt
 
     def check(self) -> None:
-        """Raise what was swallowed, or held back while `patient`."""
+        """Raise what was swallowed or held back."""
         if self.asked:
             raise KeyboardInterrupt
 
@@ -6415,11 +6414,7 @@ def watched_fit(epochs: int, interrupts: _Interrupts,
                 logger.info(f"epoch {epoch:4d}  loss {loss:.4f}")
 
         interrupts.check()
-        interrupts.patient = True
-        try:
-            yield on_epoch
-        finally:
-            interrupts.patient = False
+        yield on_epoch
         interrupts.check()
 
 
@@ -6822,23 +6817,15 @@ class PreviewWindow(Preview):
         view = self.view
         _start_importing()
 
-        def check():
+        def on_epoch(epoch, loss):
             if self.stopping.is_set():
                 raise BgError("stopped")
-
-        def on_epoch(epoch, loss):
-            check()
             self.status = f"epoch {epoch}, loss {loss:.4f}"
-
-        @contextmanager
-        def watched():
-            check()  # before TensorFlow is waited for
-            yield on_epoch
 
         def work():
             return remove_sky(
                 self.picture.planes.copy(), view.asked, self.full_mask(view), self.picture.unit,
-                watched(), self.undrawn.reference)
+                nullcontext(on_epoch), self.undrawn.reference)
 
         def keep(result):
             self.sky = result.prepared.sky
