@@ -5471,6 +5471,7 @@ def judge(planes: np.ndarray, examined: Prepared, settings: Settings) -> None:
     _warn_of_odd_data(planes, examined)
     _warn_of_inverted_mask(examined)
     _log_numbers(examined, settings)
+    _warn_of_clipped_sky(examined, settings)
 
 
 @dataclass(frozen=True)
@@ -5570,20 +5571,6 @@ def remove_sky(planes: np.ndarray, settings: Settings, mask: np.ndarray | None =
                        "borders, crop them, or leave them out with -m")
     return Result(planes, sky, surface, unit, offsets, share, before, after, settings, examined,
                   fit)
-
-
-def _warn_of_inverted_mask(examined: Prepared) -> None:
-    """Ask whether a mask is inverted: it leaves the bright minority, most of it not sky."""
-    present = examined.present.all(-1)
-    left = present & (examined.user_mask > 0).any(-1)
-    if not 0 < left.sum() < 0.5 * present.sum():
-        return
-    light = examined.linear.mean(-1)
-    brighter = np.median(light[left]) > np.median(light[present])
-    if brighter and (examined.sky.unsure or examined.sky.share < 0.5):
-        logger.warning("is the mask inverted? What it leaves is brighter than what it leaves out, "
-                       "and white (1) means sky. Invert it where it was made (PixInsight: Image > "
-                       "Invert, Siril: neg), and give it again")
 
 
 def optimize(image: np.ndarray, settings: Settings = Settings(), mask: np.ndarray | None = None,
@@ -5724,6 +5711,34 @@ def _warn_of_odd_data(planes: np.ndarray, prepared: Prepared) -> None:
                        "check that it is the right one")
 
 
+def _warn_of_inverted_mask(examined: Prepared) -> None:
+    """Ask whether a mask is inverted: it leaves the bright minority, most of it not sky."""
+    present = examined.present.all(-1)
+    left = present & (examined.user_mask > 0).any(-1)
+    if not 0 < left.sum() < 0.5 * present.sum():
+        return
+    light = examined.linear.mean(-1)
+    brighter = np.median(light[left]) > np.median(light[present])
+    if brighter and (examined.sky.unsure or examined.sky.share < 0.5):
+        logger.warning("is the mask inverted? What it leaves is brighter than what it leaves out, "
+                       "and white (1) means sky. Invert it where it was made (PixInsight: Image > "
+                       "Invert, Siril: neg), and give it again")
+
+
+def _warn_of_clipped_sky(examined: Prepared, settings: Settings) -> None:
+    """Warn if the stretch takes sky to 1, without auto, which follows a sky that bright."""
+    sky = examined.sky
+    surface = sky.surface(sky.centers)  # (h, w, c)
+    darker = np.minimum(surface, sky.image)  # stars are no sky
+    blown = (darker > examined.stretch.white).any(-1)
+    blown = blown.mean()
+    if blown > BLOWN_SHARE and not settings.auto:
+        quantile = settings.delinearization_quantile
+        logger.warning(f"the stretch clips a smooth part of the picture ({blown:.1%} of the "
+                       "frame), most likely sky, and the fit loses it there; "
+                       f"raise -dq (now {quantile:g})")
+
+
 def _squares(plane: np.ndarray) -> Iterator[np.ndarray]:
     """Yield the squares of 2 x 2 pixels in tiles of a plane, (n, 4) in each.
 
@@ -5828,7 +5843,7 @@ def gradients(examined: Prepared, model: Callable[[np.ndarray], np.ndarray],
 
 
 def _log_numbers(examined: Prepared, settings: Settings) -> None:
-    """Log numbers to act on before the fit."""
+    """Log what the fit sees of a picture, in numbers."""
     height, width, _ = examined.image.shape
     present = examined.present.mean()
     used = np.mean(examined.weight > 0)
@@ -5839,15 +5854,6 @@ def _log_numbers(examined: Prepared, settings: Settings) -> None:
     logger.info(
         f"reduced to {width} x {height}: {used:.1%} used, {masked:.1%} masked, "
         f"{missing:.1%} missing; {clipped:.1%} clipped at 1 by the stretch (-dq {quantile:g})")
-    sky = examined.sky
-    surface = sky.surface(sky.centers)  # (h, w, c)
-    darker = np.minimum(surface, sky.image)  # stars are no sky
-    blown = (darker > examined.stretch.white).any(-1)
-    blown = blown.mean()
-    if blown > BLOWN_SHARE and not settings.auto:  # which follows a sky that bright
-        logger.warning(f"the stretch clips a smooth part of the picture ({blown:.1%} of the "
-                       "frame), most likely sky, and the fit loses it there; "
-                       f"raise -dq (now {quantile:g})")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -6212,6 +6218,7 @@ def process_file(task: Task, said: list[str], watched: ContextManager = nullcont
     with atomic_outputs(*paths) if paths else nullcontext(()) as opened:
         files = dict(zip(task.outputs, opened))
         picture, mask, reference = read_inputs(task)
+        _import_for(task.options)
         result = fit = None
         if task.options.preview:
             prepared, settings = examine(
@@ -6252,11 +6259,6 @@ def read_inputs(task: Task) -> tuple[Picture, np.ndarray | None, Reference | Non
         factor = task.settings.downscaling_factor
         reference = read_reference(options.reference, picture, factor)
     task.check()  # nobody shall wait for what cannot be saved
-    for name in USED_BESIDE_IMPORTS:
-        module, _, part = name.rpartition(".")
-        getattr(importlib.import_module(module), part)
-    if not options.preview:
-        _start_importing()
     return picture, mask, reference
 
 
@@ -6276,12 +6278,18 @@ USED_BESIDE_IMPORTS = (
     "tqdm.tqdm")
 
 
+def _import_for(options: argparse.Namespace) -> None:
+    """Import what a run will use; unless it is a preview, TensorFlow beside all up to the fit."""
+    for name in USED_BESIDE_IMPORTS:
+        module, _, part = name.rpartition(".")
+        getattr(importlib.import_module(module), part)
+    if not options.preview:
+        _start_importing()
+
+
 @functools.lru_cache(maxsize=None)  # so that only the first call does anything
 def _start_importing() -> None:
-    """Import TensorFlow beside stretching and reducing.
-
-    Who needs it waits for this import, or sees it fail again.
-    """
+    """Import TensorFlow in a thread. Who needs it waits for this, or sees it fail again."""
     if sys.stderr is not None and sys.stderr is sys.__stderr__:  # nobody has replaced it
         # Keep our stderr on a descriptor of its own: descriptor 2 is silenced below
         own = os.dup(2)
@@ -6931,6 +6939,7 @@ class PreviewWindow(Preview):
 def work_in_window(task: Task, interrupts: _Interrupts) -> None:
     """Open the preview window on one picture, until it is closed; then write the drawn mask."""
     inputs = read_inputs(task)
+    _import_for(task.options)
     with drawing_style():
         from matplotlib import pyplot
         figure = pyplot.figure(in_lines([os.path.basename(task.path)], 80), WINDOW_SIZE)
