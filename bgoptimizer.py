@@ -6652,7 +6652,7 @@ class Preview:
         judge(self.picture.planes, with_sky(prepared, view.settings, sky), view.settings)
         return sky
 
-    def found(self, sky: Sky) -> None:
+    def keep_sky(self, sky: Sky) -> None:
         self.sky = sky
 
     # --- From the view to what is shown ---
@@ -6744,6 +6744,7 @@ class PreviewWindow(Preview):
         self.before = []  # views that `undo` goes back to
         self.pool = ThreadPoolExecutor(1)
         self.job = None  # what the thread does, and what is done with what it gives
+        self.looking = False  # whether that is to look for the sky
         self.stopping = threading.Event()
         self.shift = False  # is held
         self.keys = {key: functools.partial(self.step, *step) for key, step in STEPS.items()}
@@ -6899,13 +6900,14 @@ class PreviewWindow(Preview):
 
     # --- The thread ---
 
-    def _start(self, work, then, status):
+    def _start(self, work, then, status, looking=False):
         """Have the thread do work(), and then call then() with what that gives.
 
         That replaces a look for the sky, and waits for nothing else.
         """
-        if self.job is not None and self.job[1] != self.found:
+        if self.job is not None and not self.looking:
             return
+        self.looking = looking
         self.due = math.inf
         self.stopping.clear()
         self.status = status
@@ -6917,7 +6919,7 @@ class PreviewWindow(Preview):
         if self.job is None:
             if time.monotonic() > self.due:
                 look = functools.partial(self.look, self.view)
-                self._start(look, self.found, "looking for the sky")
+                self._start(look, self.keep_sky, "looking for the sky", looking=True)
             return
         future, then = self.job
         if future.done():
@@ -6928,7 +6930,7 @@ class PreviewWindow(Preview):
                 then(given)
             except Exception as error:
                 self.status = _told(error)
-                if then != self.found:  # it may have replaced a look for the sky
+                if not self.looking:  # it may have replaced a look for the sky
                     self.due = time.monotonic()
             self.refresh()
         elif self.texts[2].get_text() != self.status:
@@ -7407,7 +7409,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("-lr", dest="learning_rate", metavar="LR", type=float, help="learning rate at the start")
     add("--auto", **switch, help="find objects and leave them out")
     add("--reference", metavar="FILE", default="none",
-        help="another picture of the region with a gentler sky, tells nebula from glow")
+        help="a picture of the region with a gentler sky, tells nebula from glow; turns on --auto")
     add("--smoothing", type=auto_or_number, metavar="{auto,NUMBER}",
         default="auto, found from the picture",
         help="stiffness: 10000 is a plane, 1000 adds a bowl, 0.001 follows all that is smooth")
@@ -7512,10 +7514,11 @@ def main(argv: Sequence[str] | None = None,
             with heard(logging.WARNING if options.quiet else logging.INFO) as said:
                 pictures = find_pictures(options.input_file, options.mask, options.reference)
                 reported = options.jobs or options.dask or options.skip_done
-                if reported or len(pictures) > 1 or pictures != options.input_file:
-                    run_many(pictures, options, interrupts)
-                else:
+                is_named = len(pictures) == 1 and pictures == options.input_file
+                if is_named and not reported:
                     _run_one(options, said, interrupts, use)
+                else:  # a folder that holds one picture has a report, too
+                    run_many(pictures, options, interrupts)
         return 0
     except SystemExit as stop:  # argparse has said why
         return stop.code or 0
@@ -7545,8 +7548,8 @@ def _run_one(options: argparse.Namespace, said: list[str], interrupts: _Interrup
     """Do one picture, and tell how it goes on; `said` is as `heard` gives it."""
     started = time.perf_counter()
     place = _place_for_figure(options)
-    if place == "file":
-        options.figures = "save"
+    if place == "save":
+        options.figures = place
     task = Task(*options.input_file, options)
     if options.preview and place == "window":
         work_in_window(task, interrupts)
@@ -7565,14 +7568,14 @@ def _run_one(options: argparse.Namespace, said: list[str], interrupts: _Interrup
 
 
 def _place_for_figure(options: argparse.Namespace) -> str | None:
-    """Return where the preview or the figure goes: "notebook", "window", "file", or None."""
+    """Return where the preview or the figure goes: "notebook", "window", "save", or None."""
     if options.figures in ("none", "save"):
-        return "file" if options.figures == "save" else None
+        return "save" if options.figures == "save" else None
     kind = display_kind()
     if kind is None and options.figures == "show":
         raise BgError(
             "there is neither a notebook nor a window to show figures in; use --figures save")
-    return kind or ("file" if options.preview else None)
+    return kind or ("save" if options.preview else None)
 
 
 if __name__ == "__main__":
