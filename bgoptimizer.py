@@ -6687,24 +6687,6 @@ class Preview:
         result = self.view.result
         return result.sky_at if result else self.sky.surface
 
-    def words_on(self, x: float, y: float) -> str:
-        """Say what is at a place of the picture: value and sky, in the picture's own unit."""
-        if self.sky is None:
-            return ""
-        undrawn, unit = self.undrawn, self.picture.unit
-        place = np.array([y, x]) + 0.5
-        in_frame = place[None] / max(undrawn.full_shape)  # (1, 2)
-        sky = self.model()(in_frame)[0]
-        cell = place / self.view.settings.downscaling_factor
-        last = np.array(undrawn.rim.shape) - 1
-        row, column = np.clip(cell.astype(int), 0, last)
-        words = f"x {x:.0f}, y {y:.0f}"
-        for name, samples in (("value", undrawn.linear[row, column]), ("sky", sky)):
-            samples = samples * unit.scale + unit.offset
-            words += f"   {name} " + " ".join(f"{sample:.5g}" for sample in samples)
-        deviations = self.sky.uncertain(in_frame)[0] * unit.scale
-        return f"{words} \u00b1 " + " ".join(f"{deviation:.2g}" for deviation in deviations)
-
     def mask_path(self, view: View) -> str | None:
         """Return the path of a view's mask: of the given one, or if it is drawn, of a new file."""
         if view.drawn is None:
@@ -6752,7 +6734,6 @@ class PreviewWindow(Preview):
             z=self.undo, t=self.train, escape=self.stopping.set, w=self.write, c=self.copy)
         add = self.figure.add_axes
         self.figure.text(0.69, 0.11, HELP, va="top")
-        self.axes.format_coord = self.words_on
         self.widgets = {}  # matplotlib forgets one that nobody keeps
         for k, (label, names) in enumerate(SLIDERS.items()):
             kind = widgets.Slider if len(names) == 1 else widgets.RangeSlider

@@ -145,19 +145,6 @@ def test_blinking_shows_picture_model_and_result(opened):
     assert np.ptp(model.mean((0, 2))) > 5 * np.ptp(np.median(result, (0, 2)))
 
 
-@pytest.mark.parametrize("unit", [1, 1000])
-def test_the_cursor_tells_place_value_and_sky_in_the_pictures_unit(opened, unit):
-    window = opened("-dx", "4", channels=1)
-    window.picture = bgoptimizer.replace(
-        window.picture, unit=window.picture.unit._replace(scale=unit))
-    words = window.words_on(100.2, 50.4).split()
-    assert words[:4] == ["x", "100,", "y", "50"]
-    value, sky = float(words[5]), float(words[7])
-    assert value == pytest.approx(unit * window.undrawn.linear[12, 25, 0], rel=1e-4)
-    assert sky == pytest.approx(value, rel=0.05)
-    assert words[8] == "\u00b1" and 0 < float(words[9]) < sky
-
-
 def test_what_is_drawn_is_left_out_given_back_and_undone(opened):
     window = opened("-dx", "4")
     used = window.view.prepared.used
