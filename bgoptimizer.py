@@ -6504,9 +6504,10 @@ LADDERS = {
 
 # Label of a slider in the window -> what is chosen with it
 SLIDERS = {
-    "-dq": ("delinearization_quantile",),
-    "-tm, -tM": ("threshold_min", "threshold_max"),
-    "smoothing": ("smoothing",),
+    "-dq": "delinearization_quantile",
+    "-tm": "threshold_min",
+    "-tM": "threshold_max",
+    "smoothing": "smoothing",
 }
 
 # Key -> what is chosen with it, and by how many values it goes on
@@ -6521,9 +6522,9 @@ STEPS = {
 # Key -> label of the button that does the same; the first two are check boxes
 BUTTONS = {
     "a": "--auto  [a]", "d": "--correction divide  [d]",
-    " ": "Picture, model, result  [space]", "z": "Undo the last drawing  [z]",
+    " ": "Picture, model, result  [space]", "c": "Copy the command  [c]",
     "t": "Take the sky out  [t]", "escape": "Stop  [escape]",
-    "w": "Write  [w]", "c": "Copy the command  [c]", "q": "Close  [q]",
+    "w": "Write  [w]", "q": "Close  [q]",
 }
 
 HELP = ("Keys: left, right -dq;  down, up -tM;  [ ] -tm;  - + smoothing.\n"
@@ -6539,6 +6540,7 @@ class View:
     drawn: np.ndarray | None = None  # (h, w, 1) of the reduced frame: 0 left out, 1 given back,
     # NaN not drawn on
     result: Result | None = None  # of a training with just this
+    shown: str = VIEWS[0]
 
     @property
     def settings(self) -> Settings:
@@ -6566,7 +6568,6 @@ class Preview:
         self.view = View(task.settings, thin)
         # As long as a sky and a correction are those of the last time, so are these views
         self.views = functools.lru_cache(maxsize=1)(functools.partial(Views, thin))
-        self.shown = "picture"  # one of VIEWS
         self.ladders = {name: list(values) for name, values in LADDERS.items()}
         for name, values in self.ladders.items():
             if self.value(name) not in values:
@@ -6587,7 +6588,7 @@ class Preview:
 
     def value(self, name: str):
         """Return what is chosen, by its name in LADDERS."""
-        return getattr(self if name == "shown" else self.view.settings, name)
+        return self.view.shown if name == "shown" else getattr(self.view.settings, name)
 
     def place(self, name: str) -> int:
         """Return where on its ladder that stands."""
@@ -6595,16 +6596,16 @@ class Preview:
 
     # --- Handlers: they change the view ---
 
-    def take(self, places: dict[str, int]) -> None:
-        """Choose what is at these places of the ladders of these names."""
+    def take(self, name: str, place: float) -> None:
+        """Choose what is at a place of the ladder of this name."""
+        value = self.ladders[name][int(place)]
         if self.showing:
             return
-        chosen = {name: self.ladders[name][int(place)] for name, place in places.items()}
-        if "shown" in chosen:
-            self.shown = chosen["shown"]
+        if name == "shown":
+            self.view = replace(self.view, shown=value)
             self.refresh()
         else:
-            self.change(**chosen)
+            self.change(**{name: value})
 
     def step(self, name: str, by: int) -> None:
         """Go along a ladder, and around where it is short."""
@@ -6612,14 +6613,15 @@ class Preview:
         place = self.place(name) + by
         if count > 3:
             place = min(max(place, 0), count - 1)
-        self.take({name: place % count})
+        self.take(name, place % count)
 
     def change(self, drawn: np.ndarray | None = None, **changes) -> None:
         """Change what is chosen, or the drawing, if a fit could do with it."""
         drawn = self.view.drawn if drawn is None else drawn
         try:
             asked = replace(self.view.asked, **changes)
-            view = View(asked, self.prepared(asked.resolved(), drawn, True), drawn)
+            prepared = self.prepared(asked.resolved(), drawn, True)
+            view = View(asked, prepared, drawn, shown=self.view.shown)
         except (ValueError, BgError) as error:
             self.status = str(error)
             self.refresh()
@@ -6664,12 +6666,12 @@ class Preview:
             if old is not None:
                 old.remove()
         prepared = self.seen(view.prepared)
-        if self.shown == "picture" or self.sky is None:
+        if view.shown == "picture" or self.sky is None:
             draw_seen(axes, prepared, view.settings, 5)
         else:
             words = "" if view.result else NOT_TRAINED
             views = self.views(self.model(), view.settings.correction)
-            views.draw(axes, self.shown, prepared.stretch, words)
+            views.draw(axes, view.shown, prepared.stretch, words)
         axes.images[0].set_interpolation("nearest")  # it is the quickest
         words = shlex.join(self.words()), in_lines(self.said, 62), self.status
         for text, line in zip(self.texts, words):
@@ -6723,26 +6725,22 @@ class PreviewWindow(Preview):
         """Make the widgets; `what` is as for `Preview`."""
         from matplotlib import widgets
         super().__init__(*what)
-        self.before = []  # views that `undo` goes back to
         self.pool = ThreadPoolExecutor(1)
         self.job = None  # what the thread does, and what is done with what it gives
         self.looking = False  # whether that is to look for the sky
         self.stopping = threading.Event()
         self.shift = False  # is held
         self.keys = {key: functools.partial(self.step, *step) for key, step in STEPS.items()}
-        self.keys.update(
-            z=self.undo, t=self.train, escape=self.stopping.set, w=self.write, c=self.copy)
+        self.keys.update(t=self.train, escape=self.stopping.set, w=self.write, c=self.copy)
         add = self.figure.add_axes
         self.figure.text(0.69, 0.11, HELP, va="top")
         self.widgets = {}  # matplotlib forgets one that nobody keeps
-        for k, (label, names) in enumerate(SLIDERS.items()):
-            kind = widgets.Slider if len(names) == 1 else widgets.RangeSlider
-            last = len(self.ladders[names[0]]) - 1
-            place = add([0.755, 0.92 - 0.05 * k, 0.15, 0.03])
-            slider = kind(place, label, 0, last, valstep=1, color=INK)
+        for k, (label, name) in enumerate(SLIDERS.items()):
+            last = len(self.ladders[name]) - 1
+            place = add([0.755, 0.93 - 0.045 * k, 0.15, 0.03])
+            slider = widgets.Slider(place, label, 0, last, valstep=1, color=INK)
             slider.drawon = False  # `refresh` draws all at once
-            slider.on_changed(
-                lambda at, names=names: self.take(dict(zip(names, np.atleast_1d(at)))))
+            slider.on_changed(lambda place, name=name: self.take(name, place))
             slider.label.set_x(-0.06)  # beside the handle, not below it
             slider.valtext.set_x(1.06)
             self.widgets[label] = slider
@@ -6763,12 +6761,10 @@ class PreviewWindow(Preview):
         self.refresh()
 
     def set_widgets(self):
-        for label, names in SLIDERS.items():
+        for label, name in SLIDERS.items():
             slider = self.widgets[label]
-            places = [self.place(name) for name in names]
-            slider.set_val(places if len(names) > 1 else places[0])
-            words = [in_words(self.value(name)) for name in names]
-            slider.valtext.set_text(", ".join(words))
+            slider.set_val(self.place(name))
+            slider.valtext.set_text(in_words(self.value(name)))
         for key, name in (("a", "auto"), ("d", "correction")):
             box = "\u2611" if self.place(name) else "\u2610"
             self.widgets[key].label.set_text(f"{box}  {BUTTONS[key]}")
@@ -6795,14 +6791,9 @@ class PreviewWindow(Preview):
             quantile = view.settings.delinearization_quantile
             changes = dict(auto=False, delinearization_quantile=quantile)
         drawn[inside] = self.shift
-        self.before.append(view)
         self.change(drawn, **changes)
 
-    def undo(self):
-        if self.before:
-            self.go_to(self.before.pop())
-
-    def train(self, then: Callable = lambda: None) -> None:
+    def train(self) -> None:
         """Take the sky out as the command would, and show what comes of it."""
         view = self.view
         _start_importing()
@@ -6819,9 +6810,7 @@ class PreviewWindow(Preview):
 
         def keep(result):
             self.sky = result.prepared.sky
-            self.view = replace(view, result=result)
-            self.shown = "result"
-            then()
+            self.view = replace(view, result=result, shown="result")
 
         self._start(work, keep, "preparing the fit")
 
@@ -6829,7 +6818,8 @@ class PreviewWindow(Preview):
         """Write what the command would write."""
         view = self.view
         if view.result is None:
-            self.train(self.write)
+            self.status = "take the sky out first  [t]"
+            self.refresh()
             return
 
         def work():
@@ -6970,7 +6960,7 @@ class PreviewPanel(Preview):
             kind = ipywidgets.SelectionSlider if len(values) > 3 else ipywidgets.ToggleButtons
             words = list(map(in_words, values))
             widget = kind(options=words, index=0, description=name, continuous_update=False)
-            widget.observe(lambda change, name=name: self.take({name: change.new}), "index")
+            widget.observe(lambda change, name=name: self.take(name, change.new), "index")
             self.widgets[name] = widget
         self.button = ipywidgets.Button(description="Use these settings")
         self.button.on_click(lambda _: use(self.words(usual=None)))
