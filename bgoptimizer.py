@@ -2163,7 +2163,7 @@ class Reduced:
     full_shape: tuple[int, int]  # (h, w) of the full-size picture
     user_mask: np.ndarray  # (h, w, 1 or c) the mask file, reduced; 1 if there is none
     rim: np.ndarray  # (h, w) bool: darker than the picture by a step; see `find_rim`
-    drawn: np.ndarray  # (h', w', c) as `linear`, in the size in which it is drawn
+    display: np.ndarray  # (h', w', c) as `linear`, in the size in which it is drawn
     black: float  # the linear value that no light at all would give
     reference: Reference | None  # another picture of the region
 
@@ -2243,7 +2243,7 @@ def prepare(planes: np.ndarray, settings: Settings, mask: np.ndarray | None = No
         full_shape=(height, width),
         user_mask=user_mask,
         rim=find_rim(linear),
-        drawn=to_draw(planes, linear),
+        display=to_draw(planes, linear),
         black=black,
         reference=reference)
     return stretch_and_mask(reduced, stretches[quantile], settings)
@@ -5627,7 +5627,7 @@ def _to_planes(image: np.ndarray, name: str) -> np.ndarray:
 # --------------------------------------------------------------------------------------------------
 
 # Pixels along the longer side from which pictures are drawn. More could not be seen.
-VIEW_PIXELS = 600
+DISPLAY_PIXELS = 600
 
 # Pixels along the longer side. The reduced copy of a picture up to this size looks blocky.
 SMALL_PICTURE = 1200
@@ -5666,7 +5666,7 @@ MOSAIC_GREENS = 0.5
 
 def enough(image: np.ndarray) -> np.ndarray:
     """Return every k-th pixel of an image on the reduced frame, (h, w, ...): enough to be drawn."""
-    apart = max(image.shape[:2]) / VIEW_PIXELS
+    apart = max(image.shape[:2]) / DISPLAY_PIXELS
     step = max(1, round(apart))
     return image[::step, ::step]
 
@@ -5688,7 +5688,7 @@ def to_draw(planes: np.ndarray, linear: np.ndarray) -> np.ndarray:
     longer = max(height, width)
     if longer > SMALL_PICTURE:
         return enough(linear)
-    factor = math.ceil(longer / VIEW_PIXELS)
+    factor = math.ceil(longer / DISPLAY_PIXELS)
     reduced = [reduce_plane(plane, factor, "mean") for plane in planes]
     return _side_by_side(reduced)
 
@@ -5859,12 +5859,12 @@ def _log_numbers(examined: Prepared, settings: Settings) -> None:
 # --------------------------------------------------------------------------------------------------
 # Pictures: preview, figures, animation
 #
-# All are drawn in the size of `Reduced.drawn`, so a large frame costs no more than a small one.
+# All are drawn in the size of `Reduced.display`, so a large frame costs no more than a small one.
 # Axes are those of the full-size picture, in its pixels.
 # --------------------------------------------------------------------------------------------------
 
-# What is shown of a picture, in figures with one stretch; see `Views`
-VIEWS = ("picture", "model", "result")
+# What is shown of a picture, in figures with one stretch; see `Displayed`
+SHOWN = ("picture", "model", "result")
 
 NOT_TRAINED = " (of the sky that was found, not trained yet)"
 FIGURE_SIZE = 13.6, 7.6  # inches of 100 pixels: fits a laptop's screen
@@ -5910,7 +5910,7 @@ def to_bytes(stretched: np.ndarray) -> np.ndarray:
     return np.broadcast_to(image, (height, width, 3))
 
 
-class Views:
+class Displayed:
     """A picture, a model of its sky, and what is left without it, as they are drawn."""
 
     def __init__(self, prepared: Prepared, sky: Callable, correction: str):
@@ -5919,20 +5919,20 @@ class Views:
         The sky takes frame coordinates (..., 2) to the linear sky there, (..., c).
         """
         self.shape = prepared.full_shape
-        self.picture = prepared.drawn  # (h, w, c) linear, as the others
+        self.picture = prepared.display  # (h, w, c) linear, as the others
         planes = SkyModel(sky, self.picture.shape[:2])
         self.model = _side_by_side(list(planes))
         with np.errstate(divide="ignore", invalid="ignore"):  # a sky of no light at all
             self.result = corrected(prepared, self.picture, self.model, correction)
 
-    def draw(self, axes, view: str, stretch: Stretch, words: str = "") -> None:
-        """Draw one of VIEWS; on the model lines of equal brightness. Words go on after its name."""
-        picture = getattr(self, view)
+    def draw(self, axes, shown: str, stretch: Stretch, words: str = "") -> None:
+        """Draw one of SHOWN; on the model lines of equal brightness. Words go on after its name."""
+        picture = getattr(self, shown)
         colors = to_bytes(stretch.apply(picture))
-        show(axes, colors, self.shape, f"the {view}{words}")
+        show(axes, colors, self.shape, f"the {shown}{words}")
         brightness = picture.mean(-1)
         span = np.ptp(brightness)
-        if view == "model" and span > 1e-9 and min(brightness.shape) > 1:
+        if shown == "model" and span > 1e-9 and min(brightness.shape) > 1:
             darkest = brightness.min() - span  # without the dark colors of the map
             frame = axes.images[0].get_extent()
             axes.contour(brightness, 8, cmap="plasma", vmin=darkest, origin="upper", extent=frame)
@@ -5975,11 +5975,11 @@ def striped(prepared: Prepared, areas: dict[str, np.ndarray]) -> np.ndarray:
         areas: reason, as in OVERLAYS -> (rows, columns) of the reduced frame, bool.
     """
     from matplotlib.colors import to_rgb
-    if max(prepared.full_shape) > SMALL_PICTURE:  # then this is what `drawn` would become
+    if max(prepared.full_shape) > SMALL_PICTURE:  # then this is what `display` would become
         stretched = enough(prepared.image)
     else:
-        stretched = prepared.stretch.apply(prepared.drawn)
-    times = math.ceil(VIEW_PIXELS / max(stretched.shape))  # a small one is enlarged
+        stretched = prepared.stretch.apply(prepared.display)
+    times = math.ceil(DISPLAY_PIXELS / max(stretched.shape))  # a small one is enlarged
     colors = to_bytes(stretched).repeat(times, 0)
     colors = colors.repeat(times, 1)
     height, width, _ = colors.shape
@@ -6015,13 +6015,13 @@ def draw_figures(figure, prepared: Prepared, settings: Settings, title: str, sai
     """
     figure.set_layout_engine("constrained")
     said_of_fit = [["words"]] if fit is None else [["loss"], ["words"], ["words"]]
-    axes = figure.subplot_mosaic([list(VIEWS), ["seen", "uncertainty", said_of_fit]])
+    axes = figure.subplot_mosaic([list(SHOWN), ["seen", "uncertainty", said_of_fit]])
     sky = prepared.sky.surface if fit is None else linear_sky(prepared, fit)
-    views = Views(prepared, sky, settings.correction)
-    stretch = display_stretch(views.picture)
+    displayed = Displayed(prepared, sky, settings.correction)
+    stretch = display_stretch(displayed.picture)
     words = NOT_TRAINED if fit is None else ", same stretch"
-    for view in VIEWS:
-        views.draw(axes[view], view, stretch, words)
+    for shown in SHOWN:
+        displayed.draw(axes[shown], shown, stretch, words)
     axes["picture"].set_title(in_lines([title], 60), loc="left", parse_math=False)
     draw_seen(axes["seen"], prepared, settings)
     draw_uncertainty(axes["uncertainty"], prepared)
@@ -6034,13 +6034,13 @@ def draw_figures(figure, prepared: Prepared, settings: Settings, title: str, sai
 
 def draw_uncertainty(axes, prepared: Prepared) -> None:
     """Draw the standard deviation of the sky, in percent of its range."""
-    places = frame_coordinates(*prepared.drawn.shape[:2])
+    places = frame_coordinates(*prepared.display.shape[:2])
     sky = prepared.sky.surface(places)  # (h, w, c)
     span = np.maximum(np.ptp(sky, (0, 1)), 1e-12)  # (c,)
     percent = 100 * prepared.sky.uncertain(places) / span
     title = "uncertainty of the model, percent of the sky's range"
-    drawn = show(axes, percent.mean(-1), prepared.full_shape, title)
-    axes.figure.colorbar(drawn, ax=axes, shrink=0.8)
+    colors = show(axes, percent.mean(-1), prepared.full_shape, title)
+    axes.figure.colorbar(colors, ax=axes, shrink=0.8)
 
 
 def in_lines(said: list[str], width: int) -> str:
@@ -6069,14 +6069,14 @@ def write_animation(file, prepared: Prepared, fit: Fit, correction: str = "subtr
     frames = []
     for epoch, positions, values in steps:
         sky = linear_sky(prepared, replace(fit, positions=positions, values=values))
-        views = Views(prepared, sky, correction)
-        stretch = display_stretch(views.picture)
+        displayed = Displayed(prepared, sky, correction)
+        stretch = display_stretch(displayed.picture)
         with drawing_style():
             figure = Figure(ANIMATION_SIZE)
             figure.subplots_adjust(0.01, 0.01, 0.99, 0.89, 0.02)
             model, result = figure.subplots(1, 2)
-            for axes, view in ((model, "model"), (result, "result")):
-                views.draw(axes, view, stretch, f", epoch: {epoch}")
+            for axes, shown in ((model, "model"), (result, "result")):
+                displayed.draw(axes, shown, stretch, f", epoch: {epoch}")
             model.autoscale(False)  # points may be outside
             row, column = positions.T * longer - 0.5  # (n,) pixels
             model.plot(column, row, "o", color=INK, markeredgecolor="black", markersize=5)
@@ -6117,7 +6117,7 @@ def display_kind() -> str | None:
     return "window" if kind else None
 
 
-def drawn_by(draw: Callable) -> bytes:
+def png_of(draw: Callable) -> bytes:
     """Return the PNG of an empty figure that draw(figure) fills."""
     from matplotlib.figure import Figure
     with drawing_style():
@@ -6134,7 +6134,7 @@ def show_figure(draw: Callable, where: str) -> None:
             draw(pyplot.figure(figsize=FIGURE_SIZE))
     else:
         from IPython.display import Image, display
-        display(Image(drawn_by(draw)))
+        display(Image(png_of(draw)))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -6232,7 +6232,7 @@ def process_file(task: Task, said: list[str], watched: ContextManager = nullcont
             draw_figures, prepared=prepared, settings=settings, said=said, fit=fit,
             title=os.path.basename(task.path))
         if "figure" in files:
-            files["figure"].write(drawn_by(draw))
+            files["figure"].write(png_of(draw))
         elif place is not None:
             show_figure(draw, place)
     return result
@@ -6479,9 +6479,9 @@ def _told(error: Exception) -> str:
 # --------------------------------------------------------------------------------------------------
 # Preview to work in: a window, and a panel in notebooks
 #
-# A `View` is what is chosen of a picture. The handlers of a `Preview` replace it, and `refresh`
-# shows it; a window and a panel differ in their widgets only. All is computed by the functions of
-# the command line, so the command that is told does the same.
+# A `Choice` is what is chosen of a picture. The handlers of a `Preview` replace it, and `refresh`
+# shows it; a window and a panel differ in their widgets only. The preview calls the functions of the
+# command line, so the command that it prints gives the same result.
 # --------------------------------------------------------------------------------------------------
 
 WINDOW_SIZE = 13.0, 6.2  # inches of 100 pixels: fits a screen of 1366 x 768, with its frame
@@ -6491,7 +6491,7 @@ THOUSANDTHS = tuple(k / 1000 for k in range(1001))
 
 # What can be chosen, a field of `Settings` or what is shown -> its values
 LADDERS = {
-    # What these leave above them falls by even steps, to about a half each
+    # What is above these falls by even steps, to about a half each
     "delinearization_quantile": (
         0.5, 0.7, 0.8, 0.9, 0.95, 0.97, 0.98, 0.99, 0.995, 0.998, 0.999, 0.9995, 0.9999, 1.0),
     "threshold_min": THOUSANDTHS,
@@ -6499,7 +6499,7 @@ LADDERS = {
     "smoothing": (None, *sorted(SMOOTHINGS)),
     "auto": (False, True),
     "correction": ("subtract", "divide"),
-    "shown": VIEWS,
+    "shown": SHOWN,
 }
 
 # Label of a slider in the window -> what is chosen with it
@@ -6532,15 +6532,15 @@ HELP = ("Keys: left, right -dq;  down, up -tM;  [ ] -tm;  - + smoothing.\n"
 
 
 @dataclass(frozen=True)
-class View:
+class Choice:
     """What is chosen of a picture, and what follows from it."""
 
     asked: Settings  # None where nothing was asked for, as on the command line
     prepared: Prepared  # thinned: what the fit would see, but for what --auto leaves out
-    drawn: np.ndarray | None = None  # (h, w, 1) of the reduced frame: 0 left out, 1 given back,
-    # NaN not drawn on
+    painting: np.ndarray | None = None  # (h, w, 1) of the reduced frame: 0 left out, 1 given back,
+    # NaN not painted on
     result: Result | None = None  # of a training with just this
-    shown: str = VIEWS[0]
+    shown: str = SHOWN[0]
 
     @property
     def settings(self) -> Settings:
@@ -6549,7 +6549,7 @@ class View:
 
 
 class Preview:
-    """A picture, the view that is chosen of it, and the handlers that change the view."""
+    """A picture, what is chosen of it, and the handlers that change the choice."""
 
     def __init__(self, figure, task: Task, picture: Picture, mask: np.ndarray | None,
                  reference: Reference | None = None):
@@ -6563,11 +6563,11 @@ class Preview:
         self.mask = mask
         planes = picture.planes
         used = task.settings.resolved()
-        self.undrawn = prepare(planes, used, mask, picture.unit.black, reference)
-        thin = thinned(self.undrawn)
-        self.view = View(task.settings, thin)
-        # As long as a sky and a correction are those of the last time, so are these views
-        self.views = functools.lru_cache(maxsize=1)(functools.partial(Views, thin))
+        self.unpainted = prepare(planes, used, mask, picture.unit.black, reference)
+        thin = thinned(self.unpainted)
+        self.choice = Choice(task.settings, thin)
+        # As long as a sky and a correction are those of the last time, so is what is shown
+        self.displayed = functools.lru_cache(maxsize=1)(functools.partial(Displayed, thin))
         self.ladders = {name: list(values) for name, values in LADDERS.items()}
         for name, values in self.ladders.items():
             if self.value(name) not in values:
@@ -6580,7 +6580,7 @@ class Preview:
         self.due = 0.0  # when to look for it, by the monotonic clock
         self.said = []
         self.status = ""  # what was refused, or is being done
-        self.showing = False  # widgets are set to the view: their handlers have nothing to do
+        self.showing = False  # widgets are set to the choice: their handlers have nothing to do
         self.figure = figure
         self.axes = figure.add_axes([0.01, 0.09, 0.66, 0.86])  # left, bottom, width, height
         write = functools.partial(figure.text, s="", va="top", parse_math=False)
@@ -6588,13 +6588,13 @@ class Preview:
 
     def value(self, name: str):
         """Return what is chosen, by its name in LADDERS."""
-        return self.view.shown if name == "shown" else getattr(self.view.settings, name)
+        return self.choice.shown if name == "shown" else getattr(self.choice.settings, name)
 
     def place(self, name: str) -> int:
         """Return where on its ladder that stands."""
         return self.ladders[name].index(self.value(name))
 
-    # --- Handlers: they change the view ---
+    # --- Handlers: they change the choice ---
 
     def take(self, name: str, place: float) -> None:
         """Choose what is at a place of the ladder of this name."""
@@ -6602,7 +6602,7 @@ class Preview:
         if self.showing:
             return
         if name == "shown":
-            self.view = replace(self.view, shown=value)
+            self.choice = replace(self.choice, shown=value)
             self.refresh()
         else:
             self.change(**{name: value})
@@ -6615,63 +6615,64 @@ class Preview:
             place = min(max(place, 0), count - 1)
         self.take(name, place % count)
 
-    def change(self, drawn: np.ndarray | None = None, **changes) -> None:
+    def change(self, painting: np.ndarray | None = None, **changes) -> None:
         """Change what is chosen, or the drawing, if a fit could do with it."""
-        drawn = self.view.drawn if drawn is None else drawn
+        painting = self.choice.painting if painting is None else painting
         try:
-            asked = replace(self.view.asked, **changes)
-            prepared = self.prepared(asked.resolved(), drawn, True)
-            view = View(asked, prepared, drawn, shown=self.view.shown)
+            asked = replace(self.choice.asked, **changes)
+            prepared = self.prepared(asked.resolved(), painting, True)
+            choice = Choice(asked, prepared, painting, shown=self.choice.shown)
         except (ValueError, BgError) as error:
             self.status = str(error)
             self.refresh()
         else:
-            self.go_to(view)
+            self.go_to(choice)
 
-    def go_to(self, view: View) -> None:
-        """Take a view for which the sky may be another one."""
-        self.view = view
+    def go_to(self, choice: Choice) -> None:
+        """Take a choice for which the sky may be another one."""
+        self.choice = choice
         self.said = []  # it was said of something else
         self.status = ""
         self.due = time.monotonic() + LOOK_AFTER
         self.refresh()
 
-    def prepared(self, settings: Settings, drawn: np.ndarray | None,
+    def prepared(self, settings: Settings, painting: np.ndarray | None,
                  thin: bool = False) -> Prepared:
         """Return what a fit would see, of the whole reduced frame or thinned."""
         quantile = settings.delinearization_quantile
         stretches, _ = self.stretches.result()
         if quantile not in stretches:
             raise BgError(f"-dq {quantile:g} takes all of a channel to 1; raise it")
-        reduced = replace(self.undrawn, user_mask=drawn_on(self.undrawn.user_mask, drawn))
+        user_mask = painted_over(self.unpainted.user_mask, painting)
+        reduced = replace(self.unpainted, user_mask=user_mask)
         reduced = thinned(reduced) if thin else reduced
         return stretch_and_mask(reduced, stretches[quantile], settings)
 
-    def look(self, view: View) -> Sky:
-        """Find the sky of a view, and tell of it."""
-        prepared = self.prepared(view.settings, view.drawn)
-        sky = find_sky(prepared, view.settings)
-        judge(self.picture.planes, with_sky(prepared, view.settings, sky), view.settings)
+    def look(self, choice: Choice) -> Sky:
+        """Find the sky of a choice, and tell of it."""
+        prepared = self.prepared(choice.settings, choice.painting)
+        sky = find_sky(prepared, choice.settings)
+        judge(self.picture.planes, with_sky(prepared, choice.settings, sky), choice.settings)
         return sky
 
     def keep_sky(self, sky: Sky) -> None:
         self.sky = sky
 
-    # --- From the view to what is shown ---
+    # --- From the choice to what is shown ---
 
     def refresh(self) -> None:
         """Show all anew."""
-        axes, view = self.axes, self.view
+        axes, choice = self.axes, self.choice
         for old in (*axes.images, *axes.collections, axes.get_legend()):
             if old is not None:
                 old.remove()
-        prepared = self.seen(view.prepared)
-        if view.shown == "picture" or self.sky is None:
-            draw_seen(axes, prepared, view.settings, 5)
+        prepared = self.seen(choice.prepared)
+        if choice.shown == "picture" or self.sky is None:
+            draw_seen(axes, prepared, choice.settings, 5)
         else:
-            words = "" if view.result else NOT_TRAINED
-            views = self.views(self.model(), view.settings.correction)
-            views.draw(axes, view.shown, prepared.stretch, words)
+            words = "" if choice.result else NOT_TRAINED
+            displayed = self.displayed(self.model(), choice.settings.correction)
+            displayed.draw(axes, choice.shown, prepared.stretch, words)
         axes.images[0].set_interpolation("nearest")  # it is the quickest
         words = shlex.join(self.words()), in_lines(self.said, 62), self.status
         for text, line in zip(self.texts, words):
@@ -6682,16 +6683,16 @@ class Preview:
 
     def seen(self, prepared: Prepared) -> Prepared:
         """Return what the fit would see, as far as the sky is known."""
-        return with_sky(prepared, self.view.settings, self.sky) if self.sky else prepared
+        return with_sky(prepared, self.choice.settings, self.sky) if self.sky else prepared
 
     def model(self) -> Callable:
         """Return the linear sky as a function of frame coordinates, trained if it is."""
-        result = self.view.result
+        result = self.choice.result
         return result.sky_at if result else self.sky.surface
 
-    def mask_path(self, view: View) -> str | None:
-        """Return the path of a view's mask: of the given one, or if it is drawn, of a new file."""
-        if view.drawn is None:
+    def mask_path(self, choice: Choice) -> str | None:
+        """Return the path of a choice's mask: of the given, or if it is painted, of a new file."""
+        if choice.painting is None:
             return self.task.options.mask
         ending = self.task.format.ending
         paths = (self.task.output(f"mask{count}{ending}") for count in ("", *range(2, 1000)))
@@ -6699,14 +6700,14 @@ class Preview:
 
     def words(self, usual=Settings) -> list[str]:
         """Return the flags of the command that does what is shown; `usual` as for `flag_words`."""
-        return flag_words(self.task.options, self.view.asked, self.mask_path(self.view), usual)
+        return flag_words(self.task.options, self.choice.asked, self.mask_path(self.choice), usual)
 
 
-def drawn_on(mask: np.ndarray | None, drawn: np.ndarray | None) -> np.ndarray | None:
-    """Return a mask, None for 1 all over, with what is drawn, but for NaN, put over it."""
-    if drawn is None:
+def painted_over(mask: np.ndarray | None, painting: np.ndarray | None) -> np.ndarray | None:
+    """Return a mask, None for 1 all over, with what is painted, but for NaN, put over it."""
+    if painting is None:
         return mask
-    return np.where(np.isnan(drawn), 1 if mask is None else mask, drawn)
+    return np.where(np.isnan(painting), 1 if mask is None else mask, painting)
 
 
 def _quietly(work: Callable) -> tuple[Any, list[str]]:
@@ -6752,7 +6753,7 @@ class PreviewWindow(Preview):
             place.yaxis.set_visible(False)
             self.widgets[key] = button
         self.lasso = widgets.LassoSelector(
-            self.axes, self.draw_around, props=dict(color=INK, linewidth=2), button=1)
+            self.axes, self.paint, props=dict(color=INK, linewidth=2), button=1)
         self.lasso.set_visible(False)  # else all would be drawn twice
         listen = self.figure.canvas.mpl_connect
         listen("button_press_event", lambda event: setattr(self, "shift", event.key == "shift"))
@@ -6772,30 +6773,32 @@ class PreviewWindow(Preview):
 
     # --- Handlers that only a window has ---
 
-    def draw_around(self, corners):
+    def paint(self, corners):
         """Leave out what the lasso holds, or with Shift give it back.
 
         What --auto leaves out can be given back only where its mask becomes one of the user's own.
         """
         from skimage.draw import polygon2mask
-        view = self.view
-        shape = self.undrawn.rim.shape
+        choice = self.choice
+        shape = self.unpainted.rim.shape
         pixels = np.array(corners)[:, ::-1]  # (n, 2) row and column, full size
-        inside = polygon2mask(shape, (pixels + 0.5) / view.settings.downscaling_factor - 0.5)
+        inside = polygon2mask(shape, (pixels + 0.5) / choice.settings.downscaling_factor - 0.5)
         if len(corners) < 3 or not inside.any():  # a click
             return
-        drawn = np.full((*shape, 1), np.nan) if view.drawn is None else view.drawn.copy()
+        painting = np.full((*shape, 1), np.nan, np.float32)
+        if choice.painting is not None:
+            painting = choice.painting.copy()
         changes = {}
-        if self.shift and view.settings.auto:
-            drawn[..., 0] = self.seen(self.prepared(view.settings, view.drawn)).used
-            quantile = view.settings.delinearization_quantile
+        if self.shift and choice.settings.auto:
+            painting[..., 0] = self.seen(self.prepared(choice.settings, choice.painting)).used
+            quantile = choice.settings.delinearization_quantile
             changes = dict(auto=False, delinearization_quantile=quantile)
-        drawn[inside] = self.shift
-        self.change(drawn, **changes)
+        painting[inside] = self.shift
+        self.change(painting, **changes)
 
     def train(self) -> None:
         """Take the sky out as the command would, and show what comes of it."""
-        view = self.view
+        choice = self.choice
         _start_importing()
 
         def on_epoch(epoch, loss):
@@ -6805,30 +6808,30 @@ class PreviewWindow(Preview):
 
         def work():
             return remove_sky(
-                self.picture.planes.copy(), view.asked, self.full_mask(view), self.picture.unit,
-                nullcontext(on_epoch), self.undrawn.reference)
+                self.picture.planes.copy(), choice.asked, self.full_mask(choice), self.picture.unit,
+                nullcontext(on_epoch), self.unpainted.reference)
 
         def keep(result):
             self.sky = result.prepared.sky
-            self.view = replace(view, result=result, shown="result")
+            self.choice = replace(choice, result=result, shown="result")
 
         self._start(work, keep, "preparing the fit")
 
     def write(self):
         """Write what the command would write."""
-        view = self.view
-        if view.result is None:
+        choice = self.choice
+        if choice.result is None:
             self.status = "take the sky out first  [t]"
             self.refresh()
             return
 
         def work():
-            changes = dict(mask=self.write_mask(view), preview=False, figures="none")
-            chosen = {**vars(self.task.options), **vars(view.asked), **changes}
+            changes = dict(mask=self.write_mask(choice), preview=False, figures="none")
+            chosen = {**vars(self.task.options), **vars(choice.asked), **changes}
             task = Task(self.task.path, argparse.Namespace(**chosen))
             task.check()
             with atomic_outputs(*task.outputs.values()) as files:
-                write_outputs(task, self.picture, view.result, dict(zip(task.outputs, files)))
+                write_outputs(task, self.picture, choice.result, dict(zip(task.outputs, files)))
             logger.info("wrote " + ", ".join(task.outputs.values()))
 
         self._start(work, lambda _: None, "writing")
@@ -6849,20 +6852,21 @@ class PreviewWindow(Preview):
             self.status = "not copied: this toolkit is neither Tk nor Qt; it is printed at the end"
         self.refresh()
 
-    def full_mask(self, view: View) -> np.ndarray | None:
-        """Return the mask of a view at full size, (1 or c, h, w), or None."""
-        if view.drawn is None:
+    def full_mask(self, choice: Choice) -> np.ndarray | None:
+        """Return the mask of a choice at full size, (1 or c, h, w), or None."""
+        if choice.painting is None:
             return self.mask
-        drawn = full_mask(replace(self.undrawn, weight=view.drawn), view.settings)
-        return drawn_on(self.mask, drawn)
+        factor = choice.settings.downscaling_factor
+        painting = _enlarge(choice.painting, factor, self.unpainted.full_shape)  # (h, w, 1)
+        return painted_over(self.mask, np.moveaxis(painting, -1, 0))
 
-    def write_mask(self, view: View) -> str | None:
-        """Write the mask of a view if it was drawn on; returns its path, or that of the given."""
-        path = self.mask_path(view)
-        if view.drawn is not None:
+    def write_mask(self, choice: Choice) -> str | None:
+        """Write the mask of a choice if it was painted; returns its path, or that of the given."""
+        path = self.mask_path(choice)
+        if choice.painting is not None:
             lines = ["bgoptimizer: a mask drawn by hand, 1 = sky"]
             metadata = rows_of(self.picture.source)
-            mask = self.full_mask(view)
+            mask = self.full_mask(choice)
             task = self.task
             with atomic_outputs(path) as (file,):
                 task.format.write(file, mask, metadata, lines, task.options.compress, Unit())
@@ -6889,7 +6893,7 @@ class PreviewWindow(Preview):
         """See what the thread has done, and have it look for the sky anew where that is due."""
         if self.job is None:
             if time.monotonic() > self.due:
-                look = functools.partial(self.look, self.view)
+                look = functools.partial(self.look, self.choice)
                 self._start(look, self.keep_sky, "looking for the sky", looking=True)
             return
         future, then = self.job
@@ -6936,7 +6940,7 @@ def work_in_window(task: Task, interrupts: _Interrupts) -> None:
     if not task.options.quiet:  # the thread may still import TensorFlow, and has the log for itself
         print(f"this command does it:\n{command}", flush=True)
     window.pool.shutdown()
-    window.write_mask(window.view)
+    window.write_mask(window.choice)
     del figure, window, timer, tick
     gc.collect()  # as in `display_kind`
     interrupts.check()
@@ -6967,12 +6971,12 @@ class PreviewPanel(Preview):
         self.image = ipywidgets.Image(format="png")
         PreviewPanel.widgets_in_use = [*self.widgets.values(), self.button]
         self.box = ipywidgets.VBox([*PreviewPanel.widgets_in_use, self.image])
-        self.go_to(self.view)
+        self.go_to(self.choice)
 
-    def go_to(self, view):
+    def go_to(self, choice):
         """Also look for the sky, for there is no thread that does."""
-        super().go_to(view)
-        self.sky, self.said = _quietly(functools.partial(self.look, view))
+        super().go_to(choice)
+        self.sky, self.said = _quietly(functools.partial(self.look, choice))
         self.refresh()
 
     def set_widgets(self):
@@ -6991,7 +6995,8 @@ def in_words(value) -> str:
 # Many pictures
 #
 # They are done one by one in this process, or by an executor: processes of its own, or workers of
-# Dask. To these goes plain data: it means the same to a script and to a module.
+# Dask. These get paths and options, not our classes: pickle names a class by its module, and a
+# script's module is `__main__`.
 # --------------------------------------------------------------------------------------------------
 
 REPORT_NAME = "bgoptimizer_report.csv"
@@ -7228,7 +7233,9 @@ def do_picture(path: str, options: argparse.Namespace, folder: str) -> tuple:
 
 
 def _by_executor(executor: Executor, work: Callable, to_do: list[Task]) -> Iterator[Outcome]:
-    """Have work done on all pictures, as they are ready; what is done is taken out of `to_do`.
+    """Submit all pictures, and yield each outcome when it is ready.
+
+    What is done is taken out of `to_do`.
 
     BrokenExecutor, CancelledError, and OSError are the end of the executor.
     """
