@@ -2446,27 +2446,6 @@ def _enlarge(reduced: np.ndarray, factor: int, shape: tuple[int, int]) -> np.nda
     return large[:, :width]
 
 
-def mask_reasons(prepared: Prepared, settings: Settings) -> dict[str, np.ndarray]:
-    """Tell why pixels of the reduced frame are left out.
-
-    Returns:
-        Reason -> (h, w) bool. A pixel that is left out has exactly one reason.
-    """
-    inside = prepared.present & _inside_thresholds(prepared.image, settings)
-    reasons = {  # the first one that holds counts
-        "missing": ~prepared.present.any(-1),
-        "threshold": ~inside.any(-1),
-        "rim": prepared.rim,
-        "mask file": (prepared.user_mask == 0).any(-1),
-        "auto": True,
-    }
-    left_out = ~prepared.used
-    for reason, where in reasons.items():
-        reasons[reason] = left_out & where
-        left_out = left_out & ~reasons[reason]
-    return reasons
-
-
 def clipped_by_stretch(prepared: Prepared) -> np.ndarray:
     """Return True, (h, w, c), where the stretch ends at 1, so that the fit sees no brightness."""
     return prepared.image == 1
@@ -5626,12 +5605,6 @@ def _to_planes(image: np.ndarray, name: str) -> np.ndarray:
 # What can be said about a picture
 # --------------------------------------------------------------------------------------------------
 
-# Pixels along the longer side from which pictures are drawn. More could not be seen.
-DISPLAY_PIXELS = 600
-
-# Pixels along the longer side. The reduced copy of a picture up to this size looks blocky.
-SMALL_PICTURE = 1200
-
 # Part of the frame. If the stretch clips less sky than that, nobody needs to know.
 BLOWN_SHARE = 0.01
 
@@ -5662,35 +5635,6 @@ MOSAIC_DIFFERENCE = 0.03
 # On one diagonal are the two greens: they differ by less than this part of what all phases do.
 # Columns or rows of a sensor that differ do so on both diagonals.
 MOSAIC_GREENS = 0.5
-
-
-def enough(image: np.ndarray) -> np.ndarray:
-    """Return every k-th pixel of an image on the reduced frame, (h, w, ...): enough to be drawn."""
-    apart = max(image.shape[:2]) / DISPLAY_PIXELS
-    step = max(1, round(apart))
-    return image[::step, ::step]
-
-
-def thinned(prepared: Prepared) -> Prepared:
-    """Return what is drawn of a picture and its mask, with `enough` pixels."""
-    parts = {}
-    for name in ("image", "weight", "centers", "linear", "user_mask", "rim"):
-        parts[name] = enough(getattr(prepared, name))
-    return replace(prepared, **parts)
-
-
-def to_draw(planes: np.ndarray, linear: np.ndarray) -> np.ndarray:
-    """Return what a picture (c, h, w) is drawn from, (h, w, c) linear, NaN where missing.
-
-    That is `enough` of the reduced picture, `linear`; unless the picture is small.
-    """
-    _, height, width = planes.shape
-    longer = max(height, width)
-    if longer > SMALL_PICTURE:
-        return enough(linear)
-    factor = math.ceil(longer / DISPLAY_PIXELS)
-    reduced = [reduce_plane(plane, factor, "mean") for plane in planes]
-    return _side_by_side(reduced)
 
 
 def _warn_of_odd_data(planes: np.ndarray, prepared: Prepared) -> None:
@@ -5885,6 +5829,62 @@ ANIMATION_SIZE = 7.4, 2.8  # inches of 100 pixels; larger is more than 3 MB
 FRAMES = 20  # of an animation, at most
 FRAME_PAUSE = 130  # milliseconds that a frame is shown
 LAST_PAUSE = 1500  # milliseconds: some 4 seconds in all
+
+# Pixels along the longer side from which pictures are drawn. More could not be seen.
+DISPLAY_PIXELS = 600
+
+# Pixels along the longer side. The reduced copy of a picture up to this size looks blocky.
+SMALL_PICTURE = 1200
+
+
+def enough(image: np.ndarray) -> np.ndarray:
+    """Return every k-th pixel of an image on the reduced frame, (h, w, ...): enough to be drawn."""
+    apart = max(image.shape[:2]) / DISPLAY_PIXELS
+    step = max(1, round(apart))
+    return image[::step, ::step]
+
+
+def thinned(prepared: Prepared) -> Prepared:
+    """Return what is drawn of a picture and its mask, with `enough` pixels."""
+    parts = {}
+    for name in ("image", "weight", "centers", "linear", "user_mask", "rim"):
+        parts[name] = enough(getattr(prepared, name))
+    return replace(prepared, **parts)
+
+
+def to_draw(planes: np.ndarray, linear: np.ndarray) -> np.ndarray:
+    """Return what a picture (c, h, w) is drawn from, (h, w, c) linear, NaN where missing.
+
+    That is `enough` of the reduced picture, `linear`; unless the picture is small.
+    """
+    _, height, width = planes.shape
+    longer = max(height, width)
+    if longer > SMALL_PICTURE:
+        return enough(linear)
+    factor = math.ceil(longer / DISPLAY_PIXELS)
+    reduced = [reduce_plane(plane, factor, "mean") for plane in planes]
+    return _side_by_side(reduced)
+
+
+def mask_reasons(prepared: Prepared, settings: Settings) -> dict[str, np.ndarray]:
+    """Tell why pixels of the reduced frame are left out.
+
+    Returns:
+        Reason -> (h, w) bool. A pixel that is left out has exactly one reason.
+    """
+    inside = prepared.present & _inside_thresholds(prepared.image, settings)
+    reasons = {  # the first one that holds counts
+        "missing": ~prepared.present.any(-1),
+        "threshold": ~inside.any(-1),
+        "rim": prepared.rim,
+        "mask file": (prepared.user_mask == 0).any(-1),
+        "auto": True,
+    }
+    left_out = ~prepared.used
+    for reason, where in reasons.items():
+        reasons[reason] = left_out & where
+        left_out = left_out & ~reasons[reason]
+    return reasons
 
 
 def display_stretch(linear: np.ndarray) -> Stretch:
