@@ -6838,16 +6838,16 @@ class PreviewWindow(Preview):
 
     def copy(self):
         """Put the command that does what is shown into the clipboard."""
-        command = command_line(self.task.options, self.words())
+        line = command_line(self.task.options, self.words())
         canvas = self.figure.canvas
         self.status = "the command is in the clipboard"
         if hasattr(canvas, "get_tk_widget"):
             clipboard = canvas.get_tk_widget()
             clipboard.clipboard_clear()
-            clipboard.clipboard_append(command)
+            clipboard.clipboard_append(line)
         elif canvas.required_interactive_framework == "qt":
             from matplotlib.backends.qt_compat import QtWidgets
-            QtWidgets.QApplication.clipboard().setText(command)
+            QtWidgets.QApplication.clipboard().setText(line)
         else:
             self.status = "not copied: this toolkit is neither Tk nor Qt; it is printed at the end"
         self.refresh()
@@ -6936,9 +6936,9 @@ def work_in_window(task: Task, interrupts: _Interrupts) -> None:
         interrupts.patient = True  # a toolkit would print a traceback, and go on
         pyplot.show()
         interrupts.patient = False
-    command = command_line(task.options, window.words())
+    line = command_line(task.options, window.words())
     if not task.options.quiet:  # the thread may still import TensorFlow, and has the log for itself
-        print(f"this command does it:\n{command}", flush=True)
+        print(f"this command does it:\n{line}", flush=True)
     window.pool.shutdown()
     window.write_mask(window.choice)
     del figure, window, timer, tick
@@ -7175,11 +7175,11 @@ def _sum_up(outcomes: list[Outcome], seconds: float, report: str) -> None:
     """Log what came of all pictures; raises BgError if some failed."""
     count = len(outcomes)
     total = "1 picture" if count == 1 else f"{count} pictures"
-    numbers = Counter(row.outcome for row in outcomes)
-    parts = [f"{numbers[outcome]} {outcome}" for outcome in sorted(numbers)]
+    counts = Counter(row.outcome for row in outcomes)
+    parts = [f"{counts[outcome]} {outcome}" for outcome in sorted(counts)]
     parts = ", ".join(parts)
     logger.info(f"{total}: {parts}; {seconds:.1f} s; wrote {report}")
-    failed = numbers[FAILED]
+    failed = counts[FAILED]
     if failed:
         raise BgError(f"{failed} of {total} failed; {report} says why")
 
@@ -7200,13 +7200,13 @@ def _try_picture(task: Task, interrupts: _Interrupts) -> Outcome:
 def _outcome(task: Task, result: Result, said: list[str]) -> Outcome:
     """Put a result into the words and digits of a row."""
     sky = result.prepared.sky
-    numbers = (
+    values = (
         sky.share,
         result.settings.smoothing,
         result.gradient_before,
         result.gradient_after,
         result.clipped)
-    digits = ["" if math.isnan(number) else f"{number:.5g}" for number in numbers]
+    digits = ["" if math.isnan(value) else f"{value:.5g}" for value in values]
     confidence = f"unsure: {sky.unsure}" if sky.unsure else "sure"
     warned = [line[len(WARNING):] for line in said if line.startswith(WARNING)]
     outcome = WARNED if warned else DONE
