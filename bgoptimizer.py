@@ -5926,7 +5926,7 @@ class Displayed:
             self.result = corrected(prepared, self.picture, self.model, correction)
 
     def draw(self, axes, shown: str, stretch: Stretch, words: str = "") -> None:
-        """Draw one of SHOWN; on the model lines of equal brightness. Words go on after its name."""
+        """Draw one of SHOWN, the model with lines of equal brightness; words follow its name."""
         picture = getattr(self, shown)
         colors = to_bytes(stretch.apply(picture))
         show(axes, colors, self.shape, f"the {shown}{words}")
@@ -6480,8 +6480,8 @@ def _told(error: Exception) -> str:
 # Preview to work in: a window, and a panel in notebooks
 #
 # A `Choice` is what is chosen of a picture. The handlers of a `Preview` replace it, and `refresh`
-# shows it; a window and a panel differ in their widgets only. The preview calls the functions of the
-# command line, so the command that it prints gives the same result.
+# shows it; a window and a panel differ in their widgets only. The preview calls the functions of
+# the command line, so the command that it prints gives the same result.
 # --------------------------------------------------------------------------------------------------
 
 WINDOW_SIZE = 13.0, 6.2  # inches of 100 pixels: fits a screen of 1366 x 768, with its frame
