@@ -7086,7 +7086,7 @@ def run_many(pictures: list[str], options: argparse.Namespace, interrupts: _Inte
     outcomes = []
     stopped = None
     with atomic_outputs(report) as (file,):
-        to_do, settled = _plan(pictures, options)
+        to_do, settled = _plan(pictures, options, report)
         results = _outcomes(to_do, options, interrupts)
         try:
             with closing(results):
@@ -7116,9 +7116,19 @@ def _outcomes(to_do: list[Task], options: argparse.Namespace,
     return (_try_picture(task, interrupts) for task in to_do)
 
 
-def _plan(pictures: list[str],
-          options: argparse.Namespace) -> tuple[list[Task], list[Outcome]]:
+def read_report(path: str) -> dict[str, Outcome]:
+    """Return the outcomes of a report by file; none if there is no report, or not one of ours."""
+    with suppress(FileNotFoundError):
+        with open(path, encoding="utf-8", errors="surrogateescape", newline="") as file:
+            rows = [row for row in csv.reader(file) if len(row) == len(Outcome._fields)]
+        return {row[0]: Outcome(*row) for row in rows}
+    return {}
+
+
+def _plan(pictures: list[str], options: argparse.Namespace,
+          report: str) -> tuple[list[Task], list[Outcome]]:
     """Return what there is to do, and the outcomes of what is done already or cannot be written."""
+    known = read_report(report) if options.skip_done else {}
     to_do = []
     settled = []
     writers = {}  # path of an output -> the first picture that writes it
@@ -7132,7 +7142,8 @@ def _plan(pictures: list[str],
                        "rename one of them, or do it alone into another folder")
             settled.append(Outcome(path, FAILED, message=message))
         elif options.skip_done and _is_done(task):
-            settled.append(Outcome(path, SKIPPED))
+            before = known.get(path, Outcome(path, SKIPPED))
+            settled.append(before._replace(outcome=SKIPPED))
         else:
             to_do.append(task)
     return to_do, settled

@@ -1,5 +1,4 @@
 """The command as a person meets it: what it prints, writes, refuses, and how it ends."""
-import csv
 import hashlib
 import logging
 import os
@@ -378,14 +377,13 @@ def test_what_is_reported_of_a_picture_is_what_was_printed(sky, folder, capsys):
     assert run("sky.xisf", "out", *FAST) == 0
     before, after = gradients_told(capsys)
     assert run("sky.xisf", "out", *FAST, "--jobs", "1") == 0
-    with open("out/bgoptimizer_report.csv", newline="") as file:
-        row, = csv.DictReader(file)
-    assert float(row["gradient_before"]) * 100 == pytest.approx(before, abs=0.06)
-    assert float(row["gradient_after"]) * 100 == pytest.approx(after, abs=0.06)
-    assert float(row["smoothing"]) == 1
-    assert 0.5 < float(row["sky_share"]) <= 1
-    assert row["confidence"] == "sure"
-    assert float(row["clipped"]) < 0.01
+    row = bgoptimizer.read_report("out/bgoptimizer_report.csv")["sky.xisf"]
+    assert float(row.gradient_before) * 100 == pytest.approx(before, abs=0.06)
+    assert float(row.gradient_after) * 100 == pytest.approx(after, abs=0.06)
+    assert float(row.smoothing) == 1
+    assert 0.5 < float(row.sky_share) <= 1
+    assert row.confidence == "sure"
+    assert float(row.clipped) < 0.01
 
 
 def test_a_program_that_logs_too_sees_each_line_once_and_its_loggers_unchanged(

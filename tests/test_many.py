@@ -198,9 +198,10 @@ def test_one_mask_serves_all_pictures_of_its_size(lights, capsys):
     assert rows["e.xisf"]["outcome"] == "failed" and "mask" in rows["e.xisf"]["message"]
 
 
-def test_skip_done_goes_on_where_a_run_was(lights, capsys):
+def test_skip_done_goes_on_where_a_run_was_and_keeps_its_report(lights, capsys):
     assert run("lights/[acdf].*", "out", *FAST, "--quiet") == 0
     out = lights.parent / "out"
+    before = rows_of(out)
     (out / "c_bgModel.tif").unlink()
     later = time.time() + 10
     os.utime(lights / "d.xisf", (later, later))
@@ -210,6 +211,7 @@ def test_skip_done_goes_on_where_a_run_was(lights, capsys):
     outcomes = [row["outcome"] for row in rows.values()]
     assert outcomes == ["skipped", "done", "done", "skipped"]
     assert (out / "a_bgModel.xisf").stat().st_mtime_ns == kept
+    assert rows["a.xisf"] == {**before["a.xisf"], "outcome": "skipped"}
     assert "4 pictures: 2 done, 2 skipped" in capsys.readouterr().out
 
 
