@@ -102,7 +102,6 @@ if __name__ == "__main__":
 ONE_THREAD = {"OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TF_NUM_INTRAOP_THREADS": "1"}
 os.environ.update(ONE_THREAD if __name__ == "__main__" else {**ONE_THREAD, **os.environ})
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-os.environ.setdefault("TF_FORCE_GPU_ALLOW_GROWTH", "true")  # else it takes all memory of a GPU
 
 import numpy as np  # noqa: E402
 import scipy  # noqa: E402  (its parts are imported when first used)
@@ -141,6 +140,11 @@ def lacks_memory(error: BaseException | None) -> bool:
     return False
 
 
+def _flag(flag: str, default, least, most):
+    """Return a field that a flag sets: `least` to `most` if it is a number, else one of the two."""
+    return field(default=default, metadata=dict(flag=flag, least=least, most=most))
+
+
 @dataclass(frozen=True)
 class Settings:
     """What a run is asked to do; checked when made.
@@ -151,54 +155,42 @@ class Settings:
         ValueError: a value is out of its range; the text names the flag and the range.
     """
 
-    downscaling_factor: int = 8  # less noise, fewer stars, 64 times fewer pixels
-    downscaling_func: str = "median"  # drops small stars
-    delinearization_quantile: float | None = None
-    points: int | None = None
-    order: int = 2  # a thin plate, the surface that bends least
-    threshold_min: float = 0.001
-    threshold_max: float = 1.0
-    initializer: str = "random"
-    epochs: int = 1000
-    alpha: float = 5.0  # a sky above a pixel costs 11 times what a sky below it costs, so it
-    # settles at the low side of the noise
-    batch: int = 1  # samples of SAMPLE_CELLS; one is enough
-    learning_rate: float = 0.001
-    smoothing: float | None = None
-    correction: str = "subtract"  # or "divide", for what dims the light instead of adding to it
-    auto: bool = False
-    seed: int = 0
+    downscaling_factor: int = _flag("-dx", 8, 1, 10**6)  # less noise, fewer stars and pixels
+    downscaling_func: str = _flag("-df", "median", "median", "mean")  # a median drops small stars
+    delinearization_quantile: float | None = _flag("-dq", None, 1e-9, 1)
+    points: int | None = _flag("-N", None, 3, 4096)
+    order: int = _flag("-O", 2, 1, 4)  # 2 is a thin plate, the surface that bends least
+    threshold_min: float = _flag("-tm", 0.001, -10**9, 10**9)
+    threshold_max: float = _flag("-tM", 1.0, -10**9, 10**9)
+    initializer: str = _flag("-i", "random", "random", "grid")
+    epochs: int = _flag("-e", 1000, 1, 10**9)
+    alpha: float = _flag("-a", 5.0, 0, 10**9)  # a sky above a pixel costs 11 times what a sky
+    # below it costs, so it settles at the low side of the noise
+    batch: int = _flag("-B", 1, 1, 10**9)  # samples of SAMPLE_CELLS; one is enough
+    learning_rate: float = _flag("-lr", 0.001, 1e-9, 10**9)
+    smoothing: float | None = _flag("--smoothing", None, 0, 10**9)
+    correction: str = _flag("--correction", "subtract", "subtract", "divide")  # to divide is for
+    # what dims the light instead of adding to it
+    auto: bool = _flag("--auto", False, False, True)
+    seed: int = _flag("--seed", 0, 0, 2**32 - 1)
 
     def __post_init__(self):
-        whole, real = numbers.Integral, numbers.Real
-        ranges = {  # flag: value, its type, least, most
-            "-dx": (self.downscaling_factor, whole, 1, 10**6),
-            "-dq": (self.delinearization_quantile, real, 1e-9, 1),
-            "-N": (self.points, whole, 3, 4096),
-            "-O": (self.order, whole, 1, 4),
-            "-tm": (self.threshold_min, real, -10**9, 10**9),
-            "-tM": (self.threshold_max, real, -10**9, 10**9),
-            "-e": (self.epochs, whole, 1, 10**9),
-            "-a": (self.alpha, real, 0, 10**9),
-            "-B": (self.batch, whole, 1, 10**9),
-            "-lr": (self.learning_rate, real, 1e-9, 10**9),
-            "--smoothing": (self.smoothing, real, 0, 10**9),
-            "--seed": (self.seed, whole, 0, 2**32 - 1),
-        }
-        for flag, (value, kind, least, most) in ranges.items():
-            is_open = value is None and flag in ("-dq", "-N", "--smoothing")
-            if not is_open and not (isinstance(value, kind) and least <= value <= most):
-                raise ValueError(f"{flag} must be {least} to {most}")
+        for item in fields(self):
+            value = getattr(self, item.name)
+            flag, least, most = item.metadata.values()
+            if value is None and item.default is None:
+                continue
+            if item.type in ("str", "bool"):
+                words = f"{least} or {most}"
+                fits = value in (least, most)
+            else:
+                words = f"{least} to {most}"
+                kind = numbers.Integral if item.type.startswith("int") else numbers.Real
+                fits = isinstance(value, kind) and least <= value <= most
+            if not fits:
+                raise ValueError(f"{flag} must be {words}")
         if self.threshold_min >= self.threshold_max:
             raise ValueError("-tM must be above -tm")
-        choices = {
-            "-df": (self.downscaling_func, "median", "mean"),
-            "-i": (self.initializer, "random", "grid"),
-            "--correction": (self.correction, "subtract", "divide"),
-        }
-        for flag, (value, *allowed) in choices.items():
-            if value not in allowed:
-                raise ValueError(f"{flag} must be {' or '.join(allowed)}")
 
     def resolved(self) -> Settings:
         """Return these settings with a value for every None but `smoothing`: see `examine`."""
@@ -2132,7 +2124,7 @@ class Reduced:
     full_shape: tuple[int, int]  # (h, w) of the full-size picture
     user_mask: np.ndarray  # (h, w, 1 or c) the mask file, reduced; 1 if there is none
     rim: np.ndarray  # (h, w) bool: darker than the picture by a step; see `find_rim`
-    drawn: np.ndarray  # (h', w', c) as `linear`, in the size in which it is drawn
+    display: np.ndarray  # (h', w', c) as `linear`, in the size in which it is drawn
     black: float  # the linear value that no light at all would give
     reference: Reference | None  # another picture of the region
 
@@ -2149,18 +2141,12 @@ class Prepared(Reduced):
     stretch: Stretch
     image: np.ndarray  # (h, w, c) stretched, in [0, 1]; 0 where missing
     weight: np.ndarray  # (h, w, c) in [0, 1]; 0 where masked or missing
+    sky: Sky | None = None  # when it is found; with auto, what shows no sky then has no weight
 
     @property
     def used(self) -> np.ndarray:
         """The pixels that take part, (h, w) bool."""
         return (self.weight > 0).any(-1)
-
-
-@dataclass(frozen=True)
-class Examined(Prepared):
-    """A prepared picture, and the sky in it; with auto, what shows no sky has no weight."""
-
-    sky: Sky
 
 
 def frame_coordinates(height: int, width: int, factor: int = 1) -> np.ndarray:
@@ -2218,7 +2204,7 @@ def prepare(planes: np.ndarray, settings: Settings, mask: np.ndarray | None = No
         full_shape=(height, width),
         user_mask=user_mask,
         rim=find_rim(linear),
-        drawn=to_draw(planes, linear),
+        display=to_draw(planes, linear),
         black=black,
         reference=reference)
     return stretch_and_mask(reduced, stretches[quantile], settings)
@@ -2265,28 +2251,6 @@ def _enlarge(reduced: np.ndarray, factor: int, shape: tuple[int, int]) -> np.nda
     tall = reduced.repeat(factor, axis=0)
     large = tall[:height].repeat(factor, axis=1)
     return large[:, :width]
-
-
-def mask_reasons(prepared: Prepared, settings: Settings) -> dict[str, np.ndarray]:
-    """Tell why pixels of the reduced frame are left out.
-
-    Returns:
-        Reason -> (h, w) bool. A pixel that is left out has exactly one reason.
-    """
-    inside = prepared.present & _inside_thresholds(prepared.image, settings)
-    conditions = {  # the first one that holds counts
-        "missing": ~prepared.present.any(-1),
-        "threshold": ~inside.any(-1),
-        "rim": prepared.rim,
-        "mask file": (prepared.user_mask == 0).any(-1),
-        "auto": np.full(inside.shape[:2], True),
-    }
-    reasons = {}
-    left_out = ~prepared.used
-    for reason, where in conditions.items():
-        reasons[reason] = left_out & where
-        left_out = left_out & ~reasons[reason]
-    return reasons
 
 
 def clipped_by_stretch(prepared: Prepared) -> np.ndarray:
@@ -2561,7 +2525,10 @@ def _phi(x, y, order):
 def import_tensorflow():
     """Import TensorFlow, which takes seconds, and which help, errors, and previews do not need."""
     try:
-        return importlib.import_module("tensorflow")
+        tf = importlib.import_module("tensorflow")
+        with suppress(RuntimeError):  # the program that imports this script uses its GPUs already
+            tf.config.set_visible_devices([], "GPU")  # starting one takes longer than a fit
+        return tf
     except Exception as error:  # missing, or broken: then it fails with almost any error
         if lacks_memory(error):
             raise
@@ -4174,15 +4141,21 @@ class OpenedReference(NamedTuple):
 
 
 def open_reference(path: str) -> OpenedReference:
-    """Read a reference; raises BgError if it cannot be read."""
+    """Read a reference, once for all pictures of a folder; raises BgError if it cannot be read."""
+    with _refusals(path):
+        changed = os.stat(path).st_mtime_ns
+    return _open_reference(path, changed)
+
+
+@functools.lru_cache(maxsize=1)
+def _open_reference(path, changed):
     other = read_picture(path)
     solution = plate_solution(other.source, other.planes.shape[1])
     checksum = hashlib.sha256(Path(path).read_bytes()).hexdigest()
     return OpenedReference(other.planes, solution, checksum)
 
 
-def read_reference(path: str, picture: Picture, factor: int,
-                   opened: Callable[[str], OpenedReference] = open_reference) -> Reference:
+def read_reference(path: str, picture: Picture, factor: int) -> Reference:
     """Read a reference, and lay it on a picture.
 
     Where it lies is told by plate solutions, if both have one. Otherwise a reference of the same
@@ -4192,12 +4165,11 @@ def read_reference(path: str, picture: Picture, factor: int,
         path: of the reference.
         picture: as it was read.
         factor: side of a block of the picture's pixels.
-        opened: as `open_reference`.
 
     Raises:
         BgError: it cannot be read, or nothing tells where it lies.
     """
-    other = opened(path)
+    other = open_reference(path)
     planes = other.planes
     height, width = picture.planes.shape[1:]
     ours = plate_solution(picture.source, height)
@@ -4782,7 +4754,7 @@ def _denser(lines, density):
     return np.interp(lines, share, even)
 
 
-def start_values(examined: Examined, positions: np.ndarray) -> np.ndarray:
+def start_values(examined: Prepared, positions: np.ndarray) -> np.ndarray:
     """Return the first values at control points (n, 2): the sky found there, stretched (n, c)."""
     linear = examined.sky.surface(positions)
     return examined.stretch.extend(linear).astype(np.float32)
@@ -4840,7 +4812,7 @@ class Lesson(NamedTuple):
     alpha: Any  # () weight of overshoot and negative sky
 
 
-def sky_sample(examined: Examined, settings: Settings) -> Sample:
+def sky_sample(examined: Prepared, settings: Settings) -> Sample:
     """Draw the cells that the fit sees.
 
     With auto, the surface follows those that show sky, and objects that add light bound it. Objects
@@ -4907,7 +4879,7 @@ def _stiffness(sky: Sky, settings: Settings, bending: float) -> tuple[float, flo
     return min(stiffness, most), curvature  # at a smoothing of 0, no stiffness
 
 
-def make_lesson(examined: Examined, settings: Settings,
+def make_lesson(examined: Prepared, settings: Settings,
                 start: tuple[np.ndarray, np.ndarray]) -> Lesson:
     """Put together what the training step sees of a picture; the arguments are `fit_surface`'s."""
     sky = examined.sky
@@ -4957,7 +4929,7 @@ def make_lesson(examined: Examined, settings: Settings,
         alpha=settings.alpha)
 
 
-def fit_surface(examined: Examined, settings: Settings, start: tuple[np.ndarray, np.ndarray],
+def fit_surface(examined: Prepared, settings: Settings, start: tuple[np.ndarray, np.ndarray],
                 on_epoch: Callable[[int, float], None] | None = None) -> Fit:
     """Fit the spline to the sky.
 
@@ -5029,7 +5001,7 @@ def _begin(lesson: Lesson, settings: Settings) -> tuple[Callable, Any]:
     cells = [tf.TensorSpec([None, part.shape[1]]) for part in lesson.sample]
     kinds = tf.nest.map_structure(tf.TensorSpec.from_tensor, lesson)
     kinds = kinds._replace(sample=Sample(*cells))
-    traced, variables, adam = _traced_step(kinds, settings.order, lesson.nodes.device)
+    traced, variables, adam = _traced_step(kinds, settings.order)
     for variable in variables:  # forget the picture before
         variable.assign(tf.zeros_like(variable))
 
@@ -5044,7 +5016,7 @@ def _begin(lesson: Lesson, settings: Settings) -> tuple[Callable, Any]:
 
 
 @functools.lru_cache(maxsize=8)  # a folder holds pictures of few kinds
-def _traced_step(kinds: Lesson, order: int, device: str) -> tuple:
+def _traced_step(kinds: Lesson, order: int) -> tuple:
     """Return the training step of all lessons of these kinds, its variables, and its Adam.
 
     TensorFlow takes longer to trace a step than to do a hundred. The variables are 0 at the start.
@@ -5103,44 +5075,17 @@ def _cell_terms(sample, surface):
     ]
 
 
-def compute_devices() -> list[tuple[str, str]]:
-    """Return what to compute on, a GPU if one works, then the CPU: place in `tf.device`, name."""
-    tf = import_tensorflow()
-    devices = [("/CPU:0", "the CPU")]
-    try:
-        # This starts the GPU, and fails where another program holds it
-        if tf.config.list_logical_devices("GPU"):
-            first, *_ = tf.config.list_physical_devices("GPU")
-            details = tf.config.experimental.get_device_details(first)
-            devices.insert(0, ("/GPU:0", details.get("device_name", "the GPU")))
-    except (tf.errors.OpError, RuntimeError) as error:
-        reason = type(error).__name__
-        logger.info(f"the GPU cannot be started ({reason}); going on with the CPU")
-        tf.config.set_visible_devices([], "GPU")
-    return devices
+_fitting = threading.Lock()  # there is one training for all threads; `_Interrupts` looks at it
 
 
-_fitting = threading.Lock()  # there is one training for all threads
-
-
-def fit_sky(examined: Examined, settings: Settings,
+def fit_sky(examined: Prepared, settings: Settings,
             on_epoch: Callable[[int, float], None] | None = None) -> Fit:
-    """Fit the surface to what `examine` gave, on the first device that works; see `fit_surface`."""
-    tf = import_tensorflow()
+    """Fit the surface to what `examine` gave, on the CPU; see `fit_surface`."""
     positions = start_positions(settings, examined.sky, examined.full_shape)
     start = positions, start_values(examined, positions)
-    devices = compute_devices()
-    for place, name in devices:
-        logger.info(f"fitting {len(positions)} control points, "
-                    f"smoothing {settings.smoothing:.3g}, on {name}")
-        try:
-            with _fitting, tf.device(place):
-                return fit_surface(examined, settings, start, on_epoch)
-        except tf.errors.OpError as error:
-            if place == devices[-1][0]:
-                raise
-            logger.info(f"{name} failed ({type(error).__name__}); going on with the CPU "
-                        "(a smaller -B needs less memory)")
+    with _fitting, import_tensorflow().device("/CPU:0"):
+        logger.info(f"fitting {len(positions)} control points, smoothing {settings.smoothing:.3g}")
+        return fit_surface(examined, settings, start, on_epoch)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -5212,7 +5157,7 @@ class SkyModel:
         return map(self.plane, range(len(self.nodes)))
 
 
-def linear_sky(examined: Examined, fit: Fit) -> Callable[[np.ndarray], np.ndarray]:
+def linear_sky(examined: Prepared, fit: Fit) -> Callable[[np.ndarray], np.ndarray]:
     """Return the fitted sky: takes frame coordinates (..., 2) to linear units (..., c) in [0, 1].
 
     Its range is limited, which matters where there was no sky to fit; see MAX_EXTRAPOLATION.
@@ -5325,7 +5270,7 @@ OBJECTS_SHARE = 0.2
 
 def examine(planes: np.ndarray, settings: Settings, mask: np.ndarray | None = None,
             black: float = 0.0,
-            reference: Reference | None = None) -> tuple[Examined, Settings]:
+            reference: Reference | None = None) -> tuple[Prepared, Settings]:
     """Do everything before the fit: stretch, reduce, mask, find the sky, and warn of what is odd.
 
     It needs no TensorFlow. The arguments are those of `remove_sky`, but for `black`: the sample
@@ -5342,16 +5287,16 @@ def examine(planes: np.ndarray, settings: Settings, mask: np.ndarray | None = No
     return examined, replace(settings, smoothing=sky.smoothing)
 
 
-def with_sky(prepared: Prepared, settings: Settings, sky: Sky) -> Examined:
+def with_sky(prepared: Prepared, settings: Settings, sky: Sky) -> Prepared:
     """Return what the fit sees, now that the sky is found; with auto, objects are masked."""
     weight = prepared.weight
     if settings.auto:
         shows_sky = sky.at(sky.shows_sky, prepared.centers)  # (h, w)
         weight = weight * shows_sky[..., None]
-    return Examined(**dict(vars(prepared), weight=weight, sky=sky))
+    return replace(prepared, weight=weight, sky=sky)
 
 
-def judge(planes: np.ndarray, examined: Examined, settings: Settings) -> None:
+def judge(planes: np.ndarray, examined: Prepared, settings: Settings) -> None:
     """Tell what was found out about a picture (c, h, w), and warn of what is odd."""
     sky = examined.sky
     if sky.shared is not None:
@@ -5374,6 +5319,7 @@ def judge(planes: np.ndarray, examined: Examined, settings: Settings) -> None:
     _warn_of_odd_data(planes, examined)
     _warn_of_inverted_mask(examined)
     _log_numbers(examined, settings)
+    _warn_of_clipped_sky(examined, settings)
 
 
 @dataclass(frozen=True)
@@ -5381,22 +5327,22 @@ class Result:
     """A picture whose sky was taken out, and how that came about; (h, w) pixels, c channels."""
 
     planes: np.ndarray  # (c, h, w) the picture without the sky, linear in [0, 1]
-    sky: SkyModel  # the model, as the planes
-    linear_sky: Callable[[np.ndarray], np.ndarray]  # the model; see the function of this name
+    model_planes: SkyModel  # as the planes
+    sky_at: Callable[[np.ndarray], np.ndarray]  # the model as `linear_sky` gives it
     unit: Unit  # the picture's own
     offsets: np.ndarray  # (c,) in the own unit: picture - model + offset is what is left, or
     # picture / model * offset if the sky was divided out
     clipped: float  # share of the samples that were clipped at 0 or 1
-    gradient_before: float  # see `gradient`
+    gradient_before: float  # see `gradients`
     gradient_after: float
     settings: Settings  # as used
-    prepared: Examined
+    prepared: Prepared  # with its sky
     fit: Fit
 
     @functools.cached_property
     def model(self) -> np.ndarray:
         """The sky, (h, w, c) in the picture's own unit."""
-        return self._to_image(self.sky)
+        return self._to_image(self.model_planes)
 
     @functools.cached_property
     def subtracted(self) -> np.ndarray:
@@ -5412,16 +5358,16 @@ class Result:
         found = self.prepared.sky
 
         def uncertain(places):
-            of_fit = self.linear_sky(places) - found.surface(places)
+            of_fit = self.sky_at(places) - found.surface(places)
             return np.hypot(found.uncertain(places), of_fit)
 
-        return SkyModel(uncertain, self.prepared.full_shape, self.sky.dtype)
+        return SkyModel(uncertain, self.prepared.full_shape, self.planes.dtype)
 
     @functools.cached_property
     def uncertainty(self) -> np.ndarray:
         """The standard deviation of the model, (h, w, c) in the picture's own unit."""
         deviations = np.stack(list(self.deviations), -1)
-        return deviations * self.sky.dtype.type(self.unit.scale)
+        return deviations * self.planes.dtype.type(self.unit.scale)
 
     def _to_image(self, planes):
         in_own_unit = [_in_own_unit(plane, self.unit) for plane in planes]
@@ -5473,20 +5419,6 @@ def remove_sky(planes: np.ndarray, settings: Settings, mask: np.ndarray | None =
                        "borders, crop them, or leave them out with -m")
     return Result(planes, sky, surface, unit, offsets, share, before, after, settings, examined,
                   fit)
-
-
-def _warn_of_inverted_mask(examined: Examined) -> None:
-    """Ask whether a mask is inverted: it leaves the bright minority, most of it not sky."""
-    present = examined.present.all(-1)
-    left = present & (examined.user_mask > 0).any(-1)
-    if not 0 < left.sum() < 0.5 * present.sum():
-        return
-    light = examined.linear.mean(-1)
-    brighter = np.median(light[left]) > np.median(light[present])
-    if brighter and (examined.sky.unsure or examined.sky.share < 0.5):
-        logger.warning("is the mask inverted? What it leaves is brighter than what it leaves out, "
-                       "and white (1) means sky. Invert it where it was made (PixInsight: Image > "
-                       "Invert, Siril: neg), and give it again")
 
 
 def optimize(image: np.ndarray, settings: Settings = Settings(), mask: np.ndarray | None = None,
@@ -5542,12 +5474,6 @@ def _to_planes(image: np.ndarray, name: str) -> np.ndarray:
 # What can be said about a picture
 # --------------------------------------------------------------------------------------------------
 
-# Pixels along the longer side from which pictures are drawn. More could not be seen.
-VIEW_PIXELS = 600
-
-# Pixels along the longer side. The reduced copy of a picture up to this size looks blocky.
-SMALL_PICTURE = 1200
-
 # Part of the frame. If the stretch clips less sky than that, nobody needs to know.
 BLOWN_SHARE = 0.01
 
@@ -5580,35 +5506,6 @@ MOSAIC_DIFFERENCE = 0.03
 MOSAIC_GREENS = 0.5
 
 
-def enough(image: np.ndarray) -> np.ndarray:
-    """Return every k-th pixel of an image on the reduced frame, (h, w, ...): enough to be drawn."""
-    apart = max(image.shape[:2]) / VIEW_PIXELS
-    step = max(1, round(apart))
-    return image[::step, ::step]
-
-
-def thinned(prepared: Prepared) -> Prepared:
-    """Return what is drawn of a picture and its mask, with `enough` pixels."""
-    parts = {}
-    for name in ("image", "weight", "centers", "linear", "user_mask", "rim"):
-        parts[name] = enough(getattr(prepared, name))
-    return replace(prepared, **parts)
-
-
-def to_draw(planes: np.ndarray, linear: np.ndarray) -> np.ndarray:
-    """Return what a picture (c, h, w) is drawn from, (h, w, c) linear, NaN where missing.
-
-    That is `enough` of the reduced picture, `linear`; unless the picture is small.
-    """
-    _, height, width = planes.shape
-    longer = max(height, width)
-    if longer > SMALL_PICTURE:
-        return enough(linear)
-    factor = math.ceil(longer / VIEW_PIXELS)
-    reduced = [reduce_plane(plane, factor, "mean") for plane in planes]
-    return _side_by_side(reduced)
-
-
 def _warn_of_odd_data(planes: np.ndarray, prepared: Prepared) -> None:
     """Warn if a picture (c, h, w) looks as if the tool should not run on it."""
     pixels = 0, 1  # the axes
@@ -5625,6 +5522,34 @@ def _warn_of_odd_data(planes: np.ndarray, prepared: Prepared) -> None:
     if missing > 0.5:
         logger.warning(f"{missing:.0%} of the picture is missing (0 or not finite); "
                        "check that it is the right one")
+
+
+def _warn_of_inverted_mask(examined: Prepared) -> None:
+    """Ask whether a mask is inverted: it leaves the bright minority, most of it not sky."""
+    present = examined.present.all(-1)
+    left = present & (examined.user_mask > 0).any(-1)
+    if not 0 < left.sum() < 0.5 * present.sum():
+        return
+    light = examined.linear.mean(-1)
+    brighter = np.median(light[left]) > np.median(light[present])
+    if brighter and (examined.sky.unsure or examined.sky.share < 0.5):
+        logger.warning("is the mask inverted? What it leaves is brighter than what it leaves out, "
+                       "and white (1) means sky. Invert it where it was made (PixInsight: Image > "
+                       "Invert, Siril: neg), and give it again")
+
+
+def _warn_of_clipped_sky(examined: Prepared, settings: Settings) -> None:
+    """Warn if the stretch takes sky to 1, without auto, which follows a sky that bright."""
+    sky = examined.sky
+    surface = sky.surface(sky.centers)  # (h, w, c)
+    darker = np.minimum(surface, sky.image)  # stars are no sky
+    blown = (darker > examined.stretch.white).any(-1)
+    blown = blown.mean()
+    if blown > BLOWN_SHARE and not settings.auto:
+        quantile = settings.delinearization_quantile
+        logger.warning(f"the stretch clips a smooth part of the picture ({blown:.1%} of the "
+                       "frame), most likely sky, and the fit loses it there; "
+                       f"raise -dq (now {quantile:g})")
 
 
 def _squares(plane: np.ndarray) -> Iterator[np.ndarray]:
@@ -5705,7 +5630,7 @@ def _looks_like_mosaic(plane: np.ndarray) -> bool:
     return bool(large and greens < MOSAIC_GREENS * difference)
 
 
-def gradients(examined: Examined, model: Callable[[np.ndarray], np.ndarray],
+def gradients(examined: Prepared, model: Callable[[np.ndarray], np.ndarray],
               correction: str) -> tuple[float, float]:
     """Tell how uneven the sky is before and after the correction: its range over its level.
 
@@ -5730,8 +5655,8 @@ def gradients(examined: Examined, model: Callable[[np.ndarray], np.ndarray],
     return before.mean(), after.mean()
 
 
-def _log_numbers(examined: Examined, settings: Settings) -> None:
-    """Log numbers to act on before the fit."""
+def _log_numbers(examined: Prepared, settings: Settings) -> None:
+    """Log what the fit sees of a picture, in numbers."""
     height, width, _ = examined.image.shape
     present = examined.present.mean()
     used = np.mean(examined.weight > 0)
@@ -5742,26 +5667,17 @@ def _log_numbers(examined: Examined, settings: Settings) -> None:
     logger.info(
         f"reduced to {width} x {height}: {used:.1%} used, {masked:.1%} masked, "
         f"{missing:.1%} missing; {clipped:.1%} clipped at 1 by the stretch (-dq {quantile:g})")
-    sky = examined.sky
-    surface = sky.surface(sky.centers)  # (h, w, c)
-    darker = np.minimum(surface, sky.image)  # stars are no sky
-    blown = (darker > examined.stretch.white).any(-1)
-    blown = blown.mean()
-    if blown > BLOWN_SHARE and not settings.auto:  # which follows a sky that bright
-        logger.warning(f"the stretch clips a smooth part of the picture ({blown:.1%} of the "
-                       "frame), most likely sky, and the fit loses it there; "
-                       f"raise -dq (now {quantile:g})")
 
 
 # --------------------------------------------------------------------------------------------------
 # Pictures: preview, figures, animation
 #
-# All are drawn in the size of `Reduced.drawn`, so a large frame costs no more than a small one.
+# All are drawn in the size of `Reduced.display`, so a large frame costs no more than a small one.
 # Axes are those of the full-size picture, in its pixels.
 # --------------------------------------------------------------------------------------------------
 
-# What is shown of a picture, in figures with one stretch; see `Views`
-VIEWS = ("picture", "model", "result")
+# What is shown of a picture, in figures with one stretch; see `Displayed`
+SHOWN = ("picture", "model", "result")
 
 NOT_TRAINED = " (of the sky that was found, not trained yet)"
 FIGURE_SIZE = 13.6, 7.6  # inches of 100 pixels: fits a laptop's screen
@@ -5782,6 +5698,62 @@ ANIMATION_SIZE = 7.4, 2.8  # inches of 100 pixels; larger is more than 3 MB
 FRAMES = 20  # of an animation, at most
 FRAME_PAUSE = 130  # milliseconds that a frame is shown
 LAST_PAUSE = 1500  # milliseconds: some 4 seconds in all
+
+# Pixels along the longer side from which pictures are drawn. More could not be seen.
+DISPLAY_PIXELS = 600
+
+# Pixels along the longer side. The reduced copy of a picture up to this size looks blocky.
+SMALL_PICTURE = 1200
+
+
+def enough(image: np.ndarray) -> np.ndarray:
+    """Return every k-th pixel of an image on the reduced frame, (h, w, ...): enough to be drawn."""
+    apart = max(image.shape[:2]) / DISPLAY_PIXELS
+    step = max(1, round(apart))
+    return image[::step, ::step]
+
+
+def thinned(prepared: Prepared) -> Prepared:
+    """Return what is drawn of a picture and its mask, with `enough` pixels."""
+    parts = {}
+    for name in ("image", "weight", "centers", "linear", "user_mask", "rim"):
+        parts[name] = enough(getattr(prepared, name))
+    return replace(prepared, **parts)
+
+
+def to_draw(planes: np.ndarray, linear: np.ndarray) -> np.ndarray:
+    """Return what a picture (c, h, w) is drawn from, (h, w, c) linear, NaN where missing.
+
+    That is `enough` of the reduced picture, `linear`; unless the picture is small.
+    """
+    _, height, width = planes.shape
+    longer = max(height, width)
+    if longer > SMALL_PICTURE:
+        return enough(linear)
+    factor = math.ceil(longer / DISPLAY_PIXELS)
+    reduced = [reduce_plane(plane, factor, "mean") for plane in planes]
+    return _side_by_side(reduced)
+
+
+def mask_reasons(prepared: Prepared, settings: Settings) -> dict[str, np.ndarray]:
+    """Tell why pixels of the reduced frame are left out.
+
+    Returns:
+        Reason -> (h, w) bool. A pixel that is left out has exactly one reason.
+    """
+    inside = prepared.present & _inside_thresholds(prepared.image, settings)
+    reasons = {  # the first one that holds counts
+        "missing": ~prepared.present.any(-1),
+        "threshold": ~inside.any(-1),
+        "rim": prepared.rim,
+        "mask file": (prepared.user_mask == 0).any(-1),
+        "auto": True,
+    }
+    left_out = ~prepared.used
+    for reason, where in reasons.items():
+        reasons[reason] = left_out & where
+        left_out = left_out & ~reasons[reason]
+    return reasons
 
 
 def display_stretch(linear: np.ndarray) -> Stretch:
@@ -5807,7 +5779,7 @@ def to_bytes(stretched: np.ndarray) -> np.ndarray:
     return np.broadcast_to(image, (height, width, 3))
 
 
-class Views:
+class Displayed:
     """A picture, a model of its sky, and what is left without it, as they are drawn."""
 
     def __init__(self, prepared: Prepared, sky: Callable, correction: str):
@@ -5816,20 +5788,20 @@ class Views:
         The sky takes frame coordinates (..., 2) to the linear sky there, (..., c).
         """
         self.shape = prepared.full_shape
-        self.picture = prepared.drawn  # (h, w, c) linear, as the others
+        self.picture = prepared.display  # (h, w, c) linear, as the others
         planes = SkyModel(sky, self.picture.shape[:2])
         self.model = _side_by_side(list(planes))
         with np.errstate(divide="ignore", invalid="ignore"):  # a sky of no light at all
             self.result = corrected(prepared, self.picture, self.model, correction)
 
-    def draw(self, axes, view: str, stretch: Stretch, words: str = "") -> None:
-        """Draw one of VIEWS; on the model lines of equal brightness. Words go on after its name."""
-        picture = getattr(self, view)
+    def draw(self, axes, shown: str, stretch: Stretch, words: str = "") -> None:
+        """Draw one of SHOWN, the model with lines of equal brightness; words follow its name."""
+        picture = getattr(self, shown)
         colors = to_bytes(stretch.apply(picture))
-        show(axes, colors, self.shape, f"the {view}{words}")
+        show(axes, colors, self.shape, f"the {shown}{words}")
         brightness = picture.mean(-1)
         span = np.ptp(brightness)
-        if view == "model" and span > 1e-9 and min(brightness.shape) > 1:
+        if shown == "model" and span > 1e-9 and min(brightness.shape) > 1:
             darkest = brightness.min() - span  # without the dark colors of the map
             frame = axes.images[0].get_extent()
             axes.contour(brightness, 8, cmap="plasma", vmin=darkest, origin="upper", extent=frame)
@@ -5872,11 +5844,11 @@ def striped(prepared: Prepared, areas: dict[str, np.ndarray]) -> np.ndarray:
         areas: reason, as in OVERLAYS -> (rows, columns) of the reduced frame, bool.
     """
     from matplotlib.colors import to_rgb
-    if max(prepared.full_shape) > SMALL_PICTURE:  # then this is what `drawn` would become
+    if max(prepared.full_shape) > SMALL_PICTURE:  # then this is what `display` would become
         stretched = enough(prepared.image)
     else:
-        stretched = prepared.stretch.apply(prepared.drawn)
-    times = math.ceil(VIEW_PIXELS / max(stretched.shape))  # a small one is enlarged
+        stretched = prepared.stretch.apply(prepared.display)
+    times = math.ceil(DISPLAY_PIXELS / max(stretched.shape))  # a small one is enlarged
     colors = to_bytes(stretched).repeat(times, 0)
     colors = colors.repeat(times, 1)
     height, width, _ = colors.shape
@@ -5912,13 +5884,13 @@ def draw_figures(figure, prepared: Prepared, settings: Settings, title: str, sai
     """
     figure.set_layout_engine("constrained")
     said_of_fit = [["words"]] if fit is None else [["loss"], ["words"], ["words"]]
-    axes = figure.subplot_mosaic([list(VIEWS), ["seen", "uncertainty", said_of_fit]])
+    axes = figure.subplot_mosaic([list(SHOWN), ["seen", "uncertainty", said_of_fit]])
     sky = prepared.sky.surface if fit is None else linear_sky(prepared, fit)
-    views = Views(prepared, sky, settings.correction)
-    stretch = display_stretch(views.picture)
+    displayed = Displayed(prepared, sky, settings.correction)
+    stretch = display_stretch(displayed.picture)
     words = NOT_TRAINED if fit is None else ", same stretch"
-    for view in VIEWS:
-        views.draw(axes[view], view, stretch, words)
+    for shown in SHOWN:
+        displayed.draw(axes[shown], shown, stretch, words)
     axes["picture"].set_title(in_lines([title], 60), loc="left", parse_math=False)
     draw_seen(axes["seen"], prepared, settings)
     draw_uncertainty(axes["uncertainty"], prepared)
@@ -5931,13 +5903,13 @@ def draw_figures(figure, prepared: Prepared, settings: Settings, title: str, sai
 
 def draw_uncertainty(axes, prepared: Prepared) -> None:
     """Draw the standard deviation of the sky, in percent of its range."""
-    places = frame_coordinates(*prepared.drawn.shape[:2])
+    places = frame_coordinates(*prepared.display.shape[:2])
     sky = prepared.sky.surface(places)  # (h, w, c)
     span = np.maximum(np.ptp(sky, (0, 1)), 1e-12)  # (c,)
     percent = 100 * prepared.sky.uncertain(places) / span
     title = "uncertainty of the model, percent of the sky's range"
-    drawn = show(axes, percent.mean(-1), prepared.full_shape, title)
-    axes.figure.colorbar(drawn, ax=axes, shrink=0.8)
+    colors = show(axes, percent.mean(-1), prepared.full_shape, title)
+    axes.figure.colorbar(colors, ax=axes, shrink=0.8)
 
 
 def in_lines(said: list[str], width: int) -> str:
@@ -5966,14 +5938,14 @@ def write_animation(file, prepared: Prepared, fit: Fit, correction: str = "subtr
     frames = []
     for epoch, positions, values in steps:
         sky = linear_sky(prepared, replace(fit, positions=positions, values=values))
-        views = Views(prepared, sky, correction)
-        stretch = display_stretch(views.picture)
+        displayed = Displayed(prepared, sky, correction)
+        stretch = display_stretch(displayed.picture)
         with drawing_style():
             figure = Figure(ANIMATION_SIZE)
             figure.subplots_adjust(0.01, 0.01, 0.99, 0.89, 0.02)
             model, result = figure.subplots(1, 2)
-            for axes, view in ((model, "model"), (result, "result")):
-                views.draw(axes, view, stretch, f", epoch: {epoch}")
+            for axes, shown in ((model, "model"), (result, "result")):
+                displayed.draw(axes, shown, stretch, f", epoch: {epoch}")
             model.autoscale(False)  # points may be outside
             row, column = positions.T * longer - 0.5  # (n,) pixels
             model.plot(column, row, "o", color=INK, markeredgecolor="black", markersize=5)
@@ -6014,7 +5986,7 @@ def display_kind() -> str | None:
     return "window" if kind else None
 
 
-def drawn_by(draw: Callable) -> bytes:
+def png_of(draw: Callable) -> bytes:
     """Return the PNG of an empty figure that draw(figure) fills."""
     from matplotlib.figure import Figure
     with drawing_style():
@@ -6031,7 +6003,7 @@ def show_figure(draw: Callable, where: str) -> None:
             draw(pyplot.figure(figsize=FIGURE_SIZE))
     else:
         from IPython.display import Image, display
-        display(Image(drawn_by(draw)))
+        display(Image(png_of(draw)))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -6115,6 +6087,7 @@ def process_file(task: Task, said: list[str], watched: ContextManager = nullcont
     with atomic_outputs(*paths) if paths else nullcontext(()) as opened:
         files = dict(zip(task.outputs, opened))
         picture, mask, reference = read_inputs(task)
+        _import_for(task.options)
         result = fit = None
         if task.options.preview:
             prepared, settings = examine(
@@ -6128,7 +6101,7 @@ def process_file(task: Task, said: list[str], watched: ContextManager = nullcont
             draw_figures, prepared=prepared, settings=settings, said=said, fit=fit,
             title=os.path.basename(task.path))
         if "figure" in files:
-            files["figure"].write(drawn_by(draw))
+            files["figure"].write(png_of(draw))
         elif place is not None:
             show_figure(draw, place)
     return result
@@ -6153,13 +6126,8 @@ def read_inputs(task: Task) -> tuple[Picture, np.ndarray | None, Reference | Non
         mask = _read_and_warn(read_mask, options.mask).planes
     if options.reference is not None:
         factor = task.settings.downscaling_factor
-        reference = read_reference(options.reference, picture, factor, reference_once)
+        reference = read_reference(options.reference, picture, factor)
     task.check()  # nobody shall wait for what cannot be saved
-    for name in USED_BESIDE_IMPORTS:
-        module, _, part = name.rpartition(".")
-        getattr(importlib.import_module(module), part)
-    if not options.preview:
-        _start_importing()
     return picture, mask, reference
 
 
@@ -6168,18 +6136,6 @@ def _read_and_warn(read: Callable[[str], Picture], path: str) -> Picture:
     for text in picture.warnings:
         logger.warning(f"{path} {text}")
     return picture
-
-
-def reference_once(path: str) -> OpenedReference:
-    """Read a reference; one that all pictures of a folder have is read once."""
-    with _refusals(path):
-        changed = os.stat(path).st_mtime_ns
-    return _kept_reference(path, changed)
-
-
-@functools.lru_cache(maxsize=1)
-def _kept_reference(path, changed):
-    return open_reference(path)
 
 
 # What is used while another thread imports TensorFlow. It has to be there before: where two threads
@@ -6191,12 +6147,18 @@ USED_BESIDE_IMPORTS = (
     "tqdm.tqdm")
 
 
+def _import_for(options: argparse.Namespace) -> None:
+    """Import what a run will use; unless it is a preview, TensorFlow beside all up to the fit."""
+    for name in USED_BESIDE_IMPORTS:
+        module, _, part = name.rpartition(".")
+        getattr(importlib.import_module(module), part)
+    if not options.preview:
+        _start_importing()
+
+
 @functools.lru_cache(maxsize=None)  # so that only the first call does anything
 def _start_importing() -> None:
-    """Import TensorFlow beside stretching and reducing.
-
-    Who needs it waits for this import, or sees it fail again.
-    """
+    """Import TensorFlow in a thread. Who needs it waits for this, or sees it fail again."""
     if sys.stderr is not None and sys.stderr is sys.__stderr__:  # nobody has replaced it
         # Keep our stderr on a descriptor of its own: descriptor 2 is silenced below
         own = os.dup(2)
@@ -6210,7 +6172,7 @@ def _import_silently() -> None:
 
     Both print a page of log lines from C++, and no setting silences all of them.
     """
-    with suppress(Exception), ExitStack() as stack:  # no stderr, no TensorFlow, or a broken GPU
+    with suppress(Exception), ExitStack() as stack:  # no stderr, or no TensorFlow
         kept = os.dup(2)
         stack.callback(os.close, kept)
         with open(os.devnull, "w") as nowhere:
@@ -6227,7 +6189,7 @@ def write_outputs(task: Task, picture: Picture, result: Result, files: dict) -> 
     history = _history(task, result)
     own = picture.source, picture.unit
     pictures = {
-        "model": (result.sky, *own, "the sky"),
+        "model": (result.model_planes, *own, "the sky"),
         "subtracted": (result.planes, *own, "the picture without the sky"),
     }
     if "uncertainty" in files:
@@ -6281,7 +6243,7 @@ class _Interrupts:
     """Ctrl-C, or another wish to end the run, that cannot get lost.
 
     A module that is being imported may swallow it. TensorFlow may crash when it is interrupted, so
-    nothing is raised while `patient`: then `check` does it.
+    nothing is raised during a fit, or while `patient`: then `check` does it.
     """
 
     asked = 0  # number of the signal
@@ -6298,11 +6260,11 @@ class _Interrupts:
 
     def _listen(self, number, _):
         self.asked = number
-        if not self.patient:
+        if not self.patient and not _fitting.locked():
             raise KeyboardInterrupt
 
     def check(self) -> None:
-        """Raise what was swallowed, or held back while `patient`."""
+        """Raise what was swallowed or held back."""
         if self.asked:
             raise KeyboardInterrupt
 
@@ -6329,11 +6291,7 @@ def watched_fit(epochs: int, interrupts: _Interrupts,
                 logger.info(f"epoch {epoch:4d}  loss {loss:.4f}")
 
         interrupts.check()
-        interrupts.patient = True
-        try:
-            yield on_epoch
-        finally:
-            interrupts.patient = False
+        yield on_epoch
         interrupts.check()
 
 
@@ -6390,9 +6348,9 @@ def _told(error: Exception) -> str:
 # --------------------------------------------------------------------------------------------------
 # Preview to work in: a window, and a panel in notebooks
 #
-# A `View` is what is chosen of a picture. The handlers of a `Preview` replace it, and `refresh`
-# shows it; a window and a panel differ in their widgets only. All is computed by the functions of
-# the command line, so the command that is told does the same.
+# A `Choice` is what is chosen of a picture. The handlers of a `Preview` replace it, and `refresh`
+# shows it; a window and a panel differ in their widgets only. The preview calls the functions of
+# the command line, so the command that it prints gives the same result.
 # --------------------------------------------------------------------------------------------------
 
 WINDOW_SIZE = 13.0, 6.2  # inches of 100 pixels: fits a screen of 1366 x 768, with its frame
@@ -6402,7 +6360,7 @@ THOUSANDTHS = tuple(k / 1000 for k in range(1001))
 
 # What can be chosen, a field of `Settings` or what is shown -> its values
 LADDERS = {
-    # What these leave above them falls by even steps, to about a half each
+    # What is above these falls by even steps, to about a half each
     "delinearization_quantile": (
         0.5, 0.7, 0.8, 0.9, 0.95, 0.97, 0.98, 0.99, 0.995, 0.998, 0.999, 0.9995, 0.9999, 1.0),
     "threshold_min": THOUSANDTHS,
@@ -6410,14 +6368,15 @@ LADDERS = {
     "smoothing": (None, *sorted(SMOOTHINGS)),
     "auto": (False, True),
     "correction": ("subtract", "divide"),
-    "shown": VIEWS,
+    "shown": SHOWN,
 }
 
 # Label of a slider in the window -> what is chosen with it
 SLIDERS = {
-    "-dq": ("delinearization_quantile",),
-    "-tm, -tM": ("threshold_min", "threshold_max"),
-    "smoothing": ("smoothing",),
+    "-dq": "delinearization_quantile",
+    "-tm": "threshold_min",
+    "-tM": "threshold_max",
+    "smoothing": "smoothing",
 }
 
 # Key -> what is chosen with it, and by how many values it goes on
@@ -6432,9 +6391,9 @@ STEPS = {
 # Key -> label of the button that does the same; the first two are check boxes
 BUTTONS = {
     "a": "--auto  [a]", "d": "--correction divide  [d]",
-    " ": "Picture, model, result  [space]", "z": "Undo the last drawing  [z]",
+    " ": "Picture, model, result  [space]", "c": "Copy the command  [c]",
     "t": "Take the sky out  [t]", "escape": "Stop  [escape]",
-    "w": "Write  [w]", "c": "Copy the command  [c]", "q": "Close  [q]",
+    "w": "Write  [w]", "q": "Close  [q]",
 }
 
 HELP = ("Keys: left, right -dq;  down, up -tM;  [ ] -tm;  - + smoothing.\n"
@@ -6442,14 +6401,15 @@ HELP = ("Keys: left, right -dq;  down, up -tM;  [ ] -tm;  - + smoothing.\n"
 
 
 @dataclass(frozen=True)
-class View:
+class Choice:
     """What is chosen of a picture, and what follows from it."""
 
     asked: Settings  # None where nothing was asked for, as on the command line
     prepared: Prepared  # thinned: what the fit would see, but for what --auto leaves out
-    drawn: np.ndarray | None = None  # (h, w, 1) of the reduced frame: 0 left out, 1 given back,
-    # NaN not drawn on
+    painting: np.ndarray | None = None  # (h, w, 1) of the reduced frame: 0 left out, 1 given back,
+    # NaN not painted on
     result: Result | None = None  # of a training with just this
+    shown: str = SHOWN[0]
 
     @property
     def settings(self) -> Settings:
@@ -6458,7 +6418,7 @@ class View:
 
 
 class Preview:
-    """A picture, the view that is chosen of it, and the handlers that change the view."""
+    """A picture, what is chosen of it, and the handlers that change the choice."""
 
     def __init__(self, figure, task: Task, picture: Picture, mask: np.ndarray | None,
                  reference: Reference | None = None):
@@ -6472,12 +6432,11 @@ class Preview:
         self.mask = mask
         planes = picture.planes
         used = task.settings.resolved()
-        self.undrawn = prepare(planes, used, mask, picture.unit.black, reference)
-        thin = thinned(self.undrawn)
-        self.view = View(task.settings, thin)
-        # As long as a sky and a correction are those of the last time, so are these views
-        self.views = functools.lru_cache(maxsize=1)(functools.partial(Views, thin))
-        self.shown = "picture"  # one of VIEWS
+        self.unpainted = prepare(planes, used, mask, picture.unit.black, reference)
+        thin = thinned(self.unpainted)
+        self.choice = Choice(task.settings, thin)
+        # As long as a sky and a correction are those of the last time, so is what is shown
+        self.displayed = functools.lru_cache(maxsize=1)(functools.partial(Displayed, thin))
         self.ladders = {name: list(values) for name, values in LADDERS.items()}
         for name, values in self.ladders.items():
             if self.value(name) not in values:
@@ -6490,7 +6449,7 @@ class Preview:
         self.due = 0.0  # when to look for it, by the monotonic clock
         self.said = []
         self.status = ""  # what was refused, or is being done
-        self.showing = False  # widgets are set to the view: their handlers have nothing to do
+        self.showing = False  # widgets are set to the choice: their handlers have nothing to do
         self.figure = figure
         self.axes = figure.add_axes([0.01, 0.09, 0.66, 0.86])  # left, bottom, width, height
         write = functools.partial(figure.text, s="", va="top", parse_math=False)
@@ -6498,24 +6457,24 @@ class Preview:
 
     def value(self, name: str):
         """Return what is chosen, by its name in LADDERS."""
-        return getattr(self if name == "shown" else self.view.settings, name)
+        return self.choice.shown if name == "shown" else getattr(self.choice.settings, name)
 
     def place(self, name: str) -> int:
         """Return where on its ladder that stands."""
         return self.ladders[name].index(self.value(name))
 
-    # --- Handlers: they change the view ---
+    # --- Handlers: they change the choice ---
 
-    def take(self, places: dict[str, int]) -> None:
-        """Choose what is at these places of the ladders of these names."""
+    def take(self, name: str, place: float) -> None:
+        """Choose what is at a place of the ladder of this name."""
+        value = self.ladders[name][int(place)]
         if self.showing:
             return
-        chosen = {name: self.ladders[name][int(place)] for name, place in places.items()}
-        if "shown" in chosen:
-            self.shown = chosen["shown"]
+        if name == "shown":
+            self.choice = replace(self.choice, shown=value)
             self.refresh()
         else:
-            self.change(**chosen)
+            self.change(**{name: value})
 
     def step(self, name: str, by: int) -> None:
         """Go along a ladder, and around where it is short."""
@@ -6523,64 +6482,66 @@ class Preview:
         place = self.place(name) + by
         if count > 3:
             place = min(max(place, 0), count - 1)
-        self.take({name: place % count})
+        self.take(name, place % count)
 
-    def change(self, drawn: np.ndarray | None = None, **changes) -> None:
+    def change(self, painting: np.ndarray | None = None, **changes) -> None:
         """Change what is chosen, or the drawing, if a fit could do with it."""
-        drawn = self.view.drawn if drawn is None else drawn
+        painting = self.choice.painting if painting is None else painting
         try:
-            asked = replace(self.view.asked, **changes)
-            view = View(asked, self.prepared(asked.resolved(), drawn, True), drawn)
+            asked = replace(self.choice.asked, **changes)
+            prepared = self.prepared(asked.resolved(), painting, True)
+            choice = Choice(asked, prepared, painting, shown=self.choice.shown)
         except (ValueError, BgError) as error:
             self.status = str(error)
             self.refresh()
         else:
-            self.go_to(view)
+            self.go_to(choice)
 
-    def go_to(self, view: View) -> None:
-        """Take a view for which the sky may be another one."""
-        self.view = view
+    def go_to(self, choice: Choice) -> None:
+        """Take a choice for which the sky may be another one."""
+        self.choice = choice
         self.said = []  # it was said of something else
         self.status = ""
         self.due = time.monotonic() + LOOK_AFTER
         self.refresh()
 
-    def prepared(self, settings: Settings, drawn: np.ndarray | None,
+    def prepared(self, settings: Settings, painting: np.ndarray | None,
                  thin: bool = False) -> Prepared:
         """Return what a fit would see, of the whole reduced frame or thinned."""
         quantile = settings.delinearization_quantile
         stretches, _ = self.stretches.result()
         if quantile not in stretches:
             raise BgError(f"-dq {quantile:g} takes all of a channel to 1; raise it")
-        reduced = replace(self.undrawn, user_mask=drawn_on(self.undrawn.user_mask, drawn))
+        user_mask = painted_over(self.unpainted.user_mask, painting)
+        reduced = replace(self.unpainted, user_mask=user_mask)
         reduced = thinned(reduced) if thin else reduced
         return stretch_and_mask(reduced, stretches[quantile], settings)
 
-    def look(self, view: View) -> Sky:
-        """Find the sky of a view, and tell of it."""
-        prepared = self.prepared(view.settings, view.drawn)
-        sky = find_sky(prepared, view.settings)
-        judge(self.picture.planes, with_sky(prepared, view.settings, sky), view.settings)
+    def look(self, choice: Choice) -> Sky:
+        """Find the sky of a choice, and tell of it."""
+        prepared = self.prepared(choice.settings, choice.painting)
+        sky = find_sky(prepared, choice.settings)
+        judge(self.picture.planes, with_sky(prepared, choice.settings, sky), choice.settings)
         return sky
 
-    def found(self, sky: Sky) -> None:
+    def keep_sky(self, sky: Sky) -> None:
         self.sky = sky
 
-    # --- From the view to what is shown ---
+    # --- From the choice to what is shown ---
 
     def refresh(self) -> None:
         """Show all anew."""
-        axes, view = self.axes, self.view
+        axes, choice = self.axes, self.choice
         for old in (*axes.images, *axes.collections, axes.get_legend()):
             if old is not None:
                 old.remove()
-        prepared = self.seen(view.prepared)
-        if self.shown == "picture" or self.sky is None:
-            draw_seen(axes, prepared, view.settings, 5)
+        prepared = self.seen(choice.prepared)
+        if choice.shown == "picture" or self.sky is None:
+            draw_seen(axes, prepared, choice.settings, 5)
         else:
-            words = "" if view.result else NOT_TRAINED
-            views = self.views(self.model(), view.settings.correction)
-            views.draw(axes, self.shown, prepared.stretch, words)
+            words = "" if choice.result else NOT_TRAINED
+            displayed = self.displayed(self.model(), choice.settings.correction)
+            displayed.draw(axes, choice.shown, prepared.stretch, words)
         axes.images[0].set_interpolation("nearest")  # it is the quickest
         words = shlex.join(self.words()), in_lines(self.said, 62), self.status
         for text, line in zip(self.texts, words):
@@ -6591,34 +6552,16 @@ class Preview:
 
     def seen(self, prepared: Prepared) -> Prepared:
         """Return what the fit would see, as far as the sky is known."""
-        return with_sky(prepared, self.view.settings, self.sky) if self.sky else prepared
+        return with_sky(prepared, self.choice.settings, self.sky) if self.sky else prepared
 
     def model(self) -> Callable:
         """Return the linear sky as a function of frame coordinates, trained if it is."""
-        result = self.view.result
-        return result.linear_sky if result else self.sky.surface
+        result = self.choice.result
+        return result.sky_at if result else self.sky.surface
 
-    def words_on(self, x: float, y: float) -> str:
-        """Say what is at a place of the picture: value and sky, in the picture's own unit."""
-        if self.sky is None:
-            return ""
-        undrawn, unit = self.undrawn, self.picture.unit
-        place = np.array([y, x]) + 0.5
-        in_frame = place[None] / max(undrawn.full_shape)  # (1, 2)
-        sky = self.model()(in_frame)[0]
-        cell = place / self.view.settings.downscaling_factor
-        last = np.array(undrawn.rim.shape) - 1
-        row, column = np.clip(cell.astype(int), 0, last)
-        words = f"x {x:.0f}, y {y:.0f}"
-        for name, samples in (("value", undrawn.linear[row, column]), ("sky", sky)):
-            samples = samples * unit.scale + unit.offset
-            words += f"   {name} " + " ".join(f"{sample:.5g}" for sample in samples)
-        deviations = self.sky.uncertain(in_frame)[0] * unit.scale
-        return f"{words} \u00b1 " + " ".join(f"{deviation:.2g}" for deviation in deviations)
-
-    def mask_path(self, view: View) -> str | None:
-        """Return the path of a view's mask: of the given one, or if it is drawn, of a new file."""
-        if view.drawn is None:
+    def mask_path(self, choice: Choice) -> str | None:
+        """Return the path of a choice's mask: of the given, or if it is painted, of a new file."""
+        if choice.painting is None:
             return self.task.options.mask
         ending = self.task.format.ending
         paths = (self.task.output(f"mask{count}{ending}") for count in ("", *range(2, 1000)))
@@ -6626,14 +6569,14 @@ class Preview:
 
     def words(self, usual=Settings) -> list[str]:
         """Return the flags of the command that does what is shown; `usual` as for `flag_words`."""
-        return flag_words(self.task.options, self.view.asked, self.mask_path(self.view), usual)
+        return flag_words(self.task.options, self.choice.asked, self.mask_path(self.choice), usual)
 
 
-def drawn_on(mask: np.ndarray | None, drawn: np.ndarray | None) -> np.ndarray | None:
-    """Return a mask, None for 1 all over, with what is drawn, but for NaN, put over it."""
-    if drawn is None:
+def painted_over(mask: np.ndarray | None, painting: np.ndarray | None) -> np.ndarray | None:
+    """Return a mask, None for 1 all over, with what is painted, but for NaN, put over it."""
+    if painting is None:
         return mask
-    return np.where(np.isnan(drawn), 1 if mask is None else mask, drawn)
+    return np.where(np.isnan(painting), 1 if mask is None else mask, painting)
 
 
 def _quietly(work: Callable) -> tuple[Any, list[str]]:
@@ -6652,26 +6595,22 @@ class PreviewWindow(Preview):
         """Make the widgets; `what` is as for `Preview`."""
         from matplotlib import widgets
         super().__init__(*what)
-        self.before = []  # views that `undo` goes back to
         self.pool = ThreadPoolExecutor(1)
         self.job = None  # what the thread does, and what is done with what it gives
+        self.looking = False  # whether that is to look for the sky
         self.stopping = threading.Event()
         self.shift = False  # is held
         self.keys = {key: functools.partial(self.step, *step) for key, step in STEPS.items()}
-        self.keys.update(
-            z=self.undo, t=self.train, escape=self.stopping.set, w=self.write, c=self.copy)
+        self.keys.update(t=self.train, escape=self.stopping.set, w=self.write, c=self.copy)
         add = self.figure.add_axes
         self.figure.text(0.69, 0.11, HELP, va="top")
-        self.axes.format_coord = self.words_on
         self.widgets = {}  # matplotlib forgets one that nobody keeps
-        for k, (label, names) in enumerate(SLIDERS.items()):
-            kind = widgets.Slider if len(names) == 1 else widgets.RangeSlider
-            last = len(self.ladders[names[0]]) - 1
-            place = add([0.755, 0.92 - 0.05 * k, 0.15, 0.03])
-            slider = kind(place, label, 0, last, valstep=1, color=INK)
+        for k, (label, name) in enumerate(SLIDERS.items()):
+            last = len(self.ladders[name]) - 1
+            place = add([0.755, 0.93 - 0.045 * k, 0.15, 0.03])
+            slider = widgets.Slider(place, label, 0, last, valstep=1, color=INK)
             slider.drawon = False  # `refresh` draws all at once
-            slider.on_changed(
-                lambda at, names=names: self.take(dict(zip(names, np.atleast_1d(at)))))
+            slider.on_changed(lambda place, name=name: self.take(name, place))
             slider.label.set_x(-0.06)  # beside the handle, not below it
             slider.valtext.set_x(1.06)
             self.widgets[label] = slider
@@ -6683,7 +6622,7 @@ class PreviewWindow(Preview):
             place.yaxis.set_visible(False)
             self.widgets[key] = button
         self.lasso = widgets.LassoSelector(
-            self.axes, self.draw_around, props=dict(color=INK, linewidth=2), button=1)
+            self.axes, self.paint, props=dict(color=INK, linewidth=2), button=1)
         self.lasso.set_visible(False)  # else all would be drawn twice
         listen = self.figure.canvas.mpl_connect
         listen("button_press_event", lambda event: setattr(self, "shift", event.key == "shift"))
@@ -6692,12 +6631,10 @@ class PreviewWindow(Preview):
         self.refresh()
 
     def set_widgets(self):
-        for label, names in SLIDERS.items():
+        for label, name in SLIDERS.items():
             slider = self.widgets[label]
-            places = [self.place(name) for name in names]
-            slider.set_val(places if len(names) > 1 else places[0])
-            words = [in_words(self.value(name)) for name in names]
-            slider.valtext.set_text(", ".join(words))
+            slider.set_val(self.place(name))
+            slider.valtext.set_text(in_words(self.value(name)))
         for key, name in (("a", "auto"), ("d", "correction")):
             box = "\u2611" if self.place(name) else "\u2610"
             self.widgets[key].label.set_text(f"{box}  {BUTTONS[key]}")
@@ -6705,111 +6642,100 @@ class PreviewWindow(Preview):
 
     # --- Handlers that only a window has ---
 
-    def draw_around(self, corners):
+    def paint(self, corners):
         """Leave out what the lasso holds, or with Shift give it back.
 
         What --auto leaves out can be given back only where its mask becomes one of the user's own.
         """
         from skimage.draw import polygon2mask
-        view = self.view
-        shape = self.undrawn.rim.shape
+        choice = self.choice
+        shape = self.unpainted.rim.shape
         pixels = np.array(corners)[:, ::-1]  # (n, 2) row and column, full size
-        inside = polygon2mask(shape, (pixels + 0.5) / view.settings.downscaling_factor - 0.5)
+        inside = polygon2mask(shape, (pixels + 0.5) / choice.settings.downscaling_factor - 0.5)
         if len(corners) < 3 or not inside.any():  # a click
             return
-        drawn = np.full((*shape, 1), np.nan) if view.drawn is None else view.drawn.copy()
+        painting = np.full((*shape, 1), np.nan, np.float32)
+        if choice.painting is not None:
+            painting = choice.painting.copy()
         changes = {}
-        if self.shift and view.settings.auto:
-            drawn[..., 0] = self.seen(self.prepared(view.settings, view.drawn)).used
-            quantile = view.settings.delinearization_quantile
+        if self.shift and choice.settings.auto:
+            painting[..., 0] = self.seen(self.prepared(choice.settings, choice.painting)).used
+            quantile = choice.settings.delinearization_quantile
             changes = dict(auto=False, delinearization_quantile=quantile)
-        drawn[inside] = self.shift
-        self.before.append(view)
-        self.change(drawn, **changes)
+        painting[inside] = self.shift
+        self.change(painting, **changes)
 
-    def undo(self):
-        if self.before:
-            self.go_to(self.before.pop())
-
-    def train(self, then: Callable = lambda: None) -> None:
+    def train(self) -> None:
         """Take the sky out as the command would, and show what comes of it."""
-        view = self.view
+        choice = self.choice
         _start_importing()
 
-        def check():
+        def on_epoch(epoch, loss):
             if self.stopping.is_set():
                 raise BgError("stopped")
-
-        def on_epoch(epoch, loss):
-            check()
             self.status = f"epoch {epoch}, loss {loss:.4f}"
-
-        @contextmanager
-        def watched():
-            check()  # before TensorFlow is waited for
-            yield on_epoch
 
         def work():
             return remove_sky(
-                self.picture.planes.copy(), view.asked, self.full_mask(view), self.picture.unit,
-                watched(), self.undrawn.reference)
+                self.picture.planes.copy(), choice.asked, self.full_mask(choice), self.picture.unit,
+                nullcontext(on_epoch), self.unpainted.reference)
 
         def keep(result):
             self.sky = result.prepared.sky
-            self.view = replace(view, result=result)
-            self.shown = "result"
-            then()
+            self.choice = replace(choice, result=result, shown="result")
 
         self._start(work, keep, "preparing the fit")
 
     def write(self):
         """Write what the command would write."""
-        view = self.view
-        if view.result is None:
-            self.train(self.write)
+        choice = self.choice
+        if choice.result is None:
+            self.status = "take the sky out first  [t]"
+            self.refresh()
             return
 
         def work():
-            changes = dict(mask=self.write_mask(view), preview=False, figures="none")
-            chosen = {**vars(self.task.options), **vars(view.asked), **changes}
+            changes = dict(mask=self.write_mask(choice), preview=False, figures="none")
+            chosen = {**vars(self.task.options), **vars(choice.asked), **changes}
             task = Task(self.task.path, argparse.Namespace(**chosen))
             task.check()
             with atomic_outputs(*task.outputs.values()) as files:
-                write_outputs(task, self.picture, view.result, dict(zip(task.outputs, files)))
+                write_outputs(task, self.picture, choice.result, dict(zip(task.outputs, files)))
             logger.info("wrote " + ", ".join(task.outputs.values()))
 
         self._start(work, lambda _: None, "writing")
 
     def copy(self):
         """Put the command that does what is shown into the clipboard."""
-        command = command_line(self.task.options, self.words())
+        line = command_line(self.task.options, self.words())
         canvas = self.figure.canvas
         self.status = "the command is in the clipboard"
         if hasattr(canvas, "get_tk_widget"):
             clipboard = canvas.get_tk_widget()
             clipboard.clipboard_clear()
-            clipboard.clipboard_append(command)
+            clipboard.clipboard_append(line)
         elif canvas.required_interactive_framework == "qt":
             from matplotlib.backends.qt_compat import QtWidgets
-            QtWidgets.QApplication.clipboard().setText(command)
+            QtWidgets.QApplication.clipboard().setText(line)
         else:
             self.status = "not copied: this toolkit is neither Tk nor Qt; it is printed at the end"
         self.refresh()
 
-    def full_mask(self, view: View) -> np.ndarray | None:
-        """Return the mask of a view at full size, (1 or c, h, w), or None."""
-        if view.drawn is None:
+    def full_mask(self, choice: Choice) -> np.ndarray | None:
+        """Return the mask of a choice at full size, (1 or c, h, w), or None."""
+        if choice.painting is None:
             return self.mask
-        drawn = full_mask(replace(self.undrawn, weight=view.drawn), view.settings)
-        return drawn_on(self.mask, drawn)
+        factor = choice.settings.downscaling_factor
+        painting = _enlarge(choice.painting, factor, self.unpainted.full_shape)  # (h, w, 1)
+        return painted_over(self.mask, np.moveaxis(painting, -1, 0))
 
-    def write_mask(self, view: View) -> str | None:
-        """Write the mask of a view if it was drawn on; returns its path, or that of the given."""
-        path = self.mask_path(view)
-        if view.drawn is not None:
+    def write_mask(self, choice: Choice) -> str | None:
+        """Write the mask of a choice if it was painted; returns its path, or that of the given."""
+        path = self.mask_path(choice)
+        if choice.painting is not None:
             lines = ["bgoptimizer: a mask drawn by hand, 1 = sky"]
             metadata = source_of_mask(self.picture.source)
-            mask = self.full_mask(view)
+            mask = self.full_mask(choice)
             task = self.task
             with atomic_outputs(path) as (file,):
                 task.format.write(file, mask, metadata, lines, task.options.compress, Unit())
@@ -6818,13 +6744,14 @@ class PreviewWindow(Preview):
 
     # --- The thread ---
 
-    def _start(self, work, then, status):
+    def _start(self, work, then, status, looking=False):
         """Have the thread do work(), and then call then() with what that gives.
 
         That replaces a look for the sky, and waits for nothing else.
         """
-        if self.job is not None and self.job[1] != self.found:
+        if self.job is not None and not self.looking:
             return
+        self.looking = looking
         self.due = math.inf
         self.stopping.clear()
         self.status = status
@@ -6835,8 +6762,8 @@ class PreviewWindow(Preview):
         """See what the thread has done, and have it look for the sky anew where that is due."""
         if self.job is None:
             if time.monotonic() > self.due:
-                look = functools.partial(self.look, self.view)
-                self._start(look, self.found, "looking for the sky")
+                look = functools.partial(self.look, self.choice)
+                self._start(look, self.keep_sky, "looking for the sky", looking=True)
             return
         future, then = self.job
         if future.done():
@@ -6847,7 +6774,7 @@ class PreviewWindow(Preview):
                 then(given)
             except Exception as error:
                 self.status = _told(error)
-                if then != self.found:  # it may have replaced a look for the sky
+                if not self.looking:  # it may have replaced a look for the sky
                     self.due = time.monotonic()
             self.refresh()
         elif self.texts[2].get_text() != self.status:
@@ -6858,6 +6785,7 @@ class PreviewWindow(Preview):
 def work_in_window(task: Task, interrupts: _Interrupts) -> None:
     """Open the preview window on one picture, until it is closed; then write the drawn mask."""
     inputs = read_inputs(task)
+    _import_for(task.options)
     with drawing_style():
         from matplotlib import pyplot
         figure = pyplot.figure(in_lines([os.path.basename(task.path)], 80), WINDOW_SIZE)
@@ -6877,11 +6805,11 @@ def work_in_window(task: Task, interrupts: _Interrupts) -> None:
         interrupts.patient = True  # a toolkit would print a traceback, and go on
         pyplot.show()
         interrupts.patient = False
-    command = command_line(task.options, window.words())
+    line = command_line(task.options, window.words())
     if not task.options.quiet:  # the thread may still import TensorFlow, and has the log for itself
-        print(f"this command does it:\n{command}", flush=True)
+        print(f"this command does it:\n{line}", flush=True)
     window.pool.shutdown()
-    window.write_mask(window.view)
+    window.write_mask(window.choice)
     del figure, window, timer, tick
     gc.collect()  # as in `display_kind`
     interrupts.check()
@@ -6905,19 +6833,19 @@ class PreviewPanel(Preview):
             kind = ipywidgets.SelectionSlider if len(values) > 3 else ipywidgets.ToggleButtons
             words = list(map(in_words, values))
             widget = kind(options=words, index=0, description=name, continuous_update=False)
-            widget.observe(lambda change, name=name: self.take({name: change.new}), "index")
+            widget.observe(lambda change, name=name: self.take(name, change.new), "index")
             self.widgets[name] = widget
         self.button = ipywidgets.Button(description="Use these settings")
         self.button.on_click(lambda _: use(self.words(usual=None)))
         self.image = ipywidgets.Image(format="png")
         PreviewPanel.widgets_in_use = [*self.widgets.values(), self.button]
         self.box = ipywidgets.VBox([*PreviewPanel.widgets_in_use, self.image])
-        self.go_to(self.view)
+        self.go_to(self.choice)
 
-    def go_to(self, view):
+    def go_to(self, choice):
         """Also look for the sky, for there is no thread that does."""
-        super().go_to(view)
-        self.sky, self.said = _quietly(functools.partial(self.look, view))
+        super().go_to(choice)
+        self.sky, self.said = _quietly(functools.partial(self.look, choice))
         self.refresh()
 
     def set_widgets(self):
@@ -6936,7 +6864,8 @@ def in_words(value) -> str:
 # Many pictures
 #
 # They are done one by one in this process, or by an executor: processes of its own, or workers of
-# Dask. To these goes plain data: it means the same to a script and to a module.
+# Dask. These get paths and options, not our classes: pickle names a class by its module, and a
+# script's module is `__main__`.
 # --------------------------------------------------------------------------------------------------
 
 REPORT_NAME = "bgoptimizer_report.csv"
@@ -7017,7 +6946,7 @@ def run_many(pictures: list[str], options: argparse.Namespace, interrupts: _Inte
     if options.preview or options.figures == "show":
         raise BgError("--preview and --figures show are for one picture; "
                       f"name it, such as {pictures[0]}")
-    for path, read in ((options.mask, read_mask), (options.reference, reference_once)):
+    for path, read in ((options.mask, read_mask), (options.reference, open_reference)):
         if path is not None:
             read(path)  # so that a bad one is told once
     report = os.path.join(options.output_path, REPORT_NAME)
@@ -7114,11 +7043,11 @@ def _sum_up(outcomes: list[Outcome], seconds: float, report: str) -> None:
     """Log what came of all pictures; raises BgError if some failed."""
     count = len(outcomes)
     total = "1 picture" if count == 1 else f"{count} pictures"
-    numbers = Counter(row.outcome for row in outcomes)
-    parts = [f"{numbers[outcome]} {outcome}" for outcome in sorted(numbers)]
+    counts = Counter(row.outcome for row in outcomes)
+    parts = [f"{counts[outcome]} {outcome}" for outcome in sorted(counts)]
     parts = ", ".join(parts)
     logger.info(f"{total}: {parts}; {seconds:.1f} s; wrote {report}")
-    failed = numbers[FAILED]
+    failed = counts[FAILED]
     if failed:
         raise BgError(f"{failed} of {total} failed; {report} says why")
 
@@ -7139,13 +7068,13 @@ def _try_picture(task: Task, interrupts: _Interrupts) -> Outcome:
 def _outcome(task: Task, result: Result, said: list[str]) -> Outcome:
     """Put a result into the words and digits of a row."""
     sky = result.prepared.sky
-    numbers = (
+    values = (
         sky.share,
         result.settings.smoothing,
         result.gradient_before,
         result.gradient_after,
         result.clipped)
-    digits = ["" if math.isnan(number) else f"{number:.5g}" for number in numbers]
+    digits = ["" if math.isnan(value) else f"{value:.5g}" for value in values]
     confidence = f"unsure: {sky.unsure}" if sky.unsure else "sure"
     warned = [line[len(WARNING):] for line in said if line.startswith(WARNING)]
     outcome = WARNED if warned else DONE
@@ -7172,7 +7101,9 @@ def do_picture(path: str, options: argparse.Namespace, folder: str) -> tuple:
 
 
 def _by_executor(executor: Executor, work: Callable, to_do: list[Task]) -> Iterator[Outcome]:
-    """Have work done on all pictures, as they are ready; what is done is taken out of `to_do`.
+    """Submit all pictures, and yield each outcome when it is ready.
+
+    What is done is taken out of `to_do`.
 
     BrokenExecutor, CancelledError, and OSError are the end of the executor.
     """
@@ -7263,11 +7194,6 @@ def _by_dask(to_do: list[Task], address: str) -> Iterator[Outcome]:
 # Command line
 # --------------------------------------------------------------------------------------------------
 
-# Flags of the fields of Settings, in their order
-FLAGS = ("-dx", "-df", "-dq", "-N", "-O", "-tm", "-tM", "-i", "-e", "-a", "-B", "-lr",
-         "--smoothing", "--correction", "--auto", "--seed")
-
-
 class _Parser(argparse.ArgumentParser):
     """An argument parser that says what is wrong in one line."""
 
@@ -7302,7 +7228,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="compress without loss: XISF by LZ4-HC, FITS by GZIP_2, TIFF by deflate")
     add("-dx", "--downscaling-factor", type=int,
         help="side of the blocks of pixels that the fit sees as one pixel")
-    add("-df", "--downscaling-func", choices=("median", "mean"), metavar="DOWNSCALING_FUNC",
+    add("-df", "--downscaling-func",
         help="what a block is reduced to, median or mean; the median drops small stars")
     add("-dq", "--delinearization-quantile", type=float,
         default=f"{DEFAULT_QUANTILE}, with --auto {AUTO_QUANTILE}",
@@ -7320,8 +7246,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="leave out what is brighter than this in the stretched picture")
     add("-m", "--mask", default="none",
         help="a picture of the same size: 1 = use, 0 = leave out, between = weight")
-    add("-i", "--initializer", choices=("random", "grid"), metavar="INITIALIZER",
-        help="where the control points start, random or grid")
+    add("-i", "--initializer", help="where the control points start, random or grid")
     add("-e", "--epochs", type=int, help="most epochs; the fit ends before when nothing improves")
     add("-a", "--alpha", type=float, default="%(default)g",
         help="weight of the penalties on a sky that is negative or brighter than the picture")
@@ -7330,11 +7255,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("-lr", dest="learning_rate", metavar="LR", type=float, help="learning rate at the start")
     add("--auto", **switch, help="find objects and leave them out")
     add("--reference", metavar="FILE", default="none",
-        help="another picture of the region with a gentler sky, tells nebula from glow")
+        help="a picture of the region with a gentler sky, tells nebula from glow; turns on --auto")
     add("--smoothing", type=auto_or_number, metavar="{auto,NUMBER}",
         default="auto, found from the picture",
         help="stiffness: 10000 is a plane, 1000 adds a bowl, 0.001 follows all that is smooth")
-    add("--correction", choices=("subtract", "divide"),
+    add("--correction", metavar="{subtract,divide}",
         help="what is done with the sky: subtract it, or divide by it, against vignetting")
     add("--format", choices=tuple(FORMATS), default="the one of the input",
         help="format of the outputs")
@@ -7391,8 +7316,10 @@ def flag_words(options: argparse.Namespace, settings: Settings, mask: str | None
     Settings that are as `usual` are left out; without any, what follows may change no setting.
     """
     words = []
-    for flag, (name, value) in zip(FLAGS, vars(settings).items()):
-        if usual is not None and value == getattr(usual, name):
+    for item in fields(settings):
+        flag = item.metadata["flag"]
+        value = getattr(settings, item.name)
+        if usual is not None and value == getattr(usual, item.name):
             continue
         if value is True:
             words.append(flag)
@@ -7433,10 +7360,11 @@ def main(argv: Sequence[str] | None = None,
             with heard(logging.WARNING if options.quiet else logging.INFO) as said:
                 pictures = find_pictures(options.input_file, options.mask, options.reference)
                 reported = options.jobs or options.dask or options.skip_done
-                if reported or len(pictures) > 1 or pictures != options.input_file:
-                    run_many(pictures, options, interrupts)
-                else:
+                is_named = len(pictures) == 1 and pictures == options.input_file
+                if is_named and not reported:
                     _run_one(options, said, interrupts, use)
+                else:  # a folder that holds one picture has a report, too
+                    run_many(pictures, options, interrupts)
         return 0
     except SystemExit as stop:  # argparse has said why
         return stop.code or 0
@@ -7466,8 +7394,8 @@ def _run_one(options: argparse.Namespace, said: list[str], interrupts: _Interrup
     """Do one picture, and tell how it goes on; `said` is as `heard` gives it."""
     started = time.perf_counter()
     place = _place_for_figure(options)
-    if place == "file":
-        options.figures = "save"
+    if place == "save":
+        options.figures = place
     task = Task(*options.input_file, options)
     if options.preview and place == "window":
         work_in_window(task, interrupts)
@@ -7486,14 +7414,14 @@ def _run_one(options: argparse.Namespace, said: list[str], interrupts: _Interrup
 
 
 def _place_for_figure(options: argparse.Namespace) -> str | None:
-    """Return where the preview or the figure goes: "notebook", "window", "file", or None."""
+    """Return where the preview or the figure goes: "notebook", "window", "save", or None."""
     if options.figures in ("none", "save"):
-        return "file" if options.figures == "save" else None
+        return "save" if options.figures == "save" else None
     kind = display_kind()
     if kind is None and options.figures == "show":
         raise BgError(
             "there is neither a notebook nor a window to show figures in; use --figures save")
-    return kind or ("file" if options.preview else None)
+    return kind or ("save" if options.preview else None)
 
 
 if __name__ == "__main__":

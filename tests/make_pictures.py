@@ -73,7 +73,7 @@ def window(source, target):
         figure = FigureCanvasAgg(Figure(bgoptimizer.WINDOW_SIZE)).figure
         picture = bgoptimizer.read_picture(source)
         opened = bgoptimizer.PreviewWindow(figure, task, picture, None)
-        opened.sky, opened.said = bgoptimizer._quietly(lambda: opened.look(opened.view))
+        opened.sky, opened.said = bgoptimizer._quietly(lambda: opened.look(opened.choice))
         opened.refresh()
         figure.savefig(target)
     opened.pool.shutdown()

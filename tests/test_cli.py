@@ -94,6 +94,7 @@ IMPORTS_BEFORE_TENSORFLOW = """
 import sys, bgoptimizer
 task = bgoptimizer.Task(sys.argv[1], bgoptimizer._parse([*sys.argv[1:], "-p"]))
 picture, mask, reference = bgoptimizer.read_inputs(task)
+bgoptimizer._import_for(task.options)
 before = set(sys.modules)
 bgoptimizer.examine(picture.planes, task.settings, mask, 0, reference)
 print(sorted(set(sys.modules) - before))

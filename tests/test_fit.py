@@ -1,7 +1,6 @@
-"""The surface is the spline that was trained, and it is the same from every start and device."""
+"""The surface is the spline that was trained, and it is the same from every start."""
 import functools
 import logging
-import os
 from dataclasses import replace
 
 import numpy as np
@@ -13,7 +12,6 @@ import bgoptimizer
 from bgoptimizer import (
     BgError,
     Settings,
-    compute_devices,
     examine,
     fit_surface,
     frame_coordinates,
@@ -27,9 +25,6 @@ from bgoptimizer import (
 )
 from runner import QUICK, quick
 from scenes import make_scene, score, sloping_sky, to_planes
-
-GPU = "/GPU:0", "Tesla T4"
-CPU = "/CPU:0", "the CPU"
 
 auto_and_plain = pytest.mark.parametrize("auto", [False, True], ids=["plain", "auto"])
 
@@ -540,99 +535,18 @@ def test_control_points_that_cannot_be_solved_are_told_and_the_best_is_kept(nebu
         fit_surface(prepared, replace(settings, epochs=3), met)
 
 
-# ------------------------------------------------------------------------------------ devices
+# ------------------------------------------------------------------------------------ TensorFlow
 
-# Stand-ins fail in the place of a GPU.
-
-@pytest.fixture
-def said(caplog):
-    """A function that returns the lines that were logged so far."""
-    caplog.set_level(logging.INFO, "bgoptimizer")
-
-    def lines():
-        return [record.getMessage() for record in caplog.records]
-
-    return lines
-
-
-def tf_error(kind):
-    """Return an error as TensorFlow raises them."""
-    errors = import_tensorflow().errors
-    error = getattr(errors, kind)
-    return error(None, None, "a long story\nof many lines")
-
-
-@pytest.fixture
-def fit_after(monkeypatch, nebula):
-    """A function that fits on these devices, where each of these errors is raised once first."""
-    prepared, settings, _ = nebula
-    fit = bgoptimizer.fit_surface
-
-    def fit_after(devices, *errors):
-        waiting = list(errors)
-
-        def failing(*arguments):
-            if waiting:
-                raise waiting.pop(0)
-            return fit(*arguments)
-
-        monkeypatch.setattr(bgoptimizer, "compute_devices", lambda: devices)
-        monkeypatch.setattr(bgoptimizer, "fit_surface", failing)
-        return bgoptimizer.fit_sky(prepared, replace(settings, epochs=5))
-
-    return fit_after
-
-
-def test_a_gpu_that_fails_is_one_line_and_the_cpu_gives_the_same(fit_after, said):
-    expected = fit_after([CPU])
-    assert said()[-1].endswith("on the CPU")
-    fit = fit_after([GPU, CPU], tf_error("ResourceExhaustedError"))
-    line, = [line for line in said() if "fitting" not in line]
-    assert line.startswith("Tesla T4 failed (ResourceExhaustedError); going on with the CPU")
-    assert_array_equal(fit.values, expected.values)
-
-
-def test_other_faults_are_not_hidden(fit_after):
-    error = tf_error("InternalError")
-    with pytest.raises(type(error)):
-        fit_after([CPU], error)
-    with pytest.raises(type(error)):
-        fit_after([GPU, CPU], error, error)
-    with pytest.raises(BgError, match="nothing left"):
-        fit_after([GPU, CPU], BgError("nothing left"))
-
-
-def test_a_gpu_that_tensorflow_sees_comes_first(monkeypatch):
-    def devices(kind):
-        return ["one", "two"]
-
-    details = {"one": {"device_name": "Tesla T4"}, "two": {}}
-    config = import_tensorflow().config
-    monkeypatch.setattr(config, "list_logical_devices", devices)
-    monkeypatch.setattr(config, "list_physical_devices", devices)
-    monkeypatch.setattr(config.experimental, "get_device_details", details.get)
-    assert compute_devices() == [GPU, CPU]
-
-
-def test_a_gpu_held_by_another_program_is_one_line_and_not_tried_again(monkeypatch, said):
-    def held(kind):
-        raise tf_error("InternalError")
-
-    visible = []
+def test_no_gpu_is_started_but_one_that_a_program_has_started_stays(monkeypatch):
+    hidden = []
 
     def set_visible(devices, kind):
-        visible.append((devices, kind))
+        hidden.append((devices, kind))
+        raise RuntimeError("Visible devices cannot be modified after being initialized")
 
-    config = import_tensorflow().config
-    monkeypatch.setattr(config, "list_logical_devices", held)
-    monkeypatch.setattr(config, "set_visible_devices", set_visible)
-    assert compute_devices() == [CPU]
-    assert said() == ["the GPU cannot be started (InternalError); going on with the CPU"]
-    assert visible == [([], "GPU")]
-
-
-def test_memory_of_a_gpu_grows():
-    assert os.environ["TF_FORCE_GPU_ALLOW_GROWTH"] == "true"
+    monkeypatch.setattr(import_tensorflow().config, "set_visible_devices", set_visible)
+    import_tensorflow()
+    assert hidden == [([], "GPU")]
 
 
 def use_drop_in(monkeypatch):

@@ -151,7 +151,7 @@ def test_a_small_picture_is_drawn_from_itself_and_a_large_one_from_its_reduced_c
         noise = np.random.default_rng(1).uniform(0.01, 0.02, (1, height, width))
         image = noise.astype(np.float32)
         prepared = prepare(image, Settings(downscaling_factor=factor).resolved())
-        return image, prepared.linear, prepared.drawn
+        return image, prepared.linear, prepared.display
 
     image, _, shown = drawn(200, 300, 8)
     assert_allclose(shown[..., 0], image[0])
@@ -246,7 +246,7 @@ def test_the_figure_repeats_the_warnings_and_shows_what_was_called_sky(folder, m
         texts.extend(text.get_text() for text in words)
         return b""
 
-    monkeypatch.setattr("bgoptimizer.drawn_by", keep)
+    monkeypatch.setattr("bgoptimizer.png_of", keep)
     image, _ = sloping_sky(channels=1)
     image[:60] = 0
     save(folder / "sky.xisf", image)
