@@ -5742,15 +5742,16 @@ def mask_reasons(prepared: Prepared, settings: Settings) -> dict[str, np.ndarray
         Reason -> (h, w) bool. A pixel that is left out has exactly one reason.
     """
     inside = prepared.present & _inside_thresholds(prepared.image, settings)
-    reasons = {  # the first one that holds counts
+    conditions = {  # the first one that holds counts
         "missing": ~prepared.present.any(-1),
         "threshold": ~inside.any(-1),
         "rim": prepared.rim,
         "mask file": (prepared.user_mask == 0).any(-1),
-        "auto": True,
+        "auto": np.full(inside.shape[:2], True),
     }
+    reasons = {}
     left_out = ~prepared.used
-    for reason, where in reasons.items():
+    for reason, where in conditions.items():
         reasons[reason] = left_out & where
         left_out = left_out & ~reasons[reason]
     return reasons
@@ -7202,8 +7203,13 @@ class _Parser(argparse.ArgumentParser):
 
 
 def auto_or_number(text: str) -> float | None:
-    """Read what --smoothing takes; None stands for auto. Argparse shows this function's name."""
-    return None if text == "auto" else float(text)
+    """Read what --smoothing takes; None stands for auto."""
+    if text == "auto":
+        return None
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither auto nor a number") from None
 
 
 def build_parser() -> argparse.ArgumentParser:
