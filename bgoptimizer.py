@@ -3530,6 +3530,21 @@ def _outskirts(excess: np.ndarray, seeds: np.ndarray, near: np.ndarray,
 # scatter of the loss.
 GOOD_ENOUGH = 0.016
 
+ALIKE = 0.05  # surfaces explain the sky alike if their losses differ by no more than this
+
+# The sky has no closed top or bottom inside the frame that is higher or deeper than this part of
+# its range. If the surface that explains the picture best has one, a stiffer one is taken, if one
+# is within DOUBT_MARGIN of it, and the sky cannot be known unless that explains the picture alike.
+BULGE = 0.1
+
+# A top counts only if less than this part of the frame is in the upper half of it. That of
+# vignetting is larger.
+SMALL_TOP = 0.2
+
+# Where the sky cannot be known, the stiffest surface wins whose loss is this close to that of the
+# chosen one. On 46 such scenes 11 got truer by it, and 6 less true; and it eats less of objects.
+DOUBT_MARGIN = 0.15
+
 # The sky beside closed patches of light is simple if its smoothing is at least this. The dome of a
 # night sky is no object: what is left beside it has to bend as well.
 SIMPLE_SKY = 10.0
@@ -3618,6 +3633,25 @@ def _explain(scene: _Scene, patches: np.ndarray, smoothings: Sequence[float]) ->
     return before._replace(chosen=stiffer[-1], bulging=bulging)
 
 
+def _closed_top(surfaces: _Surfaces, candidate: _Candidate) -> float:
+    """Return the height of the highest closed top of a surface, or the depth of its deepest bottom.
+
+    It is a part of the surface's range.
+    """
+    cells = surfaces.cells
+    border = np.full(cells.usable.shape, True)
+    border[1:-1, 1:-1] = False
+    highest = 0.0
+    views = np.moveaxis(surfaces.surface(candidate.heights), -1, 0)  # (c, h, w)
+    for view in (*views, *-views):
+        above = _above_way_out(view, border)
+        core = above > 0.5 * above.max()
+        if core.mean() < SMALL_TOP:
+            span = max(_span(view[cells.usable], (99, 1)), 1e-12)
+            highest = max(highest, above.max() / span)
+    return highest
+
+
 def _dark_bodies(surfaces: _Surfaces, bodies: np.ndarray, sky: np.ndarray) -> np.ndarray:
     """Return the bodies that take light away instead of adding it, with a margin, (h, w) bool.
 
@@ -3699,7 +3733,6 @@ UNEXPLAINED = 1.28
 
 LITTLE_SKY = 0.15  # the sky cannot be known if less than this part of the picture shows it
 MOST_DOUBT = 0.05  # the sky cannot be known if it is uncertain by more than this part of its range
-ALIKE = 0.05  # surfaces explain the sky alike if their losses differ by no more than this
 
 # The sky is uncertain by this part of the difference between surfaces that explain it alike
 ALIKE_DOUBT = 0.5
@@ -3708,20 +3741,6 @@ ALIKE_DOUBT = 0.5
 # independent. They are not: what is left of objects is smooth as well. Measured on the truth bench,
 # `tests/truth.py`.
 POSTERIOR_DOUBT = 9.0
-
-# The sky has no closed top or bottom inside the frame that is higher or deeper than this part of
-# its range. If the surface that explains the picture best has one, a stiffer one is taken, if one
-# is within DOUBT_MARGIN of it, and the sky cannot be known unless that explains the picture alike.
-BULGE = 0.1
-
-# A top counts only if less than this part of the frame is in the upper half of it. That of
-# vignetting is larger.
-SMALL_TOP = 0.2
-
-# Where the sky cannot be known, the stiffest surface wins whose loss is this close to that of the
-# chosen one. On 46 such scenes 11 got truer by it, and 6 less true; and it eats less of objects.
-DOUBT_MARGIN = 0.15
-
 
 SEAM_SIGMA = 10.0  # panels of a mosaic differ by so many sigma of the median along a seam
 SEAM_HEIGHT = 0.05  # panels differ by this part of the picture's range (1st to 99th percentile)
@@ -3833,25 +3852,6 @@ def _range_of_sky(explanation: _Explanation) -> np.ndarray:
     return np.maximum(_span(surface, (99, 1)), PIXEL_NOISE * cells.noise)
 
 
-def _closed_top(surfaces: _Surfaces, candidate: _Candidate) -> float:
-    """Return the height of the highest closed top of a surface, or the depth of its deepest bottom.
-
-    It is a part of the surface's range.
-    """
-    cells = surfaces.cells
-    border = np.full(cells.usable.shape, True)
-    border[1:-1, 1:-1] = False
-    highest = 0.0
-    views = np.moveaxis(surfaces.surface(candidate.heights), -1, 0)  # (c, h, w)
-    for view in (*views, *-views):
-        above = _above_way_out(view, border)
-        core = above > 0.5 * above.max()
-        if core.mean() < SMALL_TOP:
-            span = max(_span(view[cells.usable], (99, 1)), 1e-12)
-            highest = max(highest, above.max() / span)
-    return highest
-
-
 def _has_seam(cells: _Cells) -> bool:
     """Tell whether the picture steps up or down along a straight line through the frame.
 
@@ -3961,17 +3961,7 @@ def find_sky(prepared: Prepared, settings: Settings) -> Sky:
     surfaces, objects, best = explanation.surfaces, explanation.objects, explanation.chosen
     total = cells.usable.sum()
     cells = surfaces.cells  # with a reference, without the light of objects
-
-    smoothing = best.smoothing
-    why = f"loss {best.loss:.3f}, pure noise has {_pure_noise(cells):g}"
-    if cells.too_small:
-        why = "the picture is too small for more than a plane"
-    elif settings.smoothing is not None:
-        why = "given by hand"
-    elif not settings.auto:
-        objects_share = 1 - objects.sky.sum() / total
-        smoothing *= 10**min(PLAIN_MOST, PLAIN_STIFFER * objects_share)
-        why = f"{best.smoothing:g}, made stiffer as no objects are left out; {why}"
+    smoothing, why = _smoothing_of_fit(explanation, settings, 1 - objects.sky.sum() / total)
     light = surfaces.surface(best.heights)
     bending = _bending(light, cells.longer)
     cost = bending_cost(~objects.sky, cells.centers, cells.centers)
@@ -4012,6 +4002,29 @@ def _smoothings(scene: _Scene, settings: Settings) -> list[float]:
     if settings.smoothing is not None:
         return [settings.smoothing]
     return scene.surfaces.candidates(scene.plain)
+
+
+def _smoothing_of_fit(explanation: _Explanation, settings: Settings,
+                      objects_share: float) -> tuple[float, str]:
+    """Return how stiff the surface of the fit shall be, and why, in words.
+
+    Args:
+        explanation: what was found.
+        settings: of the fit.
+        objects_share: part of the picture that is no sky.
+    """
+    chosen = explanation.chosen
+    cells = explanation.surfaces.cells
+    why = f"loss {chosen.loss:.3f}, pure noise has {_pure_noise(cells):g}"
+    if cells.too_small:
+        return chosen.smoothing, "the picture is too small for more than a plane"
+    if settings.smoothing is not None:
+        return chosen.smoothing, "given by hand"
+    if settings.auto:
+        return chosen.smoothing, why
+    stiffer = 10**min(PLAIN_MOST, PLAIN_STIFFER * objects_share)
+    why = f"{chosen.smoothing:g}, made stiffer as no objects are left out; {why}"
+    return chosen.smoothing * stiffer, why
 
 
 def _bending(surface: np.ndarray, longer: int) -> np.ndarray:
