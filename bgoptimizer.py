@@ -2658,9 +2658,17 @@ FEWEST_CELLS = 64
 SMALLEST_SIDE = 12  # Cells. In a picture with a shorter side the sky is not looked for.
 FEWEST_USABLE = 150  # Cells. In a picture with fewer usable ones the sky is not looked for.
 NOISE_TILE = 7  # cells along a side of the tiles in which the noise is measured
+NOISE_LEVELS = 8  # the noise is measured at no more levels of light than this
+TILES_PER_LEVEL = 6  # a level of light has at least so many tiles, or it is the only one
 
 # The lower quartile of deviations that are measured on 49 cells is 7 % too low
 QUIET_QUARTILE = 1.07
+
+# So many times levels of light are dropped, and the line through the others is fitted again
+NOISE_ROUNDS = 4
+
+# A level is dropped if its variance is more than this many times that on the line
+QUIET_EXCESS = 2.0
 
 # An outermost cell is left out if it is so many sigma darker than those inside it let expect
 EDGE_SIGMA = 7.0
@@ -2675,7 +2683,7 @@ class _Cells:
 
     values: np.ndarray  # (h, w, c) linear, less the pedestal, in units of `scale`
     usable: np.ndarray  # (h, w) bool: not missing, not masked by the user
-    noise: np.ndarray  # (c,) standard deviation of `values`
+    noise: np.ndarray  # (h, w, c) standard deviation of `values`
     centers: np.ndarray  # (h, w, 2) frame coordinates
     size: int
     pedestal: np.ndarray  # (c,) linear: the darkest part of the picture
@@ -2756,22 +2764,50 @@ def _mostly(mask: np.ndarray, size: int) -> np.ndarray:
 
 
 def _cell_noise(light: np.ndarray, usable: np.ndarray) -> np.ndarray:
-    """Return the noise of cells of light (h, w, c): (c,).
+    """Return the noise of cells of light (h, w, c): (h, w, c).
 
-    It is measured by the differences between neighbors where the picture is smoothest.
+    It is measured by the differences between neighbors where the picture is smoothest. Photon noise
+    grows with the light: variance = floor + slope * light.
     """
-    light = np.where(usable[..., None], light, np.nan)
-    noise = []
-    for plane in np.moveaxis(light, -1, 0):
-        # The mean of a cell's four neighbors, less the cell. At the edges some are missing
-        detail = scipy.ndimage.laplace(plane) / 4
-        detail = _tiles(detail[1:-1, 1:-1])  # (tiles, 49)
-        whole = np.isfinite(detail).mean(1) > 0.5
-        # The mean of four neighbors adds a quarter of the variance
-        sigma = _deviation(detail[whole], 1) / math.sqrt(1.25)  # (tiles,)
-        quiet = QUIET_QUARTILE * np.percentile(sigma, 25) if whole.any() else 1e-6
-        noise.append(max(quiet, 1e-9))
-    return np.array(noise)
+    noise = np.full_like(light, 1e-6)  # if there is no tile to measure it in
+    for k, plane in enumerate(np.moveaxis(light, -1, 0)):
+        levels, variances = _quiet_levels(np.where(usable, plane, np.nan))
+        if levels.size:
+            darkest = levels.min()
+            floor, slope = _noise_line(levels - darkest, variances)
+            above = np.maximum(plane - darkest, 0)
+            noise[..., k] = np.sqrt(floor + slope * above)
+    return np.maximum(noise, 1e-9)
+
+
+def _quiet_levels(light: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return some levels of light, and the variance of the quietest tiles at each.
+
+    Args:
+        light: (h, w), NaN where it is not usable.
+
+    Returns:
+        (levels,) each; empty if no tile is mostly usable.
+    """
+    # The mean of a cell's four neighbors, less the cell. At the edges some neighbors are missing
+    detail = scipy.ndimage.laplace(light) / 4
+    detail = _tiles(detail[1:-1, 1:-1])  # (tiles, 49)
+    inner = _tiles(light[1:-1, 1:-1])
+    whole = np.isfinite(detail).mean(1) > 0.5
+    if not whole.any():
+        return np.empty(0), np.empty(0)
+    # The mean of four neighbors adds a quarter of the variance
+    sigma = _deviation(detail[whole], 1) / math.sqrt(1.25)  # (tiles,)
+    level = np.nanmedian(inner[whole], 1)
+    by_level = np.argsort(level)
+    count = min(NOISE_LEVELS, level.size // TILES_PER_LEVEL)
+    levels = []
+    variances = []
+    for alike in np.array_split(by_level, max(1, count)):
+        quiet = QUIET_QUARTILE * np.percentile(sigma[alike], 25)
+        levels.append(np.median(level[alike]))
+        variances.append(quiet**2 + 1e-18)
+    return np.array(levels), np.array(variances)
 
 
 def _tiles(image: np.ndarray) -> np.ndarray:
@@ -2793,6 +2829,27 @@ def _span(values: np.ndarray, percentiles: tuple[float, float]) -> np.ndarray:
     """Return the difference of two percentiles, the upper one first, of (n, c) or (n,) values."""
     high, low = np.percentile(values, percentiles, axis=0)
     return high - low
+
+
+def _noise_line(above: np.ndarray, variances: np.ndarray) -> np.ndarray:
+    """Return the floor and the slope of the variance over the light above the darkest level.
+
+    The quietest tiles at each level follow such a line. Levels that only objects have are never
+    quiet; they are dropped.
+
+    Args:
+        above, variances: (levels,).
+    """
+    terms = np.stack([np.ones_like(above), above], 1)  # (levels, 2)
+    relative = terms / variances[:, None]
+    kept = np.full(above.shape, True)
+    for _ in range(NOISE_ROUNDS):
+        one = np.ones(kept.sum())
+        line, _ = scipy.optimize.nnls(relative[kept], one)  # (2,)
+        excess = variances / np.maximum(terms @ line, 1e-30)
+        lowest = np.sort(excess)[:2]  # two levels stay at least
+        kept = excess <= max(QUIET_EXCESS, lowest.max())
+    return line
 
 
 def _smooth(image: np.ndarray, sigma: float, where: np.ndarray) -> np.ndarray:
@@ -2907,8 +2964,10 @@ class _Surfaces:
     def _set_cells(self, cells: _Cells) -> None:
         # Float32 is twice as fast. The modes are orthogonal, so nothing is lost by it
         channels = cells.values.shape[-1]
+        inverse = 1 / (cells.noise**2).mean(-1).ravel()
         self.cells = cells
         self.values = cells.values.reshape(-1, channels).astype(np.float32)  # (cells, c)
+        self.inverse = (inverse / inverse.mean()).astype(np.float32)  # (cells,)
 
     def _terms(self, places: np.ndarray) -> np.ndarray:
         """Return plates, bowls, and glows at places (..., 2): (..., m)."""
@@ -3000,7 +3059,7 @@ class _Surfaces:
         return height / max(1.0, _deviation(height[sky]))
 
     def uncertain(self, heights: np.ndarray) -> np.ndarray:
-        """Return the noise of the picture, and with it that of a glow's form, (c,) or (h, w, c)."""
+        """Return the noise of the picture, and with it that of the form of a glow, (h, w, c)."""
         if not self.glows:
             return self.cells.noise
         return np.hypot(self.cells.noise, GLOW_KNOWN * self.glow(heights))
@@ -3024,7 +3083,7 @@ class _Surfaces:
         below = np.flatnonzero(bounds)
         matrix = self.matrix[seen, :count]
         values = self.values[seen]
-        weight = np.ones(len(seen), np.float32)
+        weight = self.inverse[seen]
         rounds = FIT_ROUNDS if heights is None else FIT_ROUNDS // 2
         for _ in range(rounds):
             pierced = np.zeros((len(below), values.shape[1]), bool)
@@ -3032,7 +3091,7 @@ class _Surfaces:
                 excess = self.excess(heights).reshape(self.values.shape)
                 distance = np.sqrt((excess[seen]**2).mean(-1))
                 limit = HUBER_LIMIT * max(1.0, HUBER_DEVIATION * np.median(distance))
-                weight = np.minimum(1, limit / np.maximum(distance, 1e-9))
+                weight = self.inverse[seen] * np.minimum(1, limit / np.maximum(distance, 1e-9))
                 pierced = excess[below] < -CEILING_SIGMA
             root = np.sqrt(weight)[:, None]
             rows = matrix * root
@@ -3043,9 +3102,10 @@ class _Surfaces:
             for k in range(values.shape[1]):
                 high = below[pierced[:, k]]  # where this channel's surface was too high
                 ceiling = self.matrix[high, :count]
-                system = gram + CEILING_WEIGHT * ceiling.T @ ceiling
-                wanted = right[:, k] + CEILING_WEIGHT * ceiling.T @ self.values[high, k]
-                all_weights = total + CEILING_WEIGHT * len(high)
+                pull = CEILING_WEIGHT * self.inverse[high, None]
+                system = gram + ceiling.T @ (ceiling * pull)
+                wanted = right[:, k] + ceiling.T @ (self.values[high, k] * pull[:, 0])
+                all_weights = total + pull.sum()
                 solutions.append(np.linalg.solve(
                     system / all_weights + energy, wanted / all_weights))
             heights = np.stack(solutions, -1)
@@ -3073,7 +3133,8 @@ class _Surfaces:
         energy = self.energy(smoothing)
         count = len(energy)
         rows = self.matrix[sky.ravel(), :count].astype(float)
-        system = rows.T @ rows / len(rows) + energy
+        weight = self.inverse[sky.ravel(), None]
+        system = rows.T @ (rows * weight) / weight.sum() + energy
         root = np.linalg.cholesky(np.linalg.inv(system))
         spread = np.linalg.norm(self.matrix[:, :count] @ root, axis=1)  # (cells,)
         residual = self.rest(heights)[sky]  # (n, c)
@@ -3377,6 +3438,7 @@ def _look(cells: _Cells, shape: tuple[int, int]) -> _Scene:
 CLOSED_SCALES = (2.5, 5.0, 10.0, 16.0)
 
 CLOSED_SIGMA = 10.0  # a patch stands so many sigma of a mean of that scale above each way out of it
+CLOSED_LEAST = 0.6  # how closed a patch must be: 1 - level of its lowest way out / its height
 
 # So many times patches are looked for, each time above a surface through the sky beside them
 CLOSED_ROUNDS = 2
@@ -3430,9 +3492,10 @@ def _patches(above_plane: np.ndarray, above_bowl: np.ndarray, scale: float,
     for region in range(1, count + 1):
         top = regions == region
         peak = scipy.ndimage.maximum_position(above_bowl, top)
+        height = above_bowl[peak]
         is_large = top.sum() >= scale**2  # else it is smaller than what was averaged over
-        if is_large:
-            foot = above_bowl[peak] - closed[peak]
+        if is_large and closed[peak] >= CLOSED_LEAST * height:
+            foot = height - closed[peak]
             patches |= scipy.ndimage.binary_propagation(top, mask=top | (above_bowl > foot))
     return patches
 
@@ -3680,7 +3743,7 @@ def _try_smoothing(surfaces: _Surfaces, objects: _Objects, smoothing: float) -> 
     light, dark, reach, open_sky = objects
     usable = surfaces.cells.usable
     # The surface averages over so many cells, and follows outskirts that are wider
-    most = _averaging_length(smoothing) * surfaces.cells.longer
+    most = max(_averaging_length(smoothing) * surfaces.cells.longer, OUTSKIRTS_SCALE)
     near = usable & _within(np.minimum(reach, most))
     sky = open_sky
     bounds = light
@@ -3849,7 +3912,8 @@ def _range_of_sky(explanation: _Explanation) -> np.ndarray:
     """Return the range of the sky over the usable cells, (c,); it is at least what can be seen."""
     cells = explanation.surfaces.cells
     surface = explanation.surfaces.surface(explanation.chosen.heights)[cells.usable]  # (cells, c)
-    return np.maximum(_span(surface, (99, 1)), PIXEL_NOISE * cells.noise)
+    invisible = PIXEL_NOISE * np.median(cells.noise, axis=(0, 1))
+    return np.maximum(_span(surface, (99, 1)), invisible)
 
 
 def _has_seam(cells: _Cells) -> bool:
@@ -3908,7 +3972,7 @@ class Sky:
     below: np.ndarray  # (h, w) bool: objects that add light: the sky is not above the picture
     usable: np.ndarray  # (h, w) bool: neither missing nor masked, nor beside what is
     image: np.ndarray  # (h, w, c) linear, less the objects of a reference; 0 where not usable
-    noise: np.ndarray  # (c,) standard deviation of `image`
+    noise: np.ndarray  # (h, w, c) standard deviation of `image`
     centers: np.ndarray  # (h, w, 2) frame coordinates
     size: int  # reduced pixels along a cell's side
     unit: np.ndarray  # (c,) linear, that of the bending and of `spread`
@@ -4347,7 +4411,7 @@ def look_with_reference(scene: _Scene, before: _Explanation, reference: Referenc
     if share < LEAST_COVERED:
         return before, Shared(f"covers only {share:.0%} of the picture")
     light = np.where(covered[..., None], light, 0)
-    grain = _cell_noise(light, covered)  # (k,)
+    grain = _cell_noise(light, covered)  # (h, w, k)
     shift = _shift(cells.values / cells.noise, light / grain, covered)
     if shift:
         return before, Shared(f"lies {shift * cells.size:.0f} reduced pixels beside the picture")
@@ -4393,9 +4457,6 @@ def look_with_reference(scene: _Scene, before: _Explanation, reference: Referenc
         cells, values=cells.values - objects, noise=noise, usable=seen | outside))
     nowhere = np.zeros_like(seen)
     explanation = _explain(_nothing_but_sky(surfaces), nowhere, smoothings)
-    if _is_explained(before) and not _is_explained(explanation):
-        verdict = shared.verdict + ", but what is left beside its light is no smooth sky"
-        return before, replace(shared, verdict=verdict)
     doubt = REFERENCE_DOUBT * math.sqrt(1 - belief)
     return explanation, replace(shared, used=True, doubt=doubt)
 
@@ -4455,7 +4516,7 @@ def _match(surfaces: _Surfaces, light: np.ndarray, grain: np.ndarray, seen: np.n
     A cell that neither explains, for something has moved or is saturated, hardly counts.
 
     Args:
-        light, grain: (h, w, k) and (k,) of the reference, and its noise.
+        light, grain: (h, w, k) of the reference, and its noise.
         seen: (h, w) bool, cells in which both are compared.
         outside: (h, w) bool, cells of sky that the reference does not cover.
         smoothing: of the sky.
@@ -4463,13 +4524,15 @@ def _match(surfaces: _Surfaces, light: np.ndarray, grain: np.ndarray, seen: np.n
     channels = light.shape[-1]
     used = seen | outside
     light = light[used]  # (n, k)
-    noise = surfaces.cells.noise  # (c,)
+    grain = grain[used]
+    noise = surfaces.cells.noise[used]  # (n, c)
     both = np.concatenate([light, surfaces.cells.values[used]], 1)  # (n, k + c)
     energy = scipy.linalg.block_diag(surfaces.energy(smoothing), 1e-6)  # (m + 1, m + 1)
     modes = surfaces.matrix[used.ravel(), :len(energy) - 1]
     step = seen[used] & outside.any()
     sky = np.column_stack([modes, step])  # (n, m + 1)
-    weight = np.ones((len(sky), 1))
+    trust = 1 / (noise**2).mean(1, keepdims=True)  # (n, 1)
+    weight = trust
     for _ in range(MATCH_ROUNDS):
         share = weight / weight.sum()
         weighted = (sky * share).T
@@ -4479,18 +4542,18 @@ def _match(surfaces: _Surfaces, light: np.ndarray, grain: np.ndarray, seen: np.n
         products = (light * share).T @ rest  # (k, k + c)
         gram, right = np.split(products, [channels], 1)
         # The reference's noise would make its gains too small
-        of_noise = np.minimum(grain**2, np.diag(gram) / 2)
+        of_noise = np.minimum((grain**2 * share).sum(0), np.diag(gram) / 2)
         gains = _not_negative(gram - np.diag(of_noise), right)
         residual = of_picture - of_light @ gains  # (n, c)
-        distance = np.sqrt((residual**2).mean(1, keepdims=True))
+        distance = np.sqrt((residual**2 * trust).mean(1, keepdims=True))
         limit = HUBER_LIMIT * HUBER_DEVIATION * max(np.median(distance), 1e-9)
         pull = np.minimum(1, limit / np.maximum(distance, 1e-9))
-        weight = pull**2
+        weight = trust * pull**2
 
     structure = ((of_picture**2 - noise**2) * share).sum()
     left = ((residual**2 - noise**2) * share).sum()
     explained = 0.0
-    if structure > STRUCTURE * (noise**2).sum():
+    if structure > STRUCTURE * (noise**2 * share).sum():
         explained = float(np.clip(1 - left / structure, 0, 1))
     found = parts[:, channels:] - parts[:, :channels] @ gains
     errors = _gain_errors(of_light, share, residual, used)
@@ -4853,7 +4916,7 @@ def sky_sample(examined: Prepared, settings: Settings) -> Sample:
     is_sky = is_sky[:, None]  # (m, 1)
 
     light = sky.image[pick]  # (m, c) linear
-    noise = sky.noise
+    noise = sky.noise[pick]
     # What is not in the sample counts through means, which have less than half of the noise
     smooth = _smooth_slope(sky.image, SAMPLE_MEAN, follows)
     ceiling = light + CEILING_SIGMA * noise

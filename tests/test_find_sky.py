@@ -39,11 +39,11 @@ FAMILIES = """
     large_galaxy      1  1  4    slow
     clipped           3  1  6      slow
     milky_way         0  1  7    slow
-    narrowband        3  1  3      open
+    narrowband        3  1  3      slow
     plane_galaxy      1  1  1.5  slow
     galaxy            2  3  1.5  slow
-    nebula            2  3  1.5    open
-    airglow           3  3  1.5    open
+    nebula            2  3  1.5    slow
+    airglow           3  3  1.5    slow
     mosaic            1  3  5    slow
     amp_glow          3  1  5    slow
     edge_nebula       3  1  3      open
@@ -55,7 +55,7 @@ FAMILIES = """
     globular          1  1  2.5  slow
     globular          2  3  2.5  slow
     comet             1  1  4      slow
-    comet             2  3  4      slow
+    comet             2  3  4            open
     hills             2  1  8      slow
     banding           1  1  2      open
     small_galaxies    1  1  2.5    open
