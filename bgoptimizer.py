@@ -2269,14 +2269,17 @@ RIM_LEFT = 0.88
 # the rest. Along hills it does at 0.76 of a line at most, along rims at 0.85 at least.
 RIM_WHOLE = 0.8
 
+# It does so over this part of the longer side, and over so many pixels
 RIM_LENGTH = 0.15
-RIM_FEWEST = 20  # it does so over this part of the longer side, and over so many pixels
+RIM_FEWEST = 20
 
 # A step is on a line only if the cosine between its direction and the line's is above this
 RIM_FACING = 0.8
 
+# Degrees between the directions that are tried, and between those of two rims
 RIM_TURN = 0.5
-RIM_APART = 10.0  # degrees between the directions that are tried, and between those of two rims
+RIM_APART = 10.0
+
 RIM_SOFT = 2  # pixels by which a rim is widened, because its edge may be soft
 
 
@@ -3618,7 +3621,7 @@ FEWEST_SKY = 30  # if fewer cells than this are sky, all cells that are used are
 GROWTH_ROUNDS = 3
 
 GROWTH_LEFT = 0.5  # outskirts no longer grow if less than this part of the sky is left beside them
-DARK_SIGMA = 3.0  # a dark body lies so many sigma below that surface
+DARK_SIGMA = 3.0  # a dark body lies so many sigma below a surface with a bowl
 
 
 class _Objects(NamedTuple):
@@ -4165,7 +4168,7 @@ SHIFT_SEEN = 0.2
 
 STAR_DETAIL = 5.0  # a star of the reference stands so many sigma above its surroundings
 STAR_WINDOW = 5  # cells along a side of the window in which such cells are counted...
-STAR_SPARSE = 0.6  # ... and if they are more than this part of it, they are an object.
+STAR_SPARSE = 0.6  # ... and if they are more than this part of it, they are an object
 STAR_WINGS = 2  # cells about such a star that are left out as well
 
 # Projections in PixInsight's words and in those of FITS
@@ -4721,12 +4724,14 @@ SAMPLE_MEAN = 0.7  # cells: width of the Gaussian means that the sample is drawn
 # For one cell of sky in the sample there are so many that only bound the sky, if there are
 BOUNDS_SHARE = 0.25
 
-STOP_PATIENCE = 100
 # The fit stops after so many epochs in which the loss has not fallen by this much
+STOP_PATIENCE = 100
 STOP_DELTA = 5e-5
 
+# The learning rate is halved after so many such epochs, but not below this
 RATE_PATIENCE = 50
-RATE_FLOOR = 1e-4  # the learning rate is halved after so many such epochs, but not below this
+RATE_FLOOR = 1e-4
+
 TRACK_EVERY = 10  # epochs between two recordings of the control points
 
 # With auto, the loss forgives what is farther from the surface than so many sigma. It needs not
@@ -5168,8 +5173,8 @@ def fit_sky(examined: Prepared, settings: Settings,
 # Apply: the model at full size, and the picture without it
 # --------------------------------------------------------------------------------------------------
 
-SURFACE_NODES = 300
 # Nodes of `SkyModel`: about so many along the longer side, at least so many along the shorter
+SURFACE_NODES = 300
 LEAST_NODES = 4
 
 # The model may exceed the range of values that it has over the sky by this fraction of that range.
@@ -5564,9 +5569,9 @@ GRADIENT_SHARE = 0.3  # a gradient is told if at least this part of the picture 
 # to 2.4.
 STRETCHED_SIGMA = 3.0
 
-STRETCHED_TOP = 0.6
 # Any fall is enough if the brightest thousandth is above the first number, and the median above the
 # second part of the way from black to there
+STRETCHED_TOP = 0.6
 STRETCHED_MEDIAN = 0.15
 
 # Squares of 2 x 2 pixels along a side of a tile. In so few nothing else changes the noise.
